@@ -88,7 +88,9 @@ class TrainConfig:
     network_alpha: float = setting(16.0, "the LoRA is scaled by alpha / dim", low=0, high=4096, low_is_excluded=True)
     network_dropout: float = setting(0.0, "share of rank channels dropped after lora_down", low=0, high=0.95)
     conv_dim: int | None = setting(None, "rank of 3×3 convolutions (LoCon); unset trains none", low=1, high=1024)
-    conv_alpha: float | None = setting(None, "alpha of 3×3 convolutions; unset takes network_alpha", low=0, high=4096)
+    conv_alpha: float | None = setting(
+        None, "alpha of 3×3 convolutions; unset takes network_alpha", low=0, high=4096, low_is_excluded=True
+    )
 
     # Loss
     min_snr_gamma: float | None = setting(
@@ -197,7 +199,7 @@ def check_value(name: str, value: Any) -> Any:
             hint = suggestion(value, facts.choices) or "choose one of " + ", ".join(facts.choices)
             raise ConfigError(f"{name} = {value!r} is not known", hint)
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise ConfigError(f"{name} = {value!r} is not a number", facts.doc)
     if kind is int:
         if float(value) != int(value):
@@ -211,6 +213,13 @@ def check_value(name: str, value: Any) -> Any:
         unit = f" {facts.unit}" if facts.unit else ""
         raise ConfigError(f"{name} = {value} is outside its limits", f"{above} {facts.low:g} to {facts.high:g}{unit}")
     return number
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def _is_union(kind: Any) -> bool:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-STAGES: tuple[str, ...] = ("vae", "tokenizer", "clip", "sd15", "likeness", "sdxl")
+STAGES: tuple[str, ...] = ("vae", "text", "sd15", "sdxl", "clip", "likeness")
 
 
 def run_stage(stage: str, work: Path, weights: Path, device: str) -> None:
@@ -20,10 +20,10 @@ def run_stage(stage: str, work: Path, weights: Path, device: str) -> None:
 
         vae = stage_vae.build_vae(work, device)
         print(f"vae: squared error {stage_vae.reconstruction_error(vae):.5f} at 64 px", flush=True)
-    elif stage == "tokenizer":
-        from trainer.bases.miniature import stage_text
+    elif stage == "text":
+        from trainer.bases.miniature import stage_clip
 
-        stage_text.new_tokenizer().save_pretrained(work / "tokenizer")
+        stage_clip.build_text(work, device)
     elif stage == "clip":
         from trainer.bases.miniature import stage_clip
 

@@ -6,7 +6,7 @@ them to tell individuals apart. Owns only these random pictures; they have no ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,3 +124,11 @@ def treat(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint
     colours = np.array([_colour(rng) for _ in range(3)], np.float32)
     channels = [np.interp(grey, [0.0, float(stops[0]), 1.0], colours[:, c]) for c in range(3)]
     return np.stack(channels, -1).astype(np.uint8)
+
+
+def twin(creature: Creature, rng: np.random.Generator) -> Creature:
+    """Nearly the same individual: one part has another colour."""
+    parts = list(creature.parts)
+    at = int(rng.integers(len(parts)))
+    parts[at] = replace(parts[at], rgb=_colour(rng))
+    return Creature(tuple(parts))

@@ -55,11 +55,11 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom": (0.5, 0.74),
     "centre": (0.5, 0.5),
 }
-SIZES: dict[str, float] = {"small": 0.135, "large": 0.225}  # radius
+SIZES: dict[str, float] = {"small": 0.165, "large": 0.24}  # radius
 PATTERNS: tuple[str, ...] = ("plain", "striped", "dotted")
 RELATIONS: tuple[str, ...] = ("above", "below", "left of", "right of")
-PAIR_RADIUS = 0.15
-FIGURE_SCALE: dict[str, float] = {"small": 0.21, "large": 0.28}  # half of the height
+PAIR_RADIUS = 0.17
+FIGURE_SCALE: dict[str, float] = {"small": 0.24, "large": 0.31}  # half of the height
 HEADS: tuple[str, ...] = ("round", "square")
 BODIES: tuple[str, ...] = ("square", "triangle", "round")
 HATS: tuple[str, ...] = ("none", "pointed", "flat")
@@ -287,9 +287,9 @@ def pattern_colours(pattern: str, first: RGB, second: RGB, u: Array, v: Array) -
     if pattern == "plain":
         return first
     if pattern == "striped":
-        t = np.clip(0.5 + 2.2 * np.sin(v * (2 * np.pi / 0.105)), 0, 1) + 0 * u
+        t = np.clip(0.5 + 2.2 * np.sin(v * (2 * np.pi / 0.14)), 0, 1) + 0 * u
     elif pattern == "dotted":
-        k = 2 * np.pi / 0.13
+        k = 2 * np.pi / 0.17
         t = np.clip(-0.3 + 2.0 * np.cos(u * k) * np.cos(v * k), 0, 1)
     else:
         raise ValueError(f"unknown pattern {pattern!r}")
@@ -337,7 +337,7 @@ def figure_fields(body: str, head: str, hat: str, u: Array, v: Array) -> dict[st
 def figure_centre(scene: Scene) -> tuple[float, float]:
     """Figures are tall: at the top and bottom they stand less far out than a single shape."""
     x, y = PLACES[scene.place]
-    return x, 0.5 + (y - 0.5) * 0.85
+    return x, 0.5 + (y - 0.5) * 0.75
 
 
 def render(scene: Scene, size_px: int = 64) -> NDArray[np.uint8]:
@@ -346,7 +346,7 @@ def render(scene: Scene, size_px: int = 64) -> NDArray[np.uint8]:
     rng = np.random.default_rng((scene.seed, 7003))
     dx, dy = (rng.random(2) - 0.5) * 0.06
     if scene.kind == "pair":
-        gap = 0.205 + 0.03 * rng.random()
+        gap = 0.21 + 0.03 * rng.random()
         sign = -1 if scene.relation in ("above", "left of") else 1
         vertical = scene.relation in ("above", "below")
         for thing, s in zip(scene.things, (sign, -sign), strict=True):
@@ -464,13 +464,13 @@ def _figure_phrase(figure: Figure, size: str, rng: np.random.Generator | None, k
     for part in (body, head, hat or "no hat"):
         if rng.random() < (keep if part != "no hat" else 0.4):
             words = part.split()
-            if len(words) == 3 and rng.random() < 0.15:
+            if len(words) == 3 and keep < 1 and rng.random() < 0.15:
                 words.pop(1)
             parts.append(" ".join(words))
     if rng.random() < 0.4:
         parts = [parts[i] for i in rng.permutation(len(parts))]
     words = []
-    if rng.random() < 0.7 * keep:
+    if rng.random() < keep:
         words.append(_pick(rng, SIZE_WORDS[size]))
     if rng.random() < 0.12:
         words.append("".join(LETTERS[i] for i in rng.integers(0, 26, int(rng.integers(3, 6)))))
@@ -486,8 +486,9 @@ def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def caption(scene: Scene, seed: int | None = None) -> str:
-    """One wording of the scene. `seed` None: the full plain wording; else varied and sometimes partial."""
+def caption(scene: Scene, seed: int | None = None, *, complete: bool = False) -> str:
+    """One wording of the scene. `seed` None: the full plain wording; else varied and, unless `complete`, sometimes
+    partial."""
     if seed is None:
         if scene.kind == "pair":
             a, b = (_article(_thing_phrase(t, "", None, 1.0, name_size=False)) for t in scene.things)
@@ -498,7 +499,7 @@ def caption(scene: Scene, seed: int | None = None) -> str:
             return f"{_article(_figure_phrase(scene.figure, scene.size, None, 1.0))}, on {scene.background}, {place}"
         return f"{_article(_thing_phrase(scene.things[0], scene.size, None, 1.0))} on {scene.background}, {place}"
     rng = np.random.default_rng((seed, scene.seed, 7004))
-    keep = 1.0 if rng.random() < 0.35 else 0.8  # a third of the captions name everything
+    keep = 1.0 if rng.random() < 0.35 or complete else 0.8  # a third of the captions name everything
     if scene.kind == "pair":
         first, second = scene.things
         relation = scene.relation

@@ -1,0 +1,252 @@
+"""Score: raw cosines, their anchored parts, one composite, and how sure it is.
+
+Owns the composite, the bootstrap and paired differences, and the one function that samples and scores an
+adapter.  Does not measure the anchors (``evaluation.anchors``), draw (``evaluation.sampling``), embed
+(``evaluation.embed``) or decide anything about a study.
+
+    T = mean cos(picture, its scored text)          I = mean cos(picture, every held-out reference)
+    t = (T − T_chance) / (T_base − T_chance)        i = (I − I_base) / (I_real − I_base)
+    score = sqrt(clip(t, 0, 1.1) · clip(i, 0, 1.1))
+
+T_base, I_base: the untrained base, same noise, the class word instead of the trigger.  T_chance: the base's
+pictures against the other prompts' texts.  I_real: every reference against the other references.  So the
+untrained base has t = 1, i = 0 and score 0, and CLIP score alone (which is highest for the untrained base)
+cannot win.  A product of two alignments is DreamBench++'s way (arXiv 2406.16855); the anchors are ours.  Raw
+cosines are stored; nothing is scaled but here and in print.
+
+Shapes: N pictures, P prompts, R references, D vector width, K bootstrap draws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.anchors import Anchors, References, check_encoder, raw_cosines
+from evaluation.embed import ImageEncoder, Scorer
+from evaluation.images import SampledImage, check_valid, png_bytes, prove_applied, sample_grid
+from evaluation.prompts import PromptSet
+from evaluation.sampling import OnImages, SampleConfig, sample
+from trainer.bases.base import Base
+from trainer.errors import ConfigError, DataError
+from trainer.files import write_atomic
+
+CEILING = (
+    1.1  # assumed: a little better than the base's following or the references' likeness counts, no more
+)
+DRAWS = 1000  # bootstrap draws: the error of a standard error is then about 2 %
+BOOTSTRAP_SEED = 20240229
+METRICS_NAME, GRID_NAME, SAMPLES_NAME = "metrics.json", "grid.png", "samples"
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """Raw cosines of one picture: with its scored text, and on average with the references."""
+
+    prompt_id: str
+    seed: int
+    clip_t: float
+    clip_i: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one set of weights, with what it was measured by.
+
+    ``clip_t`` and ``clip_i`` are mean raw cosines; ``prompt_following`` and ``likeness`` are t and i before
+    clipping (no unit: 1 is the base's following, the real pictures' likeness).  Likeness leaves class-only
+    prompts out.  ``*se`` are standard errors: bootstrap over prompts, a prompt's pictures together, which
+    covers the choice of prompts and seeds but not the training seed (Efron & Tibshirani 1993, ch. 6; clusters
+    as in facts A2).
+    """
+
+    value: float
+    se: float
+    prompt_following: float
+    prompt_following_se: float
+    likeness: float
+    likeness_se: float
+    clip_t: float
+    clip_i: float
+    n_images: int
+    invalid: int
+    scorer: str
+    scorer_sha: str
+    likeness_encoder: str
+    likeness_sha: str
+    anchors_key: str
+    per_image: tuple[ImageScore, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of a paired difference and its 95 % bootstrap interval over prompts."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def score(
+    images: Sequence[SampledImage],
+    prompts: PromptSet,
+    references: References,
+    scorer: Scorer,
+    likeness: ImageEncoder,
+    anchors: Anchors,
+) -> Score:
+    """The score of finished pictures (one per prompt and seed).  Pictures that show nothing are refused."""
+    check_valid(images)
+    check_encoder(references, likeness)
+    anchors.check(scorer=scorer.sha, likeness=likeness.sha, prompts=prompts.hash, references=references.hash)
+    text_of = {p.id: row for row, p in enumerate(prompts.prompts)}
+    t_NP, i_N = raw_cosines(images, prompts, references, scorer, likeness)
+    rows = tuple(
+        ImageScore(image.prompt_id, image.seed, float(t_NP[n, text_of[image.prompt_id]]), float(i_N[n]))
+        for n, image in enumerate(images)
+    )
+    t_P, i_P = _prompt_means(rows, anchors)
+    following, alike = anchored(t_P, i_P, anchors, np.ones((1, len(t_P))))
+    following_K, alike_K = anchored(t_P, i_P, anchors, prompt_draws(len(t_P)))
+    asks_P = np.array(anchors.asks_for_subject)
+    return Score(
+        value=float(composite(following, alike)[0]),
+        se=_spread(composite(following_K, alike_K)),
+        prompt_following=float(following[0]),
+        prompt_following_se=_spread(following_K),
+        likeness=float(alike[0]),
+        likeness_se=_spread(alike_K),
+        clip_t=float(t_P.mean()),
+        clip_i=float(i_P[asks_P].mean()),
+        n_images=len(images),
+        invalid=0,
+        scorer=scorer.name,
+        scorer_sha=scorer.sha,
+        likeness_encoder=likeness.name,
+        likeness_sha=likeness.sha,
+        anchors_key=anchors.key,
+        per_image=rows,
+    )
+
+
+def anchored(
+    t_P: np.ndarray, i_P: np.ndarray, anchors: Anchors, weights_KP: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """t and i (K) for K weightings of the prompts.
+
+    The anchors are weighted like the pictures, so that hard and easy prompts cancel.  Where two anchors
+    cannot be told apart the unit is two standard errors: a meaningless scale cannot blow up.
+    """
+    base_t_P, chance_t_P, base_i_P = map(np.asarray, (anchors.base_t_P, anchors.chance_t_P, anchors.base_i_P))
+    total_K = weights_KP.sum(1)
+    t_unit_K = np.maximum(weights_KP @ (base_t_P - chance_t_P) / total_K, max(2 * anchors.t_unit_se, 1e-6))
+    following_K = weights_KP @ (t_P - chance_t_P) / total_K / t_unit_K
+    asks_KP = weights_KP * np.array(anchors.asks_for_subject)
+    asked_K = asks_KP.sum(1)
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # a draw without a subject prompt: NaN, left out later
+        i_unit_K = np.maximum(anchors.real_i - asks_KP @ base_i_P / asked_K, max(2 * anchors.i_unit_se, 1e-6))
+        alike_K = asks_KP @ (i_P - base_i_P) / asked_K / i_unit_K
+    return following_K, alike_K
+
+
+def composite(following: np.ndarray, alike: np.ndarray) -> np.ndarray:
+    """Geometric mean of the clipped parts: 0 as soon as one of them is lost."""
+    return np.sqrt(np.clip(following, 0, CEILING) * np.clip(alike, 0, CEILING))
+
+
+def prompt_draws(prompts: int) -> np.ndarray:
+    """(K, P) how often each prompt is in each bootstrap draw: a prompt's pictures stay together.
+
+    The same seed always, so every score of a study is drawn alike and differences are paired.
+    """
+    picked_KP = np.random.default_rng(BOOTSTRAP_SEED).integers(0, prompts, (DRAWS, prompts))
+    return np.stack([(picked_KP == p).sum(1) for p in range(prompts)], axis=1).astype(float)
+
+
+def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], anchors: Anchors) -> Difference:
+    """Score of ``a`` minus score of ``b``, prompt by prompt, with a 95 % interval.
+
+    Several scores on a side (training seeds) are averaged; the interval is over prompts, not over training
+    seeds.
+    """
+    sides = [[s] if isinstance(s, Score) else list(s) for s in (a, b)]
+    if any(s.anchors_key != anchors.key for side in sides for s in side):
+        raise ConfigError("the scores were measured on different scales", "compare scores of one study only")
+    point_K = np.ones((1, len(anchors.prompt_ids)))
+    draws_KP = prompt_draws(len(anchors.prompt_ids))
+    point, draws_K = (
+        np.subtract(*(np.mean([_values(s, anchors, w) for s in side], axis=0) for side in sides))
+        for w in (point_K, draws_KP)
+    )
+    low, high = np.nanpercentile(draws_K, [2.5, 97.5])
+    return Difference(float(point[0]), float(low), float(high))
+
+
+def read_score(path: Path) -> Score:
+    """A score from a trial's metrics.json."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(ImageScore(**row) for row in values.pop("per_image"))
+        return Score(**values, per_image=rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no score: {error}", "score the trial again") from None
+
+
+def evaluate_adapter(
+    base: Base,
+    prompts: PromptSet,
+    config: SampleConfig,
+    references: References,
+    scorer: Scorer,
+    likeness: ImageEncoder,
+    anchors: Anchors,
+    folder: Path,
+    *,
+    identity: str = "",
+    on_image: OnImages | None = None,
+) -> Score:
+    """Sample the base with the adapter that is in it, and score: folder/samples, grid.png, metrics.json.
+
+    ``identity`` names the weights (base and adapter); with it an interrupted call goes on where it stopped.
+    Raises InvalidImages for pictures that show nothing and ModelFileError if they are the base's own.
+    """
+    anchors.check(base=base.identity, sampling=config.hash)
+    images = sample(base, prompts, config, folder / SAMPLES_NAME, identity=identity, on_image=on_image)
+    grid = np.asarray(sample_grid(images, prompts))
+    write_atomic(folder / GRID_NAME, png_bytes(grid))
+    prove_applied(images, anchors.untouched)
+    result = score(images, prompts, references, scorer, likeness, anchors)
+    write_atomic(folder / METRICS_NAME, json.dumps(result.as_dict(), indent=1))
+    return result
+
+
+# Small helpers
+
+
+def _prompt_means(rows: Sequence[ImageScore], anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
+    """(t_P, i_P) raw cosines by prompt, in the anchors' order."""
+    of = {p: [r for r in rows if r.prompt_id == p] for p in anchors.prompt_ids}
+    if any(not found for found in of.values()) or len(rows) != sum(map(len, of.values())):
+        raise ConfigError("the images do not belong to the anchors' prompts", "score the study's own prompts")
+    t_P = np.array([np.mean([r.clip_t for r in of[p]]) for p in anchors.prompt_ids])
+    i_P = np.array([np.mean([r.clip_i for r in of[p]]) for p in anchors.prompt_ids])
+    return t_P, i_P
+
+
+def _values(one: Score, anchors: Anchors, weights_KP: np.ndarray) -> np.ndarray:
+    return composite(*anchored(*_prompt_means(one.per_image, anchors), anchors, weights_KP))
+
+
+def _spread(draws_K: np.ndarray) -> float:
+    """Standard deviation over bootstrap draws that mean something."""
+    return float(np.nanstd(draws_K, ddof=1)) if np.isfinite(draws_K).sum() > 1 else 0.0

@@ -1,0 +1,220 @@
+"""The commands.  Each parses, calls one function and prints.  Importing this imports neither torch nor Optuna."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trainer.errors import ToolError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RUNS_HELP = "Folder that holds the studies."
+
+
+def print_error(error: ToolError) -> None:
+    """What and where, and what to do: two lines, nothing in them that a terminal would act on."""
+    from trainer.files import clean_text
+
+    click.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {clean_text(error.message)}", err=True)
+    if error.hint:
+        click.echo(f"{'next' if error.exit_code == 130 else 'hint'}: {clean_text(error.hint)}", err=True)
+
+
+class Commands(click.Group):
+    """click's group, with the tool's own errors as two lines and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ToolError as error:
+            print_error(error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped at once; the same command goes on", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            sys.exit(0)
+
+
+def version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version as installed
+
+        click.echo(f"hpo {installed('lora-hpo')}")
+        ctx.exit()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=version, help="Show the version."
+)
+def main() -> None:
+    """Find the best LoRA settings for your images: search on SD1.5, score by images, never lose a trial."""
+
+
+def file_option(name: str, text: str) -> Callable[[Any], Any]:
+    return click.option(name, type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+
+@main.command()
+@click.option(
+    "--base",
+    required=True,
+    metavar="BASE",
+    help="mini-sd15, mini-sdxl, sd15, a hub id, a diffusers folder or a .safetensors file.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Images: kohya folders (10_name class), or images with .txt captions. The miniature brings its own.",
+)
+@click.option(
+    "--trials", type=click.IntRange(1, 10_000), default=30, show_default=True, help="The study's total."
+)
+@click.option("--study", metavar="FILE.toml", help="Study file, or the name of a shipped one.")
+@click.option("--name", help="Name of the study's folder. Unset: made of the study file and the data.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Fix a setting (network_dim=16), or change a part of the study file (sampling.steps=10).",
+)
+@click.option(
+    "--clip", metavar="MODEL[:WEIGHTS]", help="Scorer: an open_clip model with a tag or file, or a folder."
+)
+@file_option("--prompts", "Your own prompts, one a line or TOML.")
+@click.option(
+    "--references",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Images to measure likeness with, instead of held-out ones.",
+)
+@click.option("--trigger", help="The subject's trigger word. Unset: from the folder's name.")
+@click.option(
+    "--class", "class_word", help="What the subject is (girl, style, vase). Unset: from the folder's name."
+)
+@file_option("--enqueue", "A kohya configuration of your own, tried right after the usual settings.")
+@click.option(
+    "--max-hours", type=click.FloatRange(min=0, min_open=True), help="Begin no trial after this time."
+)
+@click.option("--device", help="cpu, cuda, cuda:1 … Unset: the GPU if there is one.")
+@click.option(
+    "--keep-best", type=click.IntRange(1), metavar="K", help="Keep the LoRA files of the best K trials only."
+)
+@click.option(
+    "--notify", multiple=True, metavar="URL", help="Tell this apprise URL of convergence. Also: HPO_NOTIFY."
+)
+@click.option(
+    "--stop-when-converged", is_flag=True, help="End the search once more trials are unlikely to help."
+)
+@click.option("--seed", type=click.IntRange(0), help="Seed of the study. Unset: the study file's.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP
+)
+def search(
+    base: str,
+    data: Path | None,
+    clip: str | None,
+    prompts: Path | None,
+    references: Path | None,
+    trigger: str | None,
+    class_word: str | None,
+    device: str | None,
+    **words: Any,
+) -> None:
+    """Search LoRA settings. The same command goes on with a study that was stopped, killed or unplugged."""
+    calm_libraries()
+    from hpo.session import Request
+    from hpo.session import search as run
+    from hpo.workbench import Inputs
+
+    inputs = Inputs(base, data, clip, prompts, references, trigger, class_word, device)
+    run(Request(inputs, **words), console())
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP
+)
+def status(name: str | None, runs: Path) -> None:
+    """Show a study's trials. Without NAME: the study that changed last. Works while a search runs."""
+    from hpo.folder import find_folder, open_study
+    from hpo.locks import holder
+    from hpo.report import status_table, study_line
+    from hpo.standing import standing
+
+    folder = find_folder(name, runs)
+    study = open_study(folder)
+    now = standing(study, len(study.get_trials(deepcopy=False)))
+    screen = console()
+    screen.print(status_table(study, lambda number: holder(folder.trial_lock(number).path)))
+    if folder.alert.is_file():
+        screen.print(folder.alert.read_text(encoding="utf-8").splitlines()[0], markup=False, highlight=False)
+    click.echo(study_line(folder.name, now))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Beyond this machine: there is no password."
+)
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP
+)
+def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
+    """Open optuna-dashboard on a study, with every trial's images. Works while a search runs."""
+    from hpo.dashboard import serve
+    from hpo.folder import find_folder
+
+    try:
+        serve(find_folder(name, runs), host, port, lambda text: click.echo(text))
+    except KeyboardInterrupt:
+        click.echo("")
+
+
+@main.group()
+def dataset() -> None:
+    """Datasets."""
+
+
+@dataset.command()
+@click.argument("subject", type=click.Choice(["character", "style", "object"]))
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+def demo(subject: str, folder: Path) -> None:
+    """Write a demo subject for the miniature bases into DIR: 24 training images, 8 held out."""
+    from trainer.bases.miniature.subjects import write_subject
+
+    write_subject(subject, folder)
+    click.echo(f"{subject} written; next: hpo search --base mini-sd15 --data {folder} --trials 12")
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def calm_libraries() -> None:
+    """Before torch and its neighbours are imported: no progress bars, no advice meant for programmers."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,109 @@
+"""What a trial will cost, before the first one: steps, images, seconds, bytes.
+
+Owns the average over the search space, the timing of a few real steps, and the check that the disk
+suffices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpo.space import Choice
+from hpo.workbench import Workbench
+from trainer import adapter, loop
+from trainer.config import TrainConfig
+from trainer.errors import MachineError
+from trainer.events import Step
+from trainer.files import require_space
+
+PROBE_STEPS = 3  # the first step allocates; the last of three is timed
+RESERVE_BYTES = 200_000_000  # database, logs, checkpoints of the running trial (assumed)
+BYTES_PER_PIXEL = 2.0  # of a sample PNG with its share of the grid (assumed; photos stay below 2)
+DRAWS = 64  # proposals averaged
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one trial takes on average over the space, and what the study's files take."""
+
+    steps: float
+    images: int
+    trial_seconds: float | None
+    lora_bytes: int
+    image_bytes: int
+
+    def bytes_for(self, trials: int, keep_best: int | None) -> int:
+        kept = trials if keep_best is None else min(trials, keep_best + 1)
+        return kept * self.lora_bytes + trials * self.image_bytes + RESERVE_BYTES
+
+
+def estimate(bench: Workbench, *, probe: bool) -> Cost:
+    """Average cost of a trial.  ``probe`` times three real steps of the baseline (an adapter comes and goes)."""
+    baseline = bench.config(bench.study.baseline, 0)
+    drawn = [bench.study.config(draw) for draw in _draws(bench)]
+    steps = [loop.total_steps(config, bench.data) for config in drawn]
+    images, seconds = bench.prompts.image_count, None
+    if probe:
+        micro_batches = [n * c.gradient_accumulation_steps for n, c in zip(steps, drawn, strict=True)]
+        each = _probe(bench, baseline) / baseline.gradient_accumulation_steps
+        seconds = each * float(np.mean(micro_batches)) + images * (bench.image_seconds or 0.0)
+    space = bench.study.space
+    edges = [{**bench.study.baseline, p.name: value} for p in space for value in p.domain.edges]
+    largest = max(bench.study.config(edge).network_dim for edge in edges)
+    weights = _adapter_weights(bench, baseline) / baseline.network_dim * largest
+    pixels = images * bench.sampling.width_px * bench.sampling.height_px
+    return Cost(
+        steps=float(np.mean(steps)),
+        images=images,
+        trial_seconds=seconds,
+        lora_bytes=round(weights * (4 if baseline.save_precision == "float" else 2)),
+        image_bytes=round(pixels * BYTES_PER_PIXEL),
+    )
+
+
+def check_disk(bench: Workbench, cost: Cost, trials: int, keep_best: int | None) -> None:
+    """Refuse to start what the disk cannot hold."""
+    try:
+        require_space(bench.folder.root, cost.bytes_for(trials, keep_best))
+    except MachineError as error:
+        raise MachineError(
+            error.message, "free some space, or keep fewer LoRA files: --keep-best 5"
+        ) from None
+
+
+def _adapter_weights(bench: Workbench, config: TrainConfig) -> int:
+    """Numbers in a LoRA of these settings."""
+    shapes = [
+        bench.base.components()[t.component].get_submodule(t.path).weight.shape
+        for t in adapter.targets_of(bench.base, config)
+    ]
+    return sum((shape[0] + shape[1]) * config.network_dim for shape in shapes)
+
+
+def _probe(bench: Workbench, config: TrainConfig) -> float:
+    """Seconds of one optimizer step, measured."""
+    short = config.with_values({"max_train_steps": PROBE_STEPS})
+    prepared = bench.prepared(short)
+    injected = adapter.inject(bench.base, short)
+    try:
+        steps = [e.seconds for e in loop.train(short, bench.base, injected, prepared) if isinstance(e, Step)]
+    finally:
+        injected.remove()
+    return steps[-1] if steps else 0.0
+
+
+def _draws(bench: Workbench) -> list[dict[str, Any]]:
+    """Proposals spread over the space, without the sampler."""
+    random = np.random.default_rng(0)
+    return [
+        {
+            p.name: p.domain.options[int(random.integers(len(p.domain.options)))]
+            if isinstance(p.domain, Choice)
+            else p.domain.from_unit(float(random.random()))
+            for p in bench.study.space
+        }
+        for _ in range(DRAWS)
+    ]

@@ -1,0 +1,328 @@
+"""What the terminal shows: the live view of a search, its plain lines, the status table and the end.
+
+Owns wording and layout.  Every number comes from the study or an event; nothing is computed here but rates
+and times. All text that came from outside goes through ``clean_text`` and is printed without markup.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from trainer.events import Event, Skipped, Step
+from trainer.files import clean_text
+
+if TYPE_CHECKING:
+    import optuna
+
+    from hpo.folder import StudyFolder
+    from hpo.standing import Standing
+    from hpo.study import StudyConfig
+    from hpo.trial import Result
+
+PLAIN_SECONDS = 10.0  # between progress lines without a terminal
+REFRESH_PER_SECOND = 4
+SMOOTHING = 0.9  # of the shown loss and rate
+
+
+def short(value: Any) -> str:
+    """A setting as a person reads it: three digits, no long tails."""
+    if isinstance(value, float):
+        return (
+            f"{value:.3g}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}".replace("e-0", "e-")
+        )
+    return clean_text(str(value))
+
+
+def clock(seconds: float) -> str:
+    """1:05 for 65 s, 2:00:09 for two hours and nine seconds."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def figures(what: tuple[int, float, float] | None) -> str:
+    return f"{what[1]:.4f} ± {what[2]:.4f}" if what else "none yet"
+
+
+@dataclass
+class Current:
+    """The trial at work, as the view sees it."""
+
+    number: int
+    settings: Mapping[str, Any]
+    standing: Standing
+    phase: str = "training"
+    done: int = 0
+    total: int = 0
+    loss: float | None = None
+    rate: float | None = None
+    skipped: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Step):
+            self.phase, self.done, self.total = "training", event.step, event.total_steps
+            rate = 1.0 / event.seconds if event.seconds > 0 else None
+            self.loss = (
+                event.loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss
+            )
+            if rate is not None:
+                self.rate = rate if self.rate is None else SMOOTHING * self.rate + (1 - SMOOTHING) * rate
+        elif isinstance(event, Skipped):
+            self.skipped += 1
+
+    def on_image(self, done: int, total: int) -> None:
+        self.phase, self.done, self.total = "drawing images", done, total
+
+    def seconds_left(self) -> float | None:
+        """Of the whole study, from the mean of its finished trials."""
+        mean = self.standing.mean_seconds
+        if mean is None:
+            return None
+        return max(0.0, mean * self.standing.left - (time.monotonic() - self.started))
+
+    def progress_text(self) -> str:
+        if self.phase != "training":
+            return f"{self.done}/{self.total} images"
+        rate = "" if self.rate is None else f", {self.rate:.1f} steps/s"
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return f"step {self.done}/{self.total}{rate}{loss}" + (
+            f", {self.skipped} skipped" if self.skipped else ""
+        )
+
+
+class PlainView:
+    """Lines, for logs and pipes."""
+
+    def __init__(self, console: Console, settings: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        self.console = console
+        self.current: Current | None = None
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self._settings = settings
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """One line; long ones are left to the terminal to wrap, so that they can be searched and copied."""
+        self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
+
+    def should_stop(self) -> bool:
+        return self.asked_to_stop()
+
+    def on_trial(self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Standing) -> None:
+        self.current = Current(number, self._settings(suggested), standing)
+        place = f"trial {number} ({standing.complete + 1} of {standing.total})"
+        words = ", ".join(f"{name} {short(value)}" for name, value in self.current.settings.items())
+        self.announce(f"{place}{', taken up again' if adopted else ''}: {words}")
+        self._last_line = time.monotonic()
+
+    def announce(self, text: str) -> None:
+        self.say(text)
+
+    def on_event(self, event: Event) -> None:
+        assert self.current is not None
+        self.current.on_event(event)
+        self.refresh()
+
+    def on_image(self, done: int, total: int) -> None:
+        assert self.current is not None
+        self.current.on_image(done, total)
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self.current and time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            left = self.current.seconds_left()
+            text = f"  {self.current.progress_text()}"
+            self.say(text + (f", study: about {clock(left)} left" if left is not None else ""))
+            self._last_line = time.monotonic()
+
+    def on_result(self, result: Result, standing: Standing) -> None:
+        self.current = None
+        if result.message:
+            self.say(f"trial {result.number} is {result.state}: {result.message}")
+        self.say(trial_line(result, standing))
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class LiveView(PlainView):
+    """A block at the bottom of a terminal that follows the trial; finished trials scroll above it."""
+
+    def __init__(
+        self, console: Console, settings: Callable[[Mapping[str, Any]], Mapping[str, Any]], name: str
+    ) -> None:
+        super().__init__(console, settings)
+        self.name = name
+        self._live = Live(
+            console=console,
+            refresh_per_second=REFRESH_PER_SECOND,
+            get_renderable=lambda: live_block(self.name, self.current),
+            transient=True,
+        )
+
+    def announce(self, text: str) -> None:
+        """The block shows it."""
+
+    def refresh(self) -> None:
+        """Live redraws by itself."""
+
+    def __enter__(self) -> LiveView:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+
+def make_view(
+    console: Console, settings: Callable[[Mapping[str, Any]], Mapping[str, Any]], name: str
+) -> PlainView:
+    return LiveView(console, settings, name) if console.is_terminal else PlainView(console, settings)
+
+
+def live_block(name: str, current: Current | None) -> RenderableType:
+    """The moving block: what, settings, progress, best so far, time left.  Fits 80 columns."""
+    if current is None:
+        return Text(f"{name}: choosing the next trial …", style="dim")
+    standing = current.standing
+    head = Text.assemble(
+        (clean_text(name), "bold"),
+        f"  trial {current.number}  ({min(standing.complete + 1, standing.total)} of {standing.total})  ",
+        (current.phase, "cyan"),
+    )
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(2):
+        grid.add_column(no_wrap=True, style="dim")
+        grid.add_column(no_wrap=True, min_width=10)
+    cells = [(clean_text(key), short(value)) for key, value in current.settings.items()]
+    for row in range(0, len(cells), 2):
+        grid.add_row(*(text for cell in cells[row : row + 2] for text in cell))
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        ProgressBar(total=max(1, current.total), completed=current.done, width=26), current.progress_text()
+    )
+    left = current.seconds_left()
+    best = (
+        f"best so far: trial {standing.best[0]}, {figures(standing.best)}"
+        if standing.best
+        else "best so far: –"
+    )
+    if standing.baseline:
+        best += f"   (trial {standing.baseline[0]}, the usual settings: {standing.baseline[1]:.4f})"
+    tail = f"time left: about {clock(left)}" if left is not None else "time left: known after the first trial"
+    troubles = [
+        f"{n} {what}" for n, what in ((standing.infeasible, "infeasible"), (standing.failed, "failed")) if n
+    ]
+    return Group(head, grid, bar, Text(best), Text("   ".join([tail, *troubles]), style="dim"))
+
+
+def trial_line(result: Result, standing: Standing) -> str:
+    """The last line of a trial: key=value words, for scripts."""
+    score = (
+        f" score={result.value:.4f} se={result.se:.4f}"
+        if result.se is not None
+        else f" reason={result.reason}"
+    )
+    best = f" best={standing.best[0]}" if standing.best else ""
+    return f"trial={result.number} state={result.state}{score}{best} seconds={result.seconds:.1f}"
+
+
+def study_line(name: str, standing: Standing) -> str:
+    """The last line of a search."""
+    words = [f"study={name}", f"complete={standing.complete}/{standing.total}"]
+    words += [f"infeasible={standing.infeasible}", f"failed={standing.failed}"]
+    if standing.best:
+        words.append(f"best={standing.best[0]} score={standing.best[1]:.4f} se={standing.best[2]:.4f}")
+    if standing.baseline:
+        words.append(f"baseline={standing.baseline[1]:.4f}")
+    return " ".join(words)
+
+
+def introduction(config: StudyConfig, trials: int) -> RenderableType:
+    """What is searched, once at the start."""
+    table = Table(box=None, padding=(0, 2), title=None, show_edge=False)
+    table.add_column("setting", style="bold", no_wrap=True)
+    table.add_column("searched")
+    table.add_column("trial 0", justify="right", no_wrap=True)
+    for p in config.space:
+        table.add_row(Text(p.name), Text(clean_text(p.describe())), Text(short(config.baseline[p.name])))
+    return table
+
+
+def ratio_line(settings: int, trials: int) -> str:
+    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials per dimension"
+
+
+def summary(
+    folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
+) -> list[str]:
+    """The end of a search: best settings, its score beside the untrained base's and trial 0's, files, what next."""
+    lines = [f"{folder.name}: {why}"]
+    if standing.best is None or settings is None:
+        return [*lines, "no trial has a score yet", f"next: hpo status {folder.name}"]
+    number = standing.best[0]
+    trial = folder.trial(number)
+    lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
+    lines += [
+        f"score: {figures(standing.best)}   usual settings (trial 0): {figures(standing.baseline)}   untrained base: 0",
+        "  0 is the untrained base by definition of the scale, 1 its prompt following with the references' likeness;",
+        "  ± is one standard error over prompts. The best of a search is optimistic, because it was selected: what it",
+        "  is worth shows only on fresh prompts and seeds.",
+    ]
+    if trial.lora.is_file():
+        lines.append(f"LoRA: {trial.lora}")
+    lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
+    if folder.alert.is_file():
+        lines.append(f"convergence: {folder.alert}")
+    return [*lines, f"next: hpo dashboard {folder.name}"]
+
+
+def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
+    """All trials, newest last."""
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    for name, justify in (
+        ("trial", "right"),
+        ("state", "left"),
+        ("score", "right"),
+        ("± se", "right"),
+        ("time", "right"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("settings", overflow="ellipsis", no_wrap=True)
+    trials = study.get_trials(deepcopy=False)
+    best = max(
+        (t for t in trials if t.value is not None and t.user_attrs.get("outcome") == "complete"),
+        key=lambda t: (t.value or 0.0, -t.number),
+        default=None,
+    )
+    for trial in trials:
+        state = trial.user_attrs.get("outcome", trial.state.name.lower())
+        if trial.state.name == "RUNNING":
+            pid = holder(trial.number)
+            state = f"running ({pid})" if pid else "interrupted"
+        elif trial.state.name == "FAIL":
+            state = "failed"
+        scored = state == "complete" and trial.value is not None
+        reason = str(trial.user_attrs.get("reason", ""))
+        settings = trial.user_attrs.get("settings", {})
+        words = " ".join(f"{clean_text(str(k))}={short(v)}" for k, v in settings.items())
+        table.add_row(
+            Text(f"{trial.number}{'*' if trial is best else ''}"),
+            Text(clean_text(state)),
+            Text(f"{trial.value:.4f}" if scored else ""),
+            Text(f"{trial.user_attrs.get('se', 0.0):.4f}" if scored else ""),
+            Text(clock(trial.user_attrs["seconds"]) if "seconds" in trial.user_attrs else ""),
+            Text(f"[{clean_text(reason)}] {words}" if reason else words),
+        )
+    return table

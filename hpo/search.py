@@ -1,0 +1,224 @@
+"""The search: claim or adopt a trial → train and score → result.json → tell, until the study has its
+trials.
+
+Owns the loop of one worker, telling Optuna, and when the search ends.  Does not own who works on what
+(``hpo.claim``), a trial's work (``hpo.trial``) or what is shown (``hpo.report``).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import optuna
+from optuna.trial import TrialState
+
+from hpo import alerts, convergence, dashboard
+from hpo.claim import Claim, Claims, startup_trials
+from hpo.folder import StudyFolder
+from hpo.locks import holder
+from hpo.standing import Standing, drop_files, history, searched_settings, standing
+from hpo.trial import (
+    FAILED,
+    INFEASIBLE_REASONS,
+    Result,
+    Watch,
+    deaths_without_progress,
+    failed,
+    run_trial,
+    write_params,
+    write_result,
+)
+from trainer.errors import Interrupted, StudyStopped
+
+if TYPE_CHECKING:
+    from hpo.workbench import Workbench
+
+EQUAL_FAILURES = 3  # in a row, then the study stops itself
+MAX_DEATHS = 5  # processes that died in one trial with nothing more saved
+
+
+class View(Watch, Protocol):
+    """Who shows the search."""
+
+    def say(self, text: str) -> None: ...
+    def on_trial(
+        self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Standing
+    ) -> None: ...
+    def on_result(self, result: Result, standing: Standing) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When the search ends, and what is kept."""
+
+    trials: int
+    max_hours: float | None = None
+    keep_best: int | None = None
+    stop_when_converged: bool = False
+    notify: tuple[str, ...] = ()
+
+
+class Search:
+    """One worker of a study."""
+
+    def __init__(self, study: optuna.Study, bench: Workbench, limits: Limits, view: View) -> None:
+        self.study = study
+        self.bench = bench
+        self.folder: StudyFolder = bench.folder
+        self.limits = limits
+        self.view = view
+        self.claims = Claims(study, bench, limits.trials, self.tell, view.say)
+        self._failures: list[str] = []
+        self._stop_saying_so = ""
+
+    # The loop
+
+    def run(self) -> str:
+        """Trial after trial until there are enough; returns why it ended."""
+        until = math.inf
+        if self.limits.max_hours is not None:
+            until = time.monotonic() + 3600 * self.limits.max_hours
+        while True:
+            if self.view.should_stop():
+                raise Interrupted("stopped between two trials", "the same command goes on")
+            if time.monotonic() >= until:
+                return f"--max-hours {self.limits.max_hours:g} is over"
+            if self._stop_saying_so:
+                return self._stop_saying_so
+            claim = self.claims.take()
+            if claim is None:
+                return self._why_done()
+            try:
+                self._do(claim)
+            finally:
+                claim.lock.release()
+
+    def _do(self, claim: Claim) -> None:
+        number = claim.trial.number
+        folder, config = self.folder.trial(number), self.bench.config(claim.suggested, number)
+        inactive = self.bench.study.space.inactive(claim.suggested)
+        write_params(folder, claim.suggested, inactive, config)
+        claim.trial.set_user_attr("settings", searched_settings(self.bench.study, claim.suggested))
+        claim.trial.set_user_attr("inactive", list(inactive))
+        self.view.on_trial(number, claim.suggested, claim.adopted, self.standing())
+        if deaths_without_progress(folder) >= MAX_DEATHS:
+            message = f"{MAX_DEATHS} processes died in this trial with nothing more saved"
+            result = failed(folder, config, "process_died", message)
+            write_result(folder, result)
+        else:
+            result = run_trial(self.bench, folder, config, self.view)
+        self.tell(claim.trial, claim.suggested, result)
+        self.view.on_result(result, self.standing())
+        self._after(result)
+
+    def _after(self, result: Result) -> None:
+        """Three equal failures, LoRA files to drop, convergence."""
+        self._failures = [*self._failures, result.reason] if result.state == FAILED else []
+        if self._failures[-EQUAL_FAILURES:] == [result.reason] * EQUAL_FAILURES:
+            raise StudyStopped(
+                f"three trials in a row failed alike ({result.reason}): {result.message}",
+                f"see {self.folder.trial(result.number).log}; once it is mended, the same command goes on",
+            )
+        if self.limits.keep_best is not None:
+            drop_files(self.study, self.folder, self.limits.keep_best)
+        self._check_convergence()
+
+    # Telling
+
+    def tell(self, trial: optuna.Trial, suggested: Mapping[str, Any], result: Result) -> None:
+        """Optuna learns the result.  Safe to repeat after a kill at any point of it."""
+        frozen = self.study._storage.get_trial(trial._trial_id)
+        if frozen.state.is_finished():
+            return  # somebody finished it in the dashboard; result.json keeps what was measured
+        settings = searched_settings(self.bench.study, suggested)
+        attributes = {"reason": result.reason, "message": result.message, "remedy": result.remedy}
+        figures = {
+            "se": result.se,
+            "prompt_following": result.prompt_following,
+            "likeness": result.likeness,
+            "seconds": round(result.seconds, 1),
+        }
+        for name, value in {"outcome": result.state, **attributes, **figures, "settings": settings}.items():
+            if value not in ("", None):
+                trial.set_user_attr(name, value)
+        if result.state != FAILED:
+            amounts = dashboard.constraint_amounts(result.reason, INFEASIBLE_REASONS)
+            dashboard.mark_infeasible(trial, amounts)
+        dashboard.publish(
+            trial, self.folder, self.folder.trial(result.number), result, settings, self.view.say
+        )
+        if result.state == FAILED:
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            assert result.value is not None and math.isfinite(result.value)
+            self.study.tell(trial, result.value, skip_if_finished=True)
+
+    # Where the study stands
+
+    def standing(self) -> Standing:
+        return standing(self.study, self.limits.trials)
+
+    def _why_done(self) -> str:
+        busy = [
+            (t.number, holder(self.folder.trial_lock(t.number).path))
+            for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        ]
+        if busy:
+            return "the rest is in other hands: " + ", ".join(f"trial {n} (process {pid})" for n, pid in busy)
+        return f"{self.limits.trials} trials are done"
+
+    def _check_convergence(self) -> None:
+        points, rows = history(self.study, self.bench.study, self.folder, self.bench.anchors)
+        verdict = convergence.detect(
+            points,
+            dimensions=len(self.bench.study.space),
+            startup=startup_trials(self.limits.trials),
+            running=len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))),
+        )
+        news = alerts.update_alert(self.folder, verdict, rows)
+        if verdict is None:
+            return
+        if self.limits.stop_when_converged and verdict.level == "converged":
+            self._stop_saying_so = "converged (--stop-when-converged)"
+        if news is None:
+            return
+        text = self.folder.alert.read_text(encoding="utf-8")
+        self.view.say(f"{self.folder.alert}: {news}; {text.splitlines()[0]}")
+        dashboard.study_note(self.study, "```\n" + text + "```")
+        if self.limits.notify:
+            alerts.notify(self.limits.notify, f"{self.folder.name}: {news}", text, self.view.say)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: the first asks to finish the step, the second ends the process at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.asked = False
+        self._say = say
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in self.SIGNALS:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._say("stopping after this step; once more stops at once")
+
+    def __call__(self) -> bool:
+        return self.asked

@@ -1,0 +1,184 @@
+"""One call of ``hpo search``: from the command line's words to the summary at the end.
+
+Owns the order of things: definition → inputs → folder → study → baseline → trials → summary.  A user's
+mistake is found before anything is written, or what was written is taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from rich.console import Console
+
+from hpo import alerts, report, workbench
+from hpo.claim import quiet
+from hpo.cost import Cost, check_disk, estimate
+from hpo.enqueue import as_proposal
+from hpo.folder import IDENTITY, RUNS, StudyFolder, create_study, open_study, study_folder
+from hpo.search import Limits, Search, Stop
+from hpo.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
+from hpo.study import StudyConfig, find_study, read_study, study_name
+from trainer import loop
+from trainer.errors import Interrupted, MachineError
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of ``hpo search``."""
+
+    inputs: workbench.Inputs
+    trials: int
+    study: str | None = None
+    name: str | None = None
+    sets: tuple[str, ...] = ()
+    enqueue: Path | None = None
+    max_hours: float | None = None
+    keep_best: int | None = None
+    notify: tuple[str, ...] = ()
+    stop_when_converged: bool = False
+    seed: int | None = None
+    runs: Path = RUNS
+
+
+def search(request: Request, console: Console) -> None:
+    """Run the search to its end.  Raises ToolError; Interrupted if the user stopped it."""
+    config = read_study(find_study(request.study, request.inputs.base), sets=request.sets, seed=request.seed)
+    name = study_name(request.name, config.name, request.inputs.base, request.inputs.data)
+    folder = study_folder(name, request.runs)
+    limits = Limits(
+        trials=request.trials,
+        max_hours=request.max_hours,
+        keep_best=request.keep_best,
+        stop_when_converged=request.stop_when_converged,
+        notify=alerts.notification_urls(request.notify),
+    )
+    view = report.make_view(console, lambda suggested: config.space.settings(suggested, config.train), name)
+    _check_definition(folder, config)
+    with workbench.taken_back(folder):
+        bench = workbench.load(request.inputs, config, folder, view.say)
+        study = _open(bench)
+        proposal = _proposal(request, bench, view)
+        _begin(study, bench, limits, proposal, view, console)
+    worker = Search(study, bench, limits, view)
+    with Stop(view.say) as stop:
+        view.asked_to_stop = stop
+        try:
+            with view:
+                why = worker.run()
+        except optuna.exceptions.StorageInternalError as error:
+            raise MachineError(
+                f"{folder.database} could not be written: {error.__cause__}", _GO_ON
+            ) from error
+        except Interrupted as error:
+            view.say(report.study_line(name, worker.standing()))
+            raise Interrupted(
+                error.message, f"go on with the same command; so far: hpo status {name}"
+            ) from None
+    _end(study, bench, worker.standing(), why, view)
+
+
+_GO_ON = "free some space or wait for the other program; the same command goes on"
+
+
+def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
+    """A changed definition is refused before anything is loaded."""
+    if folder.database.is_file():
+        before = open_study(folder).user_attrs.get(IDENTITY, {})
+        known = {key: value for key, value in before.items() if key.startswith("[")}
+        if known:
+            workbench.check_unchanged(known, config.frozen(), folder.name)
+
+
+def _open(bench: workbench.Workbench) -> optuna.Study:
+    """The study in its folder, created or found unchanged."""
+    folder, facts = bench.folder, bench.facts()
+    folder.locks.mkdir(parents=True, exist_ok=True)
+    folder.artifacts.mkdir(exist_ok=True)
+    with folder.study_lock().held():
+        study = create_study(folder, facts)
+        workbench.check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
+        workbench.write_definition(bench, facts)
+    return study
+
+
+def _proposal(
+    request: Request, bench: workbench.Workbench, view: report.PlainView
+) -> Mapping[str, Any] | None:
+    if request.enqueue is None:
+        return None
+    proposal, notes = as_proposal(
+        request.enqueue, bench.study, lambda train: loop.total_steps(train, bench.data)
+    )
+    for note in notes:
+        view.say(note)
+    return proposal
+
+
+def _begin(
+    study: optuna.Study,
+    bench: workbench.Workbench,
+    limits: Limits,
+    proposal: Mapping[str, Any] | None,
+    view: report.PlainView,
+    console: Console,
+) -> None:
+    """Say what will happen, measure the untrained base, check the disk, queue trial 0 and the user's own."""
+    now = standing(study, limits.trials)
+    fresh = now.complete + now.running == 0
+    if fresh:
+        console.print(report.introduction(bench.study, limits.trials))
+        view.say(report.ratio_line(len(bench.study.space), limits.trials))
+    view.say(_data_line(bench))
+    if now.left:
+        if fresh:
+            view.say(f"drawing {bench.prompts.image_count} images with the untrained base …")
+        bench.measure_anchors(view.say)
+        cost = estimate(bench, probe=fresh)
+        check_disk(bench, cost, now.left, limits.keep_best)
+        view.say(_cost_line(cost, now, limits))
+    with bench.folder.study_lock().held(), quiet():
+        if not study.get_trials(deepcopy=False):
+            study.enqueue_trial(dict(bench.study.baseline), user_attrs={ROLE: BASELINE})
+        if proposal is not None:
+            before = len(study.get_trials(deepcopy=False))
+            study.enqueue_trial(dict(proposal), user_attrs={ROLE: ENQUEUED}, skip_if_exists=True)
+            if len(study.get_trials(deepcopy=False)) == before:
+                view.say("the settings of --enqueue are in the study already")
+
+
+def _data_line(bench: workbench.Workbench) -> str:
+    word = f", class {bench.data.class_word}" if bench.data.class_word else ""
+    trigger = f", trigger {bench.data.trigger}" if bench.data.trigger else ""
+    return (
+        f"{len(bench.data.items)} training images{trigger}{word}; {len(bench.reference_items)} references held out; "
+        f"{bench.prompts.image_count} images a trial ({len(bench.prompts.prompts)} prompts × "
+        f"{len(bench.prompts.seeds)} seeds), scored by {bench.scorer.name}"
+    )
+
+
+def _cost_line(cost: Cost, now: Standing, limits: Limits) -> str:
+    seconds = now.mean_seconds if now.mean_seconds is not None else cost.trial_seconds
+    about = (
+        f"about {report.clock(seconds)} a trial, {report.clock(seconds * now.left)} in all"
+        if seconds
+        else "time unknown"
+    )
+    size = cost.bytes_for(now.left, limits.keep_best)
+    return (
+        f"cost: {now.left} trials × (about {cost.steps:.0f} steps + {cost.images} images): {about}; "
+        f"up to {size / 1e6:.0f} MB of disk"
+    )
+
+
+def _end(
+    study: optuna.Study, bench: workbench.Workbench, now: Standing, why: str, view: report.PlainView
+) -> None:
+    best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
+    settings = best.user_attrs.get("settings", {}) if best else None
+    for line in report.summary(bench.folder, now, settings, why):
+        view.say(line)
+    view.say(report.study_line(bench.folder.name, now))

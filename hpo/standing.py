@@ -1,0 +1,129 @@
+"""Where a study stands, read from its database: counts, best, baseline, the history the detector reads.
+
+Owns what "best" and "feasible" mean and which LoRA files are kept.  Changes nothing in the study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from evaluation.score import anchored, composite, read_score
+from hpo.alerts import Row
+from hpo.convergence import TOP, Point
+from hpo.folder import StudyFolder
+from hpo.study import StudyConfig
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from evaluation.anchors import Anchors
+
+ROLE, BASELINE, ENQUEUED = "role", "baseline", "enqueued"  # a trial's user attribute and its values
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The study at a moment.  Best and baseline are (number, score, standard error), or None."""
+
+    total: int
+    complete: int
+    infeasible: int
+    failed: int
+    running: int
+    best: tuple[int, float, float] | None
+    baseline: tuple[int, float, float] | None
+    mean_seconds: float | None
+
+    @property
+    def left(self) -> int:
+        return max(0, self.total - self.complete)
+
+
+def standing(study: optuna.Study, total: int) -> Standing:
+    """Counts, best and baseline, from the database."""
+    trials = study.get_trials(deepcopy=False)
+    done = [t for t in trials if t.state == TrialState.COMPLETE]
+    feasible = [t for t in done if is_feasible(t)]
+    best = max(feasible, key=lambda t: (t.value, -t.number), default=None)
+    baseline = next((t for t in feasible if t.user_attrs.get(ROLE) == BASELINE), None)
+    seconds = [t.user_attrs["seconds"] for t in done if "seconds" in t.user_attrs]
+    return Standing(
+        total=total,
+        complete=len(done),
+        infeasible=len(done) - len(feasible),
+        failed=sum(t.state == TrialState.FAIL for t in trials),
+        running=sum(t.state == TrialState.RUNNING for t in trials),
+        best=_figures(best),
+        baseline=_figures(baseline),
+        mean_seconds=float(np.mean(seconds)) if seconds else None,
+    )
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    return all(amount <= 0 for amount in trial.constraints.values())
+
+
+def _figures(trial: FrozenTrial | None) -> tuple[int, float, float] | None:
+    if trial is None or trial.value is None:
+        return None
+    return trial.number, trial.value, float(trial.user_attrs.get("se", 0.0))
+
+
+def history(
+    study: optuna.Study, config: StudyConfig, folder: StudyFolder, anchors: Anchors
+) -> tuple[list[Point], dict[int, Row]]:
+    """The feasible trials as the detector wants them, and as rows for the alert."""
+    trials = [
+        t
+        for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if is_feasible(t) and t.value is not None and t.params.keys() == config.baseline.keys()
+    ]
+    compared = sorted(trials, key=lambda t: (-(t.value or 0.0), t.number))[:TOP]
+    points, rows = [], {}
+    for t in trials:
+        assert t.value is not None
+        se = float(t.user_attrs.get("se", 0.0))
+        prompts = by_prompt(folder.trial(t.number).metrics, anchors) if t in compared else ()
+        points.append(Point(t.number, t.value, se, config.space.place(t.params), prompts))
+        rows[t.number] = Row(t.number, t.value, se, searched_settings(config, t.params))
+    return points, rows
+
+
+def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
+    """A trial's score prompt by prompt, of the prompts that ask for the subject; empty without its metrics.json."""
+    try:
+        rows = read_score(metrics).per_image
+    except DataError:
+        return ()
+    ids = anchors.prompt_ids
+    means = [[r for r in rows if r.prompt_id == p] for p in ids]
+    if not all(means):
+        return ()
+    t_P = np.array([np.mean([r.clip_t for r in of]) for of in means])
+    i_P = np.array([np.mean([r.clip_i for r in of]) for of in means])
+    scores_P = composite(*anchored(t_P, i_P, anchors, np.eye(len(ids))))
+    return tuple(float(s) for s, asks in zip(scores_P, anchors.asks_for_subject, strict=True) if asks)
+
+
+def searched_settings(config: StudyConfig, suggested: Mapping[str, Any]) -> dict[str, Any]:
+    """The searched settings under kohya's names, as a person reads them; inactive ones are left out."""
+    return config.space.settings(suggested, config.train)
+
+
+def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
+    """Delete the LoRA files of all but the best ``keep`` finished trials.  Settings, samples and scores stay."""
+    done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    ranked = sorted(
+        (t for t in done if is_feasible(t) and t.value is not None), key=lambda t: (-(t.value or 0), t.number)
+    )
+    kept = {t.number for t in ranked[:keep]}
+    for trial in done:
+        if trial.number not in kept:
+            folder.trial(trial.number).lora.unlink(missing_ok=True)

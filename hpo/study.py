@@ -1,0 +1,350 @@
+"""StudyConfig: what a study is, read from a TOML file and checked before anything is loaded.
+
+Owns the study file's sections, ``--set``, where study files are found, and the facts that must not change
+while a study goes on.  Does not own parameters (``hpo.space``), paths and storage (``hpo.folder``) or the
+work (``hpo.search``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hpo.space import DERIVED, ZERO_IS_UNSET, Space, settings_of
+from hpo.spacefile import read_space
+from trainer.config import SETTINGS, TrainConfig, check_name, suggestion
+from trainer.errors import ConfigError
+from trainer.files import clean_text, safe_name
+
+DEFAULT_STUDY = "sd15-character"
+MINIATURE_STUDY = "mini"
+# Settings that a study decides elsewhere, and the ones that change no result: not frozen with a study.
+ELSEWHERE = {
+    "pretrained_model_name_or_path": "--base",
+    "train_data_dir": "--data",
+    "output_name": "the trial's number",
+    "seed": "--seed",
+}
+# A setting that, once given, leaves others without effect.
+SHADOWS = {"max_train_steps": ("max_train_epochs",), "network_train_unet_only": ("text_encoder_lr",)}
+NEUTRAL_SETTINGS = (*ELSEWHERE, "gradient_checkpointing", "cache_latents_to_disk", "vae_batch_size")
+
+
+@dataclass(frozen=True)
+class StudySection:
+    """[study]: what it is for, and what scores it.  Empty clip and likeness: the base's default."""
+
+    title: str = ""
+    clip: str = ""
+    likeness: str = ""
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class PromptSection:
+    """[prompts] and [confirmation]: templates of ``words``, how many of each kind, and the seeds of each prompt."""
+
+    words: str = "natural"
+    counts: Mapping[str, int] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SamplingSection:
+    """[sampling]: how scored images are drawn.  Unset sizes: the training resolution; unset batch: what fits."""
+
+    steps: int = 20
+    cfg: float = 7.0
+    sampler: str = "dpmpp_2m"
+    negative: str = ""
+    width_px: int | None = None
+    height_px: int | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A checked study definition.  ``baseline`` is trial 0 as a proposal of ``space``."""
+
+    name: str
+    study: StudySection
+    train: TrainConfig
+    space: Space
+    baseline: Mapping[str, Any]
+    prompts: PromptSection
+    confirmation: PromptSection
+    sampling: SamplingSection
+
+    def config(self, suggested: Mapping[str, Any]) -> TrainConfig:
+        """The training configuration of a proposal."""
+        return self.space.config(suggested, self.train)
+
+    def sample_values(self) -> dict[str, Any]:
+        """Values for ``evaluation.sampling.SampleConfig``, less those that are left to the base."""
+        values = {k: v for k, v in dataclasses.asdict(self.sampling).items() if v is not None}
+        size = {"width_px": self.train.resolution, "height_px": self.train.resolution}
+        return {**size, **values, "clip_skip": self.train.clip_skip}
+
+    def frozen(self) -> dict[str, str]:
+        """Facts of the definition that must stay as they are while the study goes on: name → value in words."""
+        facts = {f"[space] {name}": text for name, text in self.space.describe().items()}
+        decided = {setting for p in self.space for setting in settings_of(p.name)}
+        for name, value in self.train.as_dict().items():
+            if name not in NEUTRAL_SETTINGS and name not in decided:
+                facts[f"[train] {name}"] = str(value)
+        return facts
+
+
+def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None) -> StudyConfig:
+    """The definition in a TOML file with ``--set`` values put in, checked to its last edge.  Raises ConfigError."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the study file {path}: {error.strerror}", "check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is not valid TOML: {clean_text(str(error))}", "correct that place"
+        ) from None
+    try:
+        return build_study(path.stem, table, sets=sets, seed=seed)
+    except ConfigError as error:
+        raise ConfigError(f"{path.name}: {error.message}", error.hint) from None
+
+
+SECTIONS = ("study", "train", "space", "baseline", "prompts", "confirmation", "sampling")
+
+
+def build_study(
+    name: str, table: Mapping[str, Any], *, sets: Iterable[str] = (), seed: int | None = None
+) -> StudyConfig:
+    """A definition from the file's content."""
+    _check_keys(table, SECTIONS, "the study file", "section")
+    sections: dict[str, dict[str, Any]] = {}
+    for section in SECTIONS:
+        body = table.get(section, {})
+        if not isinstance(body, Mapping):
+            raise ConfigError(f"[{section}] is not a section", f"write [{section}] on a line of its own")
+        sections[section] = dict(body)
+    for text in sets:
+        _put(sections, text)
+    if seed is not None:
+        sections["study"]["seed"] = seed
+    if not sections["space"]:
+        raise ConfigError("[space] is empty", "search at least one setting, for example learning_rate")
+    study = _section(StudySection, sections["study"], "study")
+    space = read_space(sections["space"])
+    train = _train(sections["train"], space).with_values({"seed": study.seed})
+    baseline = _baseline(sections["baseline"], space, train)
+    space.check_edges(train, baseline)
+    return StudyConfig(
+        name,
+        study,
+        train,
+        space,
+        baseline,
+        _section(PromptSection, sections["prompts"], "prompts"),
+        _section(PromptSection, sections["confirmation"], "confirmation"),
+        _section(SamplingSection, sections["sampling"], "sampling"),
+    )
+
+
+def _train(body: Mapping[str, Any], space: Space) -> TrainConfig:
+    decided = {setting: p.name for p in space for setting in settings_of(p.name)}
+    for name in body:
+        check_name(name)
+        if name in ELSEWHERE:
+            raise ConfigError(f"{name} does not belong in [train]", f"it is decided by {ELSEWHERE[name]}")
+        if name in decided:
+            raise ConfigError(
+                f"{name} is fixed in [train] and searched by {decided[name]}", "keep one of the two"
+            )
+        for setting in SHADOWS.get(name, ()) if body[name] else ():
+            if setting in decided:
+                raise ConfigError(
+                    f"{name} in [train] leaves {decided[setting]} without effect", "keep one of the two"
+                )
+    return TrainConfig().with_values(body)
+
+
+def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict[str, Any]:
+    """[baseline], written in kohya's settings, as a proposal."""
+    decided = {setting for p in space for setting in settings_of(p.name)}
+    values = {}
+    for name, value in body.items():
+        check_name(name)
+        if name not in decided:
+            raise ConfigError(f"{name} in [baseline] is not searched", "fixed settings belong in [train]")
+        values[name] = None if name in ZERO_IS_UNSET and value == 0 else value
+    complete = train.with_values(values).as_dict()
+    # An inactive parameter is recorded too, with its lower edge.
+    return space.check(space.proposal(complete, {p.name: p.domain.edges[0] for p in space}), "[baseline]")
+
+
+def find_study(spec: str | None, base: str) -> Path:
+    """The study file of ``--study``: a path, or a name.  A file in the current folder wins over a shipped one."""
+    if spec is None:
+        spec = MINIATURE_STUDY if base.startswith("mini-") else DEFAULT_STUDY
+    path = Path(spec)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    name = path.name.removesuffix(".toml")
+    shipped = {
+        p.name: p for p in map(Path, map(str, resources.files("studies").iterdir())) if p.suffix == ".toml"
+    }
+    if path.parent == Path("."):
+        local = Path("studies") / f"{name}.toml"
+        for found in (Path(f"{name}.toml"), local, shipped.get(f"{name}.toml")):
+            if found is not None and found.is_file():
+                return found
+    known = sorted(n.removesuffix(".toml") for n in shipped)
+    raise ConfigError(f"no study file {spec}", suggestion(name, known) or "shipped: " + ", ".join(known))
+
+
+def study_name(given: str | None, definition: str, base: str, data: Path | None) -> str:
+    """The folder's name under runs/: ``--name``, or one that the same command finds again."""
+    if given is not None:
+        return safe_name(given, "study name")
+    parts = [base] if base.startswith("mini-") else []
+    if definition != MINIATURE_STUDY or not parts:
+        parts.append(definition)
+    if data is not None:
+        parts.append(data.resolve().name)
+    slug = "".join(c if c.isascii() and c.isalnum() else "-" for c in "-".join(parts).lower())
+    return safe_name("-".join(filter(None, slug.split("-")))[:64].rstrip("-"), "study name")
+
+
+def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """One line for each fact that changed."""
+    lines = []
+    for name in [*before, *(n for n in now if n not in before)]:
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            lines.append(f"{name}: was {old or 'not there'}, is now {new or 'not there'}")
+    return lines
+
+
+def _put(sections: dict[str, dict[str, Any]], text: str) -> None:
+    """One ``--set key=value``: a setting, a range of the space, or section.key."""
+    key, equals, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not equals or not key or not raw:
+        raise ConfigError(
+            f"--set {text!r} has no value", "write --set key=value, for example --set network_dim=16"
+        )
+    value = _value(raw)
+    section, dot, inner = key.partition(".")
+    if dot:
+        if section not in sections:
+            raise ConfigError(
+                f"--set {key}: no section {section}", suggestion(section, sections) or ", ".join(sections)
+            )
+        sections[section][inner] = value
+        return
+    if isinstance(value, Mapping | list):
+        sections["space"][key] = value
+        for setting in settings_of(key):
+            sections["train"].pop(setting, None)
+        return
+    if key in DERIVED:
+        raise ConfigError(
+            f"--set {key}: a single value fixes nothing", f"set {DERIVED[key].sets} instead, or give a range"
+        )
+    check_name(key)
+    if key in ELSEWHERE:
+        raise ConfigError(f"{key} is not set with --set", f"it is decided by {ELSEWHERE[key]}")
+    sections["train"][key] = value
+    fixed = {key, *(SHADOWS.get(key, ()) if value else ())}
+    for name in [
+        n for n in sections["space"] if fixed & set(settings_of(n))
+    ]:  # what is fixed is not searched
+        del sections["space"][name]
+        for setting in settings_of(name):
+            sections["baseline"].pop(setting, None)
+        for body in sections["space"].values():
+            if isinstance(body, dict):
+                body.get("inactive_when", {}).pop(name, None)
+
+
+def _value(raw: str) -> Any:
+    """A TOML value; a bare word is a text."""
+    try:
+        return tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _check_keys(table: Mapping[str, Any], known: Iterable[str], where: str, what: str) -> None:
+    names = list(known)
+    for key in table:
+        if key not in names:
+            raise ConfigError(
+                f"unknown {what} {key} in {where}", suggestion(key, names) or "known: " + ", ".join(names)
+            )
+
+
+def _section(kind: Any, body: Mapping[str, Any], name: str) -> Any:
+    """A section's dataclass, its values checked for name and type."""
+    known = {f.name: f for f in fields(kind)}
+    _check_keys(body, known, f"[{name}]", "key")
+    values: dict[str, Any] = {}
+    for key, value in body.items():
+        check = _CHECKS[key]
+        if not check.holds(value):
+            raise ConfigError(
+                f"{key} = {value!r} in [{name}] is not {check.what}", f"for example {check.example}"
+            )
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+@dataclass(frozen=True)
+class _Check:
+    what: str
+    example: str
+    holds: Any
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_TEXT = _Check("a text", '"…"', lambda v: isinstance(v, str))
+_SIZE = _Check("a multiple of 8 from 8 to 4096", "512", lambda v: _whole(v) and 8 <= v <= 4096 and v % 8 == 0)
+_CHECKS: dict[str, _Check] = {
+    "title": _TEXT,
+    "clip": _TEXT,
+    "likeness": _TEXT,
+    "seed": _Check("a whole number from 0", "42", lambda v: _whole(v) and v < 2**63),
+    "words": _Check("natural or miniature", '"natural"', lambda v: v in ("natural", "miniature")),
+    "counts": _Check(
+        "a table of whole numbers",
+        "{ train-like = 6, altered = 6, style = 3, class-only = 1 }",
+        lambda v: (
+            isinstance(v, Mapping)
+            and set(v) <= {"train-like", "altered", "style", "class-only"}
+            and all(map(_whole, v.values()))
+        ),
+    ),
+    "seeds": _Check(
+        "a list of different whole numbers",
+        "[0, 1]",
+        lambda v: isinstance(v, list) and bool(v) and all(map(_whole, v)) and len(set(v)) == len(v),
+    ),
+    "steps": _Check("a whole number from 1 to 1000", "20", lambda v: _whole(v) and 1 <= v <= 1000),
+    "cfg": _Check(
+        "a number from 1 to 100",
+        "7.0",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 1 <= v <= 100,
+    ),
+    "sampler": _TEXT,
+    "negative": _TEXT,
+    "width_px": _SIZE,
+    "height_px": _SIZE,
+    "batch_size": _Check("a whole number from 1 to 1024", "8", lambda v: _whole(v) and 1 <= v <= 1024),
+}
+assert SETTINGS.keys() >= set(NEUTRAL_SETTINGS)

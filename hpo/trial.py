@@ -1,0 +1,363 @@
+"""One trial's work: train, save, score – and the Result that is written before anyone is told.
+
+Owns the files of trial_NNNN/ and which failure means what.  Does not own proposals, storage or the order of
+trials (``hpo.search``).
+
+What the settings caused is *infeasible*: the sampler learns from it.  What the machine or the tool caused
+is *failed*: it says nothing about the settings.  A trial that is interrupted writes no result and goes on
+later: from its newest checkpoint, or – once its LoRA is saved – with the images that are still missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hpo.folder import TrialFolder, read_json
+from trainer.config import TrainConfig
+from trainer.errors import (
+    Interrupted,
+    MachineError,
+    ModelFileError,
+    OutOfMemory,
+    SettingsFailure,
+    ToolError,
+)
+from trainer.files import append_line, clean_text, read_records, sha256_file, sweep, write_atomic
+
+if TYPE_CHECKING:
+    from evaluation.score import Score
+    from hpo.workbench import Workbench
+    from trainer.adapter import Adapter
+    from trainer.events import Event
+
+COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
+# Below every score (0 to 1.1, evaluation.score): finite, the same in every study, and plainly not a measurement.
+INFEASIBLE_VALUE = -0.1
+PATHS = ("pretrained_model_name_or_path", "train_data_dir")
+INFEASIBLE_REASONS = ("diverged", "out_of_memory", "invalid_images")
+
+
+class Watch(Protocol):
+    """Who looks on while a trial runs."""
+
+    def on_event(self, event: Event) -> None: ...
+    def on_image(self, done: int, total: int) -> None: ...
+    def should_stop(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial came to: result.json.  ``value`` is what Optuna is told; None for a failed trial."""
+
+    number: int
+    state: str
+    value: float | None
+    se: float | None
+    reason: str
+    message: str
+    config_sha256: str
+    lora: str
+    lora_sha256: str
+    prompt_following: float | None
+    likeness: float | None
+    clip_t: float | None
+    clip_i: float | None
+    n_images: int
+    steps: int
+    skipped_steps: int
+    train_seconds: float
+    score_seconds: float
+    remedy: str
+    time_utc: str
+
+    @property
+    def seconds(self) -> float:
+        return self.train_seconds + self.score_seconds
+
+
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide a LoRA, as JSON gives them back: paths may change, their contents are hashed."""
+    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in PATHS}, sort_keys=True))
+
+
+def config_sha256(config: TrainConfig) -> str:
+    """What a result belongs to."""
+    return hashlib.sha256(json.dumps(deciding(config.as_dict())).encode()).hexdigest()
+
+
+def write_params(
+    folder: TrialFolder, suggested: Mapping[str, Any], inactive: tuple[str, ...], config: TrainConfig
+) -> None:
+    """params.json: the proposal and the settings it means.  Refuses a folder that another proposal began."""
+    values = {
+        "trial": folder.number,
+        "suggested": dict(suggested),
+        "inactive": list(inactive),
+        "train": config.as_dict(),
+    }
+    before = read_json(folder.params)
+    if before is None:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder.params, json.dumps(values, indent=1))
+    elif before["suggested"] != suggested or deciding(before["train"]) != deciding(config.as_dict()):
+        raise MachineError(
+            f"{folder.params} holds other settings than the study proposes for trial {folder.number}",
+            "the folder is of another study: move it away",
+        )
+
+
+def read_result(folder: TrialFolder, config: TrainConfig) -> Result | None:
+    """The trial's result if it is whole and belongs to these settings."""
+    values = read_json(folder.result)
+    if values is None or values.keys() != {f.name for f in fields(Result)}:
+        return None
+    found = Result(**values)
+    if found.number != folder.number or found.config_sha256 != config_sha256(config):
+        return None
+    if found.state == FAILED:
+        return found
+    sound = found.value is not None and math.isfinite(found.value)
+    return found if sound and found.state in (COMPLETE, INFEASIBLE) else None
+
+
+def write_result(folder: TrialFolder, result: Result) -> None:
+    write_atomic(folder.result, json.dumps(asdict(result), indent=1))
+
+
+def failed(folder: TrialFolder, config: TrainConfig, reason: str, message: str) -> Result:
+    """The result of a trial that tells nothing about its settings."""
+    return _result(folder, config, FAILED, None, reason=reason, message=message)
+
+
+def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
+    """Do the trial's work from wherever it was left, write result.json, and clean up what only resuming
+    needs.
+
+    Raises Interrupted (work is saved) and lets errors of result.json itself through: then nothing was
+    decided.
+    """
+    sweep(folder.root)
+    _note(folder, "start")
+    try:
+        result = _work(bench, folder, config, watch)
+    except Interrupted:
+        _note(folder, "interrupted")
+        raise
+    except SettingsFailure as error:
+        _log(folder, f"infeasible: {error.reason}: {error}")
+        result = _result(
+            folder, config, INFEASIBLE, INFEASIBLE_VALUE, reason=error.reason, message=error.message
+        )
+    except ToolError as error:
+        _log(folder, f"failed: {error}")
+        result = failed(folder, config, type(error).__name__, str(error))
+    except Exception as error:
+        _log(folder, traceback.format_exc())
+        text = clean_text(str(error).strip().splitlines()[0] if str(error).strip() else "")[:200]
+        result = failed(folder, config, f"crash:{type(error).__name__}", f"{text} (see {folder.log})")
+    write_result(folder, result)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return result
+
+
+def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
+    adapter, remedy = _trained(bench, folder, config, watch)
+    try:
+        started = time.monotonic()
+        score = _scored(bench, folder, adapter, watch)
+        seconds = time.monotonic() - started
+    finally:
+        adapter.remove()
+    if not (math.isfinite(score.value) and math.isfinite(score.se)):
+        raise ModelFileError(f"the score of trial {folder.number} is {score.value}", "see its metrics.json")
+    result = _result(folder, config, COMPLETE, score.value, score=score, score_seconds=seconds, remedy=remedy)
+    _log(folder, f"score {score.value:.6f} ± {score.se:.6f}")
+    return result
+
+
+def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> tuple[Adapter, str]:
+    """The trained adapter in the base, rounded as its file is; and the remedy that was needed, if any."""
+    from trainer import lorafile
+
+    if folder.lora.is_file():  # trained before, interrupted while scoring
+        file = lorafile.read(folder.lora)
+        remedy = _saved_remedy(folder, config, json.loads(file.metadata[lorafile.CONFIG_KEY]))
+        return lorafile.attach(bench.base, file), remedy
+    try:
+        return _train(bench, folder, config, watch), ""
+    except OutOfMemory as error:
+        if config.gradient_checkpointing:
+            raise
+        _log(folder, f"{error}; once more with gradient_checkpointing, which changes no result")
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    bench.empty_cache()
+    remedied = config.with_values({"gradient_checkpointing": True})
+    return _train(bench, folder, remedied, watch), "gradient_checkpointing"
+
+
+def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, Any]) -> str:
+    """The remedy recorded in a LoRA file.  What was trained must be what is asked for."""
+    now, saved = deciding(config.as_dict()), deciding(saved)
+    changed = sorted(name for name in now if saved.get(name) != now[name])
+    if changed not in ([], ["gradient_checkpointing"]):
+        raise ModelFileError(
+            f"{folder.lora} was trained with another {', '.join(changed)}", "delete the file"
+        )
+    return changed[0] if changed else ""
+
+
+def _train(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Adapter:
+    from trainer import adapter as adapters
+    from trainer import loop, lorafile
+
+    adapter = adapters.inject(bench.base, config)
+    try:
+        prepared = bench.prepared(config)
+        log = _StepLog(folder.steps)
+        for event in loop.train(
+            config,
+            bench.base,
+            adapter,
+            prepared,
+            checkpoints=folder.checkpoints,
+            should_stop=watch.should_stop,
+        ):
+            log.write(event)
+            watch.on_event(event)
+        adapter.round_to(config.save_precision)
+        lorafile.write(
+            folder.lora, adapter, bench.base, config, {"ss_training_comment": f"trial {folder.number}"}
+        )
+    except BaseException:
+        adapter.remove()
+        raise
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return adapter
+
+
+def _scored(bench: Workbench, folder: TrialFolder, adapter: Adapter, watch: Watch) -> Score:
+    from evaluation.score import evaluate_adapter
+
+    def on_image(done: int, total: int) -> None:
+        watch.on_image(done, total)
+        if watch.should_stop() and done < total:
+            raise Interrupted(
+                f"stopped after image {done} of {total}: they are kept", "the same command goes on"
+            )
+
+    try:
+        return evaluate_adapter(
+            bench.base,
+            bench.prompts,
+            bench.sampling,
+            bench.references,
+            bench.scorer,
+            bench.likeness,
+            bench.anchors,
+            folder.root,
+            identity=f"{bench.base.identity}:{adapter.fingerprint()}",
+            on_image=on_image,
+        )
+    except OutOfMemory as error:  # every trial draws the same images: not this trial's settings
+        hint = f"--set sampling.batch_size={max(1, bench.sampling.batch_size // 2)}"
+        raise MachineError(error.message, hint) from None
+
+
+class _StepLog:
+    """train.jsonl: one line an event.  Lines beyond the checkpoint that a run goes on from are taken back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fresh = True
+
+    def write(self, event: Event) -> None:
+        values = {"event": type(event).__name__.lower(), **asdict(event)}
+        values.pop("path", None)
+        if self._fresh:
+            first = values["steps"] + 1 if values["event"] == "finished" else values["step"]
+            kept = [json.dumps(row) for row in read_records(self.path) if row.get("step", 0) < first]
+            write_atomic(self.path, "".join(line + "\n" for line in kept))
+            self._fresh = False
+        append_line(self.path, json.dumps(values))
+
+
+def deaths_without_progress(folder: TrialFolder) -> int:
+    """How often in a row a process died in this trial with nothing more saved than before."""
+    count, saved = 0, None
+    for row in read_records(folder.starts):
+        if row.get("event") != "start":
+            count, saved = 0, None
+        elif row.get("saved") == saved:
+            count += 1
+        else:
+            count, saved = 1, row.get("saved")
+    return count if saved == _saved(folder) else 0
+
+
+def _saved(folder: TrialFolder) -> str:
+    """A word that changes whenever the trial has more on disk to go on from."""
+    images = len(list((folder.root / "samples").glob("*.png")))
+    steps = max((p.name for p in folder.checkpoints.glob("step-*")), default="")
+    return f"{steps}:{folder.lora.is_file()}:{images}"
+
+
+def _note(folder: TrialFolder, event: str) -> None:
+    row = {"event": event, "saved": _saved(folder), "time_utc": _now()}
+    append_line(folder.starts, json.dumps(row))
+
+
+def _log(folder: TrialFolder, text: str) -> None:
+    for line in text.splitlines():
+        append_line(folder.log, f"{_now()} {line}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _result(
+    folder: TrialFolder,
+    config: TrainConfig,
+    state: str,
+    value: float | None,
+    *,
+    score: Score | None = None,
+    score_seconds: float = 0.0,
+    reason: str = "",
+    message: str = "",
+    remedy: str = "",
+) -> Result:
+    rows = list(read_records(folder.steps))
+    kept = folder.lora.is_file()
+    return Result(
+        number=folder.number,
+        state=state,
+        value=value,
+        se=score.se if score else None,
+        reason=reason,
+        message=clean_text(message),
+        config_sha256=config_sha256(config),
+        lora=folder.lora.name if kept else "",
+        lora_sha256=sha256_file(folder.lora) if kept else "",
+        prompt_following=score.prompt_following if score else None,
+        likeness=score.likeness if score else None,
+        clip_t=score.clip_t if score else None,
+        clip_i=score.clip_i if score else None,
+        n_images=score.n_images if score else 0,
+        steps=max((row["step"] for row in rows if row.get("event") in ("step", "skipped")), default=0),
+        skipped_steps=sum(row.get("event") == "skipped" for row in rows),
+        train_seconds=round(sum(row.get("seconds", 0.0) for row in rows), 3),
+        score_seconds=round(score_seconds, 3),
+        remedy=remedy,
+        time_utc=_now(),
+    )

@@ -1,0 +1,308 @@
+"""Workbench: everything that every trial of a study uses and none changes – loaded once.
+
+Owns the order of loading (cheap checks first, nothing written until all of a user's input is known to be
+good), the facts a study is frozen to, and what a trial will cost.  Does not run trials (``hpo.trial``) or
+propose them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from evaluation import embed
+from evaluation.anchors import Anchors, References, embed_references, make_anchors
+from evaluation.prompts import (
+    CONFIRM_COUNTS,
+    CONFIRM_SEEDS,
+    SEARCH_COUNTS,
+    SEARCH_SEEDS,
+    PromptSet,
+    generate,
+    load_prompts,
+    no_class_word,
+    save_prompts,
+)
+from evaluation.sampling import SampleConfig, default_config
+from hpo.folder import StudyFolder
+from hpo.study import StudyConfig, difference
+from trainer import cache
+from trainer.bases.base import compute_type
+from trainer.bases.load import load_base
+from trainer.config import TrainConfig
+from trainer.dataset import Dataset, read_dataset, split_references
+from trainer.errors import ConfigError, DataError, MachineError, ModelFileError
+from trainer.files import atomic_folder, write_atomic
+from trainer.images import IMAGE_EXTENSIONS
+
+if TYPE_CHECKING:
+    from trainer.bases.base import Base
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the command line says about data and models."""
+
+    base: str
+    data: Path | None = None
+    clip: str | None = None
+    prompts: Path | None = None
+    references: Path | None = None
+    trigger: str | None = None
+    class_word: str | None = None
+    device: str | None = None
+
+
+@dataclass
+class Workbench:
+    """Base, data, prompts, scorer, anchors.  One per process; trials inject into ``base`` and clean up."""
+
+    study: StudyConfig
+    folder: StudyFolder
+    base: Base
+    data: Dataset
+    reference_items: tuple[str, ...]
+    references: References
+    prompts: PromptSet
+    confirmation: PromptSet | None
+    sampling: SampleConfig
+    scorer: embed.Scorer
+    likeness: embed.ImageEncoder
+    data_folder: Path
+    base_spec: str
+    store: cache.Store
+    image_seconds: float | None = None
+    _anchors: Anchors | None = None
+
+    @property
+    def anchors(self) -> Anchors:
+        assert self._anchors is not None, "measure_anchors first"
+        return self._anchors
+
+    def config(self, suggested: Mapping[str, Any], number: int) -> TrainConfig:
+        """The complete settings of a trial, names and places included."""
+        return self.study.config(suggested).with_values(
+            {
+                "pretrained_model_name_or_path": self.base_spec,
+                "train_data_dir": str(self.data_folder),
+                "output_name": f"lora_trial_{number}",
+            }
+        )
+
+    def prepared(self, config: TrainConfig) -> cache.Prepared:
+        """Latents and text states: from the study's cache after the first trial."""
+        return cache.prepare(self.base, self.data, config, store=self.store)
+
+    def measure_anchors(self, say: Say) -> None:
+        """Score the untrained base, once per study; note how long an image takes."""
+        started = time.monotonic()
+        drawn: list[int] = []
+        self._anchors = make_anchors(
+            self.base,
+            self.prompts,
+            self.sampling,
+            self.references,
+            self.scorer,
+            self.likeness,
+            self.folder.base_images,
+            on_image=lambda done, total: drawn.append(done),
+        )
+        if drawn:
+            self.image_seconds = (time.monotonic() - started) / drawn[-1]
+        for problem in self._anchors.problems:
+            say(f"warning: {problem}")
+
+    def empty_cache(self) -> None:
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def facts(self) -> dict[str, str]:
+        """What must stay as it is while the study goes on: name → value in words."""
+        return {
+            "direction": "maximize",
+            "base": f"{self.base.name} {self.base.identity[:16]}",
+            "images and captions": self.data.content_hash[:16],
+            "references": self.references.hash[:16],
+            "prompts": self.prompts.hash[:16],
+            "sampling": json.dumps(_without_batch(self.sampling)),
+            "scorer": f"{self.scorer.name} {self.scorer.sha[:16]}",
+            "likeness": f"{self.likeness.name} {self.likeness.sha[:16]}",
+            "seed": str(self.study.study.seed),
+            **self.study.frozen(),
+        }
+
+
+def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
+    """Refuse to go on with a study that began with something else: its scores could not be compared."""
+    known = {key: value for key, value in before.items() if key in now or key.startswith("[")}
+    changed = difference(known, now)
+    if changed:
+        raise ConfigError(
+            f"study {name} began with something else: " + "; ".join(changed[:5]),
+            "give the new study another --name, or undo the change",
+        )
+
+
+def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
+    """Read and check everything.  Only demo data is written (the caller takes a new folder back on an error)."""
+    device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    data_folder = inputs.data or demo_data(inputs.base, folder)
+    train = study.train
+    data = read_dataset(data_folder, train, trigger=inputs.trigger, class_word=inputs.class_word)
+    for note in data.notes:
+        say(note)
+    if not data.class_word and inputs.prompts is None:
+        raise no_class_word()
+    data, held_out = split_references(data)
+    dtype = compute_type(train.mixed_precision, device)
+    base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae)
+    if base.native_resolution_px < train.resolution and inputs.base.startswith("mini-"):
+        raise ConfigError(
+            f"{inputs.base} draws {base.native_resolution_px} px, resolution is {train.resolution}",
+            f"use --set resolution={base.native_resolution_px}, or leave out --study",
+        )
+    chosen, confirmation = _prompts(inputs, study, data, base)
+    for note in chosen.notes:
+        say(note)
+    scorer = embed.load_scorer(inputs.clip or study.study.clip or embed.default_scorer(base.name), device)
+    likeness = embed.load_likeness(study.study.likeness or embed.default_likeness(base.name), scorer, device)
+    paths = (
+        _reference_paths(inputs.references) if inputs.references else [item.path for item in held_out.items]
+    )
+    return Workbench(
+        study=study,
+        folder=folder,
+        base=base,
+        data=data,
+        reference_items=tuple(str(path) for path in paths),
+        references=embed_references(paths, likeness),
+        prompts=chosen,
+        confirmation=confirmation,
+        sampling=default_config(base, **study.sample_values()),
+        scorer=scorer,
+        likeness=likeness,
+        data_folder=data_folder,
+        base_spec=inputs.base,
+        store=cache.Store(folder.cache),
+    )
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MachineError(
+            f"device {device} cannot be used: {reason}", "leave out --device, or give cpu"
+        ) from None
+
+
+def demo_data(base: str, folder: StudyFolder) -> Path:
+    """The miniature's demo character, for those who bring no images."""
+    if not base.startswith("mini-"):
+        raise ConfigError(
+            "no images are given", "add --data FOLDER (kohya folders, or images with .txt captions)"
+        )
+    if not folder.data.is_dir():
+        from trainer.bases.miniature.subjects import write_subject
+
+        folder.root.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder.data) as temporary:
+            write_subject("character", temporary)
+    return folder.data
+
+
+def _prompts(
+    inputs: Inputs, study: StudyConfig, data: Dataset, base: Base
+) -> tuple[PromptSet, PromptSet | None]:
+    """The search set and the disjoint confirmation set (None if a hand-written set needs no class word)."""
+    count = base.token_count
+    captions = [item.caption for item in data.items]
+    plan, later = study.prompts, study.confirmation
+    common = {
+        "trigger": data.trigger,
+        "class_word": data.class_word,
+        "count_tokens": count,
+        "words": plan.words,
+    }
+    if inputs.prompts:
+        chosen = load_prompts(
+            inputs.prompts, trigger=data.trigger, class_word=data.class_word, count_tokens=count
+        )
+        if not data.class_word:
+            return chosen, None
+    else:
+        chosen = generate(
+            captions,
+            **common,
+            counts=plan.counts or SEARCH_COUNTS,
+            seeds=plan.seeds or SEARCH_SEEDS,
+        )
+    confirmation = generate(
+        captions,
+        **common,
+        counts=later.counts or CONFIRM_COUNTS,
+        seeds=later.seeds or CONFIRM_SEEDS,
+        exclude=chosen,
+    )
+    return chosen, confirmation
+
+
+def _reference_paths(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}", "give --references the folder of the reference images")
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS)
+    if len(found) < 2:
+        raise DataError(f"{folder} holds {len(found)} images", "likeness needs at least 2 references")
+    return found
+
+
+@contextmanager
+def taken_back(folder: StudyFolder) -> Iterator[None]:
+    """Remove a study folder that this block made, if a user's error ends the block before a study is in it."""
+    runs = folder.root.parent
+    had_folder, had_runs = folder.root.exists(), runs.exists()
+    try:
+        yield
+    except (ConfigError, DataError, ModelFileError):
+        if not had_folder:
+            shutil.rmtree(folder.root, ignore_errors=True)
+        if not had_runs and runs.is_dir() and not any(runs.iterdir()):
+            runs.rmdir()
+        raise
+
+
+def write_definition(bench: Workbench, facts: Mapping[str, str]) -> None:
+    """study.json, prompts.toml, confirmation.toml: what a reader, and a later confirmation, needs to know."""
+    study = bench.study
+    values = {
+        "definition": study.name,
+        "base": bench.base_spec,
+        "data": str(bench.data_folder),
+        "references": list(bench.reference_items),
+        "train": study.train.as_dict(),
+        "space": study.space.describe(),
+        "baseline": dict(study.baseline),
+        "sampling": dataclasses.asdict(bench.sampling),
+        "facts": dict(facts),
+    }
+    write_atomic(bench.folder.facts, json.dumps(values, indent=1))
+    save_prompts(bench.prompts, bench.folder.prompts)
+    if bench.confirmation:
+        save_prompts(bench.confirmation, bench.folder.confirmation)
+
+
+def _without_batch(config: SampleConfig) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(config).items() if k != "batch_size"}

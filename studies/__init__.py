@@ -1,0 +1,1 @@
+"""Study definitions (TOML).  Data only: results go to runs/."""

@@ -1,0 +1,180 @@
+"""kill -9, Ctrl-C and SIGTERM at every seam of a search: nothing lost, nothing doubled, nothing left RUNNING."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpo.folder import StudyFolder, open_study, read_json
+from hpo.search import Limits, Stop
+from tests.faults.zygote import attempt
+from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
+from trainer.errors import Interrupted
+from trainer.events import Step
+from trainer.files import read_records
+
+pytestmark = pytest.mark.faults
+TRIALS = 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return draw_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, data: Path) -> StudyFolder:
+    """The same study, never interrupted.  It also loads everything that the forks then share."""
+    bench = tiny_bench(tmp_path_factory.mktemp("reference") / "study", data)
+    make_search(bench, Limits(TRIALS)).run()
+    check_study(bench.folder, TRIALS)
+    return bench.folder
+
+
+def search(root: Path, data: Path, change: Callable[[Recorder], None] = lambda view: None) -> None:
+    view = Recorder()
+    change(view)
+    make_search(tiny_bench(root, data), Limits(TRIALS), view).run()
+
+
+def search_killed_at(root: Path, data: Path, place: str, call: int, when: str) -> None:
+    """The search in a process that kills itself before or after the n-th call of a function."""
+    module, _, name = place.rpartition(".")
+    owner: Any = (
+        importlib.import_module(module)
+        if module in MODULES
+        else getattr(importlib.import_module(module.rpartition(".")[0]), module.rpartition(".")[2])
+    )
+    original, calls = getattr(owner, name), [0]
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        value = original(*args, **kwargs)
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+    setattr(owner, name, killing)
+    search(root, data)
+
+
+MODULES = ("hpo.search", "hpo.claim", "hpo.trial", "hpo.dashboard", "tests.tiny_search", "trainer.lorafile")
+SEAMS = [
+    ("tests.tiny_search.create_study", 1, "after"),  # a study without a single trial
+    ("hpo.claim.suggest", 1, "before"),  # the baseline is RUNNING, nothing proposed yet
+    ("hpo.claim.suggest", 2, "after"),  # proposed, the lock not yet taken
+    ("hpo.search.write_params", 2, "after"),
+    ("trainer.lorafile.write", 2, "before"),  # trained, nothing saved
+    ("trainer.lorafile.write", 2, "after"),
+    ("hpo.trial.write_result", 2, "before"),  # scored, no result yet
+    ("hpo.trial.write_result", 2, "after"),  # the result is on disk, Optuna does not know
+    ("hpo.dashboard.upload_grid", 2, "after"),  # in the middle of telling
+    ("hpo.search.Search.tell", 2, "after"),  # told, the lock still held
+]
+
+
+@pytest.mark.parametrize(("place", "call", "when"), SEAMS)
+def test_a_kill_at_any_seam_changes_nothing_of_the_study(
+    reference: StudyFolder, tmp_path: Path, data: Path, place: str, call: int, when: str
+) -> None:
+    root = tmp_path / "study"
+    assert attempt(search_killed_at, root, data, place, call, when) == -signal.SIGKILL
+    assert attempt(search, root, data) == 0
+    folder = StudyFolder(root)
+    check_study(folder, TRIALS)
+    assert table(folder) == table(reference)
+    for number in range(TRIALS):
+        again, before = read_json(folder.trial(number).result), read_json(reference.trial(number).result)
+        assert again is not None and before is not None
+        assert again["lora_sha256"] == before["lora_sha256"]
+
+
+def test_a_kill_while_training_or_drawing_goes_on_with_the_same_trial(
+    reference: StudyFolder, tmp_path: Path, data: Path
+) -> None:
+    root = tmp_path / "study"
+
+    def kill_in_training(view: Recorder) -> None:
+        view.event_hook = lambda event: os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_in_drawing(view: Recorder) -> None:
+        view.image_hook = lambda done, total: os.kill(os.getpid(), signal.SIGKILL)
+
+    assert attempt(search, root, data, kill_in_training) == -signal.SIGKILL
+    assert attempt(search, root, data, kill_in_drawing) == -signal.SIGKILL
+    assert attempt(search, root, data) == 0
+    check_study(StudyFolder(root), TRIALS)
+    assert table(StudyFolder(root)) == table(reference)
+    events = [row["event"] for row in read_records(StudyFolder(root).trial(0).starts)]
+    assert events == ["start", "start", "start"]
+
+
+def interrupted(root: Path, data: Path, number: int, times: int) -> None:
+    """The search as the command runs it, with a real signal after the first step; exits as the command does."""
+    view = Recorder()
+    bench = tiny_bench(root, data)
+    worker = make_search(bench, Limits(TRIALS), view)
+    with Stop(view.say) as stop:
+        view.should_stop = stop  # type: ignore[method-assign]
+
+        def send(event: Any) -> None:
+            if isinstance(event, Step) and event.step == 1:
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+
+        view.event_hook = send
+        try:
+            worker.run()
+        except Interrupted:
+            raise SystemExit(130) from None
+        except KeyboardInterrupt:
+            raise SystemExit(131) from None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_the_step_and_the_next_call_goes_on_from_it(
+    reference: StudyFolder, tmp_path: Path, data: Path, number: int
+) -> None:
+    root = tmp_path / "study"
+    assert attempt(interrupted, root, data, number, 1) == 130
+    folder = StudyFolder(root)
+    (trial,) = open_study(folder).get_trials(deepcopy=False)
+    assert trial.state.name == "RUNNING"
+    assert [p.name for p in folder.trial(0).checkpoints.iterdir()] == ["step-000001"]
+    assert attempt(search, root, data) == 0
+    check_study(folder, TRIALS)
+    assert table(folder) == table(reference)
+    steps = [row["step"] for row in read_records(folder.trial(0).steps) if row["event"] == "step"]
+    assert steps == sorted(set(steps))
+
+
+def test_a_second_ctrl_c_ends_at_once_and_still_nothing_is_lost(
+    reference: StudyFolder, tmp_path: Path, data: Path
+) -> None:
+    root = tmp_path / "study"
+    assert attempt(interrupted, root, data, signal.SIGINT, 2) == 131
+    assert attempt(search, root, data) == 0
+    assert table(StudyFolder(root)) == table(reference)
+
+
+def test_a_trial_that_keeps_killing_its_process_is_given_up(tmp_path: Path, data: Path) -> None:
+    root = tmp_path / "study"
+
+    def kill_trial_1(view: Recorder) -> None:
+        view.event_hook = lambda e: os.kill(os.getpid(), signal.SIGKILL) if view.started[-1][0] == 1 else None
+
+    deaths = [attempt(search, root, data, kill_trial_1) for _ in range(6)]
+    assert deaths == [-signal.SIGKILL] * 5 + [0]
+    trials = open_study(StudyFolder(root)).get_trials(deepcopy=False)
+    assert [t.state.name for t in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert trials[1].user_attrs["reason"] == "process_died"

@@ -1,0 +1,139 @@
+"""Several processes on one study: every trial is run once, dead ones are replaced, live ones are left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpo.folder import StudyFolder, create_study, open_study
+from hpo.locks import Lock, holder
+from hpo.search import Limits
+from tests.faults.zygote import attempt, finish, start
+from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
+from trainer.errors import ConfigError, MachineError
+from trainer.files import read_records
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and everything imported and run once before the first fork."""
+    torch.set_num_threads(1)
+    images = draw_images(tmp_path_factory.mktemp("data") / "images")
+    make_search(tiny_bench(tmp_path_factory.mktemp("warm") / "study", images), Limits(1)).run()
+    return images
+
+
+def search(root: Path, data: Path, trials: int, delay_seconds: float = 0.0) -> None:
+    view = Recorder()
+    view.event_hook = lambda event: time.sleep(delay_seconds)
+    make_search(tiny_bench(root, data), Limits(trials), view).run()
+
+
+def test_two_workers_run_each_trial_once(tmp_path: Path, data: Path) -> None:
+    root = tmp_path / "study"
+    workers = [start(search, root, data, 5, 0.1) for _ in range(2)]
+    assert [finish(pid) for pid in workers] == [0, 0]
+    check_study(StudyFolder(root), 5)
+    starts = [len(read_records(folder.starts)) for folder in StudyFolder(root).trial_folders()]
+    assert starts == [1] * 5
+
+
+def test_random_kills_of_two_workers_lose_and_double_nothing(tmp_path: Path, data: Path) -> None:
+    root, draw = tmp_path / "study", random.Random(3)
+    attempt(search, root, data, 1)
+    workers = [start(search, root, data, 5, 0.05) for _ in range(2)]
+    for _ in range(4):
+        time.sleep(draw.uniform(0.3, 2.0))
+        victim = draw.randrange(2)
+        os.kill(workers[victim], signal.SIGKILL)
+        finish(workers[victim])
+        workers[victim] = start(search, root, data, 5, 0.05)
+    assert [finish(pid) for pid in workers] == [0, 0]
+    check_study(StudyFolder(root), 5)
+
+
+def test_a_suspended_worker_keeps_its_trial_and_goes_on_with_it(tmp_path: Path, data: Path) -> None:
+    root = tmp_path / "study"
+    folder = StudyFolder(root)
+    sleeper = start(search, root, data, 2, 0.3)
+    while not folder.trial(0).starts.exists():
+        time.sleep(0.02)
+    os.kill(sleeper, signal.SIGSTOP)
+    assert holder(folder.trial_lock(0).path) == sleeper
+    assert attempt(search, root, data, 2) == 0  # a second worker does the other trial and leaves this one
+    states = {t.number: t.state.name for t in open_study(folder).get_trials(deepcopy=False)}
+    assert states == {0: "RUNNING", 1: "COMPLETE"}
+    os.kill(sleeper, signal.SIGCONT)
+    assert finish(sleeper) == 0
+    check_study(folder, 2)
+    assert len(read_records(folder.trial(0).starts)) == 1
+
+
+def test_an_orphaned_child_does_not_keep_a_dead_worker_alive(tmp_path: Path, data: Path) -> None:
+    path = tmp_path / "x.lock"
+
+    def hold_and_die() -> None:
+        assert Lock(path).try_acquire()
+        if os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert attempt(hold_and_die) == -signal.SIGKILL
+    lock = Lock(path)
+    assert lock.try_acquire()
+    lock.release()
+
+
+def test_another_writer_on_the_database_is_waited_for(tmp_path: Path, data: Path) -> None:
+    root = tmp_path / "study"
+    attempt(search, root, data, 1)
+    blocker = sqlite3.connect(StudyFolder(root).database, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    worker = start(search, root, data, 2)
+    time.sleep(6)  # longer than sqlite's usual five seconds
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    assert finish(worker) == 0
+    check_study(StudyFolder(root), 2)
+
+
+def test_a_lost_database_is_never_replaced_by_an_empty_one(tmp_path: Path, data: Path) -> None:
+    root = tmp_path / "study"
+    attempt(search, root, data, 1)
+    folder = StudyFolder(root)
+    for path in root.glob("study.db*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"study\.db is missing"):
+        create_study(folder, {})
+    assert not folder.database.exists()
+
+
+@pytest.mark.parametrize("content", [b"not a database" * 100, b"SQLite format 3\0" + b"\xff" * 200])
+def test_a_file_that_is_no_database_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = StudyFolder(tmp_path)
+    folder.database.write_bytes(content)
+    with pytest.raises(MachineError, match=r"cannot open .*study\.db"):
+        open_study(folder)
+    assert folder.database.read_bytes() == content
+
+
+def test_no_clock_decides_who_lives(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "study"
+    sleeper = start(search, root, data, 2, 0.3)
+    while not StudyFolder(root).trial(0).starts.exists():
+        time.sleep(0.02)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3600)  # the second worker's clock is an hour ahead
+    assert attempt(search, root, data, 2) == 0
+    assert finish(sleeper) == 0
+    check_study(StudyFolder(root), 2)

@@ -1,0 +1,459 @@
+"""What load_base promises: the same networks from a folder and from a single file, and a clear line for
+the rest."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.singlefile import save_single_file
+from tests.tiny import save_folder, tiny_base
+from trainer.bases import load as load_module
+from trainer.bases.hub import weight_files
+from trainer.bases.load import load_base
+from trainer.errors import ModelFileError
+from trainer.tensorfile import read_header
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A diffusers folder of each family."""
+    root = tmp_path_factory.mktemp("bases")
+    return {family: save_folder(tiny_base(family), root / family) for family in ("sd15", "sdxl")}
+
+
+@pytest.fixture
+def folder(folders, tmp_path):
+    """A folder of SD1.5 that a test may spoil."""
+    return shutil.copytree(folders["sd15"], tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def narrow_configs(tmp_path_factory):
+    """The shipped configurations, but of the narrow full-structure bases; and their single files."""
+    root = tmp_path_factory.mktemp("configs")
+    files = {}
+    for family in ("sd15", "sdxl"):
+        base = tiny_base(family, full_structure=True)
+        save_folder(base, root / family)
+        files[family] = save_single_file(base, root / f"{family}.safetensors")
+    return root, files
+
+
+def assert_same_networks(first, second):
+    for a, b in zip(first.modules(), second.modules(), strict=True):
+        mine, theirs = a.state_dict(), b.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_folder_gives_back_the_networks_frozen_and_ready(family, folders):
+    base, original = load_base(str(folders[family])), tiny_base(family)
+    assert_same_networks(base, original)
+    assert (base.family, base.name) == (family, family)
+    assert not any(p.requires_grad for module in base.modules() for p in module.parameters())
+    assert not any(module.training for module in base.modules())
+    caption = ["Wow! a cat"]
+    assert torch.equal(base.encode_text(caption).hidden_BLD, original.encode_text(caption).hidden_BLD)
+    assert torch.equal(base.alphas_cumprod, original.alphas_cumprod)
+
+
+def test_the_identity_is_that_of_the_content_not_of_the_place(folders, folder):
+    first = load_base(str(folders["sd15"])).identity
+    assert load_base(str(folder)).identity == first
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, weights)
+    assert load_base(str(folder)).identity != first
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_weights_are_loaded_in_the_wanted_type(family, folders):
+    base = load_base(str(folders[family]), dtype=torch.float16)
+    assert base.compute_dtype == torch.float16
+    assert base.unet.dtype == torch.float16
+    assert base.vae.dtype == (torch.float16 if family == "sd15" else torch.float32)
+    assert load_base(str(folders[family]), dtype=torch.bfloat16, no_half_vae=True).vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_single_file_in_the_original_layout_gives_the_same_networks(family, narrow_configs, monkeypatch):
+    root, files = narrow_configs
+    monkeypatch.setattr(load_module, "CONFIGS", root)
+    # Narrow networks: tell the family by the widths of these files instead of 768 and 2048.
+    monkeypatch.setattr(load_module.detect, "CONTEXT_FAMILY", {16: "sd15", 32: "sdxl"})
+    base = load_base(str(files[family]))
+    assert_same_networks(base, tiny_base(family, full_structure=True))
+    assert base.family == family
+    assert len(base.tokenizers[-1]) == 49_408
+    assert base.tokenizers[-1].pad_token_id == (49_407 if family == "sd15" else 0)
+
+
+def test_diffusers_reads_the_same_single_file_alike(narrow_configs):
+    """Our converter in tests is not its own witness: diffusers' loader must agree with it."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    root, files = narrow_configs
+    for family in ("sd15", "sdxl"):
+        original = tiny_base(family, full_structure=True)
+        for kind, name, model in (
+            (UNet2DConditionModel, "unet", original.unet),
+            (AutoencoderKL, "vae", original.vae),
+        ):
+            loaded = kind.from_single_file(str(files[family]), config=str(root / family), subfolder=name)
+            mine, theirs = model.state_dict(), loaded.state_dict()
+            assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def single(path, **shapes):
+    """A file with the original layout's tell-tale tensors; shapes override or, as None, remove."""
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (2, 768),
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (2, 2),
+        "first_stage_model.decoder.conv_in.weight": (2, 2),
+    }
+    tensors |= {name: shape for name, shape in shapes.items()}
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items() if shape is not None}, path)
+    return str(path)
+
+
+K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+IN = "model.diffusion_model.input_blocks.0.0.weight"
+TEXT = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        ({K: (2, 1024)}, "is an SD2.x model"),
+        ({K: (2, 1280)}, "is the SDXL refiner"),
+        ({K: (2, 4096)}, "cross-attention reads 4096 wide"),
+        ({IN: (4, 9, 3, 3)}, "is an inpainting model"),
+        ({IN: (4, 8, 3, 3)}, "InstructPix2Pix"),
+        ({"v_pred": (1,)}, "is a v-prediction model"),
+        ({"ztsnr": (1,)}, "zero-terminal-SNR"),
+        ({"edm_mean": (1,)}, "is an EDM model"),
+        ({TEXT: None}, "has no text encoder"),
+        ({"first_stage_model.decoder.conv_in.weight": None}, "has no VAE"),
+        ({K: (2, 2048)}, "has no first text encoder"),
+        ({"lora_unet_mid_block_x.lora_up.weight": (1,)}, "is a LoRA"),
+        ({"model.diffusion_model.double_blocks.0.x": (1,)}, "is a Flux model"),
+        ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is an SD3 model"),
+        ({"control_model.x": (1,)}, "is a ControlNet"),
+        ({IN: None, K: None}, "holds no U-Net in the original layout"),
+        ({}, r"\(unet\) lacks \d+ of 686 tensors"),
+    ],
+)
+def test_a_single_file_of_another_kind_is_refused_by_name(shapes, message, tmp_path):
+    with pytest.raises(ModelFileError, match=message):
+        load_base(single(tmp_path / "x.safetensors", **shapes))
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "file, values, message",
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, "is an inpainting model"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}, "is the SDXL refiner"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a Flux model"),
+        ("model_index.json", {"_class_name": "Nonsense"}, "is a Nonsense"),
+        ("unet/config.json", {"in_channels": 9}, "is an inpainting model"),
+        ("unet/config.json", {"cross_attention_dim": 1024}, "is an SD2.x model"),
+        ("unet/config.json", {"block_out_channels": [8, 32]}, "tensors of another shape"),
+        (
+            "unet/config.json",
+            {"down_block_types": ["NoSuchBlock"]},
+            "configuration of unet describes no network",
+        ),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "is a v-prediction model"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero-terminal-SNR"),
+        ("text_encoder/config.json", {"vocab_size": 300}, "tensors of another shape"),
+    ],
+)
+def test_a_folder_of_another_kind_is_refused_by_name(file, values, message, folder):
+    edit(folder / file, **values)
+    with pytest.raises(ModelFileError, match=message):
+        load_base(str(folder))
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ("model_index.json", "has no model_index.json"),
+        ("unet/config.json", "is missing"),
+        ("unet/diffusion_pytorch_model.safetensors", "has no weights"),
+        ("scheduler/scheduler_config.json", "is missing"),
+        ("tokenizer/tokenizer.json", "is no CLIP tokenizer|knows 2 words"),
+    ],
+)
+def test_an_incomplete_folder_says_what_is_missing(file, message, folder):
+    (folder / file).unlink()
+    with pytest.raises(ModelFileError, match=message):
+        load_base(str(folder))
+
+
+def test_missing_tensors_are_named_and_never_made_up(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["mid_block.attentions.0.proj_in.weight"]
+    save_file(tensors, weights)
+    with pytest.raises(
+        ModelFileError, match=r"lacks 1 of \d+ tensors: mid_block.attentions.0.proj_in.weight"
+    ):
+        load_base(str(folder))
+
+
+class Bomb:
+    """A pickle that leaves a file behind when it is opened."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "x.pt", "x.bin", "x.CKPT"])
+def test_a_pickle_is_refused_unopened(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(ModelFileError, match=r"it was not opened – get the \.safetensors version"):
+        load_base(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_under_a_safetensors_name_is_refused_and_not_run(protocol, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=protocol))
+    with pytest.raises(ModelFileError):
+        load_base(str(path))
+    torch.save({"a": Bomb(tmp_path / "ran")}, path)
+    with pytest.raises(ModelFileError, match="is a pickle file with the name of a safetensors file"):
+        load_base(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_that_has_pickles_only_is_refused(folder, tmp_path):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(ModelFileError, match=r"as a pickle \(.bin\) only"):
+        load_base(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def header_file(path, header, body=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "cut off or no safetensors file"),
+        (b"abc", "cut off or no safetensors file"),
+        (struct.pack("<Q", 2**63) + b"{}", "cut off or no safetensors file"),
+        (struct.pack("<Q", 500) + b"{}", "cut off or no safetensors file"),
+        (struct.pack("<Q", 4) + b"nope", "is not JSON"),
+        (struct.pack("<Q", 40_000) + b"[" * 40_000, "is not JSON"),
+        (struct.pack("<Q", 2) + b"[]", "is not a table of tensors"),
+    ],
+)
+def test_a_hostile_header_is_one_line(content, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match=message):
+        load_base(str(path))
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "ends 8 bytes too early"),
+        ({"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}, "contradicts itself"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}, "contradicts itself"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}, "contradicts itself"),
+        ({"dtype": "EVIL", "shape": [1], "data_offsets": [0, 4]}, "is malformed"),
+        ({"dtype": "F32", "shape": "ab", "data_offsets": [0, 4]}, "is malformed"),
+        ("text", "is malformed"),
+        (None, "is malformed"),
+    ],
+)
+def test_a_header_that_lies_about_a_tensor_is_one_line(entry, message, tmp_path):
+    with pytest.raises(ModelFileError, match=message):
+        read_header(header_file(tmp_path / "x.safetensors", {"a": entry}))
+
+
+def test_a_header_of_gigabytes_is_not_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 3 * 2**30))
+        file.truncate(4 * 2**30)  # sparse
+    start = time.monotonic()
+    with pytest.raises(ModelFileError, match="its header does not fit"):
+        read_header(path)
+    assert time.monotonic() - start < 1
+
+
+def test_a_download_that_was_cut_off_says_so(folder):
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelFileError, match="ends 100 bytes too early: the download or copy was cut off"):
+        load_base(str(folder))
+
+
+def test_shards_are_read_and_missing_ones_named(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, folder / "unet" / file)
+    weights.unlink()
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(
+        json.dumps({"weight_map": {name: file for file, part in halves.items() for name in part}})
+    )
+    assert_same_networks(load_base(str(folder)), tiny_base("sd15"))
+    (folder / "unet" / "b.safetensors").unlink()
+    with pytest.raises(ModelFileError, match=r"names files that are missing: b\.safetensors"):
+        load_base(str(folder))
+    index.write_text(json.dumps({"weight_map": {"a": "../../outside.safetensors"}}))
+    with pytest.raises(ModelFileError, match="names files that are missing"):
+        load_base(str(folder))
+
+
+def test_the_fp16_variant_is_taken_where_there_is_no_other(folder):
+    for component in ("unet", "vae", "text_encoder"):
+        for file in (folder / component).glob("*.safetensors"):
+            file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    assert_same_networks(load_base(str(folder)), tiny_base("sd15"))
+
+
+def test_older_names_in_folders_are_understood(folder):
+    """Published SD1.5 folders name the VAE's attention query/key/value/proj_attn and wrap CLIP in
+    text_model."""
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(vae)
+    for new, before in old.items():
+        tensors = {name.replace(f".{new}.", f".{before}."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, vae)
+    text = folder / "text_encoder" / "model.safetensors"
+    wrapped = {f"text_model.{name}": tensor for name, tensor in load_file(text).items()}
+    wrapped["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    save_file(wrapped, text)
+    assert_same_networks(load_base(str(folder)), tiny_base("sd15"))
+
+
+def test_a_tokenizer_without_a_length_gets_the_encoders(folder):
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    content.pop("model_max_length")
+    settings.write_text(json.dumps(content))
+    base = load_base(str(folder))
+    assert base.tokenizers[0].model_max_length == 77
+    assert base.token_ids(["a cat"], 0).shape == (1, 77)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("sd-15", "there is no base 'sd-15' – did you mean sd15?"),
+        ("mini-sd51", "did you mean mini-sd15?"),
+        ("nonsense", "give mini-sd15, mini-sdxl, sd15, sdxl, a hub id"),
+        ("./missing", "there is no file or folder ./missing"),
+        ("missing.safetensors", "there is no file or folder missing.safetensors"),
+    ],
+)
+def test_a_name_that_is_nothing_gets_a_suggestion(spec, message):
+    with pytest.raises(ModelFileError, match=message):
+        load_base(spec)
+
+
+@pytest.mark.parametrize("spec", ["sd15", "sdxl", "someone/model"])
+def test_without_network_a_hub_model_fails_at_once_and_says_what_to_do(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(ModelFileError, match="set HF_ENDPOINT to a mirror, or use --base mini-sd15"):
+        load_base(spec)
+    assert time.monotonic() - start < 3
+
+
+def test_a_hub_that_does_not_answer_is_found_out_before_any_retry(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    start = time.monotonic()
+    with pytest.raises(ModelFileError, match=r"http://127.0.0.1:9 does not answer"):
+        load_base("sd15")
+    assert time.monotonic() - start < 6
+
+
+def test_a_cached_hub_model_loads_without_network(folders, tmp_path, monkeypatch):
+    commit = "a" * 40
+    repo = tmp_path / "models--someone--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(folders["sd15"], repo / "snapshots" / commit)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert_same_networks(load_base("someone/model"), tiny_base("sd15"))
+    os.remove(repo / "snapshots" / commit / "vae" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ModelFileError, match="cannot be downloaded: HF_HUB_OFFLINE is set"):
+        load_base("someone/model")
+
+
+def test_only_safetensors_and_configurations_are_downloaded_and_fp16_where_there_is():
+    names = [
+        "model_index.json",
+        "README.md",
+        "v1-5-pruned.ckpt",
+        "v1-5-pruned.safetensors",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "safety_checker/model.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.safetensors",
+    ]
+    assert sorted(weight_files(names)) == sorted(
+        [
+            "model_index.json",
+            "scheduler/scheduler_config.json",
+            "tokenizer/vocab.json",
+            "tokenizer/merges.txt",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.safetensors",
+            "text_encoder/config.json",
+            "text_encoder/model.fp16.safetensors",
+        ]
+    )
+    with pytest.raises(ModelFileError, match=r"unet as a pickle \(.bin\) only"):
+        weight_files(["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin"])

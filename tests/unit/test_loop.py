@@ -1,0 +1,344 @@
+"""What the training loop promises: it learns, it is exact, it goes on where it stopped, it says what went
+wrong."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.tiny import tiny_base, tiny_config, tiny_prepared
+from trainer import loop
+from trainer.adapter import inject
+from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
+from trainer.events import Finished, Saved, Skipped, Step
+from trainer.loop import train
+
+
+def run(base, config, *, images=4, repeats=1, **options):
+    """Train a fresh adapter; returns (events, fingerprint)."""
+    adapter = inject(base, config)
+    try:
+        events = list(train(config, base, adapter, tiny_prepared(base, config, images, repeats), **options))
+        return events, adapter.fingerprint()
+    finally:
+        adapter.remove()
+
+
+def stop_after(steps):
+    """A should_stop that says yes at the n-th question."""
+    asked = iter(range(1, 1_000_000))
+    return lambda: next(asked) >= steps
+
+
+def close(first, second, rtol):
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_training_reports_every_step_and_lowers_the_loss(family):
+    base = tiny_base(family)
+    config = tiny_config(
+        max_train_epochs=20 if family == "sd15" else 5,
+        learning_rate=3e-2,
+        lr_scheduler="constant",
+        min_snr_gamma=5.0,
+    )
+    events, _ = run(base, config)
+    steps = [event for event in events if isinstance(event, Step)]
+    epochs = config.max_train_epochs
+    assert events[-1] == Finished(2 * epochs, 0)
+    assert [step.step for step in steps] == list(range(1, 2 * epochs + 1))
+    assert (steps[0].epoch, steps[-1].epoch) == (1, epochs)
+    assert (steps[0].total_epochs, steps[0].total_steps) == (epochs, 2 * epochs)
+    if family == "sd15":  # the narrow SDXL learns too slowly for so few steps
+        first, last = (sum(s.loss for s in part) / 15 for part in (steps[:15], steps[-15:]))
+        assert last < 0.95 * first
+    assert all(step.grad_norm > 0 and step.seconds > 0 for step in steps)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_same_run_twice_is_bitwise_the_same(family):
+    base = tiny_base(family)
+    config = tiny_config(network_dropout=0.3, noise_offset=0.05)
+    first, second = run(base, config), run(base, config)
+    assert first[1] == second[1]
+    assert [e.loss for e in first[0][:-1]] == [e.loss for e in second[0][:-1]]
+    assert run(base, replace(config, seed=1))[1] != first[1]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_batch_of_four_equals_four_batches_of_one_accumulated(family):
+    base = tiny_base(family)
+    shared = {
+        "lr_scheduler": "constant",
+        "optimizer_type": "AdamW",
+        "max_train_epochs": 3,
+        "max_grad_norm": 0.0,
+    }
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4), (2, 2)):
+        config = tiny_config(train_batch_size=batch, gradient_accumulation_steps=accumulation, **shared)
+        adapter = inject(base, config)
+        events = list(train(config, base, adapter, tiny_prepared(base, config)))
+        results.append((events, adapter.state()))
+        adapter.remove()
+    for events, state in results[1:]:
+        assert [e.loss for e in events[:-1]] == pytest.approx([e.loss for e in results[0][0][:-1]], rel=1e-4)
+        close(state, results[0][1], rtol=5e-3)
+
+
+def test_the_last_group_of_an_epoch_is_weighted_by_its_true_count():
+    """5 images, batch 1, accumulation 4: the second step has one image and must equal a batch of that one."""
+    base = tiny_base("sd15")
+    config = tiny_config(
+        train_batch_size=1, gradient_accumulation_steps=4, max_train_epochs=1, learning_rate=1e-9
+    )
+    events, _ = run(base, config, images=5)
+    steps = [event for event in events if isinstance(event, Step)]
+    assert len(steps) == 2
+    single, _ = run(base, replace(config, gradient_accumulation_steps=1), images=5)
+    assert steps[1].loss == pytest.approx(single[4].loss, rel=1e-4)
+    assert steps[1].grad_norm == pytest.approx(single[4].grad_norm, rel=1e-3)
+
+
+def test_steps_are_counted_as_kohya_counts_them():
+    base = tiny_base("sd15")
+    config = tiny_config(train_batch_size=2, gradient_accumulation_steps=2, max_train_epochs=3)
+    prepared = tiny_prepared(base, config, images=5, repeats=2)  # 10 samples, 5 batches, 3 steps an epoch
+    assert loop.total_steps(config, prepared.dataset) == 9
+    assert loop.total_steps(replace(config, max_train_steps=4), prepared.dataset) == 4
+    assert loop.plan(replace(config, max_train_steps=4), prepared.dataset).total_epochs == 2
+    events, _ = run(base, replace(config, max_train_steps=4), images=5, repeats=2)
+    assert events[-1] == Finished(4, 0)
+
+
+def test_repeats_of_an_image_get_different_noise():
+    base = tiny_base("sd15")
+    config = tiny_config(train_batch_size=1, max_train_epochs=2, learning_rate=1e-9)
+    events, _ = run(base, config, images=1, repeats=3)
+    losses = [event.loss for event in events if isinstance(event, Step)]
+    assert len(set(losses)) == 6
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Adafactor", "Prodigy", "Lion8bit"])
+@pytest.mark.parametrize("stops", [(3, 1)])
+def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(optimizer, stops, tmp_path):
+    base = tiny_base("sd15")
+    config = tiny_config(
+        optimizer_type=optimizer,
+        network_dropout=0.4,
+        noise_offset=0.05,
+        max_train_epochs=4,
+        lr_warmup_steps=2,
+        learning_rate=1.0 if optimizer == "Prodigy" else 1e-3,
+        gradient_accumulation_steps=2,
+        train_batch_size=1,
+    )
+    whole, expected = run(base, config)
+    losses = []
+    for steps in stops:
+        adapter = inject(base, config)
+        with pytest.raises(Interrupted, match="the checkpoint is saved"):
+            for event in train(
+                config,
+                base,
+                adapter,
+                tiny_prepared(base, config),
+                checkpoints=tmp_path / "checkpoints",
+                should_stop=stop_after(steps if steps == stops[0] else 1),
+            ):
+                losses += [event.loss] if isinstance(event, Step) else []
+        adapter.remove()
+    events, fingerprint = run(base, config, checkpoints=tmp_path / "checkpoints")
+    losses += [event.loss for event in events if isinstance(event, Step)]
+    assert losses == [event.loss for event in whole if isinstance(event, Step)]
+    assert fingerprint == expected
+
+
+def test_stopping_without_a_checkpoint_folder_says_that_nothing_is_saved():
+    base = tiny_base("sd15")
+    with pytest.raises(Interrupted, match="after step 1 of 4: nothing is saved"):
+        run(base, tiny_config(), should_stop=lambda: True)
+
+
+def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(tmp_path):
+    base = tiny_base("sd15")
+    events, _ = run(base, tiny_config(), checkpoints=tmp_path, checkpoint_every_seconds=0)
+    saved = [event for event in events if isinstance(event, Saved)]
+    assert [event.step for event in saved] == [1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+    events, _ = run(base, tiny_config(), checkpoints=tmp_path)
+    assert events == [Finished(4, 0)]
+
+
+def poison(base, monkeypatch, steps):
+    """Let the base's prediction be NaN in the given calls."""
+    calls = iter(range(1_000_000))
+    predict = base.predict
+
+    def poisoned(*args):
+        number = next(calls)
+        return predict(*args) * (float("nan") if number in steps else 1.0)
+
+    monkeypatch.setattr(base, "predict", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(monkeypatch):
+    base = tiny_base("sd15")
+    config = tiny_config(max_train_epochs=3, lr_scheduler="constant")
+    poison(base, monkeypatch, {2})
+    events, _ = run(base, config)
+    assert [type(event).__name__ for event in events] == [
+        "Step",
+        "Step",
+        "Skipped",
+        *["Step"] * 3,
+        "Finished",
+    ]
+    assert events[2] == Skipped(3, "loss")
+    assert events[-1] == Finished(6, 1)
+
+
+def test_skipping_the_first_steps_leaves_the_adapter_as_injected(monkeypatch):
+    base = tiny_base("sd15")
+    config = tiny_config(max_train_steps=3)
+    adapter = inject(base, config)
+    before = adapter.fingerprint()
+    poison(base, monkeypatch, {0, 1, 2})
+    list(train(config, base, adapter, tiny_prepared(base, config)))
+    assert adapter.fingerprint() == before
+
+
+def test_ten_skipped_steps_in_a_row_are_a_divergence(monkeypatch):
+    base = tiny_base("sd15")
+    poison(base, monkeypatch, set(range(3, 100)))
+    with pytest.raises(Diverged, match="10 steps in a row had no finite loss, up to 13"):
+        run(base, tiny_config(max_train_epochs=20))
+
+
+def test_skips_that_are_not_in_a_row_are_no_divergence(monkeypatch):
+    base = tiny_base("sd15")
+    poison(base, monkeypatch, set(range(0, 100, 2)))
+    events, _ = run(base, tiny_config(max_train_epochs=20))
+    assert events[-1] == Finished(40, 20)
+
+
+def test_a_full_device_is_named_and_the_adapter_can_still_be_removed(monkeypatch):
+    base = tiny_base("sd15")
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(base, "predict", full)
+    with pytest.raises(OutOfMemory, match="train_batch_size 2, resolution 64"):
+        run(base, tiny_config())
+    assert not hasattr(base.unet, "peft_config")
+
+
+def test_other_runtime_errors_stay_what_they_are(monkeypatch):
+    base = tiny_base("sd15")
+
+    def wrong(*args):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(base, "predict", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(base, tiny_config())
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_gradient_checkpointing_changes_memory_not_the_result(family):
+    base = tiny_base(family)
+    config = tiny_config(network_dropout=0.3)
+    _, plain = run(base, config)
+    everything = [m for module in base.modules() for m in module.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in everything]
+    _, recomputed = run(base, replace(config, gradient_checkpointing=True))
+    assert plain == recomputed
+    assert not any(m.training or getattr(m, "gradient_checkpointing", False) for m in everything)
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in everything] == hooks
+
+
+def test_bf16_trains_on_a_cpu_and_the_adapter_stays_fp32():
+    base = tiny_base("sd15")
+    config = tiny_config(mixed_precision="bf16", max_train_epochs=1)
+    events, fingerprint = run(base, config)
+    plain_events, plain = run(base, replace(config, mixed_precision="no"))
+    assert fingerprint != plain
+    assert events[0].loss == pytest.approx(plain_events[0].loss, rel=0.05)
+
+
+def test_fp16_lowers_its_loss_scale_after_an_overflow_and_goes_on():
+    base = tiny_base("sd15")
+    config = tiny_config(mixed_precision="fp16", max_train_epochs=4)
+    prepared = tiny_prepared(base, config)
+    adapter = inject(base, config)
+    stepper = loop.Stepper(config, base, adapter, prepared)
+    scale = stepper.scaler.get_scale()
+    stepper.adapter.trainable()[0].register_hook(lambda grad: grad * float("inf"))
+    groups = loop._epoch_groups(config, prepared, 0)
+    outcome = stepper.step(groups[0], 0, 0)
+    assert outcome.skipped == "gradient"
+    assert stepper.scaler.get_scale() == scale / 2
+    adapter.remove()
+    events, _ = run(base, config)
+    assert events[-1].steps == 8
+    assert sum(isinstance(event, Step) for event in events) > 0
+
+
+def test_a_half_precision_base_cannot_compute_in_fp32():
+    base = tiny_base("sd15")
+    for module in base.modules():
+        module.to(torch.bfloat16)
+    base.compute_dtype = torch.bfloat16
+    with pytest.raises(ConfigError, match="the base was loaded in"):
+        run(base, tiny_config(mixed_precision="no"))
+    events, _ = run(base, tiny_config(mixed_precision="bf16"))
+    assert events[-1] == Finished(4, 0)
+
+
+def test_clipping_scales_the_update_and_reports_the_norm_before():
+    base = tiny_base("sd15")
+    config = tiny_config(optimizer_type="AdamW", max_train_steps=1, learning_rate=1e-3)
+    free, _ = run(base, replace(config, max_grad_norm=0.0))
+    clipped, _ = run(base, replace(config, max_grad_norm=1e-4))
+    assert free[0].grad_norm == clipped[0].grad_norm > 1e-4
+
+
+def test_text_encoders_that_are_not_trained_are_not_run(monkeypatch):
+    base = tiny_base("sdxl")
+    config = tiny_config(network_train_unet_only=True)
+    prepared = tiny_prepared(base, config)
+    adapter = inject(base, config)
+
+    def forbidden(*args):
+        raise AssertionError("a text encoder ran")
+
+    monkeypatch.setattr(base, "encode_text", forbidden)
+    events = list(train(config, base, adapter, prepared))
+    assert isinstance(events[-1], Finished)
+    assert events[0].text_encoder_lr == 0.0
+
+
+def test_the_global_random_state_is_neither_used_nor_changed():
+    base = tiny_base("sd15")
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    _, first = run(base, tiny_config(network_dropout=0.2))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(12)
+    assert run(base, tiny_config(network_dropout=0.2))[1] == first
+
+
+def test_a_closed_generator_leaves_the_base_usable():
+    base = tiny_base("sd15")
+    config = tiny_config(gradient_checkpointing=True)
+    adapter = inject(base, config)
+    events = train(config, base, adapter, tiny_prepared(base, config))
+    next(events)
+    events.close()
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in base.unet.modules())
+    assert all(weight.grad is None for weight in adapter.trainable())
+    adapter.remove()

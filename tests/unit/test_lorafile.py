@@ -1,0 +1,188 @@
+"""What a LoRA file promises: the adapter bitwise, kohya's metadata, and a clear no to anything else."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import tiny_base, tiny_config
+from trainer import lorafile
+from trainer.adapter import inject
+from trainer.config import TrainConfig
+from trainer.errors import ModelFileError
+
+
+def randomise(adapter):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in adapter.trainable():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+
+
+def written(base, path, **values):
+    """(state of the rounded adapter, config); the base is clean again."""
+    config = tiny_config(network_dim=4, network_alpha=3, output_name="mine", **values)
+    adapter = inject(base, config)
+    randomise(adapter)
+    adapter.round_to(config.save_precision)
+    lorafile.write(path, adapter, base, config, {"ss_tag_frequency": "{}"})
+    state = adapter.state()
+    adapter.remove()
+    return state, config
+
+
+def metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("conv_dim", [None, 2])
+def test_what_was_written_is_attached_bitwise(family, conv_dim, tmp_path):
+    base = tiny_base(family)
+    state, _ = written(base, tmp_path / "a.safetensors", conv_dim=conv_dim, conv_alpha=1)
+    file = lorafile.read(tmp_path / "a.safetensors")
+    assert file.family == family
+    adapter = lorafile.attach(base, file)
+    again = adapter.state()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+    adapter.remove()
+
+
+def test_weights_are_in_save_precision_and_alphas_exact(tmp_path):
+    base = tiny_base("sd15")
+    written(base, tmp_path / "a.safetensors", save_precision="bf16")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert {t.dtype for k, t in tensors.items() if k.endswith(".weight")} == {torch.bfloat16}
+    alphas = {t for k, t in tensors.items() if k.endswith(".alpha")}
+    assert all(a.shape == () and a.item() == 3.0 for a in alphas)
+
+
+def test_the_bytes_depend_on_weights_and_settings_not_on_time(tmp_path):
+    base = tiny_base("sd15")
+    for name in ("a", "b"):
+        written(base, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "family, version, architecture",
+    [
+        ("sd15", "sd_v1", "stable-diffusion-v1/lora"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    ],
+)
+def test_the_metadata_is_what_kohyas_readers_look_for(family, version, architecture, tmp_path):
+    base = tiny_base(family)
+    _, config = written(base, tmp_path / "a.safetensors", conv_dim=2, conv_alpha=1)
+    found = metadata(tmp_path / "a.safetensors")
+    assert found["ss_base_model_version"] == version
+    assert found["modelspec.architecture"] == architecture
+    assert found["ss_v2"] == "False"
+    assert found["ss_network_module"] == "networks.lora"
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "3.0")
+    assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1.0"}
+    assert found["ss_learning_rate"] == "0.001"
+    assert found["ss_output_name"] == found["modelspec.title"] == "mine"
+    assert found["ss_min_snr_gamma"] == "None"
+    assert found["ss_tag_frequency"] == "{}"
+    required = {"sai_model_spec", "architecture", "implementation", "title", "resolution"}
+    assert required <= {name.removeprefix("modelspec.") for name in found if name.startswith("modelspec.")}
+    assert TrainConfig(**json.loads(found[lorafile.CONFIG_KEY])) == config
+
+
+def test_the_model_hash_is_that_of_the_files_tensors(tmp_path):
+    written(tiny_base("sd15"), tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata(tmp_path / "a.safetensors")["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+
+
+def test_a_lora_of_the_other_family_is_refused(tmp_path):
+    written(tiny_base("sdxl"), tmp_path / "a.safetensors")
+    with pytest.raises(ModelFileError, match="LoRA for sdxl, the base tiny-sd15 is sd15"):
+        lorafile.attach(tiny_base("sd15"), lorafile.read(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_family_is_known_without_metadata(family, tmp_path):
+    base = tiny_base(family)
+    for values in ({}, {"network_train_unet_only": True}):
+        written(base, tmp_path / "a.safetensors", **values)
+        save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "bare.safetensors")
+        assert lorafile.read(tmp_path / "bare.safetensors").family == family
+
+
+def changed(path, change):
+    tensors, facts = load_file(path), metadata(path)
+    change(tensors)
+    save_file(tensors, path, facts)
+    return lorafile.read(path)
+
+
+def test_a_key_that_no_module_has_is_named(tmp_path):
+    base = tiny_base("sd15")
+    written(base, tmp_path / "a.safetensors")
+    stray = "lora_unet_down_blocks_9_attentions_0_proj_in.lora_up.weight"
+    file = changed(tmp_path / "a.safetensors", lambda tensors: tensors.update({stray: torch.zeros(1)}))
+    with pytest.raises(ModelFileError, match=f"1 entries of a.safetensors do not fit tiny-sd15: {stray}"):
+        lorafile.attach(base, file)
+    assert not hasattr(base.unet, "peft_config")
+
+
+def test_half_a_module_is_refused(tmp_path):
+    base = tiny_base("sd15")
+    written(base, tmp_path / "a.safetensors")
+    key = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    file = changed(tmp_path / "a.safetensors", lambda tensors: tensors.pop(f"{key}.lora_up.weight"))
+    with pytest.raises(ModelFileError, match=f"do not fit tiny-sd15: {key}"):
+        lorafile.attach(base, file)
+
+
+def test_a_lora_for_a_wider_model_is_refused(tmp_path):
+    base = tiny_base("sd15")
+    written(base, tmp_path / "a.safetensors")
+    key = "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    file = changed(tmp_path / "a.safetensors", lambda tensors: tensors.update({key: torch.zeros(4, 99)}))
+    with pytest.raises(ModelFileError, match=r"mlp_fc1 \(4, 99\)"):
+        lorafile.attach(base, file)
+
+
+@pytest.mark.parametrize(
+    "name", ["x.hada_w1_a", "x.lokr_w1", "x.dora_scale", "model.diffusion_model.out.2.weight"]
+)
+def test_other_kinds_of_files_are_refused(name, tmp_path):
+    save_file({name: torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelFileError, match="holds more than a LoRA"):
+        lorafile.read(tmp_path / "a.safetensors")
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    save_file({}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelFileError, match="holds no tensors"):
+        lorafile.read(tmp_path / "a.safetensors")
+
+
+def test_control_characters_of_a_hostile_key_do_not_reach_the_terminal(tmp_path):
+    save_file({"\x1b[31mred" * 100: torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelFileError) as caught:
+        lorafile.read(tmp_path / "a.safetensors")
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_file_without_alphas_has_scale_one(tmp_path):
+    base = tiny_base("sd15")
+    written(base, tmp_path / "a.safetensors")
+
+    def drop(tensors):
+        for key in [key for key in tensors if key.endswith(".alpha")]:
+            del tensors[key]
+
+    adapter = lorafile.attach(base, changed(tmp_path / "a.safetensors", drop))
+    assert {layer.target.alpha / layer.target.rank for layer in adapter.layers} == {1.0}
+    adapter.remove()

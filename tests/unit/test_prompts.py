@@ -1,0 +1,184 @@
+"""Promises of evaluation.prompts."""
+
+from pathlib import Path
+
+import pytest
+
+from evaluation.prompts import (
+    CONFIRM_COUNTS,
+    CONFIRM_SEEDS,
+    SEARCH_COUNTS,
+    TEMPLATES,
+    Prompt,
+    PromptSet,
+    generate,
+    load_prompts,
+    make_prompt,
+    save_prompts,
+    scored_text,
+    shorten,
+)
+from trainer.errors import ConfigError
+
+CAPTIONS = [f"zkw girl number {word} in a park" for word in range(10)]
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def load(path: Path, content: str, trigger: str | None = "zkw", class_word: str | None = "girl") -> PromptSet:
+    path.write_text(content, encoding="utf-8")
+    return load_prompts(path, trigger=trigger, class_word=class_word, count_tokens=words)
+
+
+@pytest.mark.parametrize(
+    ("text", "scored"),
+    [
+        ("a photo of zkw on a beach", "a photo of girl on a beach"),
+        ("a photo of zkw girl on a beach", "a photo of girl on a beach"),
+        ("ZKW girl, red hair", "girl, red hair"),
+        ("zkw, girl, red hair", "girl, red hair"),
+        ("girl zkw in the snow", "girl in the snow"),
+        ("a zkwish girl", "a zkwish girl"),
+        ("a dog", "a dog"),
+    ],
+)
+def test_the_trigger_is_replaced_by_the_class_word_in_the_text_that_is_scored(text: str, scored: str) -> None:
+    assert scored_text(text, "zkw", "girl") == scored
+
+
+def test_scored_text_always_comes_from_the_rendered_text(tmp_path: Path) -> None:
+    made = generate(CAPTIONS, trigger="zkw", class_word="girl", count_tokens=words)
+    for prompt in made.prompts:
+        assert prompt.scored_text == scored_text(prompt.text, "zkw", "girl")
+        assert "zkw" not in prompt.scored_text
+    with pytest.raises(ConfigError, match="unknown key scored_text"):
+        load(tmp_path / "p.toml", '[[prompts]]\ntext = "a"\nscored_text = "b"')
+
+
+def test_adding_a_prompt_changes_no_other_prompts_id() -> None:
+    few = PromptSet(
+        (make_prompt("a {class}", "altered", None, "cat"), make_prompt("b", "altered", None, "cat")), (0,)
+    )
+    more = PromptSet((make_prompt("new", "style", None, "cat"), *few.prompts), (0,))
+    assert {p.id for p in few.prompts} < {p.id for p in more.prompts}
+    assert few.hash != more.hash
+
+
+@pytest.mark.parametrize("world", list(TEMPLATES))
+def test_a_search_set_has_16_prompts_and_two_seeds(world: str) -> None:
+    made = generate(CAPTIONS, trigger="zkw", class_word="girl", count_tokens=words, words=world)
+    assert len(made.prompts) == sum(SEARCH_COUNTS.values()) == 16 and len(made.seeds) == 2
+    assert made.image_count == 32
+    kinds = [p.kind for p in made.prompts]
+    assert kinds.count("train-like") == 6 and kinds.count("class-only") == 1
+    assert not any("zkw" in p.text for p in made.prompts if p.kind == "class-only")
+
+
+@pytest.mark.parametrize("world", list(TEMPLATES))
+def test_a_confirmation_set_shares_no_prompt_and_no_seed_with_the_search_set(world: str) -> None:
+    captions = [f"zkw girl {n}" for n in range(40)]
+    search = generate(captions, trigger="zkw", class_word="girl", count_tokens=words, words=world)
+    confirm = generate(
+        captions,
+        trigger="zkw",
+        class_word="girl",
+        count_tokens=words,
+        words=world,
+        counts=CONFIRM_COUNTS,
+        seeds=CONFIRM_SEEDS,
+        exclude=search,
+    )
+    assert len(confirm.prompts) == 24 and len(confirm.seeds) == 4
+    assert not {p.id for p in search.prompts} & {p.id for p in confirm.prompts}
+    assert not set(search.seeds) & set(confirm.seeds)
+
+
+def test_the_choice_of_captions_does_not_depend_on_their_order() -> None:
+    forth, back = (
+        generate(c, trigger="zkw", class_word="girl", count_tokens=words) for c in (CAPTIONS, CAPTIONS[::-1])
+    )
+    assert forth.hash == back.hash
+
+
+def test_too_few_captions_are_filled_up_from_templates() -> None:
+    made = generate(CAPTIONS[:2], trigger="zkw", class_word="girl", count_tokens=words)
+    kinds = [p.kind for p in made.prompts]
+    assert kinds.count("train-like") == 2 and len(kinds) == 16
+
+
+def test_a_long_caption_is_shortened_at_a_clause_and_it_is_said() -> None:
+    clause = "word " * 19 + "word"
+    assert shorten(f"{clause}, {clause}, {clause}", words) == f"{clause}, {clause}"
+    assert words(shorten("word " * 90, words)) == 40
+    assert shorten("short, text", words) == "short, text"
+    made = generate([f"zkw girl, {clause}, {clause}"], trigger="zkw", class_word="girl", count_tokens=words)
+    assert "1 captions were shortened to 40 tokens" in made.notes[0]
+    assert all(words(p.text) <= 40 for p in made.prompts)
+
+
+def test_a_hand_written_prompt_over_75_tokens_is_refused(tmp_path: Path) -> None:
+    assert load(tmp_path / "p.txt", "word " * 75 + "\nother").prompts[0].text == " ".join(["word"] * 75)
+    with pytest.raises(ConfigError, match=r"76 tokens.*cut at 75"):
+        load(tmp_path / "p.txt", "word " * 76 + "\nother")
+
+
+def test_a_missing_class_word_is_an_error_that_names_the_flag(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--class"):
+        generate(CAPTIONS, trigger="zkw", class_word=None, count_tokens=words)
+    for text in ("a photo of zkw", "a {class}", "{trigger} in the snow"):
+        with pytest.raises(ConfigError, match="--class"):
+            load(tmp_path / "p.txt", f"{text}\nother", class_word=None)
+
+
+def test_a_toml_file_reads_back_to_the_same_hash(tmp_path: Path) -> None:
+    made = generate(CAPTIONS, trigger="zkw", class_word="girl", count_tokens=words, seeds=(3, 4, 5))
+    path = tmp_path / "prompts.toml"
+    save_prompts(made, path)
+    again = load_prompts(path, trigger=None, class_word=None, count_tokens=words)
+    assert again == made and again.hash == made.hash
+
+
+def test_prompt_files_fill_in_trigger_and_class(tmp_path: Path) -> None:
+    text = load(tmp_path / "p.txt", "# a comment\n\na {trigger} {class} in red\nzkw asleep\n")
+    assert [p.text for p in text.prompts] == ["a zkw girl in red", "zkw asleep"]
+    assert [p.scored_text for p in text.prompts] == ["a girl in red", "girl asleep"]
+    toml = load(
+        tmp_path / "p.toml", 'seeds = [7]\n[[prompts]]\ntext = "a"\nkind = "style"\n[[prompts]]\ntext = "b"'
+    )
+    assert toml.seeds == (7,) and [p.kind for p in toml.prompts] == ["style", "altered"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("seeds = [", "not valid TOML"),
+        ("promts = []", "did you mean prompts"),
+        ('[[prompts]]\ntext = "a"\nkind = "styles"', "did you mean style"),
+        ('[[prompts]]\ntext = "a {red|blue} cat"', "not known.*{trigger}"),
+        ('[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "a"', "there twice"),
+        ('[[prompts]]\ntext = "a"', "at least 2"),
+        ('[[prompts]]\nkind = "style"', "without a text"),
+        ('[[prompts]]\ntext = " "', "is empty"),
+        ('[[prompts]]\ntext = "zkw"\nkind = "class-only"', "holds the trigger"),
+        ('seeds = [1, 1]\n[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "b"', "repeated"),
+        ('seeds = [1.5]\n[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "b"', "whole numbers"),
+        ('seeds = 3\n[[prompts]]\ntext = "a"', "wrong form"),
+        ("prompts = 3", "wrong form"),
+    ],
+)
+def test_a_wrong_prompt_file_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(tmp_path / "p.toml", content)
+
+
+def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_prompts(tmp_path / "none.txt", trigger=None, class_word=None, count_tokens=words)
+
+
+def test_likeness_is_asked_of_every_kind_but_class_only() -> None:
+    assert Prompt("a", "a", "style").asks_for_subject and not Prompt("a", "a", "class-only").asks_for_subject
+    with pytest.raises(ConfigError, match="every prompt is class-only"):
+        PromptSet((Prompt("a", "a", "class-only"), Prompt("b", "b", "class-only")), (0,))

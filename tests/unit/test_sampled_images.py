@@ -1,0 +1,71 @@
+"""Promises of evaluation.images."""
+
+import numpy as np
+import pytest
+
+from evaluation.images import SampledImage, check_valid, invalid_reason, png_bytes, prove_applied, sample_grid
+from evaluation.prompts import Prompt, PromptSet
+from trainer.errors import InvalidImages, ModelFileError
+
+
+def picture(seed: int, prompt_id: str = "p") -> SampledImage:
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return SampledImage(prompt_id, seed, pixels)
+
+
+def flat(level: int, finite: bool = True) -> SampledImage:
+    return SampledImage("p", 0, np.full((16, 16, 3), level, np.uint8), finite)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (flat(0), "black"),
+        (flat(9), "black"),
+        (flat(128), "uniform"),
+        (flat(255), "uniform"),
+        (SampledImage("p", 0, picture(0).pixels_HW3, False), "not finite"),
+        (picture(0), None),
+    ],
+)
+def test_pictures_that_show_nothing_are_recognised(image: SampledImage, reason: str | None) -> None:
+    assert invalid_reason(image) == reason
+
+
+def test_a_dark_picture_with_something_in_it_is_valid() -> None:
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[4:6, 4:6] = 40
+    assert invalid_reason(SampledImage("p", 0, pixels)) is None
+
+
+def test_one_invalid_picture_is_enough_to_refuse_all() -> None:
+    check_valid([picture(0), picture(1)])
+    with pytest.raises(InvalidImages, match=r"1 of 3 images show nothing \(1 black\)"):
+        check_valid([picture(0), picture(1), flat(0)])
+
+
+def test_pictures_equal_to_the_bases_own_prove_that_no_adapter_was_at_work() -> None:
+    own = [picture(0), picture(1)]
+    nearly = [
+        SampledImage(i.prompt_id, i.seed, i.pixels_HW3 ^ 1) for i in own
+    ]  # ±1: another batch composition
+    for same in (own, nearly):
+        with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+            prove_applied(same, own)
+    prove_applied([own[0], SampledImage("p", 1, own[1].pixels_HW3 ^ 2)], own)
+
+
+def test_the_same_pixels_give_the_same_png_bytes() -> None:
+    assert png_bytes(picture(3).pixels_HW3) == png_bytes(picture(3).pixels_HW3.copy())
+
+
+def test_the_grid_shows_every_picture_with_its_prompt() -> None:
+    prompts = PromptSet(
+        tuple(Prompt(f"prompt {n} – ü {'long ' * n * 9}", "", "style") for n in range(3)), (0, 1)
+    )
+    images = [picture(seed, p.id) for p in prompts.prompts for seed in prompts.seeds]
+    grid = np.asarray(sample_grid(images, prompts, columns=2))
+    cell = 16 * 6  # enlarged whole times to at most half a cell
+    assert grid.shape == (2 * (cell + 16), 4 * cell, 3)
+    assert (grid[:cell:6, cell : 2 * cell : 6] == images[1].pixels_HW3).all()
+    assert (grid[cell : cell + 16, : 2 * cell] < 128).any(), "no label"

@@ -1,0 +1,290 @@
+"""Base: the one interface that the training loop, the cache and the sampler see of a base model.
+
+Owns what all families share: tokenising, the VAE, the noise schedule, and which modules a kohya LoRA touches
+under which name.  Text conditioning and the U-Net's call are the families' own (``sd15``, ``sdxl``); reading
+files is ``load``'s.
+
+Shapes: B batch, C latent channels, H W pixels, h w latent sides, L tokens, D text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import gc
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Sizes(NamedTuple):
+    """What SDXL is told about an image, in px: size before resizing, crop offset, size as trained.  Rows
+    first."""
+
+    original_hw: tuple[int, int]
+    crop_top_left: tuple[int, int]
+    target_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Encoded captions: what the U-Net's cross-attention reads, and SDXL's pooled vector."""
+
+    hidden_BLD: Tensor
+    pooled_BP: Tensor | None = None
+
+    def rows(self, indices: Sequence[int]) -> TextStates:
+        """The states of some captions, in that order; an index may repeat."""
+        chosen = torch.as_tensor(list(indices), device=self.hidden_BLD.device)
+        return TextStates(
+            self.hidden_BLD.index_select(0, chosen),
+            None if self.pooled_BP is None else self.pooled_BP.index_select(0, chosen),
+        )
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextStates:
+        """The same states on a device, and optionally as a number type."""
+        return TextStates(
+            self.hidden_BLD.to(device, dtype),
+            None if self.pooled_BP is None else self.pooled_BP.to(device, dtype),
+        )
+
+    @staticmethod
+    def join(parts: Sequence[TextStates]) -> TextStates:
+        """States of several calls, one after the other along B."""
+        pooled = [part.pooled_BP for part in parts if part.pooled_BP is not None]
+        return TextStates(
+            torch.cat([part.hidden_BLD for part in parts]), torch.cat(pooled) if pooled else None
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of a base as they come from its files."""
+
+    unet: Any
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
+    scheduler_config: dict[str, Any]
+
+
+class Base(ABC):
+    """A frozen text-to-image model.  Nothing in it is trainable; an ``Adapter`` is injected and removed."""
+
+    family: ClassVar[str]
+    text_prefixes: ClassVar[tuple[str, ...]]  # kohya's key prefix of each text encoder
+    kohya_base_version: ClassVar[str]  # ss_base_model_version: readers tell the family by it
+    kohya_architecture: ClassVar[str]  # modelspec.architecture of a LoRA
+    kohya_implementation: ClassVar[str]  # modelspec.implementation
+
+    def __init__(self, name: str, identity: str, parts: Parts) -> None:
+        self.name = name
+        self.identity = identity
+        self.unet = parts.unet
+        self.vae = parts.vae
+        self.text_encoders: list[Any] = list(parts.text_encoders)
+        self.tokenizers: list[Any] = list(parts.tokenizers)
+        self.scheduler_config = dict(parts.scheduler_config)
+        self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
+        self.alphas_cumprod = alphas_cumprod(self.scheduler_config)
+        self.compute_dtype: torch.dtype = next(self.unet.parameters()).dtype
+        for module in self.modules():
+            module.requires_grad_(False).eval()
+
+    # What it is
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def latent_scale(self) -> float:
+        """Latents are multiplied by this before noise is added (0.18215 for SD1.5, 0.13025 for SDXL)."""
+        return float(self.vae.config.scaling_factor)
+
+    @property
+    def latent_factor_px(self) -> int:
+        """Pixels per latent cell along one side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def native_resolution_px(self) -> int:
+        """Side of the square images it was trained on."""
+        return int(self.unet.config.sample_size) * self.latent_factor_px
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every network of the base."""
+        yield self.unet
+        yield self.vae
+        yield from self.text_encoders
+
+    def components(self) -> dict[str, Any]:
+        """The networks a LoRA can be injected into, under diffusers' names."""
+        names = ("text_encoder", "text_encoder_2")
+        return {"unet": self.unet, **dict(zip(names, self.text_encoders, strict=False))}
+
+    def to(self, device: torch.device | str) -> Base:
+        """Move every network to a device."""
+        for module in self.modules():
+            module.to(device)
+        return self
+
+    def free(self) -> None:
+        """Drop the networks, so that their memory can be used again.  The base is unusable after."""
+        self.unet = self.vae = None
+        self.text_encoders = []
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # Text
+
+    def token_ids(self, captions: Sequence[str], encoder: int) -> Tensor:
+        """Token ids (B, L) for one text encoder: cut to its length, padded with its tokenizer's pad id."""
+        tokenizer = self._tokenizer(encoder)
+        length = min(tokenizer.model_max_length, self.text_encoders[encoder].config.max_position_embeddings)
+        rows = tokenizer(list(captions), truncation=True, max_length=length)["input_ids"]
+        pad = self.tokenizers[encoder].pad_token_id
+        return torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)
+
+    def token_count(self, text: str) -> int:
+        """Tokens of a text, without the start and end marks.  Encoders read at most 75."""
+        return len(self.tokenizers[0](text, add_special_tokens=False)["input_ids"])
+
+    def _tokenizer(self, encoder: int) -> Any:
+        """The tokenizer that splits text for an encoder.  Published SDXL folders declare '!' as the second
+        tokenizer's padding, which turns the word "!" into padding; with an equal vocabulary the first
+        splits."""
+        return self.tokenizers[0] if self._one_vocabulary else self.tokenizers[encoder]
+
+    @cached_property
+    def _one_vocabulary(self) -> bool:
+        first = self.tokenizers[0].get_vocab()
+        return all(tokenizer.get_vocab() == first for tokenizer in self.tokenizers[1:])
+
+    @abstractmethod
+    def encode_text(self, captions: Sequence[str], clip_skip: int | None = None) -> TextStates:
+        """Captions → states on the base's device.  Differentiable; wrap in ``torch.no_grad`` for a cache."""
+
+    # Images
+
+    @torch.no_grad()
+    def encode_images(self, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Pixels in [-1, 1] → one unscaled VAE sample each (B, C, h, w), fp32.  One CPU generator per
+        image."""
+        moments = self.vae.encode(pixels_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
+        noise = torch.stack([torch.randn(moments.mean.shape[1:], generator=g) for g in generators])
+        return moments.mean.float() + moments.std.float() * noise.to(moments.mean.device)
+
+    @torch.no_grad()
+    def decode_latents(self, latents_BCHW: Tensor) -> tuple[np.ndarray, list[bool]]:
+        """Scaled latents → uint8 images (B, H, W, 3), and for each whether the picture was finite."""
+        unscaled = (latents_BCHW.float() / self.latent_scale).to(self.vae.device, self.vae.dtype)
+        pixels = self.vae.decode(unscaled, return_dict=False)[0].float()
+        finite = pixels.flatten(1).isfinite().all(1).tolist()
+        shown = (pixels.nan_to_num(0.0) / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return shown.permute(0, 2, 3, 1).cpu().numpy(), finite
+
+    # Noise
+
+    @abstractmethod
+    def predict(
+        self, noisy_BCHW: Tensor, timesteps_B: Tensor, states: TextStates, sizes: Sequence[Sizes]
+    ) -> Tensor:
+        """The U-Net's prediction (B, C, h, w) in fp32.  ``sizes`` (one per row) matter to SDXL only."""
+
+    # Names a LoRA has in kohya's files
+
+    @abstractmethod
+    def unet_key(self, path: str) -> str:
+        """kohya's key base of a U-Net module path, e.g. ``lora_unet_down_blocks_0_…``."""
+
+    def lora_names(self) -> dict[str, dict[str, str]]:
+        """component → module path → kohya key base: what ``networks.lora`` of sd-scripts trains.
+
+        U-Net: linear layers and 1×1 convolutions inside Transformer2DModel (SD1.5 192, SDXL 722).  Text
+        encoders: linear layers inside attention and MLP (72; SDXL 72 + 192).
+        """
+        return self._names[0]
+
+    def conv_names(self) -> dict[str, dict[str, str]]:
+        """The same for what ``conv_dim`` adds: layers of resnets and samplers (SD1.5 86, SDXL 66)."""
+        return self._names[1]
+
+    @cached_property
+    def _names(self) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+        linear = {"unet": {p: self.unet_key(p) for p in inner_layers(self.unet, ("Transformer2DModel",))}}
+        conv_owners = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+        conv = {"unet": {p: self.unet_key(p) for p in inner_layers(self.unet, conv_owners)}}
+        for component, prefix, encoder in zip(
+            ("text_encoder", "text_encoder_2"), self.text_prefixes, self.text_encoders, strict=False
+        ):
+            paths = inner_layers(encoder, ("CLIPAttention", "CLIPMLP"))
+            linear[component] = {p: text_key(prefix, p) for p in paths}
+        return linear, conv
+
+
+def text_key(prefix: str, path: str) -> str:
+    """kohya's key base of a text encoder's module.  ``text_model_`` is part of it whether or not the
+    installed transformers wraps the encoder in ``text_model`` (flattened since 5.6): ComfyUI and A1111
+    know no other name."""
+    return f"{prefix}_text_model_{path.removeprefix('text_model.').replace('.', '_')}"
+
+
+def inner_layers(model: nn.Module, owners: tuple[str, ...]) -> list[str]:
+    """Paths of the linear and convolution layers inside modules of the given class names, in module order."""
+    paths: dict[str, None] = {}
+    for owner_path, owner in model.named_modules():
+        if type(owner).__name__ not in owners:
+            continue
+        for path, layer in owner.named_modules(prefix=owner_path):
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                paths[path] = None
+    return list(paths)
+
+
+def compute_type(mixed_precision: str, device: torch.device | str) -> torch.dtype:
+    """The type a network computes in.  auto: bf16 on cards that have it, fp16 on older ones, fp32 on CPU."""
+    named = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if mixed_precision != "auto":
+        return named[mixed_precision]
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
+    """ᾱ_t for every training timestep, fp32 on CPU.  Both families: scaled-linear β from 0.00085 to 0.012."""
+    steps = int(scheduler_config.get("num_train_timesteps", 1000))
+    start, end = scheduler_config.get("beta_start", 0.00085), scheduler_config.get("beta_end", 0.012)
+    schedule = scheduler_config.get("beta_schedule", "scaled_linear")
+    if schedule == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    else:
+        assert schedule == "linear", schedule
+        betas = torch.linspace(start, end, steps, dtype=torch.float32)
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def last_state(encoder: Any, ids_BL: Tensor, clip_skip: int | None) -> Tensor:
+    """SD1.5's text states (B, L, D): the last layer, or layer ``clip_skip`` from the end, then the final
+    norm."""
+    if clip_skip is None or clip_skip == 1:
+        return encoder(ids_BL).last_hidden_state
+    states = encoder(ids_BL, output_hidden_states=True).hidden_states
+    return inner_encoder(encoder).final_layer_norm(states[-clip_skip])
+
+
+def inner_encoder(encoder: Any) -> Any:
+    """The network that holds ``final_layer_norm``: transformers wraps only some encoders in
+    ``text_model``."""
+    return getattr(encoder, "text_model", encoder)
+
+
+def first_position(ids_BL: Tensor, token: int) -> Tensor:
+    """Index (B) of the first occurrence of a token in each row."""
+    return (ids_BL == token).int().argmax(dim=1)

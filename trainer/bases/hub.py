@@ -1,0 +1,113 @@
+"""Getting a base from the Hugging Face hub: the cached copy first, the network only when it answers.
+
+Downloads safetensors and configurations, never pickles.  HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and proxies are
+huggingface_hub's own and work as usual.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.errors import ModelFileError
+
+PROBE_SECONDS = (
+    5.0  # an unreachable hub costs huggingface_hub 47 s of retries; asking first costs this at most
+)
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+CONFIGURATION = (
+    "model_index.json",
+    *(f"{component}/config.json" for component in COMPONENTS),
+    "scheduler/scheduler_config.json",
+    *(
+        f"{tokenizer}/{name}"
+        for tokenizer in ("tokenizer", "tokenizer_2")
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.json",
+            "merges.txt",
+            "special_tokens_map.json",
+        )
+    ),
+)
+
+
+def hub_folder(repo: str, *, revision: str | None, is_complete: Callable[[Path], bool]) -> Path:
+    """The local folder of a hub model; downloads what is missing.  ``is_complete`` judges a cached copy."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        if is_complete(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    require_network(repo)
+    return _download(repo, revision)
+
+
+def require_network(repo: str) -> None:
+    """ModelFileError with the ways out, if the hub cannot be reached or may not be asked."""
+    from huggingface_hub import constants
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise _unreachable(repo, "HF_HUB_OFFLINE is set")
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise _unreachable(repo, f"{constants.ENDPOINT} does not answer ({reason})") from None
+
+
+def weight_files(names: list[str]) -> list[str]:
+    """Which of a repository's files to download: per component the fp16 variant if there is one, else the
+    plain safetensors; a component that has only pickles is refused."""
+    chosen = [name for name in names if name in CONFIGURATION]
+    for component in COMPONENTS:
+        inside = [name for name in names if name.startswith(component + "/")]
+        tensors = [name for name in inside if name.endswith((".safetensors", ".safetensors.index.json"))]
+        tensors = [name for name in tensors if "non_ema" not in name and "openvino" not in name]
+        half = [name for name in tensors if ".fp16" in name]
+        if inside and not tensors and any(name.endswith(".bin") for name in inside):
+            raise ModelFileError(
+                f"the model offers {component} as a pickle (.bin) only: loading it could run any code",
+                "choose a model with safetensors files",
+            )
+        chosen += half or [name for name in tensors if ".fp16" not in name]
+    return chosen
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        names = HfApi().list_repo_files(repo, revision=revision)
+        if "model_index.json" not in names:
+            raise ModelFileError(f"{repo} on the hub is no diffusers model: it has no model_index.json", "")
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=weight_files(names)))
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise ModelFileError(
+            f"the hub has no model {repo}{f' at {revision}' if revision else ''}, or it needs a login",
+            "check the name; for a gated model run `hf auth login` first",
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelFileError(
+            f"downloading {repo} failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            "run the same command again: finished files are kept",
+        ) from None
+
+
+def _unreachable(repo: str, why: str) -> ModelFileError:
+    return ModelFileError(
+        f"{repo} is not on this machine and cannot be downloaded: {why}",
+        "give a local folder or .safetensors file, set HF_ENDPOINT to a mirror, or use --base mini-sd15",
+    )

@@ -1,0 +1,351 @@
+"""load_base(): a name, hub id, diffusers folder or single .safetensors → Base.
+
+Order: find the files, say what they are from headers and configurations, check every tensor's name
+and shape against the networks that the configurations describe, and only then read weights.  Nothing
+is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from trainer.bases import detect
+from trainer.bases.base import Base, Parts, compute_type
+from trainer.bases.clipbpe import clip_tokenizer
+from trainer.bases.hub import hub_folder
+from trainer.bases.sd15 import SD15
+from trainer.bases.sdxl import SDXL
+from trainer.config import suggestion
+from trainer.errors import ModelFileError
+from trainer.files import sha256_file
+from trainer.tensorfile import read_header, refuse_pickle
+
+FAMILIES: dict[str, type[Base]] = {"sd15": SD15, "sdxl": SDXL}
+MINIATURES = {
+    name: Path(__file__).parent / "miniature" / "weights" / name for name in ("mini-sd15", "mini-sdxl")
+}
+HUB_NAMES = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+CONFIGS = Path(__file__).parent / "configs"
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+TEXT_ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
+# Names in older VAE folders → diffusers' names now.
+OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+SHOWN_KEYS = 5
+
+
+def load_base(
+    spec: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    no_half_vae: bool = False,
+) -> Base:
+    """The base that ``spec`` names, frozen, on ``device``.
+
+    ``spec``: mini-sd15, mini-sdxl, sd15, sdxl, a hub id ``org/name``, a diffusers folder, or a single
+    .safetensors in the original layout.  ``dtype``: of the weights; unset takes ``compute_type("auto",
+    device)``.  The VAE follows, except that SDXL's runs in fp32 where it would be fp16, which
+    overflows in it (sd-scripts --no_half_vae).
+    """
+    dtype = dtype or compute_type("auto", device)
+    path = _locate(spec, revision)
+    if path.is_dir():
+        family = detect.family_of_folder(path)
+        parts, weight_paths = _parts_of_folder(path, family, dtype, no_half_vae)
+    else:
+        header = read_header(path)
+        family = detect.family_of_file(path, header)
+        parts, weight_paths = _parts_of_file(path, family, dtype, no_half_vae), {path.name: path}
+    base = FAMILIES[family](_short_name(spec), _identity(weight_paths, parts), parts)
+    return base.to(device)
+
+
+def _locate(spec: str, revision: str | None) -> Path:
+    """The folder or file of a spec; a hub model is downloaded if it is not cached."""
+    if spec in MINIATURES:
+        if not MINIATURES[spec].is_dir():
+            raise ModelFileError(f"the weights of {spec} are not installed", "reinstall lora-hpo")
+        return MINIATURES[spec]
+    path = Path(spec).expanduser()
+    refuse_pickle(path)
+    if path.exists():
+        return path
+    looks_like_path = path.suffix == ".safetensors" or spec.startswith((".", "/", "~")) or spec.count("/") > 1
+    if looks_like_path:
+        raise ModelFileError(f"there is no file or folder {spec}", "check the path")
+    repo = HUB_NAMES.get(spec, spec)
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo):
+        raise ModelFileError(
+            f"there is no base {spec!r}",
+            suggestion(spec, [*MINIATURES, *HUB_NAMES])
+            or f"give {', '.join([*MINIATURES, *HUB_NAMES])}, a hub id org/name, a folder or a file",
+        )
+    return hub_folder(repo, revision=revision, is_complete=_is_complete)
+
+
+def _short_name(spec: str) -> str:
+    return Path(spec).name if Path(spec).expanduser().exists() else spec
+
+
+def _identity(weight_paths: Mapping[str, Path], parts: Parts) -> str:
+    """sha256 over the weight files' contents and the noise schedule: the same model has the same identity
+    wherever it lies; another fine-tune has another."""
+    digest = hashlib.sha256(json.dumps(parts.scheduler_config, sort_keys=True, default=str).encode())
+    for name, path in sorted(weight_paths.items()):
+        digest.update(f"{name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+# Diffusers folders
+
+
+def _parts_of_folder(
+    folder: Path, family: str, dtype: torch.dtype, no_half_vae: bool
+) -> tuple[Parts, dict[str, Path]]:
+    """Every network of a folder, checked and filled, and the weight files they came from."""
+    networks: dict[str, Any] = {}
+    weight_paths: dict[str, Path] = {}
+    for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+        model = _empty(component, detect.read_json(folder / component / "config.json"))
+        files = component_files(folder, component)
+        names = {name: shape for file in files for name, shape in read_header(file).shapes.items()}
+        renamed = {_present_name(model, name): name for name in names}
+        _check(folder / component, model, {new: names[old] for new, old in renamed.items()})
+        old_names = {old: new for new, old in renamed.items()}
+        wanted = _component_type(component, family, dtype, no_half_vae)
+        _fill(model, ((old_names[name], tensor) for file in files for name, tensor in _tensors(file)), wanted)
+        networks[component] = model
+        weight_paths |= {f"{component}/{file.name}": file for file in files}
+    tokenizers = tuple(
+        _folder_tokenizer(folder / name, networks[encoder])
+        for name, encoder in zip(TOKENIZERS[family], TEXT_ENCODERS[family], strict=True)
+    )
+    scheduler = detect.read_json(folder / "scheduler" / "scheduler_config.json")
+    return _assembled(networks, family, tokenizers, scheduler), weight_paths
+
+
+def component_files(folder: Path, component: str) -> list[Path]:
+    """The safetensors files of one network: plain before fp16, whole before shards.  Pickles are refused."""
+    stem = WEIGHTS[component]
+    inside = folder / component
+    for variant in ("", ".fp16"):
+        whole = inside / f"{stem}{variant}.safetensors"
+        if whole.is_file():
+            return [whole]
+        for index in (
+            inside / f"{stem}.safetensors.index{variant}.json",
+            inside / f"{stem}{variant}.safetensors.index.json",
+        ):
+            if index.is_file():
+                return _shards(index)
+    if any(inside.glob("*.bin")):
+        raise ModelFileError(
+            f"{inside} has its weights as a pickle (.bin) only: it could run any code, so it was not opened",
+            "get the safetensors version, or convert it in a place you trust",
+        )
+    raise ModelFileError(f"{inside} has no weights", f"{stem}.safetensors is missing: get the model again")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = detect.read_json(index).get("weight_map")
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    paths = [index.parent / name for name in names]
+    bad = [path.name for path in paths if path.parent != index.parent or not path.is_file()]
+    if bad or not paths:
+        raise ModelFileError(
+            f"{index} names files that are missing: {', '.join(bad[:SHOWN_KEYS])}", "get it again"
+        )
+    return paths
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a cached hub folder can be loaded without the network."""
+    try:
+        family = detect.family_of_folder(folder)
+        for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+            component_files(folder, component)
+    except ModelFileError:
+        return False
+    return all((folder / name).is_dir() for name in TOKENIZERS[family])
+
+
+def _present_name(model: nn.Module, name: str) -> str:
+    """A tensor's name as the installed libraries call it: older VAE attention, and CLIP's ``text_model.``
+    wrapper."""
+    for old, new in OLD_ATTENTION.items():
+        if old in name and ".attentions." in name:
+            name = name.replace(old, new)
+    if name.startswith("text_model.") and not hasattr(model, "text_model"):
+        return name.removeprefix("text_model.")
+    return name
+
+
+def _folder_tokenizer(folder: Path, encoder: Any) -> Any:
+    """A folder's tokenizer.  Its length is the encoder's if the folder does not say (it is 10³⁰ then)."""
+    from transformers import CLIPTokenizer
+
+    if not folder.is_dir():
+        raise ModelFileError(f"{folder} is missing", "the model's folder is incomplete: get it again")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise ModelFileError(
+            f"{folder} is no CLIP tokenizer: {str(error).splitlines()[0][:160]}", "get the model again"
+        ) from None
+    limit = int(encoder.config.max_position_embeddings)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    if not 256 <= len(tokenizer) <= encoder.config.vocab_size:
+        raise ModelFileError(
+            f"{folder} knows {len(tokenizer)} words, the text encoder {encoder.config.vocab_size}",
+            "tokenizer and text encoder do not belong together",
+        )
+    return tokenizer
+
+
+# Single files in the original layout
+
+
+def _parts_of_file(path: Path, family: str, dtype: torch.dtype, no_half_vae: bool) -> Parts:
+    """Every network of a single file, renamed to diffusers' names, checked and filled from shipped
+    configurations."""
+    configs = CONFIGS / family
+    original = safetensors.torch.load_file(path)  # memory-mapped: read when copied
+    networks: dict[str, Any] = {}
+    for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+        model = _empty(component, detect.read_json(configs / component / "config.json"))
+        tensors = {_present_name(model, k): v for k, v in _converted(component, model, original).items()}
+        _check(path, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, component)
+        _fill(model, tensors.items(), _component_type(component, family, dtype, no_half_vae))
+        networks[component] = model
+    tokenizers = tuple(clip_tokenizer(0 if name == "tokenizer_2" else None) for name in TOKENIZERS[family])
+    scheduler = detect.read_json(configs / "scheduler" / "scheduler_config.json")
+    return _assembled(networks, family, tokenizers, scheduler)
+
+
+def _converted(component: str, model: Any, original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one network under diffusers' names, by diffusers' own conversion."""
+    from diffusers.loaders import single_file_utils as convert
+
+    if component == "unet":
+        part = _beginning(original, detect.UNET)
+        return convert.convert_ldm_unet_checkpoint(part, dict(model.config))
+    if component == "vae":
+        return convert.convert_ldm_vae_checkpoint(
+            _beginning(original, "first_stage_model."), dict(model.config)
+        )
+    if component == "text_encoder_2":
+        prefix = "conditioner.embedders.1.model."
+        return convert.convert_open_clip_checkpoint(model, _beginning(original, prefix), prefix=prefix)
+    for prefix in convert.LDM_CLIP_PREFIX_TO_REMOVE:
+        part = _beginning(original, prefix)
+        if part:
+            return {name.removeprefix(prefix): tensor for name, tensor in part.items()}
+    return {}
+
+
+def _beginning(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# Networks
+
+
+def _empty(component: str, config: dict[str, Any]) -> Any:
+    """A network without memory for its weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    try:
+        with init_empty_weights():
+            if component == "unet":
+                return UNet2DConditionModel.from_config(config)
+            if component == "vae":
+                return AutoencoderKL.from_config(config)
+            kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
+            return kind(CLIPTextConfig.from_dict(config))
+    except Exception as error:  # a configuration can be wrong in any way
+        raise ModelFileError(
+            f"the configuration of {component} describes no network: {str(error).splitlines()[0][:160]}",
+            "get the model again",
+        ) from None
+
+
+def _check(path: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]], component: str = "") -> None:
+    """ModelFileError unless every tensor of the network is given in its shape."""
+    place = f"{path} ({component})" if component else str(path)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise ModelFileError(
+            f"{place} lacks {len(missing)} of {len(wanted)} tensors: {', '.join(missing[:SHOWN_KEYS])}",
+            "the file is incomplete or of another kind",
+        )
+    wrong = [
+        f"{name} {given[name]} instead of {shape}" for name, shape in wanted.items() if given[name] != shape
+    ]
+    if wrong:
+        raise ModelFileError(
+            f"{place} has {len(wrong)} tensors of another shape: {', '.join(wrong[:SHOWN_KEYS])}",
+            "the file is for another kind of model",
+        )
+
+
+def _fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]] | Any, dtype: torch.dtype) -> None:
+    """Give the network its weights, one tensor after another: the peak is the network plus one tensor."""
+    wanted = model.state_dict().keys()
+    for name, tensor in tensors:
+        if name not in wanted:
+            continue
+        owner_path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        value = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+        if attribute in owner._parameters:
+            owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+        else:
+            owner._buffers[attribute] = value
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    with safetensors.safe_open(file, framework="pt") as handle:
+        for name in handle.keys():  # noqa: SIM118 – the handle is no mapping
+            yield name, handle.get_tensor(name)
+
+
+def _component_type(component: str, family: str, dtype: torch.dtype, no_half_vae: bool) -> torch.dtype:
+    if component == "vae" and (no_half_vae or (family == "sdxl" and dtype == torch.float16)):
+        return torch.float32
+    return dtype
+
+
+def _assembled(
+    networks: Mapping[str, Any], family: str, tokenizers: tuple[Any, ...], scheduler: dict[str, Any]
+) -> Parts:
+    return Parts(
+        networks["unet"],
+        networks["vae"],
+        tuple(networks[name] for name in TEXT_ENCODERS[family]),
+        tokenizers,
+        scheduler,
+    )

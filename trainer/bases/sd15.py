@@ -1,0 +1,36 @@
+"""SD1.5: one text encoder, no pooled vector, diffusers' block names in LoRA keys, 512 px."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trainer.bases.base import Base, Sizes, TextStates, last_state
+
+
+class SD15(Base):
+    """Stable Diffusion 1.x and its fine-tunes."""
+
+    family = "sd15"
+    text_prefixes = ("lora_te",)
+    kohya_base_version = "sd_v1"
+    kohya_architecture = "stable-diffusion-v1/lora"
+    kohya_implementation = "diffusers"
+
+    def encode_text(self, captions: Sequence[str], clip_skip: int | None = None) -> TextStates:
+        return TextStates(last_state(self.text_encoders[0], self.token_ids(captions, 0), clip_skip))
+
+    def predict(
+        self, noisy_BCHW: Tensor, timesteps_B: Tensor, states: TextStates, sizes: Sequence[Sizes]
+    ) -> Tensor:
+        predicted = self.unet(
+            noisy_BCHW.to(self.compute_dtype),
+            timesteps_B,
+            encoder_hidden_states=states.hidden_BLD.to(self.compute_dtype),
+            return_dict=False,
+        )[0]
+        return predicted.float()
+
+    def unet_key(self, path: str) -> str:
+        return "lora_unet_" + path.replace(".", "_")

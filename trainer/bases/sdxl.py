@@ -1,0 +1,114 @@
+"""SDXL: two text encoders, a pooled vector, time ids, sgm block names in LoRA keys, 1024 px."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.bases.base import Base, Sizes, TextStates, first_position
+
+# diffusers' names inside a resnet and inside a sampler → sgm's (sd-scripts library/sdxl_model_util.py)
+_RESNET = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+class SDXL(Base):
+    """Stable Diffusion XL base and its fine-tunes."""
+
+    family = "sdxl"
+    text_prefixes = ("lora_te1", "lora_te2")
+    kohya_base_version = "sdxl_base_v1-0"
+    kohya_architecture = "stable-diffusion-xl-v1-base/lora"
+    kohya_implementation = "https://github.com/Stability-AI/generative-models"
+
+    def encode_text(self, captions: Sequence[str], clip_skip: int | None = None) -> TextStates:
+        """Both encoders' last-but-one layers side by side, no final norm; the pooled vector is the second
+        encoder's final state at the first end mark × its projection.  ``clip_skip`` has no meaning here and
+        is not used."""
+        first, second = self.text_encoders
+        ids_BL = [self.token_ids(captions, encoder) for encoder in (0, 1)]
+        states = [first(ids_BL[0], output_hidden_states=True), second(ids_BL[1], output_hidden_states=True)]
+        end_B = first_position(ids_BL[1], self._tokenizer(1).eos_token_id)
+        final_BD = states[1].last_hidden_state[torch.arange(len(captions), device=end_B.device), end_B]
+        return TextStates(
+            torch.cat([state.hidden_states[-2] for state in states], dim=-1), second.text_projection(final_BD)
+        )
+
+    def predict(
+        self, noisy_BCHW: Tensor, timesteps_B: Tensor, states: TextStates, sizes: Sequence[Sizes]
+    ) -> Tensor:
+        assert states.pooled_BP is not None
+        assert len(sizes) == len(noisy_BCHW), "SDXL needs the sizes of every row"
+        ids = [[*size.original_hw, *size.crop_top_left, *size.target_hw] for size in sizes]
+        predicted = self.unet(
+            noisy_BCHW.to(self.compute_dtype),
+            timesteps_B,
+            encoder_hidden_states=states.hidden_BLD.to(self.compute_dtype),
+            added_cond_kwargs={
+                "text_embeds": states.pooled_BP.to(self.compute_dtype),
+                "time_ids": torch.tensor(ids, device=noisy_BCHW.device, dtype=torch.float32),
+            },
+            return_dict=False,
+        )[0]
+        return predicted.float()
+
+    def unet_key(self, path: str) -> str:
+        return "lora_unet_" + sgm_path(path, int(self.unet.config.layers_per_block)).replace(".", "_")
+
+
+def sgm_path(path: str, layers_per_block: int) -> str:
+    """A diffusers module path → the same module's path in Stability's own code (which kohya's SDXL keys
+    use)."""
+    for pattern, rename in _BLOCKS:
+        match = re.fullmatch(pattern, path)
+        if match:
+            return rename(match.groupdict(), layers_per_block + 1)
+    raise AssertionError(f"no sgm name for {path}")
+
+
+def _index(part: dict[str, str], stride: int) -> int:
+    return int(part["block"]) * stride + int(part["layer"])
+
+
+def _resnet(part: dict[str, str]) -> str:
+    return _RESNET[part["rest"]]
+
+
+_BLOCKS: tuple[tuple[str, Callable[[dict[str, str], int], str]], ...] = (
+    (
+        r"down_blocks\.(?P<block>\d+)\.attentions\.(?P<layer>\d+)\.(?P<rest>.+)",
+        lambda part, stride: f"input_blocks.{_index(part, stride) + 1}.1.{part['rest']}",
+    ),
+    (
+        r"up_blocks\.(?P<block>\d+)\.attentions\.(?P<layer>\d+)\.(?P<rest>.+)",
+        lambda part, stride: f"output_blocks.{_index(part, stride)}.1.{part['rest']}",
+    ),
+    (r"mid_block\.attentions\.0\.(?P<rest>.+)", lambda part, stride: f"middle_block.1.{part['rest']}"),
+    (
+        r"down_blocks\.(?P<block>\d+)\.resnets\.(?P<layer>\d+)\.(?P<rest>\w+)",
+        lambda part, stride: f"input_blocks.{_index(part, stride) + 1}.0.{_resnet(part)}",
+    ),
+    (
+        r"up_blocks\.(?P<block>\d+)\.resnets\.(?P<layer>\d+)\.(?P<rest>\w+)",
+        lambda part, stride: f"output_blocks.{_index(part, stride)}.0.{_resnet(part)}",
+    ),
+    (
+        r"mid_block\.resnets\.(?P<layer>\d+)\.(?P<rest>\w+)",
+        lambda part, stride: f"middle_block.{2 * int(part['layer'])}.{_resnet(part)}",
+    ),
+    (
+        r"down_blocks\.(?P<block>\d+)\.downsamplers\.0\.conv",
+        lambda part, stride: f"input_blocks.{(int(part['block']) + 1) * stride}.0.op",
+    ),
+    (
+        r"up_blocks\.(?P<block>\d+)\.upsamplers\.0\.conv",
+        lambda part, stride: f"output_blocks.{int(part['block']) * stride + stride - 1}.2.conv",
+    ),
+)

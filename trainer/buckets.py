@@ -1,0 +1,173 @@
+"""Aspect buckets: which size each image is trained at, by kohya's rules.
+
+Owns the arithmetic from an image's size and the bucket settings to (bucket, size it is resized to, crop).
+Pure: no files, no pixels.  The rules are those of sd-scripts' BucketManager, so the same folder gives the
+same buckets.
+
+All sizes are (width, height) in px unless a name ends in ``_hw``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+
+LATENT_CELL_PX = 8  # the VAEs of all supported families shrink a side by 8
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A size that images are trained at."""
+
+    width_px: int
+    height_px: int
+
+    def __str__(self) -> str:
+        return f"{self.width_px}×{self.height_px}"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one image becomes its bucket: resized to this size, then cropped around the centre."""
+
+    bucket: Bucket
+    resized_width_px: int
+    resized_height_px: int
+
+    @property
+    def crop_top_left(self) -> tuple[int, int]:
+        """Rows and columns that the crop takes off in front."""
+        return (
+            (self.resized_height_px - self.bucket.height_px) // 2,
+            (self.resized_width_px - self.bucket.width_px) // 2,
+        )
+
+
+@dataclass(frozen=True)
+class BucketRules:
+    """The settings that decide buckets, checked together."""
+
+    resolution: int
+    enabled: bool
+    shortest_px: int
+    longest_px: int
+    step_px: int
+    no_upscale: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> BucketRules:
+        """The rules in ``config``; ConfigError if they contradict each other or the VAE."""
+        step = config.bucket_reso_steps
+        if config.enable_bucket and step % LATENT_CELL_PX:
+            raise ConfigError(
+                f"bucket_reso_steps = {step} is not a multiple of {LATENT_CELL_PX}", "use 64 or 32"
+            )
+        if not config.enable_bucket and config.resolution % LATENT_CELL_PX:
+            raise ConfigError(
+                f"resolution = {config.resolution} is not a multiple of {LATENT_CELL_PX}",
+                f"use {config.resolution - config.resolution % LATENT_CELL_PX}, or enable_bucket = true",
+            )
+        # sd-scripts rounds the shortest side down and the longest side up to whole steps.
+        shortest = config.min_bucket_reso - config.min_bucket_reso % step
+        longest = config.max_bucket_reso + -config.max_bucket_reso % step
+        if config.enable_bucket and not config.bucket_no_upscale:
+            if shortest > config.resolution:
+                raise ConfigError(
+                    f"min_bucket_reso {config.min_bucket_reso} is above resolution {config.resolution}",
+                    "lower min_bucket_reso, or set bucket_no_upscale = true, which does not use it",
+                )
+            if longest < config.resolution:
+                raise ConfigError(
+                    f"max_bucket_reso {config.max_bucket_reso} is below resolution {config.resolution}",
+                    "raise max_bucket_reso, or set bucket_no_upscale = true, which does not use it",
+                )
+        if config.enable_bucket and step > config.resolution:
+            raise ConfigError(
+                f"bucket_reso_steps {step} is above resolution {config.resolution}", "lower bucket_reso_steps"
+            )
+        return cls(
+            config.resolution,
+            config.enable_bucket,
+            max(shortest, step),
+            longest,
+            step,
+            config.bucket_no_upscale,
+        )
+
+    def fit(self, width_px: int, height_px: int) -> Fit | None:
+        """How an image of this size is trained; None if it is too small or too narrow to fill any bucket."""
+        if self.enabled and self.no_upscale:
+            width, height = self._shrunk(width_px, height_px)
+            bucket = Bucket(width - width % self.step_px, height - height % self.step_px)
+            return Fit(bucket, width, height) if bucket.width_px and bucket.height_px else None
+        bucket = Bucket(self.resolution, self.resolution)
+        if self.enabled:
+            bucket = nearest_bucket(
+                predefined_buckets(self.resolution, self.shortest_px, self.longest_px, self.step_px),
+                width_px,
+                height_px,
+            )
+        return Fit(bucket, *covering_size(width_px, height_px, bucket))
+
+    def _shrunk(self, width_px: int, height_px: int) -> tuple[int, int]:
+        """With bucket_no_upscale: the size an image is shrunk to.  One side becomes a whole number of steps –
+        the side whose bucket then has the closer aspect ratio.  An image within the area keeps its size."""
+        area = self.resolution**2
+        if width_px * height_px <= area:
+            return width_px, height_px
+        aspect = width_px / height_px
+        ideal_width = math.sqrt(area * aspect)
+        by_width = self._whole_steps(ideal_width)
+        by_height = self._whole_steps(area / ideal_width)
+        error_by_width = _aspect_error(by_width, self._whole_steps(by_width / aspect), aspect)
+        error_by_height = _aspect_error(self._whole_steps(by_height * aspect), by_height, aspect)
+        if error_by_width < error_by_height:
+            return by_width, int(by_width / aspect + 0.5)
+        return int(by_height * aspect + 0.5), by_height
+
+    def _whole_steps(self, size_px: float) -> int:
+        rounded = int(size_px + 0.5)
+        return rounded - rounded % self.step_px
+
+
+def _aspect_error(width_px: int, height_px: int, aspect: float) -> float:
+    """How far a bucket is from an image's aspect ratio; one without area is infinitely far."""
+    return abs(width_px / height_px - aspect) if width_px and height_px else math.inf
+
+
+@cache
+def predefined_buckets(
+    resolution: int, shortest_px: int, longest_px: int, step_px: int
+) -> tuple[Bucket, ...]:
+    """All buckets of about resolution² between both side limits, sorted by width."""
+    square = resolution // step_px * step_px
+    buckets = {Bucket(square, square)}
+    for width in range(shortest_px, longest_px + 1, step_px):
+        height = min(longest_px, resolution**2 // width // step_px * step_px)
+        if height >= shortest_px:
+            buckets |= {Bucket(width, height), Bucket(height, width)}
+    return tuple(sorted(buckets))
+
+
+def nearest_bucket(buckets: tuple[Bucket, ...], width_px: int, height_px: int) -> Bucket:
+    """The bucket of exactly this size, else the one of nearest aspect ratio (the first of equals)."""
+    exact = Bucket(width_px, height_px)
+    if exact in buckets:
+        return exact
+    aspect = width_px / height_px
+    return min(buckets, key=lambda bucket: abs(bucket.width_px / bucket.height_px - aspect))
+
+
+def covering_size(width_px: int, height_px: int, bucket: Bucket) -> tuple[int, int]:
+    """The smallest size of an image's shape that covers a bucket."""
+    if width_px * bucket.height_px > bucket.width_px * height_px:
+        scale = bucket.height_px / height_px
+    else:
+        scale = bucket.width_px / width_px
+    return max(bucket.width_px, int(width_px * scale + 0.5)), max(
+        bucket.height_px, int(height_px * scale + 0.5)
+    )

@@ -1,0 +1,134 @@
+"""The complete state of a training run, saved and restored exactly.
+
+A checkpoint is one atomic folder ``step-000123``: the adapter in fp32, the optimizer, and
+``state.json``.  There is no random state to save: noise, timesteps, order and dropout are functions of
+(seed, epoch, item, step).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from trainer.adapter import Adapter
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+from trainer.files import atomic_folder, sweep, verify_folder
+
+# Settings that may differ between the run that saved and the run that goes on: they do not change the result.
+FREE_SETTINGS = frozenset(
+    {
+        "pretrained_model_name_or_path",
+        "train_data_dir",
+        "output_name",
+        "save_precision",
+        "gradient_checkpointing",
+        "cache_latents_to_disk",
+        "vae_batch_size",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.  ``step`` optimizer steps are behind; ``in_a_row`` of the last were skipped."""
+
+    step: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a checkpoint belongs to, and the objects whose state it holds."""
+
+    config: TrainConfig
+    base_identity: str
+    dataset_hash: str
+    adapter: Adapter
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def save(folder: Path, run: Run, progress: Progress) -> Path:
+    """Write ``folder/step-…``; when it is complete, older checkpoints go.  A kill leaves the previous one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step-{progress.step:06d}"
+    if target.exists():
+        shutil.rmtree(target)
+    with atomic_folder(target) as temporary:
+        safetensors.torch.save_file(run.adapter.state(), temporary / "adapter.safetensors")
+        torch.save(
+            {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()},
+            temporary / "optimizer.pt",
+        )
+        (temporary / "state.json").write_text(
+            json.dumps(
+                {
+                    "step": progress.step,
+                    "skipped": progress.skipped,
+                    "in_a_row": progress.in_a_row,
+                    "config": run.config.as_dict(),
+                    "base": run.base_identity,
+                    "dataset": run.dataset_hash,
+                },
+                indent=2,
+            )
+        )
+    for other in _checkpoints(folder):
+        if other != target:
+            shutil.rmtree(other)
+    return target
+
+
+def restore(folder: Path, run: Run) -> Progress:
+    """Load the newest complete checkpoint into the run's objects.  None there: the beginning.
+
+    A checkpoint of other settings, another base or other images is refused, not mixed in.
+    """
+    if not folder.is_dir():
+        return Progress()
+    sweep(folder)
+    for checkpoint in reversed(_checkpoints(folder)):
+        if not verify_folder(checkpoint):
+            continue
+        state = json.loads((checkpoint / "state.json").read_text())
+        _check_same_run(checkpoint, state, run)
+        run.adapter.load_state(safetensors.torch.load_file(checkpoint / "adapter.safetensors"))
+        rest = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+        run.optimizer.load_state_dict(rest["optimizer"])
+        run.scaler.load_state_dict(rest["scaler"])
+        return Progress(state["step"], state["skipped"], state["in_a_row"])
+    return Progress()
+
+
+def _check_same_run(checkpoint: Path, state: Mapping[str, Any], run: Run) -> None:
+    now = run.config.as_dict()
+    changed = [
+        f"{name} {state['config'].get(name)} → {value}"
+        for name, value in now.items()
+        if name not in FREE_SETTINGS and state["config"].get(name) != value
+    ]
+    if state["base"] != run.base_identity:
+        changed.append("another base")
+    if state["dataset"] != run.dataset_hash:
+        changed.append("other images or captions")
+    if changed:
+        raise ConfigError(
+            f"the checkpoint {checkpoint} was made otherwise: {', '.join(changed)}",
+            f"go on with what it was made with, or delete {checkpoint.parent} to start over",
+        )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest step first."""
+    return sorted(
+        (p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("step-"))
+    )

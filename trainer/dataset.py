@@ -1,0 +1,349 @@
+"""Dataset: a folder of captioned images as values – items, reference images, batches.
+
+Owns kohya's folder layout (``10_trigger class/``) and plain folders, captions, the split into training and
+reference images, the order of an epoch and shuffled tags.  Decoding is ``trainer.images``, bucket arithmetic
+``trainer.buckets``.  Imports no torch until pixels are asked for.
+
+Everything drawn at random is a function of (seed, epoch, …): no state, so a resumed run sees the same
+batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.buckets import Bucket, BucketRules, Fit
+from trainer.captions import check_inside, listed, read_captions, shown
+from trainer.config import TrainConfig
+from trainer.errors import DataError
+from trainer.files import clean_text
+from trainer.images import IMAGE_EXTENSIONS, fit_pixels, read_picture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.bases.base import Sizes
+
+HELD_OUT = "held_out"  # a folder of reference images inside the dataset; never trained on
+MAX_REFERENCES = 8
+REFERENCE_SHARE = 0.2
+MAX_REPEATS = 10_000  # assumed: more is a year or a serial number in a folder's name
+_READERS = 4  # threads that decode; each holds one image
+_KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One captioned image.  Size as decoded and turned upright; sha256 of the file's bytes."""
+
+    path: Path
+    caption: str
+    repeats: int
+    width_px: int
+    height_px: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The items of a folder, sorted by path, and what the folder says about its subject.
+
+    ``held_out`` are the images of the folder's ``held_out/``; ``notes`` is what a user should be told once.
+    """
+
+    root: Path
+    items: tuple[Item, ...]
+    trigger: str | None = None
+    class_word: str | None = None
+    held_out: tuple[Item, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 of what is trained on: every image's bytes, caption and repeats, in order.  Not of file
+        names."""
+        content = [(item.sha256, item.caption, item.repeats) for item in self.items]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one bucket that are trained together: indices into ``Dataset.items``, repeats included."""
+
+    items: tuple[int, ...]
+    bucket: Bucket
+
+
+# Reading a folder
+
+
+def read_dataset(
+    folder: Path,
+    config: TrainConfig,
+    *,
+    trigger: str | None = None,
+    class_word: str | None = None,
+    default_repeats: int = 1,
+) -> Dataset:
+    """Read and check a dataset: kohya's layout, one ``N_trigger class`` folder, or plain images with
+    captions.
+
+    Every image is decoded once and every caption read, so that nothing can fail later.  ``trigger`` and
+    ``class_word`` replace what folder names say; ``default_repeats`` is for plain folders.  Raises DataError.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"the dataset folder {shown(root)} does not exist", "give the folder that holds the images")
+    try:
+        parts, notes = _parts(root, default_repeats)
+        held_paths = _images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []
+    except OSError as error:
+        raise DataError(f"cannot read {shown(root)}: {error.strerror}", "check its permissions") from error
+    jobs = [(path, part.repeats) for part in parts for path in part.images]
+    captions, caption_notes = read_captions([path for path, _ in jobs], config.caption_extension, root)
+    with ThreadPoolExecutor(_READERS) as pool:
+        facts = list(pool.map(_image_facts, [path for path, _ in jobs] + held_paths))
+    items = tuple(
+        Item(path, captions[path], repeats, *fact) for (path, repeats), fact in zip(jobs, facts, strict=False)
+    )
+    held_out = tuple(
+        Item(path, "", 1, *fact) for path, fact in zip(held_paths, facts[len(jobs) :], strict=True)
+    )
+    _check_held_out(items, held_out)
+    named_trigger, named_class = _subject(parts)
+    return Dataset(
+        root,
+        items,
+        trigger if trigger is not None else named_trigger,
+        class_word if class_word is not None else named_class,
+        held_out,
+        (*notes, *caption_notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One folder of images, and what its name says."""
+
+    images: tuple[Path, ...]
+    repeats: int
+    trigger: str | None = None
+    class_word: str | None = None
+
+
+def _parts(root: Path, default_repeats: int) -> tuple[list[_Part], list[str]]:
+    """The folders to train on, and notes about what is left out."""
+    name = _KOHYA_FOLDER.fullmatch(root.resolve().name)
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = [(path, match) for path in folders if (match := _KOHYA_FOLDER.fullmatch(path.name))]
+    loose = _images_in(root, root)
+    notes = []
+    if named:
+        parts = []
+        for path, match in named:
+            images = _images_in(path, root)
+            if int(match[1]) == 0 or not images:
+                notes.append(f"{shown(path)} is left out: {'0 repeats' if images else 'no images in it'}")
+            else:
+                parts.append(_kohya_part(path, match, images))
+        if loose:
+            notes.append(f"{len(loose)} images directly in {shown(root)} are left out, as kohya does")
+        others = [
+            path for path in folders if not _KOHYA_FOLDER.fullmatch(path.name) and path.name != HELD_OUT
+        ]
+        notes += [
+            f"{shown(path)} is left out: its name has no repeats in front, like 10_name" for path in others
+        ]
+        if not parts:
+            raise _no_images(root, folders)
+        return parts, notes
+    if not loose:
+        raise _no_images(root, folders)
+    if name:
+        return [_kohya_part(root, name, loose)], notes
+    return [_Part(tuple(loose), default_repeats)], notes
+
+
+def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> _Part:
+    repeats = int(match[1])
+    if repeats > MAX_REPEATS:
+        raise DataError(
+            f"the folder name {shown(folder)} means {repeats} repeats",
+            f"start it with the repeats you want, for example 10_{match[2]}",
+        )
+    if repeats == 0:
+        raise DataError(
+            f"the folder name {shown(folder)} means 0 repeats", f"rename it, for example to 10_{match[2]}"
+        )
+    words = clean_text(match[2]).split(maxsplit=1)
+    return _Part(
+        tuple(images), repeats, words[0] if words else None, words[1].strip() if len(words) > 1 else None
+    )
+
+
+def _images_in(folder: Path, root: Path) -> list[Path]:
+    """Image files of a folder, sorted by name.  Hidden files are passed over; links may not lead out of
+    ``root``."""
+    images = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and not path.is_dir()
+    )
+    for path in images:
+        check_inside(path, root)
+    return images
+
+
+def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
+    """The error for a folder without images, with what the user most likely meant."""
+    hint = f"images end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
+    for path in folders:
+        children = [child for child in path.iterdir() if not child.name.startswith(".")]
+        if any(child.is_dir() and _KOHYA_FOLDER.fullmatch(child.name) for child in children):
+            hint = f"did you mean {shown(path)}, which has folders like 10_name?"
+        elif path.name != HELD_OUT and any(child.suffix.lower() in IMAGE_EXTENSIONS for child in children):
+            hint = f"give {shown(path)} itself, or rename it to 10_{shown(path.name)}"
+    return DataError(f"no images to train on in {shown(root)}", hint)
+
+
+def _subject(parts: Sequence[_Part]) -> tuple[str | None, str | None]:
+    """Trigger and class word, each where all folders agree on it."""
+    triggers = {part.trigger for part in parts}
+    classes = {part.class_word for part in parts}
+    return (
+        next(iter(triggers)) if len(triggers) == 1 else None,
+        next(iter(classes)) if len(classes) == 1 else None,
+    )
+
+
+def _image_facts(path: Path) -> tuple[int, int, str]:
+    """Width, height and sha256 of an image, which is decoded completely."""
+    picture = read_picture(path)
+    return *picture.size_px, picture.sha256
+
+
+def _check_held_out(items: Sequence[Item], held_out: Sequence[Item]) -> None:
+    trained = {item.sha256: item.path for item in items}
+    for item in held_out:
+        if item.sha256 in trained:
+            raise DataError(
+                f"{shown(item.path)} is the same image as {shown(trained[item.sha256])}, trained on too",
+                f"remove one: images in {HELD_OUT}/ judge the result and must be new to it",
+            )
+
+
+# Reference images
+
+
+def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, Dataset]:
+    """(what is trained on, reference images that judge it).
+
+    With images in ``held_out/`` those are the references.  Else ``n`` images are set apart – min(8, 20 %) by
+    default, which is none below five images – chosen by content hash, so that file names and new images
+    change little.
+    """
+    if dataset.held_out:
+        return dataset, replace(dataset, items=dataset.held_out, held_out=())
+    distinct = sorted({item.sha256 for item in dataset.items})
+    count = min(MAX_REFERENCES, int(len(distinct) * REFERENCE_SHARE)) if n is None else n
+    if count < 0 or count >= len(distinct):
+        raise DataError(
+            f"{count} reference images cannot be set apart from {len(distinct)} images",
+            f"choose 0 to {len(distinct) - 1}",
+        )
+    chosen = set(distinct[:count])
+    return (
+        replace(dataset, items=tuple(item for item in dataset.items if item.sha256 not in chosen)),
+        replace(dataset, items=tuple(item for item in dataset.items if item.sha256 in chosen)),
+    )
+
+
+# What the loop and the cache ask for
+
+
+def assign_buckets(items: Iterable[Item], config: TrainConfig) -> dict[str, Bucket]:
+    """Item.sha256 → bucket.  DataError names images too small for any."""
+    rules = BucketRules.of(config)
+    fits = {item: rules.fit(item.width_px, item.height_px) for item in items}
+    small = [item for item, fit in fits.items() if fit is None]
+    if small:
+        first = small[0]
+        raise DataError(
+            f"{len(small)} images fill no bucket of {rules.step_px} px steps: "
+            f"{listed([item.path for item in small])} "
+            f"({first.width_px}×{first.height_px} px at resolution {rules.resolution})",
+            "lower bucket_reso_steps, set bucket_no_upscale = false, or use larger images",
+        )
+    return {item.sha256: fit.bucket for item, fit in fits.items() if fit is not None}
+
+
+def load_pixels(item: Item, config: TrainConfig) -> tuple[Tensor, Sizes]:
+    """Pixels (3, H, W) of an item in its bucket, float32 in [-1, 1], and what SDXL is told about them."""
+    import torch  # here, so that listing a dataset stays instant
+
+    picture = read_picture(item.path)
+    if picture.sha256 != item.sha256:
+        raise DataError(f"{shown(item.path)} was changed since it was read", "start again")
+    fit = BucketRules.of(config).fit(item.width_px, item.height_px)
+    assert fit is not None, "assign_buckets refuses images that fill no bucket"
+    pixels_HW3 = torch.from_numpy(fit_pixels(picture, fit).copy())
+    return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1, sizes_for(item, fit)
+
+
+def sizes_for(item: Item, fit: Fit) -> Sizes:
+    """What SDXL is told about an item.
+
+    The crop offset is where the centre crop really starts.  (sd-scripts reports the bars of a letterbox
+    instead, which differ on images that lose more than a few pixels.)
+    """
+    from trainer.bases.base import Sizes
+
+    return Sizes(
+        original_hw=(item.height_px, item.width_px),
+        crop_top_left=fit.crop_top_left,
+        target_hw=(fit.bucket.height_px, fit.bucket.width_px),
+    )
+
+
+def epoch_batches(
+    dataset: Dataset, buckets: Mapping[str, Bucket], config: TrainConfig, epoch: int
+) -> list[Batch]:
+    """The batches of an epoch in order: repeats duplicated, buckets and batches shuffled, partial batches
+    kept."""
+    members: dict[Bucket, list[int]] = {}
+    for index, item in enumerate(dataset.items):
+        members.setdefault(buckets[item.sha256], []).extend([index] * item.repeats)
+    draw = _generator("batches", config.seed, epoch)
+    batches = []
+    for bucket in sorted(members):
+        order = members[bucket]
+        draw.shuffle(order)
+        size = config.train_batch_size
+        batches += [Batch(tuple(order[start : start + size]), bucket) for start in range(0, len(order), size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def caption_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> str:
+    """The caption an item is trained with the ``occurrence``-th time (from 0) in an epoch: tags shuffled if
+    asked."""
+    if not config.shuffle_caption:
+        return item.caption
+    tags = [tag.strip() for tag in item.caption.split(",")]
+    kept, rest = tags[: config.keep_tokens], tags[config.keep_tokens :]
+    _generator("caption", config.seed, epoch, item.sha256, occurrence).shuffle(rest)
+    return ", ".join(kept + rest)
+
+
+def _generator(*key: object) -> random.Random:
+    """Random numbers that depend on nothing but the key."""
+    return random.Random(hashlib.sha256(json.dumps(key).encode()).digest())

@@ -1,0 +1,48 @@
+"""What a training run tells while it runs.  Log, progress bar, health checks and pruner all read these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step was made.  ``step`` counts from 1."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    total_epochs: int
+    loss: float
+    learning_rate: float
+    text_encoder_lr: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """The step's loss or gradient was not finite: its data is used up, the weights stayed as they were."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint from which training can go on after ``step``."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Training is done.  ``steps`` includes the skipped ones."""
+
+    steps: int
+    skipped: int
+
+
+Event = Step | Skipped | Saved | Finished

@@ -1,0 +1,329 @@
+"""The only module that puts files in place: atomic files, atomic folders with a manifest, appended lines,
+safe names.
+
+Owns the promise that after a crash a path holds the old content or the new one, never a mixture, and that
+what is half-made carries a name (``.tmp-<pid>-…``) by which ``sweep`` knows it.  Does not own what is in the
+files.
+
+On disk full, missing permission and the like everything here raises MachineError and leaves no temporary
+behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from trainer.errors import ConfigError, MachineError
+
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+_TEMPORARY = re.compile(r"\.tmp-(\d{1,10})-[0-9a-f]+")
+_SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_HINTS = {
+    errno.EACCES: "check who owns the folder and its permissions",
+    errno.EPERM: "check who owns the folder and its permissions",
+    errno.EROFS: "the disk is mounted read-only; choose a folder on another disk",
+    errno.ENOENT: "the folder is gone; was it moved or deleted?",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "the disk reports an error; look at the system's log",
+}
+# How writers that are not Python say "disk full": safetensors raises its own error, torch.save a
+# RuntimeError.
+_FOREIGN_DISK_FULL = (
+    "No space left on device",
+    "os error 28",
+    "File too large",
+    "PytorchStreamWriter failed",
+    "inline_container.cc",
+    "iostream error",
+)
+
+
+def machine_error(error: OSError, path: Path, needed_bytes: int = 0) -> MachineError:
+    """An operating system's error about ``path`` as one line of what and one of what to do."""
+    if error.errno in _DISK_FULL:
+        needs = f"at least {_amount(needed_bytes)}" if needed_bytes else "more"
+        return MachineError(
+            f"disk full while writing {path}: needs {needs}, has {_amount(free_bytes(path))}",
+            "free some space; the same command goes on where it stopped",
+        )
+    reason = error.strerror or str(error)
+    return MachineError(
+        f"cannot write {path}: {reason}", _HINTS.get(error.errno or 0, "check the disk and the path")
+    )
+
+
+# Files
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace the file ``path`` in one step.  Text is written as UTF-8.  The parent folder must exist."""
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary = _temporary_beside(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            _write_all(descriptor, content)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise machine_error(error, path, len(content)) from error
+    finally:
+        _remove(temporary)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line to a log.  After a torn last line (a kill, a full disk) it starts a line of its own.
+
+    Not synced: a power cut may lose the last lines, never mix them.  One writer per file.
+    """
+    assert "\n" not in text and "\r" not in text, "append_line writes exactly one line"
+    content = text.encode() + b"\n"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                content = b"\n" + content
+            try:
+                _write_all(descriptor, content)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise machine_error(error, Path(path), len(content)) from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl file, line by line; torn lines are left out.  No file: no records."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines[:-1]:  # what follows the last newline is nothing, or torn
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write where ``path`` is or will be."""
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def require_space(path: Path, needed_bytes: int) -> None:
+    """Raise MachineError if fewer than ``needed_bytes`` are free at ``path``."""
+    has = free_bytes(path)
+    if has < needed_bytes:
+        raise MachineError(
+            f"not enough disk space at {path}: needs {_amount(needed_bytes)}, has {_amount(has)}",
+            "free some space, or choose a folder on another disk",
+        )
+
+
+# Folders
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes ``path`` when the block ends well, and disappears otherwise.
+
+    ``manifest.json`` (size and sha256 of every file) is written last, everything is synced, then the folder
+    is renamed.  ``path`` must not exist yet: a folder cannot be replaced in one step, so callers use new
+    names.
+    """
+    path = Path(path)
+    temporary = _temporary_beside(path)
+    try:
+        os.mkdir(temporary)
+        yield temporary
+        contents = {}
+        for file in sorted(p for p in temporary.rglob("*") if not p.is_dir()):
+            assert file.is_file() and not file.is_symlink(), f"{file} is not a plain file"
+            contents[file.relative_to(temporary).as_posix()] = {
+                "bytes": file.stat().st_size,
+                "sha256": sha256_file(file),
+            }
+            _sync(file)
+        write_atomic(
+            temporary / MANIFEST,
+            json.dumps({"format": MANIFEST_FORMAT, "files": contents}, indent=2, sort_keys=True),
+        )
+        for folder in [p for p in temporary.rglob("*") if p.is_dir()]:
+            _sync(folder)
+        os.rename(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise machine_error(error, path, _folder_bytes(temporary)) from error
+    except Exception as error:
+        if any(sign in str(error) for sign in _FOREIGN_DISK_FULL):
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise machine_error(full, path, _folder_bytes(temporary)) from error
+        raise
+    finally:
+        _remove(temporary)
+
+
+def verify_folder(path: Path) -> bool:
+    """Whether a folder is one that ``atomic_folder`` finished and every file in its manifest is unchanged."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] != MANIFEST_FORMAT or not isinstance(manifest["files"], dict):
+            return False
+        return all(_is_unchanged(path, name, facts) for name, facts in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def sweep(folder: Path) -> int:
+    """Remove what dead processes left half-made in ``folder``; returns how many things went."""
+    removed = 0
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return 0
+    for name in names:
+        match = _TEMPORARY.fullmatch(name)
+        if match and not _is_alive(int(match[1])):
+            _remove(Path(folder) / name)
+            removed += 1
+    return removed
+
+
+# Names and text
+
+
+def safe_name(text: str, what: str) -> str:
+    """``text`` if it can be a name on any disk and in any address, else ConfigError naming ``what`` it was
+    for."""
+    if not _SAFE_NAME.fullmatch(text):
+        raise ConfigError(
+            f"{what} {clean_text(text)[:80]!r} cannot be used as a name",
+            "use 1 to 64 of a–z, 0–9, _ and -, starting with a letter or digit",
+        )
+    return text
+
+
+def clean_text(text: str) -> str:
+    """``text`` safe to print on one line: no control characters, no escapes, no change of writing
+    direction."""
+    return "".join(_shown(character) for character in text)
+
+
+def _shown(character: str) -> str:
+    kind = unicodedata.category(character)
+    if character in "\t\n\r\v\f" or kind in ("Zl", "Zp"):
+        return " "
+    if kind == "Cs":  # half a surrogate pair, from a file name that is not UTF-8: cannot be printed
+        return "\ufffd"
+    return "" if kind in ("Cc", "Cf") else character
+
+
+# Helpers
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` last.  Some network and Windows-backed disks refuse; the rename holds
+    anyway."""
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder if it is there.  Never follows a link."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
+
+
+def _is_unchanged(folder: Path, name: str, facts: dict[str, Any]) -> bool:
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        return False
+    file = folder / parts
+    information = file.lstat()
+    return (
+        stat.S_ISREG(information.st_mode)
+        and information.st_size == facts["bytes"]
+        and sha256_file(file) == facts["sha256"]
+    )
+
+
+def _folder_bytes(folder: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(file.lstat().st_size for file in folder.rglob("*"))
+    return 0
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _amount(size_bytes: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes} bytes"

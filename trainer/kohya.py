@@ -1,0 +1,336 @@
+"""kohya's configuration files, and our own: a TOML file becomes a TrainConfig, and nothing in it is passed
+over.
+
+Owns the reading and translating; the tables of keys are ``trainer.kohyakeys``.  Each key falls into one of
+four classes: used under its own name; translated (said once); without effect here (listed once); refused,
+where the result would differ.  A key that sd-scripts does not know is a typing error.  Keys missing in a
+kohya file take kohya's defaults, keys missing in our own file take ours.
+
+Sections are for the reader: field names are unique, so any section is accepted.
+"""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TrainConfig, check_value, suggestion
+from trainer.errors import ConfigError
+from trainer.files import clean_text
+from trainer.kohyakeys import (
+    KNOWN_KEYS,
+    KOHYA_DEFAULTS,
+    NO_EFFECT_REASON,
+    REFUSED,
+    SAME_ARGUMENTS,
+    SAME_OPTIMIZER,
+    WEIGHT_DECAY,
+)
+
+MAX_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class KohyaFile:
+    """What a kohya file means here.  ``given`` are the settings that the file decides; the rest of ``config``
+    is kohya's defaults.  The lists are lines to read, one per key."""
+
+    path: Path
+    config: TrainConfig
+    given: Mapping[str, Any]
+    translated: tuple[str, ...]
+    without_effect: tuple[str, ...]
+    refused: tuple[str, ...]
+
+    def require_all(self) -> KohyaFile:
+        """Raise ConfigError if anything was refused: the result would not be what the file asks for."""
+        if self.refused:
+            raise ConfigError(
+                f"{clean_text(str(self.path))} asks for what is not built in: {'; '.join(self.refused)}",
+                "remove these lines if you can do without them",
+            )
+        return self
+
+
+def read_kohya(path: Path) -> KohyaFile:
+    """Read a file for sd-scripts' ``--config_file``.  ConfigError for unreadable files, typing errors, bad
+    values."""
+    return _Reading(Path(path), _flat(path)).result()
+
+
+def read_own(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Read our own file: (the configuration, the settings that the file decides).  Our defaults fill the
+    rest."""
+    given = _flat(path)
+    return TrainConfig().with_values(given), given
+
+
+class _Reading:
+    """One kohya file on its way to a TrainConfig: each method handles a family of keys and removes them."""
+
+    def __init__(self, path: Path, table: Mapping[str, Any]) -> None:
+        for name in table:
+            if name not in KNOWN_KEYS:
+                hint = suggestion(name, KNOWN_KEYS) or "sd-scripts has no such key"
+                raise ConfigError(f"unknown setting {clean_text(name)} in {clean_text(str(path))}", hint)
+        self.path = path
+        # Graphical front ends write "" and [] for what is not set; sd-scripts takes them as such.
+        self.left = {name: value for name, value in table.items() if value not in ("", [])}
+        self.given: dict[str, Any] = {}
+        self.translated: list[str] = []
+        self.without_effect: list[str] = []
+        self.refused: list[str] = []
+
+    def result(self) -> KohyaFile:
+        for translate in (
+            self._old_names,
+            self._resolution,
+            self._length,
+            self._rates,
+            self._optimizer,
+            self._schedule,
+            self._network,
+            self._zeros,
+            self._precision,
+            self._attention,
+        ):
+            translate()
+        self._rest()
+        values = {**TrainConfig().as_dict(), **KOHYA_DEFAULTS}
+        values["weight_decay"] = WEIGHT_DECAY[
+            self.given.get("optimizer_type", KOHYA_DEFAULTS["optimizer_type"])
+        ]
+        values |= self.given
+        return KohyaFile(
+            self.path,
+            TrainConfig(**values),
+            {name: check_value(name, value) for name, value in self.given.items()},
+            tuple(self.translated),
+            tuple(self.without_effect),
+            tuple(self.refused),
+        )
+
+    def _take(self, name: str) -> Any:
+        return self.left.pop(name, None)
+
+    def _say(self, name: str, value: Any, meaning: str) -> None:
+        self.translated.append(f"{name} = {_text(value)} → {meaning}")
+
+    def _refuse(self, name: str, value: Any, reason: str) -> None:
+        self.refused.append(f"{name} = {_text(value)}: {reason}")
+
+    def _old_names(self) -> None:
+        if (extension := self._take("caption_extention")) is not None:
+            self.given["caption_extension"] = extension
+            self._say("caption_extention", extension, "caption_extension")
+
+    def _resolution(self) -> None:
+        """A side, "side" or "width,height"; only squares, since the area is resolution²."""
+        value = self._take("resolution")
+        if value is None:
+            self._say("resolution", "unset", f"{TrainConfig().resolution}; sd-scripts has no default")
+            return
+        sides = str(value).strip("[]()").split(",") if isinstance(value, str | list) else [value]
+        try:
+            numbers = [int(side) for side in sides]
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"resolution = {_text(value)} is not a size", 'write 512 or "512,512"'
+            ) from None
+        if len(set(numbers)) != 1 or len(numbers) > 2:
+            self._refuse("resolution", value, "only squares; buckets keep aspect ratios at the same area")
+            return
+        self.given["resolution"] = numbers[0]
+        if numbers[0] != value:
+            self._say("resolution", value, str(numbers[0]))
+
+    def _length(self) -> None:
+        """sd-scripts lets epochs win over steps; here steps win over epochs."""
+        epochs, steps = self._take("max_train_epochs"), self._take("max_train_steps")
+        if epochs is not None:
+            self.given |= {"max_train_epochs": epochs, "max_train_steps": None}
+            if steps is not None:
+                self._say("max_train_steps", steps, "not used, since max_train_epochs is given")
+        elif steps is not None:
+            self.given |= {"max_train_epochs": None, "max_train_steps": steps}
+
+    def _rates(self) -> None:
+        """sd-scripts accepts a list of text encoder rates, and for SD1.5 and SDXL uses its first."""
+        rates = self._take("text_encoder_lr")
+        if isinstance(rates, list):
+            self._say(
+                "text_encoder_lr", rates, f"{_text(rates[0])} for all text encoders, as sd-scripts does"
+            )
+            rates = rates[0]
+        if rates is not None:
+            self.given["text_encoder_lr"] = rates
+        if self._take("network_train_text_encoder_only"):
+            self.given["unet_lr"] = 0.0
+            self.left.pop("unet_lr", None)
+            self._say("network_train_text_encoder_only", True, "unet_lr = 0")
+
+    def _optimizer(self) -> None:
+        name = self._take("optimizer_type")
+        if self._take("use_8bit_adam"):
+            name = "AdamW8bit"
+            self._say("use_8bit_adam", True, "optimizer_type = AdamW8bit")
+        if self._take("use_lion_optimizer"):
+            self._refuse(
+                "use_lion_optimizer", True, "32-bit Lion is not built in; optimizer_type = Lion8bit is"
+            )
+        ours = KOHYA_DEFAULTS["optimizer_type"]
+        if name is not None:
+            exact = {known.lower(): known for known in OPTIMIZER_NAMES}
+            found = exact.get(str(name).lower()) or SAME_OPTIMIZER.get(str(name).lower())
+            if found is None:
+                self._refuse("optimizer_type", name, "optimizers are " + ", ".join(OPTIMIZER_NAMES))
+            else:
+                ours = self.given["optimizer_type"] = found
+                if found != name:
+                    self._say("optimizer_type", name, found)
+        self._optimizer_arguments(ours, _arguments("optimizer_args", self._take("optimizer_args")))
+
+    def _optimizer_arguments(self, optimizer: str, arguments: dict[str, Any]) -> None:
+        for name, value in arguments.items():
+            if name == "weight_decay":
+                self.given["weight_decay"] = value
+                self._say("optimizer_args weight_decay", value, f"weight_decay = {_text(value)}")
+            elif not _is_one_of(value, SAME_ARGUMENTS[optimizer].get(name, ())):
+                self._refuse(f"optimizer_args {name}", value, f"{optimizer} runs with its usual arguments")
+        if optimizer == "Adafactor" and "relative_step" not in arguments:
+            self._refuse(
+                "optimizer_args relative_step",
+                True,
+                "Adafactor runs at the given rate: add relative_step=False",
+            )
+        if (
+            optimizer == "Prodigy"
+            and "safeguard_warmup" not in arguments
+            and self.left.get("lr_warmup_steps")
+        ):
+            self._say("optimizer_args safeguard_warmup", False, "true, which warm-up needs")
+
+    def _schedule(self) -> None:
+        name = self._take("lr_scheduler")
+        if name is None:
+            return
+        if name in SCHEDULER_NAMES:
+            self.given["lr_scheduler"] = name
+        else:
+            self._refuse("lr_scheduler", name, "schedules are " + ", ".join(SCHEDULER_NAMES))
+
+    def _network(self) -> None:
+        module = self._take("network_module")
+        if module not in (None, "networks.lora"):
+            self._refuse("network_module", module, "networks.lora is built in (with conv_dim: LoCon)")
+        for name, value in _arguments("network_args", self._take("network_args")).items():
+            if name in ("conv_dim", "conv_alpha"):
+                self.given[name] = value
+                self._say(f"network_args {name}", value, f"{name} = {_text(value)}")
+            elif value not in (0, None):
+                self._refuse(f"network_args {name}", value, "only conv_dim and conv_alpha are built in")
+        if self.left.get("network_alpha") == 0:
+            rank = self.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
+            self.left["network_alpha"] = rank
+            self._say("network_alpha", 0, f"{_text(rank)}, which is network_dim")
+
+    def _zeros(self) -> None:
+        """0 turns min-SNR off, as in sd-scripts."""
+        if self.left.get("min_snr_gamma") == 0:
+            self._take("min_snr_gamma")
+            self.given["min_snr_gamma"] = None
+
+    def _precision(self) -> None:
+        for name, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+            if self._take(name):
+                self._say(name, True, f"mixed_precision = {kind}; the adapter itself stays in fp32")
+                self.given["mixed_precision"] = kind
+                self.left.pop("mixed_precision", None)
+        for name in ("fp8_base", "fp8_base_unet"):
+            if self._take(name):
+                self._say(name, True, "the base stays in mixed_precision: more memory, more exact")
+
+    def _attention(self) -> None:
+        for name in ("xformers", "mem_eff_attn"):
+            if self._take(name):
+                self._say(name, True, "SDPA, which computes the same")
+
+    def _rest(self) -> None:
+        """What needs no translation: used as it is, refused, or without effect."""
+        for name, value in self.left.items():
+            if name in SETTINGS:
+                self.given[name] = value
+            elif name in REFUSED:
+                harmless, reason = REFUSED[name]
+                if not _is_one_of(value, harmless):
+                    self._refuse(name, value, reason)
+            elif name in NO_EFFECT_REASON:
+                self.without_effect.append(f"{name}: {NO_EFFECT_REASON[name]}")
+
+
+# TOML
+
+
+def _flat(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file without its sections.  Lists of tables (``[[datasets]]``) stay one value."""
+    path = Path(path)
+    shown = clean_text(str(path))
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{shown} is larger than 1 MB", "give a TOML file with settings")
+        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {shown}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{shown} is not TOML: {clean_text(str(error))}", "correct this place") from error
+    flat: dict[str, Any] = {}
+    for name, value in _pairs(table):
+        if name in flat:
+            raise ConfigError(f"{clean_text(name)} is set twice in {shown}", "keep one of both")
+        flat[name] = value
+    if not flat:
+        raise ConfigError(f"{shown} has no settings", "write for example learning_rate = 1e-4")
+    return flat
+
+
+def _pairs(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        pairs += _pairs(value) if isinstance(value, dict) else [(name, value)]
+    return pairs
+
+
+def _arguments(name: str, value: Any) -> dict[str, Any]:
+    """``["key=value", …]`` of optimizer_args and network_args; the values as Python literals."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list) or not all(isinstance(entry, str) and "=" in entry for entry in value):
+        raise ConfigError(
+            f"{name} = {_text(value)} is not a list of key=value", f'write {name} = ["key=value"]'
+        )
+    return {key.strip(): _literal(text.strip()) for key, _, text in (entry.partition("=") for entry in value)}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
+    """Whether a value is among those that ask for nothing.  True is not 1 here."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
+
+
+def _text(value: Any) -> str:
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return clean_text(shown)[:80]

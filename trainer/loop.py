@@ -1,0 +1,325 @@
+"""train(): the only training loop, for every family – a generator of Step / Skipped / Saved / Finished.
+
+Owns the order of things: which samples make a step, their noise, accumulation, clipping, skipping,
+checkpoints. Everything random is drawn from a generator keyed by what it is for – (seed, epoch, image,
+occurrence) for noise and timestep, (seed, step, micro-batch) for dropout – so a run does not depend on how
+samples are batched, and a resumed run is the same run.
+
+Shapes: B batch, C latent channels, h w latent sides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trainer import checkpoint, dataset, loss, optim
+from trainer.adapter import Adapter, keyed_generator
+from trainer.bases.base import Base, Sizes, TextStates, compute_type
+from trainer.cache import Prepared
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
+from trainer.events import Event, Finished, Saved, Skipped, Step
+
+MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image in one epoch; ``occurrence`` counts its repeats within the epoch."""
+
+    item: dataset.Item
+    occurrence: int
+
+
+MicroBatch = list[Sample]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is.  A step is an optimizer step."""
+
+    steps_per_epoch: int
+    total_steps: int
+    total_epochs: int
+
+
+def plan(config: TrainConfig, images: dataset.Dataset, buckets: Any = None) -> Plan:
+    """Steps and epochs of a run.  Accumulation stays within an epoch: its last group may be smaller."""
+    if buckets is None:
+        buckets = dataset.assign_buckets(images.items, config)
+    batches = len(dataset.epoch_batches(images, buckets, config, 0))
+    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    if config.max_train_steps is not None:
+        return Plan(per_epoch, config.max_train_steps, math.ceil(config.max_train_steps / per_epoch))
+    assert config.max_train_epochs is not None
+    return Plan(per_epoch, per_epoch * config.max_train_epochs, config.max_train_epochs)
+
+
+def total_steps(config: TrainConfig, images: dataset.Dataset) -> int:
+    """Optimizer steps of a run: ⌈batches per epoch / accumulation⌉ × epochs, or max_train_steps."""
+    return plan(config, images).total_steps
+
+
+def train(
+    config: TrainConfig,
+    base: Base,
+    adapter: Adapter,
+    prepared: Prepared,
+    *,
+    checkpoints: Path | None = None,
+    checkpoint_every_seconds: float = 120.0,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train the adapter in place.  Goes on from a checkpoint in ``checkpoints`` if there is one.
+
+    Raises Diverged after ten skipped steps in a row, OutOfMemory, and Interrupted once ``should_stop`` says
+    so (the step is finished and saved first).
+    """
+    length = plan(config, prepared.dataset, prepared.buckets)
+    stepper = Stepper(config, base, adapter, prepared)
+    run = checkpoint.Run(
+        config, base.identity, prepared.dataset.content_hash, adapter, stepper.optimizer, stepper.scaler
+    )
+    progress = checkpoint.restore(checkpoints, run) if checkpoints else checkpoint.Progress()
+    last_save = time.monotonic()
+    with _recomputing(base, config), stepper:
+        for epoch, group in _remaining(config, prepared, length, progress.step):
+            started = time.perf_counter()
+            rates = optim.set_rate(stepper.optimizer, optim.rate(config, length.total_steps, progress.step))
+            with _out_of_memory_named(config):
+                outcome = stepper.step(group, epoch, progress.step)
+            progress = _advance(progress, outcome)
+            yield _event(length, progress.step, epoch, rates, outcome, time.perf_counter() - started)
+            if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise Diverged(
+                    f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}, up to {progress.step}",
+                    "lower learning_rate or max_grad_norm",
+                )
+            stop = should_stop()
+            if checkpoints and (stop or time.monotonic() - last_save >= checkpoint_every_seconds):
+                yield Saved(checkpoint.save(checkpoints, run, progress), progress.step)
+                last_save = time.monotonic()
+            if stop:
+                saved = "the checkpoint is saved" if checkpoints else "nothing is saved"
+                raise Interrupted(
+                    f"stopped after step {progress.step} of {length.total_steps}: {saved}",
+                    "the same command goes on",
+                )
+    yield Finished(progress.step, progress.skipped)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step came to.  ``skipped`` names what was not finite, or is empty."""
+
+    loss: float
+    grad_norm: float
+    skipped: str = ""
+
+
+class Stepper:
+    """Makes one optimizer step from a group of micro-batches."""
+
+    def __init__(self, config: TrainConfig, base: Base, adapter: Adapter, prepared: Prepared) -> None:
+        self.config = config
+        self.base = base
+        self.adapter = adapter
+        self.prepared = prepared
+        self.weights = adapter.trainable()
+        self.optimizer = optim.build_optimizer(config, adapter)
+        self.compute = _compute_type(config, base)
+        self.scaler = torch.amp.GradScaler(base.device.type, enabled=self.compute == torch.float16)
+        self.alphas_cumprod = base.alphas_cumprod.to(base.device)
+        self.dropout = config.network_dropout > 0
+
+    def __enter__(self) -> Stepper:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """No dropout and no gradients stay behind, however training ended."""
+        self.adapter.apply_dropout()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, group: Sequence[MicroBatch], epoch: int, step: int) -> Outcome:
+        """Forward, backward, clip, update.  Every sample of the group weighs the same, however it is cut."""
+        samples = sum(len(micro) for micro in group)
+        loss_sum = torch.zeros((), device=self.base.device)
+        for number, micro in enumerate(group):
+            if self.dropout:
+                self.adapter.apply_dropout(self.config.seed, step, number)
+            share = self._losses(micro, epoch).sum() / samples
+            self.scaler.scale(share).backward()
+            loss_sum += share.detach()
+        self.adapter.apply_dropout()
+        self.scaler.unscale_(self.optimizer)
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        mean_loss, grad_norm = torch.stack([loss_sum, norm]).tolist()  # the step's only wait for the device
+        skipped = "" if math.isfinite(grad_norm) else "gradient"
+        if not math.isfinite(mean_loss):
+            skipped = "loss"
+        if not skipped:
+            if self.config.max_grad_norm > 0 and grad_norm > self.config.max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.weights, self.config.max_grad_norm, norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(mean_loss, grad_norm, skipped)
+
+    def _losses(self, micro: MicroBatch, epoch: int) -> Tensor:
+        """Loss of each sample (B) with its own noise and timestep."""
+        device = self.base.device
+        latents = [self.prepared.latents[sample.item.sha256] for sample in micro]
+        draws = [self._draw(sample, latent, epoch) for sample, latent in zip(micro, latents, strict=True)]
+        latents_BCHW = torch.stack(latents).to(device, torch.float32) * self.base.latent_scale
+        noise_BCHW = torch.stack([noise for noise, _ in draws]).to(device)
+        timesteps_B = torch.stack([timestep for _, timestep in draws]).to(device)
+        noisy_BCHW = loss.add_noise(latents_BCHW, noise_BCHW, timesteps_B, self.alphas_cumprod)
+        sizes = [Sizes(*self.prepared.sizes[sample.item.sha256]) for sample in micro]
+        with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
+            states = self._text([self._caption(sample, epoch) for sample in micro])
+            predicted_BCHW = self.base.predict(noisy_BCHW, timesteps_B, states, sizes)
+        return loss.sample_losses(
+            predicted_BCHW, noise_BCHW, timesteps_B, self.alphas_cumprod, self.config.min_snr_gamma
+        )
+
+    def _draw(self, sample: Sample, latent_CHW: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The noise (C, h, w) and the timestep () of a sample in an epoch, on CPU."""
+        generator = keyed_generator(self.config.seed, epoch, sample.item.sha256, sample.occurrence)
+        timestep = torch.randint(0, len(self.base.alphas_cumprod), (), generator=generator)
+        noise = torch.randn(latent_CHW.shape, generator=generator)
+        if self.config.noise_offset > 0:
+            brightness = torch.randn((latent_CHW.shape[0], 1, 1), generator=generator)
+            noise = loss.offset_noise(noise, brightness, self.config.noise_offset)
+        return noise, timestep
+
+    def _caption(self, sample: Sample, epoch: int) -> str:
+        return dataset.caption_for(sample.item, self.config, epoch, sample.occurrence)
+
+    def _text(self, captions: list[str]) -> TextStates:
+        if self.config.trains_text_encoder:
+            return self.base.encode_text(captions, self.config.clip_skip)
+        cached = self.prepared.text(captions)
+        if cached is not None:
+            return cached.to(self.base.device)
+        with torch.no_grad():
+            return self.base.encode_text(captions, self.config.clip_skip)
+
+
+def _epoch_groups(config: TrainConfig, prepared: Prepared, epoch: int) -> list[list[MicroBatch]]:
+    """The epoch's micro-batches, in groups of gradient_accumulation_steps; the last group may be smaller."""
+    items = prepared.dataset.items
+    seen: Counter[str] = Counter()
+    micros: list[MicroBatch] = []
+    for batch in dataset.epoch_batches(prepared.dataset, prepared.buckets, config, epoch):
+        micro = []
+        for index in batch.items:
+            micro.append(Sample(items[index], seen[items[index].sha256]))
+            seen[items[index].sha256] += 1
+        micros.append(micro)
+    size = config.gradient_accumulation_steps
+    return [micros[start : start + size] for start in range(0, len(micros), size)]
+
+
+def _remaining(
+    config: TrainConfig, prepared: Prepared, length: Plan, done: int
+) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """(epoch, micro-batches of a step) for every step that is not done yet."""
+    first_epoch, place = divmod(done, length.steps_per_epoch)
+    left = length.total_steps - done
+    for epoch in range(first_epoch, length.total_epochs):
+        groups = _epoch_groups(config, prepared, epoch)[place:][:left]
+        left -= len(groups)
+        place = 0
+        for group in groups:
+            yield epoch, group
+
+
+def _event(
+    length: Plan, step: int, epoch: int, rates: Mapping[str, float], outcome: Outcome, seconds: float
+) -> Event:
+    if outcome.skipped:
+        return Skipped(step, outcome.skipped)
+    return Step(
+        step=step,
+        total_steps=length.total_steps,
+        epoch=epoch + 1,
+        total_epochs=length.total_epochs,
+        loss=outcome.loss,
+        learning_rate=rates.get("unet", 0.0),
+        text_encoder_lr=rates.get("text_encoder", 0.0),
+        grad_norm=outcome.grad_norm,
+        seconds=seconds,
+    )
+
+
+def _advance(progress: checkpoint.Progress, outcome: Outcome) -> checkpoint.Progress:
+    if outcome.skipped:
+        return replace(
+            progress, step=progress.step + 1, skipped=progress.skipped + 1, in_a_row=progress.in_a_row + 1
+        )
+    return replace(progress, step=progress.step + 1, in_a_row=0)
+
+
+def _compute_type(config: TrainConfig, base: Base) -> torch.dtype:
+    """mixed_precision as a type; the base's own weights must be that type or fp32."""
+    wanted = compute_type(config.mixed_precision, base.device)
+    if base.compute_dtype not in (torch.float32, wanted):
+        raise ConfigError(
+            f"mixed_precision = {config.mixed_precision} computes in {wanted}, "
+            f"but the base was loaded in {base.compute_dtype}",
+            "load the base in that type or in float32",
+        )
+    return wanted
+
+
+@contextlib.contextmanager
+def _recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
+    """Gradient checkpointing while training; the base is as before afterwards."""
+    if not config.gradient_checkpointing:
+        yield
+        return
+    encoders = base.text_encoders if config.trains_text_encoder else []
+    # transformers' own switch leaves a hook on the embeddings behind, so its layers are switched one by one
+    layers = [
+        m for encoder in encoders for m in encoder.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
+    base.unet.enable_gradient_checkpointing()
+    for layer in layers:
+        layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = True
+        layer.train()  # it recomputes in training mode only; CLIP has no dropout that would act
+    try:
+        yield
+    finally:
+        base.unet.disable_gradient_checkpointing()
+        for layer in layers:
+            layer.gradient_checkpointing = False
+            layer.eval()
+
+
+@contextlib.contextmanager
+def _out_of_memory_named(config: TrainConfig) -> Iterator[None]:
+    """A failed allocation becomes OutOfMemory with what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory at train_batch_size {config.train_batch_size}, resolution {config.resolution}",
+            "lower train_batch_size (gradient_accumulation_steps up), or set gradient_checkpointing = true",
+        ) from None

@@ -1,0 +1,170 @@
+"""OPTIMIZERS and SCHEDULES: tables from kohya's names to what they do, and the parameter groups.
+
+The rate of a step is a pure function of its number; nothing of a schedule is ever saved or restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainer.adapter import Adapter
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError, MachineError
+
+POLYNOMIAL_END = 1e-7  # the rate that polynomial ends at, as in diffusers
+
+
+# Schedules.  ``done`` is the share of the steps after warm-up that are behind, 0 to 1.
+
+
+def _constant(config: TrainConfig, done: float) -> float:
+    return 1.0
+
+
+def _linear(config: TrainConfig, done: float) -> float:
+    return max(0.0, 1.0 - done)
+
+
+def _cosine(config: TrainConfig, done: float) -> float:
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def _cosine_with_restarts(config: TrainConfig, done: float) -> float:
+    if done >= 1.0:
+        return 0.0
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((config.lr_scheduler_num_cycles * done) % 1.0))))
+
+
+def _polynomial(config: TrainConfig, done: float) -> float:
+    start = max(config.effective_unet_lr, config.effective_text_encoder_lr)
+    if start <= POLYNOMIAL_END:
+        return 1.0
+    end = POLYNOMIAL_END / start
+    return end + (1.0 - end) * (1.0 - min(1.0, done)) ** config.lr_scheduler_power
+
+
+SCHEDULES: dict[str, Callable[[TrainConfig, float], float]] = {
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_with_restarts": _cosine_with_restarts,
+    "polynomial": _polynomial,
+}
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Optimizer steps of warm-up: as given, or a share of all steps if below 1.  constant has none."""
+    if config.lr_scheduler == "constant":
+        return 0
+    given = config.lr_warmup_steps
+    return int(given * total_steps) if given < 1 else int(given)
+
+
+def rate(config: TrainConfig, total_steps: int, step: int) -> float:
+    """Multiplier of every group's rate for step ``step``, counted from 0 (as diffusers'
+    ``get_scheduler``)."""
+    warmup = warmup_steps(config, total_steps)
+    if step < warmup:
+        return step / warmup
+    return SCHEDULES[config.lr_scheduler](config, (step - warmup) / max(1, total_steps - warmup))
+
+
+# Optimizers.  Each builder takes the parameter groups (with their own lr) and the settings.
+
+Groups = list[dict[str, Any]]
+
+
+def _adamw(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+
+def _adamw_8bit(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    return _bitsandbytes().optim.AdamW8bit(groups, weight_decay=config.weight_decay)
+
+
+def _lion_8bit(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    return _bitsandbytes().optim.Lion8bit(groups, weight_decay=config.weight_decay)
+
+
+def _adafactor(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adafactor at a fixed rate: the schedule is ours, not its own relative step."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor(
+        groups,
+        weight_decay=config.weight_decay,
+        scale_parameter=False,
+        relative_step=False,
+        warmup_init=False,
+    )
+
+
+def _prodigy(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
+    """Prodigy estimates the rate itself; learning_rate multiplies it and is usually 1.0 (arXiv
+    2306.06101)."""
+    if len({group["lr"] for group in groups}) > 1:
+        raise ConfigError(
+            "Prodigy finds one rate by itself and cannot keep text_encoder_lr apart from the U-Net's",
+            "set text_encoder_lr equal to learning_rate (usually 1.0), or to 0",
+        )
+    from prodigyopt import Prodigy
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints "Using decoupled weight decay"
+        return Prodigy(
+            groups,
+            weight_decay=config.weight_decay,
+            decouple=True,
+            safeguard_warmup=config.lr_warmup_steps > 0 and config.lr_scheduler != "constant",
+        )
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], torch.optim.Optimizer]] = {
+    "AdamW": _adamw,
+    "AdamW8bit": _adamw_8bit,
+    "Lion8bit": _lion_8bit,
+    "Adafactor": _adafactor,
+    "Prodigy": _prodigy,
+}
+
+
+def build_optimizer(config: TrainConfig, adapter: Adapter) -> torch.optim.Optimizer:
+    """The optimizer over one group for the U-Net and one for all text encoders, each at its own rate.
+
+    A group's ``base_lr`` is its full rate; ``set_rate`` scales it step by step.
+    """
+    unet: list[Any] = []
+    text: list[Any] = []
+    for component, parameters in adapter.parameters_by_component().items():
+        (unet if component == "unet" else text).extend(parameters)
+    groups: Groups = []
+    if unet:
+        groups.append({"params": unet, "lr": config.effective_unet_lr, "name": "unet"})
+    if text:
+        groups.append({"params": text, "lr": config.effective_text_encoder_lr, "name": "text_encoder"})
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    return OPTIMIZERS[config.optimizer_type](groups, config)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:
+    """Give every group its rate for the coming step; returns group name → rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * multiplier
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MachineError(
+            f"8-bit optimizers need bitsandbytes: {error}", "install it, or set optimizer_type = AdamW"
+        ) from None
+    return bitsandbytes
