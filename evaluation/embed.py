@@ -279,11 +279,8 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> OpenCli
         if (folder / "config.json").is_file():
             hint = "it is in transformers' layout; " + hint
         raise ModelFileError(f"{folder} is no open_clip folder", hint)
-    weights = next(
-        (folder / n for n in ("open_clip_model.safetensors", "model.safetensors") if (folder / n).is_file()),
-        None,
-    )
-    if weights is None:
+    weights = folder / "open_clip_model.safetensors"  # what open_clip takes first if there are several
+    if not weights.is_file():
         raise ModelFileError(f"{folder} has no weights", "add open_clip_model.safetensors")
     source = f"local-dir:{folder}"
     return OpenClipScorer(

@@ -24,9 +24,9 @@ from trainer.files import clean_text, write_atomic
 NOTIFY_SECONDS = 5.0
 NOTIFY_VARIABLE = "HPO_NOTIFY"
 MEANING = {
-    "converged": "more trials are unlikely to help: the search keeps proposing the same, and the best are alike",
-    "plateau": "no gain worth the noise lately, and the search keeps proposing the same",
-    "no_signal": "the scoring noise hides the differences between trials: add prompts or seeds before searching on",
+    "converged": "more trials are unlikely to help: proposals have drawn together, and the best are alike",
+    "plateau": "no gain above the noise lately, and proposals have drawn together",
+    "no_signal": "the scoring noise hides the differences between trials: add prompts or seeds",
 }
 ALERTED = ("converged", "plateau")  # levels that write the file
 
@@ -59,7 +59,7 @@ def alert_text(folder: StudyFolder, verdict: Verdict, top: Sequence[Row], best: 
             for row in top
         ),
         "",
-        "The best score of a search is optimistic, because it was selected; a confirmation with fresh seeds is due.",
+        "The best score of a search is optimistic, because it was selected: confirm it on fresh seeds.",
         f"files: {folder.trial(best.number).root}",
         f"next: hpo dashboard {folder.name}",
     ]
@@ -107,7 +107,7 @@ def notification_urls(given: Sequence[str], environment: Mapping[str, str] = os.
 
 
 def notify(urls: Sequence[str], title: str, body: str, warn: Callable[[str], None]) -> None:
-    """Send to every URL at once, for five seconds at most.  Never raises; a warning names the service only."""
+    """Send to every URL at once, five seconds at most.  Never raises; a warning names the service only."""
     outcomes: dict[str, bool] = {}
 
     def send(url: str) -> None:

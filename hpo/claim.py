@@ -62,7 +62,7 @@ def make_sampler(seed: int, number: int, total: int) -> optuna.samplers.TPESampl
 
 
 def suggest(trial: optuna.Trial, config: StudyConfig) -> dict[str, Any]:
-    """Every parameter of the space, in its order: the same again for an adopted trial that has them already."""
+    """Every parameter of the space, in order; an adopted trial that has them already gets the same again."""
     suggested: dict[str, Any] = {}
     for name, distribution in config.space.distributions().items():
         if isinstance(distribution, optuna.distributions.CategoricalDistribution):
@@ -138,7 +138,7 @@ class Claims:
         return Claim(trial, suggested, lock, adopted=False)
 
     def _adopt(self) -> Claim | None:
-        """The first RUNNING trial whose worker is dead.  Trials whose result is on disk are told on the way."""
+        """The first RUNNING trial whose worker is dead.  Results found on disk are told on the way."""
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             lock = self.folder.trial_lock(frozen.number)
             if not lock.try_acquire():

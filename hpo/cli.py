@@ -1,4 +1,4 @@
-"""The commands.  Each parses, calls one function and prints.  Importing this imports neither torch nor Optuna."""
+"""The commands.  Each parses, calls one function and prints.  Importing them loads no torch, no Optuna."""
 
 from __future__ import annotations
 

@@ -73,9 +73,11 @@ class Verdict:
         """The figures, one statement a line."""
         return [
             f"trials: {self.n} feasible, {self.dimensions} settings searched",
-            f"gain in the last {self.window} trials: {self.gain_in_window:.4f} (counts from {self.smallest_gain:.4f})",
+            f"gain in the last {self.window} trials: {self.gain_in_window:.4f} "
+            f"(counts from {self.smallest_gain:.4f})",
             f"scoring noise: {self.noise_se:.4f} (median standard error)",
-            f"spread of the last {RECENT} proposals: {self.spread_ratio:.2f} of the startup's (below {CONCENTRATED})",
+            f"spread of the last {RECENT} proposals: {self.spread_ratio:.2f} of the startup's "
+            f"(drawn together below {CONCENTRATED})",
             f"best {len(self.top)} trials: standard deviation {self.top_sd:.4f}, "
             + ("alike within the noise" if self.alike else "not all alike"),
         ]

@@ -41,7 +41,7 @@ class Cost:
 
 
 def estimate(bench: Workbench, *, probe: bool) -> Cost:
-    """Average cost of a trial.  ``probe`` times three real steps of the baseline (an adapter comes and goes)."""
+    """Average cost of a trial.  ``probe`` times three real steps of the baseline."""
     baseline = bench.config(bench.study.baseline, 0)
     drawn = [bench.study.config(draw) for draw in _draws(bench)]
     steps = [loop.total_steps(config, bench.data) for config in drawn]

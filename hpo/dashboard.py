@@ -30,7 +30,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def artifact_store(folder: StudyFolder) -> optuna.artifacts.FileSystemArtifactStore:
-    """The study's store.  Its folder must exist before the first upload, which marks the trial before it writes."""
+    """The study's store.  Its folder must exist: an upload marks the trial before it writes the file."""
     from optuna.artifacts import FileSystemArtifactStore
 
     folder.artifacts.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def publish(
 
 
 def mark_infeasible(trial: optuna.Trial, amounts: Mapping[str, float]) -> None:
-    """Constraints in both forms: Optuna 5's, and the one that optuna-dashboard reads.  Above 0 is violated."""
+    """Constraints in both forms, Optuna 5's and the one the dashboard reads.  Above 0 is violated."""
     known = trial.storage.get_trial(trial._trial_id).constraints
     for key, amount in amounts.items():
         if key not in known:
@@ -140,12 +140,11 @@ def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None])
         ) from None
     if host not in LOOPBACK:
         say(
-            f"warning: {host} is reachable from other machines, and the dashboard asks for no password: whoever "
-            "reaches it can finish and delete trials"
+            f"warning: {host} is reachable from other machines, and the dashboard asks for no password: "
+            "whoever reaches it can finish and delete trials"
         )
-    say(
-        f"dashboard of {folder.name}: http://{host}:{server.server_port}/dashboard/studies/1  (Ctrl-C ends it)"
-    )
+    address = f"http://{host}:{server.server_port}/dashboard/studies/1"
+    say(f"dashboard of {folder.name}: {address}  (Ctrl-C ends it)")
     try:
         server.serve_forever()
     finally:

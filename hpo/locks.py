@@ -53,7 +53,7 @@ class Lock:
 
     @contextmanager
     def held(self, wait_seconds: float = 120.0) -> Iterator[None]:
-        """Hold the lock for a block.  Blocks are short: who waits longer than two minutes is told who holds it."""
+        """Hold the lock for a block.  Blocks are short: whoever waits two minutes is told who holds it."""
         until = time.monotonic() + wait_seconds
         while not self.try_acquire():
             if time.monotonic() > until:

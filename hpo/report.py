@@ -267,7 +267,7 @@ def ratio_line(settings: int, trials: int) -> str:
 def summary(
     folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
 ) -> list[str]:
-    """The end of a search: best settings, its score beside the untrained base's and trial 0's, files, what next."""
+    """The end of a search: best settings, score beside the untrained base's and trial 0's, files, next."""
     lines = [f"{folder.name}: {why}"]
     if standing.best is None or settings is None:
         return [*lines, "no trial has a score yet", f"next: hpo status {folder.name}"]
@@ -275,10 +275,12 @@ def summary(
     trial = folder.trial(number)
     lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
     lines += [
-        f"score: {figures(standing.best)}   usual settings (trial 0): {figures(standing.baseline)}   untrained base: 0",
-        "  0 is the untrained base by definition of the scale, 1 its prompt following with the references' likeness;",
-        "  ± is one standard error over prompts. The best of a search is optimistic, because it was selected: what it",
-        "  is worth shows only on fresh prompts and seeds.",
+        f"score: {figures(standing.best)}",
+        f"  usual settings (trial 0): {figures(standing.baseline)}",
+        "  untrained base: 0.0000, by definition of the scale; 1 is its prompt following",
+        "  together with the likeness of real images; ± is one standard error over prompts",
+        "  The best of a search is optimistic, because it was selected: what it is worth",
+        "  shows only on fresh prompts and seeds.",
     ]
     if trial.lora.is_file():
         lines.append(f"LoRA: {trial.lora}")

@@ -154,7 +154,7 @@ def _data_line(bench: workbench.Workbench) -> str:
     word = f", class {bench.data.class_word}" if bench.data.class_word else ""
     trigger = f", trigger {bench.data.trigger}" if bench.data.trigger else ""
     return (
-        f"{len(bench.data.items)} training images{trigger}{word}; {len(bench.reference_items)} references held out; "
+        f"{len(bench.data.items)} training images{trigger}{word}; {len(bench.reference_items)} references; "
         f"{bench.prompts.image_count} images a trial ({len(bench.prompts.prompts)} prompts × "
         f"{len(bench.prompts.seeds)} seeds), scored by {bench.scorer.name}"
     )

@@ -109,7 +109,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One searched quantity.  ``inactive_when``: another parameter's name → its values that switch this off."""
+    """One searched quantity.  ``inactive_when``: another parameter → its values that switch this off."""
 
     name: str
     domain: Range | Choice
@@ -339,7 +339,7 @@ class Space:
 
 
 def _tidy(value: Any, domain: Range | Choice) -> Any:
-    """The value in its domain's own type; a quotient without its last, rounded digits (0.1 / 0.3 · 3 = 0.1)."""
+    """The value in its domain's own type; a quotient without its last, rounded digits."""
     if isinstance(domain, Choice):
         return domain.options[domain.options.index(value)] if domain.holds(value) else value
     if domain.whole:

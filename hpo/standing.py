@@ -97,7 +97,7 @@ def history(
 
 
 def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
-    """A trial's score prompt by prompt, of the prompts that ask for the subject; empty without its metrics.json."""
+    """A trial's score prompt by prompt, where the subject is asked for; empty without its metrics.json."""
     try:
         rows = read_score(metrics).per_image
     except DataError:
@@ -118,7 +118,7 @@ def searched_settings(config: StudyConfig, suggested: Mapping[str, Any]) -> dict
 
 
 def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
-    """Delete the LoRA files of all but the best ``keep`` finished trials.  Settings, samples and scores stay."""
+    """Delete the LoRA files of all but the best ``keep`` trials.  Settings, samples and scores stay."""
     done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     ranked = sorted(
         (t for t in done if is_feasible(t) and t.value is not None), key=lambda t: (-(t.value or 0), t.number)

@@ -47,7 +47,7 @@ class StudySection:
 
 @dataclass(frozen=True)
 class PromptSection:
-    """[prompts] and [confirmation]: templates of ``words``, how many of each kind, and the seeds of each prompt."""
+    """[prompts] and [confirmation]: whose templates, how many of each kind, the seeds of each prompt."""
 
     words: str = "natural"
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class PromptSection:
 
 @dataclass(frozen=True)
 class SamplingSection:
-    """[sampling]: how scored images are drawn.  Unset sizes: the training resolution; unset batch: what fits."""
+    """[sampling]: how scored images are drawn.  Unset size: the training resolution."""
 
     steps: int = 20
     cfg: float = 7.0
@@ -91,7 +91,7 @@ class StudyConfig:
         return {**size, **values, "clip_skip": self.train.clip_skip}
 
     def frozen(self) -> dict[str, str]:
-        """Facts of the definition that must stay as they are while the study goes on: name → value in words."""
+        """What of the definition must stay as it is while the study goes on: name → value in words."""
         facts = {f"[space] {name}": text for name, text in self.space.describe().items()}
         decided = {setting for p in self.space for setting in settings_of(p.name)}
         for name, value in self.train.as_dict().items():
@@ -101,7 +101,7 @@ class StudyConfig:
 
 
 def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None) -> StudyConfig:
-    """The definition in a TOML file with ``--set`` values put in, checked to its last edge.  Raises ConfigError."""
+    """The definition in a TOML file with ``--set`` values put in, checked to its last edge."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -186,7 +186,7 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
 
 
 def find_study(spec: str | None, base: str) -> Path:
-    """The study file of ``--study``: a path, or a name.  A file in the current folder wins over a shipped one."""
+    """The study file of ``--study``, a path or a name.  The current folder wins over what is shipped."""
     if spec is None:
         spec = MINIATURE_STUDY if base.startswith("mini-") else DEFAULT_STUDY
     path = Path(spec)
@@ -258,6 +258,7 @@ def _put(sections: dict[str, dict[str, Any]], text: str) -> None:
     if key in ELSEWHERE:
         raise ConfigError(f"{key} is not set with --set", f"it is decided by {ELSEWHERE[key]}")
     sections["train"][key] = value
+    _keep_ratios(sections, key, value)
     fixed = {key, *(SHADOWS.get(key, ()) if value else ())}
     for name in [
         n for n in sections["space"] if fixed & set(settings_of(n))
@@ -268,6 +269,19 @@ def _put(sections: dict[str, dict[str, Any]], text: str) -> None:
         for body in sections["space"].values():
             if isinstance(body, dict):
                 body.get("inactive_when", {}).pop(name, None)
+
+
+def _keep_ratios(sections: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+    """Fixing what a searched ratio refers to (network_dim for network_alpha) keeps trial 0's ratio."""
+    baseline = sections["baseline"]
+    for name, derivation in DERIVED.items():
+        known = [baseline.get(key), baseline.get(derivation.sets), value]
+        if name in sections["space"] and key in derivation.needs and all(map(_positive, known)):
+            baseline[derivation.sets] = baseline[derivation.sets] / baseline[key] * value
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _value(raw: str) -> Any:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from trainer.events import Event
 
 COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
-# Below every score (0 to 1.1, evaluation.score): finite, the same in every study, and plainly not a measurement.
+# Below every score (0 to 1.1, evaluation.score): finite, the same always, and plainly no measurement.
 INFEASIBLE_VALUE = -0.1
 PATHS = ("pretrained_model_name_or_path", "train_data_dir")
 INFEASIBLE_REASONS = ("diverged", "out_of_memory", "invalid_images")
@@ -86,7 +86,7 @@ class Result:
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a LoRA, as JSON gives them back: paths may change, their contents are hashed."""
+    """The settings that decide a LoRA, as JSON gives them back.  Paths may change: contents are hashed."""
     return json.loads(json.dumps({k: v for k, v in settings.items() if k not in PATHS}, sort_keys=True))
 
 

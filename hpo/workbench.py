@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,7 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str
 
 
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
-    """Read and check everything.  Only demo data is written (the caller takes a new folder back on an error)."""
+    """Read and check everything.  Only demo data is written (see ``taken_back``)."""
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     data_folder = inputs.data or demo_data(inputs.base, folder)
@@ -228,34 +229,25 @@ def _prompts(
     inputs: Inputs, study: StudyConfig, data: Dataset, base: Base
 ) -> tuple[PromptSet, PromptSet | None]:
     """The search set and the disjoint confirmation set (None if a hand-written set needs no class word)."""
-    count = base.token_count
-    captions = [item.caption for item in data.items]
     plan, later = study.prompts, study.confirmation
-    common = {
-        "trigger": data.trigger,
-        "class_word": data.class_word,
-        "count_tokens": count,
-        "words": plan.words,
-    }
+    make = partial(
+        generate,
+        [item.caption for item in data.items],
+        trigger=data.trigger,
+        class_word=data.class_word,
+        count_tokens=base.token_count,
+        words=plan.words,
+    )
     if inputs.prompts:
         chosen = load_prompts(
-            inputs.prompts, trigger=data.trigger, class_word=data.class_word, count_tokens=count
+            inputs.prompts, trigger=data.trigger, class_word=data.class_word, count_tokens=base.token_count
         )
         if not data.class_word:
             return chosen, None
     else:
-        chosen = generate(
-            captions,
-            **common,
-            counts=plan.counts or SEARCH_COUNTS,
-            seeds=plan.seeds or SEARCH_SEEDS,
-        )
-    confirmation = generate(
-        captions,
-        **common,
-        counts=later.counts or CONFIRM_COUNTS,
-        seeds=later.seeds or CONFIRM_SEEDS,
-        exclude=chosen,
+        chosen = make(counts=plan.counts or SEARCH_COUNTS, seeds=plan.seeds or SEARCH_SEEDS)
+    confirmation = make(
+        counts=later.counts or CONFIRM_COUNTS, seeds=later.seeds or CONFIRM_SEEDS, exclude=chosen
     )
     return chosen, confirmation
 
@@ -271,7 +263,7 @@ def _reference_paths(folder: Path) -> list[Path]:
 
 @contextmanager
 def taken_back(folder: StudyFolder) -> Iterator[None]:
-    """Remove a study folder that this block made, if a user's error ends the block before a study is in it."""
+    """Remove a study folder that this block made, if a user's error ends the block."""
     runs = folder.root.parent
     had_folder, had_runs = folder.root.exists(), runs.exists()
     try:

@@ -1,7 +1,7 @@
 """TrainConfig: every setting of a training run, once, under kohya's name.
 
-Owns the settings' names, types, units, limits and defaults, and the errors for wrong ones.  Does not own where
-values come from (kohya files: ``trainer.kohya``; studies: ``hpo.study``) and never imports torch.
+Owns the settings' names, types, units, limits and defaults, and the errors for wrong ones.  Does not own
+where values come from (kohya files: ``trainer.kohya``; studies: ``hpo.study``) and never imports torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from typing import Any
 from trainer.errors import ConfigError
 
 OPTIMIZER_NAMES = ("AdamW", "AdamW8bit", "Lion8bit", "Adafactor", "Prodigy")
-SCHEDULER_NAMES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SCHEDULER_NAMES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,13 @@ def setting(default: Any, doc: str, **facts: Any) -> Any:
 class TrainConfig:
     """All settings of one training run.  Frozen; ``with_values`` makes a changed, validated copy.
 
-    Names are sd-scripts' (kohya's).  Defaults are this tool's; a kohya file takes kohya's (``trainer.kohya``).
+    Names are sd-scripts' (kohya's).  Defaults are ours; a kohya file takes kohya's (``trainer.kohya``).
     """
 
     # What is trained, on what
-    pretrained_model_name_or_path: str = setting("mini-sd15", "base: a short name, hub id, folder or .safetensors")
+    pretrained_model_name_or_path: str = setting(
+        "mini-sd15", "base: a short name, hub id, folder or .safetensors"
+    )
     train_data_dir: str = setting("", "dataset: kohya folders (10_name class), or images with .txt captions")
     output_name: str = setting("lora", "file name of the LoRA, without ending")
     seed: int = setting(42, "seed of everything drawn at random", low=0, high=2**63 - 1)
@@ -66,7 +75,9 @@ class TrainConfig:
     train_batch_size: int = setting(4, "images per micro-batch", low=1, high=1024)
     gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", low=1, high=1024)
     max_train_epochs: int | None = setting(10, "passes over the dataset with repeats", low=1, high=100_000)
-    max_train_steps: int | None = setting(None, "optimizer steps; replaces max_train_epochs", low=1, high=10_000_000)
+    max_train_steps: int | None = setting(
+        None, "optimizer steps; replaces max_train_epochs", low=1, high=10_000_000
+    )
 
     # Rates
     learning_rate: float = setting(1e-4, "rate of the U-Net, unless unet_lr is given", low=0, high=10)
@@ -78,16 +89,24 @@ class TrainConfig:
     lr_scheduler: str = setting("cosine", "schedule of the rate", choices=SCHEDULER_NAMES)
     lr_scheduler_num_cycles: int = setting(1, "restarts of cosine_with_restarts", low=1, high=1000)
     lr_scheduler_power: float = setting(1.0, "exponent of polynomial", low=0, high=10, low_is_excluded=True)
-    lr_warmup_steps: float = setting(0, "warm-up: optimizer steps, or a share of them if below 1", low=0, high=1e7)
+    lr_warmup_steps: float = setting(
+        0, "warm-up: optimizer steps, or a share of them if below 1", low=0, high=1e7
+    )
     optimizer_type: str = setting("AdamW8bit", "optimizer", choices=OPTIMIZER_NAMES)
     weight_decay: float = setting(0.01, "decoupled weight decay", low=0, high=10)
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0 turns clipping off", low=0, high=1e6)
+    max_grad_norm: float = setting(
+        1.0, "gradients are scaled down to this norm; 0 turns clipping off", low=0, high=1e6
+    )
 
     # Network
     network_dim: int = setting(32, "rank of the LoRA", low=1, high=1024)
-    network_alpha: float = setting(16.0, "the LoRA is scaled by alpha / dim", low=0, high=4096, low_is_excluded=True)
+    network_alpha: float = setting(
+        16.0, "the LoRA is scaled by alpha / dim", low=0, high=4096, low_is_excluded=True
+    )
     network_dropout: float = setting(0.0, "share of rank channels dropped after lora_down", low=0, high=0.95)
-    conv_dim: int | None = setting(None, "rank of 3×3 convolutions (LoCon); unset trains none", low=1, high=1024)
+    conv_dim: int | None = setting(
+        None, "rank of 3×3 convolutions (LoCon); unset trains none", low=1, high=1024
+    )
     conv_alpha: float | None = setting(
         None, "alpha of 3×3 convolutions; unset takes network_alpha", low=0, high=4096, low_is_excluded=True
     )
@@ -97,13 +116,17 @@ class TrainConfig:
         None, "min-SNR weighting; 5 is usual (arXiv 2303.09556)", low=0, high=1000, low_is_excluded=True
     )
     noise_offset: float = setting(0.0, "adds a random brightness to the noise; 0.05 is usual", low=0, high=1)
-    clip_skip: int | None = setting(None, "SD1.5: use this text encoder layer, counted from the end", low=1, high=12)
+    clip_skip: int | None = setting(
+        None, "SD1.5: use this text encoder layer, counted from the end", low=1, high=12
+    )
 
     # Machine
     mixed_precision: str = setting("auto", "compute type", choices=("auto", "no", "fp16", "bf16"))
     save_precision: str = setting("fp16", "number type in the saved LoRA", choices=("float", "fp16", "bf16"))
     no_half_vae: bool = setting(False, "run the VAE in fp32")
-    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, about 25 % slower (assumed)")
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations: less memory, about 25 % slower (assumed)"
+    )
     cache_latents_to_disk: bool = setting(True, "keep encoded images on disk for later runs")
     vae_batch_size: int = setting(4, "images encoded at once", low=1, high=256)
 
@@ -118,7 +141,9 @@ class TrainConfig:
                 "swap or correct them",
             )
         if not self.trains_unet and not self.trains_text_encoder:
-            raise ConfigError("nothing is trained: all rates are 0", "set learning_rate, unet_lr or text_encoder_lr")
+            raise ConfigError(
+                "nothing is trained: all rates are 0", "set learning_rate, unet_lr or text_encoder_lr"
+            )
         if (
             self.optimizer_type == "Prodigy"
             and self.trains_unet
@@ -178,7 +203,7 @@ def check_name(name: str) -> None:
 
 
 def check_value(name: str, value: Any) -> Any:
-    """``value`` as the setting's own type, or ConfigError with the limits.  Whole floats become ints for ints."""
+    """``value`` as the setting's own type, or ConfigError with its limits.  Whole floats become ints."""
     check_name(name)
     facts = SETTINGS[name]
     wanted = _TYPES[name]
@@ -202,7 +227,7 @@ def check_value(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise ConfigError(f"{name} = {value!r} is not a number", facts.doc)
     if kind is int:
-        if float(value) != int(value):
+        if value != int(value):
             raise ConfigError(f"{name} = {value!r} is not a whole number", facts.doc)
         number: int | float = int(value)
     else:
@@ -211,7 +236,9 @@ def check_value(name: str, value: Any) -> Any:
     if below or (facts.high is not None and number > facts.high):
         above = "above" if facts.low_is_excluded else "from"
         unit = f" {facts.unit}" if facts.unit else ""
-        raise ConfigError(f"{name} = {value} is outside its limits", f"{above} {facts.low:g} to {facts.high:g}{unit}")
+        raise ConfigError(
+            f"{name} = {value} is outside its limits", f"{above} {facts.low:g} to {facts.high:g}{unit}"
+        )
     return number
 
 

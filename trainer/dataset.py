@@ -102,7 +102,9 @@ def read_dataset(
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"the dataset folder {shown(root)} does not exist", "give the folder that holds the images")
+        raise DataError(
+            f"the dataset folder {shown(root)} does not exist", "give the folder that holds the images"
+        )
     try:
         parts, notes = _parts(root, default_repeats)
         held_paths = _images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []

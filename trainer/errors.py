@@ -1,15 +1,15 @@
 """The errors a user can cause or meet, and nothing else.
 
-Every error carries what happened and where (``message``), what to do about it (``hint``) and the exit code of
-the process.  The command line prints both lines and no traceback; anything that is not a ``ToolError`` is a bug
-and keeps its traceback.
+Every error carries what happened and where (``message``), what to do about it (``hint``) and the exit code
+of the process.  The command line prints both lines and no traceback; anything that is not a ``ToolError`` is
+a bug and keeps its traceback.
 
     ToolError                     1
     ├── ConfigError               2   a setting, a study file, a command line
     ├── DataError                 3   images, captions, folders
     ├── ModelFileError            4   base models, LoRA files, scorers
     ├── MachineError              5   disk, locks, network, permissions, missing packages
-    ├── SettingsFailure           6   what the chosen settings cause: a search records it as an infeasible result
+    ├── SettingsFailure           6   what the settings cause: a search records it as an infeasible result
     │   ├── Diverged                  non-finite losses that do not go away
     │   ├── OutOfMemory               the card is too small for these settings
     │   └── InvalidImages             black, uniform or non-finite pictures

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,17 +66,23 @@ def read_own(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """Read our own file: (the configuration, the settings that the file decides).  Our defaults fill the
     rest."""
     given = _flat(path)
+    _check_names(Path(path), given, SETTINGS, "see docs/settings.md")
     return TrainConfig().with_values(given), given
+
+
+def _check_names(path: Path, given: Iterable[str], known: Collection[str], otherwise: str) -> None:
+    """Raise ConfigError for the first name that is not known, with the nearest one that is."""
+    for name in given:
+        if name not in known:
+            hint = suggestion(name, known) or otherwise
+            raise ConfigError(f"unknown setting {clean_text(name)[:80]} in {clean_text(str(path))}", hint)
 
 
 class _Reading:
     """One kohya file on its way to a TrainConfig: each method handles a family of keys and removes them."""
 
     def __init__(self, path: Path, table: Mapping[str, Any]) -> None:
-        for name in table:
-            if name not in KNOWN_KEYS:
-                hint = suggestion(name, KNOWN_KEYS) or "sd-scripts has no such key"
-                raise ConfigError(f"unknown setting {clean_text(name)} in {clean_text(str(path))}", hint)
+        _check_names(path, table, KNOWN_KEYS, "sd-scripts has no such key")
         self.path = path
         # Graphical front ends write "" and [] for what is not set; sd-scripts takes them as such.
         self.left = {name: value for name, value in table.items() if value not in ("", [])}
@@ -136,11 +142,12 @@ class _Reading:
             return
         sides = str(value).strip("[]()").split(",") if isinstance(value, str | list) else [value]
         try:
-            numbers = [int(side) for side in sides]
-        except (TypeError, ValueError):
-            raise ConfigError(
-                f"resolution = {_text(value)} is not a size", 'write 512 or "512,512"'
-            ) from None
+            numbers = [
+                int(side) if isinstance(side, str) else check_value("resolution", side) for side in sides
+            ]
+        except ValueError:
+            hint = 'write 512 or "512,512"'
+            raise ConfigError(f"resolution = {_text(value)} is not a size", hint) from None
         if len(set(numbers)) != 1 or len(numbers) > 2:
             self._refuse("resolution", value, "only squares; buckets keep aspect ratios at the same area")
             return

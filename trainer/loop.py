@@ -104,10 +104,8 @@ def train(
             progress = _advance(progress, outcome)
             yield _event(length, progress.step, epoch, rates, outcome, time.perf_counter() - started)
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise Diverged(
-                    f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}, up to {progress.step}",
-                    "lower learning_rate or max_grad_norm",
-                )
+                what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
+                raise Diverged(f"{what}, up to {progress.step}", "lower learning_rate or max_grad_norm")
             stop = should_stop()
             if checkpoints and (stop or time.monotonic() - last_save >= checkpoint_every_seconds):
                 yield Saved(checkpoint.save(checkpoints, run, progress), progress.step)

@@ -1,4 +1,4 @@
-"""The cache: every image and caption is encoded once over all trials, and nothing stale or damaged is used."""
+"""The cache: every image and caption is encoded once over all trials; nothing stale or damaged is used."""
 
 from __future__ import annotations
 

@@ -123,8 +123,7 @@ def test_repeats_of_an_image_get_different_noise():
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Adafactor", "Prodigy", "Lion8bit"])
-@pytest.mark.parametrize("stops", [(3, 1)])
-def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(optimizer, stops, tmp_path):
+def test_a_run_that_was_stopped_twice_is_bitwise_the_run_that_never_stopped(optimizer, tmp_path):
     base = tiny_base("sd15")
     config = tiny_config(
         optimizer_type=optimizer,
@@ -138,7 +137,7 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(optimiz
     )
     whole, expected = run(base, config)
     losses = []
-    for steps in stops:
+    for steps in (3, 1):
         adapter = inject(base, config)
         with pytest.raises(Interrupted, match="the checkpoint is saved"):
             for event in train(
@@ -147,7 +146,7 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_run_that_never_stopped(optimiz
                 adapter,
                 tiny_prepared(base, config),
                 checkpoints=tmp_path / "checkpoints",
-                should_stop=stop_after(steps if steps == stops[0] else 1),
+                should_stop=stop_after(steps),
             ):
                 losses += [event.loss] if isinstance(event, Step) else []
         adapter.remove()

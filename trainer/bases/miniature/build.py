@@ -11,15 +11,15 @@ import os
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-STAGES: tuple[str, ...] = ("vae", "text", "sd15", "sdxl", "clip", "likeness")
+STAGES: tuple[str, ...] = ("vae", "decoder", "text", "sd15", "sdxl", "clip", "likeness")
 
 
 def run_stage(stage: str, work: Path, weights: Path, device: str) -> None:
-    if stage == "vae":
+    if stage in ("vae", "decoder"):
         from trainer.bases.miniature import stage_vae
 
-        vae = stage_vae.build_vae(work, device)
-        print(f"vae: squared error {stage_vae.reconstruction_error(vae):.5f} at 64 px", flush=True)
+        vae = (stage_vae.build_vae if stage == "vae" else stage_vae.build_decoder)(work, device)
+        print(f"{stage}: squared error {stage_vae.reconstruction_error(vae):.5f} at 64 px", flush=True)
     elif stage == "text":
         from trainer.bases.miniature import stage_clip
 

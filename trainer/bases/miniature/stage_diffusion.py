@@ -29,10 +29,10 @@ from trainer.bases.miniature.fitting import Plan, fit, load_weights, save_atomic
 from trainer.bases.miniature.stage_vae import finished_vae, to_tensor
 
 SD15_PX, SDXL_PX = 64, 128
-SD15_PLAN = Plan("sd15", steps=5000, lr=1e-3, warmup_steps=150, weight_decay=0.01, ema=0.999)
-SDXL_PLAN = Plan("sdxl", steps=4000, lr=1e-3, warmup_steps=150, weight_decay=0.01, ema=0.999)
+SD15_PLAN = Plan("sd15", steps=3200, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+SDXL_PLAN = Plan("sdxl", steps=2600, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
 BATCH = 32
-POOL = 20_000
+POOLS = {SD15_PX: 16_000, SDXL_PX: 8_000}
 DROPOUT = 0.12  # share of captions dropped, for classifier-free guidance
 SNR_GAMMA = 5.0  # min-SNR-gamma, arXiv 2303.09556
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -125,7 +125,7 @@ def latent_pool(vae: AutoencoderKL, size_px: int, work: Path, device: str) -> Te
     if path.exists():
         return load_file(path)["latents"]
     chunks = []
-    for start in range(0, POOL, 50):
+    for start in range(0, POOLS[size_px], 50):
         images = np.stack([world.render(world.sample_scene(i), size_px) for i in range(start, start + 50)])
         chunks.append((vae.encode(to_tensor(images).to(device)).latent_dist.mean * vae.config.scaling_factor).cpu())
     latents = torch.cat(chunks)

@@ -1,4 +1,8 @@
-"""Stage vae: the autoencoder that both bases share (AutoencoderKL, factor 8, four latent channels)."""
+"""Stages vae and decoder: the autoencoder that both bases share (AutoencoderKL, factor 8, four latent channels).
+
+Stage vae trains it whole. Stage decoder goes on with the decoder alone, on slightly noisy latents: the encoder, and so
+every latent that the denoising networks learn from, stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from trainer.bases.miniature import wild, world
-from trainer.bases.miniature.fitting import Plan, fit, load_weights
+from trainer.bases.miniature.fitting import Plan, finished, fit, load_weights
 
 PLAN = Plan("vae", steps=3300, lr=2e-3, warmup_steps=100, weight_decay=0.0, ema=0.998, muon_lr=0.02)
+DECODER_PLAN = Plan("decoder", steps=2000, lr=1e-3, warmup_steps=50, weight_decay=0.0, ema=0.998, muon_lr=0.012)
+DECODER_NOISE = 0.08  # of the latents' spread, assumed: what a denoising network leaves behind
 BATCH = 8
 OBJECT_WEIGHT = 10.0  # squared error where the picture differs from its ground; plain L1 left every colour brown
 KL_WEIGHT = 1e-4  # assumed: keeps the latents smooth enough for diffusion
@@ -48,28 +54,52 @@ def to_tensor(images_BHW3: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images_BHW3)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
+def batch_of_step(step: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
+    """Pictures and the weight of each pixel: more on objects and close around them.
+
+    Without the rim, stars and crosses grow into blobs: paint outside an object costs little there.
+    """
+    rng = np.random.default_rng((step, seed))
+    size_px, batch = (128, BATCH // 4) if step % 6 == 5 else (64, BATCH)
+    pairs = [picture(rng, size_px) for _ in range(batch)]
+    x_B3HW = to_tensor(np.stack([p[0] for p in pairs])).to(device, memory_format=torch.channels_last)
+    mask_B1HW = torch.from_numpy(np.stack([p[1] for p in pairs]))[:, None].to(device)
+    near = F.max_pool2d(mask_B1HW.float(), 7, 1, 3)
+    return x_B3HW, 1.0 + (OBJECT_WEIGHT - 1.0) * near
+
+
 def build_vae(work: Path, device: str) -> AutoencoderKL:
     torch.manual_seed(11)
     vae = new_vae().to(device, memory_format=torch.channels_last)
 
     def loss_of_step(step: int) -> Tensor:
-        rng = np.random.default_rng((step, 11))
-        size_px, batch = (128, BATCH // 4) if step % 6 == 5 else (64, BATCH)
-        pairs = [picture(rng, size_px) for _ in range(batch)]
-        x_B3HW = to_tensor(np.stack([p[0] for p in pairs])).to(device, memory_format=torch.channels_last)
-        mask_B1HW = torch.from_numpy(np.stack([p[1] for p in pairs]))[:, None].to(device)
-        near = F.max_pool2d(mask_B1HW.float(), 7, 1, 3)  # and close around it, or stars and crosses grow into blobs
-        weight = 1.0 + (OBJECT_WEIGHT - 1.0) * near
+        x_B3HW, weight = batch_of_step(step, 11, device)
         posterior = vae.encode(x_B3HW).latent_dist
-        y_B3HW = vae.decode(posterior.sample()).sample
-        error = y_B3HW - x_B3HW
-        return (
-            (weight * error.pow(2)).mean()
-            + 0.05 * error.abs().mean()
-            + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
-        )
+        error = vae.decode(posterior.sample()).sample - x_B3HW
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return (weight * error.pow(2)).mean() + 0.05 * error.abs().mean() + KL_WEIGHT * kl
 
     fit(PLAN, vae, loss_of_step, work)
+    return finished_vae(work, device)
+
+
+def build_decoder(work: Path, device: str) -> AutoencoderKL:
+    vae = new_vae()
+    load_weights(PLAN.name, vae, work, averaged=True)
+    vae.to(device, memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    spread = 1.0 / finished_vae(work, device).config.scaling_factor
+
+    def loss_of_step(step: int) -> Tensor:
+        x_B3HW, weight = batch_of_step(step, 12, device)
+        with torch.no_grad():
+            z = vae.encode(x_B3HW).latent_dist.mean
+            z = z + DECODER_NOISE * spread * torch.rand(len(z), 1, 1, 1, device=device) * torch.randn_like(z)
+        error = vae.decode(z).sample - x_B3HW
+        return (weight * error.pow(2)).mean() + 0.1 * (weight * error.abs()).mean()
+
+    fit(DECODER_PLAN, vae, loss_of_step, work)
     return finished_vae(work, device)
 
 
@@ -77,7 +107,7 @@ def build_vae(work: Path, device: str) -> AutoencoderKL:
 def finished_vae(work: Path, device: str) -> AutoencoderKL:
     """The trained autoencoder with the factor that gives its latents unit variance."""
     vae = new_vae().to(device).eval().requires_grad_(False)
-    load_weights(PLAN.name, vae, work, averaged=True)
+    load_weights(DECODER_PLAN.name if finished(DECODER_PLAN, work) else PLAN.name, vae, work, averaged=True)
     images = np.stack([world.render(world.sample_scene(10_000_000 + i)) for i in range(256)])
     latents = torch.cat([vae.encode(to_tensor(images[i : i + 32]).to(device)).latent_dist.mean for i in range(0, 256, 32)])
     vae.register_to_config(scaling_factor=round(float(1.0 / latents.std()), 4))

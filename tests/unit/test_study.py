@@ -1,0 +1,235 @@
+"""Study files: shipped ones are sound, mistakes are named, --set reaches every part, changes are noticed."""
+
+from __future__ import annotations
+
+import copy
+import random
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpo.enqueue import as_proposal, read_settings
+from hpo.study import build_study, difference, find_study, read_study, study_name
+from hpo.workbench import check_unchanged
+from tests.tiny_search import STUDY
+from trainer.errors import ConfigError, ToolError
+
+SHIPPED = ("mini", "sd15-character", "sd15-character-small", "sd15-style")
+
+
+def study(**changes: Any) -> Any:
+    return build_study("test", {**copy.deepcopy(STUDY), **changes})
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_study_is_valid_to_its_last_edge(name: str) -> None:
+    found = read_study(find_study(name, "sd15"))
+    assert found.config(found.baseline).network_dim in (16, 32)
+
+
+def test_the_default_study_searches_the_twelve_settings_of_the_mission() -> None:
+    space = read_study(find_study(None, "sd15")).space
+    decided = {
+        "learning_rate", "text_encoder_lr_ratio", "network_dim_log2", "network_alpha_ratio", "optimizer_type",
+        "lr_scheduler", "warmup_ratio", "gradient_accumulation_steps", "max_train_epochs", "min_snr_gamma",
+        "noise_offset", "network_dropout",
+    }  # fmt: skip
+    assert {p.name for p in space} == decided
+    assert find_study(None, "mini-sd15").name == "mini.toml"
+
+
+def test_a_study_file_in_the_current_folder_wins_over_a_shipped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini.toml").write_text("")
+    assert find_study("mini", "sd15") == Path("mini.toml")
+
+
+def test_a_mistyped_study_name_is_suggested() -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_study("sd15-charcter", "sd15")
+    assert caught.value.hint == "did you mean sd15-character?"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainn": {}}, "unknown section trainn"),
+        ({"train": {"network_dims": 8}}, "unknown setting network_dims"),
+        ({"train": {**STUDY["train"], "learning_rate": 1e-3}}, "fixed in .train. and searched"),
+        ({"train": {**STUDY["train"], "max_train_steps": 5}}, "leaves max_train_epochs without effect"),
+        ({"train": {**STUDY["train"], "seed": 3}}, "decided by --seed"),
+        ({"space": {}}, "is empty"),
+        ({"baseline": {"learning_rate": 5.0}}, "learning_rate = 5.0 is outside the study's"),
+        ({"baseline": {"noise_offset": 0.1}}, "is not searched"),
+        ({"sampling": {"steps": 0}}, "steps = 0 in .sampling."),
+        ({"sampling": {"step": 5}}, "unknown key step"),
+        ({"prompts": {"seeds": [1, 1]}}, "seeds = .1, 1. in .prompts."),
+        ({"prompts": {"counts": {"portrait": 3}}}, "counts = "),
+        ({"study": {"seed": -1}}, "seed = -1"),
+        ({"study": "x"}, "is not a section"),
+    ],
+)
+def test_a_mistake_in_a_study_file_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        study(**changes)
+
+
+def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("[train]\nresolution = \n")
+    with pytest.raises(ConfigError, match=r"x\.toml is not valid TOML.*line 2"):
+        read_study(path)
+
+
+def test_set_fixes_a_searched_setting_and_takes_it_out_of_the_space() -> None:
+    found = build_study("t", STUDY, sets=["network_dim=8", "sampling.steps=3", "study.clip=mini-clip"])
+    assert found.train.network_dim == 8
+    assert "network_dim_log2" not in found.space.describe()
+    assert found.sampling.steps == 3 and found.study.clip == "mini-clip"
+
+
+def test_set_changes_a_range() -> None:
+    found = build_study("t", STUDY, sets=["learning_rate={low=1e-3,high=1e-2,log=true}"])
+    assert found.space.describe()["learning_rate"] == "0.001 … 0.01, log"
+
+
+def test_steps_given_by_set_replace_searched_epochs() -> None:
+    found = build_study("t", STUDY, sets=["max_train_steps=2"])
+    assert "max_train_epochs" not in found.space.describe()
+    assert found.train.max_train_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("network_dims=8", "unknown setting network_dims", "did you mean network_dim"),
+        ("network_dim", "has no value", "key=value"),
+        ("network_alpha_ratio=1", "fixes nothing", "set network_alpha instead"),
+        ("seed=3", "not set with --set", "--seed"),
+        ("smapling.steps=3", "no section smapling", "did you mean sampling"),
+        ("network_dim=abc", "not a number", "rank"),
+        ("network_dim=0", "outside its limits", "from 1 to"),
+    ],
+)
+def test_a_mistake_in_set_is_named(text: str, message: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_study("t", STUDY, sets=[text])
+    assert hint in caught.value.hint
+
+
+def test_the_same_command_finds_the_same_folder() -> None:
+    assert study_name(None, "mini", "mini-sd15", None) == "mini-sd15"
+    assert study_name(None, "sd15-character", "sd15", Path("/x/My Images")) == "sd15-character-my-images"
+    assert study_name("abc", "mini", "mini-sd15", None) == "abc"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", "Ä", "a" * 65, "ok\n", "<script>"])
+def test_a_name_that_is_no_folder_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="study name"):
+        study_name(name, "mini", "mini-sd15", None)
+
+
+def test_a_changed_definition_is_refused_with_what_changed() -> None:
+    before = study().frozen()
+    now = build_study("t", STUDY, sets=["learning_rate={low=1e-3,high=1e-2,log=true}", "noise_offset=0.05"])
+    lines = difference(before, now.frozen())
+    assert "[space] learning_rate: was 0.0001 … 0.1, log, is now 0.001 … 0.01, log" in lines
+    assert "[train] noise_offset: was 0.0, is now 0.05" in lines
+    with pytest.raises(ConfigError, match="began with something else") as caught:
+        check_unchanged(before, now.frozen(), "x")
+    assert "--name" in caught.value.hint
+
+
+def test_settings_without_influence_on_results_may_change() -> None:
+    sets = ["gradient_checkpointing=true", "vae_batch_size=1"]
+    assert difference(study().frozen(), build_study("t", STUDY, sets=sets).frozen()) == []
+
+
+KOHYA = """
+[model]
+pretrained_model_name_or_path = "/models/v1-5.safetensors"
+[network]
+network_module = "networks.lora"
+network_dim = 4
+network_alpha = 2
+[optimizer]
+learning_rate = 3e-3
+optimizer_args = ["weight_decay=0.1"]
+[training]
+max_train_epochs = 3
+train_batch_size = 2
+"""
+
+
+def test_a_users_kohya_file_becomes_a_proposal(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(KOHYA)
+    proposal, notes = as_proposal(path, study(), lambda config: 10)
+    expected = {
+        "learning_rate": 3e-3,
+        "network_dim_log2": 2,
+        "network_alpha_ratio": 0.5,
+        "max_train_epochs": 3,
+    }
+    assert proposal == expected
+    assert any("train_batch_size = 2" in note and "stays 4" in note for note in notes)
+    assert any("network_module" in note for note in notes)
+
+
+def test_a_users_file_outside_the_ranges_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("network_dim = 128\n")
+    with pytest.raises(ConfigError, match=r"mine\.toml: network_dim_log2 = 7 is outside"):
+        as_proposal(path, study(), lambda config: 10)
+
+
+def test_warm_up_in_steps_becomes_a_share_of_the_users_steps(tmp_path: Path) -> None:
+    table = copy.deepcopy(STUDY)
+    table["space"]["warmup_ratio"] = {"low": 0.0, "high": 0.5}
+    path = tmp_path / "mine.toml"
+    path.write_text("lr_warmup_steps = 20\n")
+    proposal, _ = as_proposal(path, build_study("t", table), lambda config: 100)
+    assert proposal["warmup_ratio"] == pytest.approx(0.2)
+
+
+def test_a_file_without_settings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("a = 1\n")
+    with pytest.raises(ConfigError, match="no setting"):
+        read_settings(path)
+
+
+def test_no_mutation_of_a_study_file_raises_anything_but_a_named_error() -> None:
+    text = find_study("mini", "mini-sd15").read_text(encoding="utf-8")
+    draw = random.Random(0)
+    for _ in range(400):
+        characters = list(text)
+        for _ in range(draw.randint(1, 4)):
+            place = draw.randrange(len(characters))
+            characters[place] = draw.choice(["", "=", "[", '"', "0", "-", "x", "{", "\n", "1e9", "true"])
+        try:
+            table = tomllib.loads("".join(characters))
+        except tomllib.TOMLDecodeError:
+            continue
+        try:
+            build_study("mutant", table)
+        except ToolError:
+            continue
+
+
+def test_no_wrong_type_raises_anything_but_a_named_error() -> None:
+    values: list[Any] = [None, True, -1, 1.5, float("nan"), float("inf"), "x", [], [1], {}, {"low": "a"}, [[1]]]
+    table = tomllib.loads(find_study("sd15-character", "sd15").read_text(encoding="utf-8"))
+    for section, body in table.items():
+        for key in body:
+            for value in values:
+                changed = copy.deepcopy(table)
+                changed[section][key] = value
+                try:
+                    build_study("mutant", changed)
+                except ToolError:
+                    continue
