@@ -249,8 +249,6 @@ def generate(
     out is filled up from the altered templates.  Prompts of ``exclude`` are not used: a confirmation set is
     disjoint.
     """
-    if not class_word:
-        raise no_class_word()
     used = {p.id for p in exclude.prompts} if exclude else set()
     ordered = sorted(
         {" ".join(c.split()) for c in captions} - {""}, key=lambda c: hashlib.sha256(c.encode()).digest()

@@ -207,7 +207,7 @@ def live_block(name: str, current: Current | None) -> RenderableType:
         grid.add_column(no_wrap=True, min_width=10)
     cells = [(clean_text(key), short(value)) for key, value in current.settings.items()]
     for row in range(0, len(cells), 2):
-        grid.add_row(*(text for cell in cells[row : row + 2] for text in cell))
+        grid.add_row(*(Text(text) for cell in cells[row : row + 2] for text in cell))
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         ProgressBar(total=max(1, current.total), completed=current.done, width=26), current.progress_text()

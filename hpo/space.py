@@ -122,16 +122,20 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Derivation:
-    """How a parameter that is not itself a setting becomes one, and back.
+    """How a parameter that is not itself a setting becomes one, and back.  ``limits`` hold for its range.
 
     ``forward`` takes the parameter's value and the settings so far; ``backward`` a whole configuration.
     """
 
     sets: str
     needs: tuple[str, ...]
+    limits: tuple[float, float]
     forward: Callable[[Any, Values], Any]
     backward: Callable[[Values], Any]
-    whole: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.limits[0], int)
 
 
 def _rate(settings: Values) -> float:
@@ -149,22 +153,28 @@ def _log2(settings: Values) -> float:
 
 
 DERIVED: dict[str, Derivation] = {
-    "network_dim_log2": Derivation("network_dim", (), lambda value, _: 2 ** int(value), _log2, whole=True),
+    "network_dim_log2": Derivation("network_dim", (), (0, 10), lambda value, _: 2 ** int(value), _log2),
     "text_encoder_lr_ratio": Derivation(
         "text_encoder_lr",
         ("learning_rate", "unet_lr"),
+        (0.0, 1000.0),
         lambda value, settings: value * _rate(settings),
         lambda settings: _text_rate(settings) / _rate(settings),
     ),
     "network_alpha_ratio": Derivation(
         "network_alpha",
         ("network_dim",),
+        (0.0, 4096.0),
         lambda value, settings: value * settings["network_dim"],
         lambda settings: settings["network_alpha"] / settings["network_dim"],
     ),
     # TrainConfig reads lr_warmup_steps below 1 as a share of all steps, as sd-scripts does.
     "warmup_ratio": Derivation(
-        "lr_warmup_steps", (), lambda value, _: value, lambda settings: settings["lr_warmup_steps"]
+        "lr_warmup_steps",
+        (),
+        (0.0, 0.99),
+        lambda value, _: value,
+        lambda settings: settings["lr_warmup_steps"],
     ),
 }
 FOLDED_SCHEDULE = "cosine_with_restarts_"
@@ -253,7 +263,8 @@ class Space:
             else:
                 values[name] = None if name in ZERO_IS_UNSET and value == 0 else value
         for name in derived:
-            values[DERIVED[name].sets] = DERIVED[name].forward(suggested[name], fixed.as_dict() | values)
+            needed = {n: values[n] if n in values else getattr(fixed, n) for n in DERIVED[name].needs}
+            values[DERIVED[name].sets] = DERIVED[name].forward(suggested[name], needed)
         return values
 
     def config(self, suggested: Values, fixed: TrainConfig) -> TrainConfig:

@@ -72,8 +72,16 @@ def _read_range(name: str, body: Values) -> Range:
     low, high, log, step = body["low"], body["high"], body.get("log", False), body.get("step")
     if name in SETTINGS:  # the setting's own type and limits
         low, high = check_value(name, low), check_value(name, high)
-    elif name in DERIVED and not DERIVED[name].whole:
-        low, high = float(low), float(high)
+    elif name in DERIVED:
+        least, most = DERIVED[name].limits
+        if not least <= low or not high <= most:
+            raise ConfigError(f"{name}: {low} … {high} is outside its limits", f"from {least:g} to {most:g}")
+        if not DERIVED[name].whole:
+            low, high = float(low), float(high)
+        elif float(low).is_integer() and float(high).is_integer():
+            low, high = int(low), int(high)
+        else:
+            raise ConfigError(f"{name}: {low} … {high} are not whole numbers", "it is a power of two")
     if low > high:
         raise ConfigError(f"{name}: low {low} is above high {high}", "swap them")
     if not isinstance(log, bool):

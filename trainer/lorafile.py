@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor
 
 from trainer.adapter import SAVE_DTYPES, Adapter, Target
@@ -20,7 +19,7 @@ from trainer.bases.base import Base
 from trainer.config import TrainConfig
 from trainer.errors import ModelFileError
 from trainer.files import clean_text, write_atomic
-from trainer.tensorfile import read_header, to_bytes
+from trainer.tensorfile import load_tensors, read_header, to_bytes
 
 CONFIG_KEY = "lora_hpo_config"
 SHOWN_KEYS = 5  # how many keys an error names
@@ -120,7 +119,7 @@ def read(path: Path) -> LoraFile:
             f"{path} holds more than a LoRA: {_listed(foreign)}" if foreign else f"{path} holds no tensors",
             "LoHa, LoKr, DoRA and full models cannot be attached",
         )
-    tensors = safetensors.torch.load_file(path)
+    tensors = load_tensors(path)
     return LoraFile(path, tensors, header.metadata, _family(header.metadata, header.shapes))
 
 

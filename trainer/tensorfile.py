@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer.errors import ModelFileError
@@ -52,6 +53,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, or ModelFileError.  Reads at most the header."""
     refuse_pickle(path)
+    if path.exists() and not path.is_file():
+        raise ModelFileError(f"{path} is not a file", "check the path")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -80,6 +83,14 @@ def read_header(path: Path) -> Header:
         raise _broken(path, "its metadata is not a table of texts")
     body = size - 8 - length
     return Header({name: _shape(path, name, entry, body) for name, entry in entries.items()}, metadata)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, memory-mapped: read when used.  Check the header first."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _broken(path, str(error).splitlines()[0][:160]) from None
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

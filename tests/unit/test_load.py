@@ -18,7 +18,7 @@ from trainer.bases import load as load_module
 from trainer.bases.hub import weight_files
 from trainer.bases.load import load_base
 from trainer.errors import ModelFileError
-from trainer.tensorfile import read_header
+from trainer.tensorfile import load_tensors, read_header
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +297,19 @@ def test_a_header_that_lies_about_a_tensor_is_one_line(entry, message, tmp_path)
         read_header(header_file(tmp_path / "x.safetensors", {"a": entry}))
 
 
+def test_tensors_that_overlap_are_refused(tmp_path):
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    path = header_file(tmp_path / "x.safetensors", {"a": entry, "b": entry}, b"0000")
+    read_header(path)
+    with pytest.raises(ModelFileError, match="cannot be loaded"):
+        load_tensors(path)
+
+
+def test_a_device_is_not_a_model(tmp_path):
+    with pytest.raises(ModelFileError, match="is not a file"):
+        load_base("/dev/zero")
+
+
 def test_a_header_of_gigabytes_is_not_read(tmp_path):
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:
@@ -375,6 +388,7 @@ def test_a_tokenizer_without_a_length_gets_the_encoders(folder):
         ("sd-15", "there is no base 'sd-15' – did you mean sd15?"),
         ("mini-sd51", "did you mean mini-sd15?"),
         ("nonsense", "give mini-sd15, mini-sdxl, sd15, sdxl, a hub id"),
+        ("a..b/c", "is no name of a hub model"),
         ("./missing", "there is no file or folder ./missing"),
         ("missing.safetensors", "there is no file or folder missing.safetensors"),
     ],

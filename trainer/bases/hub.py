@@ -39,7 +39,7 @@ CONFIGURATION = (
 def hub_folder(repo: str, *, revision: str | None, is_complete: Callable[[Path], bool]) -> Path:
     """The local folder of a hub model; downloads what is missing.  ``is_complete`` judges a cached copy."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
@@ -47,6 +47,10 @@ def hub_folder(repo: str, *, revision: str | None, is_complete: Callable[[Path],
             return cached
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError as error:
+        raise ModelFileError(
+            f"{repo} is no name of a hub model: {str(error)[:160]}", "write it as org/name"
+        ) from None
     require_network(repo)
     return _download(repo, revision)
 

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from trainer.bases.sdxl import SDXL
 from trainer.config import suggestion
 from trainer.errors import ModelFileError
 from trainer.files import sha256_file
-from trainer.tensorfile import read_header, refuse_pickle
+from trainer.tensorfile import load_tensors, read_header, refuse_pickle
 
 FAMILIES: dict[str, type[Base]] = {"sd15": SD15, "sdxl": SDXL}
 MINIATURES = {
@@ -134,7 +132,11 @@ def _parts_of_folder(
         _check(folder / component, model, {new: names[old] for new, old in renamed.items()})
         old_names = {old: new for new, old in renamed.items()}
         wanted = _component_type(component, family, dtype, no_half_vae)
-        _fill(model, ((old_names[name], tensor) for file in files for name, tensor in _tensors(file)), wanted)
+        _fill(
+            model,
+            ((old_names[name], tensor) for file in files for name, tensor in load_tensors(file).items()),
+            wanted,
+        )
         networks[component] = model
         weight_paths |= {f"{component}/{file.name}": file for file in files}
     tokenizers = tuple(
@@ -230,7 +232,7 @@ def _parts_of_file(path: Path, family: str, dtype: torch.dtype, no_half_vae: boo
     """Every network of a single file, renamed to diffusers' names, checked and filled from shipped
     configurations."""
     configs = CONFIGS / family
-    original = safetensors.torch.load_file(path)  # memory-mapped: read when copied
+    original = load_tensors(path)
     networks: dict[str, Any] = {}
     for component in ("unet", "vae", *TEXT_ENCODERS[family]):
         model = _empty(component, detect.read_json(configs / component / "config.json"))
@@ -325,12 +327,6 @@ def _fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]] | Any, dtype: 
         else:
             owner._buffers[attribute] = value
     assert not any(parameter.is_meta for parameter in model.parameters())
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safetensors.safe_open(file, framework="pt") as handle:
-        for name in handle.keys():  # noqa: SIM118 – the handle is no mapping
-            yield name, handle.get_tensor(name)
 
 
 def _component_type(component: str, family: str, dtype: torch.dtype, no_half_vae: bool) -> torch.dtype:

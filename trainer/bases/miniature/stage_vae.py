@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.bases.miniature import wild, world
 from trainer.bases.miniature.fitting import Plan, finished, fit, load_weights
 
-PLAN = Plan("vae", steps=3300, lr=2e-3, warmup_steps=100, weight_decay=0.0, ema=0.998, muon_lr=0.02)
+PLAN = Plan("vae", steps=4800, lr=2e-3, warmup_steps=100, weight_decay=0.0, ema=0.998, muon_lr=0.02)
 DECODER_PLAN = Plan("decoder", steps=2000, lr=1e-3, warmup_steps=50, weight_decay=0.0, ema=0.998, muon_lr=0.012)
 DECODER_NOISE = 0.08  # of the latents' spread, assumed: what a denoising network leaves behind
 BATCH = 8
@@ -77,7 +77,7 @@ def build_vae(work: Path, device: str) -> AutoencoderKL:
         posterior = vae.encode(x_B3HW).latent_dist
         error = vae.decode(posterior.sample()).sample - x_B3HW
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return (weight * error.pow(2)).mean() + 0.05 * error.abs().mean() + KL_WEIGHT * kl
+        return (weight * error.pow(2)).mean() + 0.05 * (weight * error.abs()).mean() + KL_WEIGHT * kl
 
     fit(PLAN, vae, loss_of_step, work)
     return finished_vae(work, device)

@@ -1,0 +1,171 @@
+"""The terminal: fits 80 columns, shows what was measured, and obeys no text from outside."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hpo.folder import StudyFolder
+from hpo.report import (
+    Current,
+    LiveView,
+    PlainView,
+    clock,
+    introduction,
+    live_block,
+    make_view,
+    ratio_line,
+    short,
+    study_line,
+    summary,
+    trial_line,
+)
+from hpo.standing import Standing
+from hpo.study import find_study, read_study
+from hpo.trial import Result
+from trainer.events import Step
+
+STANDING = Standing(30, 7, 1, 0, 1, (4, 0.61234, 0.02123), (0, 0.4, 0.03), 90.0)
+EMPTY = Standing(30, 0, 0, 0, 1, None, None, None)
+SETTINGS = {
+    "learning_rate": 1.3e-4, "text_encoder_lr": 6.5e-5, "network_dim": 128, "network_alpha": 96.0,
+    "optimizer_type": "AdamW8bit", "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3,
+    "lr_warmup_steps": 0.05, "gradient_accumulation_steps": 3, "max_train_epochs": 18, "min_snr_gamma": 5,
+    "noise_offset": 0.0357, "network_dropout": 0.1,
+}  # fmt: skip
+
+
+def step(number: int = 63) -> Step:
+    return Step(number, 1200, 1, 18, 0.0834, 1e-4, 5e-5, 0.3, 0.2)
+
+
+def printed(what: Any, width: int = 80, terminal: bool = False) -> str:
+    screen = io.StringIO()
+    Console(file=screen, width=width, force_terminal=terminal, color_system=None).print(what)
+    return screen.getvalue()
+
+
+def result(**changes: Any) -> Result:
+    values: dict[str, Any] = {
+        "number": 7, "state": "complete", "value": 0.53121, "se": 0.0213, "reason": "", "message": "",
+        "config_sha256": "", "lora": "", "lora_sha256": "", "prompt_following": 0.9, "likeness": 0.3,
+        "clip_t": 0.3, "clip_i": 0.7, "n_images": 32, "steps": 95, "skipped_steps": 0, "train_seconds": 10.0,
+        "score_seconds": 4.0, "remedy": "", "time_utc": "",
+    }  # fmt: skip
+    return Result(**{**values, **changes})
+
+
+def test_the_live_block_fits_eighty_columns_and_shows_everything() -> None:
+    current = Current(7, SETTINGS, STANDING)
+    current.on_event(step())
+    text = printed(live_block("sd15-character-my-images", current))
+    assert max(map(len, text.splitlines())) <= 80
+    parts = ["trial 7", "8 of 30", "training", "63/1200", "5.0 steps/s", "loss 0.0834", "1.30e-4", "128"]
+    parts += ["cosine_with_restarts", "trial 4", "0.6123 ± 0.0212", "0.4000", "time left", "1 infeasible"]
+    for part in parts:
+        assert part in text, part
+
+
+def test_the_live_block_follows_the_images_too() -> None:
+    current = Current(7, SETTINGS, EMPTY)
+    current.on_image(8, 32)
+    text = printed(live_block("x", current))
+    assert "drawing images" in text and "8/32 images" in text
+    assert "known after the first trial" in text
+
+
+def test_time_left_comes_from_the_trials_that_are_done() -> None:
+    left = Current(7, SETTINGS, STANDING).seconds_left()
+    assert left == pytest.approx(90 * 23, abs=2)
+
+
+def test_without_a_terminal_there_are_plain_lines_only() -> None:
+    screen = io.StringIO()
+    view = make_view(Console(file=screen, width=80), lambda suggested: suggested, "x")
+    assert type(view) is PlainView
+    with view:
+        view.on_trial(7, SETTINGS, True, STANDING)
+        view._last_line -= 60
+        view.on_event(step())
+        view.on_result(result(), STANDING)
+    text = screen.getvalue()
+    assert "\x1b" not in text and "\r" not in text
+    assert "trial 7 (8 of 30), taken up again: learning_rate 1.30e-4" in text
+    assert "step 63/1200" in text
+    assert text.splitlines()[-1] == "trial=7 state=complete score=0.5312 se=0.0213 best=4 seconds=14.0"
+
+
+def test_on_a_terminal_finished_trials_scroll_above_the_block() -> None:
+    screen = io.StringIO()
+    view = make_view(Console(file=screen, width=80, force_terminal=True), lambda suggested: suggested, "x")
+    assert isinstance(view, LiveView)
+    with view:
+        view.on_trial(7, SETTINGS, False, STANDING)
+        view.on_event(step())
+        view.on_result(result(), STANDING)
+    assert "trial=7 state=complete" in screen.getvalue()
+
+
+@pytest.mark.parametrize("text", ["\x1b]0;owned\x07", "[bold]x[/x]", "a\nb", "‮evil", "[/]"])
+def test_text_from_outside_is_shown_not_obeyed(text: str) -> None:
+    screen = io.StringIO()
+    view = PlainView(Console(file=screen, width=80, force_terminal=True), lambda suggested: suggested)
+    view.on_trial(1, {"name": text}, False, STANDING)
+    view.on_result(result(state="failed", value=None, se=None, reason=text, message=text), STANDING)
+    shown = screen.getvalue()
+    assert "\x1b]" not in shown and "‮" not in shown
+    assert len(shown.splitlines()) == 3
+    if text.startswith("["):
+        assert text in shown
+    printed(live_block(text, Current(1, {text: text}, STANDING)))
+
+
+def test_a_trial_without_a_score_says_why() -> None:
+    line = trial_line(result(state="infeasible", value=-0.1, se=None, reason="diverged"), STANDING)
+    assert line == "trial=7 state=infeasible reason=diverged best=4 seconds=14.0"
+
+
+def test_the_last_line_of_a_search_is_for_scripts() -> None:
+    line = study_line("x", STANDING)
+    assert line == "study=x complete=7/30 infeasible=1 failed=0 best=4 score=0.6123 se=0.0212 baseline=0.4000"
+    assert study_line("x", EMPTY) == "study=x complete=0/30 infeasible=0 failed=0"
+
+
+def test_the_end_names_files_next_command_and_that_the_score_is_optimistic(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "x")
+    folder.trial(4).root.mkdir(parents=True)
+    folder.trial(4).lora.write_bytes(b"")
+    text = "\n".join(summary(folder, STANDING, SETTINGS, "30 trials are done"))
+    parts = ["best: trial 4", "0.6123 ± 0.0212", "0.4000 ± 0.0300", "untrained base: 0.0000", "optimistic"]
+    for part in [*parts, str(folder.trial(4).lora), "grid.png", "metrics.json", "next: hpo dashboard x"]:
+        assert part in text, part
+
+
+def test_the_end_of_a_search_without_any_score_says_so(tmp_path: Path) -> None:
+    assert "no trial has a score yet" in "\n".join(summary(StudyFolder(tmp_path), EMPTY, None, "over"))
+
+
+def test_the_introduction_fits_eighty_columns() -> None:
+    text = printed(introduction(read_study(find_study(None, "sd15")), 30))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "learning_rate" in text and "network_dropout" in text
+    assert ratio_line(12, 30) == "12 settings, 30 trials: 2.5 trials per dimension"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (65, "1:05"), (7209, "2:00:09"), (-5, "0:00"), (59.6, "1:00")]
+)
+def test_times_read_like_a_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.3e-4, "1.30e-4"), (0.5, "0.5"), (96.0, "96"), (3, "3"), ("a\x1bb", "ab"), (0.0, "0")],
+)
+def test_settings_are_shown_short(value: Any, text: str) -> None:
+    assert short(value) == text
