@@ -11,7 +11,6 @@ import dataclasses
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from trainer.files import clean_text, safe_name
 
 DEFAULT_STUDY = "sd15-character"
 MINIATURE_STUDY = "mini"
+SHIPPED = Path(__file__).parent.parent / "studies"
 # Settings that a study decides elsewhere, and the ones that change no result: not frozen with a study.
 ELSEWHERE = {
     "pretrained_model_name_or_path": "--base",
@@ -193,9 +193,7 @@ def find_study(spec: str | None, base: str) -> Path:
     if path.suffix == ".toml" and path.is_file():
         return path
     name = path.name.removesuffix(".toml")
-    shipped = {
-        p.name: p for p in map(Path, map(str, resources.files("studies").iterdir())) if p.suffix == ".toml"
-    }
+    shipped = {p.name: p for p in SHIPPED.glob("*.toml")}
     if path.parent == Path("."):
         local = Path("studies") / f"{name}.toml"
         for found in (Path(f"{name}.toml"), local, shipped.get(f"{name}.toml")):

@@ -1,5 +1,5 @@
-"""The main job on full-size SD1.5 with random weights, scored by open_clip's ViT-B-32 with random weights: one
-trial on a CPU within 12 GB, without network, from a diffusers folder and from an original-layout file."""
+"""Full-size SD1.5 and open_clip ViT-B-32, both with random weights, in the main job: one trial on a CPU within
+12 GB, without network, from a diffusers folder and from an original-layout file."""
 
 import json
 import resource
