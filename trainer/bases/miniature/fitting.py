@@ -65,7 +65,8 @@ def load_weights(name: str, module: nn.Module, work: Path, *, averaged: bool) ->
     """The weights of a finished (or running) training into the module."""
     prefix = "ema." if averaged else "model."
     with safe_open(work / f"{name}.safetensors", "pt") as handle:
-        state = {k.removeprefix(prefix): handle.get_tensor(k) for k in handle.keys() if k.startswith(prefix)}
+        names = list(handle.keys())
+        state = {k.removeprefix(prefix): handle.get_tensor(k) for k in names if k.startswith(prefix)}
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not unexpected and not missing, (missing[:3], unexpected[:3])
 
@@ -134,13 +135,13 @@ def fit(
     start = 0
     if path.exists():
         with safe_open(path, "pt") as handle:
-            start = int(handle.metadata()["step"])
+            start, names = int(handle.metadata()["step"]), list(handle.keys())
             module.load_state_dict(
-                {k[6:]: handle.get_tensor(k) for k in handle.keys() if k.startswith("model.")}, strict=True
+                {k[6:]: handle.get_tensor(k) for k in names if k.startswith("model.")}, strict=True
             )
             for n in average:
                 average[n].copy_(handle.get_tensor("ema." + n))
-            stored = {k for k in handle.keys() if k.startswith("opt.")}
+            stored = {k for k in names if k.startswith("opt.")}
             for optimizer, _ in optimizers:
                 for n, p in named:
                     keys = [k for k in ("exp_avg", "exp_avg_sq", "momentum") if f"opt.{n}.{k}" in stored]

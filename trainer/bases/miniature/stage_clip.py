@@ -94,7 +94,7 @@ class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokenizer = stage_text.new_tokenizer()
-        self.clip = CLIP(stage_text.EMBED, dict(VISION), text_cfg(len(self.tokenizer)))  # type: ignore[arg-type]
+        self.clip = CLIP(stage_text.EMBED, dict(VISION), text_cfg(len(self.tokenizer)))
         self.text_2 = stage_text.new_text_encoder_2(self.tokenizer)
         self.heads = nn.Linear(stage_text.EMBED, sum(n for _, n in LABELS))
 

@@ -6,6 +6,7 @@ The first text encoder is mini-clip's text tower, as SD1.5's is OpenAI CLIP's; i
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import torch
@@ -33,7 +34,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(p) > 1 for p in pieces):
-        counts = Counter(pair for p in pieces for pair in zip(p, p[1:], strict=False))
+        counts = Counter(pair for p in pieces for pair in itertools.pairwise(p))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         for p in pieces:
@@ -50,7 +51,7 @@ def new_tokenizer(pad_token: str = EOS) -> CLIPTokenizer:
     merges = learn_merges(world.corpus_words())
     names = [*symbols, *(s + "</w>" for s in symbols)]
     names += [a + b for a, b in merges]
-    names = list(dict.fromkeys(names)) + [BOS, EOS]  # <|endoftext|> keeps the largest id: pooling takes the argmax
+    names = [*dict.fromkeys(names), BOS, EOS]  # <|endoftext|> keeps the largest id: pooling takes the argmax
     return CLIPTokenizer(
         vocab={name: i for i, name in enumerate(names)},
         merges=merges,

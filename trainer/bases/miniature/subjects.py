@@ -148,8 +148,9 @@ def parts_shown(image: NDArray[np.uint8] | Image.Image, kind: str) -> dict[str, 
         return shown
     rows, columns = np.nonzero(masks[main])
     middle_y, middle_x = float(np.median(rows)), float(np.median(columns))
-    high, wide = np.percentile(rows, 97) - np.percentile(rows, 3), np.percentile(columns, 97) - np.percentile(columns, 3)
-    shown[main] = 0.4 < high / max(1.0, wide) < 1.8 and masks[main].sum() > 0.25 * high * wide
+    high = np.percentile(rows, 97) - np.percentile(rows, 3)
+    wide = np.percentile(columns, 97) - np.percentile(columns, 3)
+    shown[main] = bool(0.4 < high / max(1.0, wide) < 1.8 and masks[main].sum() > 0.25 * high * wide)
     whole = checker._blob(masks[main])
     for name, smallest, top, bottom in (
         ("head", 0.2, -1.6, -0.25),

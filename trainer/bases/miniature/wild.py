@@ -63,7 +63,8 @@ def sample_creature(rng: np.random.Generator) -> Creature:
     if draw < 0.35:
         parts = [_part(rng, 0.0, 0.0, 0.85)]
         if rng.random() < 0.5:
-            parts.append(_part(rng, *(rng.random(2) * 0.5 - 0.25), 0.35))
+            x, y = rng.random(2) * 0.5 - 0.25
+            parts.append(_part(rng, x, y, 0.35))
         return Creature(tuple(parts))
     parts = [_part(rng, 0.0, 0.48, 0.5), _part(rng, 0.0, -0.25, 0.34)]
     if rng.random() < 0.5:

@@ -10,12 +10,13 @@ Array names carry shapes: H, W pixels, 3 colour channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 RGB = tuple[int, int, int]
 
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -103,7 +104,7 @@ class Scene:
 # --------------------------------------------------------------------------------------------- sampling
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...] | dict[str, object]) -> str:
+def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
     names = tuple(options)
     return names[int(rng.integers(len(names)))]
 
@@ -143,7 +144,7 @@ def sample_scene(seed: int, kind: str | None = None) -> Scene:
 def neighbours(scene: Scene, rng: np.random.Generator) -> Scene:
     """The same scene with exactly one visible attribute changed: a hard negative for contrastive training."""
 
-    def other(value: str, options: tuple[str, ...] | dict[str, object]) -> str:
+    def other(value: str, options: Iterable[str]) -> str:
         rest = tuple(o for o in options if o != value)
         return rest[int(rng.integers(len(rest)))]
 
@@ -438,7 +439,7 @@ def _thing_phrase(
     if rng is None:
         words = ([size] if name_size else []) + ([] if thing.pattern == "plain" else [thing.pattern])
         return " ".join([*words, thing.colour, thing.shape])
-    words: list[str] = []
+    words = []
     if name_size and rng.random() < keep:
         words.append(_pick(rng, SIZE_WORDS[size]))
     if rng.random() < (keep if thing.pattern != "plain" else 0.25):
