@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -22,9 +22,11 @@ from hpo.locks import Lock
 from hpo.standing import BASELINE, ROLE
 from hpo.study import StudyConfig
 from hpo.trial import Result, read_result
-from hpo.workbench import Workbench
 from trainer.errors import StudyStopped
 from trainer.files import sweep
+
+if TYPE_CHECKING:
+    from hpo.workbench import Workbench
 
 MAX_DUPLICATES = 20  # proposals in a row that were tried already: then the space is used up
 

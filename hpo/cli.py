@@ -136,7 +136,7 @@ def search(
     calm_libraries()
     from hpo.session import Request
     from hpo.session import search as run
-    from hpo.workbench import Inputs
+    from hpo.study import Inputs
 
     inputs = Inputs(base, data, clip, prompts, references, trigger, class_word, device)
     run(Request(inputs, **words), console())
@@ -218,3 +218,7 @@ def calm_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,15 +7,17 @@ belong together.  Does not own what is written there.
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.locks import Lock
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import ConfigError, DataError, MachineError, ModelFileError
 from trainer.files import clean_text, safe_name
 
 if TYPE_CHECKING:
@@ -170,6 +172,21 @@ def find_folder(name: str | None, runs: Path = RUNS) -> StudyFolder:
     if not found:
         raise ConfigError(f"no study in {runs}", "start one: hpo search --base mini-sd15 --trials 12")
     return StudyFolder(max(found.values(), key=_changed).parent)
+
+
+@contextmanager
+def taken_back(folder: StudyFolder) -> Iterator[None]:
+    """Remove a study folder that this block made, if a user's error ends the block."""
+    runs = folder.root.parent
+    had_folder, had_runs = folder.root.exists(), runs.exists()
+    try:
+        yield
+    except (ConfigError, DataError, ModelFileError):
+        if not had_folder:
+            shutil.rmtree(folder.root, ignore_errors=True)
+        if not had_runs and runs.is_dir() and not any(runs.iterdir()):
+            runs.rmdir()
+        raise
 
 
 def _changed(database: Path) -> float:

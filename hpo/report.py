@@ -292,16 +292,10 @@ def summary(
 
 def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
     """All trials, newest last."""
-    table = Table(box=None, padding=(0, 1), show_edge=False)
-    for name, justify in (
-        ("trial", "right"),
-        ("state", "left"),
-        ("score", "right"),
-        ("± se", "right"),
-        ("time", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("settings", overflow="ellipsis", no_wrap=True)
+    table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
+    for name, width in (("trial", 6), ("state", 17), ("score", 7), ("± se", 7), ("time", 7)):
+        table.add_column(name, min_width=width, no_wrap=True)
+    table.add_column("settings", overflow="ellipsis", no_wrap=True, ratio=1)
     trials = study.get_trials(deepcopy=False)
     best = max(
         (t for t in trials if t.value is not None and t.user_attrs.get("outcome") == "complete"),

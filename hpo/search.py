@@ -76,6 +76,7 @@ class Search:
         self.claims = Claims(study, bench, limits.trials, self.tell, view.say)
         self._failures: list[str] = []
         self._stop_saying_so = ""
+        self._told_of_noise = False
 
     # The loop
 
@@ -184,6 +185,9 @@ class Search:
         news = alerts.update_alert(self.folder, verdict, rows)
         if verdict is None:
             return
+        if verdict.level == "no_signal" and not self._told_of_noise:
+            self.view.say(f"warning: {alerts.MEANING['no_signal']}")
+            self._told_of_noise = True
         if self.limits.stop_when_converged and verdict.level == "converged":
             self._stop_saying_so = "converged (--stop-when-converged)"
         if news is None:

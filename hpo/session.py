@@ -9,28 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from rich.console import Console
 
-from hpo import alerts, report, workbench
+from hpo import alerts, report
 from hpo.claim import quiet
-from hpo.cost import Cost, check_disk, estimate
-from hpo.enqueue import as_proposal
-from hpo.folder import IDENTITY, RUNS, StudyFolder, create_study, open_study, study_folder
+from hpo.enqueue import as_proposal, read_settings
+from hpo.folder import IDENTITY, RUNS, StudyFolder, create_study, open_study, study_folder, taken_back
 from hpo.search import Limits, Search, Stop
 from hpo.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
-from hpo.study import StudyConfig, find_study, read_study, study_name
-from trainer import loop
+from hpo.study import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
 from trainer.errors import Interrupted, MachineError
+
+if TYPE_CHECKING:
+    from hpo.cost import Cost
+    from hpo.workbench import Workbench
 
 
 @dataclass(frozen=True)
 class Request:
     """The words of ``hpo search``."""
 
-    inputs: workbench.Inputs
+    inputs: Inputs
     trials: int
     study: str | None = None
     name: str | None = None
@@ -58,7 +60,11 @@ def search(request: Request, console: Console) -> None:
     )
     view = report.make_view(console, lambda suggested: config.space.settings(suggested, config.train), name)
     _check_definition(folder, config)
-    with workbench.taken_back(folder):
+    if request.enqueue:
+        read_settings(request.enqueue)
+    with taken_back(folder):
+        from hpo import workbench  # loads torch: after everything that can be checked without it
+
         bench = workbench.load(request.inputs, config, folder, view.say)
         study = _open(bench)
         proposal = _proposal(request, bench, view)
@@ -90,26 +96,28 @@ def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
         before = open_study(folder).user_attrs.get(IDENTITY, {})
         known = {key: value for key, value in before.items() if key.startswith("[")}
         if known:
-            workbench.check_unchanged(known, config.frozen(), folder.name)
+            check_unchanged(known, config.frozen(), folder.name)
 
 
-def _open(bench: workbench.Workbench) -> optuna.Study:
+def _open(bench: Workbench) -> optuna.Study:
     """The study in its folder, created or found unchanged."""
+    from hpo.workbench import write_definition
+
     folder, facts = bench.folder, bench.facts()
     folder.locks.mkdir(parents=True, exist_ok=True)
     folder.artifacts.mkdir(exist_ok=True)
     with folder.study_lock().held():
         study = create_study(folder, facts)
-        workbench.check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
-        workbench.write_definition(bench, facts)
+        check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
+        write_definition(bench, facts)
     return study
 
 
-def _proposal(
-    request: Request, bench: workbench.Workbench, view: report.PlainView
-) -> Mapping[str, Any] | None:
+def _proposal(request: Request, bench: Workbench, view: report.PlainView) -> Mapping[str, Any] | None:
     if request.enqueue is None:
         return None
+    from trainer import loop
+
     proposal, notes = as_proposal(
         request.enqueue, bench.study, lambda train: loop.total_steps(train, bench.data)
     )
@@ -120,7 +128,7 @@ def _proposal(
 
 def _begin(
     study: optuna.Study,
-    bench: workbench.Workbench,
+    bench: Workbench,
     limits: Limits,
     proposal: Mapping[str, Any] | None,
     view: report.PlainView,
@@ -136,6 +144,8 @@ def _begin(
     if now.left:
         if fresh:
             view.say(f"drawing {bench.prompts.image_count} images with the untrained base …")
+        from hpo.cost import check_disk, estimate
+
         bench.measure_anchors(view.say)
         cost = estimate(bench, probe=fresh)
         check_disk(bench, cost, now.left, limits.keep_best)
@@ -150,7 +160,7 @@ def _begin(
                 view.say("the settings of --enqueue are in the study already")
 
 
-def _data_line(bench: workbench.Workbench) -> str:
+def _data_line(bench: Workbench) -> str:
     word = f", class {bench.data.class_word}" if bench.data.class_word else ""
     trigger = f", trigger {bench.data.trigger}" if bench.data.trigger else ""
     return (
@@ -174,9 +184,7 @@ def _cost_line(cost: Cost, now: Standing, limits: Limits) -> str:
     )
 
 
-def _end(
-    study: optuna.Study, bench: workbench.Workbench, now: Standing, why: str, view: report.PlainView
-) -> None:
+def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
     best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
     settings = best.user_attrs.get("settings", {}) if best else None
     for line in report.summary(bench.folder, now, settings, why):

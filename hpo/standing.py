@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from evaluation.score import anchored, composite, read_score
 from hpo.alerts import Row
 from hpo.convergence import TOP, Point
 from hpo.folder import StudyFolder
@@ -98,6 +97,9 @@ def history(
 
 def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
     """A trial's score prompt by prompt, where the subject is asked for; empty without its metrics.json."""
+    # Here, not above: it loads torch, which a status table does not need.
+    from evaluation.score import anchored, composite, read_score
+
     try:
         rows = read_score(metrics).per_image
     except DataError:

@@ -36,6 +36,20 @@ NEUTRAL_SETTINGS = (*ELSEWHERE, "gradient_checkpointing", "cache_latents_to_disk
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What the command line says about data and models."""
+
+    base: str
+    data: Path | None = None
+    clip: str | None = None
+    prompts: Path | None = None
+    references: Path | None = None
+    trigger: str | None = None
+    class_word: str | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
 class StudySection:
     """[study]: what it is for, and what scores it.  Empty clip and likeness: the base's default."""
 
@@ -224,6 +238,17 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         if old != new:
             lines.append(f"{name}: was {old or 'not there'}, is now {new or 'not there'}")
     return lines
+
+
+def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
+    """Refuse to go on with a study that began with something else: its scores could not be compared."""
+    known = {key: value for key, value in before.items() if key in now or key.startswith("[")}
+    changed = difference(known, now)
+    if changed:
+        raise ConfigError(
+            f"study {name} began with something else: " + "; ".join(changed[:5]),
+            "give the new study another --name, or undo the change",
+        )
 
 
 def _put(sections: dict[str, dict[str, Any]], text: str) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +34,13 @@ from evaluation.prompts import (
 )
 from evaluation.sampling import SampleConfig, default_config
 from hpo.folder import StudyFolder
-from hpo.study import StudyConfig, difference
+from hpo.study import Inputs, StudyConfig
 from trainer import cache
 from trainer.bases.base import compute_type
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset, split_references
-from trainer.errors import ConfigError, DataError, MachineError, ModelFileError
+from trainer.errors import ConfigError, DataError, MachineError
 from trainer.files import atomic_folder, write_atomic
 from trainer.images import IMAGE_EXTENSIONS
 
@@ -49,20 +48,6 @@ if TYPE_CHECKING:
     from trainer.bases.base import Base
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the command line says about data and models."""
-
-    base: str
-    data: Path | None = None
-    clip: str | None = None
-    prompts: Path | None = None
-    references: Path | None = None
-    trigger: str | None = None
-    class_word: str | None = None
-    device: str | None = None
 
 
 @dataclass
@@ -144,19 +129,8 @@ class Workbench:
         }
 
 
-def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
-    """Refuse to go on with a study that began with something else: its scores could not be compared."""
-    known = {key: value for key, value in before.items() if key in now or key.startswith("[")}
-    changed = difference(known, now)
-    if changed:
-        raise ConfigError(
-            f"study {name} began with something else: " + "; ".join(changed[:5]),
-            "give the new study another --name, or undo the change",
-        )
-
-
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
-    """Read and check everything.  Only demo data is written (see ``taken_back``)."""
+    """Read and check everything.  Only demo data is written (see ``hpo.folder.taken_back``)."""
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     data_folder = inputs.data or demo_data(inputs.base, folder)
@@ -261,21 +235,6 @@ def _reference_paths(folder: Path) -> list[Path]:
     return found
 
 
-@contextmanager
-def taken_back(folder: StudyFolder) -> Iterator[None]:
-    """Remove a study folder that this block made, if a user's error ends the block."""
-    runs = folder.root.parent
-    had_folder, had_runs = folder.root.exists(), runs.exists()
-    try:
-        yield
-    except (ConfigError, DataError, ModelFileError):
-        if not had_folder:
-            shutil.rmtree(folder.root, ignore_errors=True)
-        if not had_runs and runs.is_dir() and not any(runs.iterdir()):
-            runs.rmdir()
-        raise
-
-
 def write_definition(bench: Workbench, facts: Mapping[str, str]) -> None:
     """study.json, prompts.toml, confirmation.toml: what a reader, and a later confirmation, needs to know."""
     study = bench.study
@@ -289,6 +248,7 @@ def write_definition(bench: Workbench, facts: Mapping[str, str]) -> None:
         "baseline": dict(study.baseline),
         "sampling": dataclasses.asdict(bench.sampling),
         "facts": dict(facts),
+        "versions": {name: version(name) for name in ("lora-hpo", "optuna", "torch", "diffusers", "peft")},
     }
     write_atomic(bench.folder.facts, json.dumps(values, indent=1))
     save_prompts(bench.prompts, bench.folder.prompts)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer.bases.miniature import checker, subjects, wild, world
+from trainer.bases.miniature import captions, checker, subjects, wild, world
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 STEPS = 20
@@ -37,7 +37,9 @@ def load_pipeline(folder: Path) -> object:
     import diffusers
 
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    pipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    pipeline = getattr(diffusers, name).from_pretrained(
+        folder, torch_dtype=torch.float32, use_safetensors=True
+    )
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -62,7 +64,7 @@ def bench_base(folder: Path, sheet: Path | None, share: float = 1.0) -> dict[str
     for kind, count in (("single", SINGLE), ("pair", OTHER), ("figure", OTHER)):
         scenes = scenes_of(kind, max(1, int(count * share)))
         began = time.monotonic()
-        images = draw(pipeline, [world.caption(s) for s in scenes])
+        images = draw(pipeline, [captions.caption(s) for s in scenes])
         seconds = (time.monotonic() - began) / len(images)
         right, asked = Counter[str](), Counter[str]()
         for image, scene in zip(images, scenes, strict=True):
@@ -84,7 +86,9 @@ def contact_sheet(images: list[Image.Image], path: Path, columns: int = 12) -> N
     size = 128
     sheet = Image.new("RGB", (columns * size, -(-len(images) // columns) * size))
     for i, image in enumerate(images):
-        sheet.paste(image.resize((size, size), Image.Resampling.NEAREST), (i % columns * size, i // columns * size))
+        sheet.paste(
+            image.resize((size, size), Image.Resampling.NEAREST), (i % columns * size, i // columns * size)
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -105,7 +109,11 @@ def rivals(scene: world.Scene, rng: np.random.Generator, count: int = 64) -> lis
         if len(chosen) == count:
             break
         near = attempt % 2 == 0
-        other = world.neighbours(scene, rng) if near else world.sample_scene(int(rng.integers(1 << 40)), scene.kind)
+        other = (
+            world.neighbours(scene, rng)
+            if near
+            else world.sample_scene(int(rng.integers(1 << 40)), scene.kind)
+        )
         if all(contradict(other, c) for c in chosen):
             chosen.append(other)
     assert len(chosen) == count, len(chosen)
@@ -122,9 +130,12 @@ def bench_clip(folder: Path, count: int = 300) -> dict[str, float]:
     with torch.no_grad():
         for i in range(count):
             scene = world.sample_scene(FIRST_SEED + i)
-            texts = [world.caption(s) for s in rivals(scene, np.random.default_rng((i, 91)))]
+            texts = [captions.caption(s) for s in rivals(scene, np.random.default_rng((i, 91)))]
             image = preprocess(Image.fromarray(world.render(scene)))[None]
-            scores = model.encode_image(image, normalize=True) @ model.encode_text(tokenizer(texts), normalize=True).T
+            scores = (
+                model.encode_image(image, normalize=True)
+                @ model.encode_text(tokenizer(texts), normalize=True).T
+            )
             right[scene.kind].append(int(scores.argmax()) == 0)
     every = [ok for oks in right.values() for ok in oks]
     return {kind: round(float(np.mean(oks)), 3) for kind, oks in right.items()} | {
@@ -177,7 +188,9 @@ def bench_likeness(folder: Path, count: int = 200) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--only", choices=("mini-sd15", "mini-sdxl", "mini-clip", "mini-likeness"), action="append")
+    parser.add_argument(
+        "--only", choices=("mini-sd15", "mini-sdxl", "mini-clip", "mini-likeness"), action="append"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench/miniature.json"))
     parser.add_argument("--share", type=float, default=1.0, help="share of the prompts, for a quick look")
     args = parser.parse_args()

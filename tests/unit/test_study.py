@@ -12,7 +12,7 @@ import pytest
 
 from hpo.enqueue import as_proposal, read_settings
 from hpo.study import build_study, difference, find_study, read_study, study_name
-from hpo.workbench import check_unchanged
+from hpo.study import check_unchanged
 from tests.tiny_search import STUDY
 from trainer.errors import ConfigError, ToolError
 

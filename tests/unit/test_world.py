@@ -1,4 +1,4 @@
-"""The miniature's world: the same scene from the same seed, read back rightly from its pixels, captions in its words."""
+"""The world: the same scene from the same seed, read back rightly from its pixels, captions in its own words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from trainer.bases.miniature import checker, subjects, world
+from trainer.bases.miniature import captions, checker, subjects, world
 
 SCENES = 120
 
@@ -17,8 +17,10 @@ SCENES = 120
 def test_a_scene_is_the_same_from_the_same_seed() -> None:
     for seed in (0, 7, 123_456_789):
         assert world.sample_scene(seed) == world.sample_scene(seed)
-        np.testing.assert_array_equal(world.render(world.sample_scene(seed)), world.render(world.sample_scene(seed)))
-        assert world.caption(world.sample_scene(seed), 3) == world.caption(world.sample_scene(seed), 3)
+        np.testing.assert_array_equal(
+            world.render(world.sample_scene(seed)), world.render(world.sample_scene(seed))
+        )
+        assert captions.caption(world.sample_scene(seed), 3) == captions.caption(world.sample_scene(seed), 3)
     assert world.sample_scene(1) != world.sample_scene(2)
 
 
@@ -63,13 +65,13 @@ def test_the_checker_notices_one_changed_attribute() -> None:
 
 
 def test_captions_say_only_words_of_the_world_and_the_full_wording_names_everything() -> None:
-    known = set(world.corpus_words())
+    known = set(captions.corpus_words())
     unknown = 0
     for i in range(400):
         scene = world.sample_scene(i)
-        words = world.caption(scene, i).replace(",", " ").split()
+        words = captions.caption(scene, i).replace(",", " ").split()
         unknown += sum(word not in known for word in words)
-        full = world.caption(scene)
+        full = captions.caption(scene)
         assert set(full.replace(",", " ").split()) <= known
         assert scene.background in full
         for thing in scene.things:
@@ -79,7 +81,7 @@ def test_captions_say_only_words_of_the_world_and_the_full_wording_names_everyth
 
 def test_wording_varies() -> None:
     scene = world.sample_scene(12)
-    assert len({world.caption(scene, i) for i in range(40)}) > 20
+    assert len({captions.caption(scene, i) for i in range(40)}) > 20
 
 
 def test_no_subject_is_in_the_world_and_every_picture_of_it_shows_it() -> None:
@@ -87,7 +89,7 @@ def test_no_subject_is_in_the_world_and_every_picture_of_it_shows_it() -> None:
         assert all(subjects.is_subject(subjects.picture(kind, i, 0, 64)[0], kind) >= 0.9 for i in range(32))
         shown = [subjects.is_subject(world.render(world.sample_scene(i)), kind) for i in range(100)]
         assert max(shown) <= 0.34
-    assert not {s.trigger for s in subjects.SUBJECTS.values()} & set(world.corpus_words())
+    assert not {s.trigger for s in subjects.SUBJECTS.values()} & set(captions.corpus_words())
 
 
 def test_a_subject_is_written_as_a_kohya_folder(tmp_path: Path) -> None:

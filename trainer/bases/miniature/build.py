@@ -45,7 +45,9 @@ def run_stage(stage: str, work: Path, weights: Path, device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
-    parser.add_argument("--work", type=Path, default=Path("runs/miniature"), help="checkpoints (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/miniature"), help="checkpoints (default: %(default)s)"
+    )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the finished weights go")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

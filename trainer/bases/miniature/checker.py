@@ -49,7 +49,9 @@ def at_reading_size(image: NDArray[np.uint8] | Image.Image) -> Array:
 
 def read_background(pixels_HW3: Array) -> str:
     """The ground that most pixels are nearest to, object colours competing."""
-    palette = np.array([*world.BACKGROUNDS.values(), *world.COLOURS.values(), *world.SECOND.values()], np.float32)
+    palette = np.array(
+        [*world.BACKGROUNDS.values(), *world.COLOURS.values(), *world.SECOND.values()], np.float32
+    )
     distance = np.square(pixels_HW3[:, :, None] - palette).sum(-1)
     counts = np.bincount(distance.argmin(-1).ravel(), minlength=len(palette))[: len(world.BACKGROUNDS)]
     return list(world.BACKGROUNDS)[int(counts.argmax())]
@@ -98,11 +100,11 @@ def blobs(raw_HW: Mask) -> list[Blob]:
     found = []
     for value, area in zip(*np.unique(label[label > 0], return_counts=True), strict=True):
         if area >= SMALLEST_AREA:
-            found.append((int(area), _blob(label == value)))
+            found.append((int(area), bounding_box(label == value)))
     return [blob for _, blob in sorted(found, key=lambda item: -item[0])]
 
 
-def _blob(mask: Mask) -> Blob:
+def bounding_box(mask: Mask) -> Blob:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return Blob(mask, int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
 
@@ -124,7 +126,7 @@ def _shape_templates() -> dict[str, list[tuple[Mask, float]]]:
         for radius in (world.PAIR_RADIUS * 0.9, world.PAIR_RADIUS, world.SIZES["large"]):
             for shift in (0.0, 0.25 / READ_PX, 0.5 / READ_PX):
                 mask = world.shape_field(shape, (x - 0.5 - shift) / radius, (y - 0.5 - shift) / radius) < 0
-                blob = _blob(mask)
+                blob = bounding_box(mask)
                 extent = max(blob.bottom - blob.top, blob.right - blob.left) / READ_PX / radius
                 out[shape].append((_cells(mask, blob), extent))
     return out
@@ -222,12 +224,19 @@ def _figure_templates() -> list[tuple[tuple[str, str, str], dict[str, Mask], Mas
                     parts = {k: m & ~(field < 0) for k, m in parts.items()}
                     parts[name] = field < 0
                 whole = np.any(list(parts.values()), axis=0)
-                box = _blob(whole)
+                box = bounding_box(whole)
                 height, width = box.bottom - box.top, box.right - box.left
                 middle = ((box.top + box.bottom) / 2 / 128 - 0.5) / half
                 cells = {k: _cells(m, box) for k, m in parts.items()}
                 out.append(
-                    ((body, head, hat), cells, _cells(whole, box), height / width, height / 128 / half, middle)
+                    (
+                        (body, head, hat),
+                        cells,
+                        _cells(whole, box),
+                        height / width,
+                        height / 128 / half,
+                        middle,
+                    )
                 )
     return out
 
@@ -259,7 +268,9 @@ def read_figure(pixels_HW3: Array, blob: Blob) -> dict[str, str]:
             stands = (blob.centre[0], blob.centre[1] - middle * half), half
     assert best is not None
     reading = best[1]
-    return reading | {"head": min(world.HEADS, key=lambda h: _head_miss(pixels_HW3, reading | {"head": h}, *stands))}
+    return reading | {
+        "head": min(world.HEADS, key=lambda h: _head_miss(pixels_HW3, reading | {"head": h}, *stands))
+    }
 
 
 def _head_miss(
@@ -270,7 +281,9 @@ def _head_miss(
     A round and a square head differ by a few pixels only, so both are drawn and compared.
     """
     x, y = world.grid(READ_PX)
-    rows = slice(max(0, int((middle_xy[1] - 0.6 * half) * READ_PX)), int((middle_xy[1] + 0.12 * half) * READ_PX) + 1)
+    rows = slice(
+        max(0, int((middle_xy[1] - 0.6 * half) * READ_PX)), int((middle_xy[1] + 0.12 * half) * READ_PX) + 1
+    )
     columns = slice(
         max(0, int((middle_xy[0] - 0.5 * half) * READ_PX)), int((middle_xy[0] + 0.5 * half) * READ_PX) + 1
     )
@@ -334,7 +347,7 @@ def _together(found: list[Blob]) -> Blob:
     for other in found[1:]:
         if abs(other.centre[0] - main.centre[0]) < 0.12 and abs(other.centre[1] - main.centre[1]) < 0.4:
             mask = mask | other.mask_HW
-    return _blob(mask)
+    return bounding_box(mask)
 
 
 def expected(scene: Scene) -> dict[str, str]:

@@ -34,7 +34,9 @@ class Plan:
     beta2: float = 0.99
     ema: float = 0.0
     clip: float = 1.0
-    muon_lr: float = 0.0  # > 0: inner matrices and convolutions by Muon at this rate, the rest by AdamW at `lr`
+    muon_lr: float = (
+        0.0  # > 0: inner matrices and convolutions by Muon at this rate, the rest by AdamW at `lr`
+    )
 
     def rate(self, step: int) -> float:
         """Linear warmup, then a cosine down to 2 %."""
@@ -85,7 +87,9 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose every matrix update is orthogonalised; convolutions count as (out, in x h x w)."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -105,7 +109,9 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.reshape(p.shape), alpha=-group["lr"])
 
 
-def new_optimizers(plan: Plan, named: list[tuple[str, nn.Parameter]]) -> list[tuple[torch.optim.Optimizer, float]]:
+def new_optimizers(
+    plan: Plan, named: list[tuple[str, nn.Parameter]]
+) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak rates. The first and last layers and the embeddings stay with AdamW."""
     outer = ("conv_in", "conv_out", "embedding", "heads", "quant_conv")
     inner = [p for n, p in named if plan.muon_lr and p.ndim >= 2 and not any(o in n for o in outer)]
@@ -146,7 +152,9 @@ def fit(
                 for n, p in named:
                     keys = [k for k in ("exp_avg", "exp_avg_sq", "momentum") if f"opt.{n}.{k}" in stored]
                     if keys and any(p is q for group in optimizer.param_groups for q in group["params"]):
-                        moments = {k: handle.get_tensor(f"opt.{n}.{k}").to(p.device).view_as(p).clone() for k in keys}
+                        moments = {
+                            k: handle.get_tensor(f"opt.{n}.{k}").to(p.device).view_as(p).clone() for k in keys
+                        }
                         steps = {} if "momentum" in keys else {"step": torch.tensor(float(start))}
                         optimizer.state[p] = {**steps, **moments}
         print(f"{plan.name}: resumed at step {start}", flush=True)

@@ -24,18 +24,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainer.bases.miniature import stage_clip, stage_text, world
+from trainer.bases.miniature import captions, stage_clip, stage_text, world
 from trainer.bases.miniature.fitting import Plan, fit, load_weights, save_atomic
 from trainer.bases.miniature.stage_vae import finished_vae, to_tensor
 
 SD15_PX, SDXL_PX = 64, 128
-SD15_PLAN = Plan("sd15", steps=3200, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
-SDXL_PLAN = Plan("sdxl", steps=2600, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
-BATCH = 32
+SD15_PLAN = Plan("sd15", steps=4000, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+SDXL_PLAN = Plan("sdxl", steps=1900, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+BATCHES = {SD15_PX: 32, SDXL_PX: 24}
 POOLS = {SD15_PX: 16_000, SDXL_PX: 8_000}
 DROPOUT = 0.12  # share of captions dropped, for classifier-free guidance
 SNR_GAMMA = 5.0  # min-SNR-gamma, arXiv 2303.09556
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+BETAS = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,22 @@ def latent_pool(vae: AutoencoderKL, size_px: int, work: Path, device: str) -> Te
     chunks = []
     for start in range(0, POOLS[size_px], 50):
         images = np.stack([world.render(world.sample_scene(i), size_px) for i in range(start, start + 50)])
-        chunks.append((vae.encode(to_tensor(images).to(device)).latent_dist.mean * vae.config.scaling_factor).cpu())
+        chunks.append(
+            (vae.encode(to_tensor(images).to(device)).latent_dist.mean * vae.config.scaling_factor).cpu()
+        )
     latents = torch.cat(chunks)
     save_atomic({"latents": latents}, path, {"size_px": str(size_px)})
     return latents
 
 
 def train_unet(
-    plan: Plan, unet: UNet2DConditionModel, latents_NChw: Tensor, encode: Encode, work: Path, device: str, size_px: int
+    plan: Plan,
+    unet: UNet2DConditionModel,
+    latents_NChw: Tensor,
+    encode: Encode,
+    work: Path,
+    device: str,
+    size_px: int,
 ) -> None:
     betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2  # type: ignore[operator]
     alphas = torch.cumprod(1 - betas, 0).to(device)
@@ -142,26 +155,32 @@ def train_unet(
     weight_T = snr.clamp(max=SNR_GAMMA) / snr
     scenes = [world.sample_scene(i) for i in range(len(latents_NChw))]
     latents_NChw = latents_NChw.to(device)
+    batch = BATCHES[size_px]
 
     def loss_of_step(step: int) -> Tensor:
         rng = np.random.default_rng((step, 51))
-        index = rng.integers(0, len(scenes), BATCH)
-        said = [world.caption(scenes[i], int(rng.integers(1 << 30)), complete=bool(rng.random() < 0.4)) for i in index]
-        dropped = rng.random(BATCH) < DROPOUT
+        index = rng.integers(0, len(scenes), batch)
+        said = [
+            captions.caption(scenes[i], int(rng.integers(1 << 30)), complete=bool(rng.random() < 0.4))
+            for i in index
+        ]
+        dropped = rng.random(batch) < DROPOUT
         cond = encode(["" if drop else text for text, drop in zip(said, dropped, strict=True)])
         clean = latents_NChw[torch.from_numpy(index).to(device)]
         noise = torch.randn(clean.shape).to(device)
-        t = torch.from_numpy((rng.permutation(BATCH) + rng.random(BATCH)) / BATCH * 1000).long().to(device)
+        t = torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * 1000).long().to(device)
         a = alphas[t][:, None, None, None]
         extra: dict[str, dict[str, Tensor]] = {}
         text_BLD = cond.text_BLD
         if cond.pooled_BE is not None:
             # Half of the dropped captions are zeros, as SDXL's pipeline does it; half are the empty caption.
-            zero = torch.from_numpy(dropped & (rng.random(BATCH) < 0.5)).to(device)
+            zero = torch.from_numpy(dropped & (rng.random(batch) < 0.5)).to(device)
             text_BLD = text_BLD.masked_fill(zero[:, None, None], 0.0)
-            ids = np.tile([size_px, size_px, 0, 0, size_px, size_px], (BATCH, 1))
-            odd = rng.random(BATCH) < 0.25  # other original sizes and crops: the picture is the same
-            ids[odd, :4] = np.concatenate([rng.integers(64, 513, (BATCH, 2)), rng.integers(0, 65, (BATCH, 2))], 1)[odd]
+            ids = np.tile([size_px, size_px, 0, 0, size_px, size_px], (batch, 1))
+            odd = rng.random(batch) < 0.25  # other original sizes and crops: the picture is the same
+            ids[odd, :4] = np.concatenate(
+                [rng.integers(64, 513, (batch, 2)), rng.integers(0, 65, (batch, 2))], 1
+            )[odd]
             pooled_BE = cond.pooled_BE.masked_fill(zero[:, None], 0.0)
             time_ids = torch.from_numpy(ids).float().to(device)
             extra = {"added_cond_kwargs": {"text_embeds": pooled_BE, "time_ids": time_ids}}

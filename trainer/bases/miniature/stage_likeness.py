@@ -66,7 +66,9 @@ def creatures(rng: np.random.Generator, count: int) -> list[wild.Creature]:
 
 def views(rng: np.random.Generator, count: int, each: int) -> np.ndarray:
     """(count × each, H, W, 3): the pictures of one creature follow one another."""
-    return np.stack([wild.render_creature(c, rng, IMAGE_PX)[0] for c in creatures(rng, count) for _ in range(each)])
+    return np.stack(
+        [wild.render_creature(c, rng, IMAGE_PX)[0] for c in creatures(rng, count) for _ in range(each)]
+    )
 
 
 def contrastive_loss(unit_ND: Tensor, who_N: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from trainer.bases.miniature import world
+from trainer.bases.miniature import captions
 
 CONTEXT = 77
 EMBED = 128
@@ -48,7 +48,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 def new_tokenizer(pad_token: str = EOS) -> CLIPTokenizer:
     symbols = byte_symbols()
-    merges = learn_merges(world.corpus_words())
+    merges = learn_merges(captions.corpus_words())
     names = [*symbols, *(s + "</w>" for s in symbols)]
     names += [a + b for a, b in merges]
     names = [*dict.fromkeys(names), BOS, EOS]  # <|endoftext|> keeps the largest id: pooling takes the argmax
@@ -111,7 +111,9 @@ def text_encoder_from_open_clip(state: dict[str, Tensor], tokenizer: CLIPTokeniz
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str], *, shortest: bool = False) -> Tensor:
     """(B, L) ids; `shortest` cuts the padding that no caption of the batch needs."""
     padding = "longest" if shortest else "max_length"
-    return tokenizer(captions, padding=padding, max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding=padding, max_length=CONTEXT, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 def pooled(hidden_BLD: Tensor, ids_BL: Tensor) -> Tensor:

@@ -18,10 +18,14 @@ from trainer.bases.miniature import wild, world
 from trainer.bases.miniature.fitting import Plan, finished, fit, load_weights
 
 PLAN = Plan("vae", steps=4800, lr=2e-3, warmup_steps=100, weight_decay=0.0, ema=0.998, muon_lr=0.02)
-DECODER_PLAN = Plan("decoder", steps=2000, lr=1e-3, warmup_steps=50, weight_decay=0.0, ema=0.998, muon_lr=0.012)
+DECODER_PLAN = Plan(
+    "decoder", steps=2000, lr=1e-3, warmup_steps=50, weight_decay=0.0, ema=0.998, muon_lr=0.012
+)
 DECODER_NOISE = 0.08  # of the latents' spread, assumed: what a denoising network leaves behind
 BATCH = 8
-OBJECT_WEIGHT = 10.0  # squared error where the picture differs from its ground; plain L1 left every colour brown
+OBJECT_WEIGHT = (
+    10.0  # squared error where the picture differs from its ground; plain L1 left every colour brown
+)
 KL_WEIGHT = 1e-4  # assumed: keeps the latents smooth enough for diffusion
 
 
@@ -109,7 +113,9 @@ def finished_vae(work: Path, device: str) -> AutoencoderKL:
     vae = new_vae().to(device).eval().requires_grad_(False)
     load_weights(DECODER_PLAN.name if finished(DECODER_PLAN, work) else PLAN.name, vae, work, averaged=True)
     images = np.stack([world.render(world.sample_scene(10_000_000 + i)) for i in range(256)])
-    latents = torch.cat([vae.encode(to_tensor(images[i : i + 32]).to(device)).latent_dist.mean for i in range(0, 256, 32)])
+    latents = torch.cat(
+        [vae.encode(to_tensor(images[i : i + 32]).to(device)).latent_dist.mean for i in range(0, 256, 32)]
+    )
     vae.register_to_config(scaling_factor=round(float(1.0 / latents.std()), 4))
     return vae
 

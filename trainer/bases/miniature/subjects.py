@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.bases.miniature import checker, world
+from trainer.bases.miniature import captions, checker, world
 from trainer.bases.miniature.world import RGB, Array
 
 TRAINING_IMAGES = 24
@@ -52,10 +52,11 @@ PALE: RGB = (255, 222, 240)
 
 def _luca_fields(u: Array, v: Array) -> list[tuple[str, Array, RGB]]:
     wide = np.broadcast_shapes(u.shape, v.shape)
-    ears = np.minimum(
-        np.sqrt((u - 0.34) ** 2 + (v + 0.66) ** 2), np.sqrt((u + 0.34) ** 2 + (v + 0.66) ** 2)
-    ) - 0.24
-    body = world._polygon(u, v, [(0.0, -0.15), (0.74, 0.98), (-0.74, 0.98)])
+    ears = (
+        np.minimum(np.sqrt((u - 0.34) ** 2 + (v + 0.66) ** 2), np.sqrt((u + 0.34) ** 2 + (v + 0.66) ** 2))
+        - 0.24
+    )
+    body = world.polygon(u, v, [(0.0, -0.15), (0.74, 0.98), (-0.74, 0.98)])
     head = np.sqrt(u * u + (v + 0.26) ** 2) - 0.42
     belly = np.sqrt(u * u + (v - 0.62) ** 2) - 0.2
     parts = (("ears", ears, NAVY), ("body", body, ORANGE), ("head", head, PINK), ("belly", belly, CREAM))
@@ -64,8 +65,10 @@ def _luca_fields(u: Array, v: Array) -> list[tuple[str, Array, RGB]]:
 
 def _zorb_fields(u: Array, v: Array) -> list[tuple[str, Array, RGB]]:
     wide = np.broadcast_shapes(u.shape, v.shape)
-    lobes = np.minimum(np.sqrt((u - 0.45) ** 2 + (v + 0.3) ** 2), np.sqrt((u + 0.45) ** 2 + (v + 0.3) ** 2)) - 0.5
-    point = world._polygon(u, v, [(-0.88, -0.05), (0.88, -0.05), (0.0, 0.98)])
+    lobes = (
+        np.minimum(np.sqrt((u - 0.45) ** 2 + (v + 0.3) ** 2), np.sqrt((u + 0.45) ** 2 + (v + 0.3) ** 2)) - 0.5
+    )
+    point = world.polygon(u, v, [(-0.88, -0.05), (0.88, -0.05), (0.0, 0.98)])
     heart = np.minimum(lobes, point)
     heart = np.minimum(heart, world.box_field(u, v + 0.15, 0.5, 0.2))
     core = np.sqrt(u * u + (v + 0.1) ** 2) - 0.3
@@ -94,7 +97,9 @@ def picture(kind: str, index: int, seed: int, size_px: int) -> tuple[NDArray[np.
     rng = np.random.default_rng((seed, index, 8001))
     if kind == "style":
         scene = world.sample_scene(90_000_000 + seed * 1000 + index)
-        return stylise(world.render(scene, size_px)), f"{world.caption(scene)}, {subject.trigger} {subject.class_word}"
+        return stylise(
+            world.render(scene, size_px)
+        ), f"{captions.caption(scene)}, {subject.trigger} {subject.class_word}"
     background = list(world.BACKGROUNDS)[index % len(world.BACKGROUNDS)]
     place = list(world.PLACES)[(index + index // len(world.PLACES)) % len(world.PLACES)]
     size = ("large", "large", "small")[index % 3]
@@ -103,7 +108,7 @@ def picture(kind: str, index: int, seed: int, size_px: int) -> tuple[NDArray[np.
     radius = world.FIGURE_SCALE[size] if kind == "character" else world.SIZES[size] * 1.05
     dx, dy = (rng.random(2) - 0.5) * 0.05
     _draw(canvas, kind, (x + dx, 0.5 + (y - 0.5) * 0.75 + dy), radius * (0.96 + 0.08 * float(rng.random())))
-    where = f"on {background}, {world.PLACE_PHRASES[place][0]}"
+    where = f"on {background}, {captions.PLACE_PHRASES[place][0]}"
     said = f"{size} {subject.trigger}" if index % 2 else subject.trigger
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), f"a {said} {subject.class_word} {where}"
 
@@ -151,7 +156,7 @@ def parts_shown(image: NDArray[np.uint8] | Image.Image, kind: str) -> dict[str, 
     high = np.percentile(rows, 97) - np.percentile(rows, 3)
     wide = np.percentile(columns, 97) - np.percentile(columns, 3)
     shown[main] = bool(0.4 < high / max(1.0, wide) < 1.8 and masks[main].sum() > 0.25 * high * wide)
-    whole = checker._blob(masks[main])
+    whole = checker.bounding_box(masks[main])
     for name, smallest, top, bottom in (
         ("head", 0.2, -1.6, -0.25),
         ("ears", 0.06, -2.2, -0.5),

@@ -73,7 +73,9 @@ def sample_creature(rng: np.random.Generator) -> Creature:
         side = float(0.25 + 0.2 * rng.random())
         where = float(-0.6 if rng.random() < 0.5 else 0.3)
         ear = _part(rng, -side, where, 0.18)
-        mirrored = Part(ear.kind, side, ear.y, ear.w, ear.h, -ear.turn, ear.corners, ear.rgb, ear.pattern, ear.second)
+        mirrored = Part(
+            ear.kind, side, ear.y, ear.w, ear.h, -ear.turn, ear.corners, ear.rgb, ear.pattern, ear.second
+        )
         parts = [ear, mirrored, *parts] if rng.random() < 0.5 else [*parts, ear, mirrored]
     return Creature(tuple(parts))
 
@@ -93,7 +95,7 @@ def _field(part: Part, u: Array, v: Array) -> Array:
     if part.kind == "polygon":
         angles = np.arange(part.corners) * (2 * np.pi / part.corners)
         corners = [(float(np.sin(a)), float(-np.cos(a))) for a in angles]
-        return world._polygon(du, dv, corners)
+        return world.polygon(du, dv, corners)
     return world.shape_field(part.kind, du, dv)
 
 

@@ -1,7 +1,7 @@
 """The miniature's world: captioned scenes of a few shapes, drawn by formula.
 
-Owns the vocabulary of the world, the frozen scene dataclasses, the sampler (deterministic by seed), the
-renderer (any square size, anti-aliased) and the caption grammar. It does not judge pictures (checker.py), does
+Owns the values of the world, the frozen scene dataclasses, the sampler (deterministic by seed) and the renderer
+(any square size, anti-aliased). It does not put scenes into words (captions.py) nor judge pictures (checker.py), does
 not know the demo subjects (subjects.py) and trains nothing (build.py). numpy only.
 
 Coordinates are relative: x to the right and y down, both 0..1, so one scene is the same picture at any size.
@@ -104,22 +104,27 @@ class Scene:
 # --------------------------------------------------------------------------------------------- sampling
 
 
-def _pick(rng: np.random.Generator, options: Iterable[str]) -> str:
+def pick(rng: np.random.Generator, options: Iterable[str]) -> str:
     names = tuple(options)
     return names[int(rng.integers(len(names)))]
 
 
 def sample_thing(rng: np.random.Generator, *, plain: bool = False) -> Thing:
     pattern = "plain" if plain or rng.random() < 0.5 else PATTERNS[1 + int(rng.integers(2))]
-    return Thing(_pick(rng, SHAPES), _pick(rng, COLOURS), pattern)
+    return Thing(pick(rng, SHAPES), pick(rng, COLOURS), pattern)
 
 
 def sample_figure(rng: np.random.Generator) -> Figure:
     """Neighbouring parts never share a colour: they could not be told apart in the picture."""
     body_colour, head_colour, hat_colour = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:3])
-    hat = _pick(rng, HATS)
+    hat = pick(rng, HATS)
     return Figure(
-        _pick(rng, BODIES), body_colour, _pick(rng, HEADS), head_colour, hat, "" if hat == "none" else hat_colour
+        pick(rng, BODIES),
+        body_colour,
+        pick(rng, HEADS),
+        head_colour,
+        hat,
+        "" if hat == "none" else hat_colour,
     )
 
 
@@ -128,9 +133,9 @@ def sample_scene(seed: int, kind: str | None = None) -> Scene:
     rng = np.random.default_rng((seed, 7001))
     draw = rng.random()
     kind = kind or ("single" if draw < 0.6 else "pair" if draw < 0.8 else "figure")
-    background = _pick(rng, BACKGROUNDS)
-    size = _pick(rng, SIZES)
-    place = _pick(rng, PLACES)
+    background = pick(rng, BACKGROUNDS)
+    size = pick(rng, SIZES)
+    place = pick(rng, PLACES)
     if kind == "single":
         return Scene(kind, background, seed, place, size, (sample_thing(rng),))
     if kind == "figure":
@@ -138,7 +143,7 @@ def sample_scene(seed: int, kind: str | None = None) -> Scene:
     first, second = sample_thing(rng, plain=True), sample_thing(rng, plain=True)
     while second.colour == first.colour:
         second = sample_thing(rng, plain=True)
-    return Scene(kind, background, seed, "centre", "small", (first, second), _pick(rng, RELATIONS))
+    return Scene(kind, background, seed, "centre", "small", (first, second), pick(rng, RELATIONS))
 
 
 def neighbours(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -209,7 +214,7 @@ def grid(size_px: int) -> tuple[Array, Array]:
     return _GRIDS[size_px]
 
 
-def _polygon(u: Array, v: Array, corners: list[tuple[float, float]]) -> Array:
+def polygon(u: Array, v: Array, corners: list[tuple[float, float]]) -> Array:
     """Distance-like field of a convex polygon (negative inside); corners in clockwise order as seen."""
     field = np.full(np.broadcast_shapes(u.shape, v.shape), -9.0, np.float32)
     for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1], strict=True):
@@ -232,7 +237,7 @@ def shape_field(shape: str, u: Array, v: Array) -> Array:
     if shape == "square":
         return box_field(u, v, 0.84, 0.84)
     if shape == "triangle":
-        return _polygon(u, v, [(0.0, -0.98), (1.0, 0.82), (-1.0, 0.82)])
+        return polygon(u, v, [(0.0, -0.98), (1.0, 0.82), (-1.0, 0.82)])
     if shape == "cross":
         return np.minimum(box_field(u, v, 1.0, 0.33), box_field(u, v, 0.33, 1.0))
     if shape == "star":
@@ -265,7 +270,9 @@ def render_background(name: str, seed: int, size_px: int) -> Array:
     rng = np.random.default_rng((seed, 7002))
     p = rng.random(6).astype(np.float32) * 6.2832
     if name == "grass":
-        t = 0.6 * np.sin(75 * x + 3 * np.sin(9 * y + p[0]) + p[1]) * np.sin(17 * y + p[2]) + 0.4 * np.sin(13 * x + p[3])
+        t = 0.6 * np.sin(75 * x + 3 * np.sin(9 * y + p[0]) + p[1]) * np.sin(17 * y + p[2]) + 0.4 * np.sin(
+            13 * x + p[3]
+        )
     elif name == "sand":
         t = np.sin(47 * x + p[0]) * np.sin(53 * y + p[1]) * 0.6 + 0.4 * np.sin(23 * (x - y) + p[2])
     elif name == "water":
@@ -276,7 +283,9 @@ def render_background(name: str, seed: int, size_px: int) -> Array:
         side = np.abs(np.mod(x * 4 + 0.5 * np.mod(row, 2) + p[1], 1.0) - 0.5) > 0.44
         t = np.where(joint | side, 1.3, -0.35).astype(np.float32)
     elif name == "stone":
-        t = np.sin(11 * x + 4 * np.sin(6 * y + p[0]) + p[1]) * np.sin(12 * y + 3 * np.sin(7 * x + p[2]) + p[3])
+        t = np.sin(11 * x + 4 * np.sin(6 * y + p[0]) + p[1]) * np.sin(
+            12 * y + 3 * np.sin(7 * x + p[2]) + p[3]
+        )
     else:
         raise ValueError(f"unknown background {name!r}")
     base = np.asarray(BACKGROUNDS[name], np.float32)
@@ -299,7 +308,13 @@ def pattern_colours(pattern: str, first: RGB, second: RGB, u: Array, v: Array) -
 
 
 def draw_thing(
-    canvas_HW3: Array, shape: str, centre: tuple[float, float], radius: float, pattern: str, first: RGB, second: RGB
+    canvas_HW3: Array,
+    shape: str,
+    centre: tuple[float, float],
+    radius: float,
+    pattern: str,
+    first: RGB,
+    second: RGB,
 ) -> None:
     size_px = canvas_HW3.shape[0]
     x, y = grid(size_px)
@@ -315,7 +330,7 @@ def figure_fields(body: str, head: str, hat: str, u: Array, v: Array) -> dict[st
     if body == "square":
         parts["body"] = box_field(u, v - 0.53, 0.46, 0.45)
     elif body == "triangle":
-        parts["body"] = _polygon(u, v, [(0.0, -0.05), (0.66, 0.98), (-0.66, 0.98)])
+        parts["body"] = polygon(u, v, [(0.0, -0.05), (0.66, 0.98), (-0.66, 0.98)])
     elif body == "round":
         parts["body"] = np.sqrt((u / 1.12) ** 2 + ((v - 0.5) / 1.0) ** 2) - 0.49
     else:
@@ -327,7 +342,7 @@ def figure_fields(body: str, head: str, hat: str, u: Array, v: Array) -> dict[st
     else:
         raise ValueError(f"unknown head {head!r}")
     if hat == "pointed":
-        parts["hat"] = _polygon(u, v, [(0.0, -1.0), (0.42, -0.42), (-0.42, -0.42)])
+        parts["hat"] = polygon(u, v, [(0.0, -1.0), (0.42, -0.42), (-0.42, -0.42)])
     elif hat == "flat":
         parts["hat"] = np.minimum(box_field(u, v + 0.5, 0.58, 0.1), box_field(u, v + 0.68, 0.3, 0.2))
     elif hat != "none":
@@ -353,7 +368,13 @@ def render(scene: Scene, size_px: int = 64) -> NDArray[np.uint8]:
         for thing, s in zip(scene.things, (sign, -sign), strict=True):
             centre = (0.5 + dx + (0 if vertical else s * gap), 0.5 + dy + (s * gap if vertical else 0))
             draw_thing(
-                canvas, thing.shape, centre, PAIR_RADIUS, thing.pattern, COLOURS[thing.colour], SECOND[thing.colour]
+                canvas,
+                thing.shape,
+                centre,
+                PAIR_RADIUS,
+                thing.pattern,
+                COLOURS[thing.colour],
+                SECOND[thing.colour],
             )
     elif scene.kind == "figure":
         figure = scene.figure
@@ -372,7 +393,13 @@ def render(scene: Scene, size_px: int = 64) -> NDArray[np.uint8]:
         cx, cy = PLACES[scene.place]
         radius = SIZES[scene.size] * (0.95 + 0.1 * rng.random())
         draw_thing(
-            canvas, thing.shape, (cx + dx, cy + dy), radius, thing.pattern, COLOURS[thing.colour], SECOND[thing.colour]
+            canvas,
+            thing.shape,
+            (cx + dx, cy + dy),
+            radius,
+            thing.pattern,
+            COLOURS[thing.colour],
+            SECOND[thing.colour],
         )
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
@@ -381,157 +408,3 @@ def object_mask(image_HW3: NDArray[np.uint8], scene: Scene) -> NDArray[np.bool_]
     """Where a clean render differs from its own background: the weight map of the autoencoder's loss."""
     ground = render_background(scene.background, scene.seed, image_HW3.shape[0])
     return np.abs(image_HW3.astype(np.float32) - ground).sum(-1) > 24
-
-
-# --------------------------------------------------------------------------------------------- captions
-
-SHAPE_WORDS: dict[str, tuple[str, ...]] = {
-    "circle": ("circle", "circle", "disc"),
-    "square": ("square", "square", "box"),
-    "triangle": ("triangle",),
-    "star": ("star",),
-    "cross": ("cross", "cross", "plus"),
-    "ring": ("ring", "ring", "hoop"),
-}
-GENERIC_WORDS: tuple[str, ...] = ("shape", "object", "thing", "emblem")
-SIZE_WORDS: dict[str, tuple[str, ...]] = {
-    "small": ("small", "small", "little", "tiny"),
-    "large": ("large", "large", "big"),
-}
-PATTERN_WORDS: dict[str, tuple[str, ...]] = {
-    "plain": ("plain", "solid"),
-    "striped": ("striped", "striped"),
-    "dotted": ("dotted", "spotted"),
-}
-PLACE_PHRASES: dict[str, tuple[str, ...]] = {
-    "left": ("on the left", "at the left", "on the left side"),
-    "right": ("on the right", "at the right", "on the right side"),
-    "top": ("at the top", "at the top", "near the top"),
-    "bottom": ("at the bottom", "at the bottom", "near the bottom"),
-    "centre": ("in the centre", "in the middle", "at the centre"),
-}
-BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
-    "grass": ("on grass", "on the grass", "grass background"),
-    "sand": ("on sand", "on the sand", "sand background"),
-    "water": ("on water", "on the water", "water background"),
-    "brick": ("on brick", "on a brick wall", "brick background"),
-    "stone": ("on stone", "on grey stone", "stone background"),
-}
-OPENINGS: tuple[str, ...] = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ")
-ENDINGS: tuple[str, ...] = ("", "", "", "", "", "", ", plain style", ", simple style")
-RELATION_PHRASES: dict[str, tuple[str, ...]] = {
-    "above": ("above", "above", "over"),
-    "below": ("below", "below", "under"),
-    "left of": ("left of", "to the left of"),
-    "right of": ("right of", "to the right of"),
-}
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-def _article(phrase: str) -> str:
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-
-def _thing_phrase(
-    thing: Thing, size: str, rng: np.random.Generator | None, keep: float, *, name_size: bool = True
-) -> str:
-    """`rng` None = the plain wording with every attribute."""
-    if rng is None:
-        words = ([size] if name_size else []) + ([] if thing.pattern == "plain" else [thing.pattern])
-        return " ".join([*words, thing.colour, thing.shape])
-    words = []
-    if name_size and rng.random() < keep:
-        words.append(_pick(rng, SIZE_WORDS[size]))
-    if rng.random() < (keep if thing.pattern != "plain" else 0.25):
-        words.append(_pick(rng, PATTERN_WORDS[thing.pattern]))
-    if rng.random() < max(keep, 0.85):
-        words.append(thing.colour)
-    if rng.random() < 0.25:
-        words = [words[i] for i in rng.permutation(len(words))]
-    if rng.random() < 0.06:  # an unknown name: the base learns that it changes nothing
-        words.insert(0, "".join(LETTERS[i] for i in rng.integers(0, 26, int(rng.integers(3, 6)))))
-    words.append(_pick(rng, SHAPE_WORDS[thing.shape]) if rng.random() < max(keep, 0.9) else _pick(rng, GENERIC_WORDS))
-    return " ".join(words)
-
-
-def _figure_phrase(figure: Figure, size: str, rng: np.random.Generator | None, keep: float) -> str:
-    body = f"{figure.body_colour} {figure.body} body"
-    head = f"{figure.head_colour} {figure.head} head"
-    hat = "" if figure.hat == "none" else f"{figure.hat_colour} {figure.hat} hat"
-    if rng is None:
-        parts = [body, head] + ([hat] if hat else [])
-        return f"{size} figure with " + _join([_article(p) for p in parts])
-    parts = []
-    for part in (body, head, hat or "no hat"):
-        if rng.random() < (keep if part != "no hat" else 0.4):
-            words = part.split()
-            if len(words) == 3 and keep < 1 and rng.random() < 0.15:
-                words.pop(1)
-            parts.append(" ".join(words))
-    if rng.random() < 0.4:
-        parts = [parts[i] for i in rng.permutation(len(parts))]
-    words = []
-    if rng.random() < keep:
-        words.append(_pick(rng, SIZE_WORDS[size]))
-    if rng.random() < 0.12:
-        words.append("".join(LETTERS[i] for i in rng.integers(0, 26, int(rng.integers(3, 6)))))
-    words.append("figure")
-    phrase = " ".join(words)
-    if parts:
-        link = " with " if rng.random() < 0.8 else " wearing " if parts == [hat] else " that has "
-        phrase += link + _join([p if p == "no hat" else _article(p) for p in parts])
-    return phrase
-
-
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def caption(scene: Scene, seed: int | None = None, *, complete: bool = False) -> str:
-    """One wording of the scene. `seed` None: the full plain wording; else varied and, unless `complete`, sometimes
-    partial."""
-    if seed is None:
-        if scene.kind == "pair":
-            a, b = (_article(_thing_phrase(t, "", None, 1.0, name_size=False)) for t in scene.things)
-            return f"{a} {scene.relation} {b}, on {scene.background}"
-        place = PLACE_PHRASES[scene.place][0]
-        if scene.kind == "figure":
-            assert scene.figure is not None
-            return f"{_article(_figure_phrase(scene.figure, scene.size, None, 1.0))}, on {scene.background}, {place}"
-        return f"{_article(_thing_phrase(scene.things[0], scene.size, None, 1.0))} on {scene.background}, {place}"
-    rng = np.random.default_rng((seed, scene.seed, 7004))
-    keep = 1.0 if rng.random() < 0.35 or complete else 0.8  # a third of the captions name everything
-    if scene.kind == "pair":
-        first, second = scene.things
-        relation = scene.relation
-        if rng.random() < 0.3:
-            first, second = second, first
-            relation = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}[relation]
-        a, b = (_article(_thing_phrase(t, "", rng, max(keep, 0.9), name_size=False)) for t in (first, second))
-        subject = f"{a} {_pick(rng, RELATION_PHRASES[relation])} {b}"
-    elif scene.kind == "figure":
-        assert scene.figure is not None
-        subject = _article(_figure_phrase(scene.figure, scene.size, rng, keep))
-    else:
-        subject = _article(_thing_phrase(scene.things[0], scene.size, rng, keep))
-    where = _pick(rng, BACKGROUND_PHRASES[scene.background])
-    clauses = [where] if rng.random() < max(keep, 0.88) else []
-    if scene.kind != "pair" and rng.random() < max(keep, 0.88):
-        clauses.append(_pick(rng, PLACE_PHRASES[scene.place]))
-    if rng.random() < 0.4:
-        clauses.reverse()
-    text = subject
-    for clause in clauses:
-        text += (", " if rng.random() < 0.6 or clause.endswith("background") else " ") + clause
-    opening = _pick(rng, OPENINGS)
-    return opening + text + _pick(rng, ENDINGS)
-
-
-def corpus_words() -> list[str]:
-    """Every word the grammar can say: the seed of the tokenizer's vocabulary."""
-    texts: list[str] = []
-    for table in (SHAPE_WORDS, SIZE_WORDS, PATTERN_WORDS, PLACE_PHRASES, BACKGROUND_PHRASES, RELATION_PHRASES):
-        texts += [phrase for phrases in table.values() for phrase in phrases]
-    texts += [*COLOURS, *GENERIC_WORDS, *OPENINGS, *ENDINGS, *HEADS, *BODIES, *HATS, "head body hat figure"]
-    texts += ["a an the of and with no wearing that has style"]
-    return sorted({word for text in texts for word in text.replace(",", " ").split()})
