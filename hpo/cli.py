@@ -149,14 +149,14 @@ def search(
 )
 def status(name: str | None, runs: Path) -> None:
     """Show a study's trials. Without NAME: the study that changed last. Works while a search runs."""
-    from hpo.folder import find_folder, open_study
+    from hpo.folder import TOTAL, find_folder, open_study
     from hpo.locks import holder
     from hpo.report import status_table, study_line
     from hpo.standing import standing
 
     folder = find_folder(name, runs)
     study = open_study(folder)
-    now = standing(study, len(study.get_trials(deepcopy=False)))
+    now = standing(study, study.user_attrs.get(TOTAL, 0))
     screen = console()
     screen.print(status_table(study, lambda number: holder(folder.trial_lock(number).path)))
     if folder.alert.is_file():

@@ -35,7 +35,8 @@ NETWORK_FILE_SYSTEMS = (
     "drvfs",
     "fuse.sshfs",
 )  # no shared memory: no WAL
-IDENTITY = "hpo:identity"  # study user attribute: the facts that must not change
+# Study user attributes: the facts that must not change, and the trials last asked for.
+IDENTITY, TOTAL = "hpo:identity", "hpo:trials"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from hpo import alerts, report
 from hpo.claim import quiet
 from hpo.enqueue import as_proposal, read_settings
-from hpo.folder import IDENTITY, RUNS, StudyFolder, create_study, open_study, study_folder, taken_back
+from hpo.folder import IDENTITY, RUNS, TOTAL, StudyFolder, create_study, open_study, study_folder, taken_back
 from hpo.search import Limits, Search, Stop
 from hpo.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
 from hpo.study import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
@@ -151,6 +151,7 @@ def _begin(
         check_disk(bench, cost, now.left, limits.keep_best)
         view.say(_cost_line(cost, now, limits))
     with bench.folder.study_lock().held(), quiet():
+        study.set_user_attr(TOTAL, limits.trials)
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(dict(bench.study.baseline), user_attrs={ROLE: BASELINE})
         if proposal is not None:

@@ -21,7 +21,7 @@ from trainer.errors import ConfigError
 from trainer.files import clean_text, safe_name
 
 DEFAULT_STUDY = "sd15-character"
-MINIATURE_STUDY = "mini"
+MINIATURE_STUDIES = {"mini-sd15": "mini", "mini-sdxl": "mini-sdxl"}
 SHIPPED = Path(__file__).parent.parent / "studies"
 # Settings that a study decides elsewhere, and the ones that change no result: not frozen with a study.
 ELSEWHERE = {
@@ -202,7 +202,7 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
 def find_study(spec: str | None, base: str) -> Path:
     """The study file of ``--study``, a path or a name.  The current folder wins over what is shipped."""
     if spec is None:
-        spec = MINIATURE_STUDY if base.startswith("mini-") else DEFAULT_STUDY
+        spec = MINIATURE_STUDIES.get(base, DEFAULT_STUDY)
     path = Path(spec)
     if path.suffix == ".toml" and path.is_file():
         return path
@@ -221,8 +221,8 @@ def study_name(given: str | None, definition: str, base: str, data: Path | None)
     """The folder's name under runs/: ``--name``, or one that the same command finds again."""
     if given is not None:
         return safe_name(given, "study name")
-    parts = [base] if base.startswith("mini-") else []
-    if definition != MINIATURE_STUDY or not parts:
+    parts = [base] if base in MINIATURE_STUDIES else []
+    if definition != MINIATURE_STUDIES.get(base):
         parts.append(definition)
     if data is not None:
         parts.append(data.resolve().name)

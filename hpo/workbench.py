@@ -34,7 +34,7 @@ from evaluation.prompts import (
 )
 from evaluation.sampling import SampleConfig, default_config
 from hpo.folder import StudyFolder
-from hpo.study import Inputs, StudyConfig
+from hpo.study import MINIATURE_STUDIES, Inputs, StudyConfig
 from trainer import cache
 from trainer.bases.base import compute_type
 from trainer.bases.load import load_base
@@ -133,8 +133,8 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     """Read and check everything.  Only demo data is written (see ``hpo.folder.taken_back``)."""
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    data_folder = inputs.data or demo_data(inputs.base, folder)
     train = study.train
+    data_folder = inputs.data or demo_data(inputs.base, folder, train.resolution)
     data = read_dataset(data_folder, train, trigger=inputs.trigger, class_word=inputs.class_word)
     for note in data.notes:
         say(note)
@@ -143,7 +143,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     data, held_out = split_references(data)
     dtype = compute_type(train.mixed_precision, device)
     base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae)
-    if base.native_resolution_px < train.resolution and inputs.base.startswith("mini-"):
+    if base.native_resolution_px < train.resolution and inputs.base in MINIATURE_STUDIES:
         raise ConfigError(
             f"{inputs.base} draws {base.native_resolution_px} px, resolution is {train.resolution}",
             f"use --set resolution={base.native_resolution_px}, or leave out --study",
@@ -184,9 +184,9 @@ def check_device(device: str) -> None:
         ) from None
 
 
-def demo_data(base: str, folder: StudyFolder) -> Path:
+def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:
     """The miniature's demo character, for those who bring no images."""
-    if not base.startswith("mini-"):
+    if base not in MINIATURE_STUDIES:
         raise ConfigError(
             "no images are given", "add --data FOLDER (kohya folders, or images with .txt captions)"
         )
@@ -194,8 +194,12 @@ def demo_data(base: str, folder: StudyFolder) -> Path:
         from trainer.bases.miniature.subjects import write_subject
 
         folder.root.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(folder.data) as temporary:
-            write_subject("character", temporary)
+        try:
+            with atomic_folder(folder.data) as temporary:
+                write_subject("character", temporary, size_px)
+        except MachineError:
+            if not folder.data.is_dir():  # another process was quicker: then there is nothing wrong
+                raise
     return folder.data
 
 

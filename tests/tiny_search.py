@@ -19,7 +19,7 @@ from PIL import Image
 from evaluation.anchors import embed_references
 from evaluation.prompts import PromptSet, make_prompt
 from evaluation.sampling import default_config
-from hpo.folder import StudyFolder, create_study, open_study, read_json
+from hpo.folder import TOTAL, StudyFolder, create_study, open_study, read_json
 from hpo.search import Limits, Search
 from hpo.study import StudyConfig, build_study
 from hpo.workbench import Workbench
@@ -150,6 +150,7 @@ def make_search(bench: Workbench, limits: Limits, view: Recorder | None = None) 
     folder.locks.mkdir(parents=True, exist_ok=True)
     with folder.study_lock().held():
         study = create_study(folder, bench.facts())
+        study.set_user_attr(TOTAL, limits.trials)
     bench.measure_anchors(lambda text: None)
     return Search(study, bench, limits, view or Recorder())  # type: ignore[arg-type]
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.tiny import tiny_base
 from trainer import cache
 from trainer.bases.base import Base
+from trainer.buckets import Bucket, Fit
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, load_pixels, read_dataset
 from trainer.errors import DataError, MachineError, OutOfMemory
@@ -154,6 +155,14 @@ def test_other_settings_that_change_a_latent_are_another_key(
         assert same(cache.prepare(base, data, config, tmp_path / "cache"), fresh)
     skipped = CONFIG.with_values({"clip_skip": 2})
     assert cache.prepare(base, data, skipped, tmp_path / "cache").encoded_captions == 3
+
+
+def test_the_same_bucket_reached_by_another_resizing_is_another_key(base: Base, images: Path) -> None:
+    item = read_dataset(images, CONFIG).items[0]
+    fits = [Fit(Bucket(64, 64), width, height) for width, height in ((64, 64), (70, 64), (64, 70))]
+    fits.append(Fit(Bucket(64, 56), 64, 64))
+    assert len({cache.latent_key(item, fit, base, torch.float32) for fit in fits}) == 4
+    assert len({cache.latent_key(item, fits[0], base, kind) for kind in (torch.float32, torch.float16)}) == 2
 
 
 def test_another_base_shares_nothing(base: Base, images: Path, tmp_path: Path) -> None:
