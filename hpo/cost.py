@@ -15,7 +15,7 @@ from hpo.space import Choice
 from hpo.workbench import Workbench
 from trainer import adapter, loop
 from trainer.config import TrainConfig
-from trainer.errors import MachineError
+from trainer.errors import MachineError, OutOfMemory
 from trainer.events import Step
 from trainer.files import require_space
 
@@ -46,9 +46,10 @@ def estimate(bench: Workbench, *, probe: bool) -> Cost:
     drawn = [bench.study.config(draw) for draw in _draws(bench)]
     steps = [loop.total_steps(config, bench.data) for config in drawn]
     images, seconds = bench.prompts.image_count, None
-    if probe:
+    step_seconds = _probe(bench, baseline) if probe else None
+    if step_seconds is not None:
         micro_batches = [n * c.gradient_accumulation_steps for n, c in zip(steps, drawn, strict=True)]
-        each = _probe(bench, baseline) / baseline.gradient_accumulation_steps
+        each = step_seconds / baseline.gradient_accumulation_steps
         seconds = each * float(np.mean(micro_batches)) + images * (bench.image_seconds or 0.0)
     space = bench.study.space
     edges = [{**bench.study.baseline, p.name: value} for p in space for value in p.domain.edges]
@@ -83,16 +84,19 @@ def _adapter_weights(bench: Workbench, config: TrainConfig) -> int:
     return sum((shape[0] + shape[1]) * config.network_dim for shape in shapes)
 
 
-def _probe(bench: Workbench, config: TrainConfig) -> float:
-    """Seconds of one optimizer step, measured."""
+def _probe(bench: Workbench, config: TrainConfig) -> float | None:
+    """Seconds of one optimizer step, measured; None if it does not fit (the trial itself has a remedy)."""
     short = config.with_values({"max_train_steps": PROBE_STEPS})
     prepared = bench.prepared(short)
     injected = adapter.inject(bench.base, short)
     try:
         steps = [e.seconds for e in loop.train(short, bench.base, injected, prepared) if isinstance(e, Step)]
+    except OutOfMemory:
+        steps = []
     finally:
         injected.remove()
-    return steps[-1] if steps else 0.0
+    bench.empty_cache()
+    return steps[-1] if steps else None
 
 
 def _draws(bench: Workbench) -> list[dict[str, Any]]:

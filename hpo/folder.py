@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import optuna
 
 RUNS = Path("runs")
-STUDY_NAME = "study"  # Optuna's own name of the one study in a database
 LOCK_WAIT_SECONDS = 60  # SQLite: how long a writer waits for another
 NETWORK_FILE_SYSTEMS = (
     "nfs",
@@ -264,9 +263,11 @@ def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
         raise ConfigError(
             f"{folder.root} has trials but study.db is missing", "restore it, or give another --name"
         )
+    storage = open_storage(folder)
+    names = optuna.get_all_study_names(storage)  # one at most; a renamed folder keeps its study's name
     study = optuna.create_study(
-        study_name=STUDY_NAME,
-        storage=open_storage(folder),
+        study_name=names[0] if names else folder.name,
+        storage=storage,
         direction="maximize",
         load_if_exists=True,
         sampler=optuna.samplers.RandomSampler(),

@@ -6,6 +6,8 @@ and times. All text that came from outside goes through ``clean_text`` and is pr
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 PLAIN_SECONDS = 10.0  # between progress lines without a terminal
 REFRESH_PER_SECOND = 4
+STOPPING = "stopping after this step; Ctrl-C once more stops at once"
 SMOOTHING = 0.9  # of the shown loss and rate
 
 
@@ -117,6 +120,10 @@ class PlainView:
     def should_stop(self) -> bool:
         return self.asked_to_stop()
 
+    def on_ask(self) -> None:
+        """The user asked to stop.  Runs in a signal handler, perhaps in the middle of a print: no rich here."""
+        os.write(sys.stderr.fileno(), f"{STOPPING}\n".encode())
+
     def on_trial(self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Standing) -> None:
         self.current = Current(number, self._settings(suggested), standing)
         place = f"trial {number} ({standing.complete + 1} of {standing.total})"
@@ -164,10 +171,11 @@ class LiveView(PlainView):
     ) -> None:
         super().__init__(console, settings)
         self.name = name
+        self.stopping = False
         self._live = Live(
             console=console,
             refresh_per_second=REFRESH_PER_SECOND,
-            get_renderable=lambda: live_block(self.name, self.current),
+            get_renderable=lambda: live_block(self.name, self.current, stopping=self.stopping),
             transient=True,
         )
 
@@ -176,6 +184,9 @@ class LiveView(PlainView):
 
     def refresh(self) -> None:
         """Live redraws by itself."""
+
+    def on_ask(self) -> None:
+        self.stopping = True
 
     def __enter__(self) -> LiveView:
         self._live.start(refresh=True)
@@ -191,7 +202,7 @@ def make_view(
     return LiveView(console, settings, name) if console.is_terminal else PlainView(console, settings)
 
 
-def live_block(name: str, current: Current | None) -> RenderableType:
+def live_block(name: str, current: Current | None, *, stopping: bool = False) -> RenderableType:
     """The moving block: what, settings, progress, best so far, time left.  Fits 80 columns."""
     if current is None:
         return Text(f"{name}: choosing the next trial …", style="dim")
@@ -224,7 +235,8 @@ def live_block(name: str, current: Current | None) -> RenderableType:
     troubles = [
         f"{n} {what}" for n, what in ((standing.infeasible, "infeasible"), (standing.failed, "failed")) if n
     ]
-    return Group(head, grid, bar, Text(best), Text("   ".join([tail, *troubles]), style="dim"))
+    last = Text(STOPPING, style="bold") if stopping else Text("   ".join([tail, *troubles]), style="dim")
+    return Group(head, grid, bar, Text(best), last)
 
 
 def trial_line(result: Result, standing: Standing) -> str:

@@ -200,13 +200,16 @@ class Search:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: the first asks to finish the step, the second ends the process at once."""
+    """Ctrl-C and SIGTERM: the first asks to finish the step, the second ends the process at once.
+
+    ``on_ask`` runs inside the signal handler, perhaps in the middle of a print: it must not print through rich.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, on_ask: Callable[[], None]) -> None:
         self.asked = False
-        self._say = say
+        self._on_ask = on_ask
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -222,7 +225,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._say("stopping after this step; once more stops at once")
+        self._on_ask()
 
     def __call__(self) -> bool:
         return self.asked

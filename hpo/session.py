@@ -16,12 +16,13 @@ from rich.console import Console
 
 from hpo import alerts, report
 from hpo.claim import quiet
-from hpo.enqueue import as_proposal, read_settings
+from hpo.enqueue import as_proposal
 from hpo.folder import IDENTITY, RUNS, TOTAL, StudyFolder, create_study, open_study, study_folder, taken_back
 from hpo.search import Limits, Search, Stop
 from hpo.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
 from hpo.study import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
 from trainer.errors import Interrupted, MachineError
+from trainer.kohya import read_kohya
 
 if TYPE_CHECKING:
     from hpo.cost import Cost
@@ -61,7 +62,7 @@ def search(request: Request, console: Console) -> None:
     view = report.make_view(console, lambda suggested: config.space.settings(suggested, config.train), name)
     _check_definition(folder, config)
     if request.enqueue:
-        read_settings(request.enqueue)
+        read_kohya(request.enqueue)  # a mistake in it is found before anything is loaded
     with taken_back(folder):
         from hpo import workbench  # loads torch: after everything that can be checked without it
 
@@ -70,7 +71,7 @@ def search(request: Request, console: Console) -> None:
         proposal = _proposal(request, bench, view)
         _begin(study, bench, limits, proposal, view, console)
     worker = Search(study, bench, limits, view)
-    with Stop(view.say) as stop:
+    with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop
         try:
             with view:

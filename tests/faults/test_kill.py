@@ -124,7 +124,7 @@ def interrupted(root: Path, data: Path, number: int, times: int) -> None:
     view = Recorder()
     bench = tiny_bench(root, data)
     worker = make_search(bench, Limits(TRIALS), view)
-    with Stop(view.say) as stop:
+    with Stop(lambda: view.lines.append("stopping")) as stop:
         view.should_stop = stop  # type: ignore[method-assign]
 
         def send(event: Any) -> None:

@@ -94,16 +94,22 @@ def test_an_orphaned_child_does_not_keep_a_dead_worker_alive(tmp_path: Path, dat
     lock.release()
 
 
+def hold_the_database(path: Path, seconds: float) -> None:
+    blocker = sqlite3.connect(path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    path.with_name("held").touch()
+    time.sleep(seconds)
+    blocker.execute("ROLLBACK")
+
+
 def test_another_writer_on_the_database_is_waited_for(tmp_path: Path, data: Path) -> None:
     root = tmp_path / "study"
     attempt(search, root, data, 1)
-    blocker = sqlite3.connect(StudyFolder(root).database, isolation_level=None)
-    blocker.execute("BEGIN IMMEDIATE")
-    worker = start(search, root, data, 2)
-    time.sleep(6)  # longer than sqlite's usual five seconds
-    blocker.execute("ROLLBACK")
-    blocker.close()
-    assert finish(worker) == 0
+    blocker = start(hold_the_database, StudyFolder(root).database, 7.0)  # sqlite's usual patience is 5 s
+    while not (root / "held").exists():
+        time.sleep(0.02)
+    assert attempt(search, root, data, 2) == 0
+    assert finish(blocker) == 0
     check_study(StudyFolder(root), 2)
 
 

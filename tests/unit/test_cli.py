@@ -142,7 +142,7 @@ def test_sd15_without_network_says_at_once_what_to_do(place: Path) -> None:
 
 def test_an_enqueued_file_that_is_no_configuration_is_refused(place: Path) -> None:
     (place.parent / "x.toml").write_text("x = [")
-    refused(place, 2, "x.toml is not valid TOML", *search("--enqueue", "../x.toml"))
+    refused(place, 2, "x.toml is not TOML", *search("--enqueue", "../x.toml"))
 
 
 @pytest.mark.parametrize("words", [("status",), ("status", "x"), ("dashboard",), ("dashboard", "a/b")])

@@ -78,6 +78,10 @@ def test_the_live_block_follows_the_images_too() -> None:
     assert "known after the first trial" in text
 
 
+def test_the_live_block_says_that_it_is_stopping() -> None:
+    assert "stopping after this step" in printed(live_block("x", Current(7, SETTINGS, EMPTY), stopping=True))
+
+
 def test_time_left_comes_from_the_trials_that_are_done() -> None:
     left = Current(7, SETTINGS, STANDING).seconds_left()
     assert left == pytest.approx(90 * 23, abs=2)
