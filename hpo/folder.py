@@ -243,12 +243,10 @@ def open_study(folder: StudyFolder) -> optuna.Study:
     if not folder.database.is_file():
         raise ConfigError(f"{folder.root} has no study.db", "restore it, or give another --name")
     storage = open_storage(folder)
-    try:
-        return optuna.load_study(
-            study_name=STUDY_NAME, storage=storage, sampler=optuna.samplers.RandomSampler()
-        )
-    except KeyError:
-        raise ConfigError(f"{folder.database} holds no study of this tool", "give another --name") from None
+    names = optuna.get_all_study_names(storage)
+    if len(names) != 1:
+        raise ConfigError(f"{folder.database} holds {len(names)} studies, not one", "give another --name")
+    return optuna.load_study(study_name=names[0], storage=storage, sampler=optuna.samplers.RandomSampler())
 
 
 def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:

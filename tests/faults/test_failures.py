@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna_dashboard
 import pytest
 import torch
 
@@ -250,8 +251,7 @@ def test_stop_when_converged_ends_the_search_and_leaves_the_alert(
     assert search.standing().complete == 2
     assert "Best trial: Trial 0" in bench.folder.alert.read_text(encoding="utf-8")
     assert any("CONVERGENCE_ALERT.txt" in line for line in view.lines)
-    note = [v for k, v in search.study.system_attrs.items() if "note_str" in k]
-    assert any("Best trial: Trial 0" in str(text) for text in note)
+    assert "Best trial: Trial 0" in optuna_dashboard.get_note(search.study)
 
 
 def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path) -> None:
