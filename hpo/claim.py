@@ -23,7 +23,7 @@ from hpo.standing import BASELINE, ROLE
 from hpo.study import StudyConfig
 from hpo.trial import Result, read_result
 from trainer.errors import StudyStopped
-from trainer.files import sweep
+from trainer.files import sweep_tree
 
 if TYPE_CHECKING:
     from hpo.workbench import Workbench
@@ -150,7 +150,7 @@ class Claims:
                 trial = optuna.trial.Trial(self.study, frozen._trial_id)
                 suggested = suggest(trial, self.bench.study)
             folder = self.folder.trial(frozen.number)
-            sweep(folder.root)
+            sweep_tree(folder.root)
             result = read_result(folder, self.bench.config(suggested, frozen.number))
             if result is None:
                 return Claim(trial, suggested, lock, adopted=True)

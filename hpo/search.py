@@ -35,6 +35,7 @@ from hpo.trial import (
     write_result,
 )
 from trainer.errors import Interrupted, StudyStopped
+from trainer.files import sweep_tree
 
 if TYPE_CHECKING:
     from hpo.workbench import Workbench
@@ -82,6 +83,13 @@ class Search:
 
     def run(self) -> str:
         """Trial after trial until there are enough; returns why it ended."""
+        sweep_tree(self.folder.root)
+        try:
+            return self._trials()
+        finally:  # another worker may have died beside this one
+            sweep_tree(self.folder.root)
+
+    def _trials(self) -> str:
         until = math.inf
         if self.limits.max_hours is not None:
             until = time.monotonic() + 3600 * self.limits.max_hours

@@ -32,7 +32,7 @@ from trainer.errors import (
     SettingsFailure,
     ToolError,
 )
-from trainer.files import append_line, clean_text, read_records, sha256_file, sweep, write_atomic
+from trainer.files import append_line, clean_text, read_records, sha256_file, sweep_tree, write_atomic
 
 if TYPE_CHECKING:
     from evaluation.score import Score
@@ -146,7 +146,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
     Raises Interrupted (work is saved) and lets errors of result.json itself through: then nothing was
     decided.
     """
-    sweep(folder.root)
+    sweep_tree(folder.root)
     _note(folder, "start")
     try:
         result = _work(bench, folder, config, watch)

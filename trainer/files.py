@@ -224,6 +224,14 @@ def sweep(folder: Path) -> int:
     return removed
 
 
+def sweep_tree(folder: Path) -> int:
+    """``sweep`` in ``folder`` and everything below it."""
+    removed = sweep(folder)
+    for path in [entry for entry in Path(folder).glob("*") if entry.is_dir() and not entry.is_symlink()]:
+        removed += sweep_tree(path)
+    return removed
+
+
 # Names and text
 
 
