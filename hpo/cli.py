@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trainer.errors import ToolError
+from trainer.errors import Interrupted, ToolError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,9 +22,13 @@ def print_error(error: ToolError) -> None:
     """What and where, and what to do: two lines, nothing in them that a terminal would act on."""
     from trainer.files import clean_text
 
-    click.echo(f"{'stopped' if error.exit_code == 130 else 'error'}: {clean_text(error.message)}", err=True)
+    if isinstance(error, Interrupted):
+        what, then = "", "next: "
+    else:
+        what, then = "error: ", "hint: "
+    click.echo(what + clean_text(error.message), err=True)
     if error.hint:
-        click.echo(f"{'next' if error.exit_code == 130 else 'hint'}: {clean_text(error.hint)}", err=True)
+        click.echo(then + clean_text(error.hint), err=True)
 
 
 class Commands(click.Group):

@@ -41,7 +41,7 @@ from trainer.bases.load import load_base
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset, split_references
 from trainer.errors import ConfigError, DataError, MachineError
-from trainer.files import atomic_folder, write_atomic
+from trainer.files import atomic_folder, sha256_file, write_atomic
 from trainer.images import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
@@ -140,7 +140,10 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         say(note)
     if not data.class_word and inputs.prompts is None:
         raise no_class_word()
-    data, held_out = split_references(data)
+    data, held_out = split_references(data, 0 if inputs.references else None)
+    paths = [item.path for item in held_out.items]
+    if inputs.references:
+        paths = _reference_paths(inputs.references, data)
     dtype = compute_type(train.mixed_precision, device)
     base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae)
     if base.native_resolution_px < train.resolution and inputs.base in MINIATURE_STUDIES:
@@ -153,9 +156,6 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         say(note)
     scorer = embed.load_scorer(inputs.clip or study.study.clip or embed.default_scorer(base.name), device)
     likeness = embed.load_likeness(study.study.likeness or embed.default_likeness(base.name), scorer, device)
-    paths = (
-        _reference_paths(inputs.references) if inputs.references else [item.path for item in held_out.items]
-    )
     return Workbench(
         study=study,
         folder=folder,
@@ -230,12 +230,19 @@ def _prompts(
     return chosen, confirmation
 
 
-def _reference_paths(folder: Path) -> list[Path]:
+def _reference_paths(folder: Path, data: Dataset) -> list[Path]:
+    """The images of --references, none of which may be trained on: likeness would be memory."""
     if not folder.is_dir():
         raise DataError(f"no folder {folder}", "give --references the folder of the reference images")
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS)
     if len(found) < 2:
         raise DataError(f"{folder} holds {len(found)} images", "likeness needs at least 2 references")
+    trained = {item.sha256 for item in data.items}
+    for path in found:
+        if sha256_file(path) in trained:
+            raise DataError(
+                f"{path} is trained on too", "references must be images that training does not see"
+            )
     return found
 
 

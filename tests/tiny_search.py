@@ -61,10 +61,10 @@ class ArithmeticScorer:
         return torch.nn.functional.normalize(torch.from_numpy(np.stack(rows).astype(np.float32)), dim=-1)
 
 
-def draw_images(folder: Path, count: int = 6, size_px: int = 32) -> Path:
+def draw_images(folder: Path, count: int = 6, size_px: int = 32, seed: int = 1) -> Path:
     """A plain dataset of coloured squares with captions."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     for number in range(count):
         pixels = np.full((size_px, size_px, 3), rng.integers(0, 255, 3), np.uint8)
         pixels[8:24, 8:24] = rng.integers(0, 255, 3)

@@ -51,6 +51,7 @@ def louder(base: object) -> None:
 def search(place: Path, base: Path) -> tuple[str, int]:
     """One trial at 64 px, two steps, two prompts × one seed: what the command said, and its peak memory."""
     draw_images(place / "images" / "1_zkw figure", size_px=64)
+    draw_images(place / "references", count=2, size_px=64, seed=2)
     clip = random_clip(place / "clip.safetensors")
     (place / "prompts.toml").write_text(
         'seeds = [0]\n[[prompts]]\ntext = "a photo of zkw figure"\n[[prompts]]\ntext = "zkw figure on a beach"\n'
@@ -62,7 +63,7 @@ def search(place: Path, base: Path) -> tuple[str, int]:
         "--prompts",
         "prompts.toml",
         "--references",
-        "images/1_zkw figure",
+        "references",
     ]
     for setting in ("resolution=64", "min_bucket_reso=64", "max_train_steps=2", "train_batch_size=1"):
         words += ["--set", setting]

@@ -230,7 +230,7 @@ def test_keep_best_keeps_the_best_lora_files_and_everything_else(bench: Workbenc
 
 
 def test_no_trial_begins_after_max_hours(bench: Workbench) -> None:
-    search = make_search(bench, Limits(9, max_hours=1e-9))
+    search = make_search(bench, Limits(9, max_hours=0.0))
     assert "--max-hours" in search.run()
     assert search.standing().complete == 0
 

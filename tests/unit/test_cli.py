@@ -115,6 +115,12 @@ def test_plain_images_without_a_class_word_name_the_flag(place: Path) -> None:
     assert "--class" in refused(place, 2, "no class word is known", *search("--data", "../plain"))
 
 
+def test_references_that_are_trained_on_are_refused(place: Path) -> None:
+    words = search("--references", "../images/1_zkw figure")
+    refused(place, 3, "is trained on too", *words)
+    refused(place, 3, "holds 0 images", *search("--references", "../images"))
+
+
 def test_no_images_at_all_name_the_flag(place: Path) -> None:
     assert "--data" in refused(place, 2, "no images are given", "search", "--base", "sd15", "--trials", "1")
 

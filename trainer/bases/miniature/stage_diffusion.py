@@ -30,7 +30,7 @@ from trainer.bases.miniature.stage_vae import finished_vae, to_tensor
 
 SD15_PX, SDXL_PX = 64, 128
 SD15_PLAN = Plan("sd15", steps=4000, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
-SDXL_PLAN = Plan("sdxl", steps=1900, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+SDXL_PLAN = Plan("sdxl", steps=3600, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
 BATCHES = {SD15_PX: 32, SDXL_PX: 24}
 POOLS = {SD15_PX: 16_000, SDXL_PX: 8_000}
 DROPOUT = 0.12  # share of captions dropped, for classifier-free guidance
