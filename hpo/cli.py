@@ -188,6 +188,80 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
         click.echo("")
 
 
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--dataset",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A dataset file in the form of sd-scripts' --dataset_config.",
+)
+@click.option(
+    "--base", metavar="BASE", help="mini-sd15, sd15, sdxl, a hub id, a folder or a .safetensors file."
+)
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Images, instead of the file's.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A setting that wins over the file.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for LoRA files. Unset: the file's, or output.",
+)
+@click.option("--device", help="cpu, cuda, cuda:1 … Unset: the GPU if there is one.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything and show what would be done; needs no weights."
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: the same for scripts.")
+def train(file: Path, **words: Any) -> None:
+    """Train one LoRA from FILE: settings of this tool or of sd-scripts (TOML), a dataset file, a LoRA, or the
+    folder of a run or trial. The same command goes on with a run that was stopped, killed or unplugged."""
+    calm_libraries()
+    from hpo.traincmd import Request
+    from hpo.traincmd import train as run
+
+    if words["as_json"] and not words["dry_run"]:
+        raise click.UsageError("--json goes with --dry-run")
+    run(Request(file, **words), console(), click.echo)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The same for scripts, with all metadata in full.")
+def inspect(file: Path, as_json: bool) -> None:
+    """Show what a LoRA file holds: kind, modules, ranks, alphas, settings, metadata. Any tool's files."""
+    calm_libraries()
+    import json
+
+    from hpo import inspectcmd
+
+    facts = inspectcmd.inspect(file)
+    if as_json:
+        click.echo(json.dumps(inspectcmd.as_json(facts), indent=1))
+    else:
+        inspectcmd.show(console(), facts)
+
+
+@main.group()
+def export() -> None:
+    """Settings for other tools."""
+
+
+@export.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="FILE")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="OUT_DIR")
+@click.option("--base", metavar="BASE", help="The base model, instead of the file's.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Images, instead of the file's.")
+def kohya(source: Path, folder: Path, base: str | None, data: Path | None) -> None:
+    """Write FILE (TOML, LoRA, run or trial folder) as sd-scripts' config.toml and dataset.toml into OUT_DIR."""
+    calm_libraries()
+    from hpo.exportcmd import export_kohya
+    from trainer.files import clean_text
+
+    named = {"pretrained_model_name_or_path": base, "train_data_dir": data and str(data)}
+    places = {name: value for name, value in named.items() if value}
+    export_kohya(source, folder, places, lambda text: click.echo(clean_text(text)))
+
+
 @main.group()
 def dataset() -> None:
     """Datasets."""

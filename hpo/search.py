@@ -8,11 +8,9 @@ Owns the loop of one worker, telling Optuna, and when the search ends.  Does not
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
@@ -205,35 +203,3 @@ class Search:
         dashboard.study_note(self.study, "```\n" + text + "```")
         if self.limits.notify:
             alerts.notify(self.limits.notify, f"{self.folder.name}: {news}", text, self.view.say)
-
-
-class Stop:
-    """Ctrl-C and SIGTERM: the first asks to finish the step, the second ends the process at once.
-
-    ``on_ask`` runs inside the signal handler, perhaps in the middle of a print: it must not print through rich.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, on_ask: Callable[[], None]) -> None:
-        self.asked = False
-        self._on_ask = on_ask
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Stop:
-        for number in self.SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self._on_ask()
-
-    def __call__(self) -> bool:
-        return self.asked

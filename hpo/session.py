@@ -18,8 +18,9 @@ from hpo import alerts, report
 from hpo.claim import quiet
 from hpo.enqueue import as_proposal
 from hpo.folder import IDENTITY, RUNS, TOTAL, StudyFolder, create_study, open_study, study_folder, taken_back
-from hpo.search import Limits, Search, Stop
+from hpo.search import Limits, Search
 from hpo.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
+from hpo.stop import Stop
 from hpo.study import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
 from trainer.errors import Interrupted, MachineError
 from trainer.kohya import read_kohya

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import SETTINGS, TrainConfig, suggestion
+from trainer.config import SETTINGS, WITHOUT_INFLUENCE, TrainConfig, suggestion
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -180,8 +180,22 @@ DERIVED: dict[str, Derivation] = {
 FOLDED_SCHEDULE = "cosine_with_restarts_"
 # Settings that can be unset, searched as a number: 0 means unset (TOML has no null).
 ZERO_IS_UNSET = ("min_snr_gamma",)
-# Not part of what is compared between trials: names and places, not settings.
-NOT_SEARCHABLE = ("pretrained_model_name_or_path", "train_data_dir", "output_name", "seed", "resolution")
+# Not part of what is compared between trials: names and places, not settings; and what the dataset is read with,
+# once for all trials.
+NOT_SEARCHABLE = (
+    "pretrained_model_name_or_path",
+    "train_data_dir",
+    "output_name",
+    "seed",
+    "resolution",
+    "dataset_config",
+    "reg_data_dir",
+    "caption_extension",
+    "enable_wildcard",
+    "masked_loss",
+    "conditioning_data_dir",
+    *sorted(WITHOUT_INFLUENCE),
+)
 
 
 def settings_of(name: str) -> tuple[str, ...]:

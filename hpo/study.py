@@ -16,7 +16,7 @@ from typing import Any
 
 from hpo.space import DERIVED, ZERO_IS_UNSET, Space, settings_of
 from hpo.spacefile import read_space
-from trainer.config import SETTINGS, TrainConfig, check_name, suggestion
+from trainer.config import SETTINGS, WITHOUT_INFLUENCE, TrainConfig, check_name, suggestion
 from trainer.errors import ConfigError
 from trainer.files import clean_text, safe_name
 
@@ -29,10 +29,17 @@ ELSEWHERE = {
     "train_data_dir": "--data",
     "output_name": "the trial's number",
     "seed": "--seed",
+    "dataset_config": "--data",
+    **dict.fromkeys(sorted(WITHOUT_INFLUENCE), "the search itself"),
 }
 # A setting that, once given, leaves others without effect.
 SHADOWS = {"max_train_steps": ("max_train_epochs",), "network_train_unet_only": ("text_encoder_lr",)}
-NEUTRAL_SETTINGS = (*ELSEWHERE, "gradient_checkpointing", "cache_latents_to_disk", "vae_batch_size")
+NEUTRAL_SETTINGS = (
+    *ELSEWHERE,
+    "gradient_checkpointing",
+    "cache_latents_to_disk",
+    "vae_batch_size",
+)
 
 
 @dataclass(frozen=True)
@@ -243,6 +250,9 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
     """Refuse to go on with a study that began with something else: its scores could not be compared."""
     known = {key: value for key, value in before.items() if key in now or key.startswith("[")}
+    usual = {f"[train] {name}": str(value) for name, value in TrainConfig().as_dict().items()}
+    # a setting that the study does not know came later; at its default it changes nothing
+    now = {key: value for key, value in now.items() if key in before or usual.get(key) != value}
     changed = difference(known, now)
     if changed:
         raise ConfigError(

@@ -19,10 +19,10 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.folder import TrialFolder, read_json
+from hpo.training import StepLog, train_adapter
 from trainer.config import TrainConfig
 from trainer.errors import (
     Interrupted,
@@ -217,23 +217,18 @@ def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, 
 
 
 def _train(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Adapter:
-    from trainer import adapter as adapters
-    from trainer import loop, lorafile
+    from trainer import lorafile
 
-    adapter = adapters.inject(bench.base, config)
+    adapter = train_adapter(
+        bench.base,
+        config,
+        lambda: bench.prepared(config),
+        checkpoints=folder.checkpoints,
+        log=StepLog(folder.steps),
+        on_event=lambda event, _: watch.on_event(event),
+        should_stop=watch.should_stop,
+    )
     try:
-        prepared = bench.prepared(config)
-        log = _StepLog(folder.steps)
-        for event in loop.train(
-            config,
-            bench.base,
-            adapter,
-            prepared,
-            checkpoints=folder.checkpoints,
-            should_stop=watch.should_stop,
-        ):
-            log.write(event)
-            watch.on_event(event)
         adapter.round_to(config.save_precision)
         lorafile.write(
             folder.lora, adapter, bench.base, config, {"ss_training_comment": f"trial {folder.number}"}
@@ -271,24 +266,6 @@ def _scored(bench: Workbench, folder: TrialFolder, adapter: Adapter, watch: Watc
     except OutOfMemory as error:  # every trial draws the same images: not this trial's settings
         hint = f"--set sampling.batch_size={max(1, bench.sampling.batch_size // 2)}"
         raise MachineError(error.message, hint) from None
-
-
-class _StepLog:
-    """train.jsonl: one line an event.  Lines beyond the checkpoint that a run goes on from are taken back."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fresh = True
-
-    def write(self, event: Event) -> None:
-        values = {"event": type(event).__name__.lower(), **asdict(event)}
-        values.pop("path", None)
-        if self._fresh:
-            first = values["steps"] + 1 if values["event"] == "finished" else values["step"]
-            kept = [json.dumps(row) for row in read_records(self.path) if row.get("step", 0) < first]
-            write_atomic(self.path, "".join(line + "\n" for line in kept))
-            self._fresh = False
-        append_line(self.path, json.dumps(values))
 
 
 def deaths_without_progress(folder: TrialFolder) -> int:

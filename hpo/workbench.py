@@ -35,6 +35,7 @@ from evaluation.prompts import (
 from evaluation.sampling import SampleConfig, default_config
 from hpo.folder import StudyFolder
 from hpo.study import MINIATURE_STUDIES, Inputs, StudyConfig
+from hpo.training import check_device
 from trainer import cache
 from trainer.bases.base import compute_type
 from trainer.bases.load import load_base
@@ -172,16 +173,6 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         base_spec=inputs.base,
         store=cache.Store(folder.cache),
     )
-
-
-def check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MachineError(
-            f"device {device} cannot be used: {reason}", "leave out --device, or give cpu"
-        ) from None
 
 
 def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.bases.base import Base, Sizes, TextStates
+from trainer.bases.base import WINDOW_TOKENS, Base, Sizes, TextStates
 from trainer.buckets import Bucket, BucketRules, Fit
 from trainer.config import TrainConfig
-from trainer.dataset import Dataset, Item, assign_buckets, load_pixels, sizes_for
+from trainer.dataset import (
+    MIRRORED,
+    Dataset,
+    Item,
+    assign_buckets,
+    caption_variants,
+    load_mask,
+    load_pixels,
+    sizes_for,
+    views,
+)
 from trainer.errors import DataError, OutOfMemory
 from trainer.files import clean_text, machine_error, sweep, write_atomic
 
@@ -97,8 +107,9 @@ class Prepared:
     """A dataset ready to train on.  Tensors are fp32 on CPU; a caption's states have the encoders' number
     type.
 
-    ``latents`` (C, h, w) are unscaled VAE samples by Item.sha256.  The counters say what this call had to
-    encode.
+    ``latents`` (C, h, w) are unscaled VAE samples by view (``dataset.view_for``: Item.sha256, or that of the
+    mirrored image), ``sizes`` likewise.  ``masks`` (h, w) are weights of the loss, 0 to 1, for views that have
+    one.  The counters say what this call had to encode.
     """
 
     dataset: Dataset
@@ -106,6 +117,7 @@ class Prepared:
     latents: dict[str, Tensor]
     sizes: dict[str, Sizes]
     states: dict[str, TextStates] | None
+    masks: dict[str, Tensor] = field(default_factory=dict)
     encoded_images: int = 0
     encoded_captions: int = 0
 
@@ -135,8 +147,10 @@ def prepare(
     store = store or Store(folder)
     prepared = Prepared(dataset, assign_buckets(dataset.items, config), {}, {}, None)
     _prepare_images(prepared, base, config, store, on_image or (lambda done, total: None))
-    if not config.trains_text_encoder and not config.shuffle_caption:
-        _prepare_captions(prepared, base, config, store)
+    _prepare_masks(prepared, base, config)
+    captions = None if config.trains_text_encoder else caption_variants(dataset.items, config)
+    if captions is not None:
+        _prepare_captions(prepared, base, config, store, captions)
     return prepared
 
 
@@ -146,37 +160,65 @@ def prepare(
 def _prepare_images(
     prepared: Prepared, base: Base, config: TrainConfig, store: Store, on_image: Callable[[int, int], None]
 ) -> None:
-    rules = BucketRules.of(config)
-    kind = torch.float32 if config.no_half_vae else base.vae.dtype
-    groups = _groups(prepared.dataset.items, prepared.buckets, config.vae_batch_size)
-    total = sum(map(len, groups))
-    for group in groups:
-        missing: dict[str, str] = {}
-        for item in group:
-            fit = rules.fit(item.width_px, item.height_px)
-            assert fit is not None, "assign_buckets refuses images that fill no bucket"
-            prepared.sizes[item.sha256] = sizes_for(item, fit)
-            key = latent_key(item, fit, base, kind)
-            cached = store.get(key, partial(_is_latent, bucket=fit.bucket, cell_px=base.latent_factor_px))
-            if cached is None:
-                missing[item.sha256] = key
-            else:
-                prepared.latents[item.sha256] = cached["latent"]
-        if missing:
-            # The whole group, always: the last bits of a latent may depend on the rest of the VAE's batch.
-            latents = _encode(base, group, config, kind)
-            prepared.encoded_images += len(group)
-            for item, latent in zip(group, latents, strict=True):
-                if item.sha256 in missing:
-                    store.put(missing[item.sha256], {"latent": latent}, on_disk=config.cache_latents_to_disk)
-                    prepared.latents[item.sha256] = latent
+    items = prepared.dataset.items
+    upright = _groups(items, prepared.buckets, config.vae_batch_size)
+    turned = [item for item in items if len(views(item, config)) > 1]
+    jobs = [(group, False) for group in upright]
+    jobs += [(group, True) for group in _groups(turned, prepared.buckets, config.vae_batch_size)]
+    total = sum(len(group) for group, _ in jobs)
+    for group, mirrored in jobs:
+        _prepare_group(prepared, base, config, store, group, mirrored)
         on_image(len(prepared.latents), total)
 
 
-def latent_key(item: Item, fit: Fit, base: Base, kind: torch.dtype) -> str:
+def _prepare_group(
+    prepared: Prepared, base: Base, config: TrainConfig, store: Store, group: Sequence[Item], mirrored: bool
+) -> None:
+    rules = BucketRules.of(config)
+    kind = torch.float32 if config.no_half_vae else base.vae.dtype
+    missing: dict[str, str] = {}
+    for item in group:
+        fit = rules.fit(item.width_px, item.height_px)
+        assert fit is not None, "assign_buckets refuses images that fill no bucket"
+        view = _view(item, mirrored)
+        prepared.sizes[view] = sizes_for(item, fit, mirrored=mirrored)
+        key = latent_key(item, fit, base, kind, mirrored=mirrored)
+        cached = store.get(key, partial(_is_latent, bucket=fit.bucket, cell_px=base.latent_factor_px))
+        if cached is None:
+            missing[view] = key
+        else:
+            prepared.latents[view] = cached["latent"]
+    if missing:
+        # The whole group, always: the last bits of a latent may depend on the rest of the VAE's batch.
+        latents = _encode(base, group, config, kind, mirrored)
+        prepared.encoded_images += len(group)
+        for item, latent in zip(group, latents, strict=True):
+            if (view := _view(item, mirrored)) in missing:
+                store.put(missing[view], {"latent": latent}, on_disk=config.cache_latents_to_disk)
+                prepared.latents[view] = latent
+
+
+def _view(item: Item, mirrored: bool) -> str:
+    return item.sha256 + MIRRORED if mirrored else item.sha256
+
+
+def _prepare_masks(prepared: Prepared, base: Base, config: TrainConfig) -> None:
+    """Weights of the loss at the size of the latents: the mean over each latent's pixels (as sd-scripts)."""
+    for item in prepared.dataset.items:
+        mask_HW = load_mask(item, config)
+        if mask_HW is None:
+            continue
+        side_px = base.latent_factor_px
+        small_hw = torch.nn.functional.avg_pool2d(mask_HW[None], side_px)[0]
+        for view in views(item, config):
+            prepared.masks[view] = small_hw.flip(-1) if view.endswith(MIRRORED) else small_hw
+
+
+def latent_key(item: Item, fit: Fit, base: Base, kind: torch.dtype, *, mirrored: bool = False) -> str:
     """Everything that decides a latent."""
     size = [fit.resized_width_px, fit.resized_height_px, fit.bucket.width_px, fit.bucket.height_px]
-    return _key("latent", item.sha256, size, "centre", base.identity, str(kind))
+    crop = "centre mirrored" if mirrored else "centre"
+    return _key("latent", item.sha256, size, crop, base.identity, str(kind))
 
 
 def _groups(items: Sequence[Item], buckets: Mapping[str, Bucket], size: int) -> list[list[Item]]:
@@ -202,10 +244,14 @@ def _is_latent(tensors: Tensors, bucket: Bucket, cell_px: int) -> bool:
     )
 
 
-def _encode(base: Base, group: Sequence[Item], config: TrainConfig, kind: torch.dtype) -> list[Tensor]:
+def _encode(
+    base: Base, group: Sequence[Item], config: TrainConfig, kind: torch.dtype, mirrored: bool
+) -> list[Tensor]:
     """Latents of a group.  One that is not finite in half precision – SDXL's VAE is known for it – is done in
     fp32."""
     pixels_BCHW = torch.stack([load_pixels(item, config)[0] for item in group])
+    if mirrored:
+        pixels_BCHW = pixels_BCHW.flip(-1)
     try:
         latents = _vae_sample(base, pixels_BCHW, group, kind)
         broken = [row for row, latent in enumerate(latents) if not latent.isfinite().all()]
@@ -255,20 +301,24 @@ def _vae_as(base: Base, kind: torch.dtype) -> Iterator[None]:
 # Captions
 
 
-def _prepare_captions(prepared: Prepared, base: Base, config: TrainConfig, store: Store) -> None:
+def _prepare_captions(
+    prepared: Prepared, base: Base, config: TrainConfig, store: Store, captions: Sequence[str]
+) -> None:
     prepared.states = {}
-    for caption in dict.fromkeys(item.caption for item in prepared.dataset.items):
+    longer = [config.max_token_length] if config.max_token_length not in (None, WINDOW_TOKENS) else []
+    for caption in captions:
         key = _key(
             "text",
             caption,
             base.identity,
             config.clip_skip,
             str(next(base.text_encoders[0].parameters()).dtype),
+            *longer,
         )
         tensors = store.get(key, _is_text)
         if tensors is None:
             with torch.no_grad():
-                states = base.encode_text([caption], config.clip_skip)
+                states = base.encode_text([caption], config.clip_skip, config.max_token_length)
             tensors = {"hidden": states.hidden_BLD.cpu().contiguous()}
             if states.pooled_BP is not None:
                 tensors["pooled"] = states.pooled_BP.cpu().contiguous()

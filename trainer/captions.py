@@ -1,16 +1,21 @@
-"""Caption files: one beside each image, checked before anything is trained.
+"""Captions: the files beside the images, and what a caption becomes each time it is trained.
 
-Owns finding, decoding and checking them, and how files of a dataset are named in errors.  What a caption
-becomes in training (shuffled tags) is ``trainer.dataset``.
+Owns finding, decoding and checking the files, how files of a dataset are named in errors, and kohya's rules:
+prefix, dropping, wildcards, shuffled tags.  Which random numbers a draw gets is ``trainer.dataset``'s.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from trainer.config import TrainConfig
 from trainer.errors import ConfigError, DataError
 from trainer.files import clean_text
 
@@ -19,35 +24,44 @@ _EXTENSION = re.compile(r"\.\w[\w.-]*")
 LISTED = 5  # file names shown in an error
 
 
-def read_captions(images: Sequence[Path], extension: str, root: Path) -> tuple[dict[Path, str], list[str]]:
+def read_captions(
+    images: Sequence[Path], extension: str, root: Path, *, instead: str = "", all_lines: bool = False
+) -> tuple[dict[Path, str], list[str]]:
     """The caption of every image, and notes.  Missing, empty or unreadable ones are errors that list the
-    files."""
+    files.
+
+    ``instead`` is the caption of images without a file (kohya's class_tokens).  ``all_lines`` keeps several
+    lines, of which enable_wildcard draws one; else the first is used.
+    """
     if not _EXTENSION.fullmatch(extension):
         raise ConfigError(f"caption_extension = {clean_text(extension)!r} is no file ending", "write .txt")
     found = {path: _caption_file(path, extension) for path in images}
     missing = [path for path, file in found.items() if file is None]
-    if missing:
+    if missing and not instead:
         what = (
             "no image has a caption"
             if len(missing) == len(images)
             else f"{len(missing)} images have no caption"
         )
         raise DataError(f"{what} ({extension}): {listed(missing)}", _other_extension_hint(missing, extension))
-    captions, empty, long = {}, [], []
+    captions, empty, long = dict.fromkeys(missing, instead), [], []
     for path, file in found.items():
-        assert file is not None
+        if file is None:
+            continue
         check_inside(file, root)
         lines = [line.strip() for line in _read_text(file).splitlines()]
         lines = [line for line in lines if line]
         if not lines:
             empty.append(file)
             continue
-        if len(lines) > 1:
+        if len(lines) > 1 and not all_lines:
             long.append(file)
-        captions[path] = lines[0]
+        captions[path] = "\n".join(lines) if all_lines else lines[0]
     if empty:
         raise DataError(f"{len(empty)} captions are empty: {listed(empty)}", "write what the images show")
     notes = []
+    if missing:
+        notes.append(f"{len(missing)} images have no caption and get {shown(instead)!r}")
     if long:
         notes.append(
             f"{len(long)} captions have several lines, the first is used, as kohya does: {listed(long)}"
@@ -109,3 +123,103 @@ def listed(paths: Sequence[Path]) -> str:
 
 def shown(path: Path | str) -> str:
     return clean_text(os.fspath(path))
+
+
+# What a caption becomes
+
+MAX_VARIANTS = 32  # assumed: captions of an image that are encoded in advance rather than in every step
+_WILDCARD = re.compile(r"\{([^}]+)\}")
+_OPEN, _CLOSE = "\ue000", "\ue001"  # stand for {{ and }} meanwhile; private characters, in no caption
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """The caption settings of a run or of one of its folders (sd-scripts' process_caption)."""
+
+    shuffle_caption: bool
+    keep_tokens: int
+    keep_tokens_separator: str
+    caption_separator: str
+    secondary_separator: str
+    enable_wildcard: bool
+    caption_prefix: str
+    caption_suffix: str
+    caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    caption_tag_dropout_rate: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, own: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> CaptionRules:
+        """The rules of a run; ``own`` are settings that a folder has for itself."""
+        values = {f.name: getattr(config, f.name) for f in fields(cls)}
+        return cls(**values | {name: value for name, value in dict(own).items() if name in values})
+
+    @property
+    def draws_tags(self) -> bool:
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+
+    def apply(self, caption: str, epoch: int, draw: random.Random) -> str:
+        """The caption as it is trained this time.  ``epoch`` counts from 0."""
+        if self.caption_dropout_rate > 0 and draw.random() < self.caption_dropout_rate:
+            return ""
+        if self.caption_dropout_every_n_epochs > 0 and (epoch + 1) % self.caption_dropout_every_n_epochs == 0:
+            return ""
+        lines = caption.split("\n")
+        text = self._framed(draw.choice(lines) if self.enable_wildcard and len(lines) > 1 else lines[0])
+        if self.enable_wildcard:
+            text = text.replace("{{", _OPEN).replace("}}", _CLOSE)
+            text = _WILDCARD.sub(lambda found: draw.choice(found[1].split("|")), text)
+            text = text.replace(_OPEN, "{").replace(_CLOSE, "}")
+        if self.draws_tags:
+            text = self._drawn(text, draw)
+        return self._joined(text)
+
+    def variants(self, caption: str) -> tuple[str, ...] | None:
+        """Every text that ``apply`` can make of a caption, or None if they are too many to list."""
+        if self.draws_tags:
+            return None
+        lines = caption.split("\n")
+        texts = [self._framed(lines[0])]
+        if self.enable_wildcard:
+            texts = []
+            for line in map(self._framed, lines):
+                parts = _WILDCARD.split(line.replace("{{", _OPEN).replace("}}", _CLOSE))
+                choices = [part.split("|") if odd % 2 else [part] for odd, part in enumerate(parts)]
+                combined = itertools.islice(itertools.product(*choices), MAX_VARIANTS + 1)
+                texts += ["".join(parts).replace(_OPEN, "{").replace(_CLOSE, "}") for parts in combined]
+                if len(texts) > MAX_VARIANTS:
+                    return None
+        dropped = [""] if self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0 else []
+        return tuple(dict.fromkeys([*map(self._joined, texts), *dropped]))
+
+    def _framed(self, caption: str) -> str:
+        before = f"{self.caption_prefix} " if self.caption_prefix else ""
+        after = f" {self.caption_suffix}" if self.caption_suffix else ""
+        return before + caption + after
+
+    def _joined(self, text: str) -> str:
+        """Tags that belong together become tags of their own."""
+        if not self.secondary_separator:
+            return text
+        return text.replace(self.secondary_separator, self.caption_separator)
+
+    def _drawn(self, text: str, draw: random.Random) -> str:
+        """Tags shuffled and dropped; those at fixed places stay."""
+        front, tags, back = self._parts(text)
+        if self.shuffle_caption:
+            draw.shuffle(tags)
+        if self.caption_tag_dropout_rate > 0:
+            tags = [tag for tag in tags if draw.random() >= self.caption_tag_dropout_rate]
+        return ", ".join(front + tags + back)
+
+    def _parts(self, text: str) -> tuple[list[str], list[str], list[str]]:
+        """Tags that stay in front, that move, that stay behind."""
+        mark = self.keep_tokens_separator
+        if mark and mark in text:
+            front, middle, *rest = text.split(mark, 2)
+            return self._tags(front), self._tags(middle), self._tags(rest[0]) if rest else []
+        tags = [tag.strip() for tag in text.strip().split(self.caption_separator)]
+        return tags[: self.keep_tokens], tags[self.keep_tokens :], []
+
+    def _tags(self, text: str) -> list[str]:
+        return [tag.strip() for tag in text.split(self.caption_separator) if tag.strip()]

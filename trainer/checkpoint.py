@@ -18,12 +18,12 @@ import safetensors.torch
 import torch
 
 from trainer.adapter import Adapter
-from trainer.config import TrainConfig
+from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError
 from trainer.files import atomic_folder, sweep, verify_folder
 
 # Settings that may differ between the run that saved and the run that goes on: they do not change the result.
-FREE_SETTINGS = frozenset(
+FREE_SETTINGS = WITHOUT_INFLUENCE | frozenset(
     {
         "pretrained_model_name_or_path",
         "train_data_dir",
@@ -111,10 +111,11 @@ def restore(folder: Path, run: Run) -> Progress:
 
 def _check_same_run(checkpoint: Path, state: Mapping[str, Any], run: Run) -> None:
     now = run.config.as_dict()
+    before = {**TrainConfig().as_dict(), **state["config"]}  # a setting it does not know was at its default
     changed = [
-        f"{name} {state['config'].get(name)} → {value}"
+        f"{name} {before[name]} → {value}"
         for name, value in now.items()
-        if name not in FREE_SETTINGS and state["config"].get(name) != value
+        if name not in FREE_SETTINGS and before[name] != value
     ]
     if state["base"] != run.base_identity:
         changed.append("another base")

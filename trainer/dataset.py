@@ -1,8 +1,9 @@
 """Dataset: a folder of captioned images as values – items, reference images, batches.
 
-Owns kohya's folder layout (``10_trigger class/``) and plain folders, captions, the split into training and
-reference images, the order of an epoch and shuffled tags.  Decoding is ``trainer.images``, bucket arithmetic
-``trainer.buckets``.  Imports no torch until pixels are asked for.
+Owns kohya's folder layout (``10_trigger class/``) and plain folders, regularisation images, the split into
+training and reference images, the order of an epoch and which draw an image gets.  Decoding is
+``trainer.images``, bucket arithmetic ``trainer.buckets``, captions ``trainer.captions``, dataset files
+``trainer.subsets``.  Imports no torch until pixels are asked for.
 
 Everything drawn at random is a function of (seed, epoch, …): no state, so a resumed run sees the same
 batches.
@@ -19,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.buckets import Bucket, BucketRules, Fit
-from trainer.captions import check_inside, listed, read_captions, shown
+from trainer.captions import CaptionRules, check_inside, listed, read_captions, shown
 from trainer.config import TrainConfig
 from trainer.errors import DataError
-from trainer.files import clean_text
-from trainer.images import IMAGE_EXTENSIONS, fit_pixels, read_picture
+from trainer.files import clean_text, sha256_file
+from trainer.images import IMAGE_EXTENSIONS, fit_pixels, fit_values, read_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from trainer.bases.base import Sizes
 
 HELD_OUT = "held_out"  # a folder of reference images inside the dataset; never trained on
+MIRRORED = ":mirrored"  # added to the sha256 of an image in the name of its mirrored view
 MAX_REFERENCES = 8
 REFERENCE_SHARE = 0.2
 MAX_REPEATS = 10_000  # assumed: more is a year or a serial number in a folder's name
@@ -43,7 +45,11 @@ _KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Item:
-    """One captioned image.  Size as decoded and turned upright; sha256 of the file's bytes."""
+    """One captioned image.  Size as decoded and turned upright; sha256 of the file's bytes.
+
+    ``own`` are (setting, value) pairs that its folder has for itself (``trainer.subsets``); ``is_reg`` marks a
+    regularisation image, whose loss weighs prior_loss_weight; ``mask`` is the file of its mask.
+    """
 
     path: Path
     caption: str
@@ -51,6 +57,13 @@ class Item:
     width_px: int
     height_px: int
     sha256: str
+    own: tuple[tuple[str, Any], ...] = ()
+    is_reg: bool = False
+    mask: Path | None = None
+
+    def setting(self, config: TrainConfig, name: str) -> Any:
+        """A setting's value for this image."""
+        return dict(self.own).get(name, getattr(config, name))
 
 
 @dataclass(frozen=True)
@@ -69,10 +82,17 @@ class Dataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 of what is trained on: every image's bytes, caption and repeats, in order.  Not of file
-        names."""
-        content = [(item.sha256, item.caption, item.repeats) for item in self.items]
+        """sha256 of what is trained on: every image's bytes, caption, repeats and own settings, in order.
+        Not of file names."""
+        content = [(item.sha256, item.caption, item.repeats, *_particulars(item)) for item in self.items]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _particulars(item: Item) -> list[Any]:
+    """What makes an item more than an image with a caption; nothing for most."""
+    if not (item.own or item.is_reg or item.mask):
+        return []
+    return [item.own, item.is_reg, sha256_file(item.mask) if item.mask else ""]
 
 
 @dataclass(frozen=True)
@@ -95,7 +115,7 @@ def read_dataset(
     default_repeats: int = 1,
 ) -> Dataset:
     """Read and check a dataset: kohya's layout, one ``N_trigger class`` folder, or plain images with
-    captions.
+    captions; and the regularisation images of reg_data_dir.
 
     Every image is decoded once and every caption read, so that nothing can fail later.  ``trigger`` and
     ``class_word`` replace what folder names say; ``default_repeats`` is for plain folders.  Raises DataError.
@@ -106,53 +126,148 @@ def read_dataset(
             f"the dataset folder {shown(root)} does not exist", "give the folder that holds the images"
         )
     try:
-        parts, notes = _parts(root, default_repeats)
-        held_paths = _images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []
+        parts, notes = parts_of(root, default_repeats)
+        held_paths = images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []
+        if config.reg_data_dir:
+            reg_parts, reg_notes = _regularisation(Path(config.reg_data_dir))
+            parts, notes = parts + reg_parts, notes + reg_notes
     except OSError as error:
         raise DataError(f"cannot read {shown(root)}: {error.strerror}", "check its permissions") from error
-    jobs = [(path, part.repeats) for part in parts for path in part.images]
-    captions, caption_notes = read_captions([path for path, _ in jobs], config.caption_extension, root)
+    found = assemble(root, parts, notes, config, held_paths)
+    return replace(
+        found,
+        trigger=trigger if trigger is not None else found.trigger,
+        class_word=class_word if class_word is not None else found.class_word,
+    )
+
+
+def assemble(
+    root: Path,
+    parts: Sequence[Part],
+    notes: Sequence[str],
+    config: TrainConfig,
+    held_paths: Sequence[Path] = (),
+) -> Dataset:
+    """The dataset of some folders: captions and masks found, every image decoded."""
+    jobs = [(path, part) for part in parts for path in part.images]
+    captions: dict[tuple[Path, Part], str] = {}
+    said = list(notes)
+    for part, images in _by_captions(parts):
+        extension = part.setting(config, "caption_extension")
+        lines = part.setting(config, "enable_wildcard")
+        texts, more = read_captions(images, extension, part.root or root, instead=part.words, all_lines=lines)
+        captions |= {(path, other): texts[path] for path, other in jobs if path in texts}
+        said += more
     with ThreadPoolExecutor(_READERS) as pool:
-        facts = list(pool.map(_image_facts, [path for path, _ in jobs] + held_paths))
+        facts = list(pool.map(_image_facts, [path for path, _ in jobs] + list(held_paths)))
     items = tuple(
-        Item(path, captions[path], repeats, *fact) for (path, repeats), fact in zip(jobs, facts, strict=False)
+        Item(
+            path, captions[path, part], part.repeats, *fact, part.own, part.is_reg, _mask(path, part, config)
+        )
+        for (path, part), fact in zip(jobs, facts, strict=False)
     )
     held_out = tuple(
         Item(path, "", 1, *fact) for path, fact in zip(held_paths, facts[len(jobs) :], strict=True)
     )
     _check_held_out(items, held_out)
-    named_trigger, named_class = _subject(parts)
-    return Dataset(
-        root,
-        items,
-        trigger if trigger is not None else named_trigger,
-        class_word if class_word is not None else named_class,
-        held_out,
-        (*notes, *caption_notes),
-    )
+    items, more = _balanced(items)
+    trigger, class_word = _subject([part for part in parts if not part.is_reg])
+    return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One folder of images, and what its name says."""
+class Part:
+    """One folder of images, what its name says, and what a dataset file says of it.
+
+    ``words`` is the caption of images that have none; ``root`` the folder that links may not lead out of
+    (unset: the dataset's).
+    """
 
     images: tuple[Path, ...]
     repeats: int
     trigger: str | None = None
     class_word: str | None = None
+    words: str = ""
+    own: tuple[tuple[str, Any], ...] = ()
+    is_reg: bool = False
+    root: Path | None = None
+
+    def setting(self, config: TrainConfig, name: str) -> Any:
+        """A setting's value for this folder."""
+        return dict(self.own).get(name, getattr(config, name))
 
 
-def _parts(root: Path, default_repeats: int) -> tuple[list[_Part], list[str]]:
+def _by_captions(parts: Sequence[Part]) -> list[tuple[Part, list[Path]]]:
+    """Folders whose captions are found alike, read together: (the first of them, all their images)."""
+    groups: dict[tuple[Any, ...], tuple[Part, list[Path]]] = {}
+    for part in parts:
+        own = dict(part.own)
+        alike = (part.words, part.root, own.get("caption_extension"), own.get("enable_wildcard"))
+        groups.setdefault(alike, (part, []))[1].extend(part.images)
+    return list(groups.values())
+
+
+def _regularisation(root: Path) -> tuple[list[Part], list[str]]:
+    """The folders of reg_data_dir.  Images without a caption get the words of their folder's name."""
+    if not root.is_dir():
+        raise DataError(
+            f"the folder {shown(root)} of reg_data_dir does not exist", "give the folder that holds 1_class"
+        )
+    parts, notes = parts_of(root, 1)
+    return [
+        replace(
+            part,
+            is_reg=True,
+            root=root,
+            words=" ".join(word for word in (part.trigger, part.class_word) if word),
+        )
+        for part in parts
+    ], notes
+
+
+def _balanced(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], list[str]]:
+    """As many regularisation images as training images, repeats included: some are left out or repeated
+    more (sd-scripts' DreamBoothDataset)."""
+    regular = [item for item in items if item.is_reg]
+    if not regular:
+        return items, []
+    wanted = sum(item.repeats for item in items if not item.is_reg)
+    used: list[Item] = []
+    count = 0
+    for item in regular:
+        if count < wanted:
+            used.append(item)
+            count += item.repeats
+    more, rest = divmod(max(0, wanted - count), len(used))
+    used = [replace(item, repeats=item.repeats + more + (place < rest)) for place, item in enumerate(used)]
+    note = f"{len(used)} of {len(regular)} regularisation images, {sum(i.repeats for i in used)} with repeats"
+    return (*(item for item in items if not item.is_reg), *used), [note]
+
+
+def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
+    """The mask of an image: a file of its name in conditioning_data_dir, or in a folder there that is named
+    like the image's."""
+    folder = part.setting(config, "conditioning_data_dir")
+    if not part.setting(config, "masked_loss") or not folder or part.is_reg:
+        return None
+    for place in (Path(folder), Path(folder) / image.parent.name):
+        for extension in (image.suffix, *sorted(IMAGE_EXTENSIONS)):
+            if (mask := place / f"{image.stem}{extension}").is_file():
+                return mask
+    raise DataError(f"{shown(image)} has no mask in {shown(folder)}", "masks are named like the images")
+
+
+def parts_of(root: Path, default_repeats: int) -> tuple[list[Part], list[str]]:
     """The folders to train on, and notes about what is left out."""
     name = _KOHYA_FOLDER.fullmatch(root.resolve().name)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     named = [(path, match) for path in folders if (match := _KOHYA_FOLDER.fullmatch(path.name))]
-    loose = _images_in(root, root)
+    loose = images_in(root, root)
     notes = []
     if named:
         parts = []
         for path, match in named:
-            images = _images_in(path, root)
+            images = images_in(path, root)
             if int(match[1]) == 0 or not images:
                 notes.append(f"{shown(path)} is left out: {'0 repeats' if images else 'no images in it'}")
             else:
@@ -172,10 +287,10 @@ def _parts(root: Path, default_repeats: int) -> tuple[list[_Part], list[str]]:
         raise _no_images(root, folders)
     if name:
         return [_kohya_part(root, name, loose)], notes
-    return [_Part(tuple(loose), default_repeats)], notes
+    return [Part(tuple(loose), default_repeats)], notes
 
 
-def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> _Part:
+def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Part:
     repeats = int(match[1])
     if repeats > MAX_REPEATS:
         raise DataError(
@@ -187,12 +302,12 @@ def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> _Part
             f"the folder name {shown(folder)} means 0 repeats", f"rename it, for example to 10_{match[2]}"
         )
     words = clean_text(match[2]).split(maxsplit=1)
-    return _Part(
+    return Part(
         tuple(images), repeats, words[0] if words else None, words[1].strip() if len(words) > 1 else None
     )
 
 
-def _images_in(folder: Path, root: Path) -> list[Path]:
+def images_in(folder: Path, root: Path) -> list[Path]:
     """Image files of a folder, sorted by name.  Hidden files are passed over; links may not lead out of
     ``root``."""
     images = sorted(
@@ -217,7 +332,7 @@ def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
     return DataError(f"no images to train on in {shown(root)}", hint)
 
 
-def _subject(parts: Sequence[_Part]) -> tuple[str | None, str | None]:
+def _subject(parts: Sequence[Part]) -> tuple[str | None, str | None]:
     """Trigger and class word, each where all folders agree on it."""
     triggers = {part.trigger for part in parts}
     classes = {part.class_word for part in parts}
@@ -255,7 +370,7 @@ def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, D
     """
     if dataset.held_out:
         return dataset, replace(dataset, items=dataset.held_out, held_out=())
-    distinct = sorted({item.sha256 for item in dataset.items})
+    distinct = sorted({item.sha256 for item in dataset.items if not item.is_reg})
     count = min(MAX_REFERENCES, int(len(distinct) * REFERENCE_SHARE)) if n is None else n
     if count < 0 or count >= len(distinct):
         raise DataError(
@@ -301,7 +416,31 @@ def load_pixels(item: Item, config: TrainConfig) -> tuple[Tensor, Sizes]:
     return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1, sizes_for(item, fit)
 
 
-def sizes_for(item: Item, fit: Fit) -> Sizes:
+def load_mask(item: Item, config: TrainConfig) -> Tensor | None:
+    """The loss weights (H, W) of an item in its bucket, 0 to 1: its mask's red channel (as sd-scripts), or how
+    opaque the image is.  None: everything counts."""
+    import torch
+
+    if item.mask is not None:
+        picture = read_picture(item.mask)
+        if picture.size_px != (item.width_px, item.height_px):
+            raise DataError(
+                f"the mask {shown(item.mask)} is not as large as {shown(item.path)}", "make them equal"
+            )
+        values = picture.pixels_HW3[..., 0]
+    elif item.setting(config, "alpha_mask"):
+        alpha = read_picture(item.path).alpha_HW
+        if alpha is None:
+            return None
+        values = alpha
+    else:
+        return None
+    fit = BucketRules.of(config).fit(item.width_px, item.height_px)
+    assert fit is not None, "assign_buckets refuses images that fill no bucket"
+    return torch.from_numpy(fit_values(values, fit).copy()).float() / 255
+
+
+def sizes_for(item: Item, fit: Fit, *, mirrored: bool = False) -> Sizes:
     """What SDXL is told about an item.
 
     The crop offset is where the centre crop really starts.  (sd-scripts reports the bars of a letterbox
@@ -309,11 +448,27 @@ def sizes_for(item: Item, fit: Fit) -> Sizes:
     """
     from trainer.bases.base import Sizes
 
+    top, left = fit.crop_top_left
+    if mirrored:
+        left = fit.resized_width_px - fit.bucket.width_px - left
     return Sizes(
         original_hw=(item.height_px, item.width_px),
-        crop_top_left=fit.crop_top_left,
+        crop_top_left=(top, left),
         target_hw=(fit.bucket.height_px, fit.bucket.width_px),
     )
+
+
+def views(item: Item, config: TrainConfig) -> tuple[str, ...]:
+    """The names of an item's latents: its sha256, and with flip_aug also of the mirrored image."""
+    return (item.sha256, item.sha256 + MIRRORED) if item.setting(config, "flip_aug") else (item.sha256,)
+
+
+def view_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> str:
+    """The view that an item is trained with the ``occurrence``-th time (from 0) in an epoch."""
+    choices = views(item, config)
+    if len(choices) == 1:
+        return choices[0]
+    return _generator("flip", config.seed, epoch, item.sha256, occurrence).choice(choices)
 
 
 def epoch_batches(
@@ -336,14 +491,20 @@ def epoch_batches(
 
 
 def caption_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> str:
-    """The caption an item is trained with the ``occurrence``-th time (from 0) in an epoch: tags shuffled if
-    asked."""
-    if not config.shuffle_caption:
-        return item.caption
-    tags = [tag.strip() for tag in item.caption.split(",")]
-    kept, rest = tags[: config.keep_tokens], tags[config.keep_tokens :]
-    _generator("caption", config.seed, epoch, item.sha256, occurrence).shuffle(rest)
-    return ", ".join(kept + rest)
+    """The caption an item is trained with the ``occurrence``-th time (from 0) in an epoch (from 0)."""
+    draw = _generator("caption", config.seed, epoch, item.sha256, occurrence)
+    return CaptionRules.of(config, item.own).apply(item.caption, epoch, draw)
+
+
+def caption_variants(items: Iterable[Item], config: TrainConfig) -> tuple[str, ...] | None:
+    """Every caption that ``caption_for`` can return, or None where tags are drawn or there are too many."""
+    texts: dict[str, None] = {}
+    for item in items:
+        variants = CaptionRules.of(config, item.own).variants(item.caption)
+        if variants is None:
+            return None
+        texts |= dict.fromkeys(variants)
+    return tuple(texts)
 
 
 def _generator(*key: object) -> random.Random:

@@ -30,6 +30,15 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """The validation loss after ``epoch`` (``trainer.validation``): comparable between runs on one base."""
+
+    step: int
+    epoch: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint from which training can go on after ``step``."""
 
@@ -45,4 +54,4 @@ class Finished:
     skipped: int
 
 
-Event = Step | Skipped | Saved | Finished
+Event = Step | Skipped | Validated | Saved | Finished

@@ -33,10 +33,12 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image: upright, RGB, with the sha256 of the file it came from."""
+    """A decoded image: upright, RGB, with the sha256 of the file it came from.  ``alpha_HW`` is how opaque
+    each pixel is (uint8), if the image says so."""
 
     pixels_HW3: np.ndarray
     sha256: str
+    alpha_HW: np.ndarray | None = None
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -68,7 +70,8 @@ def read_picture(path: Path) -> Picture:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
-            pixels = _as_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            pixels, alpha = _as_rgb(upright), _alpha(upright)
     except Image.DecompressionBombError as error:
         raise DataError(
             f"{shown} has more than {MAX_PIXELS / 1e6:.0f} million pixels", "shrink or remove it"
@@ -81,15 +84,20 @@ def read_picture(path: Path) -> Picture:
         raise DataError(
             f"{shown} is a corrupt image ({clean_text(str(error))})", "replace or remove it"
         ) from error
-    return Picture(pixels, hashlib.sha256(data).hexdigest())
+    return Picture(pixels, hashlib.sha256(data).hexdigest(), alpha)
 
 
 def fit_pixels(picture: Picture, fit: Fit) -> np.ndarray:
     """The picture resized and centre-cropped to its bucket: uint8 (H, W, 3)."""
+    return fit_values(picture.pixels_HW3, fit)
+
+
+def fit_values(pixels: np.ndarray, fit: Fit) -> np.ndarray:
+    """``fit_pixels`` for any uint8 array (H, W) or (H, W, 3)."""
     size = (fit.resized_width_px, fit.resized_height_px)
-    pixels = picture.pixels_HW3
-    if picture.size_px != size:
-        if size[0] <= picture.size_px[0] and size[1] <= picture.size_px[1]:
+    height, width = pixels.shape[:2]
+    if (width, height) != size:
+        if size[0] <= width and size[1] <= height:
             pixels = shrink(pixels, *size)
         else:
             pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
@@ -120,12 +128,23 @@ def _area_means(values: np.ndarray, count: int, axis: int) -> np.ndarray:
     return np.moveaxis((inner - cut[:-1] + cut[1:]) * np.float32(count / length), 0, axis)
 
 
+def _alpha(image: Image.Image) -> np.ndarray | None:
+    """uint8 (H, W), 255 is opaque; None for an image that has no transparency."""
+    if not _is_layered(image):
+        return None
+    return np.array(image.convert("RGBA"))[..., 3]
+
+
+def _is_layered(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
 def _as_rgb(image: Image.Image) -> np.ndarray:
     """uint8 (H, W, 3) of an image in any mode; what is transparent becomes white."""
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit greyscale: Pillow's own conversion clips it
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _is_layered(image):
         layered = image.convert("RGBA")
         white = Image.new("RGBA", layered.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, layered)

@@ -24,11 +24,14 @@ from trainer.files import clean_text
 from trainer.kohyakeys import (
     KNOWN_KEYS,
     KOHYA_DEFAULTS,
+    LYCORIS_TYPES,
+    NETWORK_ARGUMENTS,
     NO_EFFECT_REASON,
     REFUSED,
     SAME_ARGUMENTS,
     SAME_OPTIMIZER,
     WEIGHT_DECAY,
+    ZERO_IS_UNSET,
 )
 
 MAX_FILE_BYTES = 1 << 20
@@ -45,6 +48,7 @@ class KohyaFile:
     translated: tuple[str, ...]
     without_effect: tuple[str, ...]
     refused: tuple[str, ...]
+    output_dir: str | None = None
 
     def require_all(self) -> KohyaFile:
         """Raise ConfigError if anything was refused: the result would not be what the file asks for."""
@@ -59,15 +63,30 @@ class KohyaFile:
 def read_kohya(path: Path) -> KohyaFile:
     """Read a file for sd-scripts' ``--config_file``.  ConfigError for unreadable files, typing errors, bad
     values."""
-    return _Reading(Path(path), _flat(path)).result()
+    return from_kohya(path, flat(path, read_table(path)))
+
+
+def from_kohya(path: Path, settings: Mapping[str, Any]) -> KohyaFile:
+    """What sd-scripts' own settings mean; ``path`` is where they stand."""
+    return _Reading(Path(path), settings).result()
 
 
 def read_own(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """Read our own file: (the configuration, the settings that the file decides).  Our defaults fill the
     rest."""
-    given = _flat(path)
-    _check_names(Path(path), given, SETTINGS, "see docs/settings.md")
-    return TrainConfig().with_values(given), given
+    given = flat(path, read_table(path))
+    return from_own(path, given), given
+
+
+def from_own(path: Path, settings: Mapping[str, Any]) -> TrainConfig:
+    """Our own settings, our defaults for the rest."""
+    _check_names(Path(path), settings, SETTINGS, "see docs/settings.md")
+    return TrainConfig().with_values(settings)
+
+
+def is_kohya(settings: Iterable[str]) -> bool:
+    """Whether settings are sd-scripts': one of them is a key that only sd-scripts has, as network_module."""
+    return any(name in KNOWN_KEYS and name not in SETTINGS for name in settings)
 
 
 def _check_names(path: Path, given: Iterable[str], known: Collection[str], otherwise: str) -> None:
@@ -90,9 +109,11 @@ class _Reading:
         self.translated: list[str] = []
         self.without_effect: list[str] = []
         self.refused: list[str] = []
+        self.output_dir: str | None = None
 
     def result(self) -> KohyaFile:
         for translate in (
+            self._places,
             self._old_names,
             self._resolution,
             self._length,
@@ -103,6 +124,7 @@ class _Reading:
             self._zeros,
             self._precision,
             self._attention,
+            self._samples,
         ):
             translate()
         self._rest()
@@ -118,16 +140,24 @@ class _Reading:
             tuple(self.translated),
             tuple(self.without_effect),
             tuple(self.refused),
+            self.output_dir,
         )
 
     def _take(self, name: str) -> Any:
         return self.left.pop(name, None)
 
     def _say(self, name: str, value: Any, meaning: str) -> None:
-        self.translated.append(f"{name} = {_text(value)} → {meaning}")
+        self.translated.append(f"{name} = {as_text(value)} → {meaning}")
 
     def _refuse(self, name: str, value: Any, reason: str) -> None:
-        self.refused.append(f"{name} = {_text(value)}: {reason}")
+        self.refused.append(f"{name} = {as_text(value)}: {reason}")
+
+    def _places(self) -> None:
+        folder = self._take("output_dir")
+        if folder is not None:
+            if not isinstance(folder, str):
+                raise ConfigError(f"output_dir = {as_text(folder)} is not a folder", "write a path")
+            self.output_dir = folder
 
     def _old_names(self) -> None:
         if (extension := self._take("caption_extention")) is not None:
@@ -147,7 +177,7 @@ class _Reading:
             ]
         except ValueError:
             hint = 'write 512 or "512,512"'
-            raise ConfigError(f"resolution = {_text(value)} is not a size", hint) from None
+            raise ConfigError(f"resolution = {as_text(value)} is not a size", hint) from None
         if len(set(numbers)) != 1 or len(numbers) > 2:
             self._refuse("resolution", value, "only squares; buckets keep aspect ratios at the same area")
             return
@@ -164,13 +194,23 @@ class _Reading:
                 self._say("max_train_steps", steps, "not used, since max_train_epochs is given")
         elif steps is not None:
             self.given |= {"max_train_epochs": None, "max_train_steps": steps}
+        ratio = self._take("save_n_epoch_ratio")
+        if ratio:
+            if not isinstance(epochs, int) or not isinstance(ratio, int) or ratio < 1:
+                self._refuse(
+                    "save_n_epoch_ratio", ratio, "it needs max_train_epochs; or use save_every_n_epochs"
+                )
+                return
+            every = max(1, epochs // ratio)
+            self.left["save_every_n_epochs"] = every
+            self._say("save_n_epoch_ratio", ratio, f"save_every_n_epochs = {every}")
 
     def _rates(self) -> None:
         """sd-scripts accepts a list of text encoder rates, and for SD1.5 and SDXL uses its first."""
         rates = self._take("text_encoder_lr")
         if isinstance(rates, list):
             self._say(
-                "text_encoder_lr", rates, f"{_text(rates[0])} for all text encoders, as sd-scripts does"
+                "text_encoder_lr", rates, f"{as_text(rates[0])} for all text encoders, as sd-scripts does"
             )
             rates = rates[0]
         if rates is not None:
@@ -205,7 +245,7 @@ class _Reading:
         for name, value in arguments.items():
             if name == "weight_decay":
                 self.given["weight_decay"] = value
-                self._say("optimizer_args weight_decay", value, f"weight_decay = {_text(value)}")
+                self._say("optimizer_args weight_decay", value, f"weight_decay = {as_text(value)}")
             elif not _is_one_of(value, SAME_ARGUMENTS[optimizer].get(name, ())):
                 self._refuse(f"optimizer_args {name}", value, f"{optimizer} runs with its usual arguments")
         if optimizer == "Adafactor" and "relative_step" not in arguments:
@@ -232,24 +272,61 @@ class _Reading:
 
     def _network(self) -> None:
         module = self._take("network_module")
-        if module not in (None, "networks.lora"):
-            self._refuse("network_module", module, "networks.lora is built in (with conv_dim: LoCon)")
-        for name, value in _arguments("network_args", self._take("network_args")).items():
-            if name in ("conv_dim", "conv_alpha"):
-                self.given[name] = value
-                self._say(f"network_args {name}", value, f"{name} = {_text(value)}")
-            elif value not in (0, None):
-                self._refuse(f"network_args {name}", value, "only conv_dim and conv_alpha are built in")
+        arguments = _arguments("network_args", self._take("network_args"))
+        if module == "lycoris.kohya":
+            arguments = self._lycoris(arguments)
+        elif module not in (None, "networks.lora"):
+            known = "networks.lora (with conv_dim: LoCon) and lycoris.kohya (locon, loha, lokr) are built in"
+            self._refuse("network_module", module, known)
+        for name, value in arguments.items():
+            if name in NETWORK_ARGUMENTS:
+                self.given[name] = _multipliers(value) if name.endswith("lr_weight") else value
+                self._say(f"network_args {name}", value, f"{name} = {as_text(self.given[name])}")
+            elif value not in (0, None, False):
+                self._refuse(f"network_args {name}", value, "built in are " + ", ".join(NETWORK_ARGUMENTS))
         if self.left.get("network_alpha") == 0:
             rank = self.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
             self.left["network_alpha"] = rank
-            self._say("network_alpha", 0, f"{_text(rank)}, which is network_dim")
+            self._say("network_alpha", 0, f"{as_text(rank)}, which is network_dim")
+
+    def _lycoris(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """LyCORIS' algorithm as network_type; what is left of its arguments."""
+        left = dict(arguments)
+        algorithm = str(left.pop("algo", "lora")).lower()
+        kind = LYCORIS_TYPES.get(algorithm)
+        if kind is None:
+            self._refuse("network_args algo", algorithm, "built in are " + ", ".join(LYCORIS_TYPES))
+            return left
+        if left.pop("dora_wd", False) not in (False, 0, "False", "false"):
+            if kind not in ("LoRA", "LoCon"):
+                self._refuse(
+                    "network_args dora_wd", True, f"it goes with lora and locon, not with {algorithm}"
+                )
+                return left
+            kind = "DoRA"
+            if left.pop("wd_on_output", True) not in (False, "False", "false"):
+                self._say("network_args wd_on_output", True, "false: DoRA's magnitudes are those of inputs")
+        preset = left.pop("preset", "full")
+        if preset not in ("full", "attn-mlp"):
+            self._refuse("network_args preset", preset, "the modules of networks.lora are trained")
+        if preset == "full" and kind == "LoRA":  # LyCORIS' full trains convolutions too: that is LoCon
+            kind = "LoCon"
+        rank = self.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
+        if preset == "full":
+            left.setdefault("conv_dim", rank)
+            left.setdefault("conv_alpha", self.left.get("network_alpha", KOHYA_DEFAULTS["network_alpha"]))
+        self.given["network_type"] = kind
+        where = "the modules of networks.lora" + (" with 3×3 convolutions" if preset == "full" else "")
+        self._say("network_module", "lycoris.kohya", f"network_type = {kind}, on {where}")
+        return left
 
     def _zeros(self) -> None:
-        """0 turns min-SNR off, as in sd-scripts."""
-        if self.left.get("min_snr_gamma") == 0:
-            self._take("min_snr_gamma")
-            self.given["min_snr_gamma"] = None
+        """0 turns these off, as in sd-scripts or its front ends."""
+        for name in " ".join(ZERO_IS_UNSET).split():
+            value = self.left.get(name)
+            if not isinstance(value, bool) and value == 0:
+                self._take(name)
+                self.given[name] = None
 
     def _precision(self) -> None:
         for name, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
@@ -265,6 +342,11 @@ class _Reading:
         for name in ("xformers", "mem_eff_attn"):
             if self._take(name):
                 self._say(name, True, "SDPA, which computes the same")
+
+    def _samples(self) -> None:
+        sampler = self._take("sample_sampler")
+        if sampler is not None:
+            self._say("sample_sampler", sampler, "samples are drawn with DPM-Solver++ (2M)")
 
     def _rest(self) -> None:
         """What needs no translation: used as it is, refused, or without effect."""
@@ -282,8 +364,8 @@ class _Reading:
 # TOML
 
 
-def _flat(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file without its sections.  Lists of tables (``[[datasets]]``) stay one value."""
+def read_table(path: Path) -> dict[str, Any]:
+    """A TOML file as it stands.  ConfigError if it cannot be read."""
     path = Path(path)
     shown = clean_text(str(path))
     try:
@@ -296,14 +378,20 @@ def _flat(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{shown} is not TOML: {clean_text(str(error))}", "correct this place") from error
-    flat: dict[str, Any] = {}
+    return table
+
+
+def flat(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a file without its sections.  Lists of tables (``[[datasets]]``) stay one value."""
+    shown = clean_text(str(path))
+    found: dict[str, Any] = {}
     for name, value in _pairs(table):
-        if name in flat:
+        if name in found:
             raise ConfigError(f"{clean_text(name)} is set twice in {shown}", "keep one of both")
-        flat[name] = value
-    if not flat:
+        found[name] = value
+    if not found:
         raise ConfigError(f"{shown} has no settings", "write for example learning_rate = 1e-4")
-    return flat
+    return found
 
 
 def _pairs(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -321,9 +409,14 @@ def _arguments(name: str, value: Any) -> dict[str, Any]:
         value = value.split()
     if not isinstance(value, list) or not all(isinstance(entry, str) and "=" in entry for entry in value):
         raise ConfigError(
-            f"{name} = {_text(value)} is not a list of key=value", f'write {name} = ["key=value"]'
+            f"{name} = {as_text(value)} is not a list of key=value", f'write {name} = ["key=value"]'
         )
     return {key.strip(): _literal(text.strip()) for key, _, text in (entry.partition("=") for entry in value)}
+
+
+def _multipliers(value: Any) -> str:
+    """Block rates as one text: a tuple of numbers, one number, or a shape's name."""
+    return ",".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
 
 
 def _literal(text: str) -> Any:
@@ -338,6 +431,7 @@ def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as it stands in a TOML file, short and safe to print."""
     shown = str(value).lower() if isinstance(value, bool) else str(value)
     return clean_text(shown)[:80]

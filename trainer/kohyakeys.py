@@ -1,6 +1,6 @@
 """What every key of sd-scripts' configuration files means here: tables, read by ``trainer.kohya``.
 
-The four classes do not overlap and together are all keys that sd-scripts (0.9, February 2026) accepts for
+The four classes do not overlap and together are all keys that sd-scripts (48d368f, February 2026) accepts for
 training a LoRA of SD1.5 or SDXL.
 """
 
@@ -35,13 +35,14 @@ KOHYA_DEFAULTS: dict[str, Any] = {
 WEIGHT_DECAY = {"AdamW": 0.01, "AdamW8bit": 0.01, "Lion8bit": 0.0, "Adafactor": 0.0, "Prodigy": 0.0}
 
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "saving is this tool's own": (
-        "output_dir save_every_n_epochs save_every_n_steps save_n_epoch_ratio save_last_n_epochs",
-        "save_last_n_steps save_last_n_epochs_state save_last_n_steps_state save_state",
-        "save_state_on_train_end save_model_as use_safetensors no_metadata training_comment",
-        "output_config",
+    "the newest complete state is kept while a run lasts, and the same command goes on from it": (
+        "save_state save_state_on_train_end save_last_n_epochs_state save_last_n_steps_state",
+        "skip_until_initial_step initial_epoch initial_step",
     ),
-    "metadata is written by this tool": (
+    "a LoRA is saved as .safetensors with its metadata": (
+        "save_model_as use_safetensors no_metadata output_config",
+    ),
+    "metadata is written by this tool; training_comment is kept": (
         "metadata_title metadata_author metadata_description metadata_license metadata_tags",
         "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase",
         "metadata_preprocessor metadata_is_negative_embedding",
@@ -50,14 +51,9 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token",
         "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload",
     ),
-    "logging is this tool's own": (
-        "logging_dir log_with log_prefix log_tracker_name wandb_run_name log_tracker_config",
+    "the log is train.jsonl, and TensorBoard with logging_dir": (
+        "log_with log_prefix log_tracker_name wandb_run_name log_tracker_config",
         "wandb_api_key log_config console_log_level console_log_file console_log_simple",
-    ),
-    "samples and scores are this tool's own": (
-        "sample_every_n_steps sample_at_first sample_every_n_epochs sample_prompts sample_sampler",
-        "validation_seed validation_split validate_every_n_steps validate_every_n_epochs",
-        "max_validation_steps",
     ),
     "it changes speed or memory, not the result": (
         "max_data_loader_n_workers persistent_data_loader_workers lowram highvram torch_compile",
@@ -72,9 +68,9 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "cache_latents cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
     ),
     "it only matters together with a setting that is refused": (
-        "huber_schedule huber_c huber_scale multires_noise_discount token_warmup_min prior_loss_weight",
-        "conditioning_data_dir lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
-        "dataset_repeats base_weights_multiplier initial_epoch initial_step skip_until_initial_step",
+        "token_warmup_min lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
+        "dataset_repeats base_weights_multiplier validation_seed validate_every_n_steps",
+        "validate_every_n_epochs max_validation_steps",
     ),
     "it belongs to other models or commands": (
         "config_file debug_dataset weighting_scheme logit_mean logit_std mode_scale blocks_to_swap",
@@ -85,50 +81,22 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 # key → (values that ask for nothing, why anything else is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
-    "v_parameterization": ((False,), "v-prediction bases are not supported"),
-    "zero_terminal_snr": ((False,), "v-prediction bases are not supported"),
-    "scale_v_pred_loss_like_noise_pred": ((False,), "v-prediction bases are not supported"),
-    "v_pred_like_loss": ((0,), "this loss weighting is not built in"),
-    "debiased_estimation_loss": ((False,), "this loss weighting is not built in; min_snr_gamma is"),
-    "loss_type": (("l2",), "only the squared error is built in"),
-    "masked_loss": ((False,), "masked loss is not built in"),
-    "alpha_mask": ((False,), "masked loss is not built in"),
-    "reg_data_dir": ((), "regularisation images are not built in"),
-    "multires_noise_iterations": ((0,), "multi-resolution noise is not built in; noise_offset is"),
-    "ip_noise_gamma": ((0,), "input perturbation is not built in"),
-    "ip_noise_gamma_random_strength": ((False,), "input perturbation is not built in"),
-    "adaptive_noise_scale": ((0,), "only a fixed noise_offset is built in"),
-    "noise_offset_random_strength": ((False,), "only a fixed noise_offset is built in"),
-    "min_timestep": ((0,), "all 1000 timesteps are trained"),
-    "max_timestep": ((1000,), "all 1000 timesteps are trained"),
-    "color_aug": ((False,), "images are trained as they are"),
-    "flip_aug": ((False,), "images are trained as they are; add mirrored copies to the folder"),
-    "random_crop": ((False,), "images are cropped around their centre"),
+    "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
+    "random_crop": ((False,), "images are cropped around their centre: encoded images are kept and reused"),
+    "validation_split": ((0,), "no training image is set apart; put images that judge it into held_out/"),
     "face_crop_aug_range": ((), "images are cropped around their centre"),
     "resize_interpolation": (
         (),
         "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
     ),
-    "caption_dropout_rate": ((0,), "captions are not dropped"),
-    "caption_dropout_every_n_epochs": ((0,), "captions are not dropped"),
-    "caption_tag_dropout_rate": ((0,), "tags are not dropped"),
     "token_warmup_step": ((0,), "all tags are used from the start"),
-    "caption_separator": ((",",), "tags are separated by commas"),
-    "secondary_separator": ((), "tags are separated by commas"),
-    "keep_tokens_separator": ((), "use keep_tokens, which counts tags"),
-    "enable_wildcard": ((False,), "captions are used as they are"),
-    "caption_prefix": ((), "captions are used as they are"),
-    "caption_suffix": ((), "captions are used as they are"),
     "weighted_captions": ((False,), "captions are used as they are"),
-    "max_token_length": ((75,), "captions are read up to 75 tokens"),
     "in_json": ((), "captions come from files beside the images"),
     "dataset_class": ((), "code from elsewhere is not run"),
-    "dataset_config": ((), "give the folder as train_data_dir"),
     "vae": ((), "the base's own VAE is used; save the base with the VAE you want"),
     "network_weights": ((), "training starts from a fresh LoRA"),
     "dim_from_weights": ((False,), "training starts from a fresh LoRA"),
     "base_weights": ((), "merge them into the base first"),
-    "scale_weight_norms": ((0,), "weight norms are not limited"),
     "resume": ((), "a state of sd-scripts cannot be resumed"),
     "lr_scheduler_type": ((), "schedules are " + ", ".join(SCHEDULER_NAMES)),
     "lr_scheduler_args": ((), "schedules have no further arguments"),
@@ -171,10 +139,34 @@ TRANSLATED = frozenset(
         "xformers",
         "mem_eff_attn",
         "network_train_text_encoder_only",
+        "output_dir",
+        "sample_sampler",
+        "save_n_epoch_ratio",
     }
 )
-# Our settings that sd-scripts spells otherwise (inside network_args and optimizer_args).
-OURS_ALONE = frozenset({"conv_dim", "conv_alpha", "weight_decay"})
+# Values of 0 that mean "not set" in sd-scripts or in its graphical front ends.
+ZERO_IS_UNSET = (
+    "min_snr_gamma scale_weight_norms multires_noise_iterations ip_noise_gamma v_pred_like_loss",
+    "adaptive_noise_scale save_every_n_epochs save_every_n_steps save_last_n_epochs save_last_n_steps",
+    "sample_every_n_epochs sample_every_n_steps",
+)
+# What sd-scripts' networks.lora takes in network_args: used under the same name here.
+NETWORK_ARGUMENTS = (
+    "conv_dim",
+    "conv_alpha",
+    "rank_dropout",
+    "module_dropout",
+    "down_lr_weight",
+    "mid_lr_weight",
+    "up_lr_weight",
+    "block_lr_zero_threshold",
+)
+# LyCORIS' algo → our network_type.
+LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
+# Our settings that sd-scripts spells otherwise (inside network_args and optimizer_args) or does not have.
+OURS_ALONE = frozenset(
+    {*NETWORK_ARGUMENTS, "weight_decay", "network_type", "text_encoder_lr1", "text_encoder_lr2"}
+)
 KNOWN_KEYS = (
     (frozenset(SETTINGS) - OURS_ALONE) | frozenset(REFUSED) | frozenset(NO_EFFECT_REASON) | TRANSLATED
 )

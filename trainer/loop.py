@@ -25,13 +25,13 @@ import torch.utils.checkpoint
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer import checkpoint, dataset, loss, optim
+from trainer import checkpoint, dataset, loss, optim, validation
 from trainer.adapter import Adapter, keyed_generator
-from trainer.bases.base import Base, Sizes, TextStates, compute_type
+from trainer.bases.base import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod
 from trainer.cache import Prepared
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
-from trainer.events import Event, Finished, Saved, Skipped, Step
+from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
 
@@ -82,11 +82,13 @@ def train(
     checkpoints: Path | None = None,
     checkpoint_every_seconds: float = 120.0,
     should_stop: Callable[[], bool] = lambda: False,
+    validate_on: Prepared | None = None,
 ) -> Iterator[Event]:
     """Train the adapter in place.  Goes on from a checkpoint in ``checkpoints`` if there is one.
 
-    Raises Diverged after ten skipped steps in a row, OutOfMemory, and Interrupted once ``should_stop`` says
-    so (the step is finished and saved first).
+    With ``validate_on`` its validation loss (``trainer.validation``) is told after every epoch.  Raises
+    Diverged after ten skipped steps in a row, OutOfMemory, and Interrupted once ``should_stop`` says so (the
+    step is finished and saved first).
     """
     length = plan(config, prepared.dataset, prepared.buckets)
     stepper = Stepper(config, base, adapter, prepared)
@@ -103,6 +105,8 @@ def train(
                 outcome = stepper.step(group, epoch, progress.step)
             progress = _advance(progress, outcome)
             yield _event(length, progress.step, epoch, rates, outcome, time.perf_counter() - started)
+            if validate_on is not None and _ends_epoch(length, progress.step):
+                yield Validated(progress.step, epoch + 1, stepper.validate(validate_on))
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
                 raise Diverged(f"{what}, up to {progress.step}", "lower learning_rate or max_grad_norm")
@@ -117,6 +121,16 @@ def train(
                     "the same command goes on",
                 )
     yield Finished(progress.step, progress.skipped)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn for one sample: its timestep (), noise (C, h, w) as the target has it, and the noise that
+    its input gets."""
+
+    timestep: Tensor
+    noise: Tensor
+    input_noise: Tensor
 
 
 @dataclass(frozen=True)
@@ -140,8 +154,12 @@ class Stepper:
         self.optimizer = optim.build_optimizer(config, adapter)
         self.compute = _compute_type(config, base)
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=self.compute == torch.float16)
-        self.alphas_cumprod = base.alphas_cumprod.to(base.device)
-        self.dropout = config.network_dropout > 0
+        _check_prediction(config, base)
+        plain = plain_alphas_cumprod(base.scheduler_config)
+        noised = loss.zero_terminal_snr(plain) if config.zero_terminal_snr else plain
+        self.plain_alphas = plain.to(base.device)  # for weights over timesteps
+        self.alphas_cumprod = noised.to(base.device)  # for noise and target
+        self.steps = range(config.first_timestep, min(config.end_timestep, len(plain)))
 
     def __enter__(self) -> Stepper:
         return self
@@ -156,14 +174,16 @@ class Stepper:
         samples = sum(len(micro) for micro in group)
         loss_sum = torch.zeros((), device=self.base.device)
         for number, micro in enumerate(group):
-            if self.dropout:
-                self.adapter.apply_dropout(self.config.seed, step, number)
+            self.adapter.apply_dropout(self.config.seed, step, number)
             share = self._losses(micro, epoch).sum() / samples
-            self.scaler.scale(share).backward()
+            if share.requires_grad:  # not where module_dropout left everything out
+                self.scaler.scale(share).backward()
             loss_sum += share.detach()
         self.adapter.apply_dropout()
-        self.scaler.unscale_(self.optimizer)
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        if not gradients:  # module_dropout left every module out
+            return Outcome(loss_sum.item(), 0.0)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         mean_loss, grad_norm = torch.stack([loss_sum, norm]).tolist()  # the step's only wait for the device
         skipped = "" if math.isfinite(grad_norm) else "gradient"
@@ -173,48 +193,100 @@ class Stepper:
             if self.config.max_grad_norm > 0 and grad_norm > self.config.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(self.weights, self.config.max_grad_norm, norm)
             self.scaler.step(self.optimizer)
+            if self.config.scale_weight_norms is not None:
+                self.adapter.limit_norms(self.config.scale_weight_norms)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(mean_loss, grad_norm, skipped)
 
+    def validate(self, split: Prepared) -> float:
+        """The validation loss of the adapter as it is now, without dropout."""
+        self.adapter.apply_dropout()
+        with self._autocast():
+            return validation.validation_loss(self.base, self.config, split)
+
     def _losses(self, micro: MicroBatch, epoch: int) -> Tensor:
         """Loss of each sample (B) with its own noise and timestep."""
-        device = self.base.device
-        latents = [self.prepared.latents[sample.item.sha256] for sample in micro]
+        device, config, prepared = self.base.device, self.config, self.prepared
+        views = [dataset.view_for(sample.item, config, epoch, sample.occurrence) for sample in micro]
+        latents = [prepared.latents[view].float() * self.base.latent_scale for view in views]
         draws = [self._draw(sample, latent, epoch) for sample, latent in zip(micro, latents, strict=True)]
-        latents_BCHW = torch.stack(latents).to(device, torch.float32) * self.base.latent_scale
-        noise_BCHW = torch.stack([noise for noise, _ in draws]).to(device)
-        timesteps_B = torch.stack([timestep for _, timestep in draws]).to(device)
-        noisy_BCHW = loss.add_noise(latents_BCHW, noise_BCHW, timesteps_B, self.alphas_cumprod)
-        sizes = [Sizes(*self.prepared.sizes[sample.item.sha256]) for sample in micro]
-        with torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32):
+        latents_BCHW = torch.stack(latents).to(device)
+        noise_BCHW = torch.stack([draw.noise for draw in draws]).to(device)
+        input_noise_BCHW = torch.stack([draw.input_noise for draw in draws]).to(device)
+        timesteps_B = torch.stack([draw.timestep for draw in draws]).to(device)
+        noisy_BCHW = loss.add_noise(latents_BCHW, input_noise_BCHW, timesteps_B, self.alphas_cumprod)
+        sizes = [Sizes(*prepared.sizes[view]) for view in views]
+        with self._autocast():
             states = self._text([self._caption(sample, epoch) for sample in micro])
             predicted_BCHW = self.base.predict(noisy_BCHW, timesteps_B, states, sizes)
-        return loss.sample_losses(
-            predicted_BCHW, noise_BCHW, timesteps_B, self.alphas_cumprod, self.config.min_snr_gamma
+        target_BCHW = noise_BCHW
+        if config.v_parameterization:
+            target_BCHW = loss.velocity(latents_BCHW, noise_BCHW, timesteps_B, self.alphas_cumprod)
+        losses_B = loss.sample_losses(
+            predicted_BCHW,
+            target_BCHW,
+            timesteps_B,
+            self.alphas_cumprod,
+            config,
+            masks_B1HW=_masks(prepared, views, latents_BCHW),
+            weights_alphas=self.plain_alphas,
         )
+        if config.prior_loss_weight != 1.0 and any(sample.item.is_reg for sample in micro):
+            weights = [config.prior_loss_weight if sample.item.is_reg else 1.0 for sample in micro]
+            losses_B = losses_B * torch.tensor(weights, device=device)
+        return losses_B
 
-    def _draw(self, sample: Sample, latent_CHW: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """The noise (C, h, w) and the timestep () of a sample in an epoch, on CPU."""
-        generator = keyed_generator(self.config.seed, epoch, sample.item.sha256, sample.occurrence)
-        timestep = torch.randint(0, len(self.base.alphas_cumprod), (), generator=generator)
+    def _draw(self, sample: Sample, latent_CHW: Tensor, epoch: int) -> Draw:
+        """What is drawn for a sample in an epoch, on CPU.  ``latent_CHW`` is scaled."""
+        config = self.config
+        generator = keyed_generator(config.seed, epoch, sample.item.sha256, sample.occurrence)
+        timestep = torch.randint(self.steps.start, self.steps.stop, (), generator=generator)
         noise = torch.randn(latent_CHW.shape, generator=generator)
-        if self.config.noise_offset > 0:
+        if config.noise_offset > 0:
             brightness = torch.randn((latent_CHW.shape[0], 1, 1), generator=generator)
-            noise = loss.offset_noise(noise, brightness, self.config.noise_offset)
-        return noise, timestep
+            strength = config.noise_offset
+            if config.noise_offset_random_strength:
+                strength *= float(torch.rand((), generator=generator))
+            offset: float | Tensor = strength
+            if config.adaptive_noise_scale is not None:
+                offset = loss.adaptive_offset(latent_CHW, strength, config.adaptive_noise_scale)
+            noise = loss.offset_noise(noise, brightness, offset)
+        if config.multires_noise_iterations:
+            noise = loss.pyramid_noise(
+                noise, config.multires_noise_iterations, config.multires_noise_discount, generator
+            )
+        input_noise = noise
+        if config.ip_noise_gamma:
+            strength = config.ip_noise_gamma
+            if config.ip_noise_gamma_random_strength:
+                strength *= float(torch.rand((), generator=generator))
+            input_noise = noise + strength * torch.randn(latent_CHW.shape, generator=generator)
+        return Draw(timestep, noise, input_noise)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.base.device.type, self.compute, enabled=self.compute != torch.float32)
 
     def _caption(self, sample: Sample, epoch: int) -> str:
         return dataset.caption_for(sample.item, self.config, epoch, sample.occurrence)
 
     def _text(self, captions: list[str]) -> TextStates:
         if self.config.trains_text_encoder:
-            return self.base.encode_text(captions, self.config.clip_skip)
+            return self.base.encode_text(captions, self.config.clip_skip, self.config.max_token_length)
         cached = self.prepared.text(captions)
         if cached is not None:
             return cached.to(self.base.device)
         with torch.no_grad():
-            return self.base.encode_text(captions, self.config.clip_skip)
+            return self.base.encode_text(captions, self.config.clip_skip, self.config.max_token_length)
+
+
+def _masks(prepared: Prepared, views: Sequence[str], latents_BCHW: Tensor) -> Tensor | None:
+    """Weights of the loss (B, 1, h, w), 1 where an image has none; None if none of them has any."""
+    masks = [prepared.masks.get(view) for view in views]
+    if all(mask is None for mask in masks):
+        return None
+    whole = torch.ones(latents_BCHW.shape[2:])
+    return torch.stack([whole if mask is None else mask for mask in masks])[:, None].to(latents_BCHW.device)
 
 
 def _epoch_groups(config: TrainConfig, prepared: Prepared, epoch: int) -> list[list[MicroBatch]]:
@@ -257,11 +329,20 @@ def _event(
         epoch=epoch + 1,
         total_epochs=length.total_epochs,
         loss=outcome.loss,
-        learning_rate=rates.get("unet", 0.0),
-        text_encoder_lr=rates.get("text_encoder", 0.0),
+        learning_rate=_highest(rates, "unet"),
+        text_encoder_lr=_highest(rates, "text_encoder"),
         grad_norm=outcome.grad_norm,
         seconds=seconds,
     )
+
+
+def _highest(rates: Mapping[str, float], component: str) -> float:
+    """The rate of a component; of several groups (block rates, two text encoders) the highest."""
+    return max((rate for name, rate in rates.items() if name.startswith(component)), default=0.0)
+
+
+def _ends_epoch(length: Plan, step: int) -> bool:
+    return step % length.steps_per_epoch == 0 or step == length.total_steps
 
 
 def _advance(progress: checkpoint.Progress, outcome: Outcome) -> checkpoint.Progress:
@@ -270,6 +351,21 @@ def _advance(progress: checkpoint.Progress, outcome: Outcome) -> checkpoint.Prog
             progress, step=progress.step + 1, skipped=progress.skipped + 1, in_a_row=progress.in_a_row + 1
         )
     return replace(progress, step=progress.step + 1, in_a_row=0)
+
+
+def _check_prediction(config: TrainConfig, base: Base) -> None:
+    """The base's files say what it predicts; training for the other would only destroy it."""
+    is_v = base.prediction_type == "v_prediction"
+    if is_v and not config.v_parameterization:
+        raise ConfigError(
+            f"{base.name} predicts v, but v_parameterization is not set",
+            "set v_parameterization = true (and zero_terminal_snr = true if the base was made with it)",
+        )
+    if config.v_parameterization and not is_v:
+        raise ConfigError(
+            f"v_parameterization is set, but {base.name} says that it predicts noise",
+            "leave it out; a v-prediction base says so by a v_pred key or in scheduler_config.json",
+        )
 
 
 def _compute_type(config: TrainConfig, base: Base) -> torch.dtype:

@@ -1,7 +1,7 @@
-"""LoRA files: kohya's keys and metadata out; kohya's and diffusers' names in.
+"""LoRA files, of every kind of adapter: kohya's and LyCORIS' keys and metadata out; theirs and diffusers' in.
 
 Owns the file format only.  What is in the file is what was scored: the adapter is rounded to the save
-precision before, and every setting travels in the metadata.
+precision before, and every setting travels in the metadata.  docs/adapters.md says which program reads what.
 """
 
 from __future__ import annotations
@@ -12,28 +12,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from trainer.adapter import SAVE_DTYPES, Adapter, Target
+from trainer.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target
 from trainer.bases.base import Base
 from trainer.config import TrainConfig
 from trainer.errors import ModelFileError
 from trainer.files import clean_text, write_atomic
+from trainer.kinds import KINDS
 from trainer.tensorfile import load_tensors, read_header, to_bytes
 
 CONFIG_KEY = "lora_hpo_config"
 SHOWN_KEYS = 5  # how many keys an error names
-HALVES = {
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
+# What a tensor's name may end in → the ending that this tool writes.
+ENDINGS = {
+    ".lora_down.weight": "lora_down.weight",
+    ".lora_up.weight": "lora_up.weight",
+    ".lora_A.weight": "lora_down.weight",
+    ".lora_B.weight": "lora_up.weight",
+    ".lora.down.weight": "lora_down.weight",
+    ".lora.up.weight": "lora_up.weight",
+    ".lora_linear_layer.down.weight": "lora_down.weight",
+    ".lora_linear_layer.up.weight": "lora_up.weight",
     ".alpha": "alpha",
+    f".{MAGNITUDE}": MAGNITUDE,
+    **{f".{ending}": ending for kind in ("LoHa", "LoKr") for ending in KINDS[kind].endings},
 }
+EXACT = ("alpha", MAGNITUDE)  # kept in fp32: half types cannot hold every alpha, and magnitudes nearly cancel
+ALGORITHMS = {"DoRA": "lora", "LoHa": "loha", "LoKr": "lokr"}  # LyCORIS' names
 
 
 @dataclass(frozen=True)
@@ -53,13 +60,12 @@ def write(
     config: TrainConfig,
     extra_metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the adapter as kohya's networks.lora would, atomically.  Weights in save_precision, alphas in
-    fp32 (half types cannot hold every alpha).  The bytes depend on weights, settings and metadata only, not
-    on time."""
+    """Write the adapter as kohya's networks.lora or LyCORIS would, atomically.  Weights in save_precision,
+    alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time."""
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
-        key: tensor if key.endswith(".alpha") else tensor.to(dtype).contiguous()
-        for key, tensor in adapter.state().items()
+        key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
+        for key, tensor in _with_unit_scales(adapter.state()).items()
     }
     training = {**training_metadata(base, config), **(extra_metadata or {})}
     metadata = {
@@ -74,20 +80,20 @@ def write(
 
 def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
     """sd-scripts' ss_* entries: readers choose the family by ss_base_model_version and show the rest."""
-    conv = {} if config.conv_dim is None else {"conv_dim": config.conv_dim, "conv_alpha": config.conv_alpha}
+    first_rate, second_rate = config.effective_text_encoder_lrs
     values = {
         "ss_v2": False,
         "ss_base_model_version": base.kohya_base_version,
         "ss_sd_model_name": base.name,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if config.network_type in ALGORITHMS else "networks.lora",
         "ss_network_dim": config.network_dim,
         "ss_network_alpha": config.network_alpha,
         "ss_network_dropout": config.network_dropout,
-        "ss_network_args": json.dumps({name: str(value) for name, value in conv.items()}),
+        "ss_network_args": json.dumps({name: str(value) for name, value in network_args(config).items()}),
         "ss_output_name": config.output_name,
         "ss_learning_rate": config.learning_rate,
         "ss_unet_lr": config.effective_unet_lr,
-        "ss_text_encoder_lr": config.effective_text_encoder_lr,
+        "ss_text_encoder_lr": first_rate if first_rate == second_rate else [first_rate, second_rate],
         "ss_optimizer": config.optimizer_type,
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
@@ -102,6 +108,25 @@ def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
         "ss_clip_skip": config.clip_skip,
         "ss_min_snr_gamma": config.min_snr_gamma,
         "ss_noise_offset": config.noise_offset,
+        "ss_noise_offset_random_strength": config.noise_offset_random_strength,
+        "ss_adaptive_noise_scale": config.adaptive_noise_scale,
+        "ss_multires_noise_iterations": config.multires_noise_iterations,
+        "ss_multires_noise_discount": config.multires_noise_discount,
+        "ss_ip_noise_gamma": config.ip_noise_gamma,
+        "ss_ip_noise_gamma_random_strength": config.ip_noise_gamma_random_strength,
+        "ss_debiased_estimation": config.debiased_estimation_loss,
+        "ss_loss_type": config.loss_type,
+        "ss_huber_schedule": config.huber_schedule,
+        "ss_huber_c": config.huber_c,
+        "ss_huber_scale": config.huber_scale,
+        "ss_zero_terminal_snr": config.zero_terminal_snr,
+        "ss_scale_weight_norms": config.scale_weight_norms,
+        "ss_prior_loss_weight": config.prior_loss_weight,
+        "ss_max_token_length": config.max_token_length,
+        "ss_caption_dropout_rate": config.caption_dropout_rate,
+        "ss_caption_dropout_every_n_epochs": config.caption_dropout_every_n_epochs,
+        "ss_caption_tag_dropout_rate": config.caption_tag_dropout_rate,
+        "ss_training_comment": config.training_comment,
         "ss_resolution": f"({config.resolution}, {config.resolution})",
         "ss_enable_bucket": config.enable_bucket,
         "ss_shuffle_caption": config.shuffle_caption,
@@ -110,22 +135,35 @@ def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
+def network_args(config: TrainConfig) -> dict[str, object]:
+    """What sd-scripts takes as network_args for these settings: of networks.lora, or of lycoris.kohya."""
+    values: dict[str, object] = {}
+    if config.network_type in ALGORITHMS:
+        values["algo"] = ALGORITHMS[config.network_type]
+    if config.network_type == "DoRA":
+        values |= {"dora_wd": True, "wd_on_output": False}
+    if config.conv_dim is not None:
+        values |= {"conv_dim": config.conv_dim, "conv_alpha": config.conv_alpha}
+    rates = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
+    names = ("rank_dropout", "module_dropout", *rates)
+    return values | {name: getattr(config, name) for name in names if getattr(config, name)}
+
+
 def read(path: Path) -> LoraFile:
-    """A LoRA file, header checked first.  Anything that is not one is refused."""
+    """A LoRA file of any kind, header checked first.  Anything that is not one is refused."""
     header = read_header(path)
-    foreign = [name for name in header.shapes if _half(name) is None]
+    foreign = [name for name in header.shapes if _ending(name) is None]
     if foreign or not header.shapes:
         raise ModelFileError(
             f"{path} holds more than a LoRA: {_listed(foreign)}" if foreign else f"{path} holds no tensors",
-            "LoHa, LoKr, DoRA and full models cannot be attached",
+            "LoRA, LoCon, DoRA, LoHa and LoKr can be attached; Tucker forms, other kinds and full models cannot",
         )
     tensors = load_tensors(path)
     return LoraFile(path, tensors, header.metadata, _family(header.metadata, header.shapes))
 
 
 def attach(base: Base, file: LoraFile) -> Adapter:
-    """Put a LoRA file into a base.  Every key must fit a module of the base, with both halves and equal
-    shapes."""
+    """Put a LoRA file into a base.  Every key must fit a module of the base, complete and in its shape."""
     if file.family != base.family:
         raise ModelFileError(
             f"{file.path.name} is a LoRA for {file.family}, the base {base.name} is {base.family}",
@@ -135,30 +173,81 @@ def attach(base: Base, file: LoraFile) -> Adapter:
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for name, tensor in file.tensors.items():
-        ending = _half(name)
+        ending = _ending(name)
         assert ending is not None
         module = name.removesuffix(ending)
         if module in known:
-            found.setdefault(module, {})[HALVES[ending]] = tensor
+            found.setdefault(module, {})[ENDINGS[ending]] = tensor
         else:
             unknown.append(name)
-    unknown += [module for module, parts in found.items() if not {"down", "up"} <= parts.keys()]
-    targets, weights = [], {}
+    targets: list[Target] = []
+    weights: dict[str, Tensor] = {}
     for module, parts in found.items():
         component, path, key = known[module]
-        if {"down", "up"} <= parts.keys():
-            rank = parts["down"].shape[0]
-            alpha = float(parts["alpha"]) if "alpha" in parts else _default_alpha(file, module, rank)
-            targets.append(Target(component, path, key, rank, alpha))
-            weights[f"{key}.lora_down.weight"], weights[f"{key}.lora_up.weight"] = parts["down"], parts["up"]
-            if not _fits(base.components()[component].get_submodule(path).weight, parts["down"], parts["up"]):
-                unknown.append(f"{module} {tuple(parts['down'].shape)}")
-    if unknown:
+        kind = _kind(parts)
+        weight = base.components()[component].get_submodule(path).weight
+        if kind is None or not _fits(kind, parts, weight):
+            shapes = ", ".join(f"{ending} {tuple(part.shape)}" for ending, part in parts.items())
+            unknown.append(f"{module} {shapes}")
+            continue
+        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        rank = KINDS[kind].rank_of(parts, alpha)
+        if alpha is None:
+            alpha = _default_alpha(file, module, rank)
+        if kind == "LoKr" and "lokr_w1" in parts and "lokr_w2" in parts:
+            alpha = float(rank)
+        targets.append(Target(component, path, key, rank, alpha, kind))
+        weights |= {f"{key}.{ending}": part for ending, part in parts.items() if ending != "alpha"}
+    kinds = {target.kind for target in targets}
+    if len(kinds) > 1:
+        raise ModelFileError(
+            f"{file.path.name} mixes {', '.join(sorted(kinds))}", "a file of one kind can be attached"
+        )
+    if unknown or not targets:
         raise ModelFileError(
             f"{len(unknown)} entries of {file.path.name} do not fit {base.name}: {_listed(unknown)}",
             "the file is partial, of another kind, or for another base",
         )
     return Adapter(base, targets, weights)
+
+
+def _kind(parts: Mapping[str, Tensor]) -> str | None:
+    """Which kind of adapter a module's tensors are, or None if they are of several or of none."""
+    endings = parts.keys() - {"alpha", MAGNITUDE}
+    for kind in ("LoRA", "LoHa", "LoKr"):
+        if endings and endings <= set(KINDS[kind].endings):
+            if MAGNITUDE not in parts:
+                return kind
+            return "DoRA" if kind == "LoRA" else None
+    return None
+
+
+def _fits(kind: str, parts: Mapping[str, Tensor], weight: Tensor) -> bool:
+    """Whether a module's tensors are complete and belong to a weight of this shape."""
+    if MAGNITUDE in parts:
+        ones = (1,) * (weight.dim() - 2)
+        per_input, per_output = (1, weight.shape[1], *ones), (weight.shape[0], 1, *ones)
+        if tuple(parts[MAGNITUDE].shape) not in (per_input, per_output):
+            return False
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        return False
+    return KINDS[kind].fits(parts, weight)
+
+
+def _with_unit_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state whose DoRA modules have alpha = rank and their scale in lora_up: A1111 scales after the
+    magnitude, the others before it, and a scale of 1 is the same for all."""
+    tensors = dict(state)
+    for name in state:
+        if not name.endswith(f".{MAGNITUDE}"):
+            continue
+        key = name.removesuffix(f".{MAGNITUDE}")
+        rank = float(state[f"{key}.lora_down.weight"].shape[0])
+        alpha = float(state[f"{key}.alpha"])
+        if alpha != rank:
+            tensors[f"{key}.lora_up.weight"] = state[f"{key}.lora_up.weight"] * (alpha / rank)
+            tensors[f"{key}.alpha"] = torch.tensor(rank)
+    return tensors
 
 
 def _known_names(base: Base) -> dict[str, tuple[str, str, str]]:
@@ -178,9 +267,9 @@ def _known_names(base: Base) -> dict[str, tuple[str, str, str]]:
     return known
 
 
-def _half(name: str) -> str | None:
-    """The ending of a LoRA tensor's name, or None if it has none of a LoRA's endings."""
-    return next((ending for ending in HALVES if name.endswith(ending)), None)
+def _ending(name: str) -> str | None:
+    """The ending of a tensor's name, or None if it has none that a LoRA of any kind has."""
+    return next((ending for ending in ENDINGS if name.endswith(ending)), None)
 
 
 def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -202,9 +291,10 @@ def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) 
     if any(mark in name for name in shapes for mark in marks):
         return "sdxl"
     # proj_in is a convolution in SD1.5 and linear in SDXL; cross-attention reads 768 or 2048 wide states
-    downs = {name: shape for name, shape in shapes.items() if HALVES.get(_half(name) or "") == "down"}
-    widths = {shape[-1] for name, shape in downs.items() if "attn2" in name and "to_k" in name}
-    flat = any("proj_in" in name and len(shape) == 2 for name, shape in downs.items())
+    readers = ("lora_down.weight", "hada_w1_b")
+    downs = {name: shape for name, shape in shapes.items() if ENDINGS.get(_ending(name) or "") in readers}
+    widths = {shape[-1] for name, shape in downs.items() if "attn2" in name and "to_k" in name and shape}
+    flat = any("proj_in" in n and len(shape) == 2 and ".hada" not in n for n, shape in downs.items())
     return "sdxl" if flat or 2048 in widths else "sd15"
 
 
@@ -218,14 +308,6 @@ def _default_alpha(file: LoraFile, module: str, rank: int) -> float:
     component, _, path = module.partition(".")
     pattern = settings.get(f"{component}.alpha_pattern") or {}
     return float(pattern.get(path, settings.get(f"{component}.lora_alpha", rank)))
-
-
-def _fits(weight: Tensor, down: Tensor, up: Tensor) -> bool:
-    """Whether two halves belong to a weight of this shape."""
-    rank = down.shape[0]
-    if weight.dim() == 2:
-        return down.shape == (rank, weight.shape[1]) and up.shape == (weight.shape[0], rank)
-    return down.shape == (rank, *weight.shape[1:]) and up.shape == (weight.shape[0], rank, 1, 1)
 
 
 def _file_hashes(tensors: dict[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
@@ -247,7 +329,7 @@ def _modelspec(base: Base, config: TrainConfig) -> dict[str, str]:
         "modelspec.implementation": base.kohya_implementation,
         "modelspec.title": config.output_name,
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
-        "modelspec.prediction_type": base.prediction_type,
+        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else base.prediction_type,
     }
 
 

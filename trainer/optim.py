@@ -42,7 +42,7 @@ def _cosine_with_restarts(config: TrainConfig, done: float) -> float:
 
 
 def _polynomial(config: TrainConfig, done: float) -> float:
-    start = max(config.effective_unet_lr, config.effective_text_encoder_lr)
+    start = max(config.effective_unet_lr, *config.effective_text_encoder_lrs)
     if start <= POLYNOMIAL_END:
         return 1.0
     end = POLYNOMIAL_END / start
@@ -135,22 +135,25 @@ OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], torch.optim.Optimizer]] = 
 
 
 def build_optimizer(config: TrainConfig, adapter: Adapter) -> torch.optim.Optimizer:
-    """The optimizer over one group for the U-Net and one for all text encoders, each at its own rate.
+    """The optimizer over one group for the U-Net and one for all text encoders, each at its own rate; with
+    block rates one group for each rate of the U-Net's, with text_encoder_lr1/2 one for each encoder.
 
     A group's ``base_lr`` is its full rate; ``set_rate`` scales it step by step.
     """
-    unet: list[Any] = []
-    text: list[Any] = []
-    for component, parameters in adapter.parameters_by_component().items():
-        (unet if component == "unet" else text).extend(parameters)
-    groups: Groups = []
-    if unet:
-        groups.append({"params": unet, "lr": config.effective_unet_lr, "name": "unet"})
-    if text:
-        groups.append({"params": text, "lr": config.effective_text_encoder_lr, "name": "text_encoder"})
-    for group in groups:
-        group["base_lr"] = group["lr"]
-    return OPTIMIZERS[config.optimizer_type](groups, config)
+    first, second = config.effective_text_encoder_lrs
+    groups: dict[str, dict[str, Any]] = {}
+    for layer in adapter.layers:
+        target = layer.target
+        if target.component == "unet":
+            lr = config.effective_unet_lr * target.rate
+            name = "unet" if target.rate == 1.0 else f"unet_x{target.rate:g}"
+        else:
+            is_second = target.component == "text_encoder_2"
+            lr = second if is_second else first
+            name = "text_encoder_2" if is_second and first != second else "text_encoder"
+        group = groups.setdefault(name, {"params": [], "lr": lr, "name": name, "base_lr": lr})
+        group["params"].extend(layer.weights.values())
+    return OPTIMIZERS[config.optimizer_type](list(groups.values()), config)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:

@@ -59,13 +59,15 @@ def read_header(path: Path) -> Header:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            if start[:2] == b"PK" or start[:1] == b"\x80":
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            fits = 2 <= length <= min(MAX_HEADER_BYTES, size - 8)
+            # only then: the length of a sound header may well begin with a pickle's first byte, 0x80
+            if not fits and (start[:2] == b"PK" or start[:1] == b"\x80"):
                 raise ModelFileError(
                     f"{path} is a pickle file with the name of a safetensors file",
                     "it was not opened; convert it",
                 )
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            if not fits:
                 raise _broken(
                     path, "its header does not fit into the file: it is cut off or no safetensors file"
                 )

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hpo.folder import StudyFolder, open_study, read_json
-from hpo.search import Limits, Stop
+from hpo.search import Limits
+from hpo.stop import Stop
 from tests.faults.zygote import attempt
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
 from trainer.errors import Interrupted

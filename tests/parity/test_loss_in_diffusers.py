@@ -7,6 +7,7 @@ from diffusers.training_utils import compute_snr
 
 from tests.tiny import SCHEDULER
 from trainer.bases.base import alphas_cumprod
+from trainer.config import TrainConfig
 from trainer.loss import add_noise, min_snr_weight, sample_losses
 
 
@@ -35,5 +36,5 @@ def test_min_snr_is_the_formula_of_diffusers_training_scripts(gamma):
 def test_the_mean_of_sample_losses_is_mse():
     generator = torch.Generator().manual_seed(0)
     predicted, target = (torch.randn(5, 4, 8, 8, generator=generator) for _ in range(2))
-    ours = sample_losses(predicted, target, torch.arange(5), alphas_cumprod(SCHEDULER), None).mean()
+    ours = sample_losses(predicted, target, torch.arange(5), alphas_cumprod(SCHEDULER), TrainConfig()).mean()
     torch.testing.assert_close(ours, torch.nn.functional.mse_loss(predicted, target))

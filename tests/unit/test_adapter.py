@@ -12,6 +12,7 @@ from trainer.adapter import inject, keyed_generator, targets_of
 from trainer.bases.base import Sizes
 from trainer.config import TrainConfig
 from trainer.errors import Diverged
+from trainer.optim import build_optimizer
 
 SIZES = Sizes((64, 64), (0, 0), (64, 64))
 CONFIG = TrainConfig(network_dim=4, network_alpha=2, seed=7)
@@ -239,3 +240,170 @@ def test_keyed_streams_depend_on_the_whole_key():
 
     assert first(1, "a") == first(1, "a")
     assert len({first(1, 2), first(2, 1), first(12), first("1/2", 0), first(1, 2, 0)}) == 5
+
+
+# Dropout of ranks and modules, norms, rates
+
+
+def dropping(kind="LoRA", **values):
+    base = tiny_base("sd15")
+    adapter = inject(base, CONFIG.with_values({"network_type": kind} | values))
+    randomise(adapter)
+    return base, adapter
+
+
+def test_rank_dropout_takes_whole_ranks_of_a_sample_and_scales_the_rest():
+    _, adapter = dropping(rank_dropout=0.5, network_dim=16)
+    for layer in (next(entry for entry in adapter.layers if entry.down.weight.dim() == n) for n in (2, 4)):
+        conv = layer.down.weight.dim() == 4
+        x = (
+            torch.randn(6, layer.down.weight.shape[1], 3, 3)
+            if conv
+            else torch.randn(6, 5, layer.down.weight.shape[1])
+        )
+        adapter.apply_dropout()
+        whole = layer.down(x)
+        adapter.apply_dropout(1, 2, 3)
+        dropped = layer.down(x)
+        kept = (dropped != 0).flatten(2).all(2) if conv else (dropped != 0).all(1)
+        gone = (dropped == 0).flatten(2).all(2) if conv else (dropped == 0).all(1)
+        assert torch.equal(kept, ~gone), "a rank is there for a sample, or it is not"
+        assert 0.2 < kept.float().mean() < 0.8
+        assert not all(torch.equal(kept[0], row) for row in kept[1:]), "samples have their own"
+        torch.testing.assert_close(dropped[dropped != 0], (whole * 2)[dropped != 0])
+        assert torch.equal(dropped, layer.down(x)), "recomputation must see the same mask"
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_rank_dropout_of_loha_and_lokr_takes_whole_rows_of_the_weight(kind):
+    _, adapter = dropping(kind, rank_dropout=0.5)
+    layer = max(adapter.layers, key=lambda entry: entry.wrapped.base_layer.weight.shape[0])
+    adapter.apply_dropout()
+    whole = layer.wrapped.get_delta_weight("lora").flatten(1)
+    adapter.apply_dropout(4, 5)
+    dropped = layer.wrapped.get_delta_weight("lora").flatten(1)
+    rows = dropped.abs().sum(1) > 0
+    assert 0.1 < rows.float().mean() < 0.9
+    torch.testing.assert_close(dropped[rows], whole[rows] * 2)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr"])
+def test_module_dropout_leaves_whole_modules_out_for_a_step(kind):
+    base, adapter = dropping(kind, module_dropout=0.5)
+    with_all = output(base)
+    adapter.apply_dropout(1, 2)
+    out = [layer.wrapped.disable_adapters for layer in adapter.layers]
+    assert 0.2 < sum(out) / len(out) < 0.8
+    assert not torch.equal(output(base), with_all)
+    adapter.apply_dropout(1, 3)
+    assert [layer.wrapped.disable_adapters for layer in adapter.layers] != out
+    adapter.apply_dropout(1, 2)
+    assert [layer.wrapped.disable_adapters for layer in adapter.layers] == out
+    states = base.encode_text(["a cat"])
+    base.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), states, [SIZES]).sum().backward()
+    for layer, left_out in zip(adapter.layers, out, strict=True):
+        assert all((weight.grad is None) == left_out for weight in layer.weights.values()), layer.target.key
+    adapter.apply_dropout()
+    assert torch.equal(output(base), with_all)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoCon", "DoRA", "LoHa", "LoKr"])
+def test_norms_above_the_limit_are_brought_to_it_and_others_left_alone(kind):
+    _, adapter = dropping(kind, conv_dim=2)
+    before = [layer.delta().norm().item() for layer in adapter.layers]
+    middle = len(before) // 2
+    limit = (
+        sum(sorted(before)[middle : middle + 2]) / 2
+    )  # between two: a norm at the limit may round to either side
+    weights = [[weight.clone() for weight in layer.weights.values()] for layer in adapter.layers]
+    adapter.limit_norms(limit)
+    for layer, norm, old in zip(adapter.layers, before, weights, strict=True):
+        assert layer.delta().norm().item() == pytest.approx(min(norm, limit), rel=1e-4)
+        if norm <= limit:
+            assert all(torch.equal(a, b) for a, b in zip(layer.weights.values(), old, strict=True))
+        if kind in ("LoRA", "LoCon") and norm > limit:  # kohya: both halves by the square root
+            torch.testing.assert_close(
+                layer.down.weight, old[0] * (limit / norm) ** 0.5, rtol=1e-4, atol=1e-8
+            )
+
+
+SD15_BLOCKS = {
+    "down_blocks.0.attentions.0.proj_in": ("down", 1),
+    "down_blocks.0.attentions.1.proj_in": ("down", 2),
+    "down_blocks.0.downsamplers.0.conv": ("down", 3),
+    "down_blocks.2.attentions.1.proj_in": ("down", 8),
+    "down_blocks.3.resnets.1.conv1": ("down", 11),
+    "mid_block.attentions.0.proj_in": ("mid", 0),
+    "mid_block.resnets.1.conv1": ("mid", 0),
+    "up_blocks.0.resnets.0.conv1": ("up", 0),
+    "up_blocks.0.upsamplers.0.conv": ("up", 2),
+    "up_blocks.1.attentions.0.proj_in": ("up", 3),
+    "up_blocks.3.attentions.2.proj_in": ("up", 11),
+}
+SDXL_BLOCKS = {
+    "down_blocks.0.resnets.0.conv1": ("down", 1),
+    "down_blocks.1.attentions.0.proj_in": ("down", 4),
+    "down_blocks.2.attentions.1.proj_in": ("down", 8),
+    "mid_block.resnets.0.conv1": ("mid", 0),
+    "mid_block.attentions.0.proj_in": ("mid", 1),
+    "mid_block.resnets.1.conv1": ("mid", 2),
+    "up_blocks.0.attentions.2.proj_in": ("up", 2),
+    "up_blocks.2.resnets.2.conv1": ("up", 8),
+}
+
+
+@pytest.mark.parametrize("family, blocks", [("sd15", SD15_BLOCKS), ("sdxl", SDXL_BLOCKS)])
+def test_every_module_has_the_rate_of_its_block_as_sd_scripts_counts_blocks(family, blocks):
+    sides = {"sd15": (12, 1, 12), "sdxl": (9, 3, 9)}[family]
+    lists = {
+        part: [round(base + 0.01 * place, 2) for place in range(count)]
+        for part, base, count in zip(("down", "mid", "up"), (0.1, 0.4, 0.7), sides, strict=True)
+    }
+    texts = {f"{part}_lr_weight": ",".join(map(str, values)) for part, values in lists.items()}
+    base = tiny_base(family, full_structure=True)
+    targets = {
+        t.path: t
+        for t in targets_of(base, CONFIG.with_values(texts | {"conv_dim": 2}))
+        if t.component == "unet"
+    }
+    assert len(targets) == {"sd15": 192 + 86, "sdxl": 722 + 66}[family]
+    for path, (part, number) in blocks.items():
+        assert targets[path].rate == lists[part][number], path
+
+
+def test_a_block_of_rate_zero_has_no_lora_and_others_have_their_own_group():
+    base = tiny_base("sd15", full_structure=True)
+    config = CONFIG.with_values(
+        {
+            "up_lr_weight": "0,0,0,1,1,1,0.5,0.5,0.5,0.5,0.5,0.5",
+            "unet_lr": 1e-3,
+            "text_encoder_lr": 1e-4,
+            "optimizer_type": "AdamW",
+        }
+    )
+    adapter = inject(base, config)
+    paths = {layer.target.path for layer in adapter.layers if layer.target.component == "unet"}
+    assert any(path.startswith("up_blocks.1") for path in paths)
+    groups = {group["name"]: group for group in build_optimizer(config, adapter).param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "unet": 1e-3,
+        "unet_x0.5": 5e-4,
+        "text_encoder": 1e-4,
+    }
+    none = targets_of(base, CONFIG.with_values({"up_lr_weight": "zeros"}))
+    assert not any(t.path.startswith("up_blocks") for t in none)
+
+
+def test_sdxls_text_encoders_have_their_own_rates_and_zero_trains_none():
+    base = tiny_base("sdxl")
+    rates = {"unet_lr": 1e-3, "text_encoder_lr1": 1e-4, "text_encoder_lr2": 5e-5, "optimizer_type": "AdamW"}
+    adapter = inject(base, CONFIG.with_values(rates))
+    groups = build_optimizer(CONFIG.with_values(rates), adapter).param_groups
+    assert {group["name"]: group["lr"] for group in groups} == {
+        "unet": 1e-3,
+        "text_encoder": 1e-4,
+        "text_encoder_2": 5e-5,
+    }
+    adapter.remove()
+    only = targets_of(base, CONFIG.with_values(rates | {"text_encoder_lr1": 0.0}))
+    assert {t.component for t in only} == {"unet", "text_encoder_2"}

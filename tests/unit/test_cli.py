@@ -60,8 +60,9 @@ def test_help_loads_neither_torch_nor_optuna() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    assert set(main.commands) == {"search", "status", "dashboard", "dataset"}
-    for words in ([], ["search"], ["status"], ["dashboard"], ["dataset"], ["dataset", "demo"]):
+    names = {"search", "status", "dashboard", "dataset", "train", "inspect", "export"}
+    assert set(main.commands) == names
+    for words in ([], *([name] for name in sorted(names)), ["dataset", "demo"], ["export", "kohya"]):
         result = hpo(*words, "--help")
         assert result.exit_code == 0 and "Usage:" in result.output
     assert hpo("--version").output.startswith("hpo 0.")

@@ -121,7 +121,8 @@ def test_what_was_translated_or_has_no_effect_is_said_once_per_key(tmp_path: Pat
     ):
         assert part in translated
     unused = {line.split(":")[0] for line in file.without_effect}
-    assert unused == {"datasets", "cache_latents", "output_dir", "save_every_n_epochs", "logging_dir"}
+    assert unused == {"datasets", "cache_latents"}
+    assert file.output_dir == "/out"
 
 
 def test_every_line_of_a_file_is_accounted_for(tmp_path: Path) -> None:
@@ -135,6 +136,7 @@ def test_every_line_of_a_file_is_accounted_for(tmp_path: Path) -> None:
         "lr_scheduler_args",
         "max_token_length",
         "network_module",
+        "output_dir",  # KohyaFile.output_dir
     }
     for line in KNOWN_GOOD.splitlines():
         key = line.split(" = ")[0].strip("[] ")
@@ -191,23 +193,18 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
 @pytest.mark.parametrize(
     ("line", "key"),
     [
-        ('network_module = "lycoris.kohya"', "network_module"),
+        ('network_module = "networks.oft"', "network_module"),
+        ('network_module = "lycoris.kohya"\nnetwork_args = ["algo=boft"]', "algo"),
         ('optimizer_type = "DAdaptAdam"', "optimizer_type"),
         ('optimizer_type = "Adafactor"', "relative_step"),
         ('optimizer_args = ["betas=(0.9, 0.99)"]', "betas"),
-        ('network_args = ["rank_dropout=0.1"]', "rank_dropout"),
+        ('network_args = ["loraplus_lr_ratio=16"]', "loraplus_lr_ratio"),
         ('lr_scheduler = "inverse_sqrt"', "lr_scheduler"),
         ('resolution = "512,768"', "resolution"),
-        ('reg_data_dir = "/reg"', "reg_data_dir"),
-        ("max_token_length = 225", "max_token_length"),
-        ("flip_aug = true", "flip_aug"),
-        ("caption_dropout_rate = 0.1", "caption_dropout_rate"),
-        ("v_parameterization = true", "v_parameterization"),
-        ("scale_weight_norms = 1.0", "scale_weight_norms"),
-        ("multires_noise_iterations = 6", "multires_noise_iterations"),
         ('vae = "x.safetensors"', "vae"),
-        ('loss_type = "huber"', "loss_type"),
-        ("min_timestep = 100", "min_timestep"),
+        ("random_crop = true", "random_crop"),
+        ("validation_split = 0.1", "validation_split"),
+        ('resume = "state"', "resume"),
     ],
 )
 def test_what_would_give_another_result_is_refused_with_a_reason(tmp_path: Path, line: str, key: str) -> None:
@@ -258,6 +255,39 @@ def test_values_that_ask_for_nothing_are_accepted(tmp_path: Path, line: str) -> 
 def test_translations_keep_their_meaning(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
     config = read(tmp_path, text).config.as_dict()
     assert {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flip_aug = true\nmax_token_length = 225", {"flip_aug": True, "max_token_length": 225}),
+        ('loss_type = "huber"\nhuber_c = 0.2', {"loss_type": "huber", "huber_c": 0.2}),
+        (
+            "scale_weight_norms = 0\nsave_every_n_steps = 0",
+            {"scale_weight_norms": None, "save_every_n_steps": None},
+        ),
+        ("max_train_epochs = 12\nsave_n_epoch_ratio = 4", {"save_every_n_epochs": 3}),
+        (
+            'network_args = ["down_lr_weight=0,.5,1", "mid_lr_weight=2", "up_lr_weight=sine+.25"]',
+            {"down_lr_weight": "0,0.5,1", "mid_lr_weight": "2", "up_lr_weight": "sine+.25"},
+        ),
+        (
+            'network_module = "lycoris.kohya"\nnetwork_dim = 8\nnetwork_args = ["algo=lokr", "preset=attn-mlp"]',
+            {"network_type": "LoKr", "conv_dim": None},
+        ),
+        (
+            'network_module = "lycoris.kohya"\nnetwork_dim = 8\nnetwork_args = ["dora_wd=True", "conv_dim=4"]',
+            {"network_type": "DoRA", "conv_dim": 4, "conv_alpha": 1.0},
+        ),
+        (
+            'network_module = "lycoris.kohya"\nnetwork_dim = 8\nnetwork_alpha = 2',
+            {"network_type": "LoCon", "conv_dim": 8, "conv_alpha": 2.0},
+        ),
+    ],
+)
+def test_a_key_means_the_same_here(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+    config = read(tmp_path, text).require_all().config
+    assert {name: getattr(config, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.singlefile import save_single_file
 from tests.tiny import save_folder, tiny_base
+from trainer.bases import detect
 from trainer.bases import load as load_module
 from trainer.bases.hub import weight_files
 from trainer.bases.load import load_base
 from trainer.errors import ModelFileError
-from trainer.tensorfile import load_tensors, read_header
+from trainer.tensorfile import Header, load_tensors, read_header
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +140,6 @@ TEXT = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weigh
         ({K: (2, 4096)}, "cross-attention reads 4096 wide"),
         ({IN: (4, 9, 3, 3)}, "is an inpainting model"),
         ({IN: (4, 8, 3, 3)}, "InstructPix2Pix"),
-        ({"v_pred": (1,)}, "is a v-prediction model"),
-        ({"ztsnr": (1,)}, "zero-terminal-SNR"),
         ({"edm_mean": (1,)}, "is an EDM model"),
         ({TEXT: None}, "has no text encoder"),
         ({"first_stage_model.decoder.conv_in.weight": None}, "has no VAE"),
@@ -162,6 +161,34 @@ def edit(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def test_a_v_prediction_folder_says_so_and_its_schedule_ends_in_pure_noise(folder):
+    schedule = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    plain = load_base(str(folder))
+    edit(folder / "scheduler/scheduler_config.json", **schedule)
+    base = load_base(str(folder))
+    assert (plain.prediction_type, base.prediction_type) == ("epsilon", "v_prediction")
+    assert base.alphas_cumprod[-1] == 2.0**-24 < plain.alphas_cumprod[-1]
+    assert base.alphas_cumprod[0] == pytest.approx(plain.alphas_cumprod[0].item())
+
+
+@pytest.mark.parametrize(
+    "shapes, metadata, schedule",
+    [
+        ({}, {}, {}),
+        ({"v_pred": (0,)}, {}, {"prediction_type": "v_prediction"}),
+        (
+            {"v_pred": (0,), "ztsnr": (0,)},
+            {},
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        ),
+        ({}, {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
+        ({}, {"modelspec.prediction_type": "epsilon"}, {}),
+    ],
+)
+def test_a_single_file_says_what_it_predicts(shapes, metadata, schedule):
+    assert detect.schedule_of_file(Header(shapes, metadata)) == schedule
+
+
 @pytest.mark.parametrize(
     "file, values, message",
     [
@@ -177,8 +204,7 @@ def edit(path, **values):
             {"down_block_types": ["NoSuchBlock"]},
             "configuration of unet describes no network",
         ),
-        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "is a v-prediction model"),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "zero-terminal-SNR"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "is a sample model"),
         ("text_encoder/config.json", {"vocab_size": 300}, "tensors of another shape"),
     ],
 )

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
-from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer import loop
+from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_prepared
+from trainer import dataset, loop
 from trainer.adapter import inject
+from trainer.bases.base import Parts
 from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from trainer.events import Finished, Saved, Skipped, Step
 from trainer.loop import train
@@ -341,3 +343,208 @@ def test_a_closed_generator_leaves_the_base_usable():
     assert not any(getattr(m, "gradient_checkpointing", False) for m in base.unet.modules())
     assert all(weight.grad is None for weight in adapter.trainable())
     adapter.remove()
+
+
+# Regularisation images, masks, timesteps, v-prediction, norms
+
+
+def losses_of(base, config, prepared):
+    adapter = inject(base, config)
+    events = list(train(config, base, adapter, prepared))
+    adapter.remove()
+    return [event.loss for event in events if isinstance(event, Step)]
+
+
+def test_regularisation_images_weigh_prior_loss_weight():
+    base = tiny_base("sd15")
+    config = tiny_config(train_batch_size=1, max_train_epochs=1, learning_rate=1e-9)
+    prepared = tiny_prepared(base, config)
+    items = prepared.dataset.items
+    mixed = replace(prepared.dataset, items=(replace(items[0], is_reg=True), *items[1:]))
+    order = [b.items[0] for b in dataset.epoch_batches(mixed, prepared.buckets, config, 0)]
+    prepared.dataset = mixed
+    plain = losses_of(base, config, prepared)
+    halved = losses_of(base, replace(config, prior_loss_weight=0.5), prepared)
+    for index, first, second in zip(order, plain, halved, strict=True):
+        assert second == pytest.approx(first * (0.5 if index == 0 else 1.0), rel=1e-5)
+
+
+def test_a_masked_image_is_trained_where_its_mask_is_white():
+    """Half of one image's mask black: its loss is that half's share, and no other image's changes."""
+    base = tiny_base("sd15")
+    config = tiny_config(train_batch_size=4, max_train_epochs=1, learning_rate=1e-9)
+    prepared = tiny_prepared(base, config)
+    adapter = inject(base, config)
+    stepper = loop.Stepper(config, base, adapter, prepared)
+    micro = loop._epoch_groups(config, prepared, 0)[0][0]
+    plain = stepper._losses(micro, 0)
+    left, right = torch.ones(8, 8), torch.ones(8, 8)
+    left[:, 4:], right[:, :4] = 0.0, 0.0
+    halves = []
+    for mask in (left, right):
+        prepared.masks = {micro[1].item.sha256: mask}
+        halves.append(stepper._losses(micro, 0))
+    adapter.remove()
+    torch.testing.assert_close(halves[0][1] + halves[1][1], plain[1])
+    for row in (0, 2, 3):
+        torch.testing.assert_close(halves[0][row], plain[row])
+
+
+def test_only_the_timesteps_between_min_and_max_are_trained():
+    base = tiny_base("sd15")
+    config = tiny_config(min_timestep=200, max_timestep=210)
+    prepared = tiny_prepared(base, config)
+    adapter = inject(base, config)
+    stepper = loop.Stepper(config, base, adapter, prepared)
+    drawn = {
+        int(stepper._draw(loop.Sample(prepared.dataset.items[0], n), torch.zeros(4, 8, 8), 0).timestep)
+        for n in range(300)
+    }
+    adapter.remove()
+    assert drawn == set(range(200, 210))
+
+
+def test_each_noise_setting_changes_what_it_says_and_nothing_else():
+    base = tiny_base("sd15")
+    latent = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def draw(**values):
+        config = tiny_config(**values)
+        adapter = inject(base, config)
+        prepared = tiny_prepared(base, config)
+        drawn = loop.Stepper(config, base, adapter, prepared)._draw(
+            loop.Sample(prepared.dataset.items[0], 0), latent, 0
+        )
+        adapter.remove()
+        return drawn
+
+    plain = draw()
+    assert torch.equal(plain.noise, plain.input_noise)
+    perturbed = draw(ip_noise_gamma=0.1)
+    assert torch.equal(perturbed.noise, plain.noise), "the target stays"
+    extra = perturbed.input_noise - plain.noise
+    assert extra.std() == pytest.approx(0.1, rel=0.2)
+    varied = draw(ip_noise_gamma=0.1, ip_noise_gamma_random_strength=True)
+    assert 0 < (varied.input_noise - plain.noise).std() < 0.1
+    offset = draw(noise_offset=0.1).noise - plain.noise
+    assert offset.flatten(1).std(1).max() < 1e-6
+    weaker = draw(noise_offset=0.1, noise_offset_random_strength=True).noise - plain.noise
+    ratio = weaker[:, 0, 0] / offset[:, 0, 0]
+    assert 0 < ratio[0] < 1
+    torch.testing.assert_close(ratio, ratio[:1].expand(4))
+    adaptive = draw(noise_offset=0.1, adaptive_noise_scale=0.5).noise - plain.noise
+    expected = (0.1 + 0.5 * latent.mean(dim=(1, 2)).abs()) / 0.1
+    torch.testing.assert_close(adaptive[:, 0, 0] / offset[:, 0, 0], expected)
+    coarse = draw(multires_noise_iterations=6)
+    assert coarse.noise.std() == pytest.approx(1.0, abs=1e-4)
+    assert torch.equal(coarse.noise, coarse.input_noise)
+    assert {int(d.timestep) for d in (plain, perturbed, coarse)} == {int(plain.timestep)}
+
+
+def v_base(**schedule):
+    base = tiny_base("sd15")
+    return type(base)(
+        "tiny-v",
+        "tiny-v",
+        Parts(
+            base.unet,
+            base.vae,
+            tuple(base.text_encoders),
+            tuple(base.tokenizers),
+            SCHEDULER | {"prediction_type": "v_prediction"} | schedule,
+        ),
+    )
+
+
+def test_v_prediction_learns_the_velocity(monkeypatch):
+    base = v_base()
+    config = tiny_config(v_parameterization=True, train_batch_size=2, max_train_epochs=1, learning_rate=1e-9)
+    prepared = tiny_prepared(base, config)
+    seen = {}
+    original = base.predict
+
+    def predict(noisy, timesteps, states, sizes):
+        seen.update(noisy=noisy, timesteps=timesteps, predicted=original(noisy, timesteps, states, sizes))
+        return seen["predicted"]
+
+    monkeypatch.setattr(base, "predict", predict)
+    adapter = inject(base, config)
+    stepper = loop.Stepper(config, base, adapter, prepared)
+    micro = loop._epoch_groups(config, prepared, 0)[0][0]
+    losses = stepper._losses(micro, 0)
+    adapter.remove()
+    scheduler = DDPMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    latents = torch.stack([prepared.latents[s.item.sha256] for s in micro]) * base.latent_scale
+    alphas = scheduler.alphas_cumprod[seen["timesteps"]].view(-1, 1, 1, 1)
+    noise = (seen["noisy"] - alphas.sqrt() * latents) / (1 - alphas).sqrt()
+    target = scheduler.get_velocity(latents, noise, seen["timesteps"])
+    expected = (seen["predicted"] - target).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_zero_terminal_snr_trains_the_last_step_on_pure_noise(monkeypatch):
+    base = v_base(rescale_betas_zero_snr=True)
+    config = tiny_config(
+        v_parameterization=True,
+        zero_terminal_snr=True,
+        min_timestep=999,
+        min_snr_gamma=5.0,
+        max_train_epochs=1,
+    )
+    prepared = tiny_prepared(base, config)
+    adapter = inject(base, config)
+    stepper = loop.Stepper(config, base, adapter, prepared)
+    micro = loop._epoch_groups(config, prepared, 0)[0][0]
+    seen = []
+    original = base.predict
+    monkeypatch.setattr(base, "predict", lambda noisy, *rest: seen.append(noisy) or original(noisy, *rest))
+    losses = stepper._losses(micro, 0)
+    adapter.remove()
+    noise = torch.stack([stepper._draw(s, torch.zeros(4, 8, 8), 0).noise for s in micro])
+    assert torch.equal(seen[0], noise)
+    assert losses.isfinite().all()
+    assert (losses > 0).all()
+
+
+def test_a_base_is_not_trained_for_what_it_does_not_predict():
+    with pytest.raises(ConfigError, match="predicts v, but v_parameterization is not set"):
+        run(v_base(), tiny_config())
+    with pytest.raises(ConfigError, match="says that it predicts noise"):
+        run(tiny_base("sd15"), tiny_config(v_parameterization=True))
+
+
+def test_norms_stay_below_scale_weight_norms():
+    base = tiny_base("sd15")
+    config = tiny_config(scale_weight_norms=0.01, learning_rate=1e-2, max_train_epochs=3)
+    adapter = inject(base, config)
+    list(train(config, base, adapter, tiny_prepared(base, config)))
+    norms = [layer.delta().norm().item() for layer in adapter.layers]
+    adapter.remove()
+    assert max(norms) <= 0.01 * (1 + 1e-4)
+    assert max(norms) > 0.0099, "the limit was reached, so this says something"
+
+
+def test_a_step_without_any_module_changes_nothing():
+    base = tiny_base("sd15")
+    config = tiny_config(module_dropout=0.95, max_train_epochs=1)
+    adapter = inject(base, config)
+    adapter.layers = adapter.layers[:1]
+    events = list(train(config, base, adapter, tiny_prepared(base, config)))
+    adapter.remove()
+    assert events[-1] == Finished(2, 0)
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "LoHa", "LoKr"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_every_kind_trains_and_recomputing_gives_the_same_weights(kind, family):
+    base = tiny_base(family)
+    dropout = {"network_dropout": 0.2} if kind == "DoRA" else {}
+    config = tiny_config(network_type=kind, conv_dim=2, rank_dropout=0.2, module_dropout=0.2, **dropout)
+    events, plain = run(base, config)
+    assert all(isinstance(event, Step) for event in events[:-1])
+    _, recomputed = run(base, replace(config, gradient_checkpointing=True))
+    assert plain == recomputed
+    bf16_events, _ = run(base, replace(config, mixed_precision="bf16"))
+    assert bf16_events[0].loss == pytest.approx(events[0].loss, rel=0.05)

@@ -4,6 +4,7 @@ import torch
 
 from tests.tiny import SCHEDULER
 from trainer.bases.base import alphas_cumprod
+from trainer.config import TrainConfig
 from trainer.loss import add_noise, min_snr_weight, offset_noise, sample_losses
 
 ALPHAS = alphas_cumprod(SCHEDULER)
@@ -21,8 +22,8 @@ def test_each_sample_has_its_own_mean():
     predicted, target = torch.zeros(2, 4, 2, 2), torch.zeros(2, 4, 2, 2)
     target[1] = 3.0
     steps = torch.tensor([10, 900])
-    assert sample_losses(predicted, target, steps, ALPHAS, None).tolist() == [0.0, 9.0]
-    weighted = sample_losses(predicted, target, steps, ALPHAS, 5.0)
+    assert sample_losses(predicted, target, steps, ALPHAS, TrainConfig()).tolist() == [0.0, 9.0]
+    weighted = sample_losses(predicted, target, steps, ALPHAS, TrainConfig(min_snr_gamma=5.0))
     torch.testing.assert_close(weighted[1], 9.0 * min_snr_weight(steps, ALPHAS, 5.0)[1])
 
 

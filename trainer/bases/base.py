@@ -20,6 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.loss import zero_terminal_snr
+
+WINDOW_TOKENS = 75  # what CLIP reads at once, without start and end mark
+
 
 class Sizes(NamedTuple):
     """What SDXL is told about an image, in px: size before resizing, crop offset, size as trained.  Rows
@@ -145,14 +149,36 @@ class Base(ABC):
 
     def token_ids(self, captions: Sequence[str], encoder: int) -> Tensor:
         """Token ids (B, L) for one text encoder: cut to its length, padded with its tokenizer's pad id."""
+        return self.token_windows(captions, encoder, None)[:, 0]
+
+    def token_windows(self, captions: Sequence[str], encoder: int, max_token_length: int | None) -> Tensor:
+        """Token ids (B, W, L) of captions of up to ``max_token_length`` tokens, in W windows of 75 between a
+        start and an end mark.
+
+        As sd-scripts cuts them (library/strategy_base.py): a window whose text goes on ends with the end mark;
+        where padding is not the end mark (SDXL's second encoder), a window of padding begins with one.
+        """
         tokenizer = self._tokenizer(encoder)
-        length = min(tokenizer.model_max_length, self.text_encoders[encoder].config.max_position_embeddings)
+        window = min(tokenizer.model_max_length, self.text_encoders[encoder].config.max_position_embeddings)
+        inner = window - 2
+        windows = 1 if max_token_length is None else max_token_length // WINDOW_TOKENS
+        length = windows * inner + 2
         rows = tokenizer(list(captions), truncation=True, max_length=length)["input_ids"]
-        pad = self.tokenizers[encoder].pad_token_id
-        return torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)
+        pad, end = self.tokenizers[encoder].pad_token_id, tokenizer.eos_token_id
+        ids_BL = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)
+        if windows == 1:
+            return ids_BL[:, None]
+        middle_BWL = ids_BL[:, 1:-1].reshape(len(rows), windows, inner).clone()
+        first_BW1 = ids_BL[:, :1, None].expand(-1, windows, 1)
+        last_BW1 = ids_BL[:, -1:, None].expand(-1, windows, 1)
+        if pad != end:
+            ending = middle_BWL[..., -1:]
+            last_BW1 = torch.where((ending != end) & (ending != pad), end, last_BW1)
+            middle_BWL[..., 0] = torch.where(middle_BWL[..., 0] == pad, end, middle_BWL[..., 0])
+        return torch.cat([first_BW1, middle_BWL, last_BW1], dim=-1)
 
     def token_count(self, text: str) -> int:
-        """Tokens of a text, without the start and end marks.  Encoders read at most 75."""
+        """Tokens of a text, without the start and end marks.  Encoders read at most 75 at once."""
         return len(self.tokenizers[0](text, add_special_tokens=False)["input_ids"])
 
     def _tokenizer(self, encoder: int) -> Any:
@@ -167,8 +193,13 @@ class Base(ABC):
         return all(tokenizer.get_vocab() == first for tokenizer in self.tokenizers[1:])
 
     @abstractmethod
-    def encode_text(self, captions: Sequence[str], clip_skip: int | None = None) -> TextStates:
-        """Captions → states on the base's device.  Differentiable; wrap in ``torch.no_grad`` for a cache."""
+    def encode_text(
+        self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
+    ) -> TextStates:
+        """Captions → states on the base's device.  Differentiable; wrap in ``torch.no_grad`` for a cache.
+
+        ``max_token_length``: 150 or 225 reads longer captions, L = 152 or 227; unset and 75 read 75, L = 77.
+        """
 
     # Images
 
@@ -258,7 +289,20 @@ def compute_type(mixed_precision: str, device: torch.device | str) -> torch.dtyp
 
 
 def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
-    """ᾱ_t for every training timestep, fp32 on CPU.  Both families: scaled-linear β from 0.00085 to 0.012."""
+    """ᾱ_t for every training timestep, fp32 on CPU.  Both families: scaled-linear β from 0.00085 to 0.012.
+
+    A base with zero terminal SNR has its schedule rescaled; the last ᾱ is 2⁻²⁴ instead of 0, because samplers
+    divide by it (diffusers does so too).
+    """
+    alphas_T = plain_alphas_cumprod(scheduler_config)
+    if scheduler_config.get("rescale_betas_zero_snr"):
+        alphas_T = zero_terminal_snr(alphas_T)
+        alphas_T[-1] = 2.0**-24
+    return alphas_T
+
+
+def plain_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
+    """The same, never rescaled."""
     steps = int(scheduler_config.get("num_train_timesteps", 1000))
     start, end = scheduler_config.get("beta_start", 0.00085), scheduler_config.get("beta_end", 0.012)
     schedule = scheduler_config.get("beta_schedule", "scaled_linear")
@@ -283,6 +327,15 @@ def inner_encoder(encoder: Any) -> Any:
     """The network that holds ``final_layer_norm``: transformers wraps only some encoders in
     ``text_model``."""
     return getattr(encoder, "text_model", encoder)
+
+
+def join_windows(states_BWLD: Tensor) -> Tensor:
+    """States of W windows as those of one long text (B, 75·W + 2, D): one start mark, what is between the
+    marks of every window, and the last window's end mark (sd-scripts library/strategy_sd.py)."""
+    if states_BWLD.shape[1] == 1:
+        return states_BWLD[:, 0]
+    middle_BLD = states_BWLD[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([states_BWLD[:, 0, :1], middle_BLD, states_BWLD[:, -1, -1:]], dim=1)
 
 
 def first_position(ids_BL: Tensor, token: int) -> Tensor:

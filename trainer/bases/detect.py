@@ -29,8 +29,6 @@ FOREIGN_KEYS = (
 )
 # A marker key of a whole checkpoint → its kind.
 MARKER_KEYS = {
-    "v_pred": "a v-prediction model",
-    "ztsnr": "a zero-terminal-SNR model",
     "edm_mean": "an EDM model (Playground)",
     "edm_vpred.sigma_max": "an EDM v-prediction model",
 }
@@ -69,8 +67,6 @@ def family_of_file(path: Path, header: Header) -> str:
     for key, kind in MARKER_KEYS.items():
         if key in header.shapes:
             raise _refused(path, kind)
-    if header.metadata.get("modelspec.prediction_type", "epsilon") not in ("epsilon", "eps"):
-        raise _refused(path, "a v-prediction model")
     first = header.shapes.get(f"{UNET}input_blocks.0.0.weight")
     if first is None:
         raise ModelFileError(
@@ -110,11 +106,21 @@ def family_of_folder(folder: Path) -> str:
         raise _refused(folder, CONTEXT_FOREIGN[unet["cross_attention_dim"]])
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
+    if prediction not in ("epsilon", "v_prediction"):
         raise _refused(folder, f"a {str(prediction)[:40].replace('_', '-')} model")
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise _refused(folder, "a zero-terminal-SNR model")
     return family
+
+
+def schedule_of_file(header: Header) -> dict[str, Any]:
+    """What a single file says of its noise schedule, in diffusers' names: marker keys ``v_pred`` and
+    ``ztsnr`` (as ComfyUI reads them), or modelspec's prediction type."""
+    says_v = header.metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
+    schedule: dict[str, Any] = {}
+    if "v_pred" in header.shapes or says_v:
+        schedule["prediction_type"] = "v_prediction"
+    if "ztsnr" in header.shapes:
+        schedule["rescale_betas_zero_snr"] = True
+    return schedule
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def load_base(
     else:
         header = read_header(path)
         family = detect.family_of_file(path, header)
-        parts, weight_paths = _parts_of_file(path, family, dtype, no_half_vae), {path.name: path}
+        schedule = detect.schedule_of_file(header)
+        parts, weight_paths = _parts_of_file(path, family, dtype, no_half_vae, schedule), {path.name: path}
     base = FAMILIES[family](_short_name(spec), _identity(weight_paths, parts), parts)
     return base.to(device)
 
@@ -228,9 +229,11 @@ def _folder_tokenizer(folder: Path, encoder: Any) -> Any:
 # Single files in the original layout
 
 
-def _parts_of_file(path: Path, family: str, dtype: torch.dtype, no_half_vae: bool) -> Parts:
+def _parts_of_file(
+    path: Path, family: str, dtype: torch.dtype, no_half_vae: bool, schedule: Mapping[str, Any]
+) -> Parts:
     """Every network of a single file, renamed to diffusers' names, checked and filled from shipped
-    configurations."""
+    configurations; ``schedule`` is what the file says otherwise of its noise."""
     configs = CONFIGS / family
     original = load_tensors(path)
     networks: dict[str, Any] = {}
@@ -242,7 +245,7 @@ def _parts_of_file(path: Path, family: str, dtype: torch.dtype, no_half_vae: boo
         networks[component] = model
     tokenizers = tuple(clip_tokenizer(0 if name == "tokenizer_2" else None) for name in TOKENIZERS[family])
     scheduler = detect.read_json(configs / "scheduler" / "scheduler_config.json")
-    return _assembled(networks, family, tokenizers, scheduler)
+    return _assembled(networks, family, tokenizers, {**scheduler, **schedule})
 
 
 def _converted(component: str, model: Any, original: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from trainer.bases.base import Base, Sizes, TextStates, last_state
+from trainer.bases.base import Base, Sizes, TextStates, join_windows, last_state
 
 
 class SD15(Base):
@@ -18,8 +18,12 @@ class SD15(Base):
     kohya_architecture = "stable-diffusion-v1/lora"
     kohya_implementation = "diffusers"
 
-    def encode_text(self, captions: Sequence[str], clip_skip: int | None = None) -> TextStates:
-        return TextStates(last_state(self.text_encoders[0], self.token_ids(captions, 0), clip_skip))
+    def encode_text(
+        self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
+    ) -> TextStates:
+        ids_BWL = self.token_windows(captions, 0, max_token_length)
+        states = last_state(self.text_encoders[0], ids_BWL.flatten(0, 1), clip_skip)
+        return TextStates(join_windows(states.unflatten(0, ids_BWL.shape[:2])))
 
     def predict(
         self, noisy_BCHW: Tensor, timesteps_B: Tensor, states: TextStates, sizes: Sequence[Sizes]

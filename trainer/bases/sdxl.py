@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trainer.bases.base import Base, Sizes, TextStates, first_position
+from trainer.bases.base import Base, Sizes, TextStates, first_position, join_windows
 
 # diffusers' names inside a resnet and inside a sampler → sgm's (sd-scripts library/sdxl_model_util.py)
 _RESNET = {
@@ -28,18 +28,22 @@ class SDXL(Base):
     kohya_architecture = "stable-diffusion-xl-v1-base/lora"
     kohya_implementation = "https://github.com/Stability-AI/generative-models"
 
-    def encode_text(self, captions: Sequence[str], clip_skip: int | None = None) -> TextStates:
+    def encode_text(
+        self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
+    ) -> TextStates:
         """Both encoders' last-but-one layers side by side, no final norm; the pooled vector is the second
-        encoder's final state at the first end mark × its projection.  ``clip_skip`` has no meaning here and
-        is not used."""
-        first, second = self.text_encoders
-        ids_BL = [self.token_ids(captions, encoder) for encoder in (0, 1)]
-        states = [first(ids_BL[0], output_hidden_states=True), second(ids_BL[1], output_hidden_states=True)]
-        end_B = first_position(ids_BL[1], self._tokenizer(1).eos_token_id)
-        final_BD = states[1].last_hidden_state[torch.arange(len(captions), device=end_B.device), end_B]
-        return TextStates(
-            torch.cat([state.hidden_states[-2] for state in states], dim=-1), second.text_projection(final_BD)
-        )
+        encoder's final state at the first end mark of the first window × its projection.  ``clip_skip`` has
+        no meaning here and is not used."""
+        hidden = []
+        for number, encoder in enumerate(self.text_encoders):
+            ids_BWL = self.token_windows(captions, number, max_token_length)
+            states = encoder(ids_BWL.flatten(0, 1), output_hidden_states=True)
+            hidden.append(join_windows(states.hidden_states[-2].unflatten(0, ids_BWL.shape[:2])))
+        # of the second encoder, the last of the loop
+        end_B = first_position(ids_BWL[:, 0], self._tokenizer(1).eos_token_id)
+        final_BLD = states.last_hidden_state.unflatten(0, ids_BWL.shape[:2])[:, 0]
+        final_BD = final_BLD[torch.arange(len(captions), device=end_B.device), end_B]
+        return TextStates(torch.cat(hidden, dim=-1), encoder.text_projection(final_BD))
 
     def predict(
         self, noisy_BCHW: Tensor, timesteps_B: Tensor, states: TextStates, sizes: Sequence[Sizes]

@@ -1,0 +1,103 @@
+"""Training one adapter and writing its log: what a trial and ``hpo train`` share.
+
+Owns train.jsonl and that no adapter stays in the base when something goes wrong.  The loop itself is
+``trainer.loop``; what becomes of the adapter is the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import MachineError
+from trainer.files import append_line, read_records, write_atomic
+
+if TYPE_CHECKING:
+    from trainer.adapter import Adapter
+    from trainer.bases.base import Base
+    from trainer.cache import Prepared
+    from trainer.config import TrainConfig
+    from trainer.events import Event
+
+
+class StepLog:
+    """train.jsonl: one line an event.  Lines beyond the checkpoint that a run goes on from are taken back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fresh = True
+
+    def write(self, event: Event) -> None:
+        values = {"event": type(event).__name__.lower(), **asdict(event)}
+        values.pop("path", None)
+        if self._fresh:
+            first = values["steps"] + 1 if values["event"] == "finished" else values["step"]
+            kept = [json.dumps(row) for row in read_records(self.path) if row.get("step", 0) < first]
+            write_atomic(self.path, "".join(line + "\n" for line in kept))
+            self._fresh = False
+        append_line(self.path, json.dumps(values))
+
+
+def train_adapter(
+    base: Base,
+    config: TrainConfig,
+    prepare: Callable[[], Prepared],
+    *,
+    checkpoints: Path,
+    log: StepLog,
+    on_event: Callable[[Event, Adapter], None],
+    should_stop: Callable[[], bool],
+    on_start: Callable[[Adapter, int], None] = lambda adapter, step: None,
+    validate_on: Callable[[], Prepared | None] = lambda: None,
+) -> Adapter:
+    """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
+
+    ``on_start`` is told how many steps are behind, before the first one of this call; ``validate_on`` prepares
+    images for a validation loss.
+    """
+    from trainer import adapter as adapters
+    from trainer import loop
+
+    adapter = adapters.inject(base, config)
+    try:
+        prepared = prepare()
+        on_start(adapter, steps_behind(checkpoints))
+        for event in loop.train(
+            config,
+            base,
+            adapter,
+            prepared,
+            checkpoints=checkpoints,
+            should_stop=should_stop,
+            validate_on=validate_on(),
+        ):
+            log.write(event)
+            on_event(event, adapter)
+    except BaseException:
+        adapter.remove()
+        raise
+    return adapter
+
+
+def steps_behind(checkpoints: Path) -> int:
+    """Steps of the newest complete checkpoint in a folder, 0 if there is none."""
+    from trainer.files import verify_folder
+
+    found = [path for path in checkpoints.glob("step-*") if path.is_dir() and verify_folder(path)]
+    return max((int(path.name.removeprefix("step-")) for path in found), default=0)
+
+
+def check_device(device: str) -> None:
+    """Raise MachineError if nothing can be put on a device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MachineError(
+            f"device {device} cannot be used: {reason}", "leave out --device, or give cpu"
+        ) from None

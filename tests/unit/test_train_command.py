@@ -1,0 +1,261 @@
+"""hpo train, inspect and export: real files in, real files out; a stopped run goes on to the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner, Result
+
+import hpo.trainrun
+from hpo.cli import main
+from hpo.trainplan import count_steps
+from hpo.trainsamples import read_sample_prompts
+from tests.tiny import save_folder, tiny_base
+from tests.tiny_search import draw_images
+from trainer import loop
+from trainer.config import TrainConfig
+from trainer.dataset import read_dataset
+from trainer.errors import ConfigError
+from trainer.events import Step
+
+SETTINGS = """
+resolution = 64
+bucket_no_upscale = false
+bucket_reso_steps = 32
+min_bucket_reso = 32
+network_dim = 2
+network_alpha = 2
+optimizer_type = "AdamW"
+learning_rate = 1e-3
+train_batch_size = 2
+max_train_epochs = 3
+save_precision = "float"
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tiny_base("sd15"), tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: images and settings.toml."""
+    draw_images(tmp_path / "images" / "1_zkw figure", count=4)
+    (tmp_path / "settings.toml").write_text(SETTINGS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def hpo_command(*words: str) -> Result:
+    return CliRunner().invoke(main, list(words), catch_exceptions=False)
+
+
+def train(base: Path, *words: str, file: str = "settings.toml", data: str = "images") -> Result:
+    return hpo_command("train", file, "--base", str(base), "--data", data, "--device", "cpu", *words)
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+def same(first: str, second: str) -> bool:
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_dry_run_tells_everything_and_touches_nothing(place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    result = train(Path("no/such/base"), "--dry-run", "--json", "--set", "gradient_accumulation_steps=3")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and sorted(place.rglob("*")) == before
+    steps = found["steps"]
+    assert (steps["images"], steps["batches_per_epoch"], steps["steps_per_epoch"], steps["total_steps"]) == (
+        4,
+        2,
+        1,
+        3,
+    )
+    assert found["config"]["network_dim"] == 2 and found["origins"]["network_dim"] == "file"
+    assert found["origins"]["gradient_accumulation_steps"] == "--set"
+    assert found["origins"]["loss_type"] == "this tool's defaults"
+
+
+def test_a_dry_run_shows_what_a_file_of_sd_scripts_means_and_ends_as_the_run_would(place: Path) -> None:
+    (place / "kohya.toml").write_text(
+        SETTINGS + 'network_module = "networks.lora"\ncaption_extension = ".txt"\nxformers = true\n'
+        "lowram = true\nhuber_c = 0.3\ncolor_aug = true\n"
+    )
+    result = train(Path("b"), "--dry-run", file="kohya.toml")
+    shown = " ".join(result.stdout.split())
+    assert result.exit_code == 2 and "color_aug" in result.stderr
+    for part in (
+        "translated: xformers = true → SDPA",
+        "without effect here: lowram:",
+        "huber_c: it waits for loss_type = huber",
+        "refused: color_aug = true",
+        "4 samples an epoch in batches of 2 → 2 batches → 2 steps an epoch × 3 epochs → 6 steps",
+    ):
+        assert part in shown, part
+
+
+@pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 3}, {"max_train_steps": 5}])
+def test_the_arithmetic_is_that_of_the_loop(place: Path, values: dict[str, Any]) -> None:
+    config = TrainConfig(
+        resolution=64, enable_bucket=False, train_batch_size=3, lr_warmup_steps=0.25, **values
+    )
+    data = read_dataset(place / "images", config)
+    plan = loop.plan(config, data)
+    steps = count_steps(config, data)
+    found = (steps.steps_per_epoch, steps.total_steps, steps.epochs)
+    assert found == (plan.steps_per_epoch, plan.total_steps, plan.total_epochs)
+
+
+def test_a_run_saves_along_the_way_and_can_be_trained_again_from_its_file(place: Path, base: Path) -> None:
+    (place / "prompts.txt").write_text("# remark\nzkw figure --w 64 --h 64 --d 5 --s 2 --l 1\n")
+    words = (
+        "save_every_n_epochs=1",
+        "save_last_n_epochs=1",
+        "save_every_n_steps=5",
+        "sample_every_n_epochs=3",
+    )
+    sets = [
+        word for text in (*words, "sample_prompts=prompts.txt", "logging_dir=log") for word in ("--set", text)
+    ]
+    result = train(base, "--output", "out", *sets)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (place / "out").iterdir()) == [
+        "lora-000002.safetensors",
+        "lora-step00000005.safetensors",
+        "lora.run",
+        "lora.safetensors",
+        "sample",
+    ]
+    assert [path.name for path in (place / "out" / "sample").iterdir()] == ["lora_e000003_00_5.png"]
+    rows = [json.loads(line) for line in (place / "out/lora.run/train.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert len(list((place / "log" / "lora").iterdir())) == 1
+    assert not (place / "out/lora.run/checkpoints").exists()
+    assert "is trained already" in train(base, "--output", "out", *sets).output
+    other = train(base, "--output", "out", "--set", "network_alpha=1")
+    assert other.exit_code == 2 and "another" in other.stderr
+
+    again = train(base, "--output", "again", file="out/lora.safetensors")
+    assert again.exit_code == 0, again.output
+    assert same("out/lora.safetensors", "again/lora.safetensors")
+    folder = train(base, "--dry-run", "--json", file="out/lora.run")
+    assert json.loads(folder.stdout)["config"]["sample_prompts"] == "prompts.txt"
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_file(
+    place: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(base, "--output", "whole", "--set", "flip_aug=true").exit_code == 0
+
+    original = hpo.trainrun.Keeper.on_event
+
+    def stopping(self: Any, event: Any, adapter: Any) -> None:
+        original(self, event, adapter)
+        if isinstance(event, Step) and event.step == 2:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hpo.trainrun.Keeper, "on_event", stopping)
+        stopped = train(base, "--output", "parts", "--set", "flip_aug=true")
+    assert stopped.exit_code == 130 and "stopped after step 2 of 6" in stopped.stderr
+    assert "next: the same command goes on" in stopped.stderr
+    assert not (place / "parts/lora.safetensors").exists()
+    rest = train(base, "--output", "parts", "--set", "flip_aug=true")
+    assert rest.exit_code == 0 and "going on after step 2 of 6" in rest.output
+    assert same("whole/lora.safetensors", "parts/lora.safetensors")
+    rows = [json.loads(line) for line in (place / "parts/lora.run/train.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_setting_of_the_other_family_is_refused(place: Path, base: Path) -> None:
+    result = train(base, "--set", "text_encoder_lr1=1e-5")
+    assert result.exit_code == 2 and "text_encoder_lr1 is for SDXL" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("z --w x", "is no number"),
+        ("z --q 1", "is not known"),
+        ("z --cn a.png", "ControlNet"),
+        ("", "no prompts"),
+    ],
+)
+def test_a_prompt_that_is_not_understood_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "p.txt").write_text(line)
+    with pytest.raises(ConfigError, match=message):
+        read_sample_prompts(tmp_path / "p.txt", TrainConfig())
+
+
+def test_sample_prompts_are_read_in_all_of_kohyas_forms(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat --w 64 --d 7 --n bad\n")
+    (tmp_path / "p.toml").write_text(
+        '[prompt]\nwidth = 64\nnegative_prompt = "bad"\n[[prompt.subset]]\nprompt = "a cat"\nseed = 7\n'
+    )
+    (tmp_path / "p.json").write_text(
+        '[{"prompt": "a cat", "width": 64, "seed": 7, "negative_prompt": "bad"}]'
+    )
+    found = [
+        read_sample_prompts(tmp_path / f"p.{ending}", TrainConfig()) for ending in ("txt", "toml", "json")
+    ]
+    assert found[0] == found[1] == found[2] and (found[0][0].seed, found[0][0].height) == (7, 512)
+
+
+# inspect and export
+
+
+def test_inspect_shows_foreign_files_and_nothing_a_terminal_would_act_on(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    tensors = {
+        "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.zeros(8, 640, dtype=torch.float16),
+        "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": torch.zeros(640, 8, dtype=torch.float16),
+        "lora_unet_input_blocks_4_1_proj_in.alpha": torch.tensor(4.0),
+        "lora_te2_x.lora_down.weight": torch.zeros(4, 8, dtype=torch.float16),
+        "lora_te2_x.lora_up.weight": torch.zeros(8, 4, dtype=torch.float16),
+        "surplus": torch.zeros(1),
+    }
+    metadata = {"ss_training_comment": "\x1b[31mred\x07", "ss_tag_frequency": '{"a": 1}'}
+    safetensors.torch.save_file(tensors, path, metadata)
+    shown = hpo_command("inspect", str(path))
+    assert shown.exit_code == 0 and "\x1b" not in shown.output and "\x07" not in shown.output
+    found = json.loads(hpo_command("inspect", str(path), "--json").stdout)
+    assert found["modules"] == {"U-Net": 1, "second text encoder": 1}
+    assert found["ranks"] == {"4": 1, "8": 1} and found["alphas"] == {
+        "4": 1,
+        "none (readers take the rank)": 1,
+    }
+    assert (found["kind"], found["family"]) == ("LoRA", "SDXL (by its names)")
+    assert found["other_tensors"] == ["surplus"] and found["metadata"]["ss_tag_frequency"] == {"a": 1}
+
+
+def test_inspect_refuses_what_is_no_lora(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    result = hpo_command("inspect", str(tmp_path / "x.safetensors"))
+    assert result.exit_code == 4 and "holds no LoRA" in result.stderr
+
+
+def test_export_writes_what_sd_scripts_reads(place: Path) -> None:
+    result = hpo_command("export", "kohya", "settings.toml", "kohya", "--base", "sd15", "--data", "images")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[-1] == (
+        "accelerate launch --num_cpu_threads_per_process 1 train_network.py "
+        "--config_file kohya/config.toml --dataset_config kohya/dataset.toml"
+    )
+    result = hpo_command(
+        "train", "kohya/config.toml", "--dataset", "kohya/dataset.toml", "--dry-run", "--json"
+    )
+    assert json.loads(result.stdout)["config"]["network_dim"] == 2, result.output
