@@ -30,7 +30,9 @@ from trainer.bases.miniature.stage_vae import finished_vae, to_tensor
 
 SD15_PX, SDXL_PX = 64, 128
 SD15_PLAN = Plan("sd15", steps=4000, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+SD15_FIGURES_PLAN = Plan("sd15-figures", steps=3000, lr=5e-4, warmup_steps=50, ema=0.998, muon_lr=0.006)
 SDXL_PLAN = Plan("sdxl", steps=3600, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+FIGURES_SHARES = {"single": 0.4, "pair": 0.15, "figure": 0.45}  # figures have the most to say
 BATCHES = {SD15_PX: 32, SDXL_PX: 24}
 POOLS = {SD15_PX: 16_000, SDXL_PX: 8_000}
 DROPOUT = 0.12  # share of captions dropped, for classifier-free guidance
@@ -148,7 +150,9 @@ def train_unet(
     work: Path,
     device: str,
     size_px: int,
+    shares: dict[str, float] | None = None,
 ) -> None:
+    """Train on the pool's scenes; ``shares`` draws their kinds so often, else as the world has them."""
     betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2  # type: ignore[operator]
     alphas = torch.cumprod(1 - betas, 0).to(device)
     snr = alphas / (1 - alphas)
@@ -156,10 +160,17 @@ def train_unet(
     scenes = [world.sample_scene(i) for i in range(len(latents_NChw))]
     latents_NChw = latents_NChw.to(device)
     batch = BATCHES[size_px]
+    of_kind = {kind: np.array([i for i, s in enumerate(scenes) if s.kind == kind]) for kind in shares or ()}
+
+    def drawn(rng: np.random.Generator) -> np.ndarray:
+        if shares is None:
+            return rng.integers(0, len(scenes), batch)
+        kinds = rng.choice(list(shares), batch, p=list(shares.values()))
+        return np.array([rng.choice(of_kind[kind]) for kind in kinds])
 
     def loss_of_step(step: int) -> Tensor:
-        rng = np.random.default_rng((step, 51))
-        index = rng.integers(0, len(scenes), batch)
+        rng = np.random.default_rng((step, 51 if shares is None else 52))
+        index = drawn(rng)
         said = [
             captions.caption(scenes[i], int(rng.integers(1 << 30)), complete=bool(rng.random() < 0.4))
             for i in index
@@ -234,6 +245,7 @@ def build_sd15(work: Path, weights: Path, device: str) -> None:
     torch.manual_seed(51)
     unet = new_sd15_unet().to(device)
     train_unet(SD15_PLAN, unet, latents, encode, work, device, SD15_PX)
+    train_unet(SD15_FIGURES_PLAN, unet, latents, encode, work, device, SD15_PX, FIGURES_SHARES)
     save_pipeline(sd15_pipeline(work, unet.cpu().eval()), weights / "mini-sd15")
 
 
