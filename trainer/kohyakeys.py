@@ -1,7 +1,7 @@
 """What every key of sd-scripts' configuration files means here: tables, read by ``trainer.kohya``.
 
 The four classes do not overlap and together are all keys that sd-scripts (0.9, February 2026) accepts for
-training a LoRA of SD1.5 or SDXL.
+training a LoRA of SD1.5 or SDXL, and those that the graphical front end kohya_ss adds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     ),
     "samples and scores are this tool's own": (
         "sample_every_n_steps sample_at_first sample_every_n_epochs sample_prompts sample_sampler",
-        "validation_seed validation_split validate_every_n_steps validate_every_n_epochs",
+        "validation_seed validate_every_n_steps validate_every_n_epochs",
         "max_validation_steps",
     ),
     "it changes speed or memory, not the result": (
@@ -74,14 +74,18 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "it only matters together with a setting that is refused": (
         "huber_schedule huber_c huber_scale multires_noise_discount token_warmup_min prior_loss_weight",
         "conditioning_data_dir lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
-        "dataset_repeats base_weights_multiplier initial_epoch initial_step skip_until_initial_step",
+        "dataset_repeats base_weights_multiplier",
+    ),
+    "sd-scripts does not read it; kohya_ss writes the settings that follow from it": (
+        "epoch noise_offset_type lowvram",
     ),
     "it belongs to other models or commands": (
         "config_file debug_dataset weighting_scheme logit_mean logit_std mode_scale blocks_to_swap",
+        "clip_l t5xxl",
     ),
-    "the dataset is the folder that this command is given": ("datasets",),
 }
 
+LORA_PLUS = "both halves of the LoRA are trained at one rate (no LoRA+)"
 # key → (values that ask for nothing, why anything else is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
@@ -132,6 +136,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "resume": ((), "a state of sd-scripts cannot be resumed"),
     "lr_scheduler_type": ((), "schedules are " + ", ".join(SCHEDULER_NAMES)),
     "lr_scheduler_args": ((), "schedules have no further arguments"),
+    "validation_split": ((0,), "every image is trained; put images that judge the result into held_out/"),
+    "initial_epoch": ((0, 1), "training starts at its beginning"),
+    "initial_step": ((0,), "training starts at its beginning"),
+    "skip_until_initial_step": ((False,), "training starts at its beginning"),
+    "stop_text_encoder_training": ((0,), "the text encoders are trained to the end or not at all"),
+    "train_inpainting": ((False,), "inpainting bases are not supported"),
+    "loraplus_lr_ratio": ((0,), LORA_PLUS),
+    "loraplus_unet_lr_ratio": ((0,), LORA_PLUS),
+    "loraplus_text_encoder_lr_ratio": ((0,), LORA_PLUS),
     "fused_backward_pass": ((False,), "sd-scripts itself ignores it for LoRA; leave it out"),
 }
 
@@ -171,6 +184,7 @@ TRANSLATED = frozenset(
         "xformers",
         "mem_eff_attn",
         "network_train_text_encoder_only",
+        "datasets",
     }
 )
 # Our settings that sd-scripts spells otherwise (inside network_args and optimizer_args).

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from trainer import optim
 from trainer.adapter import SAVE_DTYPES, Adapter, Target
 from trainer.bases.base import Base
 from trainer.config import TrainConfig
+from trainer.dataset import Dataset
 from trainer.errors import ModelFileError
 from trainer.files import clean_text, write_atomic
+from trainer.loop import plan
 from trainer.tensorfile import load_tensors, read_header, to_bytes
 
 CONFIG_KEY = "lora_hpo_config"
@@ -52,21 +57,29 @@ def write(
     base: Base,
     config: TrainConfig,
     extra_metadata: Mapping[str, str] | None = None,
+    dataset: Dataset | None = None,
 ) -> None:
     """Write the adapter as kohya's networks.lora would, atomically.  Weights in save_precision, alphas in
     fp32 (half types cannot hold every alpha).  The bytes depend on weights, settings and metadata only, not
-    on time."""
+    on time.  With the ``dataset`` the metadata says how long it was trained on which tags.  No path of this
+    machine gets into the file, since files are shared."""
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(".alpha") else tensor.to(dtype).contiguous()
         for key, tensor in adapter.state().items()
     }
-    training = {**training_metadata(base, config), **(extra_metadata or {})}
+    training = {
+        **training_metadata(base, config),
+        **(dataset_metadata(config, dataset) if dataset else {}),
+        **(extra_metadata or {}),
+    }
     metadata = {
         **training,
         **_file_hashes(tensors, training),
         **_modelspec(base, config),
-        CONFIG_KEY: json.dumps(config.as_dict()),
+        CONFIG_KEY: json.dumps(
+            config.as_dict() | {"pretrained_model_name_or_path": base.name, "train_data_dir": ""}
+        ),
         "lora_hpo_base": base.identity,
     }
     write_atomic(path, to_bytes(tensors, metadata))
@@ -74,7 +87,8 @@ def write(
 
 def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
     """sd-scripts' ss_* entries: readers choose the family by ss_base_model_version and show the rest."""
-    conv = {} if config.conv_dim is None else {"conv_dim": config.conv_dim, "conv_alpha": config.conv_alpha}
+    conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
+    conv = {} if config.conv_dim is None else {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
     values = {
         "ss_v2": False,
         "ss_base_model_version": base.kohya_base_version,
@@ -110,6 +124,26 @@ def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
+def dataset_metadata(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
+    """sd-scripts' ss_* entries that depend on the images: the run's length in steps, and how often each tag
+    is in the captions of a folder."""
+    length = plan(config, dataset)
+    tags: dict[str, Counter[str]] = {}
+    for item in dataset.items:
+        words = (tag.strip().lower() for tag in item.caption.split(","))
+        tags.setdefault(item.path.parent.name, Counter()).update(word for word in words if word)
+    values = {
+        "ss_num_train_images": sum(item.repeats for item in dataset.items),
+        "ss_max_train_steps": length.total_steps,
+        "ss_steps": length.total_steps,
+        "ss_num_epochs": length.total_epochs,
+        "ss_epoch": length.total_epochs,
+        "ss_lr_warmup_steps": optim.warmup_steps(config, length.total_steps),
+        "ss_tag_frequency": json.dumps(tags, sort_keys=True),
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
 def read(path: Path) -> LoraFile:
     """A LoRA file, header checked first.  Anything that is not one is refused."""
     header = read_header(path)
@@ -139,16 +173,19 @@ def attach(base: Base, file: LoraFile) -> Adapter:
         assert ending is not None
         module = name.removesuffix(ending)
         if module in known:
-            found.setdefault(module, {})[HALVES[ending]] = tensor
+            if found.setdefault(module, {}).setdefault(HALVES[ending], tensor) is not tensor:
+                raise _damaged(file, f"it has {module} twice")
         else:
             unknown.append(name)
     unknown += [module for module, parts in found.items() if not {"down", "up"} <= parts.keys()]
-    targets, weights = [], {}
+    targets: list[Target] = []
+    weights: dict[str, Tensor] = {}
     for module, parts in found.items():
         component, path, key = known[module]
         if {"down", "up"} <= parts.keys():
-            rank = parts["down"].shape[0]
-            alpha = float(parts["alpha"]) if "alpha" in parts else _default_alpha(file, module, rank)
+            if any(target.key == key for target in targets):
+                raise _damaged(file, f"it has {key} twice, under two names")
+            rank, alpha = _rank_and_alpha(file, module, parts)
             targets.append(Target(component, path, key, rank, alpha))
             weights[f"{key}.lora_down.weight"], weights[f"{key}.lora_up.weight"] = parts["down"], parts["up"]
             if not _fits(base.components()[component].get_submodule(path).weight, parts["down"], parts["up"]):
@@ -208,16 +245,39 @@ def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) 
     return "sdxl" if flat or 2048 in widths else "sd15"
 
 
+def _rank_and_alpha(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> tuple[int, float]:
+    """Rank and alpha of a module, or ModelFileError: numbers that a file may hold wrongly in any way.  Alpha
+    0 or none means the rank, as in sd-scripts."""
+    down, up = parts["down"], parts["up"]
+    if down.dim() not in (2, 4) or up.dim() != down.dim() or down.numel() == 0 or up.numel() == 0:
+        raise _damaged(file, f"{module} has halves {tuple(down.shape)} and {tuple(up.shape)}")
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise _damaged(file, f"{module} is not of floating-point numbers")
+    if not all(bool(half.float().isfinite().all()) for half in (down, up)):
+        raise _damaged(file, f"{module} is not finite")
+    rank = int(down.shape[0])
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise _damaged(file, f"{module} has {parts['alpha'].numel()} alphas")
+    alpha = float(parts["alpha"]) if "alpha" in parts else _default_alpha(file, module, rank)
+    if not math.isfinite(alpha):
+        raise _damaged(file, f"{module} has alpha {alpha}")
+    return rank, alpha or float(rank)
+
+
 def _default_alpha(file: LoraFile, module: str, rank: int) -> float:
     """Alpha of a module that has no alpha tensor: PEFT's settings in diffusers' metadata, else the rank
     (scale 1)."""
     try:
         settings = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        settings = {}
-    component, _, path = module.partition(".")
-    pattern = settings.get(f"{component}.alpha_pattern") or {}
-    return float(pattern.get(path, settings.get(f"{component}.lora_alpha", rank)))
+        component, _, path = module.partition(".")
+        pattern = settings.get(f"{component}.alpha_pattern") or {}
+        return float(pattern.get(path, settings.get(f"{component}.lora_alpha", rank)))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise _damaged(file, f"its lora_adapter_metadata gives {module} no alpha") from None
+
+
+def _damaged(file: LoraFile, why: str) -> ModelFileError:
+    return ModelFileError(f"{file.path.name} cannot be attached: {why}", "make or download it again")
 
 
 def _fits(weight: Tensor, down: Tensor, up: Tensor) -> bool:

@@ -32,7 +32,9 @@ SD15_PX, SDXL_PX = 64, 128
 SD15_PLAN = Plan("sd15", steps=4000, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
 SD15_FIGURES_PLAN = Plan("sd15-figures", steps=2200, lr=5e-4, warmup_steps=50, ema=0.998, muon_lr=0.006)
 SDXL_PLAN = Plan("sdxl", steps=3600, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+SDXL_LAST_PLAN = Plan("sdxl-last", steps=700, lr=5e-4, warmup_steps=30, ema=0.995, muon_lr=0.005)
 FIGURES_SHARES = {"single": 0.4, "pair": 0.15, "figure": 0.45}  # figures have the most to say
+SDXL_SHARES = {"single": 0.6, "pair": 0.1, "figure": 0.3}
 BATCHES = {SD15_PX: 32, SDXL_PX: 24}
 POOLS = {SD15_PX: 16_000, SDXL_PX: 8_000}
 DROPOUT = 0.12  # share of captions dropped, for classifier-free guidance
@@ -257,6 +259,7 @@ def build_sdxl(work: Path, weights: Path, device: str) -> None:
     torch.manual_seed(61)
     unet = new_sdxl_unet().to(device)
     train_unet(SDXL_PLAN, unet, latents, encode, work, device, SDXL_PX)
+    train_unet(SDXL_LAST_PLAN, unet, latents, encode, work, device, SDXL_PX, SDXL_SHARES)
     save_pipeline(sdxl_pipeline(work, unet.cpu().eval()), weights / "mini-sdxl")
 
 
