@@ -73,7 +73,7 @@ def file_option(name: str, text: str) -> Callable[[Any], Any]:
     "--base",
     required=True,
     metavar="BASE",
-    help="mini-sd15, sd15, a hub id, a diffusers folder or a .safetensors file.",
+    help="mini-sd15, mini-sdxl, sd15, a hub id, a diffusers folder or a .safetensors file.",
 )
 @click.option(
     "--data",
