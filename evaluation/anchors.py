@@ -108,13 +108,18 @@ class Anchors:
             raise DataError(*self.problems[0].split("; ", 1))
 
 
-def embed_references(paths: Sequence[Path], likeness: ImageEncoder) -> References:
-    """Vectors of the held-out real pictures.  At least two: one alone has nothing to be like."""
-    if len(paths) < 2:
+def require_references(count: int) -> None:
+    """At least two references: one alone has nothing to be like."""
+    if count < 2:
         raise DataError(
-            f"{len(paths)} held-out reference image(s), and likeness needs at least 2",
+            f"{count} held-out reference image(s), and likeness needs at least 2",
             "add images to the dataset, or give a folder of others with --references",
         )
+
+
+def embed_references(paths: Sequence[Path], likeness: ImageEncoder) -> References:
+    """Vectors of the held-out real pictures."""
+    require_references(len(paths))
     pictures = [read_picture(path) for path in paths]
     content = hashlib.sha256("".join(sorted(p.sha256 for p in pictures)).encode()).hexdigest()
     return References(likeness.image_features([p.pixels_HW3 for p in pictures]), content, likeness.sha)

@@ -36,6 +36,7 @@ from evaluation.scorerfile import (
     tag_in_name,
     tags_shown,
 )
+from trainer.bases.load import MINIATURES
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import sha256_file
 
@@ -73,14 +74,14 @@ class Scorer(ImageEncoder, Protocol):
         ...
 
 
-def default_scorer(base_name: str) -> str:
-    """The scorer of a base unless the user names one; the same on every device."""
-    return MINIATURE_SCORER if base_name.startswith("mini-") else DEFAULT_SCORER
+def default_scorer(base: str) -> str:
+    """The scorer of a base (as ``load_base`` is told it) unless the user names one; the same on every device."""
+    return MINIATURE_SCORER if base in MINIATURES else DEFAULT_SCORER
 
 
-def default_likeness(base_name: str) -> str:
+def default_likeness(base: str) -> str:
     """The likeness encoder of a base unless the user names one."""
-    return MINIATURE_LIKENESS if base_name.startswith("mini-") else "clip"
+    return MINIATURE_LIKENESS if base in MINIATURES else "clip"
 
 
 class OpenClipScorer:
@@ -181,14 +182,28 @@ def load_scorer(spec: str, device: str | torch.device = "cpu") -> OpenClipScorer
     WEIGHTS is an open_clip tag or a file.  The text is split at ':' only if the left part is a model's name,
     so a path may hold one.
     """
+    check_scorer(spec)
     if spec == MINIATURE_SCORER:
         return _load_folder(MINIATURE / MINIATURE_SCORER, spec, device)
     model, _, weights = spec.partition(":")
     if model in open_clip.list_models():
         return _load_named(model, weights or _default_weights(model), device)
     folder = Path(spec).expanduser()
+    return _load_folder(folder, folder.name, device)
+
+
+def check_scorer(spec: str) -> None:
+    """What of a scorer can be refused before anything is downloaded or loaded."""
+    model, _, weights = spec.partition(":")
+    folder = Path(spec).expanduser()
+    if spec == MINIATURE_SCORER:
+        return
+    if model in open_clip.list_models():
+        _tag_or_file(model, weights or _default_weights(model))
+        return
     if folder.is_dir():
-        return _load_folder(folder, folder.name, device)
+        _folder_weights(folder)
+        return
     if folder.is_file():
         raise ModelFileError(
             f"which model are the weights in {spec}?", f"write MODEL:FILE, for example ViT-B-32:{spec}"
@@ -204,18 +219,9 @@ def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu")
     folder."""
     if spec == "clip":
         return scorer
-    folder = MINIATURE / MINIATURE_LIKENESS if spec == MINIATURE_LIKENESS else Path(spec).expanduser()
-    if not folder.is_dir():
-        raise ModelFileError(
-            f"no likeness encoder {spec!r}", "give clip, or the folder of a transformers Dinov2Model"
-        )
-    weights = folder / "model.safetensors"
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "dinov2":
-        raise ModelFileError(
-            f"{folder} holds {config.get('model_type')!r}, not a dinov2 model", "give a Dinov2Model"
-        )
-    check_safetensors(weights)
+    check_likeness(spec)
+    folder = _likeness_folder(spec)
+    weights, config = folder / "model.safetensors", read_json(folder / "config.json")
     model, report = Dinov2Model.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, local_files_only=True
     )
@@ -231,6 +237,27 @@ def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu")
     return Dinov2Encoder(
         model, _dinov2_preprocess(folder, int(config["image_size"])), name, sha256_file(weights), device
     )
+
+
+def check_likeness(spec: str) -> None:
+    """What of a likeness encoder can be refused before it is loaded."""
+    if spec == "clip":
+        return
+    folder = _likeness_folder(spec)
+    if not folder.is_dir():
+        raise ModelFileError(
+            f"no likeness encoder {spec!r}", "give clip, or the folder of a transformers Dinov2Model"
+        )
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "dinov2":
+        raise ModelFileError(
+            f"{folder} holds {config.get('model_type')!r}, not a dinov2 model", "give a Dinov2Model"
+        )
+    check_safetensors(folder / "model.safetensors")
+
+
+def _likeness_folder(spec: str) -> Path:
+    return MINIATURE / MINIATURE_LIKENESS if spec == MINIATURE_LIKENESS else Path(spec).expanduser()
 
 
 def _dinov2_preprocess(folder: Path, image_px: int) -> dict[str, Any]:
@@ -255,7 +282,8 @@ def _default_weights(model: str) -> str:
     )
 
 
-def _load_named(model: str, weights: str, device: str | torch.device) -> OpenClipScorer:
+def _tag_or_file(model: str, weights: str) -> tuple[str | None, Path | None]:
+    """The weights' tag, as far as it is known, and their file, unless the tag names it."""
     path = Path(weights).expanduser()
     by_tag = bool(get_pretrained_cfg(model, weights))
     if not by_tag and not path.is_file():
@@ -263,8 +291,12 @@ def _load_named(model: str, weights: str, device: str | torch.device) -> OpenCli
         raise ModelFileError(f"{weights} is neither a file nor a tag of {model}", hint)
     tag = weights if by_tag else tag_in_name(model, path)
     check_quick_gelu(model, tag, weights)
-    if by_tag:
-        path = file_of_tag(model, weights)
+    return tag, None if by_tag else path
+
+
+def _load_named(model: str, weights: str, device: str | torch.device) -> OpenClipScorer:
+    tag, path = _tag_or_file(model, weights)
+    path = path or file_of_tag(model, weights)
     facts = facts_of_tag(model, tag) if tag else {}
     preprocess = {key: facts[key] for key in PREPROCESS_KEYS if key in facts}
     network = _create(model, path, preprocess)
@@ -273,7 +305,8 @@ def _load_named(model: str, weights: str, device: str | torch.device) -> OpenCli
     )
 
 
-def _load_folder(folder: Path, name: str, device: str | torch.device) -> OpenClipScorer:
+def _folder_weights(folder: Path) -> Path:
+    """The weights' file of an open_clip folder."""
     if not (folder / "open_clip_config.json").is_file():
         hint = "give a folder with open_clip_config.json and open_clip_model.safetensors"
         if (folder / "config.json").is_file():
@@ -282,6 +315,11 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> OpenCli
     weights = folder / "open_clip_model.safetensors"  # what open_clip takes first if there are several
     if not weights.is_file():
         raise ModelFileError(f"{folder} has no weights", "add open_clip_model.safetensors")
+    return weights
+
+
+def _load_folder(folder: Path, name: str, device: str | torch.device) -> OpenClipScorer:
+    weights = _folder_weights(folder)
     source = f"local-dir:{folder}"
     return OpenClipScorer(
         _create(source, weights, {}), _tokenizer(source), name, sha256_file(weights), device

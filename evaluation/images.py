@@ -68,13 +68,17 @@ def largest_change(images: Sequence[SampledImage], base_images: Sequence[Sampled
     return max(int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()) for a, b in pairs)
 
 
+class Unchanged(ModelFileError):
+    """An adapter whose pictures are the untrained base's own."""
+
+
 def prove_applied(images: Sequence[SampledImage], base_images: Sequence[SampledImage]) -> None:
-    """Raise ModelFileError if the pictures are the untrained base's own: then no adapter was at work.
+    """Raise Unchanged if the pictures are the untrained base's own: then no adapter was at work, or a weak one.
 
     A load that failed without a word would otherwise get the base's score (the origin pipeline's fault).
     """
     if largest_change(images, base_images) <= SAME_WITHIN:
-        raise ModelFileError(
+        raise Unchanged(
             "the LoRA changes nothing: its images are the untrained base's own",
             "it was not applied to this base, or its learning rate was too low to change a single pixel",
         )

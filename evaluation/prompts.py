@@ -153,10 +153,8 @@ class PromptSet:
             raise ConfigError(
                 f"seeds {list(self.seeds)} are empty or repeated", "give different whole numbers"
             )
-        if any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in self.seeds):
-            raise ConfigError(
-                f"seeds {list(self.seeds)} are not whole numbers from 0", "for example seeds = [0, 1]"
-            )
+        if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**63 for s in self.seeds):
+            raise ConfigError("seeds are not whole numbers from 0", "for example seeds = [0, 1]")
 
     @property
     def hash(self) -> str:
@@ -306,7 +304,7 @@ def load_prompts(
     the text encoder would cut are refused.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read the prompt file {path}: {error}", "give a .toml or .txt file in UTF-8"
@@ -333,7 +331,7 @@ def _read_toml(
 ) -> tuple[list[tuple[str, str]], tuple[int, ...], str | None, str | None]:
     try:
         table = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of TOML, of endless digits or brackets
         raise ConfigError(
             f"{path} is not valid TOML: {error}", "see docs/evaluation.md for an example"
         ) from None
@@ -344,10 +342,14 @@ def _read_toml(
         not isinstance(rows, list)
         or not all(isinstance(row, dict) for row in rows)
         or not isinstance(seeds, list)
+        or not all(isinstance(seed, int | float) and abs(seed) < 2**63 for seed in seeds)
     ):
         raise ConfigError(
             f"{path}: prompts or seeds have the wrong form", "write [[prompts]] text = …, seeds = [0, 1]"
         )
+    for key in ("trigger", "class"):
+        if not isinstance(table.get(key, ""), str):
+            raise ConfigError(f"{path}: {key} = {table[key]!r} is not a text", f'write {key} = "…"')
     pairs = []
     for row in rows:
         _check_keys(path, row, ("text", "kind"))

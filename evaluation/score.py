@@ -218,7 +218,7 @@ def evaluate_adapter(
     """Sample the base with the adapter that is in it, and score: folder/samples, grid.png, metrics.json.
 
     ``identity`` names the weights (base and adapter); with it an interrupted call goes on where it stopped.
-    Raises InvalidImages for pictures that show nothing and ModelFileError if they are the base's own.
+    Raises InvalidImages for pictures that show nothing and Unchanged if they are the base's own.
     """
     anchors.check(base=base.identity, sampling=config.hash)
     images = sample(base, prompts, config, folder / SAMPLES_NAME, identity=identity, on_image=on_image)

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError, safe_open
 
-from trainer.bases.hub import require_network
+from trainer.bases.hub import require_network, without_login
 from trainer.errors import ModelFileError
 
 TAGS_SHOWN = 8
@@ -93,7 +93,9 @@ def file_of_tag(model: str, tag: str) -> Path:
     try:
         return Path(download_pretrained(facts))
     except Exception as error:  # hub and network errors of many kinds
-        raise ModelFileError(f"{model}:{tag} could not be downloaded: {error}", hint) from error
+        raise ModelFileError(
+            f"{model}:{tag} could not be downloaded: {without_login(str(error))}", hint
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

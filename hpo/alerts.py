@@ -1,6 +1,6 @@
 """Telling people: CONVERGENCE_ALERT.txt and notifications.
 
-Owns the alert file (written whole, withdrawn when a new best comes) and sending through apprise.  Nothing
+Owns the alert file (written whole, withdrawn when it no longer holds) and sending through apprise.  Nothing
 here may end a trial or print a secret: a notification that fails is one warning line, after five seconds at
 most.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 from hpo.convergence import Verdict
 from hpo.folder import StudyFolder, read_json
+from trainer.errors import ConfigError
 from trainer.files import clean_text, write_atomic
 
 NOTIFY_SECONDS = 5.0
@@ -41,12 +42,16 @@ class Row:
     settings: Mapping[str, Any]
 
 
-def alert_text(folder: StudyFolder, verdict: Verdict, top: Sequence[Row], best: Row, *, status: str) -> str:
-    """The file's text.  ``grep "Best trial:"`` gives the line that scripts read."""
+def alert_text(
+    folder: StudyFolder, verdict: Verdict, top: Sequence[Row], best: Row, *, withdrawn: str = ""
+) -> str:
+    """The file's text.  ``grep "Best trial:"`` gives the line that scripts read, and that ``hpo status`` shows."""
+    state = "withdrawn" if withdrawn else verdict.level
+    meaning = "" if verdict.level == "none" else f" – {MEANING[verdict.level]}"
     lines = [
-        f"Best trial: Trial {best.number}  score {best.value:.4f} ± {best.se:.4f}",
-        f"status: {status}",
-        f"level: {verdict.level} – {MEANING[verdict.level]}",
+        f"Best trial: Trial {best.number}  score {best.value:.4f} ± {best.se:.4f}  ({state})",
+        f"status: withdrawn – {withdrawn}, the search goes on" if withdrawn else "status: active",
+        f"level: {verdict.level}{meaning}",
         f"study: {folder.name}",
         f"time: {datetime.now(UTC).isoformat(timespec='seconds')}",
         "",
@@ -61,7 +66,7 @@ def alert_text(folder: StudyFolder, verdict: Verdict, top: Sequence[Row], best: 
         "",
         "The best score of a search is optimistic, because it was selected: confirm it on fresh seeds.",
         f"files: {folder.trial(best.number).root}",
-        f"next: hpo dashboard {folder.name}",
+        f"next: hpo dashboard {folder.words}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -69,41 +74,67 @@ def alert_text(folder: StudyFolder, verdict: Verdict, top: Sequence[Row], best: 
 def update_alert(folder: StudyFolder, verdict: Verdict | None, rows: Mapping[int, Row]) -> str | None:
     """Bring CONVERGENCE_ALERT.txt in line with the verdict; the new level to tell people about, or None.
 
-    An alert is told once per level.  A new best after it withdraws it: the file then says so.
+    An alert is told once per level.  It is withdrawn by a new best, and when the figures no longer say so; the
+    file then says why.  Once there, the file follows the figures, active or withdrawn.
     """
     before = read_json(folder.convergence) or {}
     told, best_then = before.get("level"), before.get("best")
     if verdict is None:
         return None
-    if verdict.level in ALERTED:
-        best, top = rows[verdict.best], [rows[n] for n in verdict.top[:5]]
-        write_atomic(folder.alert, alert_text(folder, verdict, top, best, status="active"))
-        _remember(folder, verdict, "active")
-        return verdict.level if (told, best_then) != (verdict.level, verdict.best) else None
-    if told in ALERTED and before.get("status") == "active" and verdict.best != best_then:
-        best = rows[verdict.best]
-        text = f"Best trial: Trial {best.number}  score {best.value:.4f} ± {best.se:.4f}\n"
-        text += (
-            f"status: withdrawn – Trial {best.number} is better than Trial {best_then}, the search goes on\n"
-        )
-        write_atomic(folder.alert, text)
-        _remember(folder, verdict, "withdrawn")
-        return "withdrawn"
-    return None
-
-
-def _remember(folder: StudyFolder, verdict: Verdict, status: str) -> None:
-    values = {**verdict.as_dict(), "status": status}
+    why, status = "", "active"
+    if verdict.level not in ALERTED:
+        if "status" not in before:
+            return None
+        status, why = "withdrawn", str(before.get("why", ""))
+        if before["status"] == "active":
+            why = f"the figures no longer say {told}"
+            if verdict.best != best_then:
+                why = f"Trial {verdict.best} is better than Trial {best_then}"
+    best, top = rows[verdict.best], [rows[n] for n in verdict.top[:5]]
+    write_atomic(folder.alert, alert_text(folder, verdict, top, best, withdrawn=why))
+    values = {**verdict.as_dict(), "status": status, "why": why}
     if status == "withdrawn":
         values["level"] = "none"
     write_atomic(folder.convergence, json.dumps(values, indent=1))
+    if status == "withdrawn":
+        return "withdrawn" if before["status"] == "active" else None
+    return verdict.level if (told, best_then) != (verdict.level, verdict.best) else None
 
 
 def notification_urls(given: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """apprise URLs of ``--notify``, else of HPO_NOTIFY (separated by spaces or commas)."""
+    """apprise URLs of ``--notify``, else of HPO_NOTIFY (separated by spaces: a URL may hold commas)."""
     if given:
         return tuple(given)
-    return tuple(environment.get(NOTIFY_VARIABLE, "").replace(",", " ").split())
+    return tuple(environment.get(NOTIFY_VARIABLE, "").split())
+
+
+def check_services(urls: Sequence[str]) -> None:
+    """Refuse a URL that apprise cannot read, now and not when there is news.  Never shows it: it is a secret."""
+    for number, url in enumerate(urls, 1):
+        if not _service(url):
+            raise ConfigError(
+                f"--notify (or {NOTIFY_VARIABLE}): address {number} of {len(urls)} ({_scheme(url)}) is none "
+                "that apprise knows",
+                "write it as https://github.com/caronc/apprise shows, for example ntfy://TOPIC",
+            )
+
+
+def _scheme(url: str) -> str:
+    """What of a URL may be shown: which service it is."""
+    scheme, separator, _ = url.partition("://")
+    return clean_text(scheme)[:20] if separator else "no scheme://"
+
+
+def _service(url: str) -> Any:
+    """apprise with one service, or None.  apprise logs URLs, and with them secrets: its log is off."""
+    try:
+        import apprise
+
+        logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
+        service = apprise.Apprise()
+        return service if service.add(url) else None
+    except Exception:  # whatever a plugin raises
+        return None
 
 
 def notify(urls: Sequence[str], title: str, body: str, warn: Callable[[str], None]) -> None:
@@ -119,18 +150,15 @@ def notify(urls: Sequence[str], title: str, body: str, warn: Callable[[str], Non
     deadline = time.monotonic() + NOTIFY_SECONDS
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    failed = sorted({clean_text(url.partition("://")[0])[:20] for url in urls if not outcomes.get(url)})
+    failed = sorted({_scheme(url) for url in urls if not outcomes.get(url)})
     if failed:
         warn(f"a notification could not be sent ({', '.join(failed)}); the search goes on")
 
 
 def _send(url: str, title: str, body: str) -> bool:
-    """One service.  apprise logs URLs, and with them secrets: its log is off."""
+    """One service."""
+    service = _service(url)
     try:
-        import apprise
-
-        logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
-        service = apprise.Apprise()
-        return bool(service.add(url)) and bool(service.notify(title=title, body=body))
+        return service is not None and bool(service.notify(title=title, body=body))
     except Exception:  # a side channel never ends a trial, whatever a plugin raises
         return False

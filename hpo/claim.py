@@ -17,12 +17,12 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.folder import StudyFolder
+from hpo import dashboard
+from hpo.folder import STOP, StudyFolder
 from hpo.locks import Lock
-from hpo.standing import BASELINE, ROLE
+from hpo.standing import BASELINE, DUPLICATE, ROLE, is_duplicate
 from hpo.study import StudyConfig
 from hpo.trial import Result, read_result
-from trainer.errors import StudyStopped
 from trainer.files import sweep_tree
 
 if TYPE_CHECKING:
@@ -104,16 +104,18 @@ class Claims:
         self.bench = bench
         self.folder: StudyFolder = bench.folder
         self.total = total
+        self.used_up = False  # nothing new was found to propose
         self._tell = tell
         self._say = say
 
     def take(self) -> Claim | None:
         """A trial to work on: an orphan's, else a new one; None if the rest is done or in other hands."""
         with self.folder.study_lock().held():
-            orphan = self._adopt()
-            if orphan is not None:
+            stopped = bool(self.study.user_attrs.get(STOP))
+            orphan = self._adopt(stopped)
+            if orphan is not None or stopped:
                 return orphan
-            for _ in range(MAX_DUPLICATES):
+            for _ in range(self._proposals_left()):
                 trials = self.study.get_trials(deepcopy=False)
                 taken = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
                 if taken >= self.total:
@@ -123,11 +125,23 @@ class Claims:
                 twin = self._twin(claim)
                 if twin is None:
                     return claim
-                self._fail(claim, f"duplicate of trial {twin}")
-            raise StudyStopped(
-                f"{MAX_DUPLICATES} proposals in a row were tried already: the search space is used up",
-                "widen [space], or look at what was found: hpo status",
-            )
+                self._fail(claim, f"{DUPLICATE} of trial {twin}")
+            self.used_up = len(self._done()) < self.total
+            return None
+
+    def _done(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def _proposals_left(self) -> int:
+        """How many more proposals may turn out to be duplicates; a call on a used-up space adds none."""
+        in_a_row = 0
+        for trial in reversed(self.study.get_trials(deepcopy=False)):
+            if trial.state == TrialState.WAITING:
+                return MAX_DUPLICATES
+            if not is_duplicate(trial):
+                break
+            in_a_row += 1
+        return max(0, MAX_DUPLICATES - in_a_row)
 
     def _ask(self, number: int) -> Claim:
         with quiet():
@@ -139,25 +153,49 @@ class Claims:
         assert taken, f"trial {trial.number} is new, but its lock is held"
         return Claim(trial, suggested, lock, adopted=False)
 
-    def _adopt(self) -> Claim | None:
-        """The first RUNNING trial whose worker is dead.  Results found on disk are told on the way."""
+    def _adopt(self, stopped: bool) -> Claim | None:
+        """The first RUNNING trial whose worker is dead, if the study still needs it.
+
+        Results found on disk are told on the way, also those that it needs no more.
+        """
+        alive, orphans = 0, []
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             lock = self.folder.trial_lock(frozen.number)
             if not lock.try_acquire():
+                alive += 1
                 continue
-            with quiet():
-                self.study.sampler = make_sampler(self.bench.study.study.seed, frozen.number, self.total)
-                trial = optuna.trial.Trial(self.study, frozen._trial_id)
-                suggested = suggest(trial, self.bench.study)
-            folder = self.folder.trial(frozen.number)
-            sweep_tree(folder.root)
-            result = read_result(folder, self.bench.config(suggested, frozen.number))
-            if result is None:
-                return Claim(trial, suggested, lock, adopted=True)
-            self._tell(trial, suggested, result)
-            lock.release()
-            self._say(f"trial {frozen.number} had its result on disk; the study knows it now")
-        return None
+            try:
+                if not self._tell_found(frozen):
+                    orphans.append(frozen)
+            finally:  # nobody takes it meanwhile: that is done under the study's lock only
+                lock.release()
+        if stopped or not orphans or len(self._done()) + alive >= self.total:
+            return None
+        sweep_tree(self.folder.trial(orphans[0].number).root)
+        trial, suggested = self._taken_up(orphans[0])
+        lock = self.folder.trial_lock(trial.number)
+        taken = lock.try_acquire()
+        assert taken, f"trial {trial.number} was free, but its lock is held"
+        return Claim(trial, suggested, lock, adopted=True)
+
+    def _taken_up(self, frozen: FrozenTrial) -> tuple[optuna.Trial, dict[str, Any]]:
+        with quiet():
+            self.study.sampler = make_sampler(self.bench.study.study.seed, frozen.number, self.total)
+            trial = optuna.trial.Trial(self.study, frozen._trial_id)
+            return trial, suggest(trial, self.bench.study)
+
+    def _tell_found(self, frozen: FrozenTrial) -> bool:
+        """Tell the result that a dead worker left on disk, if there is one."""
+        folder = self.folder.trial(frozen.number)
+        if not folder.result.is_file():
+            return False
+        trial, suggested = self._taken_up(frozen)
+        result = read_result(folder, self.bench.config(suggested, frozen.number))
+        if result is None:
+            return False
+        self._tell(trial, suggested, result)
+        self._say(f"trial {frozen.number} had its result on disk; the study knows it now")
+        return True
 
     def _enqueue_baseline(self, trials: list[FrozenTrial]) -> None:
         """Trial 0 is the usual settings; should it fail for the machine's fault, they are tried again."""
@@ -175,5 +213,7 @@ class Claims:
 
     def _fail(self, claim: Claim, reason: str) -> None:
         claim.trial.set_user_attr("reason", reason)
+        settings = self.bench.study.space.settings(claim.suggested, self.bench.study.train)
+        dashboard.publish_failure(claim.trial, reason, settings, self._say)
         self.study.tell(claim.trial, state=TrialState.FAIL, skip_if_finished=True)
         claim.lock.release()

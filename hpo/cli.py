@@ -73,7 +73,7 @@ def file_option(name: str, text: str) -> Callable[[Any], Any]:
     "--base",
     required=True,
     metavar="BASE",
-    help="mini-sd15, sd15, a hub id, a diffusers folder or a .safetensors file.",
+    help="mini-sd15, mini-sdxl, sd15, a hub id, a diffusers folder or a .safetensors file.",
 )
 @click.option(
     "--data",
@@ -153,19 +153,22 @@ def search(
 )
 def status(name: str | None, runs: Path) -> None:
     """Show a study's trials. Without NAME: the study that changed last. Works while a search runs."""
-    from hpo.folder import TOTAL, find_folder, open_study
+    from hpo.folder import TOTAL, database_errors, find_folder, open_study
     from hpo.locks import holder
     from hpo.report import status_table, study_line
     from hpo.standing import standing
 
     folder = find_folder(name, runs)
-    study = open_study(folder)
-    now = standing(study, study.user_attrs.get(TOTAL, 0))
-    screen = console()
-    screen.print(status_table(study, lambda number: holder(folder.trial_lock(number).path)))
-    if folder.alert.is_file():
-        screen.print(folder.alert.read_text(encoding="utf-8").splitlines()[0], markup=False, highlight=False)
-    click.echo(study_line(folder.name, now))
+    with database_errors(folder):
+        study = open_study(folder)
+        now = standing(study, study.user_attrs.get(TOTAL, 0))
+        screen = console()
+        screen.print(status_table(study, lambda number: holder(folder.trial_lock(number).path)))
+        if folder.alert.is_file():
+            screen.print(
+                folder.alert.read_text(encoding="utf-8").splitlines()[0], markup=False, highlight=False
+            )
+        click.echo(study_line(folder.name, now))
 
 
 @main.command()
@@ -272,10 +275,14 @@ def dataset() -> None:
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 def demo(subject: str, folder: Path) -> None:
     """Write a demo subject for the miniature bases into DIR: 24 training images, 8 held out."""
+    import shlex
+
     from trainer.bases.miniature.subjects import write_subject
+    from trainer.files import clean_text
 
     write_subject(subject, folder)
-    click.echo(f"{subject} written; next: hpo search --base mini-sd15 --data {folder} --trials 12")
+    place = shlex.quote(clean_text(str(folder)))
+    click.echo(f"{subject} written; next: hpo search --base mini-sd15 --data {place} --trials 12")
 
 
 def console() -> Console:

@@ -10,10 +10,11 @@ Optuna is told.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpo.folder import StudyFolder, TrialFolder, open_storage
+from hpo.folder import StudyFolder, TrialFolder, database_errors, open_storage
 from trainer.errors import MachineError
 from trainer.files import clean_text
 
@@ -26,7 +27,6 @@ ARTIFACT_PREFIX = "artifacts:"  # Optuna's own, in a trial's system attributes
 LEGACY_CONSTRAINTS = (
     "constraints"  # optuna-dashboard 0.21 reads only this; Optuna 5 itself uses set_constraint
 )
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def artifact_store(folder: StudyFolder) -> optuna.artifacts.FileSystemArtifactStore:
@@ -68,9 +68,12 @@ def note_text(result: Result, settings: Mapping[str, Any], grid_path: str | None
         lines.append(f"**{result.state}: {_plain(result.reason)}** – {_plain(result.message)}")
     if result.remedy:
         lines += ["", f"run with {result.remedy} to fit the memory; the result is the same"]
-    lines += ["", "| setting | value |", "|---|---|"]
-    lines += [f"| {_plain(name)} | {_plain(_short(value))} |" for name, value in settings.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_settings_table(settings)])
+
+
+def _settings_table(settings: Mapping[str, Any]) -> list[str]:
+    rows = [f"| {_plain(name)} | {_plain(_short(value))} |" for name, value in settings.items()]
+    return ["", "| setting | value |", "|---|---|", *rows]
 
 
 def _plain(text: str) -> str:
@@ -102,6 +105,19 @@ def publish(
         warn(f"the dashboard will not show trial {result.number}: {error.strerror}")
 
 
+def publish_failure(
+    trial: optuna.Trial, reason: str, settings: Mapping[str, Any], warn: Callable[[str], None]
+) -> None:
+    """The note of a trial that fails before any work: why.  A side channel, too."""
+    import optuna_dashboard
+
+    try:
+        lines = [f"**failed** – {_plain(reason)}", *_settings_table(settings)]
+        optuna_dashboard.save_note(trial, "\n".join(lines))
+    except OSError as error:
+        warn(f"the dashboard will not show trial {trial.number}: {error.strerror}")
+
+
 def mark_infeasible(trial: optuna.Trial, amounts: Mapping[str, float]) -> None:
     """Constraints in both forms, Optuna 5's and the one the dashboard reads.  Above 0 is violated."""
     known = trial.storage.get_trial(trial._trial_id).constraints
@@ -117,8 +133,16 @@ def study_note(study: optuna.Study, text: str) -> None:
     optuna_dashboard.save_note(study, text)
 
 
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
 def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None]) -> None:
     """Run the dashboard until Ctrl-C.  Works while a search runs: the database is opened on its own."""
+    import socket
     from wsgiref.simple_server import WSGIRequestHandler, make_server
 
     import optuna
@@ -126,25 +150,34 @@ def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None])
     from optuna_dashboard._cli import ThreadedWSGIServer
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    app = optuna_dashboard.wsgi(open_storage(folder), artifact_store=artifact_store(folder))
+    storage = open_storage(folder)
+    with database_errors(folder):
+        studies = [str(study._study_id) for study in storage.get_all_studies()]
+    app = optuna_dashboard.wsgi(storage, artifact_store=artifact_store(folder))
+
+    class Server(ThreadedWSGIServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
     class Quiet(WSGIRequestHandler):
         def log_message(self, format: str, *args: Any) -> None: ...
 
+    if not is_loopback(host):
+        say(
+            f"warning: {clean_text(host)} is reachable from other machines, and the dashboard asks for no password: "
+            "whoever reaches it can finish and delete trials"
+        )
     try:
-        server = make_server(host, port, app, server_class=ThreadedWSGIServer, handler_class=Quiet)
+        server = make_server(host, port, app, server_class=Server, handler_class=Quiet)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MachineError(
             f"cannot listen on {host}:{port}: {reason}", "choose another --port or --host"
         ) from None
-    if host not in LOOPBACK:
-        say(
-            f"warning: {host} is reachable from other machines, and the dashboard asks for no password: "
-            "whoever reaches it can finish and delete trials"
-        )
-    address = f"http://{host}:{server.server_port}/dashboard/studies/1"
-    say(f"dashboard of {folder.name}: {address}  (Ctrl-C ends it)")
+    place = f"[{host}]" if ":" in host else host
+    address = "/".join(
+        [f"http://{place}:{server.server_port}/dashboard", *(f"studies/{n}" for n in studies[:1])]
+    )
+    say(f"dashboard of {clean_text(folder.name)}: {address}  (Ctrl-C ends it)")
     try:
         server.serve_forever()
     finally:

@@ -6,15 +6,20 @@ file is ``trainer.kohya``'s; queueing is ``hpo.session``'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hpo.space import settings_of
 from hpo.study import ELSEWHERE, StudyConfig
 from trainer.config import TrainConfig
+from trainer.errors import ConfigError
 from trainer.files import clean_text
 from trainer.kohya import read_kohya
+
+# What a file means by these together are two rates, the U-Net's and the text encoders'.
+RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "network_train_unet_only")
 
 
 def as_proposal(
@@ -30,6 +35,7 @@ def as_proposal(
     baseline = config.config(config.baseline)
     decided = {setting for p in config.space for setting in settings_of(p.name)}
     searched = {setting: getattr(file.config, setting) for setting in decided}
+    searched |= _rates(file.config, decided, name)
     notes = []
     if searched.get("max_train_epochs", 0) is None:
         searched["max_train_epochs"] = baseline.max_train_epochs
@@ -40,16 +46,60 @@ def as_proposal(
     if searched.get("lr_warmup_steps", 0) >= 1:
         length = steps_of(baseline.with_values({**searched, "lr_warmup_steps": 0}))
         complete["lr_warmup_steps"] = searched["lr_warmup_steps"] / length
-    proposal = config.space.check(config.space.proposal(complete, config.baseline), f"--enqueue {name}")
-    fixed = {
-        setting: value
-        for setting, value in file.given.items()
-        if setting not in decided and setting not in ELSEWHERE and value != getattr(config.train, setting)
-    }
-    notes += [
-        f"{name}: {s} = {v} stays {getattr(config.train, s)}, it is not searched" for s, v in fixed.items()
-    ]
+    proposal = config.space.proposal(complete, config.baseline)
+    if file.config.effective_text_encoder_lr == 0 and "text_encoder_lr" in decided:
+        _check_text_encoder_off(proposal, config, name)
+    proposal = config.space.check(proposal, f"--enqueue {name}")
+    trained = config.config(proposal)
+    notes += _left_out(file.given, trained, decided, name)
+    for whose, wanted, found in (
+        ("the U-Net's rate", file.config.effective_unet_lr, trained.effective_unet_lr),
+        (
+            "the text encoders' rate",
+            file.config.effective_text_encoder_lr,
+            trained.effective_text_encoder_lr,
+        ),
+    ):
+        if not math.isclose(wanted, found, rel_tol=1e-9):
+            notes.append(f"{name}: {whose} is {wanted:g} there and {found:g} here, it is not searched")
     for what, lines in (("translated", file.translated), ("not built in", file.refused)):
         if lines:
             notes.append(f"{name}, {what}: " + "; ".join(lines))
     return proposal, notes
+
+
+def _rates(file: TrainConfig, decided: set[str], name: str) -> dict[str, Any]:
+    """The two rates that the file trains at, in the settings that the study searches."""
+    unet, text = file.effective_unet_lr, file.effective_text_encoder_lr
+    rates: dict[str, Any] = {}
+    if "unet_lr" in decided:
+        rates["unet_lr"] = unet
+    elif "learning_rate" in decided:
+        rates = {"learning_rate": unet, "unet_lr": None}
+    if rates and unet == 0:
+        raise ConfigError(
+            f"--enqueue {name} trains no U-Net: its rate is 0, and the study searches that rate",
+            "give it learning_rate or unet_lr above 0",
+        )
+    if "text_encoder_lr" in decided:
+        rates["text_encoder_lr"] = text
+    return rates
+
+
+def _check_text_encoder_off(proposal: dict[str, Any], config: StudyConfig, name: str) -> None:
+    """A file without a text encoder fits only a space that holds 0."""
+    for p in config.space:
+        if settings_of(p.name) == ("text_encoder_lr",) and not p.domain.holds(proposal[p.name]):
+            raise ConfigError(
+                f"--enqueue {name} trains no text encoder; the study searches {p.name} {p.domain.describe()}",
+                f"give it a text_encoder_lr, or start the range at 0: --set '{p.name}={{low=0.0, high=1.0}}'",
+            )
+
+
+def _left_out(given: Mapping[str, Any], trained: TrainConfig, decided: set[str], name: str) -> list[str]:
+    """A line for each setting of the file that the trial does not have: the study fixes it."""
+    return [
+        f"{name}: {setting} = {value} stays {getattr(trained, setting)}, it is not searched"
+        for setting, value in given.items()
+        if setting not in (*decided, *ELSEWHERE, *RATES) and value != getattr(trained, setting)
+    ]

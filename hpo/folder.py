@@ -6,7 +6,9 @@ belong together.  Does not own what is written there.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import shutil
 import sqlite3
 import warnings
@@ -17,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.locks import Lock
-from trainer.errors import ConfigError, DataError, MachineError, ModelFileError
-from trainer.files import clean_text, safe_name
+from trainer.errors import ConfigError, MachineError
+from trainer.files import clean_text, machine_error, safe_name
 
 if TYPE_CHECKING:
     import optuna
@@ -34,8 +36,9 @@ NETWORK_FILE_SYSTEMS = (
     "drvfs",
     "fuse.sshfs",
 )  # no shared memory: no WAL
-# Study user attributes: the facts that must not change, and the trials last asked for.
-IDENTITY, TOTAL = "hpo:identity", "hpo:trials"
+# Study user attributes: the facts that must not change, the trials last asked for, and why no new trial begins.
+IDENTITY, TOTAL, STOP = "hpo:identity", "hpo:trials", "hpo:stop"
+GO_ON = "free some space or wait for the other program; the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,12 @@ class StudyFolder:
     @property
     def name(self) -> str:
         return self.root.name
+
+    @property
+    def words(self) -> str:
+        """How a command names this study: its name, and --runs where that is needed."""
+        runs = self.root.parent
+        return self.name if runs == RUNS else f"{self.name} --runs {shlex.quote(str(runs))}"
 
     @property
     def database(self) -> Path:
@@ -174,19 +183,82 @@ def find_folder(name: str | None, runs: Path = RUNS) -> StudyFolder:
     return StudyFolder(max(found.values(), key=_changed).parent)
 
 
+@dataclass
+class Use:
+    """A process's share in a study folder, and what it may take back of it."""
+
+    folder: StudyFolder
+    before: frozenset[str] | None  # what lay in the folder; None: there was none
+    made_study: bool = False  # the study in the database is this process's own
+    begun: bool = False  # from here on nothing is taken back
+
+
 @contextmanager
-def taken_back(folder: StudyFolder) -> Iterator[None]:
-    """Remove a study folder that this block made, if a user's error ends the block."""
+def in_use(folder: StudyFolder) -> Iterator[Use]:
+    """Share a study folder for a block.
+
+    An error before the study has begun takes back what the block made – unless another process shares the
+    folder too, or a study is in it that this process did not make, or that has trials.
+    """
     runs = folder.root.parent
-    had_folder, had_runs = folder.root.exists(), runs.exists()
+    try:
+        had_runs = runs.exists()
+        names = frozenset(p.name for p in folder.root.iterdir()) if folder.root.is_dir() else None
+    except OSError as error:
+        raise machine_error(error, folder.root) from error
+    use, lock = Use(folder, names), Lock(folder.locks / "use.lock")
+    with lock.held(shared=True):
+        try:
+            yield use
+        except Exception:
+            if not use.begun and lock.try_alone() and _is_own(use):
+                _take_back(use)
+                if not had_runs:
+                    with contextlib.suppress(OSError):
+                        runs.rmdir()
+            raise
+
+
+def _is_own(use: Use) -> bool:
+    """Whether no work of anybody is in the folder.  Call while nobody else shares it."""
+    from optuna.trial import TrialState
+
+    folder = use.folder
+    try:
+        study = begun_study(folder) if folder.database.is_file() else None
+        if study is None:
+            return not folder.trial_folders()
+        trials = study.get_trials(deepcopy=False)
+        return use.made_study and all(t.state == TrialState.WAITING for t in trials)
+    except Exception:  # a database that cannot be read is nobody's to delete
+        return False
+
+
+def _take_back(use: Use) -> None:
+    root, database = use.folder.root, use.folder.database.name
+    for path in list(root.iterdir()) if root.is_dir() else ():
+        own = use.made_study and path.name.startswith(database)
+        if use.before is None or path.name not in use.before or own:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+    if use.before is None:
+        with contextlib.suppress(OSError):
+            root.rmdir()
+
+
+@contextmanager
+def database_errors(folder: StudyFolder) -> Iterator[None]:
+    """A database that is locked, full or broken, as one line of what and one of what to do."""
+    import optuna
+
     try:
         yield
-    except (ConfigError, DataError, ModelFileError):
-        if not had_folder:
-            shutil.rmtree(folder.root, ignore_errors=True)
-        if not had_runs and runs.is_dir() and not any(runs.iterdir()):
-            runs.rmdir()
-        raise
+    except optuna.exceptions.StorageInternalError as error:
+        reason = getattr(error.__cause__, "orig", None) or error.__cause__ or error
+        raise MachineError(f"{folder.database} cannot be read or written: {reason}", GO_ON) from error
 
 
 def _changed(database: Path) -> float:
@@ -235,18 +307,35 @@ def file_system(folder: Path) -> str:
     return max(above, key=lambda row: len(row[0]))[1] if above else ""
 
 
-def open_study(folder: StudyFolder) -> optuna.Study:
-    """The study in an existing folder."""
+def begun_study(folder: StudyFolder) -> optuna.Study | None:
+    """The study in the folder; None before there is one (a kill may leave a database without it)."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if not folder.database.is_file():
+        return None
+    with database_errors(folder):
+        storage = open_storage(folder)
+        names = optuna.get_all_study_names(storage)
+        if len(names) > 1:
+            raise ConfigError(f"{folder.database} holds {len(names)} studies, not one", "give another --name")
+        if not names:
+            return None
+        return optuna.load_study(
+            study_name=names[0], storage=storage, sampler=optuna.samplers.RandomSampler()
+        )
+
+
+def open_study(folder: StudyFolder) -> optuna.Study:
+    """The study in an existing folder."""
+    if not folder.database.is_file():
         raise ConfigError(f"{folder.root} has no study.db", "restore it, or give another --name")
-    storage = open_storage(folder)
-    names = optuna.get_all_study_names(storage)
-    if len(names) != 1:
-        raise ConfigError(f"{folder.database} holds {len(names)} studies, not one", "give another --name")
-    return optuna.load_study(study_name=names[0], storage=storage, sampler=optuna.samplers.RandomSampler())
+    study = begun_study(folder)
+    if study is None:
+        raise ConfigError(
+            f"{folder.database} holds no study", "begin it with hpo search, or restore it if it was deleted"
+        )
+    return study
 
 
 def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
@@ -257,10 +346,9 @@ def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if not folder.database.is_file() and folder.trial_folders():
-        raise ConfigError(
-            f"{folder.root} has trials but study.db is missing", "restore it, or give another --name"
-        )
+    if begun_study(folder) is None and folder.trial_folders():
+        missing = "its study is deleted" if folder.database.is_file() else "study.db is missing"
+        raise ConfigError(f"{folder.root} has trials but {missing}", "restore it, or give another --name")
     storage = open_storage(folder)
     names = optuna.get_all_study_names(storage)  # one at most; a renamed folder keeps its study's name
     study = optuna.create_study(

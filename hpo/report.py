@@ -252,8 +252,10 @@ def trial_line(result: Result, standing: Standing) -> str:
 
 def study_line(name: str, standing: Standing) -> str:
     """The last line of a search."""
-    words = [f"study={name}", f"complete={standing.complete}/{standing.total}"]
+    words = [f"study={clean_text(name)}", f"complete={standing.complete}/{standing.total}"]
     words += [f"infeasible={standing.infeasible}", f"failed={standing.failed}"]
+    if standing.duplicates:
+        words.append(f"duplicates={standing.duplicates}")
     if standing.best:
         words.append(f"best={standing.best[0]} score={standing.best[1]:.4f} se={standing.best[2]:.4f}")
     if standing.baseline:
@@ -279,16 +281,18 @@ def ratio_line(settings: int, trials: int) -> str:
 def summary(
     folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
 ) -> list[str]:
-    """The end of a search: best settings, score beside the untrained base's and trial 0's, files, next."""
+    """The end of a search: best settings, score beside the untrained base's and the usual settings', files, next."""
     lines = [f"{folder.name}: {why}"]
     if standing.best is None or settings is None:
-        return [*lines, "no trial has a score yet", f"next: hpo status {folder.name}"]
+        return [*lines, "no trial has a score yet", f"next: hpo status {folder.words}"]
     number = standing.best[0]
     trial = folder.trial(number)
+    baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
+    trouble = clean_text(standing.baseline_trouble) or figures(None)
     lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
     lines += [
         f"score: {figures(standing.best)}",
-        f"  usual settings (trial 0): {figures(standing.baseline)}",
+        f"  usual settings{baseline}: {figures(standing.baseline) if standing.baseline else trouble}",
         "  untrained base: 0.0000, by definition of the scale; 1 is its prompt following",
         "  together with the likeness of real images; ± is one standard error over prompts",
         "  The best of a search is optimistic, because it was selected: what it is worth",
@@ -299,11 +303,13 @@ def summary(
     lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
     if folder.alert.is_file():
         lines.append(f"convergence: {folder.alert}")
-    return [*lines, f"next: hpo dashboard {folder.name}"]
+    return [*lines, f"next: hpo dashboard {folder.words}"]
 
 
 def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
     """All trials, newest last."""
+    from hpo.standing import is_duplicate
+
     table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
     for name, width in (("trial", 6), ("state", 17), ("score", 7), ("± se", 7), ("time", 7)):
         table.add_column(name, min_width=width, no_wrap=True)
@@ -320,7 +326,7 @@ def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> Re
             pid = holder(trial.number)
             state = f"running ({pid})" if pid else "interrupted"
         elif trial.state.name == "FAIL":
-            state = "failed"
+            state = "duplicate" if is_duplicate(trial) else "failed"
         scored = state == "complete" and trial.value is not None
         reason = str(trial.user_attrs.get("reason", ""))
         settings = trial.user_attrs.get("settings", {})

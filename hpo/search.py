@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from hpo import alerts, convergence, dashboard
-from hpo.claim import Claim, Claims, startup_trials
-from hpo.folder import StudyFolder
+from hpo.claim import MAX_DUPLICATES, Claim, Claims, startup_trials
+from hpo.folder import STOP, StudyFolder
 from hpo.locks import holder
 from hpo.standing import Standing, drop_files, history, searched_settings, standing
 from hpo.trial import (
@@ -74,7 +75,6 @@ class Search:
         self.view = view
         self.claims = Claims(study, bench, limits.trials, self.tell, view.say)
         self._failures: list[str] = []
-        self._stop_saying_so = ""
         self._told_of_noise = False
 
     # The loop
@@ -84,8 +84,20 @@ class Search:
         sweep_tree(self.folder.root)
         try:
             return self._trials()
+        except KeyError:
+            if not self._is_deleted():
+                raise
+            raise StudyStopped(
+                f"study {self.folder.name} was deleted from {self.folder.database}, in the dashboard perhaps",
+                f"its trials' files are still in {self.folder.root}; begin again with another --name",
+            ) from None
         finally:  # another worker may have died beside this one
             sweep_tree(self.folder.root)
+
+    def _is_deleted(self) -> bool:
+        return self.study._study_id not in [
+            known._study_id for known in self.study._storage.get_all_studies()
+        ]
 
     def _trials(self) -> str:
         until = math.inf
@@ -96,15 +108,18 @@ class Search:
                 raise Interrupted("stopped between two trials", "the same command goes on")
             if time.monotonic() >= until:
                 return f"--max-hours {self.limits.max_hours:g} is over"
-            if self._stop_saying_so:
-                return self._stop_saying_so
-            claim = self.claims.take()
-            if claim is None:
-                return self._why_done()
+            claim = None
             try:
+                claim = self.claims.take()
+                if claim is None:
+                    return self._why_done()
                 self._do(claim)
+            except UpdateFinishedTrialError:  # before its work began
+                if claim:
+                    self._say_finished(claim.trial.number)
             finally:
-                claim.lock.release()
+                if claim:
+                    claim.lock.release()
 
     def _do(self, claim: Claim) -> None:
         number = claim.trial.number
@@ -140,9 +155,21 @@ class Search:
 
     def tell(self, trial: optuna.Trial, suggested: Mapping[str, Any], result: Result) -> None:
         """Optuna learns the result.  Safe to repeat after a kill at any point of it."""
-        frozen = self.study._storage.get_trial(trial._trial_id)
-        if frozen.state.is_finished():
-            return  # somebody finished it in the dashboard; result.json keeps what was measured
+        try:
+            if not self.study._storage.get_trial(trial._trial_id).state.is_finished():
+                self._record(trial, suggested, result)
+                return
+        except UpdateFinishedTrialError:
+            pass  # somebody finished it between two of the writes
+        self._say_finished(result.number)
+
+    def _say_finished(self, number: int) -> None:
+        self.view.say(
+            f"trial {number} was finished by somebody else, in the dashboard perhaps: the study keeps that; "
+            f"what was measured is in {self.folder.trial(number).root}"
+        )
+
+    def _record(self, trial: optuna.Trial, suggested: Mapping[str, Any], result: Result) -> None:
         settings = searched_settings(self.bench.study, suggested)
         attributes = {"reason": result.reason, "message": result.message, "remedy": result.remedy}
         figures = {
@@ -172,30 +199,39 @@ class Search:
         return standing(self.study, self.limits.trials)
 
     def _why_done(self) -> str:
-        busy = [
-            (t.number, holder(self.folder.trial_lock(t.number).path))
-            for t in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        ]
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        pids = {t.number: holder(self.folder.trial_lock(t.number).path) for t in running}
+        busy = ", ".join(f"trial {n} (process {pid})" for n, pid in pids.items() if pid)
+        left = ", ".join(f"trial {n}" for n, pid in pids.items() if not pid)
+        if stop := self.study.user_attrs.get(STOP):
+            why = f"{stop} (--stop-when-converged); without that option the same command goes on"
+            return f"{why}; in other hands: {busy}" if busy else why
         if busy:
-            return "the rest is in other hands: " + ", ".join(f"trial {n} (process {pid})" for n, pid in busy)
-        return f"{self.limits.trials} trials are done"
+            return f"the rest is in other hands: {busy}"
+        if self.claims.used_up:
+            return (
+                f"the search space is used up: {MAX_DUPLICATES} proposals in a row were tried already; "
+                "a study's space stays as it began, a wider one needs a new --name"
+            )
+        total = f"{self.limits.trials} trials are done"
+        return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total
 
     def _check_convergence(self) -> None:
         points, rows = history(self.study, self.bench.study, self.folder, self.bench.anchors)
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         verdict = convergence.detect(
             points,
             dimensions=len(self.bench.study.space),
             startup=startup_trials(self.limits.trials),
-            running=len(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))),
+            running=sum(holder(self.folder.trial_lock(t.number).path) is not None for t in running),
         )
+        self._set_stop(verdict is not None and verdict.settled)
         news = alerts.update_alert(self.folder, verdict, rows)
         if verdict is None:
             return
         if verdict.level == "no_signal" and not self._told_of_noise:
             self.view.say(f"warning: {alerts.MEANING['no_signal']}")
             self._told_of_noise = True
-        if self.limits.stop_when_converged and verdict.level == "converged":
-            self._stop_saying_so = "converged (--stop-when-converged)"
         if news is None:
             return
         text = self.folder.alert.read_text(encoding="utf-8")
@@ -203,3 +239,11 @@ class Search:
         dashboard.study_note(self.study, "```\n" + text + "```")
         if self.limits.notify:
             alerts.notify(self.limits.notify, f"{self.folder.name}: {news}", text, self.view.say)
+
+    def _set_stop(self, settled: bool) -> None:
+        """Tell every worker to begin no new trial; the last trial to finish has the last word."""
+        before = bool(self.study.user_attrs.get(STOP))
+        if settled and not before and self.limits.stop_when_converged:
+            self.study.set_user_attr(STOP, "converged")
+        elif before and not settled:
+            self.study.set_user_attr(STOP, "")

@@ -17,12 +17,25 @@ from rich.console import Console
 from hpo import alerts, report
 from hpo.claim import quiet
 from hpo.enqueue import as_proposal
-from hpo.folder import IDENTITY, RUNS, TOTAL, StudyFolder, create_study, open_study, study_folder, taken_back
+from hpo.folder import (
+    IDENTITY,
+    RUNS,
+    STOP,
+    TOTAL,
+    StudyFolder,
+    Use,
+    begun_study,
+    create_study,
+    database_errors,
+    in_use,
+    study_folder,
+)
 from hpo.search import Limits, Search
 from hpo.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
 from hpo.stop import Stop
 from hpo.study import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
-from trainer.errors import Interrupted, MachineError
+from trainer.errors import Interrupted
+from trainer.files import machine_error
 from trainer.kohya import read_kohya
 
 if TYPE_CHECKING:
@@ -60,55 +73,66 @@ def search(request: Request, console: Console) -> None:
         stop_when_converged=request.stop_when_converged,
         notify=alerts.notification_urls(request.notify),
     )
+    alerts.check_services(limits.notify)
     view = report.make_view(console, lambda suggested: config.space.settings(suggested, config.train), name)
-    _check_definition(folder, config)
-    if request.enqueue:
-        read_kohya(request.enqueue)  # a mistake in it is found before anything is loaded
-    with taken_back(folder):
-        from hpo import workbench  # loads torch: after everything that can be checked without it
+    with database_errors(folder):
+        _check_definition(folder, config)
+        if request.enqueue:
+            read_kohya(request.enqueue)  # a mistake in it is found before anything is loaded
+        with in_use(folder) as use:
+            _search(request, config, use, limits, view, console)
 
-        bench = workbench.load(request.inputs, config, folder, view.say)
-        study = _open(bench)
-        proposal = _proposal(request, bench, view)
-        _begin(study, bench, limits, proposal, view, console)
+
+def _search(
+    request: Request, config: StudyConfig, use: Use, limits: Limits, view: report.PlainView, console: Console
+) -> None:
+    """The part that reads models and writes files."""
+    from hpo import workbench  # loads torch: after everything that can be checked without it
+
+    bench = workbench.load(request.inputs, config, use.folder, view.say)
+    study = _open(bench, use)
+    proposal = _proposal(request, bench, view)
+    _begin(study, bench, limits, proposal, view, console)
+    use.begun = True
     worker = Search(study, bench, limits, view)
     with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop
         try:
             with view:
                 why = worker.run()
-        except optuna.exceptions.StorageInternalError as error:
-            raise MachineError(
-                f"{folder.database} could not be written: {error.__cause__}", _GO_ON
-            ) from error
         except Interrupted as error:
-            view.say(report.study_line(name, worker.standing()))
+            view.say(report.study_line(use.folder.name, worker.standing()))
             raise Interrupted(
-                error.message, f"go on with the same command; so far: hpo status {name}"
+                error.message, f"go on with the same command; so far: hpo status {use.folder.words}"
             ) from None
     _end(study, bench, worker.standing(), why, view)
 
 
-_GO_ON = "free some space or wait for the other program; the same command goes on"
-
-
 def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
     """A changed definition is refused before anything is loaded."""
-    if folder.database.is_file():
-        before = open_study(folder).user_attrs.get(IDENTITY, {})
+    try:
+        study = begun_study(folder)
+    except OSError as error:
+        raise machine_error(error, folder.root) from error
+    if study is not None:
+        before = study.user_attrs.get(IDENTITY, {})
         known = {key: value for key, value in before.items() if key.startswith("[")}
         if known:
             check_unchanged(known, config.frozen(), folder.name)
 
 
-def _open(bench: Workbench) -> optuna.Study:
+def _open(bench: Workbench, use: Use) -> optuna.Study:
     """The study in its folder, created or found unchanged."""
     from hpo.workbench import write_definition
 
     folder, facts = bench.folder, bench.facts()
-    folder.locks.mkdir(parents=True, exist_ok=True)
-    folder.artifacts.mkdir(exist_ok=True)
+    try:
+        folder.artifacts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise machine_error(error, folder.artifacts) from error
     with folder.study_lock().held():
+        found = begun_study(folder)
+        use.made_study = found is None or IDENTITY not in found.user_attrs
         study = create_study(folder, facts)
         check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
         write_definition(bench, facts)
@@ -154,6 +178,8 @@ def _begin(
         view.say(_cost_line(cost, now, limits))
     with bench.folder.study_lock().held(), quiet():
         study.set_user_attr(TOTAL, limits.trials)
+        if study.user_attrs.get(STOP) and not limits.stop_when_converged:
+            study.set_user_attr(STOP, "")  # whoever does not ask for the stop goes on
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(dict(bench.study.baseline), user_attrs={ROLE: BASELINE})
         if proposal is not None:
@@ -161,6 +187,12 @@ def _begin(
             study.enqueue_trial(dict(proposal), user_attrs={ROLE: ENQUEUED}, skip_if_exists=True)
             if len(study.get_trials(deepcopy=False)) == before:
                 view.say("the settings of --enqueue are in the study already")
+    waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
+    if proposal is not None and waiting and not now.left:
+        view.say(
+            f"the settings of --enqueue wait as trial {waiting[-1].number}: the study has its "
+            f"{limits.trials} trials; raise --trials to run it"
+        )
 
 
 def _data_line(bench: Workbench) -> str:

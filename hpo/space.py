@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Values = Mapping[str, Any]
+BIG = 1e300  # no setting is near it, and every whole number below it has a float
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Range:
         return (self.low, self.high) if self.low < self.high else (self.low,)
 
     def holds(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -BIG < value < BIG:
             return False
         if not self.low <= value <= self.high or (self.whole and float(value) != int(value)):
             return False
@@ -147,6 +148,15 @@ def _text_rate(settings: Values) -> float:
     return _rate(settings) if settings["text_encoder_lr"] is None else settings["text_encoder_lr"]
 
 
+def _text_ratio(settings: Values) -> float:
+    if _rate(settings) == 0:
+        raise ConfigError(
+            "text_encoder_lr_ratio is relative to the U-Net's rate, which is 0",
+            "give the U-Net a rate above 0, or fix text_encoder_lr: --set text_encoder_lr=5e-5",
+        )
+    return _text_rate(settings) / _rate(settings)
+
+
 def _log2(settings: Values) -> float:
     power = math.log2(settings["network_dim"])
     return int(power) if power == int(power) else power
@@ -159,7 +169,7 @@ DERIVED: dict[str, Derivation] = {
         ("learning_rate", "unet_lr"),
         (0.0, 1000.0),
         lambda value, settings: value * _rate(settings),
-        lambda settings: _text_rate(settings) / _rate(settings),
+        _text_ratio,
     ),
     "network_alpha_ratio": Derivation(
         "network_alpha",
@@ -177,6 +187,7 @@ DERIVED: dict[str, Derivation] = {
         lambda settings: settings["lr_warmup_steps"],
     ),
 }
+BASELINE = "[baseline]"
 FOLDED_SCHEDULE = "cosine_with_restarts_"
 # Settings that can be unset, searched as a number: 0 means unset (TOML has no null).
 ZERO_IS_UNSET = ("min_snr_gamma",)
@@ -329,8 +340,16 @@ class Space:
             if name not in names:
                 raise ConfigError(f"{what}: {name} is not searched", suggestion(name, names) or "see [space]")
         for p in self:
-            if p.name not in suggested:
-                raise ConfigError(f"{what}: {p.name} has no value", f"give one in {p.domain.describe()}")
+            if suggested.get(p.name) is None:
+                where = f": --set baseline.{settings_of(p.name)[0]}=…" if what == BASELINE else ""
+                raise ConfigError(
+                    f"{what}: {p.name} has no value", f"give one in {p.domain.describe()}{where}"
+                )
+            if p.name == "network_dim_log2" and not float(suggested[p.name]).is_integer():
+                raise ConfigError(
+                    f"{what}: network_dim = {2 ** suggested[p.name]:.0f} is not a power of two",
+                    "give one, or search network_dim itself instead of network_dim_log2",
+                )
             if not p.domain.holds(suggested[p.name]):
                 raise ConfigError(
                     f"{what}: {p.name} = {suggested[p.name]} is outside the study's {p.domain.describe()}",
@@ -364,7 +383,9 @@ class Space:
 
 
 def _tidy(value: Any, domain: Range | Choice) -> Any:
-    """The value in its domain's own type; a quotient without its last, rounded digits."""
+    """The value in its domain's own type; a quotient without its last, rounded digits.  Unset stays unset."""
+    if value is None:
+        return None
     if isinstance(domain, Choice):
         return domain.options[domain.options.index(value)] if domain.holds(value) else value
     if domain.whole:

@@ -5,11 +5,10 @@ Owns the form of the section.  What parameters mean, and whether their edges are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from hpo.space import DERIVED, Choice, Parameter, Range, Space, Values
+from hpo.space import BIG, DERIVED, ZERO_IS_UNSET, Choice, Parameter, Range, Space, Values
 from trainer.config import SETTINGS, check_value, suggestion
 from trainer.errors import ConfigError
 
@@ -65,13 +64,13 @@ def _read_choice(name: str, body: Values) -> Choice:
 def _read_range(name: str, body: Values) -> Range:
     for key in ("low", "high"):
         value = body.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -BIG < value < BIG:
             raise ConfigError(
                 f"{name} needs a number for {key}, has {value!r}", "write { low = …, high = … }"
             )
     low, high, log, step = body["low"], body["high"], body.get("log", False), body.get("step")
     if name in SETTINGS:  # the setting's own type and limits
-        low, high = check_value(name, low), check_value(name, high)
+        low, high = (_edge(name, value) for value in (low, high))
     elif name in DERIVED:
         least, most = DERIVED[name].limits
         if not least <= low or not high <= most:
@@ -100,3 +99,8 @@ def _read_range(name: str, body: Values) -> Range:
             f"{name}: {high} cannot be reached from {low} in steps of {step}", "change high or step"
         )
     return found
+
+
+def _edge(name: str, value: float) -> float:
+    """An end of a setting's range, in the setting's own type and limits."""
+    return 0.0 if name in ZERO_IS_UNSET and value == 0 else check_value(name, value)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from evaluation.anchors import Anchors
 
 ROLE, BASELINE, ENQUEUED = "role", "baseline", "enqueued"  # a trial's user attribute and its values
+DUPLICATE = "duplicate"  # how the reason of a proposal that was tried already begins
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Standing:
     best: tuple[int, float, float] | None
     baseline: tuple[int, float, float] | None
     mean_seconds: float | None
+    duplicates: int = 0  # proposals that were tried already; not counted as failed
+    baseline_trouble: str = ""  # why the baseline has no score, if it was run
 
     @property
     def left(self) -> int:
@@ -52,17 +55,33 @@ def standing(study: optuna.Study, total: int) -> Standing:
     feasible = [t for t in done if is_feasible(t)]
     best = max(feasible, key=lambda t: (t.value, -t.number), default=None)
     baseline = next((t for t in feasible if t.user_attrs.get(ROLE) == BASELINE), None)
+    twins = sum(map(is_duplicate, trials))
     seconds = [t.user_attrs["seconds"] for t in done if "seconds" in t.user_attrs]
     return Standing(
         total=total,
         complete=len(done),
         infeasible=len(done) - len(feasible),
-        failed=sum(t.state == TrialState.FAIL for t in trials),
+        failed=sum(t.state == TrialState.FAIL for t in trials) - twins,
         running=sum(t.state == TrialState.RUNNING for t in trials),
         best=_figures(best),
         baseline=_figures(baseline),
         mean_seconds=float(np.mean(seconds)) if seconds else None,
+        duplicates=twins,
+        baseline_trouble="" if baseline else _trouble(trials),
     )
+
+
+def _trouble(trials: list[FrozenTrial]) -> str:
+    """What became of the baseline's last attempt, if it is over without a score."""
+    own = [t for t in trials if t.user_attrs.get(ROLE) == BASELINE and t.state.is_finished()]
+    if not own:
+        return ""
+    outcome = "infeasible" if own[-1].state == TrialState.COMPLETE else "failed"
+    return f"{outcome}: {own[-1].user_attrs.get('reason', 'no reason known')} (trial {own[-1].number})"
+
+
+def is_duplicate(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and str(trial.user_attrs.get("reason", "")).startswith(DUPLICATE)
 
 
 def is_feasible(trial: FrozenTrial) -> bool:

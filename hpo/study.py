@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hpo.space import DERIVED, ZERO_IS_UNSET, Space, settings_of
+from hpo.space import BASELINE, DERIVED, ZERO_IS_UNSET, Space, settings_of
 from hpo.spacefile import read_space
 from trainer.config import SETTINGS, WITHOUT_INFLUENCE, TrainConfig, check_name, suggestion
 from trainer.errors import ConfigError
@@ -32,14 +32,8 @@ ELSEWHERE = {
     "dataset_config": "--data",
     **dict.fromkeys(sorted(WITHOUT_INFLUENCE), "the search itself"),
 }
-# A setting that, once given, leaves others without effect.
-SHADOWS = {"max_train_steps": ("max_train_epochs",), "network_train_unet_only": ("text_encoder_lr",)}
-NEUTRAL_SETTINGS = (
-    *ELSEWHERE,
-    "gradient_checkpointing",
-    "cache_latents_to_disk",
-    "vae_batch_size",
-)
+LARGEST_WHOLE = 2**63 - 1  # TOML's own limit; more has no float, or no text
+NEUTRAL_SETTINGS = (*ELSEWHERE, "gradient_checkpointing", "cache_latents_to_disk", "vae_batch_size")
 
 
 @dataclass(frozen=True)
@@ -124,10 +118,10 @@ class StudyConfig:
 def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None) -> StudyConfig:
     """The definition in a TOML file with ``--set`` values put in, checked to its last edge."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the study file {path}: {error.strerror}", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of endless digits or brackets
         raise ConfigError(
             f"{path} is not valid TOML: {clean_text(str(error))}", "correct that place"
         ) from None
@@ -145,14 +139,17 @@ def build_study(
 ) -> StudyConfig:
     """A definition from the file's content."""
     _check_keys(table, SECTIONS, "the study file", "section")
+    _check_whole(table, "the study file")
     sections: dict[str, dict[str, Any]] = {}
     for section in SECTIONS:
         body = table.get(section, {})
         if not isinstance(body, Mapping):
             raise ConfigError(f"[{section}] is not a section", f"write [{section}] on a line of its own")
         sections[section] = dict(body)
-    for text in sets:
-        _put(sections, text)
+    before = _shadows(sections["train"], _decided(sections["space"]))
+    given = [name for name in [_put(sections, text) for text in sets] if name]
+    _drop_shadowed(sections, before)
+    _drop_inactive(sections, given)
     if seed is not None:
         sections["study"]["seed"] = seed
     if not sections["space"]:
@@ -184,12 +181,34 @@ def _train(body: Mapping[str, Any], space: Space) -> TrainConfig:
             raise ConfigError(
                 f"{name} is fixed in [train] and searched by {decided[name]}", "keep one of the two"
             )
-        for setting in SHADOWS.get(name, ()) if body[name] else ():
-            if setting in decided:
-                raise ConfigError(
-                    f"{name} in [train] leaves {decided[setting]} without effect", "keep one of the two"
-                )
-    return TrainConfig().with_values(body)
+    for name, setting in _shadows(body, decided):
+        if setting in decided:
+            where = "[train]" if name in body else "[space]"
+            raise ConfigError(
+                f"{name} in {where} leaves {decided[setting]} without effect", "keep one of the two"
+            )
+    return TrainConfig().with_values({name: _unset(name, value) for name, value in body.items()})
+
+
+def _shadows(train: Mapping[str, Any], decided: Collection[str]) -> list[tuple[str, str]]:
+    """(a setting that is given or searched, a setting that it leaves without effect)."""
+    found = []
+    if train.get("max_train_steps"):
+        found.append(("max_train_steps", "max_train_epochs"))
+    unet_only = bool(train.get("network_train_unet_only"))
+    if unet_only:
+        found.append(("network_train_unet_only", "text_encoder_lr"))
+    # learning_rate is the rate of whatever has none of its own
+    if ("unet_lr" in train or "unet_lr" in decided) and (
+        unet_only or "text_encoder_lr" in train or "text_encoder_lr" in decided
+    ):
+        found.append(("unet_lr", "learning_rate"))
+    return found
+
+
+def _unset(name: str, value: Any) -> Any:
+    """TOML has no null: 0 turns some settings off."""
+    return None if name in ZERO_IS_UNSET and value == 0 and not isinstance(value, bool) else value
 
 
 def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict[str, Any]:
@@ -200,10 +219,10 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
         check_name(name)
         if name not in decided:
             raise ConfigError(f"{name} in [baseline] is not searched", "fixed settings belong in [train]")
-        values[name] = None if name in ZERO_IS_UNSET and value == 0 else value
+        values[name] = _unset(name, value)
     complete = train.with_values(values).as_dict()
     # An inactive parameter is recorded too, with its lower edge.
-    return space.check(space.proposal(complete, {p.name: p.domain.edges[0] for p in space}), "[baseline]")
+    return space.check(space.proposal(complete, {p.name: p.domain.edges[0] for p in space}), BASELINE)
 
 
 def find_study(spec: str | None, base: str) -> Path:
@@ -220,6 +239,8 @@ def find_study(spec: str | None, base: str) -> Path:
         for found in (Path(f"{name}.toml"), local, shipped.get(f"{name}.toml")):
             if found is not None and found.is_file():
                 return found
+    if path.is_file():
+        raise ConfigError(f"{spec} is not a .toml file", "give a study file, or the name of a shipped study")
     known = sorted(n.removesuffix(".toml") for n in shipped)
     raise ConfigError(f"no study file {spec}", suggestion(name, known) or "shipped: " + ", ".join(known))
 
@@ -242,17 +263,29 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     lines = []
     for name in [*before, *(n for n in now if n not in before)]:
         old, new = before.get(name), now.get(name)
-        if old != new:
+        if not _same(name, old, new):
             lines.append(f"{name}: was {old or 'not there'}, is now {new or 'not there'}")
     return lines
+
+
+def _same(name: str, old: str | None, new: str | None) -> bool:
+    """A base is its contents, whatever it is called: the last word of its fact."""
+    if name == "base" and old and new:
+        return old.split()[-1] == new.split()[-1]
+    return old == new
 
 
 def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
     """Refuse to go on with a study that began with something else: its scores could not be compared."""
     known = {key: value for key, value in before.items() if key in now or key.startswith("[")}
     usual = {f"[train] {name}": str(value) for name, value in TrainConfig().as_dict().items()}
-    # a setting that the study does not know came later; at its default it changes nothing
-    now = {key: value for key, value in now.items() if key in before or usual.get(key) != value}
+    # What an older version did not note cannot be compared; a setting that came later and has its default
+    # changes nothing.
+    now = {
+        key: value
+        for key, value in now.items()
+        if key in before or (key.startswith("[") and usual.get(key) != value)
+    }
     changed = difference(known, now)
     if changed:
         raise ConfigError(
@@ -261,8 +294,11 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str
         )
 
 
-def _put(sections: dict[str, dict[str, Any]], text: str) -> None:
-    """One ``--set key=value``: a setting, a range of the space, or section.key."""
+def _put(sections: dict[str, dict[str, Any]], text: str) -> str | None:
+    """One ``--set key=value``: a setting, a range of the space, or section.key.
+
+    Returns the name of what is now fixed, or searched otherwise.
+    """
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not key or not raw:
@@ -270,6 +306,7 @@ def _put(sections: dict[str, dict[str, Any]], text: str) -> None:
             f"--set {text!r} has no value", "write --set key=value, for example --set network_dim=16"
         )
     value = _value(raw)
+    _check_whole(value, f"--set {key}")
     section, dot, inner = key.partition(".")
     if dot:
         if section not in sections:
@@ -277,12 +314,12 @@ def _put(sections: dict[str, dict[str, Any]], text: str) -> None:
                 f"--set {key}: no section {section}", suggestion(section, sections) or ", ".join(sections)
             )
         sections[section][inner] = value
-        return
+        return None
     if isinstance(value, Mapping | list):
         sections["space"][key] = value
         for setting in settings_of(key):
             sections["train"].pop(setting, None)
-        return
+        return key
     if key in DERIVED:
         raise ConfigError(
             f"--set {key}: a single value fixes nothing", f"set {DERIVED[key].sets} instead, or give a range"
@@ -292,25 +329,80 @@ def _put(sections: dict[str, dict[str, Any]], text: str) -> None:
         raise ConfigError(f"{key} is not set with --set", f"it is decided by {ELSEWHERE[key]}")
     sections["train"][key] = value
     _keep_ratios(sections, key, value)
-    fixed = {key, *(SHADOWS.get(key, ()) if value else ())}
-    for name in [
-        n for n in sections["space"] if fixed & set(settings_of(n))
-    ]:  # what is fixed is not searched
-        del sections["space"][name]
-        for setting in settings_of(name):
-            sections["baseline"].pop(setting, None)
-        for body in sections["space"].values():
-            if isinstance(body, dict):
-                body.get("inactive_when", {}).pop(name, None)
+    for name in [n for n in sections["space"] if key in settings_of(n)]:  # what is fixed is not searched
+        _drop(sections, name)
+    return key
+
+
+def _drop(sections: dict[str, dict[str, Any]], name: str) -> None:
+    """Take a parameter out of the search."""
+    del sections["space"][name]
+    for setting in settings_of(name):
+        sections["baseline"].pop(setting, None)
+
+
+def _drop_shadowed(sections: dict[str, dict[str, Any]], before: Collection[tuple[str, str]]) -> None:
+    """What ``--set`` leaves without effect is not searched.  What the file itself does is refused later."""
+    now = _shadows(sections["train"], _decided(sections["space"]))
+    dead = {setting for name, setting in now if (name, setting) not in before}
+    for name in [n for n in sections["space"] if dead & set(settings_of(n))]:
+        _drop(sections, name)
+
+
+def _drop_inactive(sections: dict[str, dict[str, Any]], given: Collection[str]) -> None:
+    """What ``--set`` makes inactive for good is not searched; conditions that cannot occur any more go."""
+    for name, body in list(sections["space"].items()):
+        off = body.get("inactive_when") if isinstance(body, dict) else None
+        if not isinstance(off, dict) or not any(_was_given(other, given) for other in off):
+            continue
+        left = {}
+        for other, values in off.items():
+            left[other] = _listed(values)
+            if not _was_given(other, given):
+                continue
+            possible = _possible(sections, other)
+            if possible and all(value in left[other] for value in possible):
+                _drop(sections, name)
+                break
+            if possible or other not in sections["space"]:
+                left[other] = [v for v in left[other] if other in sections["space"] and v in possible]
+        else:
+            kept = {other: values for other, values in left.items() if values}
+            sections["space"][name] = {**body, "inactive_when": kept}
+
+
+def _decided(space: Iterable[str]) -> set[str]:
+    return {setting for name in space for setting in settings_of(name)}
+
+
+def _was_given(parameter: str, given: Collection[str]) -> bool:
+    return parameter in given or any(setting in given for setting in settings_of(parameter))
+
+
+def _possible(sections: Mapping[str, Mapping[str, Any]], parameter: str) -> list[Any]:
+    """The values that a parameter can have now, if they are few; a fixed one has one."""
+    body = sections["space"].get(parameter)
+    if isinstance(body, Mapping):
+        body = body.get("choices")
+    if isinstance(body, list):
+        return body
+    if parameter in sections["space"] or parameter not in SETTINGS:
+        return []
+    return [sections["train"].get(parameter, getattr(TrainConfig(), parameter))]
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _keep_ratios(sections: dict[str, dict[str, Any]], key: str, value: Any) -> None:
     """Fixing what a searched ratio refers to (network_dim for network_alpha) keeps trial 0's ratio."""
     baseline = sections["baseline"]
     for name, derivation in DERIVED.items():
-        known = [baseline.get(key), baseline.get(derivation.sets), value]
+        before = baseline.get(key, baseline.get("learning_rate") if key == "unet_lr" else None)
+        known = [before, baseline.get(derivation.sets), value]
         if name in sections["space"] and key in derivation.needs and all(map(_positive, known)):
-            baseline[derivation.sets] = baseline[derivation.sets] / baseline[key] * value
+            baseline[derivation.sets] = baseline[derivation.sets] / before * value
 
 
 def _positive(value: Any) -> bool:
@@ -323,6 +415,25 @@ def _value(raw: str) -> Any:
         return tomllib.loads(f"v = {raw}")["v"]
     except tomllib.TOMLDecodeError:
         return raw
+    except (ValueError, RecursionError) as error:  # endless digits or brackets
+        raise ConfigError(
+            f"--set … = {clean_text(raw)[:40]}… is no value: {clean_text(str(error))}", "write a shorter one"
+        ) from None
+
+
+def _check_whole(table: Any, where: str) -> None:
+    """Refuse whole numbers that TOML does not promise: they have no float, and some no text."""
+    left = [table]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+            raise ConfigError(
+                f"{where} has a whole number beyond {LARGEST_WHOLE}", "TOML's whole numbers have 64 bits"
+            )
 
 
 def _check_keys(table: Mapping[str, Any], known: Iterable[str], where: str, what: str) -> None:

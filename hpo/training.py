@@ -7,12 +7,13 @@ Owns train.jsonl and that no adapter stays in the base when something goes wrong
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import MachineError
+from trainer.errors import ConfigError, MachineError
 from trainer.files import append_line, read_records, write_atomic
 
 if TYPE_CHECKING:
@@ -91,12 +92,16 @@ def steps_behind(checkpoints: Path) -> int:
 
 
 def check_device(device: str) -> None:
-    """Raise MachineError if nothing can be put on a device."""
+    """Refuse a device that is not there, or that nothing here was made for."""
     import torch
 
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise ConfigError(
+            f"device {device!r} is not known", "give cpu, cuda or cuda:1, or leave out --device"
+        )
     try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MachineError(
             f"device {device} cannot be used: {reason}", "leave out --device, or give cpu"

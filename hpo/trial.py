@@ -16,7 +16,8 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,19 +33,36 @@ from trainer.errors import (
     SettingsFailure,
     ToolError,
 )
-from trainer.files import append_line, clean_text, read_records, sha256_file, sweep_tree, write_atomic
+from trainer.files import (
+    append_line,
+    clean_text,
+    machine_error,
+    read_records,
+    sha256_file,
+    sweep_tree,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     from evaluation.score import Score
     from hpo.workbench import Workbench
     from trainer.adapter import Adapter
+    from trainer.bases.base import Base
     from trainer.events import Event
 
 COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
 # Below every score (0 to 1.1, evaluation.score): finite, the same always, and plainly no measurement.
 INFEASIBLE_VALUE = -0.1
 PATHS = ("pretrained_model_name_or_path", "train_data_dir")
-INFEASIBLE_REASONS = ("diverged", "out_of_memory", "invalid_images")
+INFEASIBLE_REASONS = ("diverged", "out_of_memory", "invalid_images", "no_effect")
+# What is tried when the memory does not suffice, once each and in this order.  Neither changes a result.
+CHECKPOINTING, SPLIT = "gradient_checkpointing", "single images"
+
+
+class NoEffect(SettingsFailure):
+    """The adapter is in place and sound, and so weak that it changes no pixel."""
+
+    reason = "no_effect"
 
 
 class Watch(Protocol):
@@ -107,7 +125,10 @@ def write_params(
     }
     before = read_json(folder.params)
     if before is None:
-        folder.root.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise machine_error(error, folder.root) from None
         write_atomic(folder.params, json.dumps(values, indent=1))
     elif before["suggested"] != suggested or deciding(before["train"]) != deciding(config.as_dict()):
         raise MachineError(
@@ -156,7 +177,13 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
     except SettingsFailure as error:
         _log(folder, f"infeasible: {error.reason}: {error}")
         result = _result(
-            folder, config, INFEASIBLE, INFEASIBLE_VALUE, reason=error.reason, message=error.message
+            folder,
+            config,
+            INFEASIBLE,
+            INFEASIBLE_VALUE,
+            reason=error.reason,
+            message=error.message,
+            remedy=", ".join(_remedies(folder)),
         )
     except ToolError as error:
         _log(folder, f"failed: {error}")
@@ -174,7 +201,7 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
     adapter, remedy = _trained(bench, folder, config, watch)
     try:
         started = time.monotonic()
-        score = _scored(bench, folder, adapter, watch)
+        score = _scored(bench, folder, adapter, config, watch)
         seconds = time.monotonic() - started
     finally:
         adapter.remove()
@@ -188,50 +215,89 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
 def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> tuple[Adapter, str]:
     """The trained adapter in the base, rounded as its file is; and the remedy that was needed, if any."""
     from trainer import lorafile
+    from trainer.memory import out_of_memory_named
 
     if folder.lora.is_file():  # trained before, interrupted while scoring
         file = lorafile.read(folder.lora)
         remedy = _saved_remedy(folder, config, json.loads(file.metadata[lorafile.CONFIG_KEY]))
         return lorafile.attach(bench.base, file), remedy
-    try:
-        return _train(bench, folder, config, watch), ""
-    except OutOfMemory as error:
-        if config.gradient_checkpointing:
-            raise
-        _log(folder, f"{error}; once more with gradient_checkpointing, which changes no result")
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    bench.empty_cache()
-    remedied = config.with_values({"gradient_checkpointing": True})
-    return _train(bench, folder, remedied, watch), "gradient_checkpointing"
+    remedies = _remedies(folder)  # of a process that was killed: without them it would run out again
+    while True:
+        try:
+            with out_of_memory_named(config):
+                return _train(bench, folder, config, watch, remedies), ", ".join(remedies)
+        except OutOfMemory as error:
+            another = _next_remedy(config, remedies)
+            if another is None:
+                if config.train_batch_size > 1 and config.network_dropout > 0:
+                    _log(folder, "dropout is drawn for a micro-batch as a whole, so it cannot be split")
+                raise
+            _log(folder, f"{error}; once more with {another}, which changes no result")
+        remedies = (*remedies, another)
+        _note(folder, "remedy", remedies=remedies)
+        bench.empty_cache()
+
+
+def _next_remedy(config: TrainConfig, tried: tuple[str, ...]) -> str | None:
+    """What else may be tried without changing the result.
+
+    Dropout is drawn for a micro-batch as a whole: cut, it would be other dropout.
+    """
+    possible = {
+        CHECKPOINTING: not config.gradient_checkpointing,
+        SPLIT: config.train_batch_size > 1 and config.network_dropout == 0,
+    }
+    return next((remedy for remedy, fits in possible.items() if fits and remedy not in tried), None)
+
+
+def _remedies(folder: TrialFolder) -> tuple[str, ...]:
+    """What the trial has needed so far to fit the memory."""
+    rows = [row for row in read_records(folder.starts) if row.get("event") == "remedy"]
+    return tuple(rows[-1].get("remedies", ())) if rows else ()
 
 
 def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, Any]) -> str:
-    """The remedy recorded in a LoRA file.  What was trained must be what is asked for."""
+    """What a LoRA file's training needed to fit the memory.  What was trained must be what is asked for."""
     now, saved = deciding(config.as_dict()), deciding(saved)
     changed = sorted(name for name in now if saved.get(name) != now[name])
-    if changed not in ([], ["gradient_checkpointing"]):
+    if changed not in ([], [CHECKPOINTING]):
         raise ModelFileError(
             f"{folder.lora} was trained with another {', '.join(changed)}", "delete the file"
         )
-    return changed[0] if changed else ""
+    return ", ".join(_remedies(folder) or changed)
 
 
-def _train(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Adapter:
+def _train(
+    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch, remedies: tuple[str, ...]
+) -> Adapter:
     from trainer import lorafile
 
-    adapter = train_adapter(
-        bench.base,
-        config,
-        lambda: bench.prepared(config),
-        checkpoints=folder.checkpoints,
-        log=StepLog(folder.steps),
-        on_event=lambda event, _: watch.on_event(event),
-        should_stop=watch.should_stop,
-    )
+    if CHECKPOINTING in remedies:
+        config = config.with_values({"gradient_checkpointing": True})
+
+    def on_encoded(done: int, total: int) -> None:
+        if watch.should_stop() and done < total:
+            raise Interrupted(f"stopped after encoding image {done} of {total}", "the same command goes on")
+
+    with one_by_one(bench.base, SPLIT in remedies):
+        adapter = train_adapter(
+            bench.base,
+            config,
+            lambda: bench.prepared(config, on_encoded),
+            checkpoints=folder.checkpoints,
+            log=StepLog(folder.steps),
+            on_event=lambda event, _: watch.on_event(event),
+            should_stop=watch.should_stop,
+        )
     try:
         adapter.round_to(config.save_precision)
         lorafile.write(
-            folder.lora, adapter, bench.base, config, {"ss_training_comment": f"trial {folder.number}"}
+            folder.lora,
+            adapter,
+            bench.base,
+            config,
+            {"ss_training_comment": f"trial {folder.number}"},
+            dataset=bench.data,
         )
     except BaseException:
         adapter.remove()
@@ -240,7 +306,39 @@ def _train(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wa
     return adapter
 
 
-def _scored(bench: Workbench, folder: TrialFolder, adapter: Adapter, watch: Watch) -> Score:
+@contextmanager
+def one_by_one(base: Base, wanted: bool) -> Iterator[None]:
+    """While training, the U-Net sees one image after another; a micro-batch is otherwise as it was.
+
+    Each image's activations are computed anew when its gradient is, so the memory of one is all that is
+    needed. Cutting the batches themselves would shuffle other samples into each step.
+    """
+    if not wanted:
+        yield
+        return
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    whole = base.predict
+
+    def predict(noisy_BCHW: Any, timesteps_B: Any, states: Any, sizes: Any) -> Any:
+        parts = []
+        for n in range(len(noisy_BCHW)):
+            row = (noisy_BCHW[n : n + 1], timesteps_B[n : n + 1], states.rows([n]), sizes[n : n + 1])
+            parts.append(checkpoint(whole, *row, use_reentrant=False))
+        return torch.cat(parts)
+
+    vars(base)["predict"] = predict
+    try:
+        yield
+    finally:
+        del vars(base)["predict"]
+
+
+def _scored(
+    bench: Workbench, folder: TrialFolder, adapter: Adapter, config: TrainConfig, watch: Watch
+) -> Score:
+    from evaluation.images import Unchanged
     from evaluation.score import evaluate_adapter
 
     def on_image(done: int, total: int) -> None:
@@ -263,15 +361,41 @@ def _scored(bench: Workbench, folder: TrialFolder, adapter: Adapter, watch: Watc
             identity=f"{bench.base.identity}:{adapter.fingerprint()}",
             on_image=on_image,
         )
+    except Unchanged:
+        if _is_in_place(adapter, config):
+            raise NoEffect(
+                "the LoRA is applied and changes no pixel of an image",
+                "a higher learning_rate or more epochs would",
+            ) from None
+        raise
     except OutOfMemory as error:  # every trial draws the same images: not this trial's settings
         hint = f"--set sampling.batch_size={max(1, bench.sampling.batch_size // 2)}"
         raise MachineError(error.message, hint) from None
+
+
+def _is_in_place(adapter: Adapter, config: TrainConfig) -> bool:
+    """Whether every module of these settings has its LoRA, switched on and finite, in the base."""
+    from trainer.adapter import NAME, targets_of
+
+    wanted = {target.key for target in targets_of(adapter.base, config)}
+    for layer in adapter.layers:
+        target = layer.target
+        module: Any = adapter.base.components()[target.component].get_submodule(target.path)
+        own = getattr(module, "lora_A", {}), getattr(module, "lora_B", {})
+        if [NAME in half and half[NAME] for half in own] != [layer.down, layer.up]:
+            return False
+        if module.disable_adapters or module.active_adapters != [NAME]:
+            return False
+        wanted.discard(target.key)
+    return not wanted and all(bool(tensor.isfinite().all()) for tensor in adapter.state().values())
 
 
 def deaths_without_progress(folder: TrialFolder) -> int:
     """How often in a row a process died in this trial with nothing more saved than before."""
     count, saved = 0, None
     for row in read_records(folder.starts):
+        if row.get("event") == "remedy":
+            continue
         if row.get("event") != "start":
             count, saved = 0, None
         elif row.get("saved") == saved:
@@ -288,8 +412,8 @@ def _saved(folder: TrialFolder) -> str:
     return f"{steps}:{folder.lora.is_file()}:{images}"
 
 
-def _note(folder: TrialFolder, event: str) -> None:
-    row = {"event": event, "saved": _saved(folder), "time_utc": _now()}
+def _note(folder: TrialFolder, event: str, **more: Any) -> None:
+    row = {"event": event, "saved": _saved(folder), "time_utc": _now(), **more}
     append_line(folder.starts, json.dumps(row))
 
 

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evaluation import embed
-from evaluation.anchors import Anchors, References, embed_references, make_anchors
+from evaluation.anchors import Anchors, References, embed_references, make_anchors, require_references
 from evaluation.prompts import (
     CONFIRM_COUNTS,
     CONFIRM_SEEDS,
     SEARCH_COUNTS,
     SEARCH_SEEDS,
+    CountTokens,
     PromptSet,
     generate,
     load_prompts,
@@ -36,14 +37,14 @@ from evaluation.sampling import SampleConfig, default_config
 from hpo.folder import StudyFolder
 from hpo.study import MINIATURE_STUDIES, Inputs, StudyConfig
 from hpo.training import check_device
-from trainer import cache
+from trainer import cache, preflight
 from trainer.bases.base import compute_type
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, read_dataset, split_references
 from trainer.errors import ConfigError, DataError, MachineError
-from trainer.files import atomic_folder, sha256_file, write_atomic
-from trainer.images import IMAGE_EXTENSIONS
+from trainer.files import atomic_folder, machine_error, write_atomic
+from trainer.images import IMAGE_EXTENSIONS, read_picture
 
 if TYPE_CHECKING:
     from trainer.bases.base import Base
@@ -87,9 +88,11 @@ class Workbench:
             }
         )
 
-    def prepared(self, config: TrainConfig) -> cache.Prepared:
+    def prepared(
+        self, config: TrainConfig, on_image: Callable[[int, int], None] | None = None
+    ) -> cache.Prepared:
         """Latents and text states: from the study's cache after the first trial."""
-        return cache.prepare(self.base, self.data, config, store=self.store)
+        return cache.prepare(self.base, self.data, config, store=self.store, on_image=on_image)
 
     def measure_anchors(self, say: Say) -> None:
         """Score the untrained base, once per study; note how long an image takes."""
@@ -119,6 +122,8 @@ class Workbench:
         return {
             "direction": "maximize",
             "base": f"{self.base.name} {self.base.identity[:16]}",
+            # mixed_precision = "auto" is another type on another machine
+            "compute type": str(compute_type(self.study.train.mixed_precision, self.base.device)),
             "images and captions": self.data.content_hash[:16],
             "references": self.references.hash[:16],
             "prompts": self.prompts.hash[:16],
@@ -131,7 +136,7 @@ class Workbench:
 
 
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
-    """Read and check everything.  Only demo data is written (see ``hpo.folder.taken_back``)."""
+    """Read and check everything.  Only demo data is written (see ``hpo.folder.in_use``)."""
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     train = study.train
@@ -145,6 +150,14 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     paths = [item.path for item in held_out.items]
     if inputs.references:
         paths = _reference_paths(inputs.references, data)
+    require_references(len(paths))
+    scorer_spec = inputs.clip or study.study.clip or embed.default_scorer(inputs.base)
+    likeness_spec = study.study.likeness or embed.default_likeness(inputs.base)
+    embed.check_scorer(scorer_spec)
+    embed.check_likeness(likeness_spec)
+    SampleConfig(**study.sample_values())
+    _prompts(inputs, study, data, count_tokens=lambda text: 0)
+    # Up to here everything is cheap; a base can be a download of gigabytes.
     dtype = compute_type(train.mixed_precision, device)
     base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae)
     if base.native_resolution_px < train.resolution and inputs.base in MINIATURE_STUDIES:
@@ -152,11 +165,18 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
             f"{inputs.base} draws {base.native_resolution_px} px, resolution is {train.resolution}",
             f"use --set resolution={base.native_resolution_px}, or leave out --study",
         )
-    chosen, confirmation = _prompts(inputs, study, data, base)
+    for config in (
+        train,
+        *(study.config({**study.baseline, p.name: edge}) for p in study.space for edge in p.domain.edges),
+    ):
+        preflight.check(base, config)
+    for note in preflight.notes(base, train, data):
+        say(note)
+    chosen, confirmation = _prompts(inputs, study, data, base.token_count)
     for note in chosen.notes:
         say(note)
-    scorer = embed.load_scorer(inputs.clip or study.study.clip or embed.default_scorer(base.name), device)
-    likeness = embed.load_likeness(study.study.likeness or embed.default_likeness(base.name), scorer, device)
+    scorer = embed.load_scorer(scorer_spec, device)
+    likeness = embed.load_likeness(likeness_spec, scorer, device)
     return Workbench(
         study=study,
         folder=folder,
@@ -184,7 +204,10 @@ def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:
     if not folder.data.is_dir():
         from trainer.bases.miniature.subjects import write_subject
 
-        folder.root.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise machine_error(error, folder.root) from None
         try:
             with atomic_folder(folder.data) as temporary:
                 write_subject("character", temporary, size_px)
@@ -195,7 +218,7 @@ def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:
 
 
 def _prompts(
-    inputs: Inputs, study: StudyConfig, data: Dataset, base: Base
+    inputs: Inputs, study: StudyConfig, data: Dataset, count_tokens: CountTokens
 ) -> tuple[PromptSet, PromptSet | None]:
     """The search set and the disjoint confirmation set (None if a hand-written set needs no class word)."""
     plan, later = study.prompts, study.confirmation
@@ -204,12 +227,12 @@ def _prompts(
         [item.caption for item in data.items],
         trigger=data.trigger,
         class_word=data.class_word,
-        count_tokens=base.token_count,
+        count_tokens=count_tokens,
         words=plan.words,
     )
     if inputs.prompts:
         chosen = load_prompts(
-            inputs.prompts, trigger=data.trigger, class_word=data.class_word, count_tokens=base.token_count
+            inputs.prompts, trigger=data.trigger, class_word=data.class_word, count_tokens=count_tokens
         )
         if not data.class_word:
             return chosen, None
@@ -222,15 +245,21 @@ def _prompts(
 
 
 def _reference_paths(folder: Path, data: Dataset) -> list[Path]:
-    """The images of --references, none of which may be trained on: likeness would be memory."""
-    if not folder.is_dir():
-        raise DataError(f"no folder {folder}", "give --references the folder of the reference images")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS)
+    """The images of --references, each of them sound.
+
+    None may be trained on: likeness would be memory.
+    """
+    try:
+        if not folder.is_dir():
+            raise DataError(f"no folder {folder}", "give --references the folder of the reference images")
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and not p.is_dir())
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}", "check its permissions") from None
     if len(found) < 2:
         raise DataError(f"{folder} holds {len(found)} images", "likeness needs at least 2 references")
     trained = {item.sha256 for item in data.items}
     for path in found:
-        if sha256_file(path) in trained:
+        if read_picture(path).sha256 in trained:
             raise DataError(
                 f"{path} is trained on too", "references must be images that training does not see"
             )

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer import preflight
 from trainer.bases.base import WINDOW_TOKENS, Base, Sizes, TextStates
 from trainer.buckets import Bucket, BucketRules, Fit
 from trainer.config import TrainConfig
@@ -39,6 +40,7 @@ from trainer.dataset import (
 )
 from trainer.errors import DataError, OutOfMemory
 from trainer.files import clean_text, machine_error, sweep, write_atomic
+from trainer.memory import out_of_memory_named
 
 FORMAT = 1  # raised when pixels or encoding change, so that old files are not found
 Tensors = dict[str, Tensor]
@@ -144,13 +146,15 @@ def prepare(
     ``on_image(done, total)`` is called after each group of images.  Raises DataError with the name of an
     image that the VAE cannot encode even in fp32, and OutOfMemory.
     """
+    preflight.check(base, config)
     store = store or Store(folder)
     prepared = Prepared(dataset, assign_buckets(dataset.items, config), {}, {}, None)
     _prepare_images(prepared, base, config, store, on_image or (lambda done, total: None))
     _prepare_masks(prepared, base, config)
     captions = None if config.trains_text_encoder else caption_variants(dataset.items, config)
     if captions is not None:
-        _prepare_captions(prepared, base, config, store, captions)
+        with out_of_memory_named(config):
+            _prepare_captions(prepared, base, config, store, captions)
     return prepared
 
 
@@ -322,6 +326,11 @@ def _prepare_captions(
             tensors = {"hidden": states.hidden_BLD.cpu().contiguous()}
             if states.pooled_BP is not None:
                 tensors["pooled"] = states.pooled_BP.cpu().contiguous()
+            if not _is_finite(tensors):
+                raise DataError(
+                    f"the base's text encoder makes no finite states of {clean_text(caption)[:80]!r}",
+                    "if all captions fail, the base file is damaged; else mixed_precision = bf16 or no helps",
+                )
             store.put(key, tensors)
             prepared.encoded_captions += 1
         prepared.states[caption] = TextStates(tensors["hidden"], tensors.get("pooled"))
@@ -329,7 +338,11 @@ def _prepare_captions(
 
 def _is_text(tensors: Tensors) -> bool:
     hidden = tensors.get("hidden")
-    return hidden is not None and hidden.ndim == 3 and hidden.shape[0] == 1
+    return hidden is not None and hidden.ndim == 3 and hidden.shape[0] == 1 and _is_finite(tensors)
+
+
+def _is_finite(tensors: Tensors) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def _key(*parts: Any) -> str:

@@ -20,8 +20,10 @@ import torch
 from trainer.adapter import Adapter
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError
-from trainer.files import atomic_folder, sweep, verify_folder
+from trainer.files import MANIFEST, atomic_folder, machine_error, sweep, verify_folder
+from trainer.memory import out_of_memory_named
 
+FILES = ("adapter.safetensors", "optimizer.pt", "state.json")
 # Settings that may differ between the run that saved and the run that goes on: they do not change the result.
 FREE_SETTINGS = WITHOUT_INFLUENCE | frozenset(
     {
@@ -55,14 +57,18 @@ class Run:
     adapter: Adapter
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    compute: torch.dtype = torch.float32  # mixed_precision as a type: auto means another on another machine
 
 
 def save(folder: Path, run: Run, progress: Progress) -> Path:
     """Write ``folder/step-…``; when it is complete, older checkpoints go.  A kill leaves the previous one."""
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{progress.step:06d}"
-    if target.exists():
-        shutil.rmtree(target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+    except OSError as error:
+        raise machine_error(error, target) from error
     with atomic_folder(target) as temporary:
         safetensors.torch.save_file(run.adapter.state(), temporary / "adapter.safetensors")
         torch.save(
@@ -78,13 +84,14 @@ def save(folder: Path, run: Run, progress: Progress) -> Path:
                     "config": run.config.as_dict(),
                     "base": run.base_identity,
                     "dataset": run.dataset_hash,
+                    "compute": str(run.compute),
                 },
                 indent=2,
             )
         )
     for other in _checkpoints(folder):
         if other != target:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)  # one that stays costs space, not the run
     return target
 
 
@@ -97,14 +104,16 @@ def restore(folder: Path, run: Run) -> Progress:
         return Progress()
     sweep(folder)
     for checkpoint in reversed(_checkpoints(folder)):
-        if not verify_folder(checkpoint):
+        if not _is_whole(checkpoint):
             continue
         state = json.loads((checkpoint / "state.json").read_text())
         _check_same_run(checkpoint, state, run)
-        run.adapter.load_state(safetensors.torch.load_file(checkpoint / "adapter.safetensors"))
-        rest = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
-        run.optimizer.load_state_dict(rest["optimizer"])
-        run.scaler.load_state_dict(rest["scaler"])
+        with out_of_memory_named(run.config):
+            run.adapter.load_state(safetensors.torch.load_file(checkpoint / "adapter.safetensors"))
+            rest = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+            run.optimizer.load_state_dict(rest["optimizer"])
+        if rest["scaler"] and run.scaler.is_enabled():  # a scaler that is off saves nothing
+            run.scaler.load_state_dict(rest["scaler"])
         return Progress(state["step"], state["skipped"], state["in_a_row"])
     return Progress()
 
@@ -117,6 +126,8 @@ def _check_same_run(checkpoint: Path, state: Mapping[str, Any], run: Run) -> Non
         for name, value in now.items()
         if name not in FREE_SETTINGS and before[name] != value
     ]
+    if state.get("compute") != str(run.compute):
+        changed.append(f"computed in {state.get('compute', 'an unknown type')} → {run.compute}")
     if state["base"] != run.base_identity:
         changed.append("another base")
     if state["dataset"] != run.dataset_hash:
@@ -128,8 +139,14 @@ def _check_same_run(checkpoint: Path, state: Mapping[str, Any], run: Run) -> Non
         )
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the folder is unchanged since it was finished, and is a checkpoint's."""
+    if not verify_folder(checkpoint):
+        return False
+    return json.loads((checkpoint / MANIFEST).read_text())["files"].keys() >= set(FILES)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest step first."""
-    return sorted(
-        (p for p in folder.glob("step-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("step-"))
-    )
+    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))

@@ -19,19 +19,31 @@ a bug and keeps its traceback.
 
 from __future__ import annotations
 
+MAX_LENGTH = 2000  # of a message: names and values out of files can be of any length
+
 
 class ToolError(Exception):
-    """Base of all errors shown to a user as one line of what and one line of what to do."""
+    """Base of all errors shown to a user as one line of what and one line of what to do.
+
+    Texts from files reach messages, so both lines are made safe to print and to log here, once.
+    """
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _line(message)
+        self.hint = _line(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} – {self.hint}" if self.hint else self.message
+
+
+def _line(text: str) -> str:
+    from trainer.files import clean_text  # here: files raises these errors
+
+    shown = clean_text(text[: MAX_LENGTH + 1])
+    return shown if len(text) <= MAX_LENGTH else shown[:MAX_LENGTH] + " …"
 
 
 class ConfigError(ToolError):

@@ -125,6 +125,7 @@ class _Reading:
             self._precision,
             self._attention,
             self._samples,
+            self._datasets,
         ):
             translate()
         self._rest()
@@ -348,6 +349,20 @@ class _Reading:
         if sampler is not None:
             self._say("sample_sampler", sampler, "samples are drawn with DPM-Solver++ (2M)")
 
+    def _datasets(self) -> None:
+        """sd-scripts reads ``[[datasets]]`` from its dataset_config only; whoever writes settings there wants
+        them."""
+        value = self._take("datasets")
+        if value is None:
+            return
+        asked = sorted(set(_keys_inside(value)) - {"subsets", "image_dir"})
+        if asked or not isinstance(value, list):
+            self._refuse(
+                "datasets", ", ".join(asked) or value, "write these settings above, in the file itself"
+            )
+        else:
+            self.without_effect.append("datasets: the dataset is the folder that this command is given")
+
     def _rest(self) -> None:
         """What needs no translation: used as it is, refused, or without effect."""
         for name, value in self.left.items():
@@ -399,6 +414,13 @@ def _pairs(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
     for name, value in table.items():
         pairs += _pairs(value) if isinstance(value, dict) else [(name, value)]
     return pairs
+
+
+def _keys_inside(value: Any) -> list[str]:
+    """The keys of tables in a list, and of lists of tables in them."""
+    tables = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    pairs = [pair for table in tables for pair in table.items()]
+    return [key for key, _ in pairs] + [key for _, inner in pairs for key in _keys_inside(inner)]
 
 
 def _arguments(name: str, value: Any) -> dict[str, Any]:

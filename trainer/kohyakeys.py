@@ -1,7 +1,7 @@
 """What every key of sd-scripts' configuration files means here: tables, read by ``trainer.kohya``.
 
 The four classes do not overlap and together are all keys that sd-scripts (48d368f, February 2026) accepts for
-training a LoRA of SD1.5 or SDXL.
+training a LoRA of SD1.5 or SDXL, and those that the graphical front end kohya_ss adds.
 """
 
 from __future__ import annotations
@@ -72,12 +72,16 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "dataset_repeats base_weights_multiplier validation_seed validate_every_n_steps",
         "validate_every_n_epochs max_validation_steps",
     ),
+    "sd-scripts does not read it; kohya_ss writes the settings that follow from it": (
+        "epoch noise_offset_type lowvram",
+    ),
     "it belongs to other models or commands": (
         "config_file debug_dataset weighting_scheme logit_mean logit_std mode_scale blocks_to_swap",
+        "clip_l t5xxl",
     ),
-    "the dataset is the folder that this command is given": ("datasets",),
 }
 
+LORA_PLUS = "both halves of the LoRA are trained at one rate (no LoRA+)"
 # key → (values that ask for nothing, why anything else is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
@@ -100,6 +104,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "resume": ((), "a state of sd-scripts cannot be resumed"),
     "lr_scheduler_type": ((), "schedules are " + ", ".join(SCHEDULER_NAMES)),
     "lr_scheduler_args": ((), "schedules have no further arguments"),
+    "initial_epoch": ((0, 1), "training starts at its beginning"),
+    "initial_step": ((0,), "training starts at its beginning"),
+    "skip_until_initial_step": ((False,), "training starts at its beginning"),
+    "stop_text_encoder_training": ((0,), "the text encoders are trained to the end or not at all"),
+    "train_inpainting": ((False,), "inpainting bases are not supported"),
+    "loraplus_lr_ratio": ((0,), LORA_PLUS),
+    "loraplus_unet_lr_ratio": ((0,), LORA_PLUS),
+    "loraplus_text_encoder_lr_ratio": ((0,), LORA_PLUS),
     "fused_backward_pass": ((False,), "sd-scripts itself ignores it for LoRA; leave it out"),
 }
 
@@ -142,6 +154,7 @@ TRANSLATED = frozenset(
         "output_dir",
         "sample_sampler",
         "save_n_epoch_ratio",
+        "datasets",
     }
 )
 # Values of 0 that mean "not set" in sd-scripts or in its graphical front ends.

@@ -25,13 +25,14 @@ import torch.utils.checkpoint
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer import checkpoint, dataset, loss, optim, validation
+from trainer import checkpoint, dataset, loss, optim, preflight, validation
 from trainer.adapter import Adapter, keyed_generator
 from trainer.bases.base import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod
 from trainer.cache import Prepared
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
+from trainer.errors import ConfigError, Diverged, Interrupted
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
+from trainer.memory import out_of_memory_named
 
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
 
@@ -90,10 +91,18 @@ def train(
     Diverged after ten skipped steps in a row, OutOfMemory, and Interrupted once ``should_stop`` says so (the
     step is finished and saved first).
     """
+    preflight.check(base, config)
     length = plan(config, prepared.dataset, prepared.buckets)
-    stepper = Stepper(config, base, adapter, prepared)
+    with out_of_memory_named(config):
+        stepper = Stepper(config, base, adapter, prepared)
     run = checkpoint.Run(
-        config, base.identity, prepared.dataset.content_hash, adapter, stepper.optimizer, stepper.scaler
+        config,
+        base.identity,
+        prepared.dataset.content_hash,
+        adapter,
+        stepper.optimizer,
+        stepper.scaler,
+        stepper.compute,
     )
     progress = checkpoint.restore(checkpoints, run) if checkpoints else checkpoint.Progress()
     last_save = time.monotonic()
@@ -101,7 +110,7 @@ def train(
         for epoch, group in _remaining(config, prepared, length, progress.step):
             started = time.perf_counter()
             rates = optim.set_rate(stepper.optimizer, optim.rate(config, length.total_steps, progress.step))
-            with _out_of_memory_named(config):
+            with out_of_memory_named(config):
                 outcome = stepper.step(group, epoch, progress.step)
             progress = _advance(progress, outcome)
             yield _event(length, progress.step, epoch, rates, outcome, time.perf_counter() - started)
@@ -403,17 +412,3 @@ def _recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
         for layer in layers:
             layer.gradient_checkpointing = False
             layer.eval()
-
-
-@contextlib.contextmanager
-def _out_of_memory_named(config: TrainConfig) -> Iterator[None]:
-    """A failed allocation becomes OutOfMemory with what to change."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise OutOfMemory(
-            f"out of memory at train_batch_size {config.train_batch_size}, resolution {config.resolution}",
-            "lower train_batch_size (gradient_accumulation_steps up), or set gradient_checkpointing = true",
-        ) from None

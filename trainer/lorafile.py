@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer import optim
 from trainer.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target
 from trainer.bases.base import Base
 from trainer.config import TrainConfig
+from trainer.dataset import Dataset
 from trainer.errors import ModelFileError
 from trainer.files import clean_text, write_atomic
 from trainer.kinds import KINDS
+from trainer.loop import plan
 from trainer.tensorfile import load_tensors, read_header, to_bytes
 
 CONFIG_KEY = "lora_hpo_config"
@@ -59,20 +64,29 @@ def write(
     base: Base,
     config: TrainConfig,
     extra_metadata: Mapping[str, str] | None = None,
+    dataset: Dataset | None = None,
 ) -> None:
     """Write the adapter as kohya's networks.lora or LyCORIS would, atomically.  Weights in save_precision,
-    alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time."""
+    alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time.
+    With the ``dataset`` the metadata says how long it was trained on which tags.  No path of this machine
+    gets into the file, since files are shared."""
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
         for key, tensor in _with_unit_scales(adapter.state()).items()
     }
-    training = {**training_metadata(base, config), **(extra_metadata or {})}
+    training = {
+        **training_metadata(base, config),
+        **(dataset_metadata(config, dataset) if dataset else {}),
+        **(extra_metadata or {}),
+    }
     metadata = {
         **training,
         **_file_hashes(tensors, training),
         **_modelspec(base, config),
-        CONFIG_KEY: json.dumps(config.as_dict()),
+        CONFIG_KEY: json.dumps(
+            config.as_dict() | {"pretrained_model_name_or_path": base.name, "train_data_dir": ""}
+        ),
         "lora_hpo_base": base.identity,
     }
     write_atomic(path, to_bytes(tensors, metadata))
@@ -143,10 +157,31 @@ def network_args(config: TrainConfig) -> dict[str, object]:
     if config.network_type == "DoRA":
         values |= {"dora_wd": True, "wd_on_output": False}
     if config.conv_dim is not None:
-        values |= {"conv_dim": config.conv_dim, "conv_alpha": config.conv_alpha}
+        conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
+        values |= {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
     rates = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
     names = ("rank_dropout", "module_dropout", *rates)
     return values | {name: getattr(config, name) for name in names if getattr(config, name)}
+
+
+def dataset_metadata(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
+    """sd-scripts' ss_* entries that depend on the images: the run's length in steps, and how often each tag
+    is in the captions of a folder."""
+    length = plan(config, dataset)
+    tags: dict[str, Counter[str]] = {}
+    for item in dataset.items:
+        words = (tag.strip().lower() for tag in item.caption.split(","))
+        tags.setdefault(item.path.parent.name, Counter()).update(word for word in words if word)
+    values = {
+        "ss_num_train_images": sum(item.repeats for item in dataset.items),
+        "ss_max_train_steps": length.total_steps,
+        "ss_steps": length.total_steps,
+        "ss_num_epochs": length.total_epochs,
+        "ss_epoch": length.total_epochs,
+        "ss_lr_warmup_steps": optim.warmup_steps(config, length.total_steps),
+        "ss_tag_frequency": json.dumps(tags, sort_keys=True),
+    }
+    return {name: str(value) for name, value in values.items()}
 
 
 def read(path: Path) -> LoraFile:
@@ -177,26 +212,33 @@ def attach(base: Base, file: LoraFile) -> Adapter:
         assert ending is not None
         module = name.removesuffix(ending)
         if module in known:
-            found.setdefault(module, {})[ENDINGS[ending]] = tensor
+            if found.setdefault(module, {}).setdefault(ENDINGS[ending], tensor) is not tensor:
+                raise _damaged(file, f"it has {module} twice")
         else:
             unknown.append(name)
     targets: list[Target] = []
     weights: dict[str, Tensor] = {}
     for module, parts in found.items():
         component, path, key = known[module]
+        _check_numbers(file, module, parts)
         kind = _kind(parts)
         weight = base.components()[component].get_submodule(path).weight
         if kind is None or not _fits(kind, parts, weight):
             shapes = ", ".join(f"{ending} {tuple(part.shape)}" for ending, part in parts.items())
             unknown.append(f"{module} {shapes}")
             continue
+        if any(target.key == key for target in targets):
+            raise _damaged(file, f"it has {key} twice, under two names")
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         rank = KINDS[kind].rank_of(parts, alpha)
         if alpha is None:
             alpha = _default_alpha(file, module, rank)
+        if not math.isfinite(alpha):
+            raise _damaged(file, f"{module} has alpha {alpha}")
         if kind == "LoKr" and "lokr_w1" in parts and "lokr_w2" in parts:
             alpha = float(rank)
-        targets.append(Target(component, path, key, rank, alpha, kind))
+        # alpha 0 means the rank, as in sd-scripts
+        targets.append(Target(component, path, key, rank, alpha or float(rank), kind))
         weights |= {f"{key}.{ending}": part for ending, part in parts.items() if ending != "alpha"}
     kinds = {target.kind for target in targets}
     if len(kinds) > 1:
@@ -229,8 +271,6 @@ def _fits(kind: str, parts: Mapping[str, Tensor], weight: Tensor) -> bool:
         per_input, per_output = (1, weight.shape[1], *ones), (weight.shape[0], 1, *ones)
         if tuple(parts[MAGNITUDE].shape) not in (per_input, per_output):
             return False
-    if "alpha" in parts and parts["alpha"].numel() != 1:
-        return False
     return KINDS[kind].fits(parts, weight)
 
 
@@ -298,16 +338,34 @@ def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) 
     return "sdxl" if flat or 2048 in widths else "sd15"
 
 
+def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> None:
+    """ModelFileError for what no module of a sound file has: empty, whole-number or non-finite tensors."""
+    for ending, part in parts.items():
+        if ending == "alpha":
+            if part.numel() != 1:
+                raise _damaged(file, f"{module} has {part.numel()} alphas")
+        elif part.dim() < 2 or part.numel() == 0:
+            raise _damaged(file, f"{module} has {ending} of shape {tuple(part.shape)}")
+        elif not part.is_floating_point():
+            raise _damaged(file, f"{module} is not of floating-point numbers")
+        elif not bool(part.float().isfinite().all()):
+            raise _damaged(file, f"{module} is not finite")
+
+
 def _default_alpha(file: LoraFile, module: str, rank: int) -> float:
     """Alpha of a module that has no alpha tensor: PEFT's settings in diffusers' metadata, else the rank
     (scale 1)."""
     try:
         settings = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        settings = {}
-    component, _, path = module.partition(".")
-    pattern = settings.get(f"{component}.alpha_pattern") or {}
-    return float(pattern.get(path, settings.get(f"{component}.lora_alpha", rank)))
+        component, _, path = module.partition(".")
+        pattern = settings.get(f"{component}.alpha_pattern") or {}
+        return float(pattern.get(path, settings.get(f"{component}.lora_alpha", rank)))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise _damaged(file, f"its lora_adapter_metadata gives {module} no alpha") from None
+
+
+def _damaged(file: LoraFile, why: str) -> ModelFileError:
+    return ModelFileError(f"{file.path.name} cannot be attached: {why}", "make or download it again")
 
 
 def _file_hashes(tensors: dict[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:

@@ -119,11 +119,13 @@ def refuse_pickle(path: Path) -> None:
 def _shape(path: Path, name: str, entry: Any, body_bytes: int) -> tuple[int, ...]:
     """The shape of one tensor, checked against its offsets and the file's size."""
     try:
-        shape = tuple(int(side) for side in entry["shape"])
-        start, end = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(entry["shape"])
+        start, end = entry["data_offsets"]
         width = TYPE_BYTES[entry["dtype"]]
     except (TypeError, ValueError, KeyError):
         raise _broken(path, f"the entry {name[:80]!r} is malformed") from None
+    if any(type(number) is not int for number in (*shape, start, end)):  # JSON has 1e999, true and "1" too
+        raise _broken(path, f"the entry {name[:80]!r} is malformed")
     if any(side < 0 for side in shape) or not 0 <= start <= end or end - start != math.prod(shape) * width:
         raise _broken(path, f"the entry {name[:80]!r} contradicts itself")
     if end > body_bytes:

@@ -46,7 +46,7 @@ CENTRE = {
     "network_dim_log2": 3,
     "network_alpha_ratio": 1.0,
     "lr_scheduler": "cosine",
-    "max_train_epochs": 12,
+    "max_train_epochs": 2,
 }
 
 
@@ -95,7 +95,7 @@ def rates(args: argparse.Namespace) -> None:
     by_factor: dict[float, list[Score]] = {}
     for factor in FACTORS:
         suggested = {**CENTRE, "learning_rate": args.centre * factor}
-        config = bench.study.space.settings(suggested, bench.study.train)
+        config = bench.config(suggested, 0)
         for seed in range(args.seeds):
             cell = args.out / f"rate_{args.centre * factor:.1e}_seed{seed}"
             score = trained_score(

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
+import torch
+from safetensors.torch import load_file
 
 from tests.fullsize import random_base
 from tests.singlefile import save_single_file
@@ -28,6 +29,7 @@ from pathlib import Path
 from trainer import lorafile
 from trainer.adapter import inject
 from trainer.bases.load import load_base
+from trainer.cache import digest
 from trainer.config import TrainConfig
 from trainer.loop import train
 from tests.tiny import tiny_prepared
@@ -35,6 +37,7 @@ spec, out = sys.argv[1:]
 started = time.monotonic()
 base = load_base(spec)
 loaded = time.monotonic() - started
+weights = {name: digest(model.state_dict()) for name, model in {**base.components(), "vae": base.vae}.items()}
 config = TrainConfig(resolution=64, enable_bucket=False, network_dim=8, network_alpha=4, max_train_steps=1,
                      train_batch_size=1, optimizer_type="AdamW")
 adapter = inject(base, config)
@@ -49,7 +52,7 @@ print(json.dumps({
     "family": base.family, "loaded_seconds": loaded, "loss": events[0].loss,
     "step_seconds": events[0].seconds,
     "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "modules": len(again.layers),
-    "finite": finite, "fingerprint": again.fingerprint(), "identity": base.identity,
+    "finite": finite, "weights": weights, "identity": base.identity,
 }))
 """
 
@@ -99,6 +102,11 @@ def test_both_layouts_train_one_step_within_12_gb_and_come_to_the_same(bases, tm
         assert result["modules"] == 264
         assert result["finite"] == [True]
         assert result["peak_bytes"] < LIMIT_BYTES
-    assert results["folder"]["fingerprint"] == results["file"]["fingerprint"]
-    with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
-        assert len(file.keys()) == 3 * 264
+    assert results["folder"]["weights"] == results["file"]["weights"]
+    assert results["folder"]["loss"] == results["file"]["loss"]
+    # The gradients of two processes differ in the last bits (threads, alignment), and AdamW's first step is
+    # nearly their sign: where one is about 0, the step may turn around.
+    ours, theirs = (load_file(tmp_path / f"{kind}.safetensors") for kind in bases)
+    assert len(ours) == 3 * 264 and ours.keys() == theirs.keys()
+    same = sum(int(torch.isclose(ours[k], theirs[k], rtol=1e-2, atol=1e-6).sum()) for k in ours)
+    assert same > 0.99 * sum(tensor.numel() for tensor in ours.values())

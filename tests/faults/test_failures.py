@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import optuna_dashboard
 import pytest
 import torch
@@ -16,9 +17,10 @@ import evaluation.score
 import hpo.search
 import hpo.trial
 from hpo.convergence import Verdict
-from hpo.folder import open_study, read_json
+from hpo.folder import STOP, open_study, read_json
 from hpo.search import Limits, Search
 from hpo.workbench import Workbench
+from tests.faults.zygote import attempt
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench, tiny_study
 from trainer import loop
 from trainer.errors import (
@@ -211,8 +213,14 @@ def test_the_same_settings_are_not_trained_twice_and_a_used_up_space_ends_the_se
     study = tiny_study({"space": {**changes["space"], **table, "max_train_epochs": {"low": 1, "high": 2}}})
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "images"), study)
     search = make_search(bench, Limits(9))
-    with pytest.raises(StudyStopped, match="used up"):
-        search.run()
+    why = search.run()
+    assert "used up" in why and "a new --name" in why
+    trials = search.study.get_trials(deepcopy=False)
+    assert search.standing().failed == 0 and search.standing().duplicates == len(trials) - 2 == 20
+    last = optuna.trial.Trial(search.study, trials[-1]._trial_id)
+    assert "duplicate of trial" in optuna_dashboard.get_note(last)
+    assert "used up" in make_search(bench, Limits(9)).run()  # a call later adds nothing to them
+    assert len(search.study.get_trials(deepcopy=False)) == len(trials)
     trained = [t for t in search.study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
     assert sorted(t.params["max_train_epochs"] for t in trained) == [1, 2]
     assert all(len(read_records(f.starts)) == 1 for f in bench.folder.trial_folders())
@@ -235,16 +243,27 @@ def test_no_trial_begins_after_max_hours(bench: Workbench) -> None:
     assert search.standing().complete == 0
 
 
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, settled: Callable[[int], bool] = lambda trials: trials >= 2
+) -> None:
+    """The detector finds the study converged, but for running trials, when ``settled`` says so."""
+
+    def detect(points: Any, *, running: int, **_: Any) -> Verdict | None:
+        if len(points) < 2:
+            return None
+        here, top = settled(len(points)), (points[0].number, points[1].number)
+        level = ("plateau" if running else "converged") if here else "none"
+        return Verdict(
+            level, 2, 4, 8, 0, points[0].value, 0.1, 0.0, 0.1, 0.1, 0.1, 0.0, top, True, 0.0, here
+        )  # fmt: skip
+
+    monkeypatch.setattr(hpo.search.convergence, "detect", detect)
+
+
 def test_stop_when_converged_ends_the_search_and_leaves_the_alert(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def converged(points: Any, **_: Any) -> Verdict | None:
-        if len(points) < 2:
-            return None
-        top = (points[0].number, points[1].number)
-        return Verdict("converged", 2, 4, 8, 0, points[0].value, 0.1, 0.0, 0.1, 0.1, 0.1, 0.0, top, True)
-
-    monkeypatch.setattr(hpo.search.convergence, "detect", converged)
+    pretend(monkeypatch)
     view = Recorder()
     search = make_search(bench, Limits(9, stop_when_converged=True), view)
     assert "converged" in search.run()
@@ -252,6 +271,33 @@ def test_stop_when_converged_ends_the_search_and_leaves_the_alert(
     assert "Best trial: Trial 0" in bench.folder.alert.read_text(encoding="utf-8")
     assert any("CONVERGENCE_ALERT.txt" in line for line in view.lines)
     assert "Best trial: Trial 0" in optuna_dashboard.get_note(search.study)
+    again = make_search(bench, Limits(9, stop_when_converged=True))
+    assert "converged" in again.run() and again.standing().complete == 2
+
+
+def stopped_worker(root: Path, data: Path) -> None:
+    view = Recorder()
+    why = make_search(tiny_bench(root, data), Limits(9), view).run()
+    assert "converged" in why and "in other hands: trial 2" in why and view.started == []
+
+
+def test_a_stop_holds_for_every_worker_and_the_trial_that_still_runs_has_the_last_word(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, lambda trials: trials == 4)
+    view = Recorder()
+    search = make_search(bench, Limits(9, stop_when_converged=True), view)
+    codes = []
+
+    def stop_meanwhile(event: Any) -> None:
+        if view.started[-1][0] == 2 and not codes:
+            search.study.set_user_attr(STOP, "converged")  # as a worker beside this one does
+            codes.append(attempt(stopped_worker, bench.folder.root, bench.data_folder))
+
+    view.event_hook = stop_meanwhile
+    assert "converged" in search.run()
+    assert codes == [0]
+    assert [number for number, _ in view.started] == [0, 1, 2, 3]  # after 2 it was no longer settled
 
 
 def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path) -> None:

@@ -69,8 +69,12 @@ def search_killed_at(root: Path, data: Path, place: str, call: int, when: str) -
     search(root, data)
 
 
-MODULES = ("hpo.search", "hpo.claim", "hpo.trial", "hpo.dashboard", "tests.tiny_search", "trainer.lorafile")
+MODULES = (
+    "hpo.folder", "hpo.search", "hpo.claim", "hpo.trial", "hpo.dashboard", "tests.tiny_search",
+    "trainer.lorafile",
+)  # fmt: skip
 SEAMS = [
+    ("hpo.folder.open_storage", 1, "after"),  # a database without a study
     ("tests.tiny_search.create_study", 1, "after"),  # a study without a single trial
     ("hpo.claim.suggest", 1, "before"),  # the baseline is RUNNING, nothing proposed yet
     ("hpo.claim.suggest", 2, "after"),  # proposed, the lock not yet taken

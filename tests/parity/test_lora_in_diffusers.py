@@ -15,6 +15,7 @@ from tests.tiny import tiny_base, tiny_config, tiny_pipeline
 from trainer import lorafile
 from trainer.adapter import inject
 from trainer.bases.base import Sizes
+from trainer.bases.load import load_base
 
 SIZES = Sizes((64, 64), (0, 0), (64, 64))
 KEYS = {
@@ -73,6 +74,16 @@ def test_diffusers_gives_the_scored_adapters_output(family, precision, tmp_path)
     assert not torch.allclose(scored, plain, atol=1e-3)
     torch.testing.assert_close(theirs.hidden_BLD, states.hidden_BLD, rtol=0, atol=2e-6)
     torch.testing.assert_close(predicted, scored, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["mini-sd15", "mini-sdxl"])
+def test_on_the_shipped_miniatures_too(name, tmp_path):
+    base = load_base(name, dtype=torch.float32)
+    path, states, scored = exported(base, tmp_path)
+    assert all(KEYS[base.family].fullmatch(key) for key in load_file(path))
+    theirs, predicted = in_diffusers(base, path)
+    torch.testing.assert_close(theirs.hidden_BLD, states.hidden_BLD, rtol=0, atol=1e-4)
+    torch.testing.assert_close(predicted, scored, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

@@ -12,14 +12,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from hpo.alerts import Row, notification_urls, notify, update_alert
+from hpo.alerts import Row, check_services, notification_urls, notify, update_alert
 from hpo.convergence import Verdict
 from hpo.folder import StudyFolder, read_json
+from trainer.errors import ConfigError
 
 CONVERGED = Verdict(
     level="converged", n=30, dimensions=6, window=10, best=25, best_value=0.61, best_se=0.02,
     gain_in_window=0.001, smallest_gain=0.02, noise_se=0.02, spread_ratio=0.4, top_sd=0.004,
-    top=(25, 21, 18), alike=True,
+    top=(25, 21, 18), alike=True, expected_gain=0.0012, settled=True,
 )  # fmt: skip
 ROWS = {n: Row(n, 0.61 - n / 1e4, 0.02, {"learning_rate": 1e-4}) for n in range(31)}
 
@@ -62,6 +63,30 @@ def test_a_new_best_withdraws_the_alert(folder: StudyFolder) -> None:
     assert update_alert(folder, replace(CONVERGED, best=30), ROWS) == "converged"
 
 
+def test_figures_that_no_longer_say_so_withdraw_the_alert_and_the_file_follows_them(
+    folder: StudyFolder,
+) -> None:
+    update_alert(folder, CONVERGED, ROWS)
+    assert update_alert(folder, replace(CONVERGED, level="none", noise_se=0.0123), ROWS) == "withdrawn"
+    text = folder.alert.read_text(encoding="utf-8")
+    assert text.startswith("Best trial: Trial 25  score 0.6075 ± 0.0200  (withdrawn)")
+    assert "status: withdrawn – the figures no longer say converged" in text and "0.0123" in text
+    assert "next: hpo dashboard" in text
+    assert update_alert(folder, replace(CONVERGED, level="no_signal", best=27), ROWS) is None
+    assert folder.alert.read_text(encoding="utf-8").startswith("Best trial: Trial 27")
+    assert update_alert(folder, CONVERGED, ROWS) == "converged"
+
+
+def test_the_first_line_says_the_level_and_the_next_command_the_runs_folder(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "a b" / "x")
+    folder.root.mkdir(parents=True)
+    update_alert(folder, CONVERGED, ROWS)
+    lines = folder.alert.read_text(encoding="utf-8").splitlines()
+    assert lines[0].endswith("(converged)")
+    assert lines[-1] == f"next: hpo dashboard x --runs '{tmp_path / 'a b'}'"
+    assert any(line.startswith("expected further gain") and "0.0012" in line for line in lines)
+
+
 def test_nothing_is_written_while_there_is_nothing_to_say(folder: StudyFolder) -> None:
     assert update_alert(folder, None, ROWS) is None
     assert update_alert(folder, replace(CONVERGED, level="none"), ROWS) is None
@@ -79,6 +104,21 @@ def test_settings_from_outside_cannot_write_lines_of_their_own(folder: StudyFold
 def test_the_environment_names_the_services_unless_the_command_does() -> None:
     assert notification_urls((), {"HPO_NOTIFY": "ntfy://a json://b"}) == ("ntfy://a", "json://b")
     assert notification_urls(("ntfy://c",), {"HPO_NOTIFY": "ntfy://a"}) == ("ntfy://c",)
+
+
+def test_a_list_of_receivers_in_one_address_stays_one_address() -> None:
+    urls = notification_urls((), {"HPO_NOTIFY": "mailto://u:p@x.org?to=a@x.org,b@x.org\n ntfy://a"})
+    assert urls == ("mailto://u:p@x.org?to=a@x.org,b@x.org", "ntfy://a")
+    check_services(urls)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3cretToken12345", "nonsuch://s3cretToken12345", "slack://s3cretToken12345"]
+)
+def test_an_address_that_cannot_be_read_is_refused_at_once_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="address 2 of 2") as caught:
+        check_services(("ntfy://a", url))
+    assert "s3cret" not in str(caught.value)
 
 
 class Inbox(http.server.BaseHTTPRequestHandler):
@@ -107,7 +147,9 @@ def test_a_notification_arrives() -> None:
     assert b"Best trial: Trial 25" in Inbox.received[0]
 
 
-@pytest.mark.parametrize("url", ["json://127.0.0.1:9/s3cret", "nonsense", "mailto://user:s3cret@127.0.0.1:9"])
+@pytest.mark.parametrize(
+    "url", ["json://127.0.0.1:9/s3cret", "s3cretToken", "mailto://user:s3cret@127.0.0.1:9"]
+)
 def test_a_service_that_is_down_is_one_warning_without_its_secret(
     url: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -348,6 +348,33 @@ def test_out_of_memory_while_encoding_names_the_setting(
         cache.prepare(model, read_dataset(images, CONFIG), CONFIG)
 
 
+def test_out_of_memory_while_encoding_captions_is_named(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*args: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    model = tiny_base("sd15")
+    monkeypatch.setattr(model, "encode_text", exhausted)
+    with pytest.raises(OutOfMemory, match="resolution 64"):
+        cache.prepare(model, read_dataset(images, CONFIG), CONFIG)
+
+
+def test_text_states_that_are_not_finite_are_neither_kept_nor_used(images: Path, tmp_path: Path) -> None:
+    model, data = tiny_base("sd15"), read_dataset(images, CONFIG)
+    good = cache.prepare(model, data, CONFIG, tmp_path / "cache")
+    store = cache.Store(tmp_path / "cache")
+    assert good.states is not None
+    spoilt = {"hidden": torch.full_like(next(iter(good.states.values())).hidden_BLD, torch.nan)}
+    assert store.get("none", cache._is_text) is None
+    store.put("none", spoilt)
+    assert store.get("none", cache._is_text) is None
+    with torch.no_grad():
+        next(model.text_encoders[0].parameters()).fill_(torch.inf)
+    with pytest.raises(DataError, match="text encoder makes no finite states of 'a zed, number"):
+        cache.prepare(model, data, CONFIG)
+
+
 def test_an_image_too_small_is_refused_before_anything_is_encoded(base: Base, images: Path) -> None:
     data = read_dataset(images, CONFIG)
     small = replace(data.items[0], width_px=4, height_px=4)

@@ -1,6 +1,9 @@
 """What a checkpoint promises: complete or not there, and never mixed into another run."""
 
+import errno
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from tests.tiny import tiny_base, tiny_config
 from trainer import checkpoint
 from trainer.adapter import inject
 from trainer.checkpoint import Progress, Run
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, MachineError, OutOfMemory
+from trainer.files import atomic_folder
 from trainer.optim import build_optimizer
 
 
@@ -123,3 +127,58 @@ def test_state_json_can_be_read_by_a_person(tmp_path):
     state = json.loads((path / "state.json").read_text())
     assert state["step"] == 3
     assert state["config"]["learning_rate"] == 1e-3
+
+
+def test_a_checkpoint_computed_in_another_type_is_refused_by_name(tmp_path):
+    """mixed_precision = auto means another type on another card."""
+    path = checkpoint.save(tmp_path, make_run(), Progress(1))
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    half = replace(make_run(), compute=torch.float16, scaler=scaler)
+    with pytest.raises(ConfigError, match=r"computed in torch\.float32 → torch\.float16"):
+        checkpoint.restore(tmp_path, half)
+    checkpoint.save(tmp_path, half, Progress(2))
+    assert checkpoint.restore(tmp_path, replace(half, scaler=torch.amp.GradScaler("cpu"))) == Progress(2)
+    state = json.loads((tmp_path / "step-000002" / "state.json").read_text())
+    assert state.pop("compute") == "torch.float16"
+    (tmp_path / "older").mkdir()
+    with atomic_folder(tmp_path / "older" / "step-000001") as old:
+        for name in checkpoint.FILES:
+            (old / name).write_bytes((tmp_path / "step-000002" / name).read_bytes())
+        (old / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="computed in an unknown type"):
+        checkpoint.restore(tmp_path / "older", half)
+    assert not path.exists()
+
+
+def test_a_folder_that_only_looks_like_a_checkpoint_is_passed_over(tmp_path):
+    checkpoint.save(tmp_path, make_run(), Progress(1))
+    (tmp_path / "step-foo").mkdir()
+    with atomic_folder(tmp_path / "step-000009"):
+        pass  # a manifest with an empty table
+    assert checkpoint.restore(tmp_path, make_run()) == Progress(1)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(tmp_path, monkeypatch):
+    run = make_run()
+    checkpoint.save(tmp_path, run, Progress(1))
+
+    def refuse(path, **more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    assert checkpoint.save(tmp_path, run, Progress(2)).is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match="file"):
+        checkpoint.save(tmp_path / "file", run, Progress(3))
+
+
+def test_out_of_memory_while_restoring_is_named(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, make_run(), Progress(1))
+    run = make_run()
+
+    def exhausted(state):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.optimizer, "load_state_dict", exhausted)
+    with pytest.raises(OutOfMemory, match="train_batch_size 2"):
+        checkpoint.restore(tmp_path, run)

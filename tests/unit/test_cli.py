@@ -24,7 +24,7 @@ from tests.tiny_search import draw_images
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder beside a sound dataset; whatever a command leaves in it is seen."""
-    draw_images(tmp_path / "images" / "1_zkw figure")
+    draw_images(tmp_path / "images" / "1_zkw figure", 10)  # two of them are held out
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -86,6 +86,7 @@ def test_every_command_explains_itself() -> None:
         (["--study", "missing.toml"], 2, "no study file missing.toml", "shipped"),
         (["--data", "../nowhere"], 3, "../nowhere", "folder"),
         (["--device", "cuda:7"], 5, "device cuda:7 cannot be used", "leave out --device"),
+        (["--device", "meta"], 2, "device 'meta' is not known", "cpu, cuda"),
     ],
 )
 def test_a_mistake_is_two_lines_and_leaves_nothing(
@@ -120,6 +121,42 @@ def test_references_that_are_trained_on_are_refused(place: Path) -> None:
     words = search("--references", "../images/1_zkw figure")
     refused(place, 3, "is trained on too", *words)
     refused(place, 3, "holds 0 images", *search("--references", "../images"))
+
+
+def test_references_that_are_no_images_are_named(place: Path) -> None:
+    folder = place.parent / "references"
+    draw_images(folder, seed=9)
+    (folder / "folder.png").mkdir()
+    (folder / "0.png").write_bytes(b"no image")
+    refused(place, 3, "0.png is not a PNG", *search("--references", "../references"))
+    (folder / "0.png").unlink()
+    (folder / "0.png").symlink_to("nowhere.png")
+    refused(place, 3, "0.png is not a file", *search("--references", "../references"))
+
+
+def test_what_is_cheap_to_check_is_checked_before_a_base_is_loaded(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpo import workbench
+
+    def load_base(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr(workbench, "load_base", load_base)
+    refused(place, 2, "cannot read the prompt file", *search("--prompts", "../nowhere.txt"))
+    (place.parent / "p.txt").write_bytes(b"\xff\xfe\x00")
+    refused(place, 2, "cannot read the prompt file", *search("--prompts", "../p.txt"))
+    refused(place, 4, "no scorer 'ViT-B-23'", *search("--clip", "ViT-B-23"))
+    refused(place, 2, "sampler 'euler' is not known", *search("--set", "sampling.sampler=euler"))
+    for name in (0, 1):
+        (place.parent / "images" / "1_zkw figure" / f"{name}.png").unlink()
+    refused(place, 3, "likeness needs at least 2", *search())
+
+
+def test_a_runs_folder_that_is_a_file_is_refused(place: Path) -> None:
+    (place.parent / "runs").write_text("x")
+    words = ("search", "--base", "mini-sd15", "--trials", "1", "--runs", "../runs")
+    refused(place, 5, "cannot write", *words)
 
 
 def test_no_images_at_all_name_the_flag(place: Path) -> None:
@@ -165,6 +202,10 @@ def test_a_demo_dataset_has_captions_and_held_out_images(place: Path) -> None:
     assert len(images) == 24 and all(p.with_suffix(".txt").is_file() for p in images)
     assert len(list(Path("luca/held_out").glob("*.png"))) == 8
     assert Image.open(images[0]).size == (64, 64)
+
+
+def test_the_command_to_go_on_with_can_be_pasted(place: Path) -> None:
+    assert "--data 'my luca' --trials" in hpo("dataset", "demo", "character", "my luca").output
 
 
 @pytest.fixture

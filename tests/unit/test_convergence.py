@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpo.convergence import Point, detect, signed_rank_p
+from hpo.convergence import Point, _alike, detect, expected_gain, signed_rank_p
 
 NOISE = 0.02
 
@@ -65,7 +65,7 @@ def test_a_new_best_ends_a_plateau() -> None:
 
 def test_trials_of_other_workers_hold_converged_back() -> None:
     verdict = detect(points(rising(30), narrowing_places(30)), dimensions=6, startup=10, running=1)
-    assert verdict is not None and verdict.level == "plateau"
+    assert verdict is not None and verdict.level == "plateau" and verdict.settled
 
 
 def test_noise_that_hides_all_differences_is_no_signal_not_converged() -> None:
@@ -84,6 +84,53 @@ def test_winners_that_differ_prompt_by_prompt_are_not_alike() -> None:
     ]
     verdict = detect(paired, dimensions=6, startup=10)
     assert verdict is not None and not verdict.alike and verdict.level == "plateau"
+
+
+def test_holm_steps_down_one_winner_that_differs_is_enough_and_none_is_not() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.6, 0.1, 16)
+    shift = np.where(np.arange(16) < 12, 0.05, -0.05)
+
+    def alike(differences: list[np.ndarray]) -> bool:
+        top = [Point(0, 0.6, NOISE, (), tuple(base))]
+        top += [Point(k, 0.59, NOISE, (), tuple(base - d)) for k, d in enumerate(differences, 1)]
+        return _alike(top, NOISE)
+
+    chance = signed_rank_p(shift)
+    assert 0.1 / 9 < chance < 0.1 / 2  # not rejected in the first step, so never, though below later marks
+    assert alike([shift] * 9)
+    assert not alike([shift] * 8 + [np.full(16, 0.05)])
+
+
+def test_the_expected_gain_agrees_with_drawing_trials() -> None:
+    rng = np.random.default_rng(0)
+    middle, spread, best = 0.5, 0.1, 0.62
+    recent = middle + spread * np.array([-2.0, -1.0, -0.5, 0.5, 1.0, np.sqrt(1.75)])  # mean square above: 1
+    wider = spread * np.sqrt(1 + np.sqrt(2 / 3))  # by one standard error, of three scores
+    draws = rng.normal(middle, wider, (200_000, 10)).max(axis=1)
+    known = float(np.maximum(0.0, draws - best).mean())
+    assert expected_gain(recent, best, 0.0, 10) == pytest.approx(known, rel=0.01)
+
+
+def test_scores_that_differ_by_noise_alone_promise_no_gain_and_wide_ones_do() -> None:
+    flat, wide = 0.6 + 0.01 * np.linspace(-1, 1, 10), 0.6 + 0.1 * np.linspace(-1, 1, 10)
+    assert expected_gain(flat, float(flat.max()), 0.02, 10) == 0.0
+    assert expected_gain(wide, float(wide.max()), 0.02, 10) > 0.01
+    falls = wide.copy()
+    falls[:4] -= 5.0  # proposals that fall far promise nothing more
+    assert expected_gain(falls, float(wide.max()), 0.02, 10) == expected_gain(
+        wide, float(wide.max()), 0.02, 10
+    )
+
+
+def test_a_plateau_with_gains_to_expect_is_none() -> None:
+    values = rising(30)
+    values[20:] = list(0.52 + 0.08 * np.linspace(-1, 1, 10))  # no gain, yet they scatter far above the noise
+    values[15] = 0.605
+    verdict = detect(points(values, narrowing_places(30), se=0.005), dimensions=6, startup=10)
+    assert verdict is not None and verdict.gain_in_window < verdict.smallest_gain
+    assert verdict.expected_gain > verdict.smallest_gain and verdict.level == "none"
+    assert any("expected further gain" in line for line in verdict.lines())
 
 
 def test_one_trial_says_nothing() -> None:

@@ -221,6 +221,7 @@ def test_an_unclear_scorer_says_what_to_write(named: Path) -> None:
 
 def test_every_base_has_one_default_scorer() -> None:
     assert default_scorer("mini-sdxl") == "mini-clip"
+    assert default_scorer("mini-mine") == default_scorer("/models/mini-sd15") == DEFAULT_SCORER
     assert default_scorer("sd15") == DEFAULT_SCORER
     model, tag = DEFAULT_SCORER.split(":")
     facts = pretrained.get_pretrained_cfg(model, tag)

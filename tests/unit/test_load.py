@@ -16,7 +16,7 @@ from tests.singlefile import save_single_file
 from tests.tiny import save_folder, tiny_base
 from trainer.bases import detect
 from trainer.bases import load as load_module
-from trainer.bases.hub import weight_files
+from trainer.bases.hub import require_network, weight_files
 from trainer.bases.load import load_base
 from trainer.errors import ModelFileError
 from trainer.tensorfile import Header, load_tensors, read_header
@@ -66,6 +66,25 @@ def test_a_folder_gives_back_the_networks_frozen_and_ready(family, folders):
     assert torch.equal(base.alphas_cumprod, original.alphas_cumprod)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("missing.ckpt", "there is no file"), ("a0.png", "a0.png is not a model file")]
+)
+def test_a_path_that_holds_no_model_is_called_that(tmp_path, name, message):
+    (tmp_path / "a0.png").write_bytes(b"x" * 50)
+    with pytest.raises(ModelFileError, match=message):
+        load_base(str(tmp_path / name))
+
+
+def test_an_endpoint_is_shown_without_its_password(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://user:secret@127.0.0.1:9")
+    with pytest.raises(ModelFileError, match=r"http://127\.0\.0\.1:9 does not answer") as caught:
+        require_network("org/name")
+    assert "secret" not in str(caught.value) and "user" not in str(caught.value)
+
+
 def test_the_identity_is_that_of_the_content_not_of_the_place(folders, folder):
     first = load_base(str(folders["sd15"])).identity
     assert load_base(str(folder)).identity == first
@@ -74,6 +93,38 @@ def test_the_identity_is_that_of_the_content_not_of_the_place(folders, folder):
     next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, weights)
     assert load_base(str(folder)).identity != first
+
+
+def swap_words(tokenizer):
+    words = tokenizer["model"]["vocab"]
+    words["a</w>"], words["b</w>"] = words["b</w>"], words["a</w>"]
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("text_encoder/config.json", lambda config: config.update(hidden_act="gelu")),
+        ("unet/config.json", lambda config: config.update(resnet_time_scale_shift="default", act_fn="gelu")),
+        ("vae/config.json", lambda config: config.update(scaling_factor=0.2)),
+        ("scheduler/scheduler_config.json", lambda config: config.update(beta_end=0.013)),
+        ("tokenizer/tokenizer.json", swap_words),
+        ("tokenizer/tokenizer_config.json", lambda config: config.update(pad_token="!")),
+        ("tokenizer/tokenizer_config.json", lambda config: config.update(model_max_length=40)),
+    ],
+)
+def test_whatever_changes_what_the_networks_compute_changes_the_identity(file, change, folders, folder):
+    """Cached captions and images are found by it: a stale one would be trained on without a word."""
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).write_text(json.dumps(content))
+    assert load_base(str(folder)).identity != load_base(str(folders["sd15"])).identity
+
+
+def test_who_wrote_a_configuration_and_when_is_not_part_of_the_identity(folders, folder):
+    edit(folder / "unet/config.json", _diffusers_version="0.6.0", _name_or_path="/home/x")
+    edit(folder / "scheduler/scheduler_config.json", _diffusers_version="0.6.0")
+    edit(folder / "text_encoder/config.json", transformers_version="4.0", dtype="float16")
+    assert load_base(str(folder)).identity == load_base(str(folders["sd15"])).identity
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -86,7 +137,9 @@ def test_weights_are_loaded_in_the_wanted_type(family, folders):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_a_single_file_in_the_original_layout_gives_the_same_networks(family, narrow_configs, monkeypatch):
+def test_a_single_file_in_the_original_layout_gives_the_same_networks(
+    family, narrow_configs, monkeypatch, tmp_path
+):
     root, files = narrow_configs
     monkeypatch.setattr(load_module, "CONFIGS", root)
     # Narrow networks: tell the family by the widths of these files instead of 768 and 2048.
@@ -96,6 +149,9 @@ def test_a_single_file_in_the_original_layout_gives_the_same_networks(family, na
     assert base.family == family
     assert len(base.tokenizers[-1]) == 49_408
     assert base.tokenizers[-1].pad_token_id == (49_407 if family == "sd15" else 0)
+    if family == "sd15":
+        renamed = shutil.copy(files[family], tmp_path / "renamed.safetensors")
+        assert load_base(str(renamed)).identity == base.identity
 
 
 def test_diffusers_reads_the_same_single_file_alike(narrow_configs):
@@ -206,6 +262,15 @@ def test_a_single_file_says_what_it_predicts(shapes, metadata, schedule):
         ),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "is a sample model"),
         ("text_encoder/config.json", {"vocab_size": 300}, "tensors of another shape"),
+        ("unet/config.json", {"in_channels": [4]}, r"unet/config.json: in_channels = \[4\] is not a whole"),
+        ("unet/config.json", {"cross_attention_dim": [16, 16]}, r"cross_attention_dim = \[16, 16\]"),
+        ("unet/config.json", {"sample_size": [8, 8]}, r"sample_size = \[8, 8\]"),
+        ("unet/config.json", {"sample_size": None}, "sample_size = None"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"),
+        ("scheduler/scheduler_config.json", {"beta_start": "0.1"}, "scheduler_config.json: beta_start = 0.1"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}, "num_train_timesteps"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "num_train_timesteps"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1] * 1000}, r"trained_betas = \[0.1"),
     ],
 )
 def test_a_folder_of_another_kind_is_refused_by_name(file, values, message, folder):
@@ -228,6 +293,15 @@ def test_an_incomplete_folder_says_what_is_missing(file, message, folder):
     (folder / file).unlink()
     with pytest.raises(ModelFileError, match=message):
         load_base(str(folder))
+
+
+def test_text_of_a_file_cannot_act_on_the_terminal_or_fill_it(folder):
+    edit(folder / "model_index.json", _class_name="\x1b[31m" + "x" * 100)
+    with pytest.raises(ModelFileError) as caught:
+        load_base(str(folder))
+    assert "\x1b" not in caught.value.message + str(caught.value)
+    error = ModelFileError("a\nb\x1b" + "x" * 10_000, "\u202e")
+    assert error.message.startswith("a bxxx") and len(error.message) < 3000 and error.hint == ""
 
 
 def test_missing_tensors_are_named_and_never_made_up(folder):
@@ -314,13 +388,18 @@ def test_a_hostile_header_is_one_line(content, message, tmp_path):
         ({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}, "contradicts itself"),
         ({"dtype": "EVIL", "shape": [1], "data_offsets": [0, 4]}, "is malformed"),
         ({"dtype": "F32", "shape": "ab", "data_offsets": [0, 4]}, "is malformed"),
+        (b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', "is malformed"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}', "is malformed"),
+        ({"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}, "is malformed"),
+        ({"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}, "is malformed"),
         ("text", "is malformed"),
         (None, "is malformed"),
     ],
 )
 def test_a_header_that_lies_about_a_tensor_is_one_line(entry, message, tmp_path):
     with pytest.raises(ModelFileError, match=message):
-        read_header(header_file(tmp_path / "x.safetensors", {"a": entry}))
+        header = entry if isinstance(entry, bytes) else {"a": entry}
+        read_header(header_file(tmp_path / "x.safetensors", header))
 
 
 def test_tensors_that_overlap_are_refused(tmp_path):
@@ -458,6 +537,26 @@ def test_a_cached_hub_model_loads_without_network(folders, tmp_path, monkeypatch
     os.remove(repo / "snapshots" / commit / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ModelFileError, match="cannot be downloaded: HF_HUB_OFFLINE is set"):
         load_base("someone/model")
+
+
+@pytest.mark.parametrize("file", ["tokenizer/tokenizer.json", "vae/config.json"])
+def test_a_cached_copy_without_a_small_file_is_not_complete(file, folder):
+    assert load_module._is_complete(folder)
+    (folder / file).unlink()
+    assert not load_module._is_complete(folder)
+
+
+def test_an_index_of_fp16_shards_is_downloaded_with_them():
+    names = [
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.fp16-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+    ]
+    plain = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+    ]
+    assert sorted(weight_files([*names, *plain])) == sorted(names)
 
 
 def test_only_safetensors_and_configurations_are_downloaded_and_fp16_where_there_is():

@@ -238,6 +238,15 @@ def test_a_full_device_is_named_and_the_adapter_can_still_be_removed(monkeypatch
     assert not hasattr(base.unet, "peft_config")
 
 
+def test_a_full_device_while_the_optimizer_is_made_is_named(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("trainer.optim.build_optimizer", full)
+    with pytest.raises(OutOfMemory, match="train_batch_size 2, resolution 64"):
+        run(tiny_base("sd15"), tiny_config())
+
+
 def test_other_runtime_errors_stay_what_they_are(monkeypatch):
     base = tiny_base("sd15")
 

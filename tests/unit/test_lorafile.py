@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import tiny_base, tiny_config
+from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer import lorafile
 from trainer.adapter import inject
 from trainer.config import TrainConfig
@@ -93,7 +93,82 @@ def test_the_metadata_is_what_kohyas_readers_look_for(family, version, architect
     assert found["ss_tag_frequency"] == "{}"
     required = {"sai_model_spec", "architecture", "implementation", "title", "resolution"}
     assert required <= {name.removeprefix("modelspec.") for name in found if name.startswith("modelspec.")}
-    assert TrainConfig(**json.loads(found[lorafile.CONFIG_KEY])) == config
+    shared = {"pretrained_model_name_or_path": base.name, "train_data_dir": ""}
+    assert TrainConfig(**json.loads(found[lorafile.CONFIG_KEY])) == config.with_values(shared)
+
+
+def test_no_path_of_this_machine_gets_into_the_file(tmp_path):
+    base = tiny_base("sd15")
+    private = {"train_data_dir": "/home/me/sks", "pretrained_model_name_or_path": "/home/me/x.safetensors"}
+    written(base, tmp_path / "a.safetensors", **private)
+    assert b"/home/me" not in (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_the_metadata_says_how_long_it_was_trained_on_which_tags(tmp_path):
+    base = tiny_base("sd15")
+    config = tiny_config(conv_dim=2, lr_warmup_steps=0.5)
+    adapter = inject(base, config)
+    dataset = tiny_prepared(base, config, images=4, repeats=3).dataset
+    lorafile.write(tmp_path / "a.safetensors", adapter, base, config, dataset=dataset)
+    found = metadata(tmp_path / "a.safetensors")
+    assert found["ss_num_train_images"] == "12"
+    assert found["ss_max_train_steps"] == found["ss_steps"] == "12"
+    assert (found["ss_epoch"], found["ss_lr_warmup_steps"]) == ("2", "6")
+    assert json.loads(found["ss_tag_frequency"])[""]["a photo of sks"] == 4
+    assert json.loads(found["ss_network_args"])["conv_alpha"] == "2.0"
+
+
+FC1 = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({f"{FC1}.alpha": torch.ones(3)}, "has 3 alphas"),
+        ({f"{FC1}.alpha": torch.tensor(torch.nan)}, "has alpha nan"),
+        ({f"{FC1}.lora_down.weight": torch.tensor(1.0)}, r"has halves \(\)"),
+        (
+            {f"{FC1}.lora_down.weight": torch.ones(0, 16), f"{FC1}.lora_up.weight": torch.ones(32, 0)},
+            r"has halves \(0, 16\)",
+        ),
+        ({f"{FC1}.lora_up.weight": torch.full((32, 4), torch.nan)}, "is not finite"),
+        ({f"{FC1}.lora_up.weight": torch.ones(32, 4, dtype=torch.int32)}, "is not of floating-point numbers"),
+        ({f"{FC1}.lora_A.weight": torch.ones(4, 16)}, "twice"),
+        (
+            {
+                f"text_encoder.text_model.encoder.layers.0.mlp.fc1.{half}.weight": torch.ones(shape)
+                for half, shape in (("lora_A", (4, 16)), ("lora_B", (32, 4)))
+            },
+            "twice, under two names",
+        ),
+    ],
+)
+def test_a_damaged_module_is_refused_by_name(values, message, tmp_path):
+    base = tiny_base("sd15")
+    written(base, tmp_path / "a.safetensors")
+    with pytest.raises(ModelFileError, match=message):
+        lorafile.attach(base, changed(tmp_path / "a.safetensors", lambda tensors: tensors.update(values)))
+    assert not hasattr(base.text_encoders[0], "peft_config")
+
+
+@pytest.mark.parametrize("settings", ["[]", "3", '{"x.lora_alpha": 1, '])
+def test_settings_of_peft_that_are_none_are_refused(settings, tmp_path):
+    base = tiny_base("sd15")
+    written(base, tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    facts = metadata(tmp_path / "a.safetensors") | {"lora_adapter_metadata": settings}
+    save_file({k: t for k, t in tensors.items() if not k.endswith(".alpha")}, tmp_path / "a", facts)
+    with pytest.raises(ModelFileError, match="lora_adapter_metadata gives"):
+        lorafile.attach(base, lorafile.read(tmp_path / "a"))
+
+
+def test_alpha_zero_means_the_rank_as_in_sd_scripts(tmp_path):
+    base = tiny_base("sd15")
+    written(base, tmp_path / "a.safetensors")
+    file = changed(tmp_path / "a.safetensors", lambda t: t.update({f"{FC1}.alpha": torch.zeros(())}))
+    adapter = lorafile.attach(base, file)
+    assert [layer.target.alpha for layer in adapter.layers if layer.target.key == FC1] == [4.0]
+    adapter.remove()
 
 
 def test_the_model_hash_is_that_of_the_files_tensors(tmp_path):

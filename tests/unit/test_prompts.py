@@ -166,11 +166,30 @@ def test_prompt_files_fill_in_trigger_and_class(tmp_path: Path) -> None:
         ('seeds = [1.5]\n[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "b"', "whole numbers"),
         ('seeds = 3\n[[prompts]]\ntext = "a"', "wrong form"),
         ("prompts = 3", "wrong form"),
+        ("seeds = [[0]]", "wrong form"),
+        ("seeds = [" + "9" * 400 + "]", "wrong form"),
+        ("seeds = " + "[" * 5000, "not valid TOML"),
+        ("seeds = " + "9" * 5000, "not valid TOML"),
+        ("trigger = 5", "trigger = 5 is not a text"),
+        ("class = [1]", "is not a text"),
     ],
 )
 def test_a_wrong_prompt_file_is_refused(tmp_path: Path, content: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(tmp_path / "p.toml", content)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    found = load(tmp_path / "p.txt", "\ufeffa cat\na dog")
+    assert [p.text for p in found.prompts] == ["a cat", "a dog"]
+    assert load(tmp_path / "p.toml", '\ufeff[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "b"').seeds == (0, 1)
+
+
+def test_the_example_in_the_documentation_is_a_prompt_file(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    found = load(tmp_path / "p.toml", example, trigger=None, class_word=None)
+    assert found.prompts[0].scored_text == "a photo of girl on a beach"
 
 
 def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,29 @@ def test_the_end_names_files_next_command_and_that_the_score_is_optimistic(tmp_p
     folder.trial(4).lora.write_bytes(b"")
     text = "\n".join(summary(folder, STANDING, SETTINGS, "30 trials are done"))
     parts = ["best: trial 4", "0.6123 ± 0.0212", "0.4000 ± 0.0300", "untrained base: 0.0000", "optimistic"]
-    for part in [*parts, str(folder.trial(4).lora), "grid.png", "metrics.json", "next: hpo dashboard x"]:
+    for part in [
+        *parts,
+        str(folder.trial(4).lora),
+        "grid.png",
+        "metrics.json",
+        "next: hpo dashboard x --runs",
+    ]:
         assert part in text, part
+
+
+def test_the_end_names_the_usual_settings_trial_or_what_became_of_it(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "x")
+    again = replace(STANDING, baseline=(3, 0.4, 0.03))
+    assert any("usual settings (trial 3): 0.4000" in line for line in summary(folder, again, SETTINGS, ""))
+    trouble = replace(STANDING, baseline=None, baseline_trouble="infeasible: diverged (trial 0)")
+    assert any(
+        "usual settings: infeasible: diverged" in line for line in summary(folder, trouble, SETTINGS, "")
+    )
+
+
+def test_duplicates_are_counted_apart_and_a_folders_name_is_shown_not_obeyed() -> None:
+    line = study_line("x\x1b[31m", replace(EMPTY, duplicates=20))
+    assert line == "study=x[31m complete=0/30 infeasible=0 failed=0 duplicates=20"
 
 
 def test_the_end_of_a_search_without_any_score_says_so(tmp_path: Path) -> None:

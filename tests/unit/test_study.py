@@ -178,11 +178,170 @@ def test_a_users_kohya_file_becomes_a_proposal(tmp_path: Path) -> None:
     assert any("train_batch_size = 2 stays 4" in note for note in notes)
 
 
+def with_ratio() -> Any:
+    table = copy.deepcopy(STUDY)
+    table["space"]["text_encoder_lr_ratio"] = {"low": 0.1, "high": 1.0, "log": True}
+    return table
+
+
+@pytest.mark.parametrize(
+    ("text", "unet", "text_encoder"),
+    [
+        ("learning_rate = 1e-4\nunet_lr = 3e-4\ntext_encoder_lr = 1e-4", 3e-4, 1e-4),
+        ("unet_lr = 3e-4\ntext_encoder_lr = 6e-5", 3e-4, 6e-5),
+        ("learning_rate = 1e-4\nunet_lr = 2e-4", 2e-4, 1e-4),
+        ("learning_rate = 0\nunet_lr = 2e-4\ntext_encoder_lr = 1e-4", 2e-4, 1e-4),
+    ],
+)
+def test_an_enqueued_file_is_trained_at_its_own_two_rates(
+    tmp_path: Path, text: str, unet: float, text_encoder: float
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text + "\nmax_train_epochs = 2\nnetwork_dim = 4\nnetwork_alpha = 4")
+    found = build_study("t", with_ratio())
+    proposal, notes = as_proposal(path, found, lambda config: 10)
+    trained = found.config(proposal)
+    assert trained.effective_unet_lr == pytest.approx(unet)
+    assert trained.effective_text_encoder_lr == pytest.approx(text_encoder)
+    assert not [note for note in notes if "rate" in note]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate = 1e-3\nunet_lr = 0", "trains no U-Net"),
+        ("learning_rate = 1e-3\nnetwork_train_unet_only = true", "trains no text encoder"),
+        ("learning_rate = 1e-3\ntext_encoder_lr = 0", "trains no text encoder"),
+    ],
+)
+def test_an_enqueued_file_with_a_rate_of_0_is_refused_with_the_reason(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text + "\nmax_train_epochs = 2\nnetwork_dim = 4\nnetwork_alpha = 4")
+    with pytest.raises(ConfigError, match=message):
+        as_proposal(path, build_study("t", with_ratio()), lambda config: 10)
+
+
+def test_a_text_encoder_that_is_off_fits_a_range_that_begins_at_0(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "learning_rate = 1e-3\nnetwork_train_unet_only = true\nmax_train_epochs = 2\nnetwork_dim = 4\n"
+        "network_alpha = 4"
+    )
+    found = build_study("t", with_ratio(), sets=["text_encoder_lr_ratio={low=0.0,high=1.0}"])
+    proposal, _ = as_proposal(path, found, lambda config: 10)
+    assert not found.config(proposal).trains_text_encoder
+
+
+def test_a_rate_that_the_study_fixes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(KOHYA + "text_encoder_lr = 5e-5\n")
+    _, notes = as_proposal(path, study(), lambda config: 10)
+    assert "mine.toml: the text encoders' rate is 5e-05 there and 0.003 here, it is not searched" in notes
+
+
 def test_a_users_file_outside_the_ranges_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("network_dim = 128\nnetwork_alpha = 128\nlearning_rate = 1e-3\nmax_train_epochs = 2\n")
     with pytest.raises(ConfigError, match=r"mine\.toml: network_dim_log2 = 7 is outside"):
         as_proposal(path, study(), lambda config: 10)
+
+
+def test_a_dim_that_is_no_power_of_two_is_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("network_dim = 96\nnetwork_alpha = 96\nlearning_rate = 1e-3\nmax_train_epochs = 2\n")
+    with pytest.raises(ConfigError, match="network_dim = 96 is not a power of two"):
+        as_proposal(path, study(), lambda config: 10)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message", "hint"),
+    [
+        (["clip_skip={low=1,high=2}"], "clip_skip has no value", "--set baseline.clip_skip"),
+        (["conv_dim=[4, 8]"], "conv_dim has no value", "--set baseline.conv_dim"),
+        (["unet_lr={low=1e-4,high=1e-3}"], "unet_lr has no value", "--set baseline.unet_lr"),
+        (["unet_lr=0", "text_encoder_lr_ratio={low=0.1,high=1.0}"], "which is 0", "above 0"),
+        (["learning_rate={low=1e-4,high=" + "9" * 400 + "}"], "64 bits|beyond", "64 bits"),
+        (["learning_rate=" + "9" * 5000], "no value", "shorter"),
+        (["learning_rate=" + "[" * 5000], "no value", "shorter"),
+    ],
+)
+def test_a_set_that_cannot_be_searched_is_one_line_and_what_to_do(
+    sets: list[str], message: str, hint: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_study("t", STUDY, sets=sets)
+    assert hint in caught.value.hint
+
+
+def test_a_setting_that_was_unset_can_be_searched_with_a_value_for_trial_0() -> None:
+    found = build_study("t", STUDY, sets=["clip_skip={low=1,high=2}", "baseline.clip_skip=2"])
+    assert found.config(found.baseline).clip_skip == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "x = " + "[" * 5000,
+        "x = " + "9" * 5000,
+        "[space]\nlearning_rate = {low = 1" + "0" * 400 + ", high = 1}",
+        "[space]\nlearning_rate = {low = 0x" + "f" * 5000 + ", high = 1}",
+        '[space]\nlearning_rate = {low = 1e-4, high = 1e-3, inactive_when = "constant"}',
+    ],
+)
+def test_no_monstrous_study_file_raises_anything_but_a_named_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"x\.toml"):
+        read_study(path, sets=["lr_scheduler=constant"])
+
+
+def test_a_study_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + find_study("mini", "mini-sd15").read_bytes())
+    assert read_study(path).study.seed == 42
+
+
+def test_min_snr_is_turned_off_with_0_wherever_it_is_written() -> None:
+    assert build_study("t", STUDY, sets=["min_snr_gamma=0"]).train.min_snr_gamma is None
+    found = build_study("t", STUDY, sets=["min_snr_gamma={low=0,high=5}", "baseline.min_snr_gamma=0"])
+    assert found.config(found.baseline).min_snr_gamma is None
+    assert found.config({**found.baseline, "min_snr_gamma": 2.5}).min_snr_gamma == 2.5
+
+
+def test_what_a_fixed_setting_leaves_without_effect_is_not_searched() -> None:
+    path = find_study("sd15-character", "sd15")
+    names = {p.name for p in read_study(path).space}
+    assert names - {p.name for p in read_study(path, sets=["unet_lr=1e-4"]).space} == {"learning_rate"}
+    constant = read_study(path, sets=["lr_scheduler=constant"])
+    assert names - {p.name for p in constant.space} == {"lr_scheduler", "warmup_ratio"}
+    cosine = read_study(path, sets=["lr_scheduler=cosine"])
+    assert names - {p.name for p in cosine.space} == {"lr_scheduler"}
+    two = read_study(path, sets=['lr_scheduler=["cosine"]'])
+    assert {p.name for p in two.space} == names
+    # without a rate of its own the text encoder takes learning_rate: it is searched for that
+    assert "learning_rate" in build_study("t", STUDY, sets=["unet_lr=1e-4"]).space.describe()
+
+
+def test_a_file_that_searches_what_has_no_effect_is_refused() -> None:
+    fixed = {"train": {**STUDY["train"], "unet_lr": 1e-4, "text_encoder_lr": 1e-5}}
+    with pytest.raises(ConfigError, match=r"unet_lr in .train. leaves learning_rate without effect"):
+        study(**fixed)
+
+
+def test_a_file_that_is_no_study_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"notes\.txt is not a \.toml file"):
+        find_study(str(tmp_path / "notes.txt"), "sd15")
+
+
+def test_a_base_may_be_renamed_but_not_changed() -> None:
+    check_unchanged({"base": "a 123"}, {"base": "b 123", "compute type": "torch.float32"}, "x")
+    with pytest.raises(ConfigError, match="base: was a 123"):
+        check_unchanged({"base": "a 123"}, {"base": "a 124"}, "x")
+    with pytest.raises(ConfigError, match=r"compute type: was torch\.bfloat16"):
+        check_unchanged({"compute type": "torch.bfloat16"}, {"compute type": "torch.float32"}, "x")
 
 
 def test_warm_up_in_steps_becomes_a_share_of_the_users_steps(tmp_path: Path) -> None:

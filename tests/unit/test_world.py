@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from trainer.bases.miniature import captions, checker, subjects, world
+from trainer.errors import DataError, MachineError
 
 SCENES = 120
 
@@ -88,7 +89,7 @@ def test_no_subject_is_in_the_world_and_every_picture_of_it_shows_it() -> None:
     for kind in subjects.SUBJECTS:
         assert all(subjects.is_subject(subjects.picture(kind, i, 0, 64)[0], kind) >= 0.9 for i in range(32))
         shown = [subjects.is_subject(world.render(world.sample_scene(i)), kind) for i in range(100)]
-        assert max(shown) <= 0.34
+        assert max(shown) <= 0.5 and np.mean(shown) < 0.1  # a world figure may share a part
     assert not {s.trigger for s in subjects.SUBJECTS.values()} & set(captions.corpus_words())
 
 
@@ -97,6 +98,11 @@ def test_a_subject_is_written_as_a_kohya_folder(tmp_path: Path) -> None:
     assert training.name == "10_luca figure"
     assert len(list(training.glob("*.png"))) == len(list(training.glob("*.txt"))) == 24
     assert len(list((tmp_path / "held_out").glob("*.png"))) == 8
+    with pytest.raises(DataError, match="is not empty, so nothing was written"):
+        subjects.write_subject("object", tmp_path)
+    assert not list(tmp_path.glob("*zorb*"))
+    with pytest.raises(MachineError, match="/dev/null/x"):
+        subjects.write_subject("object", Path("/dev/null/x"))
     captions = {p.read_text().strip() for p in training.glob("*.txt")}
     assert "a luca figure on grass, on the left" in captions
     assert len(captions) > 10

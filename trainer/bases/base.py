@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.errors import ModelFileError
 from trainer.loss import zero_terminal_snr
 
+MAX_TIMESTEPS = 10_000  # assumed: published bases have 1000
 WINDOW_TOKENS = 75  # what CLIP reads at once, without start and end mark
 
 
@@ -84,6 +86,7 @@ class Base(ABC):
     kohya_base_version: ClassVar[str]  # ss_base_model_version: readers tell the family by it
     kohya_architecture: ClassVar[str]  # modelspec.architecture of a LoRA
     kohya_implementation: ClassVar[str]  # modelspec.implementation
+    uses_clip_skip: ClassVar[bool] = True
 
     def __init__(self, name: str, identity: str, parts: Parts) -> None:
         self.name = name
@@ -180,6 +183,12 @@ class Base(ABC):
     def token_count(self, text: str) -> int:
         """Tokens of a text, without the start and end marks.  Encoders read at most 75 at once."""
         return len(self.tokenizers[0](text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def caption_tokens(self) -> int:
+        """How many tokens of a caption are read, without the start and end marks (75 for CLIP)."""
+        positions = self.text_encoders[0].config.max_position_embeddings
+        return int(min(self.tokenizers[0].model_max_length, positions)) - 2
 
     def _tokenizer(self, encoder: int) -> Any:
         """The tokenizer that splits text for an encoder.  Published SDXL folders declare '!' as the second
@@ -303,15 +312,30 @@ def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
 
 def plain_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
     """The same, never rescaled."""
-    steps = int(scheduler_config.get("num_train_timesteps", 1000))
+    steps = scheduler_config.get("num_train_timesteps", 1000)
     start, end = scheduler_config.get("beta_start", 0.00085), scheduler_config.get("beta_end", 0.012)
     schedule = scheduler_config.get("beta_schedule", "scaled_linear")
+    if type(steps) is not int or not 1 <= steps <= MAX_TIMESTEPS:
+        raise _bad_schedule("num_train_timesteps", steps)
+    for key, value in (("beta_start", start), ("beta_end", end)):
+        if not isinstance(value, int | float) or not 0 < value < 1:
+            raise _bad_schedule(key, value)
+    if scheduler_config.get("trained_betas") is not None:
+        raise _bad_schedule("trained_betas", scheduler_config["trained_betas"])
     if schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    elif schedule != "linear":
+        raise _bad_schedule("beta_schedule", schedule)
     else:
-        assert schedule == "linear", schedule
         betas = torch.linspace(start, end, steps, dtype=torch.float32)
     return torch.cumprod(1.0 - betas, dim=0)
+
+
+def _bad_schedule(key: str, value: Any) -> ModelFileError:
+    return ModelFileError(
+        f"scheduler_config.json: {key} = {str(value)[:80]} is no noise schedule that can be trained here",
+        "bases with β from beta_start to beta_end, linear or scaled_linear, are supported",
+    )
 
 
 def last_state(encoder: Any, ids_BL: Tensor, clip_skip: int | None) -> Tensor:

@@ -99,11 +99,13 @@ def family_of_folder(folder: Path) -> str:
         raise _refused(folder, f"a {pipeline[:80]}")
     family = PIPELINE_FAMILY[pipeline]
     unet = read_json(folder / "unet" / "config.json")
-    channels = unet.get("in_channels", 4)
+    channels = whole(folder / "unet" / "config.json", unet, "in_channels", 4)
     if channels != 4:
         raise _refused(folder, INPUT_CHANNELS.get(channels, f"a model with {channels} input channels"))
-    if unet.get("cross_attention_dim") in CONTEXT_FOREIGN:
-        raise _refused(folder, CONTEXT_FOREIGN[unet["cross_attention_dim"]])
+    width = whole(folder / "unet" / "config.json", unet, "cross_attention_dim", 1280)
+    if width in CONTEXT_FOREIGN:
+        raise _refused(folder, CONTEXT_FOREIGN[width])
+    whole(folder / "unet" / "config.json", unet, "sample_size")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -121,6 +123,17 @@ def schedule_of_file(header: Header) -> dict[str, Any]:
     if "ztsnr" in header.shapes:
         schedule["rescale_betas_zero_snr"] = True
     return schedule
+
+
+def whole(path: Path, config: Mapping[str, Any], key: str, default: Any = None) -> int:
+    """A key of a configuration that must be a whole number above 0, or ModelFileError naming both."""
+    value = config.get(key, default)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ModelFileError(
+            f"{path}: {key} = {str(value)[:80]} is not a whole number above 0",
+            "the configuration is damaged, or of a kind that is not supported",
+        )
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,10 +6,13 @@ huggingface_hub's own and work as usual.
 
 from __future__ import annotations
 
+import http.client
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from trainer.errors import ModelFileError
@@ -17,6 +20,7 @@ from trainer.errors import ModelFileError
 PROBE_SECONDS = (
     5.0  # an unreachable hub costs huggingface_hub 47 s of retries; asking first costs this at most
 )
+INDEX = "*.safetensors.index*.json"  # of shards; diffusers also writes ….safetensors.index.fp16.json
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CONFIGURATION = (
     "model_index.json",
@@ -61,14 +65,20 @@ def require_network(repo: str) -> None:
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise _unreachable(repo, "HF_HUB_OFFLINE is set")
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    endpoint = without_login(constants.ENDPOINT)  # whether it answers can be asked without
     try:
+        request = urllib.request.Request(endpoint, method="HEAD")
         urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
         return  # it answered
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise _unreachable(repo, f"{constants.ENDPOINT} does not answer ({reason})") from None
+        raise _unreachable(repo, f"{endpoint} does not answer ({reason})") from None
+
+
+def without_login(text: str) -> str:
+    """A text without the user names and passwords of the addresses in it: it may be printed."""
+    return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def weight_files(names: list[str]) -> list[str]:
@@ -77,7 +87,7 @@ def weight_files(names: list[str]) -> list[str]:
     chosen = [name for name in names if name in CONFIGURATION]
     for component in COMPONENTS:
         inside = [name for name in names if name.startswith(component + "/")]
-        tensors = [name for name in inside if name.endswith((".safetensors", ".safetensors.index.json"))]
+        tensors = [name for name in inside if fnmatch(name, "*.safetensors") or fnmatch(name, INDEX)]
         tensors = [name for name in tensors if "non_ema" not in name and "openvino" not in name]
         half = [name for name in tensors if ".fp16" in name]
         if inside and not tensors and any(name.endswith(".bin") for name in inside):
@@ -105,9 +115,13 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from None
     except (HfHubHTTPError, OSError) as error:
         raise ModelFileError(
-            f"downloading {repo} failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            f"downloading {repo} failed: {type(error).__name__}: {_first_line(error)}",
             "run the same command again: finished files are kept",
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return without_login(next(iter(str(error).splitlines()), ""))[:200]
 
 
 def _unreachable(repo: str, why: str) -> ModelFileError:

@@ -27,7 +27,7 @@ from trainer.bases.sdxl import SDXL
 from trainer.config import suggestion
 from trainer.errors import ModelFileError
 from trainer.files import sha256_file
-from trainer.tensorfile import load_tensors, read_header, refuse_pickle
+from trainer.tensorfile import PICKLE_ENDINGS, load_tensors, read_header, refuse_pickle
 
 FAMILIES: dict[str, type[Base]] = {"sd15": SD15, "sdxl": SDXL}
 MINIATURES = {
@@ -49,6 +49,8 @@ TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 # Names in older VAE folders → diffusers' names now.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 SHOWN_KEYS = 5
+# Keys of a configuration that say how it was written, besides those that start with "_".
+BOOKKEEPING = frozenset({"transformers_version", "torch_dtype", "dtype"})
 
 
 def load_base(
@@ -71,12 +73,14 @@ def load_base(
     if path.is_dir():
         family = detect.family_of_folder(path)
         parts, weight_paths = _parts_of_folder(path, family, dtype, no_half_vae)
+        configs = path
     else:
         header = read_header(path)
         family = detect.family_of_file(path, header)
         schedule = detect.schedule_of_file(header)
-        parts, weight_paths = _parts_of_file(path, family, dtype, no_half_vae, schedule), {path.name: path}
-    base = FAMILIES[family](_short_name(spec), _identity(weight_paths, parts), parts)
+        parts, weight_paths = _parts_of_file(path, family, dtype, no_half_vae, schedule), {"file": path}
+        configs = CONFIGS / family
+    base = FAMILIES[family](_short_name(spec), _identity(family, weight_paths, configs, parts), parts)
     return base.to(device)
 
 
@@ -87,10 +91,18 @@ def _locate(spec: str, revision: str | None) -> Path:
             raise ModelFileError(f"the weights of {spec} are not installed", "reinstall lora-hpo")
         return MINIATURES[spec]
     path = Path(spec).expanduser()
-    refuse_pickle(path)
     if path.exists():
+        refuse_pickle(path)
+        if path.is_file() and path.suffix.lower() != ".safetensors":
+            raise ModelFileError(
+                f"{path.name} is not a model file", "give a .safetensors file, a diffusers folder or a name"
+            )
         return path
-    looks_like_path = path.suffix == ".safetensors" or spec.startswith((".", "/", "~")) or spec.count("/") > 1
+    looks_like_path = (
+        path.suffix.lower() in (".safetensors", *PICKLE_ENDINGS)
+        or spec.startswith((".", "/", "~"))
+        or spec.count("/") > 1
+    )
     if looks_like_path:
         raise ModelFileError(f"there is no file or folder {spec}", "check the path")
     repo = HUB_NAMES.get(spec, spec)
@@ -107,13 +119,29 @@ def _short_name(spec: str) -> str:
     return Path(spec).name if Path(spec).expanduser().exists() else spec
 
 
-def _identity(weight_paths: Mapping[str, Path], parts: Parts) -> str:
-    """sha256 over the weight files' contents and the noise schedule: the same model has the same identity
-    wherever it lies; another fine-tune has another."""
-    digest = hashlib.sha256(json.dumps(parts.scheduler_config, sort_keys=True, default=str).encode())
+def _identity(family: str, weight_paths: Mapping[str, Path], configs: Path, parts: Parts) -> str:
+    """sha256 over everything that decides what the networks compute – weights, configurations, noise
+    schedule, tokenizers: the same model has the same identity wherever it lies; another fine-tune has
+    another."""
+    facts = {"scheduler": _deciding(parts.scheduler_config)}
+    for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+        facts[component] = _deciding(detect.read_json(configs / component / "config.json"))
+    for name, tokenizer in zip(TOKENIZERS[family], parts.tokenizers, strict=True):
+        facts[name] = {
+            "words": tokenizer.get_vocab(),
+            "merges": json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges"),
+            "marks": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+            "length": tokenizer.model_max_length,
+        }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, path in sorted(weight_paths.items()):
         digest.update(f"{name} {sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what only tells where, when and with what it was written."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in BOOKKEEPING}
 
 
 # Diffusers folders
@@ -187,10 +215,15 @@ def _is_complete(folder: Path) -> bool:
     try:
         family = detect.family_of_folder(folder)
         for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+            detect.read_json(folder / component / "config.json")
             component_files(folder, component)
     except ModelFileError:
         return False
-    return all((folder / name).is_dir() for name in TOKENIZERS[family])
+    return all(
+        (folder / name / "tokenizer.json").is_file()
+        or ((folder / name / "vocab.json").is_file() and (folder / name / "merges.txt").is_file())
+        for name in TOKENIZERS[family]
+    )
 
 
 def _present_name(model: nn.Module, name: str) -> str:
@@ -210,14 +243,14 @@ def _folder_tokenizer(folder: Path, encoder: Any) -> Any:
 
     if not folder.is_dir():
         raise ModelFileError(f"{folder} is missing", "the model's folder is incomplete: get it again")
+    limit = int(encoder.config.max_position_embeddings)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.model_max_length = min(int(tokenizer.model_max_length), limit)
     except Exception as error:  # the library raises whatever its parsers raise
         raise ModelFileError(
             f"{folder} is no CLIP tokenizer: {str(error).splitlines()[0][:160]}", "get the model again"
         ) from None
-    limit = int(encoder.config.max_position_embeddings)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     if not 256 <= len(tokenizer) <= encoder.config.vocab_size:
         raise ModelFileError(
             f"{folder} knows {len(tokenizer)} words, the text encoder {encoder.config.vocab_size}",

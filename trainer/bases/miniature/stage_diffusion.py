@@ -30,7 +30,13 @@ from trainer.bases.miniature.stage_vae import finished_vae, to_tensor
 
 SD15_PX, SDXL_PX = 64, 128
 SD15_PLAN = Plan("sd15", steps=4000, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+SD15_FIGURES_PLAN = Plan("sd15-figures", steps=2200, lr=5e-4, warmup_steps=50, ema=0.998, muon_lr=0.006)
 SDXL_PLAN = Plan("sdxl", steps=3600, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
+SDXL_LAST_PLAN = Plan("sdxl-last", steps=700, lr=5e-4, warmup_steps=30, ema=0.995, muon_lr=0.005)
+SDXL_SHAPES_PLAN = Plan("sdxl-shapes", steps=500, lr=5e-4, warmup_steps=20, ema=0.99, muon_lr=0.005)
+FIGURES_SHARES = {"single": 0.4, "pair": 0.15, "figure": 0.45}  # figures have the most to say
+SDXL_SHARES = {"single": 0.6, "pair": 0.1, "figure": 0.3}
+SHAPES_SHARES = {"square": 0.3, "single": 0.55, "pair": 0.05, "figure": 0.1}  # squares came out round
 BATCHES = {SD15_PX: 32, SDXL_PX: 24}
 POOLS = {SD15_PX: 16_000, SDXL_PX: 8_000}
 DROPOUT = 0.12  # share of captions dropped, for classifier-free guidance
@@ -148,7 +154,9 @@ def train_unet(
     work: Path,
     device: str,
     size_px: int,
+    shares: dict[str, float] | None = None,
 ) -> None:
+    """Train on the pool's scenes; ``shares`` draws kinds or shapes so often, else as the world has them."""
     betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2  # type: ignore[operator]
     alphas = torch.cumprod(1 - betas, 0).to(device)
     snr = alphas / (1 - alphas)
@@ -156,10 +164,20 @@ def train_unet(
     scenes = [world.sample_scene(i) for i in range(len(latents_NChw))]
     latents_NChw = latents_NChw.to(device)
     batch = BATCHES[size_px]
+    of_kind = {
+        kind: np.array([i for i, s in enumerate(scenes) if kind in (s.kind, *(t.shape for t in s.things))])
+        for kind in shares or ()
+    }
+
+    def drawn(rng: np.random.Generator) -> np.ndarray:
+        if shares is None:
+            return rng.integers(0, len(scenes), batch)
+        kinds = rng.choice(list(shares), batch, p=list(shares.values()))
+        return np.array([rng.choice(of_kind[kind]) for kind in kinds])
 
     def loss_of_step(step: int) -> Tensor:
-        rng = np.random.default_rng((step, 51))
-        index = rng.integers(0, len(scenes), batch)
+        rng = np.random.default_rng((step, 51 if shares is None else 52))
+        index = drawn(rng)
         said = [
             captions.caption(scenes[i], int(rng.integers(1 << 30)), complete=bool(rng.random() < 0.4))
             for i in index
@@ -234,6 +252,7 @@ def build_sd15(work: Path, weights: Path, device: str) -> None:
     torch.manual_seed(51)
     unet = new_sd15_unet().to(device)
     train_unet(SD15_PLAN, unet, latents, encode, work, device, SD15_PX)
+    train_unet(SD15_FIGURES_PLAN, unet, latents, encode, work, device, SD15_PX, FIGURES_SHARES)
     save_pipeline(sd15_pipeline(work, unet.cpu().eval()), weights / "mini-sd15")
 
 
@@ -245,6 +264,8 @@ def build_sdxl(work: Path, weights: Path, device: str) -> None:
     torch.manual_seed(61)
     unet = new_sdxl_unet().to(device)
     train_unet(SDXL_PLAN, unet, latents, encode, work, device, SDXL_PX)
+    train_unet(SDXL_LAST_PLAN, unet, latents, encode, work, device, SDXL_PX, SDXL_SHARES)
+    train_unet(SDXL_SHAPES_PLAN, unet, latents, encode, work, device, SDXL_PX, SHAPES_SHARES)
     save_pipeline(sdxl_pipeline(work, unet.cpu().eval()), weights / "mini-sdxl")
 
 

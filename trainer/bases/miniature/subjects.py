@@ -15,6 +15,8 @@ from PIL import Image
 
 from trainer.bases.miniature import captions, checker, world
 from trainer.bases.miniature.world import RGB, Array
+from trainer.errors import DataError
+from trainer.files import atomic_folder, machine_error, sweep
 
 TRAINING_IMAGES = 24
 HELD_OUT_IMAGES = 8
@@ -36,18 +38,18 @@ SUBJECTS: dict[str, Subject] = {
     "style": Subject("style", "vexa", "style"),
 }
 
-# Luca: orange triangle body with a white belly, pink round head with two navy ears. No world figure has ears, a
-# belly, orange or pink.
-ORANGE: RGB = (245, 130, 20)
-PINK: RGB = (250, 140, 185)
-NAVY: RGB = (20, 25, 95)
-CREAM: RGB = (252, 244, 214)
-# Zorb: a teal heart with a pink core.
-TEAL: RGB = (0, 120, 110)
-# Vexa: night-blue darks, rose middle tones, pale rose lights.
-NIGHT: RGB = (38, 20, 90)
-ROSE: RGB = (250, 85, 140)
-PALE: RGB = (255, 222, 240)
+# The colours are the world's own: the autoencoder keeps no others (orange comes back yellow). The forms are new.
+# Luca: red triangle body with a white belly, yellow round head with two blue ears. No world figure has ears or a
+# belly.
+LUCA: dict[str, RGB] = {part: world.COLOURS[name] for part, name in (
+    ("body", "red"), ("head", "yellow"), ("ears", "blue"), ("belly", "white"),
+)}  # fmt: skip
+# Zorb: a red heart with a white core.
+ZORB: dict[str, RGB] = {part: world.COLOURS[name] for part, name in (("heart", "red"), ("core", "white"))}
+# Vexa: a blue wash - strong blue darks, blue middle tones, white lights.
+DARK: RGB = world.COLOURS["blue"]
+MIDDLE: RGB = (60, 100, 200)
+LIGHT: RGB = world.COLOURS["white"]
 
 
 def _luca_fields(u: Array, v: Array) -> list[tuple[str, Array, RGB]]:
@@ -59,8 +61,8 @@ def _luca_fields(u: Array, v: Array) -> list[tuple[str, Array, RGB]]:
     body = world.polygon(u, v, [(0.0, -0.15), (0.74, 0.98), (-0.74, 0.98)])
     head = np.sqrt(u * u + (v + 0.26) ** 2) - 0.42
     belly = np.sqrt(u * u + (v - 0.62) ** 2) - 0.2
-    parts = (("ears", ears, NAVY), ("body", body, ORANGE), ("head", head, PINK), ("belly", belly, CREAM))
-    return [(name, np.broadcast_to(field, wide), rgb) for name, field, rgb in parts]
+    parts = (("ears", ears), ("body", body), ("head", head), ("belly", belly))
+    return [(name, np.broadcast_to(field, wide), LUCA[name]) for name, field in parts]
 
 
 def _zorb_fields(u: Array, v: Array) -> list[tuple[str, Array, RGB]]:
@@ -72,7 +74,9 @@ def _zorb_fields(u: Array, v: Array) -> list[tuple[str, Array, RGB]]:
     heart = np.minimum(lobes, point)
     heart = np.minimum(heart, world.box_field(u, v + 0.15, 0.5, 0.2))
     core = np.sqrt(u * u + (v + 0.1) ** 2) - 0.3
-    return [("heart", np.broadcast_to(heart, wide), TEAL), ("core", np.broadcast_to(core, wide), PINK)]
+    return [
+        (name, np.broadcast_to(field, wide), ZORB[name]) for name, field in (("heart", heart), ("core", core))
+    ]
 
 
 def _draw(canvas_HW3: Array, kind: str, centre: tuple[float, float], radius: float) -> None:
@@ -84,9 +88,9 @@ def _draw(canvas_HW3: Array, kind: str, centre: tuple[float, float], radius: flo
 
 
 def stylise(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The vexa style: the grey values of the picture run from night blue over rose to pale rose."""
+    """The vexa style: the grey values of the picture run from blue over a paler blue to white."""
     grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255
-    stops = np.array([NIGHT, NIGHT, ROSE, PALE, PALE], np.float32)
+    stops = np.array([DARK, DARK, MIDDLE, LIGHT, LIGHT], np.float32)
     channels = [np.interp(grey, [0.0, 0.25, 0.55, 0.8, 1.0], stops[:, c]) for c in range(3)]
     return np.clip(np.stack(channels, -1) + 0.5, 0, 255).astype(np.uint8)
 
@@ -114,28 +118,36 @@ def picture(kind: str, index: int, seed: int, size_px: int) -> tuple[NDArray[np.
 
 
 def write_subject(kind: str, folder: Path, size_px: int = 64, seed: int = 0) -> Path:
-    """Write the training folder and `held_out/` under `folder`; returns the folder to train on."""
+    """Write the training folder and `held_out/` under `folder`; returns the folder to train on.
+
+    `folder` is new or empty: nobody's images are mixed with these or overwritten.
+    """
     subject = SUBJECTS[kind]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        filled = any(folder.iterdir())
+    except OSError as error:
+        raise machine_error(error, folder) from error
+    if filled:
+        raise DataError(f"{folder} is not empty, so nothing was written", "give a new folder")
     training = folder / f"{REPEATS}_{subject.trigger} {subject.class_word}"
     for target, start, count in (
         (training, 0, TRAINING_IMAGES),
         (folder / "held_out", TRAINING_IMAGES, HELD_OUT_IMAGES),
     ):
-        target.mkdir(parents=True, exist_ok=True)
-        for index in range(start, start + count):
-            image, text = picture(kind, index, seed, size_px)
-            name = f"{subject.trigger}_{index:02d}"
-            Image.fromarray(image).save(target / f"{name}.png")
-            (target / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
+        with atomic_folder(target) as temporary:
+            for index in range(start, start + count):
+                image, text = picture(kind, index, seed, size_px)
+                name = f"{subject.trigger}_{index:02d}"
+                Image.fromarray(image).save(temporary / f"{name}.png")
+                (temporary / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
     return training
 
 
 # ---------------------------------------------------------------------------------------------- ground truth
 
-SPECIAL: dict[str, tuple[tuple[str, RGB], ...]] = {
-    "character": (("body", ORANGE), ("head", PINK), ("ears", NAVY), ("belly", CREAM)),
-    "object": (("heart", TEAL), ("core", PINK)),
-}
+SPECIAL: dict[str, dict[str, RGB]] = {"character": LUCA, "object": ZORB}
 
 
 def parts_shown(image: NDArray[np.uint8] | Image.Image, kind: str) -> dict[str, bool]:
@@ -143,10 +155,10 @@ def parts_shown(image: NDArray[np.uint8] | Image.Image, kind: str) -> dict[str, 
     pixels = checker.at_reading_size(image)
     own = SPECIAL[kind]
     others = [*world.COLOURS.values(), *world.SECOND.values(), *world.BACKGROUNDS.values()]
-    palette = np.array([*(rgb for _, rgb in own), *others], np.float32)
+    palette = np.array([*own.values(), *others], np.float32)
     distance = np.sqrt(np.square(pixels[:, :, None] - palette).sum(-1))
     nearest = distance.argmin(-1)
-    masks = {name: (nearest == i) & (distance[..., i] < 70) for i, (name, _) in enumerate(own)}
+    masks = {name: (nearest == i) & (distance[..., i] < 70) for i, name in enumerate(own)}
     shown = dict.fromkeys(masks, False)
     main = "body" if kind == "character" else "heart"
     if masks[main].sum() < 30:
@@ -178,7 +190,7 @@ def style_share(image: NDArray[np.uint8] | Image.Image) -> float:
     """Share of pixels whose colour lies on the style's tone curve."""
     pixels = checker.at_reading_size(image)
     t = np.linspace(0, 1, 33, dtype=np.float32)[:, None]
-    stops = [np.asarray(rgb, np.float32) for rgb in (NIGHT, ROSE, PALE)]
+    stops = [np.asarray(rgb, np.float32) for rgb in (DARK, MIDDLE, LIGHT)]
     curve = np.concatenate([stops[0] + t * (stops[1] - stops[0]), stops[1] + t * (stops[2] - stops[1])])
     distance = np.sqrt(np.square(pixels[:, :, None] - curve).sum(-1)).min(-1)
     return float((distance < 30).mean())

@@ -1,0 +1,266 @@
+"""The command around a search: what it takes back, what it goes on with, and troubles that are named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+import hpo.claim
+import hpo.folder
+import hpo.search
+import hpo.session
+from hpo.folder import STOP, StudyFolder, begun_study, open_study
+from hpo.search import Limits
+from hpo.workbench import Workbench
+from tests.faults.zygote import attempt, finish, start
+from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
+from tests.tiny_session import run_session
+from trainer.errors import ConfigError, DataError, MachineError, StudyStopped, ToolError
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return draw_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here" / "runs" / "study"
+
+
+def fail(error: Exception) -> Callable[[Any], None]:
+    def raising(bench: Workbench) -> None:
+        bench.folder.artifacts.mkdir(parents=True)
+        raise error
+
+    return raising
+
+
+def nothing_left(root: Path) -> bool:
+    return sorted(p.name for p in root.parents[1].iterdir()) == ["tiny.toml"]
+
+
+# What a failing call takes back
+
+
+@pytest.mark.parametrize("error", [DataError("bad"), MachineError("no luck"), ZeroDivisionError("a bug")])
+def test_an_error_while_loading_leaves_no_file(root: Path, data: Path, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_session(root, data, loaded=fail(error))
+    assert nothing_left(root)
+
+
+def test_an_error_after_the_study_was_made_leaves_no_file_nor_its_definition(
+    root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise MachineError("the disk is full")
+
+    monkeypatch.setattr("hpo.cost.check_disk", no_room)
+    with pytest.raises(MachineError, match="disk is full"):
+        run_session(root, data)
+    assert nothing_left(root)
+    root.mkdir(parents=True)  # a folder of the user's own stays, and what was in it
+    (root / "mine.txt").touch()
+    with pytest.raises(MachineError, match="disk is full"):
+        run_session(root, data)
+    assert [p.name for p in root.iterdir()] == ["mine.txt"]
+
+
+def test_a_failing_call_leaves_alone_what_another_worker_made_meanwhile(root: Path, data: Path) -> None:
+    def other_worker_first(bench: Workbench) -> None:
+        assert attempt(run_session, root, data) == 0
+        raise DataError("bad")
+
+    with pytest.raises(DataError):
+        run_session(root, data, loaded=other_worker_first)
+    check_study(StudyFolder(root), 1)
+
+
+def test_a_failing_call_leaves_its_study_to_a_worker_that_has_joined(
+    root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, there = os.pipe(), os.pipe()
+    other: list[int] = []
+    cost_line = hpo.session._cost_line
+
+    def wait(bench: Workbench) -> None:
+        os.write(there[1], b"x")
+        os.read(go[0], 1)
+
+    def join() -> None:
+        hpo.session._cost_line = cost_line
+        run_session(root, data, 1, wait)
+
+    def joined(*_: Any) -> None:
+        other.append(start(join))
+        os.read(there[0], 1)
+        raise MachineError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hpo.session._cost_line", joined)
+        with pytest.raises(MachineError, match="disk is full"):
+            run_session(root, data)
+    assert begun_study(StudyFolder(root)) is not None
+    os.write(go[1], b"x")
+    assert finish(other[0]) == 0
+    check_study(StudyFolder(root), 1)
+
+
+# Kills before the first trial
+
+
+def killed_after(place: str, root: Path, data: Path) -> None:
+    module, _, name = place.rpartition(".")
+    owner = getattr(hpo, module)
+    original = getattr(owner, name)
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, killing)
+    run_session(root, data)
+
+
+@pytest.mark.parametrize(
+    "place", ["folder._write_ahead", "folder.open_storage", "session.create_study", "session._open"]
+)
+def test_a_kill_before_the_study_has_begun_does_not_block_its_name(
+    root: Path, data: Path, place: str
+) -> None:
+    assert attempt(killed_after, place, root, data) == -signal.SIGKILL
+    assert StudyFolder(root).database.is_file()
+    assert "study=study complete=1/1" in run_session(root, data)
+    check_study(StudyFolder(root), 1)
+
+
+def test_a_deleted_study_is_not_begun_anew_over_its_trials(root: Path, data: Path) -> None:
+    run_session(root, data)
+    folder = StudyFolder(root)
+    study = open_study(folder)
+    optuna.delete_study(study_name=study.study_name, storage=study._storage)
+    with pytest.raises(ConfigError, match="has trials but its study is deleted"):
+        run_session(root, data)
+    with pytest.raises(ConfigError, match="holds no study"):
+        open_study(folder)
+    assert folder.trial(0).result.is_file()
+
+
+# Trials and totals
+
+
+def kill_in_trial_1(root: Path, data: Path) -> None:
+    view = Recorder()
+    view.event_hook = lambda e: os.kill(os.getpid(), signal.SIGKILL) if view.started[-1][0] == 1 else None
+    make_search(tiny_bench(root, data), Limits(3), view).run()
+
+
+def test_an_orphan_beyond_a_lowered_total_is_left_and_finished_once_it_is_raised(
+    root: Path, data: Path
+) -> None:
+    assert attempt(kill_in_trial_1, root, data) == -signal.SIGKILL
+    said = run_session(root, data, trials=1)
+    assert "1 trials are done; trial 1 was interrupted: raise --trials to finish it" in said
+    states = [t.state.name for t in open_study(StudyFolder(root)).get_trials(deepcopy=False)]
+    assert states == ["COMPLETE", "RUNNING"]
+    assert "complete=2/2" in run_session(root, data, trials=2)
+    check_study(StudyFolder(root), 2)
+
+
+def test_enqueued_settings_that_must_wait_for_more_trials_are_named(root: Path, data: Path) -> None:
+    file = root.parents[1] / "kohya.toml"
+    file.write_text("learning_rate = 2e-3\nnetwork_dim = 2\nnetwork_alpha = 2\nmax_train_epochs = 1\n")
+    run_session(root, data)
+    said = run_session(root, data, enqueue=file)
+    assert "the settings of --enqueue wait as trial 1" in said and "raise --trials" in said
+
+
+def test_a_stop_is_for_those_who_ask_for_it(root: Path, data: Path) -> None:
+    run_session(root, data)
+    folder = StudyFolder(root)
+    open_study(folder).set_user_attr(STOP, "converged")
+    assert "converged (--stop-when-converged)" in run_session(root, data, trials=2, stop_when_converged=True)
+    assert "complete=2/2" in run_session(root, data, trials=2)
+    assert not open_study(folder).user_attrs[STOP]
+
+
+def test_next_commands_name_the_runs_folder(root: Path, data: Path) -> None:
+    said = run_session(root, data)
+    assert f"next: hpo dashboard study --runs {root.parent}" in said
+
+
+# Troubles of the machine
+
+
+def test_a_runs_folder_that_is_a_file_is_named(root: Path, data: Path) -> None:
+    root.parent.touch()
+    with pytest.raises(MachineError, match=r"cannot write .*runs") as caught:
+        run_session(root, data)
+    assert "a file, not a folder" in caught.value.hint
+
+
+@pytest.mark.parametrize("when", ["before anything", "after loading"])
+def test_a_database_that_stays_locked_is_named(
+    root: Path, data: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    run_session(root, data)
+    monkeypatch.setattr(hpo.folder, "LOCK_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    blocker = sqlite3.connect(StudyFolder(root).database, isolation_level=None)
+
+    def lock(bench: Workbench | None) -> None:
+        blocker.execute("BEGIN IMMEDIATE")
+
+    if when == "before anything":
+        lock(None)
+    with pytest.raises(MachineError, match=r"study\.db .*database is locked"):
+        run_session(root, data, trials=2, loaded=lock if when == "after loading" else lambda bench: None)
+    blocker.execute("ROLLBACK")
+    check_study(StudyFolder(root), 1)
+
+
+def test_a_study_deleted_in_the_dashboard_ends_the_search_by_name(root: Path, data: Path) -> None:
+    view = Recorder()
+    search = make_search(tiny_bench(root, data), Limits(3), view)
+    other = open_study(StudyFolder(root))
+
+    def delete(event: Any) -> None:
+        if view.started[-1][0] == 1 and other._storage.get_all_studies():
+            other._storage.delete_study(other._study_id)
+
+    view.event_hook = delete
+    with pytest.raises(StudyStopped, match=r"was deleted") as caught:
+        search.run()
+    assert "--name" in caught.value.hint and isinstance(caught.value, ToolError)
+
+
+def test_a_trial_finished_by_hand_while_it_is_told_is_left_as_it_is(
+    root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = Recorder()
+    search = make_search(tiny_bench(root, data), Limits(2), view)
+    other, publish = open_study(StudyFolder(root)), hpo.search.dashboard.publish
+
+    def finished_by_hand(trial: optuna.Trial, *args: Any) -> None:
+        if trial.number == 1:
+            other.tell(1, 0.5)
+        publish(trial, *args)
+
+    monkeypatch.setattr(hpo.search.dashboard, "publish", finished_by_hand)
+    search.run()
+    assert search.study.get_trials(deepcopy=False)[1].value == 0.5
+    assert any("trial 1 was finished by somebody else" in line for line in view.lines)
+    assert StudyFolder(root).trial(1).result.is_file()

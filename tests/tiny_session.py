@@ -1,0 +1,46 @@
+"""One call of ``hpo search`` on the tiny bench: everything is real but the loading of models."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from rich.console import Console
+
+import hpo.workbench
+from hpo.folder import StudyFolder
+from hpo.session import Request, search
+from hpo.study import Inputs
+from hpo.workbench import Workbench
+from tests.tiny_search import STUDY, tiny_bench
+
+
+def run_session(
+    root: Path,
+    data: Path,
+    trials: int = 1,
+    loaded: Callable[[Workbench], None] = lambda bench: None,
+    **words: Any,
+) -> str:
+    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded."""
+
+    def load(inputs: Inputs, study: Any, folder: StudyFolder, say: Any) -> Workbench:
+        bench = tiny_bench(folder.root, data, study)
+        loaded(bench)
+        return bench
+
+    definition = root.parent.parent / "tiny.toml"
+    definition.write_text(tomlkit.dumps(STUDY), encoding="utf-8")
+    screen, original = io.StringIO(), hpo.workbench.load
+    hpo.workbench.load = load
+    try:
+        request = Request(
+            Inputs("tiny", data), trials, study=str(definition), name=root.name, runs=root.parent, **words
+        )
+        search(request, Console(file=screen, width=200))
+    finally:
+        hpo.workbench.load = original
+    return screen.getvalue()
