@@ -227,14 +227,16 @@ def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
     """Whether the result is there, with these settings and images.  A file of others is not replaced."""
     if not folder.lora.exists():
         return False
+    from trainer.bases.load import short_name
     from trainer.checkpoint import FREE_SETTINGS
-    from trainer.lorafile import CONFIG_KEY
+    from trainer.lorafile import CONFIG_KEY, shared_settings
     from trainer.tensorfile import read_header
 
     metadata = read_header(folder.lora).metadata
     saved = json.loads(metadata.get(CONFIG_KEY, "{}"))
     deciding = SETTINGS.keys() - (FREE_SETTINGS - {"pretrained_model_name_or_path", "save_precision"})
-    changed = [name for name in SETTINGS if name in deciding and saved.get(name) != getattr(config, name)]
+    now = shared_settings(config, short_name(config.pretrained_model_name_or_path))
+    changed = [name for name in SETTINGS if name in deciding and saved.get(name) != now[name]]
     if metadata.get(DATASET_KEY) != data.content_hash:
         changed.append("images or captions")
     if changed:

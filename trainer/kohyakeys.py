@@ -37,7 +37,6 @@ WEIGHT_DECAY = {"AdamW": 0.01, "AdamW8bit": 0.01, "Lion8bit": 0.0, "Adafactor": 
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "the newest complete state is kept while a run lasts, and the same command goes on from it": (
         "save_state save_state_on_train_end save_last_n_epochs_state save_last_n_steps_state",
-        "skip_until_initial_step initial_epoch initial_step",
     ),
     "a LoRA is saved as .safetensors with its metadata": (
         "save_model_as use_safetensors no_metadata output_config",

@@ -29,6 +29,7 @@ from trainer.loop import plan
 from trainer.tensorfile import load_tensors, read_header, to_bytes
 
 CONFIG_KEY = "lora_hpo_config"
+FOLDERS = ("dataset_config", "reg_data_dir", "conditioning_data_dir", "sample_prompts", "logging_dir")
 SHOWN_KEYS = 5  # how many keys an error names
 # What a tensor's name may end in → the ending that this tool writes.
 ENDINGS = {
@@ -84,12 +85,16 @@ def write(
         **training,
         **_file_hashes(tensors, training),
         **_modelspec(base, config),
-        CONFIG_KEY: json.dumps(
-            config.as_dict() | {"pretrained_model_name_or_path": base.name, "train_data_dir": ""}
-        ),
+        CONFIG_KEY: json.dumps(shared_settings(config, base.name)),
         "lora_hpo_base": base.identity,
     }
     write_atomic(path, to_bytes(tensors, metadata))
+
+
+def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
+    """The settings as a LoRA file carries them: of this machine's folders only the names."""
+    values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
+    return values | {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
 
 
 def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:

@@ -246,9 +246,8 @@ KEY = "lora_te_text_model_encoder_layers_0_mlp_fc1"
         ("LoKr", lambda tensors: tensors.pop(f"{KEY}.lokr_w1")),
         ("LoKr", lambda tensors: tensors.update({f"{KEY}.lokr_w1": torch.zeros(3, 3)})),
         ("DoRA", lambda tensors: tensors.pop(f"{KEY}.lora_up.weight")),
-        ("DoRA", lambda tensors: tensors.update({f"{KEY}.dora_scale": torch.ones(5)})),
+        ("DoRA", lambda tensors: tensors.update({f"{KEY}.dora_scale": torch.ones(5, 1)})),
         ("LoRA", lambda tensors: tensors.update({f"{KEY}.hada_w1_a": torch.zeros(3, 3)})),
-        ("LoRA", lambda tensors: tensors.update({f"{KEY}.alpha": torch.ones(2)})),
     ],
 )
 def test_a_module_that_is_partial_mixed_or_misshapen_is_named(kind, change, tmp_path):

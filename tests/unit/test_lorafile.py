@@ -126,10 +126,10 @@ FC1 = "lora_te_text_model_encoder_layers_0_mlp_fc1"
     [
         ({f"{FC1}.alpha": torch.ones(3)}, "has 3 alphas"),
         ({f"{FC1}.alpha": torch.tensor(torch.nan)}, "has alpha nan"),
-        ({f"{FC1}.lora_down.weight": torch.tensor(1.0)}, r"has halves \(\)"),
+        ({f"{FC1}.lora_down.weight": torch.tensor(1.0)}, r"has lora_down.weight of shape \(\)"),
         (
             {f"{FC1}.lora_down.weight": torch.ones(0, 16), f"{FC1}.lora_up.weight": torch.ones(32, 0)},
-            r"has halves \(0, 16\)",
+            r"of shape \(0, 16\)",
         ),
         ({f"{FC1}.lora_up.weight": torch.full((32, 4), torch.nan)}, "is not finite"),
         ({f"{FC1}.lora_up.weight": torch.ones(32, 4, dtype=torch.int32)}, "is not of floating-point numbers"),

@@ -80,7 +80,7 @@ def load_base(
         schedule = detect.schedule_of_file(header)
         parts, weight_paths = _parts_of_file(path, family, dtype, no_half_vae, schedule), {"file": path}
         configs = CONFIGS / family
-    base = FAMILIES[family](_short_name(spec), _identity(family, weight_paths, configs, parts), parts)
+    base = FAMILIES[family](short_name(spec), _identity(family, weight_paths, configs, parts), parts)
     return base.to(device)
 
 
@@ -115,7 +115,8 @@ def _locate(spec: str, revision: str | None) -> Path:
     return hub_folder(repo, revision=revision, is_complete=_is_complete)
 
 
-def _short_name(spec: str) -> str:
+def short_name(spec: str) -> str:
+    """What a base is called where no path may be told."""
     return Path(spec).name if Path(spec).expanduser().exists() else spec
 
 
