@@ -200,7 +200,9 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     help="A dataset file in the form of sd-scripts' --dataset_config.",
 )
 @click.option(
-    "--base", metavar="BASE", help="mini-sd15, sd15, sdxl, a hub id, a folder or a .safetensors file."
+    "--base",
+    metavar="BASE",
+    help="mini-sd15, mini-sdxl, sd15, sdxl, a hub id, a folder or a .safetensors file.",
 )
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Images, instead of the file's.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A setting that wins over the file.")
