@@ -345,7 +345,7 @@ def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) 
 
 def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> None:
     """ModelFileError for what no module of a sound file has: empty, whole-number or non-finite tensors."""
-    for ending, part in parts.items():
+    for ending, part in sorted(parts.items()):
         if ending == "alpha":
             if part.numel() != 1:
                 raise _damaged(file, f"{module} has {part.numel()} alphas")
