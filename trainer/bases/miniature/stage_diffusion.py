@@ -33,11 +33,8 @@ SD15_PLAN = Plan("sd15", steps=4000, lr=1e-3, warmup_steps=100, ema=0.998, muon_
 SD15_FIGURES_PLAN = Plan("sd15-figures", steps=2200, lr=5e-4, warmup_steps=50, ema=0.998, muon_lr=0.006)
 SDXL_PLAN = Plan("sdxl", steps=3600, lr=1e-3, warmup_steps=100, ema=0.998, muon_lr=0.01)
 SDXL_LAST_PLAN = Plan("sdxl-last", steps=700, lr=5e-4, warmup_steps=30, ema=0.995, muon_lr=0.005)
-SDXL_SHAPES_PLAN = Plan("sdxl-shapes", steps=450, lr=3e-4, warmup_steps=20, ema=0.99, muon_lr=0.003)
 FIGURES_SHARES = {"single": 0.4, "pair": 0.15, "figure": 0.45}  # figures have the most to say
 SDXL_SHARES = {"single": 0.6, "pair": 0.1, "figure": 0.3}
-SHAPES_SHARES = {"single": 0.7, "pair": 0.1, "figure": 0.2}
-OBJECT_WEIGHT = 4.0  # of an object's cells in the last plan: corners tell a square from a circle
 BATCHES = {SD15_PX: 32, SDXL_PX: 24}
 POOLS = {SD15_PX: 16_000, SDXL_PX: 8_000}
 DROPOUT = 0.12  # share of captions dropped, for classifier-free guidance
@@ -156,12 +153,8 @@ def train_unet(
     device: str,
     size_px: int,
     shares: dict[str, float] | None = None,
-    weights_Nhw: Tensor | None = None,
 ) -> None:
-    """Train on the pool's scenes; ``shares`` draws their kinds so often, else as the world has them.
-
-    ``weights_Nhw``: what the error of each latent cell counts, mean 1 over a scene.
-    """
+    """Train on the pool's scenes; ``shares`` draws their kinds so often, else as the world has them."""
     betas = torch.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2  # type: ignore[operator]
     alphas = torch.cumprod(1 - betas, 0).to(device)
     snr = alphas / (1 - alphas)
@@ -205,23 +198,9 @@ def train_unet(
             time_ids = torch.from_numpy(ids).float().to(device)
             extra = {"added_cond_kwargs": {"text_embeds": pooled_BE, "time_ids": time_ids}}
         predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t, text_BLD, **extra).sample
-        error_Bhw = (predicted - noise).pow(2).mean(1)
-        if weights_Nhw is not None:
-            error_Bhw = error_Bhw * weights_Nhw[torch.from_numpy(index)].to(device)
-        return (weight_T[t] * error_Bhw.mean((1, 2))).mean()
+        return (weight_T[t] * (predicted - noise).pow(2).mean((1, 2, 3))).mean()
 
     fit(plan, unet, loss_of_step, work)
-
-
-def object_weights(count: int, size_px: int) -> Tensor:
-    """(N, h, w): OBJECT_WEIGHT where a scene's object is or touches, 1 elsewhere, scaled to a mean of 1."""
-    rows = []
-    for scene in map(world.sample_scene, range(count)):
-        mask_HW = torch.from_numpy(world.object_mask(world.render(scene, size_px), scene)).float()
-        cells_hw = torch.nn.functional.max_pool2d(mask_HW[None, None], 8)[0, 0]
-        weight_hw = 1 + (OBJECT_WEIGHT - 1) * cells_hw
-        rows.append(weight_hw / weight_hw.mean())
-    return torch.stack(rows)
 
 
 def sd15_pipeline(work: Path, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
@@ -281,8 +260,6 @@ def build_sdxl(work: Path, weights: Path, device: str) -> None:
     unet = new_sdxl_unet().to(device)
     train_unet(SDXL_PLAN, unet, latents, encode, work, device, SDXL_PX)
     train_unet(SDXL_LAST_PLAN, unet, latents, encode, work, device, SDXL_PX, SDXL_SHARES)
-    weights_Nhw = object_weights(len(latents), SDXL_PX)
-    train_unet(SDXL_SHAPES_PLAN, unet, latents, encode, work, device, SDXL_PX, SHAPES_SHARES, weights_Nhw)
     save_pipeline(sdxl_pipeline(work, unet.cpu().eval()), weights / "mini-sdxl")
 
 
