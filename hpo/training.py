@@ -60,12 +60,12 @@ def train_adapter(
     images for a validation loss.
     """
     from trainer import adapter as adapters
-    from trainer import loop
+    from trainer import checkpoint, loop
 
     adapter = adapters.inject(base, config)
     try:
         prepared = prepare()
-        on_start(adapter, steps_behind(checkpoints))
+        on_start(adapter, checkpoint.steps_behind(checkpoints))
         for event in loop.train(
             config,
             base,
@@ -81,14 +81,6 @@ def train_adapter(
         adapter.remove()
         raise
     return adapter
-
-
-def steps_behind(checkpoints: Path) -> int:
-    """Steps of the newest complete checkpoint in a folder, 0 if there is none."""
-    from trainer.files import verify_folder
-
-    found = [path for path in checkpoints.glob("step-*") if path.is_dir() and verify_folder(path)]
-    return max((int(path.name.removeprefix("step-")) for path in found), default=0)
 
 
 def check_device(device: str) -> None:

@@ -31,10 +31,10 @@ from hpo.trainsamples import draw_samples, file_stem, read_sample_prompts
 from hpo.trainview import TrainView
 from trainer.captions import read_captions
 from trainer.config import SETTINGS, TrainConfig
-from trainer.dataset import Dataset
+from trainer.dataset import Dataset, tag_frequency
 from trainer.errors import ConfigError, Interrupted, MachineError
 from trainer.events import Event, Skipped, Step
-from trainer.files import clean_text, machine_error, sweep_tree, write_atomic
+from trainer.files import machine_error, sweep_tree, write_atomic
 from trainer.subsets import read_training_data
 from trainer.trainfile import RUN_CONFIG
 
@@ -370,22 +370,15 @@ def _due(number: int, every: int | None) -> bool:
 
 def data_metadata(data: Dataset) -> dict[str, str]:
     """What sd-scripts notes of a dataset: counts, folders, and how often each tag occurs (A1111 shows it)."""
-    tags: dict[str, dict[str, int]] = {}
     folders: dict[str, dict[str, int]] = {}
     for item in data.items:
         place = item.path.parent.name
         entry = folders.setdefault(place, {"n_repeats": item.repeats, "img_count": 0})
         entry["img_count"] += 1
-        if item.is_reg:
-            continue
-        count: dict[str, int] = tags.setdefault(place, {})
-        for tag in item.caption.replace("\n", ",").split(","):
-            if word := clean_text(tag.strip().lower()):
-                count[word] = count.get(word, 0) + 1
     facts: Mapping[str, Any] = {
         "ss_num_train_images": sum(item.repeats for item in data.items if not item.is_reg),
         "ss_num_reg_images": sum(item.repeats for item in data.items if item.is_reg),
-        "ss_tag_frequency": json.dumps(tags),
+        "ss_tag_frequency": json.dumps(tag_frequency(data)),
         "ss_dataset_dirs": json.dumps(folders),
         DATASET_KEY: data.content_hash,
     }

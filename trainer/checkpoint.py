@@ -146,6 +146,12 @@ def _is_whole(checkpoint: Path) -> bool:
     return json.loads((checkpoint / MANIFEST).read_text())["files"].keys() >= set(FILES)
 
 
+def steps_behind(folder: Path) -> int:
+    """Steps of the newest whole checkpoint in a folder, 0 if there is none."""
+    whole = [path for path in _checkpoints(folder) if _is_whole(path)]
+    return int(whole[-1].name.removeprefix("step-")) if whole else 0
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest step first."""
     found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]

@@ -15,6 +15,7 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -510,3 +511,14 @@ def caption_variants(items: Iterable[Item], config: TrainConfig) -> tuple[str, .
 def _generator(*key: object) -> random.Random:
     """Random numbers that depend on nothing but the key."""
     return random.Random(hashlib.sha256(json.dumps(key).encode()).digest())
+
+
+def tag_frequency(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """How often each tag is in the captions of a folder, regularisation images left out: sd-scripts'
+    ss_tag_frequency, which A1111 shows."""
+    tags: dict[str, Counter[str]] = {}
+    for item in dataset.items:
+        if not item.is_reg:
+            words = (clean_text(tag.strip().lower()) for tag in item.caption.replace("\n", ",").split(","))
+            tags.setdefault(item.path.parent.name, Counter()).update(word for word in words if word)
+    return {folder: dict(count) for folder, count in tags.items()}

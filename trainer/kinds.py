@@ -143,14 +143,7 @@ class LoHa(Kind):
         }
 
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
-        rank, pattern = _ranks(targets)
-        return LoHaConfig(
-            r=rank,
-            alpha=rank,
-            target_modules=[target.path for target in targets],
-            rank_pattern=pattern,
-            init_weights=False,
-        )
+        return _lycoris(LoHaConfig, targets)
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
         w1_a, w1_b, w2_a, w2_b = (tensors[ending] for ending in self.endings)
@@ -187,14 +180,7 @@ class LoKr(Kind):
         }
 
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
-        rank, pattern = _ranks(targets)
-        return LoKrConfig(
-            r=rank,
-            alpha=rank,
-            target_modules=[target.path for target in targets],
-            rank_pattern=pattern,
-            init_weights=False,
-        )
+        return _lycoris(LoKrConfig, targets)
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
         w1 = _product(tensors, "lokr_w1")
@@ -242,6 +228,20 @@ KINDS: dict[str, Kind] = {"LoRA": LoRA(), "LoCon": LoRA(), "DoRA": LoRA(), "LoHa
 def kernel_size(layer: nn.Module) -> int:
     """Side of a convolution's kernel; 1 for a linear layer."""
     return int(layer.kernel_size[0]) if isinstance(layer, nn.Conv2d) else 1
+
+
+def _lycoris(
+    config: type[LoHaConfig] | type[LoKrConfig], targets: Sequence[Ranked]
+) -> LoHaConfig | LoKrConfig:
+    """PEFT's settings of a LyCORIS kind at scale 1; the initial weights are ours."""
+    rank, pattern = _ranks(targets)
+    return config(
+        r=rank,
+        alpha=rank,
+        target_modules=[target.path for target in targets],
+        rank_pattern=pattern,
+        init_weights=False,
+    )
 
 
 def _ranks(targets: Sequence[Ranked]) -> tuple[int, dict[str, int]]:

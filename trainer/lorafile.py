@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from trainer import optim
 from trainer.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target
 from trainer.bases.base import Base
 from trainer.config import TrainConfig
-from trainer.dataset import Dataset
+from trainer.dataset import Dataset, tag_frequency
 from trainer.errors import ModelFileError
 from trainer.files import clean_text, write_atomic
 from trainer.kinds import KINDS
@@ -173,10 +172,6 @@ def dataset_metadata(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
     """sd-scripts' ss_* entries that depend on the images: the run's length in steps, and how often each tag
     is in the captions of a folder."""
     length = plan(config, dataset)
-    tags: dict[str, Counter[str]] = {}
-    for item in dataset.items:
-        words = (tag.strip().lower() for tag in item.caption.split(","))
-        tags.setdefault(item.path.parent.name, Counter()).update(word for word in words if word)
     values = {
         "ss_num_train_images": sum(item.repeats for item in dataset.items),
         "ss_max_train_steps": length.total_steps,
@@ -184,7 +179,7 @@ def dataset_metadata(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
         "ss_num_epochs": length.total_epochs,
         "ss_epoch": length.total_epochs,
         "ss_lr_warmup_steps": optim.warmup_steps(config, length.total_steps),
-        "ss_tag_frequency": json.dumps(tags, sort_keys=True),
+        "ss_tag_frequency": json.dumps(tag_frequency(dataset), sort_keys=True),
     }
     return {name: str(value) for name, value in values.items()}
 
