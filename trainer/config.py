@@ -240,24 +240,26 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(
         False, "recompute activations: less memory, about 25 % slower (assumed)"
     )
-    gradient_checkpointing_blocks: int | None = setting(
+    checkpoint_blocks: int | None = setting(
         None,
-        "with gradient_checkpointing: how many of the U-Net's blocks recompute, those that save most first; "
-        "unset all",
+        "with gradient_checkpointing: recompute only so many of the U-Net's blocks, outermost first; unset all",
         low=1,
-        high=100,
+        high=64,
+    )
+    cpu_offload_checkpointing: bool = setting(
+        False, "with gradient_checkpointing: what it keeps between forward and backward waits in RAM"
+    )
+    full_bf16: bool = setting(
+        False, "the adapter and its gradients in bf16 too, rounded stochastically: less memory, less exact"
+    )
+    fp8_base: bool = setting(
+        False, "the base's frozen weights as scaled fp8 numbers: half the memory of bf16, less exact"
     )
     micro_batch_size: int | None = setting(
         None,
         "images computed at once; the rest of a batch is accumulated: less memory, same result; unset all",
         low=1,
         high=1024,
-    )
-    fp8_base: bool = setting(
-        False, "keep the frozen base's weights in 8 bits, one scale per output; hpo train only"
-    )
-    full_bf16: bool = setting(
-        False, "train the LoRA itself in bf16, rounded stochastically; needs mixed_precision = bf16"
     )
     text_encoder_frozen: bool = setting(
         False, "keep the text encoders' part of the LoRA as it is: set by a run that ran out of memory"
@@ -367,11 +369,6 @@ class TrainConfig:
             "set conditioning_data_dir to a folder of masks, or alpha_mask = true for transparent images",
         )
         yield (
-            self.full_bf16 and self.mixed_precision != "bf16",
-            f"full_bf16 trains in bf16, but mixed_precision = {self.mixed_precision}",
-            "set mixed_precision = bf16, or leave full_bf16 out",
-        )
-        yield (
             self.text_encoder_frozen and not self.trains_unet,
             "text_encoder_frozen leaves nothing to train: the U-Net's rate is 0",
             "leave it out",
@@ -380,6 +377,11 @@ class TrainConfig:
             not self.caption_separator,
             "caption_separator is empty",
             'use ","',
+        )
+        yield (
+            self.full_bf16 and self.mixed_precision in ("no", "fp16"),
+            f"full_bf16 trains in bf16, but mixed_precision = {self.mixed_precision}",
+            "set mixed_precision = bf16 or auto",
         )
         samples = self.sample_every_n_epochs or self.sample_every_n_steps or self.sample_at_first
         yield (

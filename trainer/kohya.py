@@ -334,12 +334,10 @@ class _Reading:
             self._say("full_fp16", True, "mixed_precision = fp16; the adapter itself stays in fp32")
             self.given["mixed_precision"] = "fp16"
             self.left.pop("mixed_precision", None)
-        if self._take("full_bf16"):
-            self.given |= {"full_bf16": True, "mixed_precision": "bf16"}
-            if self.left.pop("mixed_precision", "bf16") != "bf16":
-                self._say("full_bf16", True, "mixed_precision = bf16")
+        if self.left.get("full_bf16"):
+            self.left["mixed_precision"] = "bf16"
         if self._take("fp8_base_unet"):
-            self._say("fp8_base_unet", True, "fp8_base = true")
+            self._say("fp8_base_unet", True, "fp8_base = true, with a scale for every weight")
             self.given["fp8_base"] = True
             self.left.pop("fp8_base", None)
 

@@ -15,7 +15,7 @@ from typing import Any
 from trainer.config import TrainConfig
 
 SMALLER_PX = 768  # decisions: the ladder's order
-SOME_BLOCKS = 3  # of SDXL's 7 or SD1.5's 9: those that save most (trainer.recompute)
+SOME_BLOCKS = 3  # of SDXL's 7 or SD1.5's 9: the outermost hold most (trainer.recompute)
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def _checkpointing(config: TrainConfig) -> Iterator[Candidate]:
     if not config.gradient_checkpointing:
         yield (
             f"checkpointing {SOME_BLOCKS}",
-            {"gradient_checkpointing": True, "gradient_checkpointing_blocks": SOME_BLOCKS},
+            {"gradient_checkpointing": True, "checkpoint_blocks": SOME_BLOCKS},
             f"{SOME_BLOCKS} blocks of the U-Net recompute their activations: slower, the result is the same",
         )
-    if not config.gradient_checkpointing or config.gradient_checkpointing_blocks is not None:
+    if not config.gradient_checkpointing or config.checkpoint_blocks is not None:
         yield (
             "checkpointing",
-            {"gradient_checkpointing": True, "gradient_checkpointing_blocks": None},
+            {"gradient_checkpointing": True, "checkpoint_blocks": None},
             "every block of the U-Net recomputes its activations: slower, the result is the same",
         )
 
@@ -86,12 +86,12 @@ def _text_encoders(config: TrainConfig) -> Iterator[Candidate]:
 
 
 def _offload(config: TrainConfig) -> Iterator[Candidate]:
-    if not config.cpu_offload:
+    if not config.cpu_offload or not config.cpu_offload_checkpointing:
         yield (
             "offload",
-            {"cpu_offload": True},
-            "the optimizer's state waits in the computer's memory between steps, and text encoders that are "
-            "not trained compute there: slower, the result is the same",
+            {"cpu_offload": True, "cpu_offload_checkpointing": True},
+            "what recomputing keeps and the optimizer's state wait in the computer's memory, text encoders that "
+            "are not trained compute there: slower, the result is the same",
         )
 
 
