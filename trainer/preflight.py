@@ -10,6 +10,7 @@ from trainer.captions import listed
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset
 from trainer.errors import ConfigError
+from trainer.fp8 import holds_fp8
 
 
 def check(base: Base, config: TrainConfig) -> None:
@@ -19,6 +20,12 @@ def check(base: Base, config: TrainConfig) -> None:
         raise ConfigError(
             f"clip_skip = {config.clip_skip}, but the text encoder of {base.name} has {layers} layers",
             f"set it to 1 to {layers}",
+        )
+
+    if config.fp8_base and not holds_fp8(base.unet):
+        raise ConfigError(
+            "fp8_base is for hpo train: a search keeps one base for all trials, as it is",
+            "leave fp8_base out",
         )
 
 
