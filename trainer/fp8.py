@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max  # 448
@@ -92,7 +93,7 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         wide = widened(weight, scale, ctx.kind)
-        grad = torch.nn.grad.conv2d_input(ctx.shape, wide, gradients[0].to(ctx.kind), *ctx.how)
+        grad = conv2d_input(ctx.shape, wide, gradients[0].to(ctx.kind), *ctx.how)
         return grad, None, None, None, None
 
 

@@ -123,10 +123,14 @@ def _cells() -> Iterator[Cell]:
 CELLS = tuple(_cells())
 
 
-def measure(kind: str, cell: Cell, base: str, steps: int, scripts: Path | None, smoke: bool) -> dict[str, Any]:
+def measure(
+    kind: str, cell: Cell, base: str, steps: int, scripts: Path | None, smoke: bool
+) -> dict[str, Any]:
     """Peak and step time of one cell, in this process."""
     if kind == "sd-scripts":
-        return _sd_scripts(cell, base, steps, scripts) if scripts and not smoke else {"skipped": "no sd-scripts"}
+        return (
+            _sd_scripts(cell, base, steps, scripts) if scripts and not smoke else {"skipped": "no sd-scripts"}
+        )
     if kind == "diffusers" and (cell.fp8 or cell.full_bf16 or cell.conv_dim):
         return {"skipped": "diffusers' script has no such setting"}
     device = "cuda" if torch.cuda.is_available() and not smoke else "cpu"
@@ -251,14 +255,20 @@ def _sd_scripts(cell: Cell, base: str, steps: int, scripts: Path) -> dict[str, A
             command += ["--network_args", f"conv_dim={config.conv_dim}"]
         free, _ = torch.cuda.mem_get_info()
         started, lowest = time.perf_counter(), free
-        process = subprocess.Popen(command, cwd=scripts, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=scripts, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         while process.poll() is None:
             lowest = min(lowest, torch.cuda.mem_get_info()[0])
             time.sleep(0.02)
         error = (process.stderr.read() if process.stderr else "")[-200:]
     if process.returncode:
         return {"skipped": f"it ended with {process.returncode}: {error.strip().splitlines()[-1:]}"}
-    return {"peak_bytes": free - lowest, "run_seconds": round(time.perf_counter() - started, 1), "steps": steps}
+    return {
+        "peak_bytes": free - lowest,
+        "run_seconds": round(time.perf_counter() - started, 1),
+        "steps": steps,
+    }
 
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
@@ -283,7 +293,9 @@ def _shown(entry: dict[str, Any] | None) -> str:
 
 
 def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", default="sdxl")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sd-scripts", type=Path)

@@ -10,7 +10,15 @@ def test_it_has_the_users_20_cells_in_14_rows():
 
 
 def test_a_small_run_fills_its_cells_and_finishes_what_is_left(tmp_path, capsys):
-    words = ["--smoke", "--out", str(tmp_path), "--steps", "1", "--only", "LoRA dim 32, checkpointing, batch 1"]
+    words = [
+        "--smoke",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "1",
+        "--only",
+        "LoRA dim 32, checkpointing, batch 1",
+    ]
     main(words)
     cells = json.loads((tmp_path / "cells.json").read_text())
     for kind in ("ours", "diffusers"):

@@ -120,7 +120,9 @@ def a_card_that_holds(
     """Let the forward pass run out of memory unless ``fits``, from a call on: something else took memory."""
     whole, calls = SD15.predict, iter(range(1_000_000))
 
-    def predict(self: SD15, noisy: torch.Tensor, times: torch.Tensor, states: Any, sizes: Any) -> torch.Tensor:
+    def predict(
+        self: SD15, noisy: torch.Tensor, times: torch.Tensor, states: Any, sizes: Any
+    ) -> torch.Tensor:
         if next(calls) >= from_call and torch.is_grad_enabled() and not fits(self, noisy, states):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return whole(self, noisy, times, states, sizes)

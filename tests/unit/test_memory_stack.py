@@ -201,9 +201,23 @@ def test_the_optimizers_state_is_elsewhere_between_steps_with_cpu_offload(monkey
     base = tiny_base("sd15")
     moves = []
     move = optim.move_state
-    monkeypatch.setattr(optim, "move_state", lambda opt, device: moves.append(str(device)) or move(opt, device))
+    monkeypatch.setattr(
+        optim, "move_state", lambda opt, device: moves.append(str(device)) or move(opt, device)
+    )
     run(base, tiny_config(cpu_offload=True, max_train_steps=2))
     assert moves == ["cpu", *["cpu", "cpu"] * 2]
+
+
+def test_what_checkpointing_keeps_waits_in_ram_with_cpu_offload_checkpointing(monkeypatch):
+    base = tiny_base("sd15")
+    kept = []
+    save = torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **how: kept.append(how) or save(**how))
+    config = tiny_config(gradient_checkpointing=True, max_train_steps=1)
+    run(base, config)
+    assert not kept
+    run(base, config.with_values({"cpu_offload_checkpointing": True}))
+    assert len(kept) > 5 and not any(how["pin_memory"] for how in kept)
 
 
 def test_channels_last_and_compiled_blocks_leave_the_base_as_it_was():
