@@ -55,10 +55,11 @@ def convert(model: nn.Module) -> None:
     objects.  What was lost does not come back."""
     for module in model.modules():
         if type(module) in _CLASSES:
-            weight, scale = quantized(module.weight.detach())
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            module.register_buffer(SCALE, scale, persistent=False)
-            module.__class__ = _CLASSES[type(module)]
+            layer: Any = module
+            weight, scale = quantized(layer.weight.detach())
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.register_buffer(SCALE, scale, persistent=False)
+            layer.__class__ = _CLASSES[type(module)]
 
 
 def nbytes(model: nn.Module) -> int:
