@@ -287,6 +287,58 @@ def demo(subject: str, folder: Path) -> None:
     click.echo(f"{subject} written; next: hpo search --base mini-sd15 --data {place} --trials 12")
 
 
+@dataset.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--for",
+    "base",
+    type=click.Choice(["sd15", "sdxl", "mini-sd15", "mini-sdxl"]),
+    default="sd15",
+    show_default=True,
+    help="What will be trained: decides size and tokens.",
+)
+@click.option("--trigger", help="The subject's trigger word. Unset: from the folder's name.")
+@click.option("--class", "class_word", help="What the subject is. Unset: from the folder's name.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A setting that training will have.")
+@click.option("--json", "as_json", is_flag=True, help="The same for scripts, with every file.")
+def check(folder: Path, **words: Any) -> None:
+    """Look for everything in DIR that would stop a training or spoil its result, and say what to do.
+
+    Ends with 0 if DIR can be trained on, with 3 if not."""
+    calm_libraries()
+    from hpo.datasetcmd import Request
+    from hpo.datasetcmd import check as run
+
+    run(Request(folder, **words), console(), click.echo)
+
+
+@dataset.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="OUT")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="How often an epoch shows each image.",
+)
+@click.option("--name", required=True, help="The trigger word: one word that the base does not know.")
+@click.option("--class", "class_word", help="What the subject is: girl, style, vase …")
+@click.option(
+    "--held-out",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Images set apart in held_out/: never trained on, they judge the result.",
+)
+@click.option("--skip-corrupt", is_flag=True, help="Leave out images that cannot be read.")
+def prepare(source: Path, folder: Path, **words: Any) -> None:
+    """Copy the images and captions of SRC into OUT as kohya's tools want them: OUT/10_name class/."""
+    from hpo.datasetcmd import prepare as run
+
+    run(source, folder, echo=click.echo, **words)
+
+
 def console() -> Console:
     from rich.console import Console
 
