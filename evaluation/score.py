@@ -1,7 +1,7 @@
 """Score: raw cosines, their anchored parts, one composite, and how sure it is.
 
-Owns the composite, the bootstrap and paired differences, and the one function that samples and scores an
-adapter.  Does not measure the anchors (``evaluation.anchors``), draw (``evaluation.sampling``), embed
+Owns the composite, its paired differences, and the one function that samples and scores an adapter.  Does not
+measure the anchors (``evaluation.anchors``), draw (``evaluation.sampling``), embed
 (``evaluation.embed``) or decide anything about a study.
 
     T = mean cos(picture, its scored text)          I = mean cos(picture, every held-out reference)
@@ -36,16 +36,15 @@ from evaluation.images import SampledImage, check_valid, png_bytes, prove_applie
 from evaluation.prompts import PromptSet
 from evaluation.safeguards import Safeguards, Safety
 from evaluation.sampling import OnImages, SampleConfig, sample
+from evaluation.statistics import CEILING as CEILING
+from evaluation.statistics import Difference as Difference
+from evaluation.statistics import interval
+from evaluation.statistics import prompt_draws as prompt_draws
 from evaluation.vectors import Vectors
 from trainer.bases.base import Base
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomic
 
-CEILING = (
-    1.1  # assumed: a little better than the base's following or the references' likeness counts, no more
-)
-DRAWS = 1000  # bootstrap draws: the error of a standard error is then about 2 %
-BOOTSTRAP_SEED = 20240229
 METRICS_NAME, GRID_NAME, SAMPLES_NAME = "metrics.json", "grid.png", "samples"
 
 
@@ -117,15 +116,6 @@ class Score:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of a paired difference and its 95 % bootstrap interval over prompts."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def score(
@@ -217,13 +207,9 @@ def composite(following: np.ndarray, alike: np.ndarray, formula: Formula = USUAL
         return (w_t + w_i) / (w_t / t + w_i / i)
 
 
-def prompt_draws(prompts: int) -> np.ndarray:
-    """(K, P) how often each prompt is in each bootstrap draw: a prompt's pictures stay together.
-
-    The same seed always, so every score of a study is drawn alike and differences are paired.
-    """
-    picked_KP = np.random.default_rng(BOOTSTRAP_SEED).integers(0, prompts, (DRAWS, prompts))
-    return np.stack([(picked_KP == p).sum(1) for p in range(prompts)], axis=1).astype(float)
+def by_draw(one: Score, anchors: Anchors) -> np.ndarray:
+    """(K) the score in each bootstrap draw of the prompts (``evaluation.statistics.prompt_draws``)."""
+    return _values(one, anchors, prompt_draws(len(anchors.prompt_ids)))
 
 
 def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], anchors: Anchors) -> Difference:
@@ -242,8 +228,7 @@ def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], an
         np.subtract(*(np.mean([_values(s, anchors, w) for s in side], axis=0) for side in sides))
         for w in (point_K, draws_KP)
     )
-    low, high = np.nanpercentile(draws_K, [2.5, 97.5])
-    return Difference(float(point[0]), float(low), float(high))
+    return Difference(float(point[0]), *interval(draws_K))
 
 
 def read_score(path: Path) -> Score:

@@ -190,9 +190,7 @@ def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder)
     return cache.prepare(base, replace(data, items=items, held_out=()), plain, folder.cache)
 
 
-def _load_base(
-    config: TrainConfig, data: Dataset, device: str | None, say: Callable[[str], None]
-) -> Base:
+def _load_base(config: TrainConfig, data: Dataset, device: str | None, say: Callable[[str], None]) -> Base:
     """The base on its device; what it does not have is refused or said."""
     import torch
 
