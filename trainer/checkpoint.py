@@ -32,6 +32,8 @@ FREE_SETTINGS = WITHOUT_INFLUENCE | frozenset(
         "output_name",
         "save_precision",
         "gradient_checkpointing",
+        "checkpoint_blocks",
+        "cpu_offload_checkpointing",
         "cache_latents_to_disk",
         "vae_batch_size",
     }

@@ -242,6 +242,19 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(
         False, "recompute activations: less memory, about 25 % slower (assumed)"
     )
+    checkpoint_blocks: int | None = setting(
+        None,
+        "with gradient_checkpointing: recompute only so many of the U-Net's blocks, outermost first; unset all",
+        low=1,
+        high=64,
+    )
+    cpu_offload_checkpointing: bool = setting(
+        False, "with gradient_checkpointing: what it keeps between forward and backward waits in RAM"
+    )
+    full_bf16: bool = setting(False, "the adapter and its gradients in bf16 too: less memory, less exact")
+    fp8_base: bool = setting(
+        False, "the base's frozen weights as scaled fp8 numbers: half the memory of bf16, less exact"
+    )
     cache_latents_to_disk: bool = setting(True, "keep encoded images on disk for later runs")
     vae_batch_size: int = setting(4, "images encoded at once", low=1, high=256)
 
@@ -344,6 +357,11 @@ class TrainConfig:
             not self.caption_separator,
             "caption_separator is empty",
             'use ","',
+        )
+        yield (
+            self.full_bf16 and self.mixed_precision in ("no", "fp16"),
+            f"full_bf16 trains in bf16, but mixed_precision = {self.mixed_precision}",
+            "set mixed_precision = bf16 or auto",
         )
         samples = self.sample_every_n_epochs or self.sample_every_n_steps or self.sample_at_first
         yield (
