@@ -32,6 +32,12 @@ FREE_SETTINGS = WITHOUT_INFLUENCE | frozenset(
         "output_name",
         "save_precision",
         "gradient_checkpointing",
+        "micro_batch_size",
+        "cpu_offload",
+        "opt_channels_last",
+        "torch_compile",
+        "checkpoint_blocks",
+        "cpu_offload_checkpointing",
         "cache_latents_to_disk",
         "vae_batch_size",
     }

@@ -55,10 +55,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "wandb_api_key log_config console_log_level console_log_file console_log_simple",
     ),
     "it changes speed or memory, not the result": (
-        "max_data_loader_n_workers persistent_data_loader_workers lowram highvram torch_compile",
+        "max_data_loader_n_workers persistent_data_loader_workers lowram highvram",
         "dynamo_backend ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph",
         "disable_mmap_load_safetensors tokenizer_cache_dir skip_cache_check cache_info",
-        "cpu_offload_checkpointing text_encoder_batch_size deepspeed zero_stage sdpa",
+        "text_encoder_batch_size deepspeed zero_stage sdpa",
         "offload_optimizer_device offload_optimizer_nvme_path offload_param_device",
         "offload_param_nvme_path zero3_init_flag zero3_save_16bit_model",
         "fp16_master_weights_and_gradients",
@@ -144,8 +144,6 @@ TRANSLATED = frozenset(
         "network_module",
         "network_args",
         "full_fp16",
-        "full_bf16",
-        "fp8_base",
         "fp8_base_unet",
         "xformers",
         "mem_eff_attn",
@@ -177,7 +175,18 @@ NETWORK_ARGUMENTS = (
 LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
 # Our settings that sd-scripts spells otherwise (inside network_args and optimizer_args) or does not have.
 OURS_ALONE = frozenset(
-    {*NETWORK_ARGUMENTS, "weight_decay", "network_type", "text_encoder_lr1", "text_encoder_lr2"}
+    {
+        *NETWORK_ARGUMENTS,
+        "weight_decay",
+        "network_type",
+        "text_encoder_lr1",
+        "text_encoder_lr2",
+        "micro_batch_size",
+        "text_encoder_frozen",
+        "opt_channels_last",
+        "cpu_offload",
+        "checkpoint_blocks",
+    }
 )
 KNOWN_KEYS = (
     (frozenset(SETTINGS) - OURS_ALONE) | frozenset(REFUSED) | frozenset(NO_EFFECT_REASON) | TRANSLATED

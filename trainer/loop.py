@@ -10,20 +10,16 @@ Shapes: B batch, C latent channels, h w latent sides.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer import checkpoint, dataset, loss, optim, preflight, validation
 from trainer.adapter import Adapter, keyed_generator
@@ -33,6 +29,7 @@ from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged, Interrupted
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.memory import out_of_memory_named
+from trainer.recompute import recomputing
 
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
 
@@ -106,7 +103,7 @@ def train(
     )
     progress = checkpoint.restore(checkpoints, run) if checkpoints else checkpoint.Progress()
     last_save = time.monotonic()
-    with _recomputing(base, config), stepper:
+    with recomputing(base, config), stepper:
         for epoch, group in _remaining(config, prepared, length, progress.step):
             started = time.perf_counter()
             rates = optim.set_rate(stepper.optimizer, optim.rate(config, length.total_steps, progress.step))
@@ -387,28 +384,3 @@ def _compute_type(config: TrainConfig, base: Base) -> torch.dtype:
             "load the base in that type or in float32",
         )
     return wanted
-
-
-@contextlib.contextmanager
-def _recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
-    """Gradient checkpointing while training; the base is as before afterwards."""
-    if not config.gradient_checkpointing:
-        yield
-        return
-    encoders = base.text_encoders if config.trains_text_encoder else []
-    # transformers' own switch leaves a hook on the embeddings behind, so its layers are switched one by one
-    layers = [
-        m for encoder in encoders for m in encoder.modules() if isinstance(m, GradientCheckpointingLayer)
-    ]
-    base.unet.enable_gradient_checkpointing()
-    for layer in layers:
-        layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-        layer.gradient_checkpointing = True
-        layer.train()  # it recomputes in training mode only; CLIP has no dropout that would act
-    try:
-        yield
-    finally:
-        base.unet.disable_gradient_checkpointing()
-        for layer in layers:
-            layer.gradient_checkpointing = False
-            layer.eval()
