@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from trainer import fp8
+from trainer import fp8, preflight
 from trainer.bases.base import Base, compute_type
 from trainer.bases.load import load_base
 from trainer.cache import Prepared
-from trainer.config import SETTINGS, TrainConfig
-from trainer.errors import ConfigError
-
-KIND = {"sd15": "SD1.5", "sdxl": "SDXL"}  # family → how Setting.only names it
+from trainer.config import TrainConfig
+from trainer.dataset import Dataset
 
 
 def own_device(device: str | None, local_rank: int = 0) -> str:
@@ -28,8 +26,8 @@ def own_device(device: str | None, local_rank: int = 0) -> str:
     return device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
 
 
-def load(config: TrainConfig, device: str, say: Callable[[str], None]) -> Base:
-    """The base on its device; settings that its family does not have are refused or said."""
+def load(config: TrainConfig, data: Dataset, device: str, say: Callable[[str], None]) -> Base:
+    """The base on its device; what it does not have is refused or said."""
     spec = config.pretrained_model_name_or_path
     say(f"loading {spec} on {device} …")
     base = load_base(
@@ -38,18 +36,11 @@ def load(config: TrainConfig, device: str, say: Callable[[str], None]) -> Base:
         dtype=compute_type("bf16" if config.full_bf16 else config.mixed_precision, device),
         no_half_vae=config.no_half_vae,
     )
-    usual = TrainConfig().as_dict()
-    for name, facts in SETTINGS.items():
-        value = getattr(config, name)
-        if facts.only and facts.only != KIND[base.family] and value != usual[name]:
-            if name == "clip_skip":
-                say(
-                    f"clip_skip = {value} has no effect: SDXL always reads the second last layer, as in sd-scripts"
-                )
-                continue
-            raise ConfigError(
-                f"{name} is for {facts.only}, and {base.name} is {KIND[base.family]}", f"leave {name} out"
-            )
+    preflight.check(
+        base, config.with_values({"fp8_base": False})
+    )  # its weights go to 8 bits in ``Place.prepare``
+    for note in preflight.notes(base, config, data):
+        say(f"note: {note}")
     return base
 
 

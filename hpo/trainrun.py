@@ -81,7 +81,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
         join(ranks, device)
         try:
             runmemory.apply_plan(ladder, device, steps_behind(folder.checkpoints), view.say)
-            place = Place(load(ladder.config, device, view.say))
+            place = Place(load(ladder.config, data, device, view.say))
             _Run(folder, data, prompts, place, ladder, view, ranks).do()
         finally:
             leave()

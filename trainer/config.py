@@ -166,7 +166,9 @@ class TrainConfig:
     network_alpha: float = setting(
         16.0, "the LoRA is scaled by alpha / dim", low=0, high=4096, low_is_excluded=True
     )
-    network_dropout: float = setting(0.0, "share of rank channels dropped after lora_down", low=0, high=0.95)
+    network_dropout: float = setting(
+        0.0, "share of the values after lora_down that are dropped, each by itself", low=0, high=0.95
+    )
     rank_dropout: float = setting(0.0, "share of ranks dropped, the rest scaled up", low=0, high=0.95)
     module_dropout: float = setting(0.0, "chance of a module to be left out of a step", low=0, high=0.95)
     scale_weight_norms: float | None = setting(
