@@ -260,6 +260,20 @@ def _replay(
 # Traces, made once each
 
 
+_DECIDES_A_TRACE = (
+    "network_type",
+    "train_batch_size",
+    "gradient_checkpointing",
+    "full_bf16",
+    "clip_skip",
+    "down_lr_weight",
+    "mid_lr_weight",
+    "up_lr_weight",
+    "block_lr_zero_threshold",
+    "mixed_precision",
+)
+
+
 def _traced_settings(config: TrainConfig) -> TrainConfig:
     """The settings that decide the order of a step's allocations; all others at one value."""
     ranks: dict[str, Any] = {"network_dim": tracing.DIM}
@@ -267,20 +281,7 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
         ranks = {"network_dim": config.network_dim, "conv_dim": config.conv_dim}
     elif config.conv_dim is not None:
         ranks["conv_dim"] = tracing.CONV_DIM
-    kept = [
-        "network_type",
-        "train_batch_size",
-        "gradient_checkpointing",
-        "full_bf16",
-        "max_token_length",
-        "clip_skip",
-        "down_lr_weight",
-        "mid_lr_weight",
-        "up_lr_weight",
-        "block_lr_zero_threshold",
-        "mixed_precision",
-    ]
-    values = {name: getattr(config, name) for name in kept}
+    values = {name: getattr(config, name) for name in _DECIDES_A_TRACE}
     first, second = config.effective_text_encoder_lrs
     values |= {
         "unet_lr": float(config.trains_unet),

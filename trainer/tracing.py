@@ -171,7 +171,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: Any) -> Tensor:
-        batch, heads, length, width = q.shape
+        batch, heads, length, _width = q.shape
         out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, q.new_empty((batch, heads, length), dtype=torch.float32))
         ctx.recorder = recorder
