@@ -246,6 +246,59 @@ def inspect(file: Path, as_json: bool) -> None:
         inspectcmd.show(console(), facts)
 
 
+def judge_options(command: Any) -> Any:
+    """What hpo evaluate and hpo compare take from the command line instead of from the run."""
+    for option in reversed(
+        (
+            click.option(
+                "--data", type=click.Path(path_type=Path), metavar="DIR", help="The images it was trained on."
+            ),
+            click.option(
+                "--references",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Images it was not trained on, to measure likeness with. Unset: held_out/, or the study's.",
+            ),
+            file_option("--prompts", "Your own prompts, one a line or TOML."),
+            click.option("--clip", metavar="MODEL[:WEIGHTS]", help="Scorer, as in hpo search."),
+            click.option("--trigger", help="The subject's trigger word. Unset: from the folder's name."),
+            click.option("--class", "class_word", help="What the subject is. Unset: from the folder's name."),
+            click.option("--base", default="", metavar="BASE", help="The base model. Unset: the run's own."),
+            click.option("--device", help="cpu, cuda, cuda:1 … Unset: the GPU if there is one."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@judge_options
+def evaluate(run: Path, **words: Any) -> None:
+    """Score every saved checkpoint of RUN, choose one, confirm it on other prompts, mark it best.safetensors.
+    RUN: the output folder of hpo train, OUTPUT/name, a trial's folder, or a folder of LoRA files. The same
+    command goes on with an evaluation that was stopped, killed or unplugged."""
+    calm_libraries()
+    from hpo.evaluatecmd import evaluate as run_it
+    from hpo.study import Inputs
+
+    run_it(run, Inputs(**words), console())
+
+
+@main.command()
+@click.argument("run_a", type=click.Path(path_type=Path), metavar="RUN_A")
+@click.argument("run_b", type=click.Path(path_type=Path), metavar="RUN_B")
+@judge_options
+def compare(run_a: Path, run_b: Path, **words: Any) -> None:
+    """Compare the LoRAs of two runs, perhaps on two bases, on the same prompts. RUN: as in hpo evaluate, or one
+    LoRA file; the marked checkpoint is taken, else the result. Options describe RUN_A."""
+    calm_libraries()
+    from hpo.comparecmd import compare as run_it
+    from hpo.study import Inputs
+
+    run_it((run_a, run_b), Inputs(**words), console())
+
+
 @main.group()
 def export() -> None:
     """Settings for other tools."""
@@ -285,6 +338,58 @@ def demo(subject: str, folder: Path) -> None:
     write_subject(subject, folder)
     place = shlex.quote(clean_text(str(folder)))
     click.echo(f"{subject} written; next: hpo search --base mini-sd15 --data {place} --trials 12")
+
+
+@dataset.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--for",
+    "base",
+    type=click.Choice(["sd15", "sdxl", "mini-sd15", "mini-sdxl"]),
+    default="sd15",
+    show_default=True,
+    help="What will be trained: decides size and tokens.",
+)
+@click.option("--trigger", help="The subject's trigger word. Unset: from the folder's name.")
+@click.option("--class", "class_word", help="What the subject is. Unset: from the folder's name.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A setting that training will have.")
+@click.option("--json", "as_json", is_flag=True, help="The same for scripts, with every file.")
+def check(folder: Path, **words: Any) -> None:
+    """Look for everything in DIR that would stop a training or spoil its result, and say what to do.
+
+    Ends with 0 if DIR can be trained on, with 3 if not."""
+    calm_libraries()
+    from hpo.datasetcmd import Request
+    from hpo.datasetcmd import check as run
+
+    run(Request(folder, **words), console(), click.echo)
+
+
+@dataset.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="OUT")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="How often an epoch shows each image.",
+)
+@click.option("--name", required=True, help="The trigger word: one word that the base does not know.")
+@click.option("--class", "class_word", help="What the subject is: girl, style, vase …")
+@click.option(
+    "--held-out",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Images set apart in held_out/: never trained on, they judge the result.",
+)
+@click.option("--skip-corrupt", is_flag=True, help="Leave out images that cannot be read.")
+def prepare(source: Path, folder: Path, **words: Any) -> None:
+    """Copy the images and captions of SRC into OUT as kohya's tools want them: OUT/10_name class/."""
+    from hpo.datasetcmd import prepare as run
+
+    run(source, folder, echo=click.echo, **words)
 
 
 def console() -> Console:

@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from trainer.cache import Prepared
 
 DATASET_KEY = "lora_hpo_dataset"  # Dataset.content_hash in a LoRA's metadata
-KIND = {"sd15": "SD1.5", "sdxl": "SDXL"}  # family → how Setting.only names it
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
         raise machine_error(error, folder.root) from error
     with _alone(folder):
         sweep_tree(folder.root)
-        base = _load_base(config, device, view.say)
+        base = _load_base(config, data, device, view.say)
         write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
         with Stop(view.on_ask) as stop, view, _board(config, folder) as board:
             keeper = Keeper(folder, config, base, data, prompts, view.say)
@@ -191,10 +190,11 @@ def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder)
     return cache.prepare(base, replace(data, items=items, held_out=()), plain, folder.cache)
 
 
-def _load_base(config: TrainConfig, device: str | None, say: Callable[[str], None]) -> Base:
-    """The base on its device; settings that its family does not have are refused or said."""
+def _load_base(config: TrainConfig, data: Dataset, device: str | None, say: Callable[[str], None]) -> Base:
+    """The base on its device; what it does not have is refused or said."""
     import torch
 
+    from trainer import preflight
     from trainer.bases.base import compute_type
     from trainer.bases.load import load_base
 
@@ -208,18 +208,9 @@ def _load_base(config: TrainConfig, device: str | None, say: Callable[[str], Non
         dtype=compute_type(config.mixed_precision, device),
         no_half_vae=config.no_half_vae,
     )
-    usual = TrainConfig().as_dict()
-    for name, facts in SETTINGS.items():
-        value = getattr(config, name)
-        if facts.only and facts.only != KIND[base.family] and value != usual[name]:
-            if name == "clip_skip":
-                say(
-                    f"clip_skip = {value} has no effect: SDXL always reads the second last layer, as in sd-scripts"
-                )
-                continue
-            raise ConfigError(
-                f"{name} is for {facts.only}, and {base.name} is {KIND[base.family]}", f"leave {name} out"
-            )
+    preflight.check(base, config)
+    for note in preflight.notes(base, config, data):
+        say(f"note: {note}")
     return base
 
 

@@ -149,14 +149,14 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     data, held_out = split_references(data, 0 if inputs.references else None)
     paths = [item.path for item in held_out.items]
     if inputs.references:
-        paths = _reference_paths(inputs.references, data)
+        paths = reference_paths(inputs.references, data)
     require_references(len(paths))
     scorer_spec = inputs.clip or study.study.clip or embed.default_scorer(inputs.base)
     likeness_spec = study.study.likeness or embed.default_likeness(inputs.base)
     embed.check_scorer(scorer_spec)
     embed.check_likeness(likeness_spec)
     SampleConfig(**study.sample_values())
-    _prompts(inputs, study, data, count_tokens=lambda text: 0)
+    prompt_sets(inputs, study, data, count_tokens=lambda text: 0)
     # Up to here everything is cheap; a base can be a download of gigabytes.
     dtype = compute_type(train.mixed_precision, device)
     base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae)
@@ -172,7 +172,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         preflight.check(base, config)
     for note in preflight.notes(base, train, data):
         say(note)
-    chosen, confirmation = _prompts(inputs, study, data, base.token_count)
+    chosen, confirmation = prompt_sets(inputs, study, data, base.token_count)
     for note in chosen.notes:
         say(note)
     scorer = embed.load_scorer(scorer_spec, device)
@@ -217,7 +217,7 @@ def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:
     return folder.data
 
 
-def _prompts(
+def prompt_sets(
     inputs: Inputs, study: StudyConfig, data: Dataset, count_tokens: CountTokens
 ) -> tuple[PromptSet, PromptSet | None]:
     """The search set and the disjoint confirmation set (None if a hand-written set needs no class word)."""
@@ -244,7 +244,7 @@ def _prompts(
     return chosen, confirmation
 
 
-def _reference_paths(folder: Path, data: Dataset) -> list[Path]:
+def reference_paths(folder: Path, data: Dataset) -> list[Path]:
     """The images of --references, each of them sound.
 
     None may be trained on: likeness would be memory.

@@ -22,6 +22,7 @@ from trainer.bases.base import Base
 from trainer.blockrates import BlockRates, block_rates
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged
+from trainer.fp8 import weight_of
 from trainer.kinds import KINDS, NAME, Kind, kernel_size
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -148,7 +149,7 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
         for ending, value in KINDS[target.kind].start(layer, target.rank, generator).items():
             weights[f"{target.key}.{ending}"] = value
         if target.kind == "DoRA":
-            weights[f"{target.key}.{MAGNITUDE}"] = column_norm(layer.weight.detach())
+            weights[f"{target.key}.{MAGNITUDE}"] = column_norm(weight_of(layer))
     dropout = Dropout(config.network_dropout, config.rank_dropout, config.module_dropout)
     return Adapter(base, targets, weights, dropout=dropout)
 
@@ -348,7 +349,7 @@ def _attach_magnitude(layer: Layer) -> None:
 
     def scale() -> Tensor:
         with torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
-            weight = base_layer.weight.detach().float()
+            weight = weight_of(base_layer).float()
             merged = weight + layer.delta().reshape(weight.shape)
             norm = column_norm(merged) if per_input else row_norm(merged)
         return magnitude / norm.clamp(min=torch.finfo(torch.float32).eps)

@@ -35,7 +35,7 @@ def read_captions(
     """
     if not _EXTENSION.fullmatch(extension):
         raise ConfigError(f"caption_extension = {clean_text(extension)!r} is no file ending", "write .txt")
-    found = {path: _caption_file(path, extension) for path in images}
+    found = {path: caption_file(path, extension) for path in images}
     missing = [path for path, file in found.items() if file is None]
     if missing and not instead:
         what = (
@@ -49,7 +49,7 @@ def read_captions(
         if file is None:
             continue
         check_inside(file, root)
-        lines = [line.strip() for line in _read_text(file).splitlines()]
+        lines = [line.strip() for line in read_text(file).splitlines()]
         lines = [line for line in lines if line]
         if not lines:
             empty.append(file)
@@ -69,7 +69,7 @@ def read_captions(
     return captions, notes
 
 
-def _caption_file(image: Path, extension: str) -> Path | None:
+def caption_file(image: Path, extension: str) -> Path | None:
     """The caption beside an image: ``name.txt``, or ``name.png.txt``."""
     for candidate in (image.with_suffix(extension), image.with_name(image.name + extension)):
         if candidate.is_file():
@@ -79,12 +79,12 @@ def _caption_file(image: Path, extension: str) -> Path | None:
 
 def _other_extension_hint(missing: Sequence[Path], extension: str) -> str:
     for other in (".txt", ".caption"):
-        if other != extension and any(_caption_file(path, other) for path in missing):
+        if other != extension and any(caption_file(path, other) for path in missing):
             return f'there are {other} files: set caption_extension = "{other}"'
     return f"put a {extension} file with the same name beside each image"
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     try:
         size_bytes = file.stat().st_size
         if size_bytes > MAX_CAPTION_BYTES:

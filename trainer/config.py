@@ -166,7 +166,9 @@ class TrainConfig:
     network_alpha: float = setting(
         16.0, "the LoRA is scaled by alpha / dim", low=0, high=4096, low_is_excluded=True
     )
-    network_dropout: float = setting(0.0, "share of rank channels dropped after lora_down", low=0, high=0.95)
+    network_dropout: float = setting(
+        0.0, "share of the values after lora_down that are dropped, each by itself", low=0, high=0.95
+    )
     rank_dropout: float = setting(0.0, "share of ranks dropped, the rest scaled up", low=0, high=0.95)
     module_dropout: float = setting(0.0, "chance of a module to be left out of a step", low=0, high=0.95)
     scale_weight_norms: float | None = setting(
@@ -249,10 +251,27 @@ class TrainConfig:
     cpu_offload_checkpointing: bool = setting(
         False, "with gradient_checkpointing: what it keeps between forward and backward waits in RAM"
     )
-    full_bf16: bool = setting(False, "the adapter and its gradients in bf16 too: less memory, less exact")
+    full_bf16: bool = setting(
+        False, "the adapter and its gradients in bf16 too, rounded stochastically: less memory, less exact"
+    )
     fp8_base: bool = setting(
         False, "the base's frozen weights as scaled fp8 numbers: half the memory of bf16, less exact"
     )
+    micro_batch_size: int | None = setting(
+        None,
+        "images computed at once; the rest of a batch is accumulated: less memory, same result; unset all",
+        low=1,
+        high=1024,
+    )
+    text_encoder_frozen: bool = setting(
+        False, "keep the text encoders' part of the LoRA as it is: set by a run that ran out of memory"
+    )
+    cpu_offload: bool = setting(
+        False,
+        "the optimizer's state, and text encoders that are not trained, stay in the computer's memory: slower",
+    )
+    opt_channels_last: bool = setting(False, "channels-last memory layout in the U-Net: faster convolutions")
+    torch_compile: bool = setting(False, "compile the U-Net's transformer blocks; the first steps are slow")
     cache_latents_to_disk: bool = setting(True, "keep encoded images on disk for later runs")
     vae_batch_size: int = setting(4, "images encoded at once", low=1, high=256)
 
@@ -352,6 +371,11 @@ class TrainConfig:
             "set conditioning_data_dir to a folder of masks, or alpha_mask = true for transparent images",
         )
         yield (
+            self.text_encoder_frozen and not self.trains_unet,
+            "text_encoder_frozen leaves nothing to train: the U-Net's rate is 0",
+            "leave it out",
+        )
+        yield (
             not self.caption_separator,
             "caption_separator is empty",
             'use ","',
@@ -404,6 +428,21 @@ class TrainConfig:
     @property
     def trains_text_encoder(self) -> bool:
         return max(self.effective_text_encoder_lrs) > 0
+
+    @property
+    def updates_text_encoder(self) -> bool:
+        """Whether text encoders get gradients: they have a LoRA, and it is not kept as it is."""
+        return self.trains_text_encoder and not self.text_encoder_frozen
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Images of one optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def images_at_once(self) -> int:
+        """Images in one forward pass."""
+        return min(self.train_batch_size, self.micro_batch_size or self.train_batch_size)
 
     @property
     def first_timestep(self) -> int:

@@ -41,7 +41,8 @@ MAX_REFERENCES = 8
 REFERENCE_SHARE = 0.2
 MAX_REPEATS = 10_000  # assumed: more is a year or a serial number in a folder's name
 _READERS = 4  # threads that decode; each holds one image
-_KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
+KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
+Facts = tuple[int, int, str]  # of an image: width in px, height in px, sha256 of the file
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,14 @@ def read_dataset(
     trigger: str | None = None,
     class_word: str | None = None,
     default_repeats: int = 1,
+    known: Mapping[Path, Facts] | None = None,
 ) -> Dataset:
     """Read and check a dataset: kohya's layout, one ``N_trigger class`` folder, or plain images with
     captions; and the regularisation images of reg_data_dir.
 
     Every image is decoded once and every caption read, so that nothing can fail later.  ``trigger`` and
-    ``class_word`` replace what folder names say; ``default_repeats`` is for plain folders.  Raises DataError.
+    ``class_word`` replace what folder names say; ``default_repeats`` is for plain folders; images in
+    ``known`` were decoded already.  Raises DataError.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -134,7 +137,7 @@ def read_dataset(
             parts, notes = parts + reg_parts, notes + reg_notes
     except OSError as error:
         raise DataError(f"cannot read {shown(root)}: {error.strerror}", "check its permissions") from error
-    found = assemble(root, parts, notes, config, held_paths)
+    found = assemble(root, parts, notes, config, held_paths, known=known)
     return replace(
         found,
         trigger=trigger if trigger is not None else found.trigger,
@@ -148,6 +151,8 @@ def assemble(
     notes: Sequence[str],
     config: TrainConfig,
     held_paths: Sequence[Path] = (),
+    *,
+    known: Mapping[Path, Facts] | None = None,
 ) -> Dataset:
     """The dataset of some folders: captions and masks found, every image decoded."""
     jobs = [(path, part) for part in parts for path in part.images]
@@ -160,7 +165,8 @@ def assemble(
         captions |= {(path, other): texts[path] for path, other in jobs if path in texts}
         said += more
     with ThreadPoolExecutor(_READERS) as pool:
-        facts = list(pool.map(_image_facts, [path for path, _ in jobs] + list(held_paths)))
+        paths = [path for path, _ in jobs] + list(held_paths)
+        facts = list(pool.map(lambda path: (known or {}).get(path) or _image_facts(path), paths))
     items = tuple(
         Item(
             path, captions[path, part], part.repeats, *fact, part.own, part.is_reg, _mask(path, part, config)
@@ -260,9 +266,9 @@ def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
 
 def parts_of(root: Path, default_repeats: int) -> tuple[list[Part], list[str]]:
     """The folders to train on, and notes about what is left out."""
-    name = _KOHYA_FOLDER.fullmatch(root.resolve().name)
+    name = KOHYA_FOLDER.fullmatch(root.resolve().name)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    named = [(path, match) for path in folders if (match := _KOHYA_FOLDER.fullmatch(path.name))]
+    named = [(path, match) for path in folders if (match := KOHYA_FOLDER.fullmatch(path.name))]
     loose = images_in(root, root)
     notes = []
     if named:
@@ -275,9 +281,7 @@ def parts_of(root: Path, default_repeats: int) -> tuple[list[Part], list[str]]:
                 parts.append(_kohya_part(path, match, images))
         if loose:
             notes.append(f"{len(loose)} images directly in {shown(root)} are left out, as kohya does")
-        others = [
-            path for path in folders if not _KOHYA_FOLDER.fullmatch(path.name) and path.name != HELD_OUT
-        ]
+        others = [path for path in folders if not KOHYA_FOLDER.fullmatch(path.name) and path.name != HELD_OUT]
         notes += [
             f"{shown(path)} is left out: its name has no repeats in front, like 10_name" for path in others
         ]
@@ -302,10 +306,13 @@ def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Part:
         raise DataError(
             f"the folder name {shown(folder)} means 0 repeats", f"rename it, for example to 10_{match[2]}"
         )
-    words = clean_text(match[2]).split(maxsplit=1)
-    return Part(
-        tuple(images), repeats, words[0] if words else None, words[1].strip() if len(words) > 1 else None
-    )
+    return Part(tuple(images), repeats, *subject_of(match[2]))
+
+
+def subject_of(name: str) -> tuple[str | None, str | None]:
+    """Trigger and class word in what follows ``10_``."""
+    words = clean_text(name).split(maxsplit=1)
+    return words[0] if words else None, words[1].strip() if len(words) > 1 else None
 
 
 def images_in(folder: Path, root: Path) -> list[Path]:
@@ -326,7 +333,7 @@ def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
     hint = f"images end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
     for path in folders:
         children = [child for child in path.iterdir() if not child.name.startswith(".")]
-        if any(child.is_dir() and _KOHYA_FOLDER.fullmatch(child.name) for child in children):
+        if any(child.is_dir() and KOHYA_FOLDER.fullmatch(child.name) for child in children):
             hint = f"did you mean {shown(path)}, which has folders like 10_name?"
         elif path.name != HELD_OUT and any(child.suffix.lower() in IMAGE_EXTENSIONS for child in children):
             hint = f"give {shown(path)} itself, or rename it to 10_{shown(path.name)}"
@@ -335,15 +342,16 @@ def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
 
 def _subject(parts: Sequence[Part]) -> tuple[str | None, str | None]:
     """Trigger and class word, each where all folders agree on it."""
-    triggers = {part.trigger for part in parts}
-    classes = {part.class_word for part in parts}
-    return (
-        next(iter(triggers)) if len(triggers) == 1 else None,
-        next(iter(classes)) if len(classes) == 1 else None,
-    )
+    return common([part.trigger for part in parts]), common([part.class_word for part in parts])
 
 
-def _image_facts(path: Path) -> tuple[int, int, str]:
+def common(words: Iterable[str | None]) -> str | None:
+    """The word that all agree on."""
+    distinct = set(words)
+    return next(iter(distinct)) if len(distinct) == 1 else None
+
+
+def _image_facts(path: Path) -> Facts:
     """Width, height and sha256 of an image, which is decoded completely."""
     picture = read_picture(path)
     return *picture.size_px, picture.sha256

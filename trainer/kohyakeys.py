@@ -55,7 +55,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "wandb_api_key log_config console_log_level console_log_file console_log_simple",
     ),
     "it changes speed or memory, not the result": (
-        "max_data_loader_n_workers persistent_data_loader_workers lowram highvram torch_compile",
+        "max_data_loader_n_workers persistent_data_loader_workers lowram highvram",
         "dynamo_backend ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph",
         "disable_mmap_load_safetensors tokenizer_cache_dir skip_cache_check cache_info",
         "text_encoder_batch_size deepspeed zero_stage sdpa",
@@ -181,6 +181,10 @@ OURS_ALONE = frozenset(
         "network_type",
         "text_encoder_lr1",
         "text_encoder_lr2",
+        "micro_batch_size",
+        "text_encoder_frozen",
+        "opt_channels_last",
+        "cpu_offload",
         "checkpoint_blocks",
     }
 )

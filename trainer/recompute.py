@@ -35,7 +35,7 @@ def recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
     if not config.gradient_checkpointing:
         yield
         return
-    encoders = base.text_encoders if config.trains_text_encoder else []
+    encoders = base.text_encoders if config.updates_text_encoder else []
     # transformers' own switch leaves a hook on the embeddings behind, so its layers are switched one by one
     layers = [
         m for encoder in encoders for m in encoder.modules() if isinstance(m, GradientCheckpointingLayer)

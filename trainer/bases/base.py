@@ -111,7 +111,13 @@ class Base(ABC):
     @property
     def latent_scale(self) -> float:
         """Latents are multiplied by this before noise is added (0.18215 for SD1.5, 0.13025 for SDXL)."""
-        return float(self.vae.config.scaling_factor)
+        value = self.vae.config.scaling_factor
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelFileError(
+                f"vae/config.json: scaling_factor = {str(value)[:80]} is no factor of latents",
+                "the configuration is damaged: get the model again",
+            )
+        return float(value)
 
     @property
     def latent_factor_px(self) -> int:

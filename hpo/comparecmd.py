@@ -1,0 +1,218 @@
+"""``hpo compare``: two runs on the same prompts, each base's untrained pictures beside its LoRA's.
+
+Owns which file of a run is compared, the tables, compare.json and the contact sheet.  What is computed is
+``evaluation.compare``'s, how a LoRA is scored ``hpo.judge``'s.  One base is loaded at a time.
+
+    RUN_B's name.run/evaluation/compare/<A>-<hash>/     compare.json, sheet.png
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpo.evaluatecmd import CONFIRMATION, View, alone
+from hpo.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
+from hpo.stop import Stop
+from hpo.study import Inputs
+from trainer.errors import ToolError
+from trainer.files import clean_text, machine_error, sha256_file, write_atomic
+from trainer.tensorfile import read_header
+
+if TYPE_CHECKING:
+    from evaluation.compare import Comparison, Side
+    from evaluation.images import SampledImage
+    from evaluation.prompts import PromptSet
+    from evaluation.score import Difference
+    from hpo.judge import Judge
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One side: its scores and the pictures that the sheet shows."""
+
+    side: Side
+    base: str
+    base_identity: str
+    size: str
+    untrained: list[SampledImage]
+    images: list[SampledImage]
+
+
+def compare(paths: tuple[Path, Path], inputs: Inputs, console: Console) -> Path:
+    """Compare two runs; returns the folder with compare.json and sheet.png."""
+    view = View(console)
+    runs = find_run(paths[0]), find_run(paths[1])
+    files = _file(paths[0], runs[0]), _file(paths[1], runs[1])
+    from hpo import judge as judges  # loads torch
+
+    with Stop(view.on_ask) as stop:
+        view.should_stop = stop
+        first = judges.load(runs[0], inputs, view.say)
+        prompts = first.confirmation or first.prompts
+        view.say(
+            f"{files[0].path.name} against {files[1].path.name}: {prompts.image_count} images each "
+            f"({len(prompts.prompts)} prompts × {len(prompts.seeds)} seeds), {first.scorer.name}"
+        )
+        a = _measure(runs[0], files[0], first, prompts, view)
+        first.free()
+        # the second side's own folder, base and trigger are its own; what judges is the first's
+        second = judges.load(runs[1], replace(inputs, base="", data=None), view.say, like=first)
+        b = _measure(runs[1], files[1], second, prompts, view)
+        second.free()
+    from evaluation.compare import compare as difference
+
+    found = difference(a.side, b.side)
+    folder = runs[1].evaluation / "compare" / f"{files[0].name}-{sha256_file(files[0].path)[:8]}"
+    _write(folder, files, prompts, (a, b), found)
+    _show(view, files, (a, b), found)
+    view.say(f"figures: {folder / 'compare.json'}; pictures side by side: {folder / 'sheet.png'}")
+    return folder
+
+
+def _file(path: Path, run: RunFiles) -> Checkpoint:
+    """The file that is compared: the one that was named, else the marked one, else the newest."""
+    named = one_file(path)
+    if named is not None:
+        return named
+    if is_mark(run.mark):
+        source = read_header(run.mark).metadata[MARK_KEY]
+        marked = [c for c in run.checkpoints if c.path.name == source]
+        if marked:
+            return marked[0]
+    return run.checkpoints[-1]
+
+
+def _measure(run: RunFiles, file: Checkpoint, judge: Judge, prompts: PromptSet, view: View) -> Measured:
+    from evaluation.compare import Side
+
+    try:
+        judge.check(file.path)
+        with alone(run):
+            with view.drawing(f"untrained {judge.base.name}") as on_image:
+                anchors = judge.anchors(prompts, run.evaluation, on_image)
+            folder = run.evaluation / file.name / _set_name(judge, prompts)
+            with view.drawing(file.name) as on_image:
+                score = judge.score(file.path, prompts, anchors, folder, on_image)
+            untrained = judge.untrained_images(prompts, run.evaluation)
+            images = judge.images(file.path, prompts, folder)
+    except BaseException:
+        judge.free()
+        raise
+    for problem in anchors.problems:
+        view.say(f"warning: {judge.base.name}: {problem}")
+    size = f"{judge.sampling.width_px}×{judge.sampling.height_px} px"
+    return Measured(
+        Side(score, replace(anchors, untouched=())),
+        judge.base.name,
+        judge.base.identity,
+        size,
+        untrained,
+        images,
+    )
+
+
+def _set_name(judge: Judge, prompts: PromptSet) -> str:
+    """Pictures that ``hpo evaluate`` drew are taken over; others have a folder of their own."""
+    return CONFIRMATION if prompts is judge.confirmation else f"compare-{prompts.hash[:8]}"
+
+
+def _write(
+    folder: Path,
+    files: tuple[Checkpoint, Checkpoint],
+    prompts: PromptSet,
+    sides: tuple[Measured, Measured],
+    found: Comparison,
+) -> None:
+    import numpy as np
+
+    from evaluation.images import png_bytes
+    from evaluation.pictures import Column, contact_sheet
+
+    columns = []
+    for side, file in zip(sides, files, strict=True):
+        columns += [
+            Column(f"{side.base}, untrained", side.untrained),
+            Column(f"{side.base}, {file.name}", side.images),
+        ]
+    sheet = contact_sheet(columns, prompts, prompts.seeds[0])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise machine_error(error, folder) from error
+    write_atomic(folder / "compare.json", json.dumps(_values(files, prompts, sides, found), indent=1))
+    write_atomic(folder / "sheet.png", png_bytes(np.asarray(sheet)))
+
+
+def _values(
+    files: tuple[Checkpoint, Checkpoint],
+    prompts: PromptSet,
+    sides: tuple[Measured, Measured],
+    found: Comparison,
+) -> dict[str, Any]:
+    def one(file: Checkpoint, measured: Measured) -> dict[str, Any]:
+        score = measured.side.score.as_dict()
+        score.pop("per_image")
+        base = {"name": measured.base, "identity": measured.base_identity}
+        return {"file": file.path.name, "sha256": sha256_file(file.path), "base": base, "score": score}
+
+    return {
+        "a": one(files[0], sides[0]),
+        "b": one(files[1], sides[1]),
+        "prompts": prompts.hash,
+        "paired_by": "prompt",
+        "anchored_b_minus_a": {name: asdict(value) for name, value in found.anchored.items()},
+        "cosines": {
+            row: {name: asdict(value) for name, value in values.items()}
+            for row, values in found.cosines.items()
+        },
+    }
+
+
+def _show(
+    view: View,
+    files: tuple[Checkpoint, Checkpoint],
+    sides: tuple[Measured, Measured],
+    found: Comparison,
+) -> None:
+    from evaluation.compare import ANCHORED, COSINES, told_apart
+
+    for letter, file, side in zip("AB", files, sides, strict=True):
+        view.say(f"{letter}: {file.path.name} on {side.base}, {side.size}")
+    table = _table("anchored on its own base", "A", "B", "B − A", "95 %")
+    a, b = (side.side.score for side in sides)
+    fields = {"prompt following": "prompt_following", "likeness": "likeness", "score": "value"}
+    for name in ANCHORED:
+        value, low_high = found.anchored[name], _interval(found.anchored[name])
+        pair = [f"{getattr(s, fields[name]):.3f}" for s in (a, b)]
+        table.add_row(*map(Text, (name, *pair, f"{value.mean:+.3f}", low_high)))
+    view.table(table)
+    table = _table("raw cosines", "prompt following", "95 %", "likeness", "95 %")
+    for row, values in found.cosines.items():
+        cells = [c for name in COSINES for c in (f"{values[name].mean:+.4f}", _interval(values[name], 4))]
+        table.add_row(*map(Text, (row, *cells)))
+    view.table(table)
+    score = found.anchored["score"]
+    if told_apart(score):
+        better = "B" if score.mean > 0 else "A"
+        view.say(f"the adapter of {better} does more for its own base than the other's, beyond chance")
+    else:
+        view.say("on the scale of its own base neither LoRA can be told to be better with these prompts")
+
+
+def _table(title: str, *names: str) -> Table:
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column(title, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _interval(value: Difference, digits: int = 3) -> str:
+    return f"{value.low:+.{digits}f} … {value.high:+.{digits}f}"
