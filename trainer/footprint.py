@@ -107,7 +107,9 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     adapter = [element * _count(shape) for shape in shapes]
     base = base_bytes(config, facts)
     state = [optimizer_bytes(config.optimizer_type, shape, element) for shape in shapes]
-    replay = _replay(found, dim, conv_dim, base, adapter, state, config.gradient_accumulation_steps > 1)
+    if config.cpu_offload:
+        state = []
+    replay = _replay(found, dim, conv_dim, base, adapter, state, accumulates(config))
     parts = {
         **{f"base: {name}": size for name, size in base.items()},
         "adapter": sum(adapter),
@@ -121,10 +123,15 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     reserved = replay.reserved + CUBLAS_BYTES
     peak = reserved + CUDA_CONTEXT_BYTES
     parts["rounding and fragmentation"] = peak - sum(parts.values())
-    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket, config.train_batch_size)
+    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket, config.images_at_once)
 
 
 # What is on the card beside the step
+
+
+def accumulates(config: TrainConfig) -> bool:
+    """Whether gradients wait for those of another micro-batch."""
+    return config.gradient_accumulation_steps > 1 or config.images_at_once < config.train_batch_size
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -146,13 +153,13 @@ def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
 def text_encoders_stay(config: TrainConfig) -> bool:
     """Whether captions are encoded in every step: a text encoder is trained, or captions vary each time."""
     varied = config.shuffle_caption or config.caption_tag_dropout_rate > 0 or config.enable_wildcard
-    return config.trains_text_encoder or varied
+    return config.trains_text_encoder or (varied and not config.cpu_offload)
 
 
 def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
-    """A weight's bytes; fp8 holds matrices and kernels as one byte each and one fp32 scale."""
+    """A weight's bytes; in 8 bits matrices and kernels have one fp32 scale an output (``trainer.fp8``)."""
     if is_fp8 and len(tensor) >= 2:
-        return _count(tensor) + 4
+        return _count(tensor) + 4 * tensor[0]
     return element * _count(tensor)
 
 
@@ -216,7 +223,7 @@ def _replay(
     base: Mapping[str, int],
     adapter: list[int],
     state: list[int],
-    accumulates: bool,
+    is_accumulated: bool,
 ) -> _Replay:
     """Two steps through the allocator: the optimizer's state comes after the first.  With accumulation the
     gradients of the micro-batch before are there, and new ones go once they are added."""
@@ -228,11 +235,13 @@ def _replay(
     highest = 0
     gradients: list[int] = []
     for step in range(2):
-        if accumulates:
+        if is_accumulated:
             gradients = [
                 allocator.allocate(s) for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient
             ]
-        kept = sum(s for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient) if accumulates else 0
+        kept = (
+            sum(s for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient) if is_accumulated else 0
+        )
         live = {"activations": 0, "gradients": kept, "workspace": 0}
         handles: dict[int, int] = {}
         for event in found.events:
@@ -244,7 +253,7 @@ def _replay(
                 live[part] += sizes[number]
                 if step and allocator.allocated > highest:
                     highest, peak = allocator.allocated, dict(live)
-                if not (accumulates and block.is_gradient):
+                if not (is_accumulated and block.is_gradient):
                     continue
             if number in handles:
                 allocator.free(handles.pop(number))
@@ -262,9 +271,10 @@ def _replay(
 
 _DECIDES_A_TRACE = (
     "network_type",
-    "train_batch_size",
     "gradient_checkpointing",
     "full_bf16",
+    "fp8_base",
+    "text_encoder_frozen",
     "clip_skip",
     "down_lr_weight",
     "mid_lr_weight",
@@ -284,6 +294,7 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
     values = {name: getattr(config, name) for name in _DECIDES_A_TRACE}
     first, second = config.effective_text_encoder_lrs
     values |= {
+        "train_batch_size": config.images_at_once,
         "unet_lr": float(config.trains_unet),
         "text_encoder_lr1": float(first > 0),
         "text_encoder_lr2": float(second > 0),
@@ -295,10 +306,22 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
     return TrainConfig(**values, **ranks)
 
 
+# Settings that leave an injected adapter as it is, at one value.
+_SAME_ADAPTER = {
+    "train_batch_size": 1,
+    "gradient_checkpointing": False,
+    "checkpoint_blocks": None,
+    "full_bf16": False,
+    "fp8_base": False,
+    "mixed_precision": "auto",
+    "max_token_length": None,
+    "clip_skip": None,
+}
+
+
 @lru_cache(maxsize=64)
 def _trace(facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int]) -> tracing.Trace:
-    kind = config.with_values({"train_batch_size": 1, "gradient_checkpointing": False, "full_bf16": False})
-    it = _subject(facts, kind.with_values({"checkpoint_blocks": None, "mixed_precision": "auto"}))
+    it = _subject(facts, config.with_values(_SAME_ADAPTER))
     compute = compute_dtype(config)
     for module in it.base.components().values():
         for parameter in module.parameters():

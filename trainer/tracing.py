@@ -123,15 +123,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Any, recorder: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Any, recorder: Any, is_fp8: bool
     ) -> Tensor:
-        ctx.recorder, ctx.x_shape = recorder, x.shape
+        ctx.recorder, ctx.x_shape, ctx.is_fp8 = recorder, x.shape, is_fp8
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
             x if needs_weight else None, weight if needs_x else None, bias if needs_bias else None
         )
         ctx.weight_shape = weight.shape
+        wide = _widened(weight, recorder) if is_fp8 else None
         out = x.new_empty(shape)
+        del wide
         if weight.dim() == 4:
             ctx.transposed = 2 * (x.numel() + out.numel() + weight.numel())
             recorder.workspace(ctx.transposed)
@@ -139,17 +141,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _x, _weight, bias = ctx.saved_tensors
+        _x, weight, bias = ctx.saved_tensors
+        wide = _widened(weight, ctx.recorder) if ctx.is_fp8 else None
         if len(ctx.weight_shape) == 4:
             ctx.recorder.workspace(ctx.transposed)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        return (
+        gradients = (
             grad.new_empty(ctx.x_shape) if needs_x else None,
             grad.new_empty(ctx.weight_shape) if needs_weight else None,
             grad.new_empty(bias.shape) if needs_bias else None,
-            None,
-            None,
         )
+        del wide
+        return *gradients, None, None, None
+
+
+def _widened(weight: Tensor, recorder: Recorder) -> Tensor:
+    """An 8-bit weight for one use: twice in fp32 on the way (``trainer.fp8.widened``)."""
+    recorder.workspace(8 * weight.numel())
+    return weight.new_empty(weight.shape)
 
 
 class _Norm(torch.autograd.Function):
@@ -185,10 +194,11 @@ class _Attention(torch.autograd.Function):
 
 
 class _Kernels:
-    """The replaced functions.  ``low``: the autocast type, or None where everything is fp32."""
+    """The replaced functions.  ``low``: the autocast type, or None where everything is fp32.  ``fp8``: ids of
+    weights that are kept in 8 bits."""
 
-    def __init__(self, recorder: Recorder, low: torch.dtype | None) -> None:
-        self.recorder, self.low = recorder, low
+    def __init__(self, recorder: Recorder, low: torch.dtype | None, fp8: frozenset[int]) -> None:
+        self.recorder, self.low, self.fp8 = recorder, low, fp8
         self.casts: dict[int, Tensor] | None = {}  # autocast keeps casts of trained weights until it ends
 
     def patches(self) -> Iterator[tuple[str, Callable[..., Tensor]]]:
@@ -209,8 +219,7 @@ class _Kernels:
         return tensor.to(self.low)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        shape = (*x.shape[:-1], weight.shape[0])
-        return _Product.apply(self._low(x), self._low(weight), self._low(bias), shape, self.recorder)
+        return self._product(x, weight, bias, (*x.shape[:-1], weight.shape[0]))
 
     def conv2d(
         self,
@@ -227,7 +236,12 @@ class _Kernels:
             for n, (side, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True))
         ]
         shape = (x.shape[0], weight.shape[0], *sides)
-        return _Product.apply(self._low(x), self._low(weight), self._low(bias), shape, self.recorder)
+        return self._product(x, weight, bias, shape)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Any) -> Tensor:
+        is_fp8 = id(weight) in self.fp8
+        x, weight, bias = self._low(x), self._low(weight), self._low(bias)
+        return _Product.apply(x, weight, bias, shape, self.recorder, is_fp8)
 
     def layer_norm(
         self,
@@ -301,7 +315,9 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     for module in base.modules():
         for tensor in (*module.parameters(), *module.buffers()):
             recorder.see(tensor, is_new=False)
-    kernels = _Kernels(recorder, None if compute == torch.float32 else compute)
+    matrices = [p for p in base.unet.parameters() if p.dim() > 1 and not p.requires_grad]
+    fp8 = frozenset(map(id, matrices)) if config.fp8_base else frozenset()
+    kernels = _Kernels(recorder, None if compute == torch.float32 else compute, fp8)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.device("meta"))
         for name, function in kernels.patches():
