@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +52,10 @@ class BaseFacts:
     def latent_factor_px(self) -> int:
         return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
 
+    @property
+    def native_resolution_px(self) -> int:
+        return int(self.config("unet")["sample_size"]) * self.latent_factor_px
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -62,7 +66,7 @@ class Footprint:
     allocated_bytes: int  # torch.cuda.max_memory_allocated
     reserved_bytes: int  # torch.cuda.max_memory_reserved
     bucket_px: tuple[int, int]
-    train_batch_size: int
+    images_at_once: int
 
 
 def base_facts(spec: str | Path) -> BaseFacts:
@@ -106,10 +110,22 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     shapes = [_at_rank(shape, dim, conv_dim) for shape in found.shapes]
     adapter = [element * _count(shape) for shape in shapes]
     base = base_bytes(config, facts)
-    state = [optimizer_bytes(config.optimizer_type, shape, element) for shape in shapes]
+    state = [optimizer_bytes(config.optimizer_type, shape) for shape in shapes]
     if config.cpu_offload:
         state = []
-    replay = _replay(found, dim, conv_dim, base, adapter, state, accumulates(config))
+    widened = [4 * _count(shape) for shape in shapes] if config.full_bf16 else []
+    replay = _replay(found, dim, conv_dim, base, adapter, state, accumulates(config), widened)
+    return _footprint(replay, base, adapter, state, bucket, config.images_at_once)
+
+
+def _footprint(
+    replay: _Replay,
+    base: Mapping[str, int],
+    adapter: list[int],
+    state: list[int],
+    bucket_px: tuple[int, int],
+    images_at_once: int,
+) -> Footprint:
     parts = {
         **{f"base: {name}": size for name, size in base.items()},
         "adapter": sum(adapter),
@@ -123,7 +139,19 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     reserved = replay.reserved + CUBLAS_BYTES
     peak = reserved + CUDA_CONTEXT_BYTES
     parts["rounding and fragmentation"] = peak - sum(parts.values())
-    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket, config.images_at_once)
+    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
+
+
+def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
+    """The same for training every weight of the U-Net itself in fp32, without an adapter.  Nothing here trains
+    so; it is shown beside what others measured."""
+    bucket = (config.resolution, config.resolution)
+    settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
+    found = _trace(facts, settings, bucket, is_full=True)
+    state = [optimizer_bytes(config.optimizer_type, shape) for shape in found.shapes]
+    weights = {"unet": 4 * sum(map(_count, found.shapes))}
+    replay = _replay(found, 1, 1, weights, [], state, accumulates(config))
+    return _footprint(replay, weights, [], state, bucket, config.images_at_once)
 
 
 # What is on the card beside the step
@@ -173,14 +201,14 @@ def _networks(facts: BaseFacts) -> dict[str, tuple[tuple[int, ...], ...]]:
     }
 
 
-def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...], element: int) -> int:
-    """Bytes of an optimizer's state for one trained tensor of ``element`` bytes a number."""
+def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an optimizer's state for one trained tensor; it sees fp32 weights, with full_bf16 too."""
     count = _count(shape)
     blocks = -(-count // BLOCK_ELEMENTS)
     small = count < MIN_8BIT_ELEMENTS
     match optimizer_type:
         case "AdamW8bit":
-            return 8 * count if small else 2 * (count + 4 * blocks)
+            return 2 * (4 * count if small else count + 4 * blocks)
         case "Lion8bit":
             return 4 * count if small else count + 4 * blocks
         case "Adafactor":
@@ -188,8 +216,8 @@ def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...], element: int) -
                 return 4 * count
             return 4 * (_count(shape[:-1]) + _count((*shape[:-2], shape[-1])))
         case "Prodigy":  # two moments, s and the starting point
-            return 4 * element * count
-    return 2 * element * count
+            return 16 * count
+    return 8 * count
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -224,9 +252,11 @@ def _replay(
     adapter: list[int],
     state: list[int],
     is_accumulated: bool,
+    widened: Sequence[int] = (),
 ) -> _Replay:
     """Two steps through the allocator: the optimizer's state comes after the first.  With accumulation the
-    gradients of the micro-batch before are there, and new ones go once they are added."""
+    gradients of the micro-batch before are there, and new ones go once they are added.  ``widened``: bytes
+    that the update adds while bf16 weights and gradients are fp32 (``trainer.optim``)."""
     allocator = CachingAllocator()
     sizes = [block.bytes_at(dim, conv_dim) for block in found.blocks]
     for size in (*base.values(), *adapter):
@@ -261,7 +291,10 @@ def _replay(
         if not step:
             for size in state:
                 allocator.allocate(size)
-        for handle in (*handles.values(), *gradients):
+        wide = [allocator.allocate(size) for size in widened]
+        if step and allocator.allocated > highest:
+            peak = {**live, "workspace": sum(widened)}
+        for handle in (*wide, *handles.values(), *gradients):
             allocator.free(handle)
     return _Replay(allocator.peak_allocated, allocator.reserved, **peak)
 
@@ -320,8 +353,10 @@ _SAME_ADAPTER = {
 
 
 @lru_cache(maxsize=64)
-def _trace(facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int]) -> tracing.Trace:
-    it = _subject(facts, config.with_values(_SAME_ADAPTER))
+def _trace(
+    facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int], *, is_full: bool = False
+) -> tracing.Trace:
+    it = _whole(facts) if is_full else _subject(facts, config.with_values(_SAME_ADAPTER))
     compute = compute_dtype(config)
     for module in it.base.components().values():
         for parameter in module.parameters():
@@ -332,6 +367,13 @@ def _trace(facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int]) ->
         return tracing.trace(it, config, bucket_px, compute)
     finally:
         gc.collect()
+
+
+@lru_cache(maxsize=1)
+def _whole(facts: BaseFacts) -> tracing.Subject:
+    base = meta_base(facts)
+    base.unet.requires_grad_(True)
+    return tracing.Subject(base, None)
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import adapter as adapters
@@ -280,10 +280,13 @@ def _axis(value: Any, axis: int) -> int:
 
 @dataclass
 class Subject:
-    """A base on the meta device with an adapter in it."""
+    """A base on the meta device with an adapter in it; without one the U-Net itself is trained."""
 
     base: Base
-    adapter: adapters.Adapter
+    adapter: adapters.Adapter | None
+
+    def trainable(self) -> list[nn.Parameter]:
+        return list(self.base.unet.parameters()) if self.adapter is None else self.adapter.trainable()
 
 
 def subject(base: Base, config: TrainConfig) -> Subject:
@@ -307,9 +310,10 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     base, batch = it.base, config.train_batch_size
     width_px, height_px = bucket_px
     kind = torch.bfloat16 if config.full_bf16 else torch.float32
-    parameters = it.adapter.trainable()
+    parameters = it.trainable()
     for parameter in parameters:
-        parameter.data = parameter.data.to(kind)
+        if parameter.dtype != kind and not (it.adapter and parameter.shape[0] == 1):  # DoRA's magnitudes stay
+            parameter.data = parameter.data.to(kind)
         parameter.grad = None
     recorder = Recorder()
     for module in base.modules():
@@ -325,7 +329,7 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
         stack.enter_context(mock.patch.object(adapters, "keyed_generator", lambda *_, **__: None))
         stack.enter_context(recorder)
         stack.enter_context(recomputing(base, config))
-        if config.network_dropout or config.rank_dropout:
+        if it.adapter is not None and (config.network_dropout or config.rank_dropout):
             it.adapter.apply_dropout(1)
         side = base.latent_factor_px
         noisy_BCHW = torch.empty(batch, base.unet.config.in_channels, height_px // side, width_px // side)
@@ -339,7 +343,8 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
         gradients = {
             recorder.known[p.grad.untyped_storage()._cdata] for p in parameters if p.grad is not None
         }
-    it.adapter.apply_dropout()
+    if it.adapter is not None:
+        it.adapter.apply_dropout()
     blocks = tuple(_block(*size, n in gradients) for n, size in enumerate(recorder.sizes))
     found = Trace(blocks, tuple(recorder.events), tuple(tuple(p.shape) for p in parameters))
     for parameter in parameters:
