@@ -192,6 +192,32 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
 
 
 @main.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False, metavar="[FILE]")
+@click.option(
+    "--base", metavar="BASE", help="sdxl, sd15, mini-sdxl, mini-sd15, a folder or a .safetensors file."
+)
+@click.option(
+    "--vram",
+    type=click.FloatRange(1, 1000),
+    default=16.0,
+    show_default=True,
+    metavar="GB",
+    help="Of the card.",
+)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A setting that wins over the file.")
+@click.option("--table", is_flag=True, help="Predict the users' table of SDXL trainings (minutes).")
+@click.option("--json", "as_json", is_flag=True, help="The same for scripts.")
+def plan(file: Path | None, **words: Any) -> None:
+    """Predict the peak GPU memory of training with FILE's settings, and what makes it fit. Needs no GPU, no
+    weights and no images."""
+    calm_libraries()
+    from hpo.plancmd import Request
+    from hpo.plancmd import plan as run
+
+    run(Request(file, **words), console(), click.echo)
+
+
+@main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--dataset",

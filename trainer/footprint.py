@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +52,10 @@ class BaseFacts:
     def latent_factor_px(self) -> int:
         return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
 
+    @property
+    def native_resolution_px(self) -> int:
+        return int(self.config("unet")["sample_size"]) * self.latent_factor_px
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -62,7 +66,7 @@ class Footprint:
     allocated_bytes: int  # torch.cuda.max_memory_allocated
     reserved_bytes: int  # torch.cuda.max_memory_reserved
     bucket_px: tuple[int, int]
-    train_batch_size: int
+    images_at_once: int
 
 
 def base_facts(spec: str | Path) -> BaseFacts:
@@ -106,8 +110,22 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     shapes = [_at_rank(shape, dim, conv_dim) for shape in found.shapes]
     adapter = [element * _count(shape) for shape in shapes]
     base = base_bytes(config, facts)
-    state = [optimizer_bytes(config.optimizer_type, shape, element) for shape in shapes]
-    replay = _replay(found, dim, conv_dim, base, adapter, state, config.gradient_accumulation_steps > 1)
+    state = [optimizer_bytes(config.optimizer_type, shape) for shape in shapes]
+    if config.cpu_offload:
+        state = []
+    widened = [4 * _count(shape) for shape in shapes] if config.full_bf16 else []
+    replay = _replay(found, dim, conv_dim, base, adapter, state, accumulates(config), widened)
+    return _footprint(replay, base, adapter, state, bucket, config.images_at_once)
+
+
+def _footprint(
+    replay: _Replay,
+    base: Mapping[str, int],
+    adapter: list[int],
+    state: list[int],
+    bucket_px: tuple[int, int],
+    images_at_once: int,
+) -> Footprint:
     parts = {
         **{f"base: {name}": size for name, size in base.items()},
         "adapter": sum(adapter),
@@ -121,10 +139,27 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     reserved = replay.reserved + CUBLAS_BYTES
     peak = reserved + CUDA_CONTEXT_BYTES
     parts["rounding and fragmentation"] = peak - sum(parts.values())
-    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket, config.train_batch_size)
+    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
+
+
+def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
+    """The same for training every weight of the U-Net itself in fp32, without an adapter.  Nothing here trains
+    so; it is shown beside what others measured."""
+    bucket = (config.resolution, config.resolution)
+    settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
+    found = _trace(facts, settings, bucket, is_full=True)
+    state = [optimizer_bytes(config.optimizer_type, shape) for shape in found.shapes]
+    weights = {"unet": 4 * sum(map(_count, found.shapes))}
+    replay = _replay(found, 1, 1, weights, [], state, accumulates(config))
+    return _footprint(replay, weights, [], state, bucket, config.images_at_once)
 
 
 # What is on the card beside the step
+
+
+def accumulates(config: TrainConfig) -> bool:
+    """Whether gradients wait for those of another micro-batch."""
+    return config.gradient_accumulation_steps > 1 or config.images_at_once < config.train_batch_size
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -146,13 +181,13 @@ def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
 def text_encoders_stay(config: TrainConfig) -> bool:
     """Whether captions are encoded in every step: a text encoder is trained, or captions vary each time."""
     varied = config.shuffle_caption or config.caption_tag_dropout_rate > 0 or config.enable_wildcard
-    return config.trains_text_encoder or varied
+    return config.trains_text_encoder or (varied and not config.cpu_offload)
 
 
 def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
-    """A weight's bytes; fp8 holds matrices and kernels as one byte each and one fp32 scale."""
+    """A weight's bytes; in 8 bits matrices and kernels have one fp32 scale an output (``trainer.fp8``)."""
     if is_fp8 and len(tensor) >= 2:
-        return _count(tensor) + 4
+        return _count(tensor) + 4 * tensor[0]
     return element * _count(tensor)
 
 
@@ -166,14 +201,14 @@ def _networks(facts: BaseFacts) -> dict[str, tuple[tuple[int, ...], ...]]:
     }
 
 
-def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...], element: int) -> int:
-    """Bytes of an optimizer's state for one trained tensor of ``element`` bytes a number."""
+def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an optimizer's state for one trained tensor; it sees fp32 weights, with full_bf16 too."""
     count = _count(shape)
     blocks = -(-count // BLOCK_ELEMENTS)
     small = count < MIN_8BIT_ELEMENTS
     match optimizer_type:
         case "AdamW8bit":
-            return 8 * count if small else 2 * (count + 4 * blocks)
+            return 2 * (4 * count if small else count + 4 * blocks)
         case "Lion8bit":
             return 4 * count if small else count + 4 * blocks
         case "Adafactor":
@@ -181,8 +216,8 @@ def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...], element: int) -
                 return 4 * count
             return 4 * (_count(shape[:-1]) + _count((*shape[:-2], shape[-1])))
         case "Prodigy":  # two moments, s and the starting point
-            return 4 * element * count
-    return 2 * element * count
+            return 16 * count
+    return 8 * count
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -216,10 +251,12 @@ def _replay(
     base: Mapping[str, int],
     adapter: list[int],
     state: list[int],
-    accumulates: bool,
+    is_accumulated: bool,
+    widened: Sequence[int] = (),
 ) -> _Replay:
     """Two steps through the allocator: the optimizer's state comes after the first.  With accumulation the
-    gradients of the micro-batch before are there, and new ones go once they are added."""
+    gradients of the micro-batch before are there, and new ones go once they are added.  ``widened``: bytes
+    that the update adds while bf16 weights and gradients are fp32 (``trainer.optim``)."""
     allocator = CachingAllocator()
     sizes = [block.bytes_at(dim, conv_dim) for block in found.blocks]
     for size in (*base.values(), *adapter):
@@ -228,11 +265,13 @@ def _replay(
     highest = 0
     gradients: list[int] = []
     for step in range(2):
-        if accumulates:
+        if is_accumulated:
             gradients = [
                 allocator.allocate(s) for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient
             ]
-        kept = sum(s for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient) if accumulates else 0
+        kept = (
+            sum(s for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient) if is_accumulated else 0
+        )
         live = {"activations": 0, "gradients": kept, "workspace": 0}
         handles: dict[int, int] = {}
         for event in found.events:
@@ -244,7 +283,7 @@ def _replay(
                 live[part] += sizes[number]
                 if step and allocator.allocated > highest:
                     highest, peak = allocator.allocated, dict(live)
-                if not (accumulates and block.is_gradient):
+                if not (is_accumulated and block.is_gradient):
                     continue
             if number in handles:
                 allocator.free(handles.pop(number))
@@ -252,12 +291,30 @@ def _replay(
         if not step:
             for size in state:
                 allocator.allocate(size)
-        for handle in (*handles.values(), *gradients):
+        wide = [allocator.allocate(size) for size in widened]
+        if step and allocator.allocated > highest:
+            peak = {**live, "workspace": sum(widened)}
+        for handle in (*wide, *handles.values(), *gradients):
             allocator.free(handle)
     return _Replay(allocator.peak_allocated, allocator.reserved, **peak)
 
 
 # Traces, made once each
+
+
+_DECIDES_A_TRACE = (
+    "network_type",
+    "gradient_checkpointing",
+    "full_bf16",
+    "fp8_base",
+    "text_encoder_frozen",
+    "clip_skip",
+    "down_lr_weight",
+    "mid_lr_weight",
+    "up_lr_weight",
+    "block_lr_zero_threshold",
+    "mixed_precision",
+)
 
 
 def _traced_settings(config: TrainConfig) -> TrainConfig:
@@ -267,22 +324,10 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
         ranks = {"network_dim": config.network_dim, "conv_dim": config.conv_dim}
     elif config.conv_dim is not None:
         ranks["conv_dim"] = tracing.CONV_DIM
-    kept = [
-        "network_type",
-        "train_batch_size",
-        "gradient_checkpointing",
-        "full_bf16",
-        "max_token_length",
-        "clip_skip",
-        "down_lr_weight",
-        "mid_lr_weight",
-        "up_lr_weight",
-        "block_lr_zero_threshold",
-        "mixed_precision",
-    ]
-    values = {name: getattr(config, name) for name in kept}
+    values = {name: getattr(config, name) for name in _DECIDES_A_TRACE}
     first, second = config.effective_text_encoder_lrs
     values |= {
+        "train_batch_size": config.images_at_once,
         "unet_lr": float(config.trains_unet),
         "text_encoder_lr1": float(first > 0),
         "text_encoder_lr2": float(second > 0),
@@ -294,10 +339,24 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
     return TrainConfig(**values, **ranks)
 
 
+# Settings that leave an injected adapter as it is, at one value.
+_SAME_ADAPTER = {
+    "train_batch_size": 1,
+    "gradient_checkpointing": False,
+    "checkpoint_blocks": None,
+    "full_bf16": False,
+    "fp8_base": False,
+    "mixed_precision": "auto",
+    "max_token_length": None,
+    "clip_skip": None,
+}
+
+
 @lru_cache(maxsize=64)
-def _trace(facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int]) -> tracing.Trace:
-    kind = config.with_values({"train_batch_size": 1, "gradient_checkpointing": False, "full_bf16": False})
-    it = _subject(facts, kind.with_values({"checkpoint_blocks": None, "mixed_precision": "auto"}))
+def _trace(
+    facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int], *, is_full: bool = False
+) -> tracing.Trace:
+    it = _whole(facts) if is_full else _subject(facts, config.with_values(_SAME_ADAPTER))
     compute = compute_dtype(config)
     for module in it.base.components().values():
         for parameter in module.parameters():
@@ -308,6 +367,13 @@ def _trace(facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int]) ->
         return tracing.trace(it, config, bucket_px, compute)
     finally:
         gc.collect()
+
+
+@lru_cache(maxsize=1)
+def _whole(facts: BaseFacts) -> tracing.Subject:
+    base = meta_base(facts)
+    base.unet.requires_grad_(True)
+    return tracing.Subject(base, None)
 
 
 @lru_cache(maxsize=1)

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import adapter as adapters
@@ -123,15 +123,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Any, recorder: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Any, recorder: Any, is_fp8: bool
     ) -> Tensor:
-        ctx.recorder, ctx.x_shape = recorder, x.shape
+        ctx.recorder, ctx.x_shape, ctx.is_fp8 = recorder, x.shape, is_fp8
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
             x if needs_weight else None, weight if needs_x else None, bias if needs_bias else None
         )
         ctx.weight_shape = weight.shape
+        wide = _widened(weight, recorder) if is_fp8 else None
         out = x.new_empty(shape)
+        del wide
         if weight.dim() == 4:
             ctx.transposed = 2 * (x.numel() + out.numel() + weight.numel())
             recorder.workspace(ctx.transposed)
@@ -139,17 +141,24 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        _x, _weight, bias = ctx.saved_tensors
+        _x, weight, bias = ctx.saved_tensors
+        wide = _widened(weight, ctx.recorder) if ctx.is_fp8 else None
         if len(ctx.weight_shape) == 4:
             ctx.recorder.workspace(ctx.transposed)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        return (
+        gradients = (
             grad.new_empty(ctx.x_shape) if needs_x else None,
             grad.new_empty(ctx.weight_shape) if needs_weight else None,
             grad.new_empty(bias.shape) if needs_bias else None,
-            None,
-            None,
         )
+        del wide
+        return *gradients, None, None, None
+
+
+def _widened(weight: Tensor, recorder: Recorder) -> Tensor:
+    """An 8-bit weight for one use: twice in fp32 on the way (``trainer.fp8.widened``)."""
+    recorder.workspace(8 * weight.numel())
+    return weight.new_empty(weight.shape)
 
 
 class _Norm(torch.autograd.Function):
@@ -171,7 +180,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: Any) -> Tensor:
-        batch, heads, length, width = q.shape
+        batch, heads, length, _width = q.shape
         out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, q.new_empty((batch, heads, length), dtype=torch.float32))
         ctx.recorder = recorder
@@ -185,10 +194,11 @@ class _Attention(torch.autograd.Function):
 
 
 class _Kernels:
-    """The replaced functions.  ``low``: the autocast type, or None where everything is fp32."""
+    """The replaced functions.  ``low``: the autocast type, or None where everything is fp32.  ``fp8``: ids of
+    weights that are kept in 8 bits."""
 
-    def __init__(self, recorder: Recorder, low: torch.dtype | None) -> None:
-        self.recorder, self.low = recorder, low
+    def __init__(self, recorder: Recorder, low: torch.dtype | None, fp8: frozenset[int]) -> None:
+        self.recorder, self.low, self.fp8 = recorder, low, fp8
         self.casts: dict[int, Tensor] | None = {}  # autocast keeps casts of trained weights until it ends
 
     def patches(self) -> Iterator[tuple[str, Callable[..., Tensor]]]:
@@ -209,8 +219,7 @@ class _Kernels:
         return tensor.to(self.low)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        shape = (*x.shape[:-1], weight.shape[0])
-        return _Product.apply(self._low(x), self._low(weight), self._low(bias), shape, self.recorder)
+        return self._product(x, weight, bias, (*x.shape[:-1], weight.shape[0]))
 
     def conv2d(
         self,
@@ -227,7 +236,12 @@ class _Kernels:
             for n, (side, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True))
         ]
         shape = (x.shape[0], weight.shape[0], *sides)
-        return _Product.apply(self._low(x), self._low(weight), self._low(bias), shape, self.recorder)
+        return self._product(x, weight, bias, shape)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Any) -> Tensor:
+        is_fp8 = id(weight) in self.fp8
+        x, weight, bias = self._low(x), self._low(weight), self._low(bias)
+        return _Product.apply(x, weight, bias, shape, self.recorder, is_fp8)
 
     def layer_norm(
         self,
@@ -266,10 +280,13 @@ def _axis(value: Any, axis: int) -> int:
 
 @dataclass
 class Subject:
-    """A base on the meta device with an adapter in it."""
+    """A base on the meta device with an adapter in it; without one the U-Net itself is trained."""
 
     base: Base
-    adapter: adapters.Adapter
+    adapter: adapters.Adapter | None
+
+    def trainable(self) -> list[nn.Parameter]:
+        return list(self.base.unet.parameters()) if self.adapter is None else self.adapter.trainable()
 
 
 def subject(base: Base, config: TrainConfig) -> Subject:
@@ -293,15 +310,18 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     base, batch = it.base, config.train_batch_size
     width_px, height_px = bucket_px
     kind = torch.bfloat16 if config.full_bf16 else torch.float32
-    parameters = it.adapter.trainable()
+    parameters = it.trainable()
     for parameter in parameters:
-        parameter.data = parameter.data.to(kind)
+        if parameter.dtype != kind and not (it.adapter and parameter.shape[0] == 1):  # DoRA's magnitudes stay
+            parameter.data = parameter.data.to(kind)
         parameter.grad = None
     recorder = Recorder()
     for module in base.modules():
         for tensor in (*module.parameters(), *module.buffers()):
             recorder.see(tensor, is_new=False)
-    kernels = _Kernels(recorder, None if compute == torch.float32 else compute)
+    matrices = [p for p in base.unet.parameters() if p.dim() > 1 and not p.requires_grad]
+    fp8 = frozenset(map(id, matrices)) if config.fp8_base else frozenset()
+    kernels = _Kernels(recorder, None if compute == torch.float32 else compute, fp8)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.device("meta"))
         for name, function in kernels.patches():
@@ -309,7 +329,7 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
         stack.enter_context(mock.patch.object(adapters, "keyed_generator", lambda *_, **__: None))
         stack.enter_context(recorder)
         stack.enter_context(recomputing(base, config))
-        if config.network_dropout or config.rank_dropout:
+        if it.adapter is not None and (config.network_dropout or config.rank_dropout):
             it.adapter.apply_dropout(1)
         side = base.latent_factor_px
         noisy_BCHW = torch.empty(batch, base.unet.config.in_channels, height_px // side, width_px // side)
@@ -323,7 +343,8 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
         gradients = {
             recorder.known[p.grad.untyped_storage()._cdata] for p in parameters if p.grad is not None
         }
-    it.adapter.apply_dropout()
+    if it.adapter is not None:
+        it.adapter.apply_dropout()
     blocks = tuple(_block(*size, n in gradients) for n, size in enumerate(recorder.sizes))
     found = Trace(blocks, tuple(recorder.events), tuple(tuple(p.shape) for p in parameters))
     for parameter in parameters:
