@@ -80,7 +80,9 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
             write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
         join(ranks, device)
         try:
-            runmemory.apply_plan(ladder, device, steps_behind(folder.checkpoints), view.say)
+            runmemory.apply_plan(
+                ladder, runmemory.free_bytes(device), steps_behind(folder.checkpoints), view.say
+            )
             place = Place(load(ladder.config, data, device, view.say))
             _Run(folder, data, prompts, place, ladder, view, ranks).do()
         finally:
