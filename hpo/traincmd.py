@@ -7,6 +7,7 @@ Owns which words become which settings, and the lines on settings that have no e
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,8 @@ def train(request: Request, console: Console, echo: Callable[[str], None]) -> No
         file.require_all()
         return
     file.require_all()
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
+        console = Console(quiet=True)
     for title, lines in (("translated", file.translated), ("without effect here", file.without_effect)):
         for line in lines:
             trainplan.say(console, f"{title}: {line}")

@@ -80,9 +80,8 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
             write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
         join(ranks, device)
         try:
-            runmemory.apply_plan(
-                ladder, runmemory.free_bytes(device), steps_behind(folder.checkpoints), view.say
-            )
+            vram = ranks.lowest(runmemory.free_bytes(device), device)
+            runmemory.apply_plan(ladder, vram, steps_behind(folder.checkpoints), view.say)
             place = Place(load(ladder.config, data, device, view.say))
             _Run(folder, data, prompts, place, ladder, view, ranks).do()
         finally:
