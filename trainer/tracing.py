@@ -309,12 +309,8 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     """Forward and backward of one micro-batch.  ``bucket_px``: width, height."""
     base, batch = it.base, config.train_batch_size
     width_px, height_px = bucket_px
-    kind = torch.bfloat16 if config.full_bf16 else torch.float32
     parameters = it.trainable()
-    for parameter in parameters:
-        if parameter.dtype != kind and not (it.adapter and parameter.shape[0] == 1):  # DoRA's magnitudes stay
-            parameter.data = parameter.data.to(kind)
-        parameter.grad = None
+    _set_kind(it, torch.bfloat16 if config.full_bf16 else torch.float32)
     recorder = Recorder()
     for module in base.modules():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -350,6 +346,17 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     for parameter in parameters:
         parameter.grad = None
     return found
+
+
+def _set_kind(it: Subject, kind: torch.dtype) -> None:
+    """Trained weights as a number type, without gradients; DoRA's magnitudes are always fp32."""
+    fp32 = (
+        [] if it.adapter is None else [layer.weights.get(adapters.MAGNITUDE) for layer in it.adapter.layers]
+    )
+    magnitudes = {id(weight) for weight in fp32}
+    for parameter in it.trainable():
+        parameter.grad = None
+        parameter.data = parameter.data.to(torch.float32 if id(parameter) in magnitudes else kind)
 
 
 def text_states(base: Base, config: TrainConfig, batch: int) -> TextStates:
