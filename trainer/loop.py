@@ -29,6 +29,7 @@ from trainer import checkpoint, dataset, loss, optim, preflight, validation
 from trainer.adapter import Adapter, keyed_generator
 from trainer.bases.base import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod
 from trainer.cache import Prepared
+from trainer.captions import Moment
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged, Interrupted
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
@@ -160,6 +161,7 @@ class Stepper:
         self.adapter = adapter
         self.prepared = prepared
         self.weights = adapter.trainable()
+        self.now = Moment(0, plan(config, prepared.dataset, prepared.buckets).total_steps)
         self.optimizer = optim.build_optimizer(config, adapter)
         self.compute = _compute_type(config, base)
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=self.compute == torch.float16)
@@ -180,6 +182,7 @@ class Stepper:
 
     def step(self, group: Sequence[MicroBatch], epoch: int, step: int) -> Outcome:
         """Forward, backward, clip, update.  Every sample of the group weighs the same, however it is cut."""
+        self.now = replace(self.now, step=step)
         samples = sum(len(micro) for micro in group)
         loss_sum = torch.zeros((), device=self.base.device)
         for number, micro in enumerate(group):
@@ -277,7 +280,7 @@ class Stepper:
         return torch.autocast(self.base.device.type, self.compute, enabled=self.compute != torch.float32)
 
     def _caption(self, sample: Sample, epoch: int) -> str:
-        return dataset.caption_for(sample.item, self.config, epoch, sample.occurrence)
+        return dataset.caption_for(sample.item, self.config, epoch, sample.occurrence, self.now)
 
     def _text(self, captions: list[str]) -> TextStates:
         if self.config.trains_text_encoder:
