@@ -107,6 +107,9 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
         lambda c: c.shuffle_caption or c.caption_tag_dropout_rate > 0,
         "shuffle_caption or caption_tag_dropout_rate",
     ),
+    "token_warmup_min": (lambda c: c.token_warmup_step > 0, "token_warmup_step"),
+    "validation_seed": (lambda c: c.validation_split > 0, "validation_split"),
+    "factor": (lambda c: c.network_type == "LoKr", "network_type = LoKr"),
     "prior_loss_weight": (lambda c: bool(c.reg_data_dir or c.dataset_config), "reg_data_dir"),
     "conditioning_data_dir": (lambda c: c.masked_loss, "masked_loss"),
     "lr_scheduler_num_cycles": (
