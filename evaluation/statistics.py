@@ -209,9 +209,7 @@ def repeat_sd(values: Sequence[Sequence[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom), freedom) if freedom > 0 else (0.0, 0)
 
 
-def with_repeat_noise(
-    draws_CK: np.ndarray, repeats_C: Sequence[int], sd: float, freedom: int
-) -> np.ndarray:
+def with_repeat_noise(draws_CK: np.ndarray, repeats_C: Sequence[int], sd: float, freedom: int) -> np.ndarray:
     """Draws of means over training seeds, widened by what so few seeds leave open (Student's t)."""
     if freedom == 0 or sd == 0.0:
         return draws_CK

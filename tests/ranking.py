@@ -88,7 +88,9 @@ def read(path: Path = FILE) -> Recorded:
     rows = read_records(path)
     sets = {row["set"]: _prompts(row) for row in rows if row["name"] == "anchors"}
     measured = {
-        (row["name"], row["set"]): _measured(row, sets[row["set"]]) for row in rows if row["name"] != "anchors"
+        (row["name"], row["set"]): _measured(row, sets[row["set"]])
+        for row in rows
+        if row["name"] != "anchors"
     }
     return Recorded(sets[SEARCH], sets[CONFIRMATION], measured)
 
@@ -118,7 +120,10 @@ def _measured(row: dict[str, Any], prompts: Prompts) -> Measured:
 
 
 def tables(found: Recorded) -> str:
-    lines = ["| configuration | set | score | following | likeness | right images |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| configuration | set | score | following | likeness | right images |",
+        "|---|---|---|---|---|---|",
+    ]
     for (name, which), m in found.measured.items():
         t, i = (float(x[0]) for x in m.parts(np.ones((1, len(m.prompts.texts)))))
         lines.append(f"| {name} | {which} | {m.value:.3f} | {t:.3f} | {i:.3f} | {m.truth:.2f} |")

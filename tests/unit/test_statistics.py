@@ -27,10 +27,10 @@ def simulated(
 
 def test_variance_components_are_those_that_were_put_in() -> None:
     rng = np.random.default_rng(1)
-    found = [
-        st.variance_components(simulated(rng, (8, 16, 2), 0.3, 0.14, 0.07, 0.14)) for _ in range(60)
-    ]
-    mean = {k: float(np.mean([getattr(f, k) for f in found])) for k in ("prompt", "seed", "interaction", "shared")}
+    found = [st.variance_components(simulated(rng, (8, 16, 2), 0.3, 0.14, 0.07, 0.14)) for _ in range(60)]
+    mean = {
+        k: float(np.mean([getattr(f, k) for f in found])) for k in ("prompt", "seed", "interaction", "shared")
+    }
     assert mean["prompt"] == pytest.approx(0.3, rel=0.05)
     assert mean["seed"] == pytest.approx(math.hypot(0.14, 0.14), rel=0.05)
     assert mean["interaction"] == pytest.approx(0.07, rel=0.1)
@@ -85,7 +85,9 @@ def test_rank_correlations_agree_with_counting_and_with_known_values() -> None:
     # Kendall's own example of a judge's ranks, and one with ties (Kendall 1948, ch. 1 and 3)
     assert st.kendall([1, 2, 3, 4, 5], [3, 1, 2, 5, 4]).value == pytest.approx(0.4)
     assert st.spearman([1, 2, 3, 4, 5], [5, 6, 7, 8, 7]).value == pytest.approx(0.8207826817)
-    assert st.kendall([12, 2, 1, 12, 2], [1, 4, 7, 1, 0]).value == pytest.approx(-0.4714045208)  # scipy's docs
+    assert st.kendall([12, 2, 1, 12, 2], [1, 4, 7, 1, 0]).value == pytest.approx(
+        -0.4714045208
+    )  # scipy's docs
 
 
 def test_small_samples_have_exact_p() -> None:
@@ -183,7 +185,9 @@ def test_shrunken_scores_are_nearer_to_the_truth_than_the_best_ones_claim() -> N
 def scale(prompts: int = 12) -> st.Scale:
     rng = np.random.default_rng(8)
     chance, asks = rng.normal(0.1, 0.02, prompts), np.arange(prompts) < prompts - 2
-    return st.Scale(chance + rng.normal(0.15, 0.02, prompts), chance, rng.normal(0.4, 0.03, prompts), asks, 0.8)
+    return st.Scale(
+        chance + rng.normal(0.15, 0.02, prompts), chance, rng.normal(0.4, 0.03, prompts), asks, 0.8
+    )
 
 
 def test_image_scores_average_to_the_score_and_spread_like_its_standard_error() -> None:
