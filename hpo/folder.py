@@ -145,6 +145,14 @@ class StudyFolder:
         return self.root / "base"
 
     @property
+    def anchors(self) -> Path:
+        return self.base_images / "anchors.json"
+
+    @property
+    def confirmed(self) -> Path:
+        return self.root / "confirmed.json"
+
+    @property
     def alert(self) -> Path:
         return self.root / "CONVERGENCE_ALERT.txt"
 
