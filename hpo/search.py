@@ -21,14 +21,17 @@ from hpo import alerts, convergence, dashboard
 from hpo.claim import MAX_DUPLICATES, Claim, Claims, startup_trials
 from hpo.folder import STOP, StudyFolder
 from hpo.locks import holder
+from hpo.sections import SCORE
 from hpo.standing import Standing, drop_files, history, searched_settings, standing
 from hpo.trial import (
+    COMPLETE,
     FAILED,
     INFEASIBLE_REASONS,
     Result,
     Watch,
     deaths_without_progress,
     failed,
+    objective_values,
     run_trial,
     write_params,
     write_result,
@@ -173,16 +176,20 @@ class Search:
         settings = searched_settings(self.bench.study, suggested)
         attributes = {"reason": result.reason, "message": result.message, "remedy": result.remedy}
         figures = {
+            SCORE: result.value if result.state == COMPLETE else None,
             "se": result.se,
             "prompt_following": result.prompt_following,
             "likeness": result.likeness,
+            "copy_rate": result.copy_rate,
+            "diversity": result.diversity,
+            "prior": result.prior,
             "seconds": round(result.seconds, 1),
         }
         for name, value in {"outcome": result.state, **attributes, **figures, "settings": settings}.items():
             if value not in ("", None):
                 trial.set_user_attr(name, value)
         if result.state != FAILED:
-            amounts = dashboard.constraint_amounts(result.reason, INFEASIBLE_REASONS)
+            amounts = dashboard.constraint_amounts(result.reason, INFEASIBLE_REASONS) | result.amounts
             dashboard.mark_infeasible(trial, amounts)
         dashboard.publish(
             trial, self.folder, self.folder.trial(result.number), result, settings, self.view.say
@@ -190,8 +197,8 @@ class Search:
         if result.state == FAILED:
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         else:
-            assert result.value is not None and math.isfinite(result.value)
-            self.study.tell(trial, result.value, skip_if_finished=True)
+            values = objective_values(result, self.bench.study.objectives)
+            self.study.tell(trial, values, skip_if_finished=True)
 
     # Where the study stands
 
@@ -217,6 +224,8 @@ class Search:
         return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total
 
     def _check_convergence(self) -> None:
+        if len(self.bench.study.objectives) > 1:  # a front has no best score to wait for (session says so)
+            return
         points, rows = history(self.study, self.bench.study, self.folder, self.bench.anchors)
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         verdict = convergence.detect(
