@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,8 +347,10 @@ def open_study(folder: StudyFolder) -> optuna.Study:
     return study
 
 
-def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
-    """The folder's study, created if need be.  Call with the study lock held.
+def create_study(
+    folder: StudyFolder, facts: Mapping[str, str], objectives: Sequence[str] = ("score",)
+) -> optuna.Study:
+    """The folder's study, created if need be.  Call with the study lock held.  ``objectives`` are maximized.
 
     Never makes a fresh, empty study where trial folders of a lost one lie.
     """
@@ -363,17 +365,23 @@ def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
     study = optuna.create_study(
         study_name=names[0] if names else folder.name,
         storage=storage,
-        direction="maximize",
+        directions=["maximize"] * len(objectives),
         load_if_exists=True,
         sampler=optuna.samplers.RandomSampler(),
         pruner=optuna.pruners.NopPruner(),
     )
-    if study.direction != optuna.study.StudyDirection.MAXIMIZE:  # load_if_exists keeps the direction it finds
+    # load_if_exists keeps the directions it finds
+    if any(direction != optuna.study.StudyDirection.MAXIMIZE for direction in study.directions):
         raise ConfigError(f"{folder.database} minimizes; a score is maximized", "give another --name")
+    if len(study.directions) != len(objectives):
+        raise ConfigError(
+            f"study {folder.name} began with {len(study.directions)} objective(s), and now has {len(objectives)}",
+            "give the new study another --name, or undo the change",
+        )
     if IDENTITY not in study.user_attrs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["score"])
+            study.set_metric_names(list(objectives))
         study.set_user_attr(IDENTITY, dict(facts))
     return study
 

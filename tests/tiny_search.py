@@ -152,7 +152,7 @@ def make_search(bench: Workbench, limits: Limits, view: Recorder | None = None) 
     folder = bench.folder
     folder.locks.mkdir(parents=True, exist_ok=True)
     with folder.study_lock().held():
-        study = create_study(folder, bench.facts())
+        study = create_study(folder, bench.facts(), bench.study.objectives)
         study.set_user_attr(TOTAL, limits.trials)
     bench.measure_anchors(lambda text: None)
     return Search(study, bench, limits, view or Recorder())  # type: ignore[arg-type]
