@@ -269,3 +269,31 @@ def test_two_bases_are_compared_on_the_same_prompts(place: Path) -> None:
     for shown in ("base effect", "adapter effect", "64×64 px", "B − A"):
         assert shown in result.output
     assert run("compare", "out15", "nowhere", *words).exit_code == 2
+
+
+def test_a_trial_is_judged_by_its_studys_prompts_references_and_sampling(place: Path) -> None:
+    import shutil
+
+    from evaluation.prompts import PromptSet, make_prompt, save_prompts
+
+    study, trial = place / "runs" / "s", place / "runs" / "s" / "trial_0003"
+    trial.mkdir(parents=True)
+    shutil.copy(place / "out15" / "zkw.safetensors", trial / "lora_trial_3.safetensors")
+    (trial / "params.json").write_text(json.dumps({"train": read(place / "out15/zkw.run/config.json")}))
+    shutil.rmtree(place / "images" / "held_out")
+    apart = place / "images" / "1_zkw figure" / "0.png"  # set apart by the study, in the training folder
+    other = place / "images" / "1_zkw figure" / "1.png"
+    sampling = {"width_px": 64, "height_px": 64, "steps": 2, "cfg": 1.0, "batch_size": 2, "later": 1}
+    facts = {"data": "images", "references": [str(apart), str(other)], "sampling": sampling}
+    (study / "study.json").write_text(json.dumps(facts))
+    texts = ("{trigger} {class} a", "{trigger} {class} b")
+    prompts = PromptSet(
+        tuple(make_prompt(t, "altered", "zkw", "figure") for t in texts), (7,), "zkw", "figure"
+    )
+    save_prompts(prompts, study / "prompts.toml")
+    result = evaluate("runs/s/trial_0003")
+    assert result.exit_code == 0, result.output
+    found = read(trial / "evaluation" / "evaluation.json")
+    assert found["search"]["prompts"] == prompts.hash and found["sampling"]["cfg"] == 1.0
+    assert found["references"] == [str(apart), str(other)] and found["verdict"]["word"] == "single"
+    assert not (trial / "best.safetensors").exists(), "a trial has one LoRA: nothing to mark"
