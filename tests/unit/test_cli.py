@@ -60,7 +60,7 @@ def test_help_loads_neither_torch_nor_optuna() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    names = {"search", "status", "dashboard", "dataset", "train", "inspect", "export"}
+    names = {"search", "status", "dashboard", "dataset", "plan", "train", "inspect", "export"}
     assert set(main.commands) == names
     for words in ([], *([name] for name in sorted(names)), ["dataset", "demo"], ["export", "kohya"]):
         result = hpo(*words, "--help")
