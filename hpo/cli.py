@@ -153,6 +153,7 @@ def search(
 )
 def status(name: str | None, runs: Path) -> None:
     """Show a study's trials. Without NAME: the study that changed last. Works while a search runs."""
+    from hpo.confirmview import status_lines
     from hpo.folder import TOTAL, database_errors, find_folder, open_study
     from hpo.locks import holder
     from hpo.report import status_table, study_line
@@ -168,7 +169,31 @@ def status(name: str | None, runs: Path) -> None:
             screen.print(
                 folder.alert.read_text(encoding="utf-8").splitlines()[0], markup=False, highlight=False
             )
+        for line in status_lines(study, folder):
+            click.echo(line)
         click.echo(study_line(folder.name, now))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--top", type=click.IntRange(1, 100), default=3, show_default=True, help="How many trials.")
+@click.option("--seeds", type=click.IntRange(1, 20), default=2, show_default=True, help="Trainings of each.")
+@click.option("--rescore-only", is_flag=True, help="Train nothing: score the saved LoRA files.")
+@click.option("--yes", is_flag=True, help="Do not ask after showing the cost.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP
+)
+def confirm(yes: bool, **words: Any) -> None:
+    """Confirm a study's best trials beside trial 0: fresh training seeds, prompts that the search did not use.
+    The same command goes on with a confirmation that was stopped, killed or unplugged."""
+    calm_libraries()
+    from hpo.confirm import Request
+    from hpo.confirm import confirm as run
+
+    def ask() -> bool:
+        return yes or not sys.stdin.isatty() or click.confirm("go on?", default=True)
+
+    run(Request(**words), console(), ask)
 
 
 @main.command()

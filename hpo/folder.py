@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from hpo.locks import Lock
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import ConfigError, MachineError, first_line
 from trainer.files import clean_text, machine_error, safe_name
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ class StudyFolder:
 
     @property
     def url(self) -> str:
-        return f"sqlite:///{self.database.resolve()}"
+        """The database as SQLAlchemy names it: as a URI, in which every character of a path can be
+        written."""
+        return f"sqlite:///file:{quote(str(self.database.resolve()))}?uri=true"
 
     @property
     def locks(self) -> Path:
@@ -140,6 +143,14 @@ class StudyFolder:
     @property
     def base_images(self) -> Path:
         return self.root / "base"
+
+    @property
+    def anchors(self) -> Path:
+        return self.base_images / "anchors.json"
+
+    @property
+    def confirmed(self) -> Path:
+        return self.root / "confirmed.json"
 
     @property
     def alert(self) -> Path:
@@ -277,9 +288,7 @@ def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
             folder.url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}}
         )
     except Exception as error:  # sqlite3, SQLAlchemy and alembic each raise their own kinds
-        reason = clean_text(
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        )
+        reason = clean_text(first_line(error))
         raise MachineError(
             f"cannot open {folder.database}: {reason}", "restore the file, or give another --name"
         ) from error

@@ -27,7 +27,7 @@ from evaluation.sampling import OnImages, SampleConfig, default_config, sample
 from evaluation.score import METRICS_NAME, Score, evaluate_adapter, read_score
 from hpo.folder import read_json
 from hpo.runfiles import RunFiles
-from hpo.study import MINIATURE_STUDIES, Inputs, StudyConfig, find_study, read_study
+from hpo.study import DEFAULT_STUDY, SHIPPED, Inputs, StudyConfig, find_study, read_study
 from hpo.training import check_device
 from hpo.workbench import prompt_sets, reference_paths
 from trainer import lorafile
@@ -358,7 +358,7 @@ def _sampling(run: RunFiles, study: StudyConfig, config: TrainConfig, base: Base
     said = run.own or not {lorafile.CONFIG_KEY, "ss_resolution"}.isdisjoint(run.metadata())
     side_px = config.resolution // 8 * 8 if said else base.native_resolution_px
     values = study.sample_values() | {"width_px": side_px, "height_px": side_px}
-    if study.name not in MINIATURE_STUDIES.values():
+    if find_study(None, config.pretrained_model_name_or_path) == SHIPPED / f"{DEFAULT_STUDY}.toml":
         values["steps"] = SWEEP_STEPS
     return default_config(base, **(values | {"clip_skip": config.clip_skip}))
 

@@ -291,19 +291,19 @@ def summary(
     trouble = clean_text(standing.baseline_trouble) or figures(None)
     lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
     lines += [
-        f"score: {figures(standing.best)}",
+        f"search score: {figures(standing.best)}, confirm with: hpo confirm {folder.words}",
         f"  usual settings{baseline}: {figures(standing.baseline) if standing.baseline else trouble}",
         "  untrained base: 0.0000, by definition of the scale; 1 is its prompt following",
         "  together with the likeness of real images; ± is one standard error over prompts",
         "  The best of a search is optimistic, because it was selected: what it is worth",
-        "  shows only on fresh prompts and seeds.",
+        "  shows only on fresh prompts and seeds. This is no result yet.",
     ]
     if trial.lora.is_file():
         lines.append(f"LoRA: {trial.lora}")
     lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
     if folder.alert.is_file():
         lines.append(f"convergence: {folder.alert}")
-    return [*lines, f"next: hpo dashboard {folder.words}"]
+    return [*lines, f"next: hpo confirm {folder.words}"]
 
 
 def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:

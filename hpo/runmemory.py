@@ -6,7 +6,6 @@ planned, measured or claimed.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,10 @@ from trainer.config import TrainConfig
 from trainer.errors import ToolError
 from trainer.events import Rehearsed
 from trainer.files import write_atomic
+from trainer.footprint import CUDA_CONTEXT_BYTES, base_facts, predict
 from trainer.ladder import Rung
 from trainer.memory import device_bytes
+from trainer.stacks import choose
 
 # mission.md S4: above 98 % of the card, or 15.5 of 16 GB, the next allocation may fail.
 WARN_SHARE = 0.98
@@ -29,29 +30,29 @@ WARN_OF_16_GB = 15.5 / 16
 SIXTEEN_GB = range(
     15 * 10**9, 175 * 10**8
 )  # what cards sold as 16 GB report: 16.7 to 17.2 · 10⁹, or a little less
-CONTEXT_BYTES = 500 * 10**6  # assumed: what CUDA itself already takes when the card's free memory is read
 
 
-def apply_plan(ladder: RunLadder, device: str, step: int, say: Callable[[str], None]) -> None:
-    """Change what the planner changes to make the run fit this card.  Each move is said and remembered."""
+def free_bytes(device: str) -> int | None:
+    """What a run may take of a card; None on a CPU."""
     if not device.startswith("cuda"):
-        return
+        return None
     free, total = torch.cuda.mem_get_info(device)
-    vram = min(total, free + CONTEXT_BYTES)
-    stacks, footprint = (
-        importlib.import_module("trainer.stacks"),
-        importlib.import_module("trainer.footprint"),
-    )
+    return int(min(total, free + CUDA_CONTEXT_BYTES))  # reading it has made this process's context
+
+
+def apply_plan(ladder: RunLadder, vram_bytes: int | None, step: int, say: Callable[[str], None]) -> None:
+    """Change what the planner changes to make the run fit this card.  Each move is said and remembered."""
+    if vram_bytes is None:
+        return
     try:
-        facts = footprint.base_facts(_spec(ladder.config))
-        stack = stacks.choose(ladder.config, facts, vram)
+        stack = choose(ladder.config, base_facts(_spec(ladder.config)), vram_bytes)
     except ToolError as error:
         say(f"no plan: {error}; the dry step will tell")
         return
     for move in stack.moves:
         config = ladder.config.with_values({move.key: move.new})
         rung = Rung(f"plan {move.key}", config, f"{move.key} {move.old} → {move.new}: {move.reason}")
-        ladder.take(rung, f"planned for {vram / 1e9:.1f} GB", step)
+        ladder.take(rung, f"planned for {vram_bytes / 1e9:.1f} GB", step)
 
 
 def remember(
@@ -98,10 +99,8 @@ def compared(measured: int, predicted: int | None) -> str:
 
 
 def _predicted(config: TrainConfig, event: Rehearsed) -> int | None:
-    footprint = importlib.import_module("trainer.footprint")
     try:
-        facts = footprint.base_facts(_spec(config))
-        return int(footprint.predict(config, facts, bucket_px=event.bucket_px).peak_bytes)
+        return predict(config, base_facts(_spec(config)), bucket_px=event.bucket_px).peak_bytes
     except ToolError:
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -151,47 +151,19 @@ class Search:
             drop_files(self.study, self.folder, self.limits.keep_best)
         self._check_convergence()
 
-    # Telling
-
     def tell(self, trial: optuna.Trial, suggested: Mapping[str, Any], result: Result) -> None:
-        """Optuna learns the result.  Safe to repeat after a kill at any point of it."""
-        try:
-            if not self.study._storage.get_trial(trial._trial_id).state.is_finished():
-                self._record(trial, suggested, result)
-                return
-        except UpdateFinishedTrialError:
-            pass  # somebody finished it between two of the writes
-        self._say_finished(result.number)
+        """Optuna learns the result."""
+        tell(
+            self.study,
+            self.folder,
+            trial,
+            result,
+            searched_settings(self.bench.study, suggested),
+            self.view.say,
+        )
 
     def _say_finished(self, number: int) -> None:
-        self.view.say(
-            f"trial {number} was finished by somebody else, in the dashboard perhaps: the study keeps that; "
-            f"what was measured is in {self.folder.trial(number).root}"
-        )
-
-    def _record(self, trial: optuna.Trial, suggested: Mapping[str, Any], result: Result) -> None:
-        settings = searched_settings(self.bench.study, suggested)
-        attributes = {"reason": result.reason, "message": result.message, "remedy": result.remedy}
-        figures = {
-            "se": result.se,
-            "prompt_following": result.prompt_following,
-            "likeness": result.likeness,
-            "seconds": round(result.seconds, 1),
-        }
-        for name, value in {"outcome": result.state, **attributes, **figures, "settings": settings}.items():
-            if value not in ("", None):
-                trial.set_user_attr(name, value)
-        if result.state != FAILED:
-            amounts = dashboard.constraint_amounts(result.reason, INFEASIBLE_REASONS)
-            dashboard.mark_infeasible(trial, amounts)
-        dashboard.publish(
-            trial, self.folder, self.folder.trial(result.number), result, settings, self.view.say
-        )
-        if result.state == FAILED:
-            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        else:
-            assert result.value is not None and math.isfinite(result.value)
-            self.study.tell(trial, result.value, skip_if_finished=True)
+        say_finished(self.folder, number, self.view.say)
 
     # Where the study stands
 
@@ -247,3 +219,60 @@ class Search:
             self.study.set_user_attr(STOP, "converged")
         elif before and not settled:
             self.study.set_user_attr(STOP, "")
+
+
+# Telling
+
+
+def tell(
+    study: optuna.Study,
+    folder: StudyFolder,
+    trial: optuna.Trial,
+    result: Result,
+    settings: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Optuna learns the result.  Safe to repeat after a kill at any point of it."""
+    try:
+        if not study._storage.get_trial(trial._trial_id).state.is_finished():
+            _record(study, folder, trial, result, settings, say)
+            return
+    except UpdateFinishedTrialError:
+        pass  # somebody finished it between two of the writes
+    say_finished(folder, result.number, say)
+
+
+def say_finished(folder: StudyFolder, number: int, say: Callable[[str], None]) -> None:
+    say(
+        f"trial {number} was finished by somebody else, in the dashboard perhaps: the study keeps that; "
+        f"what was measured is in {folder.trial(number).root}"
+    )
+
+
+def _record(
+    study: optuna.Study,
+    folder: StudyFolder,
+    trial: optuna.Trial,
+    result: Result,
+    settings: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    attributes = {"reason": result.reason, "message": result.message, "remedy": result.remedy}
+    figures = {
+        "se": result.se,
+        "prompt_following": result.prompt_following,
+        "likeness": result.likeness,
+        "seconds": round(result.seconds, 1),
+    }
+    for name, value in {"outcome": result.state, **attributes, **figures, "settings": dict(settings)}.items():
+        if value not in ("", None):
+            trial.set_user_attr(name, value)
+    if result.state != FAILED:
+        amounts = dashboard.constraint_amounts(result.reason, INFEASIBLE_REASONS)
+        dashboard.mark_infeasible(trial, amounts)
+    dashboard.publish(trial, folder, folder.trial(result.number), result, settings, say)
+    if result.state == FAILED:
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    else:
+        assert result.value is not None and math.isfinite(result.value)
+        study.tell(trial, result.value, skip_if_finished=True)

@@ -84,7 +84,8 @@ class SamplingSection:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A checked study definition.  ``baseline`` is trial 0 as a proposal of ``space``."""
+    """A checked study definition.  ``baseline`` is trial 0 as a proposal of ``space``; ``sections`` are what it
+    was built from, ``--set`` included: ``build_study`` makes the same of them again."""
 
     name: str
     study: StudySection
@@ -94,6 +95,7 @@ class StudyConfig:
     prompts: PromptSection
     confirmation: PromptSection
     sampling: SamplingSection
+    sections: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def config(self, suggested: Mapping[str, Any]) -> TrainConfig:
         """The training configuration of a proposal."""
@@ -168,6 +170,7 @@ def build_study(
         _section(PromptSection, sections["prompts"], "prompts"),
         _section(PromptSection, sections["confirmation"], "confirmation"),
         _section(SamplingSection, sections["sampling"], "sampling"),
+        sections,
     )
 
 

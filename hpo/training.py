@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import ConfigError, MachineError, first_line
 from trainer.files import append_line, read_records, write_atomic
 
 if TYPE_CHECKING:
@@ -64,12 +64,11 @@ def train_adapter(
     images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are ``loop.train``'s; without ``log``
     nothing is written down.
     """
-    from trainer import adapter as adapters
-    from trainer import checkpoint, loop
+    from trainer import checkpoint, loop, lorafile
     from trainer.events import Rehearsed
     from trainer.ranks import ALONE
 
-    adapter = adapters.inject(base, config)
+    adapter = lorafile.begin(base, config)
     try:
         prepared = prepare()
         on_start(adapter, checkpoint.steps_behind(checkpoints))
@@ -105,7 +104,7 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise MachineError(
             f"device {device} cannot be used: {reason}", "leave out --device, or give cpu"
         ) from None

@@ -80,7 +80,8 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
             write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
         join(ranks, device)
         try:
-            runmemory.apply_plan(ladder, device, steps_behind(folder.checkpoints), view.say)
+            vram = ranks.lowest(runmemory.free_bytes(device), device)
+            runmemory.apply_plan(ladder, vram, steps_behind(folder.checkpoints), view.say)
             place = Place(load(ladder.config, data, device, view.say))
             _Run(folder, data, prompts, place, ladder, view, ranks).do()
         finally:
@@ -221,9 +222,9 @@ def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder)
     if not data.held_out:
         return None
     words = " ".join(word for word in (data.trigger, data.class_word) if word) or "a picture"
-    paths = [item.path for item in data.held_out]
+    paths = [item.path for item in data.held_out if not item.caption]
     captions, _ = read_captions(paths, config.caption_extension, data.root, instead=words)
-    items = tuple(replace(item, caption=captions[item.path]) for item in data.held_out)
+    items = tuple(replace(item, caption=item.caption or captions[item.path]) for item in data.held_out)
     plain = config.with_values({"flip_aug": False, "alpha_mask": False})
     return cache.prepare(base, replace(data, items=items, held_out=()), plain, folder.cache)
 
@@ -241,7 +242,11 @@ def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
     saved = json.loads(metadata.get(CONFIG_KEY, "{}"))
     deciding = SETTINGS.keys() - (FREE_SETTINGS - {"pretrained_model_name_or_path", "save_precision"})
     now = shared_settings(config, short_name(config.pretrained_model_name_or_path))
-    changed = [name for name in SETTINGS if name in deciding and saved.get(name) != now[name]]
+    changed = [
+        name
+        for name in SETTINGS
+        if name in deciding and saved.get(name, getattr(TrainConfig(), name)) != now[name]
+    ]
     if metadata.get(DATASET_KEY) != data.content_hash:
         changed.append("images or captions")
     if changed:

@@ -71,6 +71,7 @@ class Workbench:
     base_spec: str
     store: cache.Store
     image_seconds: float | None = None
+    inputs: Inputs | None = None
     _anchors: Anchors | None = None
 
     @property
@@ -192,6 +193,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         data_folder=data_folder,
         base_spec=inputs.base,
         store=cache.Store(folder.cache),
+        inputs=inputs,
     )
 
 
@@ -271,6 +273,8 @@ def write_definition(bench: Workbench, facts: Mapping[str, str]) -> None:
     study = bench.study
     values = {
         "definition": study.name,
+        "sections": dict(study.sections),
+        "inputs": {k: str(v) for k, v in vars(bench.inputs).items() if v is not None} if bench.inputs else {},
         "base": bench.base_spec,
         "data": str(bench.data_folder),
         "references": list(bench.reference_items),

@@ -8,6 +8,7 @@ with full_bf16.  Does not own files (``lorafile``) or the optimizer (``optim``).
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from trainer.blockrates import BlockRates, block_rates
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged
 from trainer.fp8 import weight_of
-from trainer.kinds import KINDS, NAME, Kind, kernel_size
+from trainer.kinds import KINDS, NAME, Kind, kernel_size, kind_of
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAGNITUDE = "dora_scale"
@@ -115,6 +116,17 @@ def targets_of(base: Base, config: TrainConfig) -> list[Target]:
     return [target for target in rated if target.rate > 0]
 
 
+def count_weights(base: Base, config: TrainConfig) -> int:
+    """Numbers in an adapter of these settings, without making it."""
+    count = 0
+    for target in targets_of(base, config):
+        layer = base.components()[target.component].get_submodule(target.path)
+        count += sum(math.prod(shape) for shape in kind_of(config).shapes(layer, target.rank).values())
+        if target.kind == "DoRA":
+            count += layer.weight.shape[0]
+    return count
+
+
 def block_rate(rates: BlockRates, key: str) -> float:
     """The multiplier of a U-Net module by its kohya key (sd-scripts networks/lora.py, get_block_index).
 
@@ -146,7 +158,7 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
     for target in targets:
         layer = base.components()[target.component].get_submodule(target.path)
         generator = keyed_generator(config.seed, target.key)
-        for ending, value in KINDS[target.kind].start(layer, target.rank, generator).items():
+        for ending, value in kind_of(config).start(layer, target.rank, generator).items():
             weights[f"{target.key}.{ending}"] = value
         if target.kind == "DoRA":
             weights[f"{target.key}.{MAGNITUDE}"] = column_norm(weight_of(layer))
@@ -404,8 +416,8 @@ def _target(
     base: Base, config: TrainConfig, component: str, path: str, key: str, rank: int, alpha: float
 ) -> Target:
     layer = base.components()[component].get_submodule(path)
-    kind = KINDS[config.network_type]
-    return Target(component, path, key, rank, kind.alpha(layer, rank, alpha), config.network_type)
+    alpha = kind_of(config).alpha(layer, rank, alpha)
+    return Target(component, path, key, rank, alpha, config.network_type)
 
 
 def _inject_component(

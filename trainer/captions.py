@@ -7,6 +7,7 @@ prefix, dropping, wildcards, shuffled tags.  Which random numbers a draw gets is
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import re
@@ -133,6 +134,17 @@ _OPEN, _CLOSE = "\ue000", "\ue001"  # stand for {{ and }} meanwhile; private cha
 
 
 @dataclass(frozen=True)
+class Moment:
+    """When a caption is trained: after ``step`` of the run's optimizer steps."""
+
+    step: int = 0
+    total_steps: int = 0
+
+
+START = Moment()
+
+
+@dataclass(frozen=True)
 class CaptionRules:
     """The caption settings of a run or of one of its folders (sd-scripts' process_caption)."""
 
@@ -147,6 +159,8 @@ class CaptionRules:
     caption_dropout_rate: float
     caption_dropout_every_n_epochs: int
     caption_tag_dropout_rate: float
+    token_warmup_min: int
+    token_warmup_step: float
 
     @classmethod
     def of(cls, config: TrainConfig, own: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> CaptionRules:
@@ -156,9 +170,9 @@ class CaptionRules:
 
     @property
     def draws_tags(self) -> bool:
-        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
 
-    def apply(self, caption: str, epoch: int, draw: random.Random) -> str:
+    def apply(self, caption: str, epoch: int, draw: random.Random, now: Moment = START) -> str:
         """The caption as it is trained this time.  ``epoch`` counts from 0."""
         if self.caption_dropout_rate > 0 and draw.random() < self.caption_dropout_rate:
             return ""
@@ -171,7 +185,7 @@ class CaptionRules:
             text = _WILDCARD.sub(lambda found: draw.choice(found[1].split("|")), text)
             text = text.replace(_OPEN, "{").replace(_CLOSE, "}")
         if self.draws_tags:
-            text = self._drawn(text, draw)
+            text = self._drawn(text, draw, now)
         return self._joined(text)
 
     def variants(self, caption: str) -> tuple[str, ...] | None:
@@ -203,14 +217,25 @@ class CaptionRules:
             return text
         return text.replace(self.secondary_separator, self.caption_separator)
 
-    def _drawn(self, text: str, draw: random.Random) -> str:
-        """Tags shuffled and dropped; those at fixed places stay."""
+    def _drawn(self, text: str, draw: random.Random, now: Moment) -> str:
+        """Tags cut off by the warm-up, shuffled and dropped; those at fixed places stay."""
         front, tags, back = self._parts(text)
+        tags = tags[: self._warm(len(tags), now)]
         if self.shuffle_caption:
             draw.shuffle(tags)
         if self.caption_tag_dropout_rate > 0:
             tags = [tag for tag in tags if draw.random() >= self.caption_tag_dropout_rate]
         return ", ".join(front + tags + back)
+
+    def _warm(self, count: int, now: Moment) -> int:
+        """How many of the tags that move are in use: linear from token_warmup_min to all of them
+        (sd-scripts' process_caption)."""
+        length = self.token_warmup_step
+        if 0 < length < 1:
+            length = math.floor(length * now.total_steps)
+        if now.step >= length:
+            return count
+        return max(0, math.floor(now.step * (count - self.token_warmup_min) / length) + self.token_warmup_min)
 
     def _parts(self, text: str) -> tuple[list[str], list[str], list[str]]:
         """Tags that stay in front, that move, that stay behind."""

@@ -100,7 +100,22 @@ class TrainConfig:
     max_token_length: int | None = setting(
         None, "tokens of a caption that are read: 75, 150 or 225; unset 75", unit="tokens", low=75, high=225
     )
+    token_warmup_min: int = setting(
+        1, "tags that a caption begins with while token_warmup_step grows", low=0, high=75
+    )
+    token_warmup_step: float = setting(
+        0,
+        "optimizer steps until captions have all their tags, or a share of all steps if below 1; 0 at once",
+        low=0,
+        high=1e7,
+    )
     flip_aug: bool = setting(False, "train each image mirrored about half of the times")
+    validation_split: float = setting(
+        0.0, "share of each folder's images that is set apart for the validation loss", low=0, high=0.9
+    )
+    validation_seed: int | None = setting(
+        None, "decides which images validation_split sets apart; unset takes seed", low=0, high=2**63 - 1
+    )
     reg_data_dir: str = setting(
         "", "regularisation images, in kohya folders (1_class): as many as training images are trained too"
     )
@@ -184,6 +199,14 @@ class TrainConfig:
     conv_alpha: float | None = setting(
         None, "alpha of 3×3 convolutions; unset takes network_alpha", low=0, high=4096, low_is_excluded=True
     )
+
+    factor: int = setting(
+        -1,
+        "LoKr: the small factor that a layer's sides are split into; -1 as even as possible",
+        low=-1,
+        high=1024,
+    )
+    network_weights: str = setting("", "LoRA file that training starts from, of the same kind and rank")
 
     # Loss
     min_snr_gamma: float | None = setting(
@@ -340,6 +363,7 @@ class TrainConfig:
             f"network_dropout is for LoRA, LoCon and DoRA: {self.network_type} has no lora_down",
             "use rank_dropout or module_dropout",
         )
+        yield (self.factor == 0, "factor = 0 splits nothing", "use -1, or a whole number from 1")
         yield (
             self.first_timestep >= self.end_timestep,
             f"min_timestep {self.first_timestep} is not below max_timestep {self.end_timestep}",

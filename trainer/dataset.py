@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.buckets import Bucket, BucketRules, Fit
-from trainer.captions import CaptionRules, check_inside, listed, read_captions, shown
+from trainer.captions import START, CaptionRules, Moment, check_inside, listed, read_captions, shown
 from trainer.config import TrainConfig
 from trainer.errors import DataError
 from trainer.files import clean_text, sha256_file
@@ -177,6 +178,10 @@ def assemble(
         Item(path, "", 1, *fact) for path, fact in zip(held_paths, facts[len(jobs) :], strict=True)
     )
     _check_held_out(items, held_out)
+    items, apart = _validation(items, config)
+    if apart:
+        held_out += apart
+        said.append(f"{len(apart)} images are set apart for the validation loss (validation_split)")
     items, more = _balanced(items)
     trigger, class_word = _subject([part for part in parts if not part.is_reg])
     return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
@@ -249,6 +254,31 @@ def _balanced(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], list[str]]:
     used = [replace(item, repeats=item.repeats + more + (place < rest)) for place, item in enumerate(used)]
     note = f"{len(used)} of {len(regular)} regularisation images, {sum(i.repeats for i in used)} with repeats"
     return (*(item for item in items if not item.is_reg), *used), [note]
+
+
+def _validation(items: tuple[Item, ...], config: TrainConfig) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """(what is trained on, what validation_split sets apart): ⌊share⌋ of each folder's images, as sd-scripts.
+
+    Chosen by content and validation_seed, not by name or order; equal images stay together.
+    """
+    if not config.validation_split:
+        return items, ()
+    seed = config.seed if config.validation_seed is None else config.validation_seed
+    folders: dict[Path, set[str]] = {}
+    for item in items:
+        if not item.is_reg:
+            folders.setdefault(item.path.parent, set()).add(item.sha256)
+    apart: set[str] = set()
+    for contents in folders.values():
+        order = sorted(contents, key=lambda sha256: hashlib.sha256(f"{seed} {sha256}".encode()).digest())
+        apart |= set(order[math.ceil(len(order) * (1 - config.validation_split) - 1e-9) :])
+    chosen = {item.sha256: item for item in items if item.sha256 in apart and not item.is_reg}
+    if not chosen:
+        raise DataError(
+            f"validation_split = {config.validation_split:g} sets apart no image of {len(items)}",
+            "raise it, or set it to 0",
+        )
+    return tuple(item for item in items if item.sha256 not in apart), tuple(chosen.values())
 
 
 def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
@@ -499,10 +529,10 @@ def epoch_batches(
     return batches
 
 
-def caption_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> str:
+def caption_for(item: Item, config: TrainConfig, epoch: int, occurrence: int, now: Moment = START) -> str:
     """The caption an item is trained with the ``occurrence``-th time (from 0) in an epoch (from 0)."""
     draw = _generator("caption", config.seed, epoch, item.sha256, occurrence)
-    return CaptionRules.of(config, item.own).apply(item.caption, epoch, draw)
+    return CaptionRules.of(config, item.own).apply(item.caption, epoch, draw, now)
 
 
 def caption_variants(items: Iterable[Item], config: TrainConfig) -> tuple[str, ...] | None:

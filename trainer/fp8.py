@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max  # 448
@@ -54,10 +55,11 @@ def convert(model: nn.Module) -> None:
     objects.  What was lost does not come back."""
     for module in model.modules():
         if type(module) in _CLASSES:
-            weight, scale = quantized(module.weight.detach())
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            module.register_buffer(SCALE, scale, persistent=False)
-            module.__class__ = _CLASSES[type(module)]
+            layer: Any = module
+            weight, scale = quantized(layer.weight.detach())
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            layer.register_buffer(SCALE, scale, persistent=False)
+            layer.__class__ = _CLASSES[type(module)]
 
 
 def nbytes(model: nn.Module) -> int:
@@ -92,7 +94,7 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         wide = widened(weight, scale, ctx.kind)
-        grad = torch.nn.grad.conv2d_input(ctx.shape, wide, gradients[0].to(ctx.kind), *ctx.how)
+        grad = conv2d_input(ctx.shape, wide, gradients[0].to(ctx.kind), *ctx.how)
         return grad, None, None, None, None
 
 

@@ -67,9 +67,11 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "cache_latents cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
     ),
     "it only matters together with a setting that is refused": (
-        "token_warmup_min lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
-        "dataset_repeats base_weights_multiplier validation_seed validate_every_n_steps",
-        "validate_every_n_epochs max_validation_steps",
+        "lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
+        "dataset_repeats base_weights_multiplier",
+    ),
+    "the validation loss is told after every epoch, over all images that are set apart": (
+        "validate_every_n_steps validate_every_n_epochs max_validation_steps",
     ),
     "sd-scripts does not read it; kohya_ss writes the settings that follow from it": (
         "epoch noise_offset_type lowvram",
@@ -86,19 +88,16 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
     "random_crop": ((False,), "images are cropped around their centre: encoded images are kept and reused"),
-    "validation_split": ((0,), "no training image is set apart; put images that judge it into held_out/"),
     "face_crop_aug_range": ((), "images are cropped around their centre"),
     "resize_interpolation": (
         (),
         "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
     ),
-    "token_warmup_step": ((0,), "all tags are used from the start"),
     "weighted_captions": ((False,), "captions are used as they are"),
     "in_json": ((), "captions come from files beside the images"),
     "dataset_class": ((), "code from elsewhere is not run"),
     "vae": ((), "the base's own VAE is used; save the base with the VAE you want"),
-    "network_weights": ((), "training starts from a fresh LoRA"),
-    "dim_from_weights": ((False,), "training starts from a fresh LoRA"),
+    "dim_from_weights": ((False,), "set network_dim and network_alpha to those of the file (hpo inspect)"),
     "base_weights": ((), "merge them into the base first"),
     "resume": ((), "a state of sd-scripts cannot be resumed"),
     "lr_scheduler_type": ((), "schedules are " + ", ".join(SCHEDULER_NAMES)),
@@ -170,6 +169,7 @@ NETWORK_ARGUMENTS = (
     "mid_lr_weight",
     "up_lr_weight",
     "block_lr_zero_threshold",
+    "factor",
 )
 # LyCORIS' algo → our network_type.
 LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}

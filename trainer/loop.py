@@ -19,6 +19,7 @@ from trainer import checkpoint, dataset, optim, preflight
 from trainer.adapter import Adapter
 from trainer.bases.base import Base
 from trainer.cache import Prepared
+from trainer.captions import Moment
 from trainer.config import TrainConfig
 from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
@@ -82,7 +83,7 @@ def train(
     preflight.check(base, config)
     length = plan(config, prepared.dataset, prepared.buckets)
     with out_of_memory_named(config):
-        stepper = Stepper(config, base, adapter, prepared, ranks)
+        stepper = Stepper(config, base, adapter, prepared, ranks, Moment(0, length.total_steps))
     run = checkpoint.Run(
         config,
         base.identity,

@@ -44,6 +44,15 @@ class Ranks:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
+    def lowest(self, mine: int | None, device: torch.device | str = "cpu") -> int | None:
+        """The lowest of a number that each has; None if they have none."""
+        if self.world == 1 or mine is None:
+            return mine
+        number = torch.tensor([mine], dtype=torch.int64, device=_place(device))
+        with _together():
+            dist.all_reduce(number, dist.ReduceOp.MIN)
+        return int(number.item())
+
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by the sum over all."""
         if self.world > 1:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
 import torch.utils.checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,6 +30,14 @@ def blocks_outermost_first(unet: Any) -> list[str]:
     return order
 
 
+def _with_inputs_in_ram(module: Any, *inputs: Any) -> Any:
+    """Recompute a module in the backward pass from inputs that wait in the computer's memory.  What is saved
+    inside is not touched by this: recomputing throws it away anyway."""
+    pinned = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
+    with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
+        return torch.utils.checkpoint.checkpoint(module.__call__, *inputs, use_reentrant=False)
+
+
 @contextlib.contextmanager
 def recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
     """Gradient checkpointing while training; the base is as before afterwards."""
@@ -40,7 +49,8 @@ def recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
     layers = [
         m for encoder in encoders for m in encoder.modules() if isinstance(m, GradientCheckpointingLayer)
     ]
-    base.unet.enable_gradient_checkpointing()
+    offload = config.cpu_offload_checkpointing
+    base.unet.enable_gradient_checkpointing(_with_inputs_in_ram if offload else None)
     order = blocks_outermost_first(base.unet)
     for path in order[config.checkpoint_blocks or len(order) :]:
         for module in base.unet.get_submodule(path).modules():

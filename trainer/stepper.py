@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from trainer import dataset, loss, memory, optim, validation
 from trainer.adapter import Adapter, keyed_generator
 from trainer.bases.base import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod
 from trainer.cache import Prepared
+from trainer.captions import START, Moment
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.events import Rehearsed
@@ -72,13 +73,20 @@ class Stepper:
     """Makes one optimizer step from a group of micro-batches."""
 
     def __init__(
-        self, config: TrainConfig, base: Base, adapter: Adapter, prepared: Prepared, ranks: Ranks = ALONE
+        self,
+        config: TrainConfig,
+        base: Base,
+        adapter: Adapter,
+        prepared: Prepared,
+        ranks: Ranks = ALONE,
+        begun: Moment = START,
     ) -> None:
         self.config = config
         self.base = base
         self.adapter = adapter
         self.prepared = prepared
         self.ranks = ranks
+        self.now = begun
         self.is_untouched = True  # whether the weights are those of the last finished step
         if config.text_encoder_frozen:
             adapter.freeze_text_encoders()
@@ -105,6 +113,7 @@ class Stepper:
     def step(self, group: Sequence[MicroBatch], epoch: int, step: int) -> Outcome:
         """Forward, backward, clip, update.  Every sample of the group weighs the same, however it is cut."""
         self.is_untouched = True
+        self.now = replace(self.now, step=step)
         loss_sum = self._gradients(group, epoch, step)
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         if not gradients:  # module_dropout left every module out
@@ -265,7 +274,7 @@ class Stepper:
         return torch.autocast(self.base.device.type, self.compute, enabled=self.compute != torch.float32)
 
     def _caption(self, sample: Sample, epoch: int) -> str:
-        return dataset.caption_for(sample.item, self.config, epoch, sample.occurrence)
+        return dataset.caption_for(sample.item, self.config, epoch, sample.occurrence, self.now)
 
     def _text(self, captions: list[str]) -> TextStates:
         if self.config.updates_text_encoder:

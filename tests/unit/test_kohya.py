@@ -277,7 +277,6 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
         ('vae = "x.safetensors"', "vae"),
         ("random_crop = true", "random_crop"),
         ('resume = "state"', "resume"),
-        ("validation_split = 0.1", "validation_split"),
         ("initial_step = 100", "initial_step"),
         ("initial_epoch = 2", "initial_epoch"),
         ("skip_until_initial_step = true", "skip_until_initial_step"),

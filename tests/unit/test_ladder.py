@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_the_order_is_the_one_that_was_decided() -> None:
 def test_it_ends_and_every_rung_changes_something_but_never_the_effective_batch(config: TrainConfig) -> None:
     configs = [config, *(after for _, after in walk(config))]
     assert len(configs) < 15
-    for before, after in zip(configs, configs[1:], strict=False):
+    for before, after in pairwise(configs):
         assert before != after
         assert after.effective_batch_size == config.effective_batch_size
         assert after.train_batch_size == config.train_batch_size

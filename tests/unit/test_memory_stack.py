@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from hpo import runmemory
+from hpo.trainladder import RunLadder
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer import optim
 from trainer.adapter import inject, keyed_generator
+from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Interrupted
 from trainer.events import Rehearsed, Step
+from trainer.footprint import base_facts, predict
 from trainer.loop import train
 from trainer.recompute import blocks_outermost_first, recomputing
 from trainer.speed import faster
@@ -91,6 +94,28 @@ def test_a_card_is_full_above_98_percent_or_15_and_a_half_of_16_gb():
     assert runmemory.limit_bytes(16_000_000_000) == 15_500_000_000
     assert runmemory.limit_bytes(24_000_000_000) == 23_520_000_000
     assert runmemory.compared(9_720_000_000, 9_000_000_000) == ", predicted 9.00 GB (+8%)"
+
+
+def test_the_plan_is_applied_said_and_remembered(tmp_path):
+    """A card a little smaller than what the settings take."""
+    config = TrainConfig(pretrained_model_name_or_path="mini-sd15", train_batch_size=4, resolution=128)
+    before = predict(config, base_facts("mini-sd15")).peak_bytes
+    said: list[str] = []
+    ladder = RunLadder(tmp_path / "ladder.jsonl", config, said.append)
+    runmemory.apply_plan(ladder, before, 0, said.append)
+    assert ladder.config != config and ladder.config.effective_batch_size == config.effective_batch_size
+    assert predict(ladder.config, base_facts("mini-sd15")).peak_bytes < before
+    assert said and all(line.startswith("planned for") for line in said)
+    again = RunLadder(tmp_path / "ladder.jsonl", config, said.append)
+    assert again.config == ladder.config and again.changed == ladder.changed
+    runmemory.apply_plan(again, before, 0, said.append)
+    assert again.config == ladder.config
+    by_hand = RunLadder(tmp_path / "ladder.jsonl", ladder.config, said.append)
+    assert by_hand.config == ladder.config and not by_hand.tried
+
+
+def test_on_a_cpu_nothing_is_planned():
+    assert runmemory.free_bytes("cpu") is None
 
 
 # bf16 weights
@@ -206,6 +231,18 @@ def test_the_optimizers_state_is_elsewhere_between_steps_with_cpu_offload(monkey
     )
     run(base, tiny_config(cpu_offload=True, max_train_steps=2))
     assert moves == ["cpu", *["cpu", "cpu"] * 2]
+
+
+def test_what_checkpointing_keeps_waits_in_ram_with_cpu_offload_checkpointing(monkeypatch):
+    base = tiny_base("sd15")
+    kept = []
+    save = torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", lambda **how: kept.append(how) or save(**how))
+    config = tiny_config(gradient_checkpointing=True, max_train_steps=1)
+    run(base, config)
+    assert not kept
+    run(base, config.with_values({"cpu_offload_checkpointing": True}))
+    assert len(kept) > 5 and not any(how["pin_memory"] for how in kept)
 
 
 def test_channels_last_and_compiled_blocks_leave_the_base_as_it_was():

@@ -99,6 +99,7 @@ class Base(ABC):
         self.scheduler_config = dict(parts.scheduler_config)
         self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
         self.alphas_cumprod = alphas_cumprod(self.scheduler_config)
+        self.latent_scale = _latent_scale(self.vae.config.scaling_factor)
         self.compute_dtype: torch.dtype = next(self.unet.parameters()).dtype
         for module in self.modules():
             module.requires_grad_(False).eval()
@@ -108,17 +109,6 @@ class Base(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
-
-    @property
-    def latent_scale(self) -> float:
-        """Latents are multiplied by this before noise is added (0.18215 for SD1.5, 0.13025 for SDXL)."""
-        value = self.vae.config.scaling_factor
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ModelFileError(
-                f"vae/config.json: scaling_factor = {str(value)[:80]} is no factor of latents",
-                "the configuration is damaged: get the model again",
-            )
-        return float(value)
 
     @property
     def latent_factor_px(self) -> int:
@@ -338,6 +328,16 @@ def plain_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
     else:
         betas = torch.linspace(start, end, steps, dtype=torch.float32)
     return torch.cumprod(1.0 - betas, dim=0)
+
+
+def _latent_scale(value: Any) -> float:
+    """Latents are multiplied by this before noise is added (0.18215 for SD1.5, 0.13025 for SDXL)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelFileError(
+            f"vae/config.json: scaling_factor = {str(value)[:80]} is no factor of latents",
+            "the configuration is damaged: get the model again",
+        )
+    return float(value)
 
 
 def _bad_schedule(key: str, value: Any) -> ModelFileError:

@@ -25,7 +25,7 @@ from trainer.bases.hub import hub_folder
 from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
 from trainer.config import suggestion
-from trainer.errors import ModelFileError
+from trainer.errors import ModelFileError, first_line
 from trainer.files import sha256_file
 from trainer.tensorfile import PICKLE_ENDINGS, load_tensors, read_header, refuse_pickle
 
@@ -250,7 +250,7 @@ def _folder_tokenizer(folder: Path, encoder: Any) -> Any:
         tokenizer.model_max_length = min(int(tokenizer.model_max_length), limit)
     except Exception as error:  # the library raises whatever its parsers raise
         raise ModelFileError(
-            f"{folder} is no CLIP tokenizer: {str(error).splitlines()[0][:160]}", "get the model again"
+            f"{folder} is no CLIP tokenizer: {first_line(error)[:160]}", "get the model again"
         ) from None
     if not 256 <= len(tokenizer) <= encoder.config.vocab_size:
         raise ModelFileError(
@@ -325,7 +325,7 @@ def empty_network(component: str, config: dict[str, Any]) -> Any:
             return kind(CLIPTextConfig.from_dict(config))
     except Exception as error:  # a configuration can be wrong in any way
         raise ModelFileError(
-            f"the configuration of {component} describes no network: {str(error).splitlines()[0][:160]}",
+            f"the configuration of {component} describes no network: {first_line(error)[:160]}",
             "get the model again",
         ) from None
 

@@ -1,0 +1,179 @@
+"""The choice of a checkpoint and the comparison of two bases, on constructed figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evaluation.anchors import Anchors
+from evaluation.checkpoints import Point, choose, confirmed, finalists, standard_error, verdict
+from evaluation.compare import Side, compare, told_apart
+from evaluation.images import SampledImage
+from evaluation.pictures import CELL_PX, Column, contact_sheet, curve_picture
+from evaluation.prompts import Prompt, PromptSet
+from evaluation.score import ImageScore, Score, anchored, composite
+from trainer.errors import ConfigError, ModelFileError
+
+PROMPTS = 8
+IDS = tuple(f"p{n}" for n in range(PROMPTS))
+SET = PromptSet(tuple(Prompt(f"luca figure {n}", f"figure {n}", "altered") for n in range(PROMPTS)), (0,))
+
+
+def anchors(base: str = "b", t: float = 0.3, i: float = 0.1) -> Anchors:
+    """t = (T − 0.1) / (t − 0.1), i = (I − i) / (0.9 − i)."""
+    identity = {
+        "base": base,
+        "prompts": "p",
+        "sampling": base,
+        "scorer": "s",
+        "likeness": "l",
+        "references": "r",
+    }
+    every = (True,) * PROMPTS
+    return Anchors(
+        identity, IDS, every, (t,) * PROMPTS, (0.1,) * PROMPTS, (i,) * PROMPTS, 0.9, 0.01, 0.001, 0.01
+    )
+
+
+def scored(likeness_P: np.ndarray, scale: Anchors, t: float = 0.3) -> Score:
+    """A score whose likeness, prompt by prompt, is given on the anchored scale."""
+    raw_P = np.asarray(likeness_P) * (0.9 - scale.base_i_P[0]) + scale.base_i_P[0]
+    rows = tuple(ImageScore(p, 0, t, float(raw)) for p, raw in zip(IDS, raw_P, strict=True))
+    t_P, i_P = np.full(PROMPTS, t), raw_P
+    following, alike = anchored(t_P, i_P, scale, np.ones((1, PROMPTS)))
+    return Score(
+        value=float(composite(following, alike)[0]), se=0.1, prompt_following=float(following[0]),
+        prompt_following_se=0.02, likeness=float(alike[0]), likeness_se=0.1, clip_t=t,
+        clip_i=float(i_P.mean()), n_images=PROMPTS, invalid=0, scorer="s", scorer_sha="s",
+        likeness_encoder="l", likeness_sha="l", anchors_key=scale.key, per_image=rows,
+    )  # fmt: skip
+
+
+EASY_AND_HARD = np.linspace(-0.3, 0.3, PROMPTS)  # prompts differ much more than checkpoints do
+WOBBLE = np.array([0.01, -0.01] * (PROMPTS // 2))
+
+
+def curve(*means: float, wobble: float = 1.0) -> list[Point]:
+    """Checkpoints whose likeness has these means; prompts vary a lot, differences between checkpoints little."""
+    scale = anchors()
+    return [
+        Point(f"zed-{n:06d}", n, 10 * n, scored(mean + EASY_AND_HARD + wobble * WOBBLE * (n % 3), scale))
+        for n, mean in enumerate(means, 1)
+    ]
+
+
+def test_a_clear_best_is_chosen_though_the_error_bars_overlap() -> None:
+    points = curve(0.4, 0.5, 0.6, 0.55)
+    choice = choose(points, anchors())
+    assert all(point.score and point.score.se > 0.09 for point in points)
+    assert (choice.best, choice.chosen, choice.within) == (2, 2, (2,))
+    lead = choice.lead[1]
+    assert lead is not None and standard_error(lead) < 0.02 and lead.low > 0
+
+
+def test_the_earliest_of_those_that_cannot_be_told_apart_is_chosen() -> None:
+    points = curve(0.4, 0.598, 0.599, 0.6, wobble=3)
+    choice = choose(points, anchors())
+    assert choice.best == 3 and choice.chosen == 1 and choice.within == (1, 2, 3)
+
+
+def test_checkpoints_without_a_score_are_never_chosen() -> None:
+    points = [replace(curve(0.9)[0], score=None, reason="black"), *curve(0.4, 0.5)]
+    choice = choose(points, anchors())
+    assert choice.best == choice.chosen == 2 and choice.lead[0] is None
+    assert 0 not in finalists(points, choice)
+    with pytest.raises(ModelFileError, match="none of 1 checkpoints can be scored: black"):
+        choose(points[:1], anchors())
+
+
+@pytest.mark.parametrize(
+    ("means", "word", "says"),
+    [
+        ((0.4, 0.5, 0.6), "undertrained", "max_train_epochs"),
+        ((0.6, 0.5, 0.4), "overtrained", "learning_rate"),
+        ((0.4, 0.6, 0.5), "between", "right"),
+        ((0.6,), "single", "save_every_n_epochs"),
+    ],
+)
+def test_the_verdict_is_where_the_best_lies_and_what_to_do(
+    means: tuple[float, ...], word: str, says: str
+) -> None:
+    points = curve(*means)
+    found = verdict(points, choose(points, anchors()))
+    assert found.word == word and says in found.advice
+
+
+def test_a_flat_end_is_no_reason_to_train_longer() -> None:
+    points = curve(0.4, 0.599, 0.6, wobble=3)
+    found = verdict(points, choose(points, anchors()))
+    assert found.word == "undertrained" and "zed-000002 cannot be told apart" in found.why
+    assert "would gain little" in found.advice
+
+
+def test_a_run_that_still_trains_is_told_to_go_on() -> None:
+    points = curve(0.4, 0.5, 0.6)
+    assert "go on" in verdict(points, choose(points, anchors()), finished=False).advice
+
+
+def test_the_choice_the_best_and_the_next_best_are_measured_anew() -> None:
+    points = curve(0.3, 0.598, 0.58, 0.6, 0.55, wobble=3)
+    choice = choose(points, anchors())
+    assert choice.chosen == 1 and finalists(points, choice) == (1, 2, 3)
+    fresh = curve(0.3, 0.5, 0.6)
+    assert confirmed(choice, (1, 2, 3), choose(fresh, anchors())) == (3, "changed")
+    assert confirmed(choice, (1, 2, 3), choose(curve(0.6, 0.5, 0.4), anchors())) == (1, "confirmed")
+
+
+def test_a_difference_of_bases_is_told_from_one_of_adapters() -> None:
+    small, large = anchors("small", t=0.3, i=0.1), anchors("large", t=0.4, i=0.2)
+    a = Side(scored(np.full(PROMPTS, 0.5) + EASY_AND_HARD, small), small)
+    b = Side(scored(np.full(PROMPTS, 0.5) + EASY_AND_HARD, large, t=0.4), large)
+    found = compare(a, b)
+    assert abs(found.anchored["score"].mean) < 1e-9, "each LoRA does the same for its own base"
+    raw = found.cosines
+    assert raw["base effect"]["prompt following"].mean == pytest.approx(0.1)
+    assert raw["adapter effect"]["prompt following"].mean == pytest.approx(0.0)
+    for name in ("prompt following", "likeness"):
+        total = raw["base effect"][name].mean + raw["adapter effect"][name].mean
+        assert raw["LoRA B − LoRA A"][name].mean == pytest.approx(total)
+
+
+def test_the_interval_of_a_comparison_is_paired_by_prompt() -> None:
+    small, large = anchors("small"), anchors("large")
+    a = Side(scored(0.5 + EASY_AND_HARD, small), small)
+    b = Side(scored(0.55 + EASY_AND_HARD + WOBBLE, large), large)
+    found = compare(a, b).anchored["likeness"]
+    assert found.mean == pytest.approx(0.05) and found.high - found.low < 0.04 and told_apart(found)
+    assert not told_apart(
+        compare(a, Side(scored(0.5 + EASY_AND_HARD + WOBBLE, large), large)).anchored["likeness"]
+    )
+
+
+def test_sides_measured_on_other_prompts_are_refused() -> None:
+    scale = anchors()
+    other = replace(scale, identity={**scale.identity, "prompts": "q"})
+    one = scored(EASY_AND_HARD + 0.5, scale)
+    with pytest.raises(ConfigError, match="other prompts"):
+        compare(Side(one, scale), Side(replace(one, anchors_key=other.key), other))
+
+
+def test_the_curve_is_drawn_with_its_band_and_its_choice() -> None:
+    points = curve(0.3, 0.5, 0.45)
+    with_gap = [points[0], replace(points[1], score=None, reason="black"), points[2]]
+    plain, gap = (np.asarray(curve_picture(row, 2, 2, (), "zed")).astype(int) for row in (points, with_gap))
+    assert plain.shape == (520, 900, 3) and (plain != gap).any()
+    other = np.asarray(curve_picture(points, 2, 0, (), "zed")).astype(int)
+    assert (plain != other).any(), "the choice must be seen"
+
+
+def test_bases_of_different_sizes_are_shown_at_the_same_size() -> None:
+    def images(side: int, grey: int) -> list[SampledImage]:
+        return [SampledImage(p.id, 0, np.full((side, side, 3), grey, np.uint8)) for p in SET.prompts]
+
+    sheet = np.asarray(
+        contact_sheet([Column("small", images(64, 10)), Column("large", images(128, 20))], SET, 0)
+    )
+    cells = [int((sheet == grey).all(axis=2).sum()) for grey in (10, 20)]
+    assert cells == [PROMPTS * CELL_PX**2] * 2
