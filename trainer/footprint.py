@@ -109,7 +109,6 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     dim, conv_dim = (config.network_dim, config.conv_dim or 1)
     if config.network_type == "LoKr":
         dim = conv_dim = 1  # traced with its own ranks
-    element = 2 if config.full_bf16 else 4
     shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
     adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
     updated = [shape for shape, is_updated in shapes if is_updated]
