@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from trainer import tracing
 from trainer.allocator import CachingAllocator
 from trainer.bases import detect
 from trainer.bases.base import Base, Parts
-from trainer.bases.load import CONFIGS, FAMILIES, MINIATURES, TEXT_ENCODERS, empty_network
+from trainer.bases.load import CONFIGS, FAMILIES, HUB_NAMES, MINIATURES, TEXT_ENCODERS, empty_network
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.tensorfile import read_header, refuse_pickle
@@ -76,6 +76,9 @@ def base_facts(spec: str | Path) -> BaseFacts:
         return _facts(name, name, CONFIGS / name)
     if name in MINIATURES:
         return _facts(name, detect.family_of_folder(MINIATURES[name]), MINIATURES[name])
+    families = {hub_name: family for family, hub_name in HUB_NAMES.items()}
+    if name in families:
+        return _facts(name, families[name], CONFIGS / families[name])
     path = Path(spec).expanduser()
     if path.is_dir():
         return _facts(path.name, detect.family_of_folder(path), path)
@@ -106,15 +109,15 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     dim, conv_dim = (config.network_dim, config.conv_dim or 1)
     if config.network_type == "LoKr":
         dim = conv_dim = 1  # traced with its own ranks
-    element = 2 if config.full_bf16 else 4
-    shapes = [_at_rank(shape, dim, conv_dim) for shape in found.shapes]
-    adapter = [element * _count(shape) for shape in shapes]
+    shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
+    adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
+    updated = [shape for shape, is_updated in shapes if is_updated]
     base = base_bytes(config, facts)
-    state = [optimizer_bytes(config.optimizer_type, shape) for shape in shapes]
+    state = [optimizer_bytes(config.optimizer_type, shape) for shape in updated]
+    update = [4 * _count(shape) for shape in updated] if config.full_bf16 else []
     if config.cpu_offload:
-        state = []
-    widened = [4 * _count(shape) for shape in shapes] if config.full_bf16 else []
-    replay = _replay(found, dim, conv_dim, base, adapter, state, accumulates(config), widened)
+        state, update = [], [*update, *state]
+    replay = _replay(found, dim, conv_dim, base, adapter, state, update, accumulates(config))
     return _footprint(replay, base, adapter, state, bucket, config.images_at_once)
 
 
@@ -148,9 +151,9 @@ def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
     bucket = (config.resolution, config.resolution)
     settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
     found = _trace(facts, settings, bucket, is_full=True)
-    state = [optimizer_bytes(config.optimizer_type, shape) for shape in found.shapes]
-    weights = {"unet": 4 * sum(map(_count, found.shapes))}
-    replay = _replay(found, 1, 1, weights, [], state, accumulates(config))
+    state = [optimizer_bytes(config.optimizer_type, shape) for shape, _ in found.shapes]
+    weights = {"unet": 4 * sum(_count(shape) for shape, _ in found.shapes)}
+    replay = _replay(found, 1, 1, weights, [], state, [], accumulates(config))
     return _footprint(replay, weights, [], state, bucket, config.images_at_once)
 
 
@@ -251,12 +254,12 @@ def _replay(
     base: Mapping[str, int],
     adapter: list[int],
     state: list[int],
+    update: list[int],
     is_accumulated: bool,
-    widened: Sequence[int] = (),
 ) -> _Replay:
     """Two steps through the allocator: the optimizer's state comes after the first.  With accumulation the
-    gradients of the micro-batch before are there, and new ones go once they are added.  ``widened``: bytes
-    that the update adds while bf16 weights and gradients are fp32 (``trainer.optim``)."""
+    gradients of the micro-batch before are there, and new ones go once they are added.  ``update``: what is
+    there only while the optimizer works – bf16 weights and gradients as fp32, state from RAM."""
     allocator = CachingAllocator()
     sizes = [block.bytes_at(dim, conv_dim) for block in found.blocks]
     for size in (*base.values(), *adapter):
@@ -291,10 +294,10 @@ def _replay(
         if not step:
             for size in state:
                 allocator.allocate(size)
-        wide = [allocator.allocate(size) for size in widened]
+        during = [allocator.allocate(size) for size in update]
         if step and allocator.allocated > highest:
-            peak = {**live, "workspace": sum(widened)}
-        for handle in (*wide, *handles.values(), *gradients):
+            peak = {**live, "workspace": sum(update)}
+        for handle in (*during, *handles.values(), *gradients):
             allocator.free(handle)
     return _Replay(allocator.peak_allocated, allocator.reserved, **peak)
 
@@ -308,6 +311,7 @@ _DECIDES_A_TRACE = (
     "full_bf16",
     "fp8_base",
     "text_encoder_frozen",
+    "cpu_offload_checkpointing",
     "clip_skip",
     "down_lr_weight",
     "mid_lr_weight",
@@ -346,6 +350,8 @@ _SAME_ADAPTER = {
     "checkpoint_blocks": None,
     "full_bf16": False,
     "fp8_base": False,
+    "cpu_offload_checkpointing": False,
+    "text_encoder_frozen": False,
     "mixed_precision": "auto",
     "max_token_length": None,
     "clip_skip": None,

@@ -102,8 +102,11 @@ def _frozen_text(config: TrainConfig, facts: BaseFacts) -> Candidates:
 
 
 def _offload(config: TrainConfig, facts: BaseFacts) -> Candidates:
-    if not config.cpu_offload:
-        yield {"cpu_offload": True}, "the optimizer's state waits in the computer's memory: slowest"
+    if not (config.cpu_offload and config.cpu_offload_checkpointing):
+        yield (
+            {"cpu_offload": True, "cpu_offload_checkpointing": True},
+            "the optimizer's state and what recomputing keeps wait in the computer's memory: slowest",
+        )
 
 
 MOVES: tuple[Callable[[TrainConfig, BaseFacts], Candidates], ...] = (

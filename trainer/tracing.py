@@ -24,14 +24,15 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import adapter as adapters
+from trainer import recompute
 from trainer.bases.base import Base, Sizes, TextStates
 from trainer.config import TrainConfig
 from trainer.kinds import KINDS
-from trainer.recompute import recomputing
 
 DIM, CONV_DIM = 257, 263  # primes above every latent side and text length, in no channel count
 CONSTANT, PER_DIM, PER_CONV_DIM = 0, 1, 2
@@ -52,11 +53,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Trace:
-    """``events``: n ≥ 0 allocates block n, ~n frees it.  ``shapes``: of the adapter's tensors."""
+    """``events``: n ≥ 0 allocates block n, ~n frees it.  ``shapes``: of the adapter's tensors, and whether
+    each got a gradient."""
 
     blocks: tuple[Block, ...]
     events: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[tuple[int, ...], bool], ...]
 
 
 class Recorder(TorchDispatchMode):
@@ -275,6 +277,14 @@ def _axis(value: Any, axis: int) -> int:
     return int(value if isinstance(value, int) else value[axis])
 
 
+def _inputs_elsewhere(module: Any, *inputs: Any) -> Any:
+    """``trainer.recompute._with_inputs_in_ram``: what waits there is not on the card."""
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (tensor.shape, tensor.dtype), lambda facts: torch.empty(facts[0], dtype=facts[1])
+    ):
+        return torch.utils.checkpoint.checkpoint(module.__call__, *inputs, use_reentrant=False)
+
+
 # The step
 
 
@@ -311,6 +321,8 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     width_px, height_px = bucket_px
     parameters = it.trainable()
     _set_kind(it, torch.bfloat16 if config.full_bf16 else torch.float32)
+    if config.text_encoder_frozen and it.adapter is not None:
+        it.adapter.freeze_text_encoders()
     recorder = Recorder()
     for module in base.modules():
         for tensor in (*module.parameters(), *module.buffers()):
@@ -323,8 +335,9 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
         for name, function in kernels.patches():
             stack.enter_context(mock.patch.object(F, name, function))
         stack.enter_context(mock.patch.object(adapters, "keyed_generator", lambda *_, **__: None))
+        stack.enter_context(mock.patch.object(recompute, "_with_inputs_in_ram", _inputs_elsewhere))
         stack.enter_context(recorder)
-        stack.enter_context(recomputing(base, config))
+        stack.enter_context(recompute.recomputing(base, config))
         if it.adapter is not None and (config.network_dropout or config.rank_dropout):
             it.adapter.apply_dropout(1)
         side = base.latent_factor_px
@@ -336,13 +349,13 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
         del states
         (predicted_BCHW - torch.empty_like(noisy_BCHW)).square().mean().backward()
         del predicted_BCHW, noisy_BCHW
-        gradients = {
-            recorder.known[p.grad.untyped_storage()._cdata] for p in parameters if p.grad is not None
-        }
+        given = [p.grad for p in parameters if p.grad is not None]
+        gradients = {recorder.known[grad.untyped_storage()._cdata] for grad in given}
     if it.adapter is not None:
         it.adapter.apply_dropout()
     blocks = tuple(_block(*size, n in gradients) for n, size in enumerate(recorder.sizes))
-    found = Trace(blocks, tuple(recorder.events), tuple(tuple(p.shape) for p in parameters))
+    shapes = tuple((tuple(p.shape), p.grad is not None) for p in parameters)
+    found = Trace(blocks, tuple(recorder.events), shapes)
     for parameter in parameters:
         parameter.grad = None
     return found
@@ -356,6 +369,7 @@ def _set_kind(it: Subject, kind: torch.dtype) -> None:
     magnitudes = {id(weight) for weight in fp32}
     for parameter in it.trainable():
         parameter.grad = None
+        parameter.requires_grad_(True)
         parameter.data = parameter.data.to(torch.float32 if id(parameter) in magnitudes else kind)
 
 
@@ -364,7 +378,8 @@ def text_states(base: Base, config: TrainConfig, batch: int) -> TextStates:
     windows = (config.max_token_length or 75) // 75
     if config.trains_text_encoder:
         ids_BWL = torch.zeros((batch, windows, base.caption_tokens + 2), dtype=torch.long)
-        with mock.patch.object(base, "token_windows", lambda *_: ids_BWL):
+        updates = torch.set_grad_enabled(config.updates_text_encoder)
+        with updates, mock.patch.object(base, "token_windows", lambda *_: ids_BWL):
             return base.encode_text([""] * batch, config.clip_skip, config.max_token_length)
     width = int(base.unet.config.cross_attention_dim)
     hidden_BLD = torch.empty(batch, windows * 75 + 2, width)
