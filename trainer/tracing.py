@@ -142,7 +142,7 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         _x, weight, bias = ctx.saved_tensors
         wide = _widened(weight, ctx.recorder) if ctx.is_fp8 else None
         if len(ctx.weight_shape) == 4:
@@ -172,7 +172,7 @@ class _Norm(torch.autograd.Function):
         return x.new_empty(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return torch.empty_like(grad), None, None
 
 
@@ -189,7 +189,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, _out, rows = ctx.saved_tensors
         ctx.recorder.workspace(4 * (q.numel() + rows.numel()))
         return *(t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)), None

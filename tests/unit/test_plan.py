@@ -57,6 +57,13 @@ def test_a_plan_for_scripts_has_parts_that_add_up_and_the_moves(folder, tmp_path
     assert given["moves"] == [] and given["config"]["network_dim"] == 512
 
 
+def test_a_plan_names_what_has_to_change(folder):
+    words = ("--base", folder, "--vram", 1, "--set", "train_batch_size=128", "--set", "resolution=256")
+    result = plan(*words, "--set", "network_train_unet_only=true")
+    assert result.exit_code == 0, result.output
+    assert "gradient_checkpointing: false → true" in result.output and "peak then:" in result.output
+
+
 def test_a_plan_that_cannot_fit_ends_in_two_lines_and_a_code(folder):
     result = plan(
         "--base", folder, "--vram", 1, "--set", "network_dim=1024", "--set", "train_batch_size=1024"
