@@ -21,8 +21,7 @@ from hpo.evaluatecmd import CONFIRMATION, View, alone
 from hpo.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
 from hpo.stop import Stop
 from hpo.study import Inputs
-from trainer.errors import ToolError
-from trainer.files import clean_text, machine_error, sha256_file, write_atomic
+from trainer.files import machine_error, sha256_file, write_atomic
 from trainer.tensorfile import read_header
 
 if TYPE_CHECKING:

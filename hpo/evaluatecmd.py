@@ -25,7 +25,7 @@ from rich.text import Text
 
 from hpo.locks import Lock, holder
 from hpo.report import STOPPING, clock
-from hpo.runfiles import MARK, MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
+from hpo.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.stop import Stop
 from hpo.study import Inputs
 from trainer.errors import ConfigError, Interrupted, InvalidImages, MachineError, ModelFileError

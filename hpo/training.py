@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.cache import Prepared
     from trainer.config import TrainConfig
     from trainer.events import Event
+    from trainer.ranks import Ranks
 
 
 class StepLog:
@@ -48,19 +49,25 @@ def train_adapter(
     prepare: Callable[[], Prepared],
     *,
     checkpoints: Path,
-    log: StepLog,
+    log: StepLog | None,
     on_event: Callable[[Event, Adapter], None],
     should_stop: Callable[[], bool],
     on_start: Callable[[Adapter, int], None] = lambda adapter, step: None,
     validate_on: Callable[[], Prepared | None] = lambda: None,
+    rehearse: bool = False,
+    changed: frozenset[str] = frozenset(),
+    ranks: Ranks | None = None,
 ) -> Adapter:
     """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
 
     ``on_start`` is told how many steps are behind, before the first one of this call; ``validate_on`` prepares
-    images for a validation loss.
+    images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are ``loop.train``'s; without ``log``
+    nothing is written down.
     """
     from trainer import adapter as adapters
     from trainer import checkpoint, loop
+    from trainer.events import Rehearsed
+    from trainer.ranks import ALONE
 
     adapter = adapters.inject(base, config)
     try:
@@ -74,8 +81,12 @@ def train_adapter(
             checkpoints=checkpoints,
             should_stop=should_stop,
             validate_on=validate_on(),
+            rehearse=rehearse,
+            changed=changed,
+            ranks=ranks or ALONE,
         ):
-            log.write(event)
+            if log is not None and not isinstance(event, Rehearsed):
+                log.write(event)
             on_event(event, adapter)
     except BaseException:
         adapter.remove()

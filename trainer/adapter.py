@@ -1,8 +1,8 @@
 """Adapter: LoRA, LoCon, DoRA, LoHa or LoKr injected into a base, its weights, and its removal without a trace.
 
 Owns which modules get which rank and rate, dropout, norms, rounding and removal; PEFT does the maths of the
-forward pass, ``kinds`` says what differs between kinds.  Weights are fp32 whatever the base's type.  Does not
-own files (``lorafile``) or the optimizer (``optim``).
+forward pass, ``kinds`` says what differs between kinds.  Weights are fp32 whatever the base's type, or bf16
+with full_bf16.  Does not own files (``lorafile``) or the optimizer (``optim``).
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
         if target.kind == "DoRA":
             weights[f"{target.key}.{MAGNITUDE}"] = column_norm(weight_of(layer))
     dropout = Dropout(config.network_dropout, config.rank_dropout, config.module_dropout)
-    return Adapter(base, targets, weights, dropout=dropout)
+    kept_in = torch.bfloat16 if config.full_bf16 else torch.float32
+    return Adapter(base, targets, weights, dropout=dropout, kept_in=kept_in)
 
 
 class Adapter:
@@ -164,6 +165,7 @@ class Adapter:
         weights: Mapping[str, Tensor],
         *,
         dropout: Dropout = Dropout(),
+        kept_in: torch.dtype = torch.float32,
     ) -> None:
         self.base = base
         self.layers: list[Layer] = []
@@ -174,7 +176,7 @@ class Adapter:
             by_component.setdefault(target.component, []).append(target)
         try:
             for component, chosen in by_component.items():
-                self.layers += _inject_component(base.components()[component], chosen, weights)
+                self.layers += _inject_component(base.components()[component], chosen, weights, kept_in)
         except BaseException:
             self.remove()
             raise
@@ -191,6 +193,13 @@ class Adapter:
     def trainable(self) -> list[nn.Parameter]:
         """All trainable weights, in module order."""
         return [weight for layer in self.layers for weight in layer.weights.values()]
+
+    def freeze_text_encoders(self) -> None:
+        """Keep the text encoders' part as it is from now on."""
+        for layer in self.layers:
+            if layer.target.component != "unet":
+                for weight in layer.weights.values():
+                    weight.requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:
         """kohya key → tensor, fp32 copies on CPU: ``….lora_down.weight``, …, ``….alpha``."""
@@ -399,8 +408,11 @@ def _target(
     return Target(component, path, key, rank, kind.alpha(layer, rank, alpha), config.network_type)
 
 
-def _inject_component(model: nn.Module, targets: list[Target], weights: Mapping[str, Tensor]) -> list[Layer]:
-    """PEFT layers around the targets of one network, holding ``weights`` in fp32 on the network's device."""
+def _inject_component(
+    model: nn.Module, targets: list[Target], weights: Mapping[str, Tensor], kept_in: torch.dtype
+) -> list[Layer]:
+    """PEFT layers around the targets of one network, holding ``weights`` on the network's device; DoRA's
+    magnitudes always in fp32."""
     assert not hasattr(model, "peft_config"), "an adapter is in the base already: remove it first"
     kind = KINDS[targets[0].kind]
     inject_adapter_in_model(kind.settings(targets), model, adapter_name=NAME, low_cpu_mem_usage=True)
@@ -413,7 +425,8 @@ def _inject_component(model: nn.Module, targets: list[Target], weights: Mapping[
             value = weights.get(f"{target.key}.{ending}")
             if value is None:
                 continue
-            placed[ending] = nn.Parameter(value.to(device, torch.float32, copy=True))
+            kind_of_number = torch.float32 if ending == MAGNITUDE else kept_in
+            placed[ending] = nn.Parameter(value.to(device, kind_of_number, copy=True))
             if ending == MAGNITUDE:
                 wrapped.register_parameter(MAGNITUDE, placed[ending])
                 continue

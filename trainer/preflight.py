@@ -10,6 +10,7 @@ from trainer.captions import listed
 from trainer.config import SETTINGS, TrainConfig
 from trainer.dataset import Dataset
 from trainer.errors import ConfigError
+from trainer.fp8 import holds_fp8
 
 KIND = {"sd15": "SD1.5", "sdxl": "SDXL"}  # family → how Setting.only names it
 NOT_USED = ("clip_skip",)  # settings that the other family passes over, as sd-scripts does; ``notes`` says it
@@ -29,6 +30,12 @@ def check(base: Base, config: TrainConfig) -> None:
         raise ConfigError(
             f"clip_skip = {config.clip_skip}, but the text encoder of {base.name} has {layers} layers",
             f"set it to 1 to {layers}",
+        )
+
+    if config.fp8_base and not holds_fp8(base.unet):
+        raise ConfigError(
+            "fp8_base is for hpo train: a search keeps one base for all trials, as it is",
+            "leave fp8_base out",
         )
 
 

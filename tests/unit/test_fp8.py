@@ -11,7 +11,9 @@ from trainer.loop import train
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.detach().float() - expected.detach().float()).norm() / expected.detach().float().norm())
+    return float(
+        (found.detach().float() - expected.detach().float()).norm() / expected.detach().float().norm()
+    )
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -33,7 +35,9 @@ def test_on_a_layer_of_real_width_the_scales_are_nothing():
     assert fp8.nbytes(layer) < 0.505 * before
 
 
-@pytest.mark.parametrize("layer", [torch.nn.Linear(320, 320), torch.nn.Conv2d(64, 64, 3, padding=1, stride=2)])
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Linear(320, 320), torch.nn.Conv2d(64, 64, 3, padding=1, stride=2)]
+)
 def test_the_output_is_near_and_much_nearer_than_that_of_a_cast_without_scale(layer):
     torch.manual_seed(0)
     torch.nn.init.normal_(layer.weight, std=0.003)

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-import hpo.trainrun
+import hpo.keeper
 from hpo.cli import main
 from hpo.trainplan import count_steps
 from hpo.trainsamples import read_sample_prompts
@@ -158,7 +158,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
 ) -> None:
     assert train(base, "--output", "whole", "--set", "flip_aug=true").exit_code == 0
 
-    original = hpo.trainrun.Keeper.on_event
+    original = hpo.keeper.Keeper.on_event
 
     def stopping(self: Any, event: Any, adapter: Any) -> None:
         original(self, event, adapter)
@@ -169,7 +169,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.trainrun.Keeper, "on_event", stopping)
+        patch.setattr(hpo.keeper.Keeper, "on_event", stopping)
         stopped = train(base, "--output", "parts", "--set", "flip_aug=true")
     assert stopped.exit_code == 130 and "stopped after step 2 of 6" in stopped.stderr
     assert "next: the same command goes on" in stopped.stderr

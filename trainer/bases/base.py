@@ -10,6 +10,7 @@ Shapes: B batch, C latent channels, H W pixels, h w latent sides, L tokens, D te
 from __future__ import annotations
 
 import gc
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ class Base(ABC):
         length = windows * inner + 2
         rows = tokenizer(list(captions), truncation=True, max_length=length)["input_ids"]
         pad, end = self.tokenizers[encoder].pad_token_id, tokenizer.eos_token_id
-        ids_BL = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)
+        place = next(self.text_encoders[encoder].parameters()).device
+        ids_BL = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=place)
         if windows == 1:
             return ids_BL[:, None]
         middle_BWL = ids_BL[:, 1:-1].reshape(len(rows), windows, inner).clone()
@@ -211,7 +213,8 @@ class Base(ABC):
     def encode_text(
         self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
     ) -> TextStates:
-        """Captions → states on the base's device.  Differentiable; wrap in ``torch.no_grad`` for a cache.
+        """Captions → states on the text encoders' device.  Differentiable; wrap in ``torch.no_grad`` for a
+        cache.
 
         ``max_token_length``: 150 or 225 reads longer captions, L = 152 or 227; unset and 75 read 75, L = 77.
         """

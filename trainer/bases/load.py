@@ -155,7 +155,7 @@ def _parts_of_folder(
     networks: dict[str, Any] = {}
     weight_paths: dict[str, Path] = {}
     for component in ("unet", "vae", *TEXT_ENCODERS[family]):
-        model = _empty(component, detect.read_json(folder / component / "config.json"))
+        model = empty_network(component, detect.read_json(folder / component / "config.json"))
         files = component_files(folder, component)
         names = {name: shape for file in files for name, shape in read_header(file).shapes.items()}
         renamed = {_present_name(model, name): name for name in names}
@@ -272,7 +272,7 @@ def _parts_of_file(
     original = load_tensors(path)
     networks: dict[str, Any] = {}
     for component in ("unet", "vae", *TEXT_ENCODERS[family]):
-        model = _empty(component, detect.read_json(configs / component / "config.json"))
+        model = empty_network(component, detect.read_json(configs / component / "config.json"))
         tensors = {_present_name(model, k): v for k, v in _converted(component, model, original).items()}
         _check(path, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, component)
         _fill(model, tensors.items(), _component_type(component, family, dtype, no_half_vae))
@@ -310,7 +310,7 @@ def _beginning(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 # Networks
 
 
-def _empty(component: str, config: dict[str, Any]) -> Any:
+def empty_network(component: str, config: dict[str, Any]) -> Any:
     """A network without memory for its weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
