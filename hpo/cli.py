@@ -241,7 +241,9 @@ def train(file: Path, **words: Any) -> None:
 @click.option(
     "--profile", metavar="NAME", help="sdxl-16gb, sdxl-keep, or a FILE.toml of your own. Unset: the family's."
 )
-@click.option("--preset", metavar="NAME", help="conservative, balanced or aggressive. Unset: the profile's own.")
+@click.option(
+    "--preset", metavar="NAME", help="conservative, balanced or aggressive. Unset: the profile's own."
+)
 @click.option(
     "--probes",
     type=click.IntRange(0, 32),
@@ -249,7 +251,9 @@ def train(file: Path, **words: Any) -> None:
     show_default=True,
     help="Short runs on the target that correct what the rules cannot know; 6 is usual.",
 )
-@click.option("--design", type=click.Choice(["ladder", "grid"]), help="How probes are chosen. Unset: the better one.")
+@click.option(
+    "--design", type=click.Choice(["ladder", "grid"]), help="How probes are chosen. Unset: the better one."
+)
 @click.option("--device", help="For probes: cpu, cuda, cuda:1 … Unset: the GPU if there is one.")
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP

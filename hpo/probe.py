@@ -93,7 +93,8 @@ class Decision:
 class Design(Protocol):
     """How probes are chosen and read."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def next(self, outcomes: Sequence[Outcome], scope: Scope) -> Probe | None: ...
     def decide(self, outcomes: Sequence[Outcome], scope: Scope, shift: float | None = None) -> Decision: ...
@@ -139,7 +140,13 @@ class Ladder:
     def _steps(self, scope: Scope) -> list[Callable[[Sequence[Outcome]], Probe | None]]:
         default = (DEFAULT,) if DEFAULT in scope.candidates else ()
         others = [name for name in scope.candidates if name != DEFAULT]
-        fixed = [Probe(), *map(Probe, default), Probe(octaves=-1.0), Probe(octaves=1.0), *map(Probe, others[:1])]
+        fixed = [
+            Probe(),
+            *map(Probe, default),
+            Probe(octaves=-1.0),
+            Probe(octaves=1.0),
+            *map(Probe, others[:1]),
+        ]
         more = [*map(Probe, others[1:])]
 
         def always(probe: Probe) -> Callable[[Sequence[Outcome]], Probe | None]:
@@ -213,13 +220,17 @@ class Grid:
         weights_N = contrast_B @ solve_BN
         free = len(y_N) - design_NB.shape[1]
         residuals = y_N - design_NB @ (solve_BN @ y_N)
-        by_fit = math.sqrt(float(residuals @ residuals) / free) * float(np.linalg.norm(weights_N)) if free else 0.0
+        by_fit = (
+            math.sqrt(float(residuals @ residuals) / free) * float(np.linalg.norm(weights_N)) if free else 0.0
+        )
         counts = {len(o.prompts) for o in used}
         if counts == {0} or len(counts) > 1:
             ses_N = np.array([o.se for o in used])
             return max(by_fit, float(np.sqrt((weights_N**2) @ (ses_N**2))))
         prompts_NP = np.array([o.prompts for o in used])
-        drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(0, prompts_NP.shape[1], (DRAWS, prompts_NP.shape[1]))
+        drawn = np.random.default_rng(BOOTSTRAP_SEED).integers(
+            0, prompts_NP.shape[1], (DRAWS, prompts_NP.shape[1])
+        )
         values_K = weights_N @ prompts_NP[:, drawn].mean(-1)
         return max(by_fit, float(values_K.std(ddof=1)))
 
@@ -236,7 +247,9 @@ def _weighed(probe: Probe, gain: float, se: float, errors: float) -> Decision:
     if gain > errors * se and gain > 0:
         return Decision(probe, gain, low, high, measured)
     what = "1 standard error" if errors == 1 else f"{errors:g} standard errors"
-    return Decision(Probe(), gain, low, high, f"{measured}: not more than {what}, so the transferred settings stay")
+    return Decision(
+        Probe(), gain, low, high, f"{measured}: not more than {what}, so the transferred settings stay"
+    )
 
 
 def _rates_of(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -330,5 +343,5 @@ def search_is_better(outcomes: Sequence[Outcome], found: Agreement | None) -> st
     if own and usual and usual.score - own.score > 1.96 * gain_se(usual, own):
         return f"the target's usual settings score {usual.score - own.score:.4f} higher than the transferred ones"
     if found is not None and found.spearman.value < 0 and found.spearman.p < 0.2:
-        return f"source and target rank the shared configurations against each other (Spearman {found.spearman.value:+.2f})"
+        return f"source and target rank the shared configurations against each other ({found.spearman.value:+.2f})"
     return None

@@ -109,7 +109,9 @@ def make_side(
     if not own.trains_unet:
         raise ConfigError("the U-Net is not trained: there is no rate to probe", "leave out --probes")
     short = {key: short_run(config, samples, fraction) for key, config in whole.items()}
-    short = {key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]}
+    short = {
+        key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]
+    }
     short = {key: config for key, config in short.items() if _fits(config, short[TRANSFERRED])}
     scope = Scope(
         budget,

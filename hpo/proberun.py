@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.folder import StudyFolder, find_folder, in_use, read_json
+from hpo.folder import StudyFolder, in_use, read_json
 from hpo.locks import Lock, holder
 from hpo.probe import (
     DEFAULT,
@@ -32,7 +32,7 @@ from hpo.probe import (
     horizon_shift,
     search_is_better,
 )
-from hpo.probefile import FRACTION, RATES, Side, make_side, octave_bounds
+from hpo.probefile import FRACTION, Side, make_side, octave_bounds
 from hpo.trainplan import say
 from hpo.transfer import MAPPING_VERSION, transfer, two_digits
 from hpo.transfersource import SOURCE_STUDY, Candidate, dataset_figures
@@ -74,7 +74,9 @@ def consult(done: Transfer, request: Request, console: Console) -> Found | None:
     if not request.probes:
         return None
     if request.probes < LEAST:
-        raise ConfigError(f"{request.probes} probes decide nothing", f"give --probes {LEAST} or more; 6 is usual")
+        raise ConfigError(
+            f"{request.probes} probes decide nothing", f"give --probes {LEAST} or more; 6 is usual"
+        )
     return _Probing(done, request, folder, design, console).run()
 
 
@@ -150,8 +152,16 @@ class _Probing:
 
     def _target(self) -> Side:
         own = self.done.plan.config
-        usual = {"text_encoder_lr1": None, "text_encoder_lr2": None, "unet_lr": None, "network_train_unet_only": False}
-        whole = {TRANSFERRED: own, DEFAULT: own.with_values({**usual, **self.done.profile.family.community_default})}
+        usual = {
+            "text_encoder_lr1": None,
+            "text_encoder_lr2": None,
+            "unet_lr": None,
+            "network_train_unet_only": False,
+        }
+        whole = {
+            TRANSFERRED: own,
+            DEFAULT: own.with_values({**usual, **self.done.profile.family.community_default}),
+        }
         whole |= {name: self._mapped(candidate) for name, candidate in self.others.items()}
         limits = self.done.profile.limits
         bounds = octave_bounds(own, limits.learning_rate_low, limits.learning_rate_high)
@@ -184,12 +194,11 @@ class _Probing:
         for ending, fraction in endings.items():
             folder = StudyFolder(self.folder.root.with_name(f"{self.folder.name}-{ending}"))
             side = self._side(folder.name, whole, (-8.0, 8.0), fraction)
-            wanted = [p for p in probes if p.candidate in side.short]
             found.append(
                 run_side(
                     folder,
                     side,
-                    lambda known, wanted=wanted: next((p for p in wanted if find(known, p) is None), None),
+                    in_order([p for p in probes if p.candidate in side.short]),
                     self._inputs(source.base),
                     self._provenance(),
                     self.console,
@@ -258,7 +267,9 @@ class _Probing:
         lines = [f"probe {o.probe.role}: {o.score:.4f} ± {o.se:.4f}" for o in outcomes]
         lines.append(f"decision: {decision.reason}")
         if shift is not None:
-            lines.append(f"short runs like a rate {shift:+.2f} octaves off whole ones (measured on the source)")
+            lines.append(
+                f"short runs like a rate {shift:+.2f} octaves off whole ones (measured on the source)"
+            )
         found = agree(outcomes, twins)
         lines.append(
             found.line()
@@ -268,8 +279,15 @@ class _Probing:
         better = search_is_better(outcomes, found)
         if better:
             family = self.done.profile.family
-            lines.append(f"{better}: a direct search is the better use of the night: hpo search --base {family.base}")
+            lines.append(
+                f"{better}: a direct search is the better use of the night: hpo search --base {family.base}"
+            )
         return lines
+
+
+def in_order(probes: Sequence[Probe]) -> Callable[[list[Outcome]], Probe | None]:
+    """A choice that was made before: one probe after the other."""
+    return lambda known: next((p for p in probes if find(known, p) is None), None)
 
 
 def agree(outcomes: Sequence[Outcome], twins: Sequence[Outcome]) -> Agreement | None:
@@ -380,7 +398,11 @@ def _probe_by_probe(
 
 
 def _outcomes(
-    study: optuna.Study, bench: Any, side: Side, known: list[Probe], choose: Callable[[list[Outcome]], Probe | None]
+    study: optuna.Study,
+    bench: Any,
+    side: Side,
+    known: list[Probe],
+    choose: Callable[[list[Outcome]], Probe | None],
 ) -> list[Outcome]:
     """The finished probes in the order of the design, which asks for one after the other."""
     from optuna.trial import TrialState

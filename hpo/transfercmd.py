@@ -72,14 +72,14 @@ def run(request: Request, console: Console) -> None:
             "; ".join(finding.text for finding in refused),
             "another --profile or --vram, or search with other limits; see docs/transfer.md",
         )
-    from hpo import proberun
+    from hpo.proberun import consult
 
     places = Places(folder.root / "transfer", profile.family.name)
     more: list[str] = []
     if request.probes:
         # The settings are there before hours of probes, and if they are stopped.
         _write(done, places, request, ())
-    found = proberun.consult(done, request, console)
+    found = consult(done, request, console)
     if found is not None:
         done = dataclasses.replace(done, plan=with_decision(done, found.values, found.reason))
         more = list(found.lines)
@@ -95,7 +95,9 @@ def _profile(request: Request) -> Profile:
     profile = read_profile(request.profile or family.default_profile)
     if profile.family != family:
         known = ", ".join(profiles_of(family.name))
-        raise ConfigError(f"profile {profile.name} is for {profile.family.name}, not for {family.name}", f"its are {known}")
+        raise ConfigError(
+            f"profile {profile.name} is for {profile.family.name}, not for {family.name}", f"its are {known}"
+        )
     return profile.with_vram(request.vram) if request.vram is not None else profile
 
 
@@ -105,7 +107,9 @@ def make(source: Source, profile: Profile, preset: str | None) -> Transfer:
     best, name = source.best, source.folder.name
     comment = f"{name} trial {best.number}, mapping {MAPPING_VERSION}"
     config = with_places(best.config, f"{name}_{profile.family.name}", comment)
-    return Transfer(source, profile, planned(transfer(config, figures, profile, preset=preset), profile), figures.samples)
+    return Transfer(
+        source, profile, planned(transfer(config, figures, profile, preset=preset), profile), figures.samples
+    )
 
 
 # The planner's last word
@@ -113,8 +117,11 @@ def make(source: Source, profile: Profile, preset: str | None) -> Transfer:
 
 def planned(plan: TransferPlan, profile: Profile) -> TransferPlan:
     """The plan with what the card's memory asks for: its changes are moves too."""
-    from trainer import footprint, stacks
+    import importlib.util
 
+    if importlib.util.find_spec("trainer.stacks") is None:
+        return plan
+    footprint, stacks = (importlib.import_module(f"trainer.{name}") for name in ("footprint", "stacks"))
     facts = footprint.base_facts(profile.family.base)
     try:
         stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB))
@@ -187,7 +194,9 @@ def _end(text: str, most: int = 16) -> str:
 
 def _write(done: Transfer, places: Places, request: Request, more: tuple[str, ...] | list[str]) -> list[str]:
     source = done.source
-    head = (f"{done.profile.family.title}: settings of {source.folder.name}, {source.says}; mapping {MAPPING_VERSION}",)
+    head = (
+        f"{done.profile.family.title}: settings of {source.folder.name}, {source.says}; mapping {MAPPING_VERSION}",
+    )
     return transferfile.write(done.plan, places, done.profile, request.preset, head, tuple(more))
 
 

@@ -73,7 +73,12 @@ class Places:
 
 
 def write(
-    plan: TransferPlan, places: Places, profile: Profile, preset: str | None, head: Sequence[str], more: Sequence[str]
+    plan: TransferPlan,
+    places: Places,
+    profile: Profile,
+    preset: str | None,
+    head: Sequence[str],
+    more: Sequence[str],
 ) -> list[str]:
     """Write everything; returns lines to say.  ``head`` are lines on where the settings come from, ``more``
     paragraphs for plan.md."""
@@ -133,7 +138,11 @@ def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: s
     base = HUB_NAMES.get(profile.family.base, profile.family.base)
     try:
         found = kohyaexport.export(
-            plan.config, profile.family.architecture, base, places.kohya.resolve(), str(places.output.resolve())
+            plan.config,
+            profile.family.architecture,
+            base,
+            places.kohya.resolve(),
+            str(places.output.resolve()),
         )
     except ConfigError as error:
         return [f"note: no files for sd-scripts: {error.message}"]
@@ -151,7 +160,11 @@ def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: s
 
 
 def _captions_vary(config: TrainConfig) -> bool:
-    rates = (config.caption_dropout_rate, config.caption_tag_dropout_rate, config.caption_dropout_every_n_epochs)
+    rates = (
+        config.caption_dropout_rate,
+        config.caption_tag_dropout_rate,
+        config.caption_dropout_every_n_epochs,
+    )
     return config.shuffle_caption or config.enable_wildcard or any(rate > 0 for rate in rates)
 
 
@@ -170,7 +183,12 @@ def plan_text(
     wish = f", preset {preset}" if preset else ""
     lines = [f"# Settings for {profile.family.title}", ""]
     lines += [*(_cell(text) + "  " for text in head), f"Profile {profile.name}{wish}.", ""]
-    lines += ["## Changes", "", "| setting | old | new | rule | reason | evidence |", "|---|---|---|---|---|---|"]
+    lines += [
+        "## Changes",
+        "",
+        "| setting | old | new | rule | reason | evidence |",
+        "|---|---|---|---|---|---|",
+    ]
     for move in plan.moves:
         cells = (move.key, shown(move.old), shown(move.new), move.rule, move.reason, move.evidence)
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
@@ -189,8 +207,11 @@ def plan_text(
 
 def kept_line(plan: TransferPlan) -> str:
     """What matters and was not changed."""
-    names = ("network_dim", "network_alpha", "min_snr_gamma", "noise_offset", "lr_scheduler")
-    names += ("lr_scheduler_num_cycles", "optimizer_type", "weight_decay", "network_dropout", "learning_rate")
+    names = (
+        *("network_dim", "network_alpha", "min_snr_gamma", "noise_offset", "lr_scheduler"),
+        *("lr_scheduler_num_cycles", "optimizer_type", "weight_decay", "network_dropout"),
+        *("learning_rate", "text_encoder_lr", "max_train_epochs", "gradient_accumulation_steps"),
+    )
     moved = {move.key for move in plan.moves}
     values = {name: getattr(plan.config, name) for name in names if name not in moved}
     if values.get("lr_scheduler") != "cosine_with_restarts":
@@ -213,7 +234,9 @@ def derived_lines(derived: Derived) -> list[str]:
     if derived.peak_bytes is not None:
         lines.append(f"predicted peak of GPU memory {derived.peak_bytes / 1e9:.1f} GB")
     if derived.seconds is not None:
-        lines.append(f"predicted time {clock(derived.seconds)} on the search's machine (from its seconds a sample)")
+        lines.append(
+            f"predicted time {clock(derived.seconds)} on the search's machine (from its seconds a sample)"
+        )
     return lines
 
 

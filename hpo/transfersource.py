@@ -92,7 +92,9 @@ def kind_of_base(folder: StudyFolder) -> str:
 def _check_base(folder: StudyFolder, family: Family) -> None:
     kind = kind_of_base(folder)
     if is_derived(folder):
-        raise ConfigError(f"study {folder.name} holds no search of its own", "name the study that was searched")
+        raise ConfigError(
+            f"study {folder.name} holds no search of its own", "name the study that was searched"
+        )
     if kind not in family.sources:
         hint = f"settings for it come from a search on {' or '.join(family.sources)}"
         if kind == "mini-sd15":
@@ -115,16 +117,15 @@ def read_source(folder: StudyFolder) -> Source:
         config = _trained(folder, trial.number)
         if config is None:
             continue
-        place = {
-            name: _unit(trial.distributions[name], value) for name, value in trial.params.items()
-        }
+        place = {name: _unit(trial.distributions[name], value) for name, value in trial.params.items()}
         found = Candidate(trial.number, config, trial.value, float(trial.user_attrs.get("se", 0.0)), place)
         trials.append(found)
         if baseline is None and trial.user_attrs.get(ROLE) == BASELINE:
             baseline = found
     if not trials:
         raise ConfigError(
-            f"study {folder.name} has no scored trial yet", f"go on with its search; so far: hpo status {folder.words}"
+            f"study {folder.name} has no scored trial yet",
+            f"go on with its search; so far: hpo status {folder.words}",
         )
     trials.sort(key=lambda t: (-t.score, t.number))
     confirmed = read_json(folder.root / CONFIRMED)
@@ -135,7 +136,8 @@ def read_source(folder: StudyFolder) -> Source:
         number = confirmed.get("winner")
         if number not in by_number:
             raise ConfigError(
-                f"{folder.root / CONFIRMED} names trial {number}, which the study does not have", "confirm it again"
+                f"{folder.root / CONFIRMED} names trial {number}, which the study does not have",
+                "confirm it again",
             )
         best = by_number[number]
         tied = [by_number[n] for n in confirmed.get("ties", ()) if n in by_number]
@@ -176,7 +178,9 @@ def _diverse(best: Candidate, among: Sequence[Candidate]) -> tuple[Candidate, ..
     """Others than the best, each the one farthest from all that were taken before."""
     taken, left = [best], [t for t in among if t.number != best.number]
     while left:
-        farthest = max(left, key=lambda t: (min(distance(t.place, other.place) for other in taken), -t.number))
+        farthest = max(
+            left, key=lambda t: (min(distance(t.place, other.place) for other in taken), -t.number)
+        )
         left.remove(farthest)
         taken.append(farthest)
     return tuple(taken[1:])
