@@ -74,7 +74,8 @@ def draw_images(folder: Path, count: int = 6, size_px: int = 32, seed: int = 1) 
 
 
 def tiny_study(changes: Mapping[str, Mapping[str, Any]] | None = None) -> StudyConfig:
-    table = {name: {**body, **(changes or {}).get(name, {})} for name, body in STUDY.items()}
+    names = [*STUDY, *(name for name in changes or {} if name not in STUDY)]
+    table = {name: {**STUDY.get(name, {}), **(changes or {}).get(name, {})} for name in names}
     return build_study("tiny", table)
 
 
