@@ -108,9 +108,16 @@ class StudyFolder:
 
     @property
     def url(self) -> str:
-        """The database as SQLAlchemy names it: as a URI, in which every character of a path can be
-        written."""
-        return f"sqlite:///file:{quote(str(self.database.resolve()))}?uri=true"
+        """The database as SQLAlchemy names it.  Versions differ in whether they decode %3F and the like."""
+        from sqlalchemy import make_url
+
+        path = str(self.database.resolve())
+        for url in (f"sqlite:///{quote(path)}", f"sqlite:///{path}"):
+            if make_url(url).database == path and "{" not in url:  # Optuna fills in what is in braces
+                return url
+        raise ConfigError(
+            f"{path} cannot be a database's address", "choose --runs without ? % { } in its path"
+        )
 
     @property
     def locks(self) -> Path:
@@ -282,11 +289,10 @@ def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
     """The database as Optuna's storage.  Raises MachineError if it is not a database, or cannot be opened."""
     import optuna
 
+    url = folder.url
     try:
         _write_ahead(folder.database)
-        return optuna.storages.RDBStorage(
-            folder.url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}}
-        )
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}})
     except Exception as error:  # sqlite3, SQLAlchemy and alembic each raise their own kinds
         reason = clean_text(first_line(error))
         raise MachineError(

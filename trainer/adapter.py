@@ -123,7 +123,7 @@ def count_weights(base: Base, config: TrainConfig) -> int:
         layer = base.components()[target.component].get_submodule(target.path)
         count += sum(math.prod(shape) for shape in kind_of(config).shapes(layer, target.rank).values())
         if target.kind == "DoRA":
-            count += layer.weight.shape[0]
+            count += layer.weight.shape[1]  # one magnitude per input (column_norm)
     return count
 
 

@@ -280,7 +280,9 @@ def test_a_file_without_alphas_has_scale_one(tmp_path):
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr"])
 def test_training_can_begin_with_the_weights_of_a_file(kind, tmp_path):
     base = tiny_base()
-    config = TrainConfig(network_type=kind, network_dim=2, network_alpha=1, conv_dim=2, seed=3)
+    config = TrainConfig(
+        network_type=kind, network_dim=2, network_alpha=1, conv_dim=2, seed=3, save_precision="float"
+    )
     first = inject(base, config)
     with torch.no_grad():
         for number, weight in enumerate(first.trainable()):
