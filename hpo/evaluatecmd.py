@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hpo.judge import Judge
 
 SEARCH, CONFIRMATION = "search", "confirmation"
-TABLE_WIDTH = 110  # characters
+TABLE_WIDTH = 132  # characters
 
 
 @dataclass(frozen=True)
