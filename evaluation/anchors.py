@@ -25,7 +25,9 @@ from torch import Tensor
 from evaluation.embed import ImageEncoder, Scorer
 from evaluation.images import SampledImage, invalid_reason
 from evaluation.prompts import PromptSet
+from evaluation.safeguards import diversity, scene_encoders
 from evaluation.sampling import OnImages, SampleConfig, sample
+from evaluation.vectors import Vectors
 from trainer.bases.base import Base
 from trainer.errors import ConfigError, DataError, ModelFileError
 from trainer.files import write_atomic
@@ -47,7 +49,8 @@ class References:
 class Anchors:
     """What 0 and 1 mean for one base, prompt set, way of sampling, scorer, likeness encoder, reference set.
 
-    ``*_P`` follow the order of ``prompt_ids``: raw cosines.  ``base_i_P`` of class-only prompts is not used.
+    ``*_P`` follow the order of ``prompt_ids``: raw cosines.  ``base_i_P`` of class-only prompts is the prior's
+    anchor, not likeness's; ``base_diversity`` is the base's mean Vendi (``evaluation.safeguards``).
     ``untouched``: first pictures of the untrained base with the trigger; an adapter's must differ from these.
     """
 
@@ -62,6 +65,7 @@ class Anchors:
     t_unit_se: float
     i_unit_se: float
     untouched: tuple[SampledImage, ...] = ()
+    base_diversity: float | None = None
 
     @property
     def key(self) -> str:
@@ -77,6 +81,12 @@ class Anchors:
     def i_unit(self) -> float:
         """I_real − I_base as a cosine: what one unit of likeness is."""
         return float(self.real_i - np.array(self.base_i_P)[np.array(self.asks_for_subject)].mean())
+
+    @property
+    def base_prior_i(self) -> float | None:
+        """Mean raw likeness of the base's class-only pictures; None without such a prompt."""
+        only = np.array(self.base_i_P)[~np.array(self.asks_for_subject)]
+        return float(only.mean()) if len(only) else None
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -183,7 +193,8 @@ def measure_anchors(
     untouched: Sequence[SampledImage] = (),
 ) -> Anchors:
     """Anchors from the untrained base's pictures of the scored texts."""
-    t_NP, i_N = raw_cosines(images, prompts, references, scorer, likeness)
+    vectors = Vectors([image.pixels_HW3 for image in images])
+    t_NP, i_N = raw_cosines(vectors, prompts, references, scorer, likeness)
     t_PP, own_i_P = _by_prompt(t_NP, images, prompts), _by_prompt(i_N, images, prompts)
     texts = [p.scored_text for p in prompts.prompts]
     other_PP = np.array([[a != b for b in texts] for a in texts])
@@ -207,6 +218,7 @@ def measure_anchors(
         t_unit_se=_mean_se(base_t_P - chance_t_P),
         i_unit_se=float(np.hypot(real_i_se, base_i_se)),
         untouched=tuple(untouched),
+        base_diversity=diversity(vectors.joint(scene_encoders(scorer, likeness)), images, prompts),
     )
 
 
@@ -241,18 +253,12 @@ def _leave_one_out(features_RD: Tensor) -> tuple[float, float]:
 
 
 def raw_cosines(
-    images: Sequence[SampledImage],
-    prompts: PromptSet,
-    references: References,
-    scorer: Scorer,
-    likeness: ImageEncoder,
+    vectors: Vectors, prompts: PromptSet, references: References, scorer: Scorer, likeness: ImageEncoder
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every picture with every scored text (N, P), and with the references on average (N)."""
-    pixels = [image.pixels_HW3 for image in images]
-    pictures_ND = scorer.image_features(pixels)
-    alike_ND = pictures_ND if likeness is scorer else likeness.image_features(pixels)
     texts_PD = scorer.text_features([p.scored_text for p in prompts.prompts])
-    return _cosines(pictures_ND, texts_PD), _cosines(alike_ND, references.features_RD).mean(1)
+    alike_NR = _cosines(vectors.of(likeness), references.features_RD)
+    return _cosines(vectors.of(scorer), texts_PD), alike_NR.mean(1)
 
 
 def _cosines(a: Tensor, b: Tensor) -> np.ndarray:

@@ -96,7 +96,8 @@ def sample_grid(
 ) -> Image.Image:
     """A contact sheet: the pictures of a prompt side by side, its text under them.
 
-    ``columns``: prompts beside each other; by default the sheet comes out about square.
+    ``columns``: prompts beside each other; by default the sheet comes out about square.  Of a prompt with seeds
+    of its own, as many are shown as the others have.
     """
     seeds = len(prompts.seeds)
     by_key = {(i.prompt_id, i.seed): i.pixels_HW3 for i in images}
@@ -116,7 +117,7 @@ def sample_grid(
     font = ImageFont.load_default(size=11)
     for index, prompt in enumerate(prompts.prompts):
         left, top = index % columns * seeds * cell_w, index // columns * (cell_h + GRID_LABEL_PX)
-        for place, seed in enumerate(prompts.seeds):
+        for place, seed in enumerate(prompts.seeds_of(prompt)[:seeds]):
             pixels = by_key.get((prompt.id, seed))
             if pixels is not None:
                 method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS

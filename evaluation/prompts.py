@@ -17,7 +17,7 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ SEARCH_COUNTS = {"train-like": 6, "altered": 6, "style": 3, "class-only": 1}
 SEARCH_SEEDS = (0, 1)
 CONFIRM_COUNTS = {"train-like": 9, "altered": 9, "style": 4, "class-only": 2}
 CONFIRM_SEEDS = (1000, 1001, 1002, 1003)
+CLASS_SEEDS = 8  # of the first class-only prompt: it shows diversity and what is left of the class word
 
 CountTokens = Callable[[str], int]  # text → tokens, without begin and end: ``Base.token_count``
 
@@ -109,11 +110,15 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.  ``text`` is rendered, ``scored_text`` is what the scorer compares the image with."""
+    """One prompt.  ``text`` is rendered, ``scored_text`` is what the scorer compares the image with.
+
+    ``seeds`` of its own replace the set's.
+    """
 
     text: str
     scored_text: str
     kind: str
+    seeds: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -149,23 +154,34 @@ class PromptSet:
             )
         if not any(p.asks_for_subject for p in self.prompts):
             raise ConfigError("every prompt is class-only", "likeness needs prompts that ask for the subject")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(
-                f"seeds {list(self.seeds)} are empty or repeated", "give different whole numbers"
-            )
-        if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**63 for s in self.seeds):
-            raise ConfigError("seeds are not whole numbers from 0", "for example seeds = [0, 1]")
+        for seeds in (self.seeds, *(p.seeds for p in self.prompts if p.seeds)):
+            if not seeds or len(set(seeds)) != len(seeds):
+                raise ConfigError(
+                    f"seeds {list(seeds)} are empty or repeated", "give different whole numbers"
+                )
+            if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**63 for s in seeds):
+                raise ConfigError("seeds are not whole numbers from 0", "for example seeds = [0, 1]")
 
     @property
     def hash(self) -> str:
         """sha256 of what decides the images and their score: texts, scored texts, kinds, seeds (any
         order)."""
-        rows = sorted([p.text, p.scored_text, p.kind] for p in self.prompts)
+        rows = sorted(
+            [p.text, p.scored_text, p.kind, *([sorted(p.seeds)] if p.seeds else [])] for p in self.prompts
+        )
         return hashlib.sha256(json.dumps([rows, sorted(self.seeds)]).encode()).hexdigest()
+
+    def seeds_of(self, prompt: Prompt) -> tuple[int, ...]:
+        return prompt.seeds or self.seeds
+
+    @property
+    def jobs(self) -> tuple[tuple[Prompt, int], ...]:
+        """Every image as (prompt, seed), prompt by prompt."""
+        return tuple((prompt, seed) for prompt in self.prompts for seed in self.seeds_of(prompt))
 
     @property
     def image_count(self) -> int:
-        return len(self.prompts) * len(self.seeds)
+        return len(self.jobs)
 
 
 def scored_text(text: str, trigger: str | None, class_word: str | None) -> str:
@@ -239,6 +255,7 @@ def generate(
     words: str = "natural",
     counts: Mapping[str, int] = SEARCH_COUNTS,
     seeds: Sequence[int] = SEARCH_SEEDS,
+    class_seeds: int = CLASS_SEEDS,
     exclude: PromptSet | None = None,
 ) -> PromptSet:
     """A prompt set from the dataset's captions (train-like) and ``TEMPLATES[words]`` (the other kinds).
@@ -272,7 +289,17 @@ def generate(
             raise ConfigError(
                 f"trigger and class word are too long for prompts: {prompt.text!r}", "shorten them"
             )
-    return PromptSet(tuple(chosen.values()), tuple(seeds), trigger, class_word, tuple(notes))
+    prompts = _with_class_seeds(list(chosen.values()), seeds, class_seeds)
+    return PromptSet(prompts, tuple(seeds), trigger, class_word, tuple(notes))
+
+
+def _with_class_seeds(prompts: list[Prompt], seeds: Sequence[int], count: int) -> tuple[Prompt, ...]:
+    """The first class-only prompt with ``count`` seeds, the set's first, if that is more than the set has."""
+    first = next((n for n, p in enumerate(prompts) if not p.asks_for_subject), None)
+    if first is not None and count > len(seeds):
+        more = range(max(seeds) + 1, max(seeds) + 1 + count - len(seeds))
+        prompts[first] = replace(prompts[first], seeds=(*seeds, *more))
+    return tuple(prompts)
 
 
 def _take(
@@ -313,9 +340,11 @@ def load_prompts(
         rows, seeds, trigger, class_word = _read_toml(path, content, trigger, class_word)
     else:
         lines = [line.strip() for line in content.splitlines()]
-        rows = [(line, "altered") for line in lines if line and not line.startswith("#")]
+        rows = [(line, "altered", ()) for line in lines if line and not line.startswith("#")]
         seeds = SEARCH_SEEDS
-    prompts = tuple(make_prompt(text, kind, trigger, class_word) for text, kind in rows)
+    prompts = tuple(
+        replace(make_prompt(text, kind, trigger, class_word), seeds=own) for text, kind, own in rows
+    )
     for prompt in prompts:
         tokens = count_tokens(prompt.text)
         if tokens > MAX_TOKENS:
@@ -328,7 +357,7 @@ def load_prompts(
 
 def _read_toml(
     path: Path, content: str, trigger: str | None, class_word: str | None
-) -> tuple[list[tuple[str, str]], tuple[int, ...], str | None, str | None]:
+) -> tuple[list[tuple[str, str, tuple[int, ...]]], tuple[int, ...], str | None, str | None]:
     try:
         table = tomllib.loads(content)
     except (ValueError, RecursionError) as error:  # of TOML, of endless digits or brackets
@@ -341,8 +370,8 @@ def _read_toml(
     if (
         not isinstance(rows, list)
         or not all(isinstance(row, dict) for row in rows)
-        or not isinstance(seeds, list)
-        or not all(isinstance(seed, int | float) and abs(seed) < 2**63 for seed in seeds)
+        or not _are_numbers(seeds)
+        or not all(_are_numbers(row.get("seeds", [0])) and row.get("seeds") != [] for row in rows)
     ):
         raise ConfigError(
             f"{path}: prompts or seeds have the wrong form", "write [[prompts]] text = …, seeds = [0, 1]"
@@ -352,12 +381,17 @@ def _read_toml(
             raise ConfigError(f"{path}: {key} = {table[key]!r} is not a text", f'write {key} = "…"')
     pairs = []
     for row in rows:
-        _check_keys(path, row, ("text", "kind"))
+        _check_keys(path, row, ("text", "kind", "seeds"))
         text, kind = row.get("text"), row.get("kind", "altered")
         if not isinstance(text, str) or not isinstance(kind, str):
             raise ConfigError(f"{path}: a prompt without a text: {row}", 'write text = "…"')
-        pairs.append((text, kind))
+        pairs.append((text, kind, tuple(row.get("seeds", ()))))
     return pairs, tuple(seeds), trigger or table.get("trigger"), class_word or table.get("class")
+
+
+def _are_numbers(seeds: Any) -> bool:
+    """A list that may be seeds; PromptSet has the last word."""
+    return isinstance(seeds, list) and all(isinstance(s, int | float) and abs(s) < 2**63 for s in seeds)
 
 
 def _check_keys(path: Path, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -380,6 +414,8 @@ def save_prompts(prompts: PromptSet, path: Path) -> None:
     for prompt in prompts.prompts:
         row = tomlkit.table()
         row["text"], row["kind"] = prompt.text, prompt.kind
+        if prompt.seeds:
+            row["seeds"] = list(prompt.seeds)
         rows.append(row)
     document["prompts"] = rows
     write_atomic(path, tomlkit.dumps(document))

@@ -121,7 +121,7 @@ def sample(
     scored text – the class word instead of the trigger – with the noise of the same prompts: the untrained
     base's anchor.
     """
-    jobs = [(prompt, seed) for prompt in prompts.prompts for seed in prompts.seeds]
+    jobs = list(prompts.jobs)
     if only_first_chunk:
         jobs = jobs[: config.batch_size]
     chunks = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
@@ -226,7 +226,7 @@ def denoise(
 def _key(identity: str, prompts: PromptSet, config: SampleConfig, as_class: bool) -> str:
     """What must be equal for a stored chunk to stand for a fresh one; the batch size decides who is in a
     chunk."""
-    parts = [identity, prompts.hash, [p.id for p in prompts.prompts], list(prompts.seeds), config.hash]
+    parts = [identity, prompts.hash, [(prompt.id, seed) for prompt, seed in prompts.jobs], config.hash]
     return hashlib.sha256(json.dumps([*parts, config.batch_size, as_class]).encode()).hexdigest()
 
 

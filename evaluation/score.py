@@ -1,7 +1,7 @@
 """Score: raw cosines, their anchored parts, one composite, and how sure it is.
 
-Owns the composite, the bootstrap and paired differences, and the one function that samples and scores an
-adapter.  Does not measure the anchors (``evaluation.anchors``), draw (``evaluation.sampling``), embed
+Owns the composite, its paired differences, and the one function that samples and scores an adapter.  Does not
+measure the anchors (``evaluation.anchors``), draw (``evaluation.sampling``), embed
 (``evaluation.embed``) or decide anything about a study.
 
     T = mean cos(picture, its scored text)          I = mean cos(picture, every held-out reference)
@@ -12,7 +12,8 @@ T_base, I_base: the untrained base, same noise, the class word instead of the tr
 pictures against the other prompts' texts.  I_real: every reference against the other references.  So the
 untrained base has t = 1, i = 0 and score 0, and CLIP score alone (which is highest for the untrained base)
 cannot win.  A product of two alignments is DreamBench++'s way (arXiv 2406.16855); the anchors are ours.  Raw
-cosines are stored; nothing is scaled but here and in print.
+cosines are stored; nothing is scaled but here and in print.  A study may weigh t and i or take their harmonic
+mean (``Formula``).
 
 Shapes: N pictures, P prompts, R references, D vector width, K bootstrap draws.
 """
@@ -27,20 +28,23 @@ from typing import Any
 
 import numpy as np
 
+from evaluation import beside
 from evaluation.anchors import Anchors, References, check_encoder, raw_cosines
+from evaluation.beside import Beside, Gauge
 from evaluation.embed import ImageEncoder, Scorer
 from evaluation.images import SampledImage, check_valid, png_bytes, prove_applied, sample_grid
 from evaluation.prompts import PromptSet
+from evaluation.safeguards import Safeguards, Safety
 from evaluation.sampling import OnImages, SampleConfig, sample
+from evaluation.statistics import CEILING as CEILING
+from evaluation.statistics import Difference as Difference
+from evaluation.statistics import interval
+from evaluation.statistics import prompt_draws as prompt_draws
+from evaluation.vectors import Vectors
 from trainer.bases.base import Base
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomic
 
-CEILING = (
-    1.1  # assumed: a little better than the base's following or the references' likeness counts, no more
-)
-DRAWS = 1000  # bootstrap draws: the error of a standard error is then about 2 %
-BOOTSTRAP_SEED = 20240229
 METRICS_NAME, GRID_NAME, SAMPLES_NAME = "metrics.json", "grid.png", "samples"
 
 
@@ -54,6 +58,31 @@ class ImageScore:
     clip_i: float
 
 
+MEANS = ("geometric", "harmonic")
+
+
+@dataclass(frozen=True)
+class Formula:
+    """How t and i become one number: which mean, and the weights (the exponents of a geometric mean)."""
+
+    mean: str = "geometric"
+    prompt_following: float = 1.0
+    likeness: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.mean not in MEANS:
+            raise ConfigError(f"mean {self.mean!r} is not known", "use one of " + ", ".join(MEANS))
+        if self.prompt_following <= 0 or self.likeness <= 0:
+            raise ConfigError("a weight of the score is not above 0", "1 and 1 weigh both alike")
+
+    def words(self) -> str:
+        """For people and for the facts of a study."""
+        return f"{self.mean} mean, prompt following {self.prompt_following:g} : likeness {self.likeness:g}"
+
+
+USUAL = Formula()
+
+
 @dataclass(frozen=True)
 class Score:
     """The score of one set of weights, with what it was measured by.
@@ -62,7 +91,7 @@ class Score:
     clipping (no unit: 1 is the base's following, the real pictures' likeness).  Likeness leaves class-only
     prompts out.  ``*se`` are standard errors: bootstrap over prompts, a prompt's pictures together, which
     covers the choice of prompts and seeds but not the training seed (Efron & Tibshirani 1993, ch. 6; clusters
-    as in facts A2).
+    as in facts A2).  ``safety`` and ``beside`` are reported with the score and are no part of it.
     """
 
     value: float
@@ -81,18 +110,12 @@ class Score:
     likeness_sha: str
     anchors_key: str
     per_image: tuple[ImageScore, ...]
+    formula: Formula = USUAL
+    safety: Safety | None = None
+    beside: tuple[Beside, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean of a paired difference and its 95 % bootstrap interval over prompts."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def score(
@@ -102,13 +125,18 @@ def score(
     scorer: Scorer,
     likeness: ImageEncoder,
     anchors: Anchors,
+    *,
+    formula: Formula = USUAL,
+    safeguards: Safeguards | None = None,
+    gauges: Sequence[Gauge] = (),
 ) -> Score:
     """The score of finished pictures (one per prompt and seed).  Pictures that show nothing are refused."""
     check_valid(images)
     check_encoder(references, likeness)
     anchors.check(scorer=scorer.sha, likeness=likeness.sha, prompts=prompts.hash, references=references.hash)
     text_of = {p.id: row for row, p in enumerate(prompts.prompts)}
-    t_NP, i_N = raw_cosines(images, prompts, references, scorer, likeness)
+    vectors = Vectors([image.pixels_HW3 for image in images])
+    t_NP, i_N = raw_cosines(vectors, prompts, references, scorer, likeness)
     rows = tuple(
         ImageScore(image.prompt_id, image.seed, float(t_NP[n, text_of[image.prompt_id]]), float(i_N[n]))
         for n, image in enumerate(images)
@@ -117,9 +145,14 @@ def score(
     following, alike = anchored(t_P, i_P, anchors, np.ones((1, len(t_P))))
     following_K, alike_K = anchored(t_P, i_P, anchors, prompt_draws(len(t_P)))
     asks_P = np.array(anchors.asks_for_subject)
+    safety = None
+    if safeguards:
+        prior_i = None if asks_P.all() else float(i_P[~asks_P].mean())
+        known = (prior_i, anchors.base_prior_i, anchors.real_i, anchors.base_diversity)
+        safety = safeguards.measure(vectors, images, prompts, *known)
     return Score(
-        value=float(composite(following, alike)[0]),
-        se=_spread(composite(following_K, alike_K)),
+        value=float(composite(following, alike, formula)[0]),
+        se=_spread(composite(following_K, alike_K, formula)),
         prompt_following=float(following[0]),
         prompt_following_se=_spread(following_K),
         likeness=float(alike[0]),
@@ -134,6 +167,9 @@ def score(
         likeness_sha=likeness.sha,
         anchors_key=anchors.key,
         per_image=rows,
+        formula=formula,
+        safety=safety,
+        beside=beside.read(gauges, vectors, images, prompts),
     )
 
 
@@ -159,18 +195,21 @@ def anchored(
     return following_K, alike_K
 
 
-def composite(following: np.ndarray, alike: np.ndarray) -> np.ndarray:
-    """Geometric mean of the clipped parts: 0 as soon as one of them is lost."""
-    return np.sqrt(np.clip(following, 0, CEILING) * np.clip(alike, 0, CEILING))
+def composite(following: np.ndarray, alike: np.ndarray, formula: Formula = USUAL) -> np.ndarray:
+    """Weighted mean of the clipped parts: 0 as soon as one of them is lost."""
+    t, i = np.clip(following, 0, CEILING), np.clip(alike, 0, CEILING)
+    w_t, w_i = formula.prompt_following, formula.likeness
+    if formula == USUAL:
+        return np.sqrt(t * i)
+    if formula.mean == "geometric":
+        return (t**w_t * i**w_i) ** (1 / (w_t + w_i))
+    with np.errstate(divide="ignore"):  # 1 / inf is 0
+        return (w_t + w_i) / (w_t / t + w_i / i)
 
 
-def prompt_draws(prompts: int) -> np.ndarray:
-    """(K, P) how often each prompt is in each bootstrap draw: a prompt's pictures stay together.
-
-    The same seed always, so every score of a study is drawn alike and differences are paired.
-    """
-    picked_KP = np.random.default_rng(BOOTSTRAP_SEED).integers(0, prompts, (DRAWS, prompts))
-    return np.stack([(picked_KP == p).sum(1) for p in range(prompts)], axis=1).astype(float)
+def by_draw(one: Score, anchors: Anchors) -> np.ndarray:
+    """(K) the score in each bootstrap draw of the prompts (``evaluation.statistics.prompt_draws``)."""
+    return _values(one, anchors, prompt_draws(len(anchors.prompt_ids)))
 
 
 def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], anchors: Anchors) -> Difference:
@@ -180,7 +219,8 @@ def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], an
     seeds.
     """
     sides = [[s] if isinstance(s, Score) else list(s) for s in (a, b)]
-    if any(s.anchors_key != anchors.key for side in sides for s in side):
+    formulas = {s.formula for side in sides for s in side}
+    if len(formulas) > 1 or any(s.anchors_key != anchors.key for side in sides for s in side):
         raise ConfigError("the scores were measured on different scales", "compare scores of one study only")
     point_K = np.ones((1, len(anchors.prompt_ids)))
     draws_KP = prompt_draws(len(anchors.prompt_ids))
@@ -188,8 +228,7 @@ def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], an
         np.subtract(*(np.mean([_values(s, anchors, w) for s in side], axis=0) for side in sides))
         for w in (point_K, draws_KP)
     )
-    low, high = np.nanpercentile(draws_K, [2.5, 97.5])
-    return Difference(float(point[0]), float(low), float(high))
+    return Difference(float(point[0]), *interval(draws_K))
 
 
 def read_score(path: Path) -> Score:
@@ -197,7 +236,16 @@ def read_score(path: Path) -> Score:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         rows = tuple(ImageScore(**row) for row in values.pop("per_image"))
-        return Score(**values, per_image=rows)
+        formula = Formula(**values.pop("formula", {}))
+        safety = values.pop("safety", None)
+        others = [Beside(**{**row, "per_image": tuple(row["per_image"])}) for row in values.pop("beside", ())]
+        return Score(
+            **values,
+            per_image=rows,
+            formula=formula,
+            safety=Safety(**safety) if safety else None,
+            beside=tuple(others),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no score: {error}", "score the trial again") from None
 
@@ -214,18 +262,32 @@ def evaluate_adapter(
     *,
     identity: str = "",
     on_image: OnImages | None = None,
+    formula: Formula = USUAL,
+    safeguards: Safeguards | None = None,
+    gauges: Sequence[Gauge] = (),
 ) -> Score:
     """Sample the base with the adapter that is in it, and score: folder/samples, grid.png, metrics.json.
 
     ``identity`` names the weights (base and adapter); with it an interrupted call goes on where it stopped.
-    Raises InvalidImages for pictures that show nothing and Unchanged if they are the base's own.
+    Raises InvalidImages for pictures that show nothing and Unchanged if they are the base's own.  A limit of the
+    safeguards that is broken is told by ``Score.safety`` and raises nothing.
     """
     anchors.check(base=base.identity, sampling=config.hash)
     images = sample(base, prompts, config, folder / SAMPLES_NAME, identity=identity, on_image=on_image)
     grid = np.asarray(sample_grid(images, prompts))
     write_atomic(folder / GRID_NAME, png_bytes(grid))
     prove_applied(images, anchors.untouched)
-    result = score(images, prompts, references, scorer, likeness, anchors)
+    result = score(
+        images,
+        prompts,
+        references,
+        scorer,
+        likeness,
+        anchors,
+        formula=formula,
+        safeguards=safeguards,
+        gauges=gauges,
+    )
     write_atomic(folder / METRICS_NAME, json.dumps(result.as_dict(), indent=1))
     return result
 
@@ -244,7 +306,8 @@ def _prompt_means(rows: Sequence[ImageScore], anchors: Anchors) -> tuple[np.ndar
 
 
 def _values(one: Score, anchors: Anchors, weights_KP: np.ndarray) -> np.ndarray:
-    return composite(*anchored(*_prompt_means(one.per_image, anchors), anchors, weights_KP))
+    parts = anchored(*_prompt_means(one.per_image, anchors), anchors, weights_KP)
+    return composite(*parts, one.formula)
 
 
 def _spread(draws_K: np.ndarray) -> float:

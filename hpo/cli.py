@@ -153,6 +153,7 @@ def search(
 )
 def status(name: str | None, runs: Path) -> None:
     """Show a study's trials. Without NAME: the study that changed last. Works while a search runs."""
+    from hpo.confirmview import status_lines
     from hpo.folder import TOTAL, database_errors, find_folder, open_study
     from hpo.locks import holder
     from hpo.report import status_table, study_line
@@ -168,7 +169,31 @@ def status(name: str | None, runs: Path) -> None:
             screen.print(
                 folder.alert.read_text(encoding="utf-8").splitlines()[0], markup=False, highlight=False
             )
+        for line in status_lines(study, folder):
+            click.echo(line)
         click.echo(study_line(folder.name, now))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--top", type=click.IntRange(1, 100), default=3, show_default=True, help="How many trials.")
+@click.option("--seeds", type=click.IntRange(1, 20), default=2, show_default=True, help="Trainings of each.")
+@click.option("--rescore-only", is_flag=True, help="Train nothing: score the saved LoRA files.")
+@click.option("--yes", is_flag=True, help="Do not ask after showing the cost.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP
+)
+def confirm(yes: bool, **words: Any) -> None:
+    """Confirm a study's best trials beside trial 0: fresh training seeds, prompts that the search did not use.
+    The same command goes on with a confirmation that was stopped, killed or unplugged."""
+    calm_libraries()
+    from hpo.confirm import Request
+    from hpo.confirm import confirm as run
+
+    def ask() -> bool:
+        return yes or not sys.stdin.isatty() or click.confirm("go on?", default=True)
+
+    run(Request(**words), console(), ask)
 
 
 @main.command()
@@ -189,6 +214,32 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
         serve(find_folder(name, runs), host, port, lambda text: click.echo(text))
     except KeyboardInterrupt:
         click.echo("")
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False, metavar="[FILE]")
+@click.option(
+    "--base", metavar="BASE", help="sdxl, sd15, mini-sdxl, mini-sd15, a folder or a .safetensors file."
+)
+@click.option(
+    "--vram",
+    type=click.FloatRange(1, 1000),
+    default=16.0,
+    show_default=True,
+    metavar="GB",
+    help="Of the card.",
+)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A setting that wins over the file.")
+@click.option("--table", is_flag=True, help="Predict the users' table of SDXL trainings (minutes).")
+@click.option("--json", "as_json", is_flag=True, help="The same for scripts.")
+def plan(file: Path | None, **words: Any) -> None:
+    """Predict the peak GPU memory of training with FILE's settings, and what makes it fit. Needs no GPU, no
+    weights and no images."""
+    calm_libraries()
+    from hpo.plancmd import Request
+    from hpo.plancmd import plan as run
+
+    run(Request(file, **words), console(), click.echo)
 
 
 @main.command()
@@ -227,6 +278,44 @@ def train(file: Path, **words: Any) -> None:
     if words["as_json"] and not words["dry_run"]:
         raise click.UsageError("--json goes with --dry-run")
     run(Request(file, **words), console(), click.echo)
+
+
+@main.command()
+@click.option("--to", "to", required=True, metavar="FAMILY", help="sdxl, or mini-sdxl for the miniature.")
+@click.option("--study", metavar="NAME", help="The study that was searched. Unset: the last one.")
+@click.option(
+    "--vram",
+    type=click.FloatRange(min=1, max=10_000),
+    metavar="GB",
+    help="The card's memory. Unset: the profile's (sdxl-16gb: 16).",
+)
+@click.option(
+    "--profile", metavar="NAME", help="sdxl-16gb, sdxl-keep, or a FILE.toml of your own. Unset: the family's."
+)
+@click.option(
+    "--preset", metavar="NAME", help="conservative, balanced or aggressive. Unset: the profile's own."
+)
+@click.option(
+    "--probes",
+    type=click.IntRange(0, 32),
+    default=0,
+    show_default=True,
+    help="Short runs on the target that correct what the rules cannot know; 6 is usual.",
+)
+@click.option(
+    "--design", type=click.Choice(["ladder", "grid"]), help="How probes are chosen. Unset: the better one."
+)
+@click.option("--device", help="For probes: cpu, cuda, cuda:1 … Unset: the GPU if there is one.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP
+)
+def transfer(**words: Any) -> None:
+    """Carry a study's best settings over to SDXL: a table of what changes and why, and the files of the run.
+    With --probes the same command goes on with probes that were stopped."""
+    calm_libraries()
+    from hpo.transfercmd import Request, run
+
+    run(Request(**words), console())
 
 
 @main.command()
@@ -338,6 +427,58 @@ def demo(subject: str, folder: Path) -> None:
     write_subject(subject, folder)
     place = shlex.quote(clean_text(str(folder)))
     click.echo(f"{subject} written; next: hpo search --base mini-sd15 --data {place} --trials 12")
+
+
+@dataset.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--for",
+    "base",
+    type=click.Choice(["sd15", "sdxl", "mini-sd15", "mini-sdxl"]),
+    default="sd15",
+    show_default=True,
+    help="What will be trained: decides size and tokens.",
+)
+@click.option("--trigger", help="The subject's trigger word. Unset: from the folder's name.")
+@click.option("--class", "class_word", help="What the subject is. Unset: from the folder's name.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A setting that training will have.")
+@click.option("--json", "as_json", is_flag=True, help="The same for scripts, with every file.")
+def check(folder: Path, **words: Any) -> None:
+    """Look for everything in DIR that would stop a training or spoil its result, and say what to do.
+
+    Ends with 0 if DIR can be trained on, with 3 if not."""
+    calm_libraries()
+    from hpo.datasetcmd import Request
+    from hpo.datasetcmd import check as run
+
+    run(Request(folder, **words), console(), click.echo)
+
+
+@dataset.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="OUT")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="How often an epoch shows each image.",
+)
+@click.option("--name", required=True, help="The trigger word: one word that the base does not know.")
+@click.option("--class", "class_word", help="What the subject is: girl, style, vase …")
+@click.option(
+    "--held-out",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Images set apart in held_out/: never trained on, they judge the result.",
+)
+@click.option("--skip-corrupt", is_flag=True, help="Leave out images that cannot be read.")
+def prepare(source: Path, folder: Path, **words: Any) -> None:
+    """Copy the images and captions of SRC into OUT as kohya's tools want them: OUT/10_name class/."""
+    from hpo.datasetcmd import prepare as run
+
+    run(source, folder, echo=click.echo, **words)
 
 
 def console() -> Console:

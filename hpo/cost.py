@@ -53,8 +53,8 @@ def estimate(bench: Workbench, *, probe: bool) -> Cost:
         seconds = each * float(np.mean(micro_batches)) + images * (bench.image_seconds or 0.0)
     space = bench.study.space
     edges = [{**bench.study.baseline, p.name: value} for p in space for value in p.domain.edges]
-    largest = max(bench.study.config(edge).network_dim for edge in edges)
-    weights = _adapter_weights(bench, baseline) / baseline.network_dim * largest
+    largest = [bench.study.config(edge) for edge in edges] + drawn
+    weights = max(adapter.count_weights(bench.base, config) for config in largest)
     pixels = images * bench.sampling.width_px * bench.sampling.height_px
     return Cost(
         steps=float(np.mean(steps)),
@@ -73,15 +73,6 @@ def check_disk(bench: Workbench, cost: Cost, trials: int, keep_best: int | None)
         raise MachineError(
             error.message, "free some space, or keep fewer LoRA files: --keep-best 5"
         ) from None
-
-
-def _adapter_weights(bench: Workbench, config: TrainConfig) -> int:
-    """Numbers in a LoRA of these settings."""
-    shapes = [
-        bench.base.components()[t.component].get_submodule(t.path).weight.shape
-        for t in adapter.targets_of(bench.base, config)
-    ]
-    return sum((shape[0] + shape[1]) * config.network_dim for shape in shapes)
 
 
 def _probe(bench: Workbench, config: TrainConfig) -> float | None:

@@ -12,14 +12,15 @@ import shlex
 import shutil
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from hpo.locks import Lock
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import ConfigError, MachineError, first_line
 from trainer.files import clean_text, machine_error, safe_name
 
 if TYPE_CHECKING:
@@ -107,7 +108,9 @@ class StudyFolder:
 
     @property
     def url(self) -> str:
-        return f"sqlite:///{self.database.resolve()}"
+        """The database as SQLAlchemy names it: as a URI, in which every character of a path can be
+        written."""
+        return f"sqlite:///file:{quote(str(self.database.resolve()))}?uri=true"
 
     @property
     def locks(self) -> Path:
@@ -140,6 +143,14 @@ class StudyFolder:
     @property
     def base_images(self) -> Path:
         return self.root / "base"
+
+    @property
+    def anchors(self) -> Path:
+        return self.base_images / "anchors.json"
+
+    @property
+    def confirmed(self) -> Path:
+        return self.root / "confirmed.json"
 
     @property
     def alert(self) -> Path:
@@ -277,9 +288,7 @@ def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
             folder.url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}}
         )
     except Exception as error:  # sqlite3, SQLAlchemy and alembic each raise their own kinds
-        reason = clean_text(
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        )
+        reason = clean_text(first_line(error))
         raise MachineError(
             f"cannot open {folder.database}: {reason}", "restore the file, or give another --name"
         ) from error
@@ -338,8 +347,10 @@ def open_study(folder: StudyFolder) -> optuna.Study:
     return study
 
 
-def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
-    """The folder's study, created if need be.  Call with the study lock held.
+def create_study(
+    folder: StudyFolder, facts: Mapping[str, str], objectives: Sequence[str] = ("score",)
+) -> optuna.Study:
+    """The folder's study, created if need be.  Call with the study lock held.  ``objectives`` are maximized.
 
     Never makes a fresh, empty study where trial folders of a lost one lie.
     """
@@ -354,17 +365,23 @@ def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
     study = optuna.create_study(
         study_name=names[0] if names else folder.name,
         storage=storage,
-        direction="maximize",
+        directions=["maximize"] * len(objectives),
         load_if_exists=True,
         sampler=optuna.samplers.RandomSampler(),
         pruner=optuna.pruners.NopPruner(),
     )
-    if study.direction != optuna.study.StudyDirection.MAXIMIZE:  # load_if_exists keeps the direction it finds
+    # load_if_exists keeps the directions it finds
+    if any(direction != optuna.study.StudyDirection.MAXIMIZE for direction in study.directions):
         raise ConfigError(f"{folder.database} minimizes; a score is maximized", "give another --name")
+    if len(study.directions) != len(objectives):
+        raise ConfigError(
+            f"study {folder.name} began with {len(study.directions)} objective(s), and now has {len(objectives)}",
+            "give the new study another --name, or undo the change",
+        )
     if IDENTITY not in study.user_attrs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["score"])
+            study.set_metric_names(list(objectives))
         study.set_user_attr(IDENTITY, dict(facts))
     return study
 

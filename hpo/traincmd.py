@@ -7,6 +7,7 @@ Owns which words become which settings, and the lines on settings that have no e
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,8 @@ def train(request: Request, console: Console, echo: Callable[[str], None]) -> No
         file.require_all()
         return
     file.require_all()
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
+        console = Console(quiet=True)
     for title, lines in (("translated", file.translated), ("without effect here", file.without_effect)):
         for line in lines:
             trainplan.say(console, f"{title}: {line}")
@@ -104,6 +107,9 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
         lambda c: c.shuffle_caption or c.caption_tag_dropout_rate > 0,
         "shuffle_caption or caption_tag_dropout_rate",
     ),
+    "token_warmup_min": (lambda c: c.token_warmup_step > 0, "token_warmup_step"),
+    "validation_seed": (lambda c: c.validation_split > 0, "validation_split"),
+    "factor": (lambda c: c.network_type == "LoKr", "network_type = LoKr"),
     "prior_loss_weight": (lambda c: bool(c.reg_data_dir or c.dataset_config), "reg_data_dir"),
     "conditioning_data_dir": (lambda c: c.masked_loss, "masked_loss"),
     "lr_scheduler_num_cycles": (
@@ -112,6 +118,9 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     ),
     "lr_scheduler_power": (lambda c: c.lr_scheduler == "polynomial", "lr_scheduler = polynomial"),
     "lr_warmup_steps": (lambda c: c.lr_scheduler != "constant", "another lr_scheduler than constant"),
+    "checkpoint_blocks": (lambda c: c.gradient_checkpointing, "gradient_checkpointing"),
+    "cpu_offload_checkpointing": (lambda c: c.gradient_checkpointing, "gradient_checkpointing"),
+    "text_encoder_frozen": (lambda c: c.trains_text_encoder, "text encoders that are trained"),
     "text_encoder_lr": (lambda c: not c.network_train_unet_only, "network_train_unet_only = false"),
     "bucket_reso_steps": (lambda c: c.enable_bucket, "enable_bucket"),
     "bucket_no_upscale": (lambda c: c.enable_bucket, "enable_bucket"),

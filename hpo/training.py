@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import ConfigError, MachineError, first_line
 from trainer.files import append_line, read_records, write_atomic
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.cache import Prepared
     from trainer.config import TrainConfig
     from trainer.events import Event
+    from trainer.ranks import Ranks
 
 
 class StepLog:
@@ -48,21 +49,26 @@ def train_adapter(
     prepare: Callable[[], Prepared],
     *,
     checkpoints: Path,
-    log: StepLog,
+    log: StepLog | None,
     on_event: Callable[[Event, Adapter], None],
     should_stop: Callable[[], bool],
     on_start: Callable[[Adapter, int], None] = lambda adapter, step: None,
     validate_on: Callable[[], Prepared | None] = lambda: None,
+    rehearse: bool = False,
+    changed: frozenset[str] = frozenset(),
+    ranks: Ranks | None = None,
 ) -> Adapter:
     """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
 
     ``on_start`` is told how many steps are behind, before the first one of this call; ``validate_on`` prepares
-    images for a validation loss.
+    images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are ``loop.train``'s; without ``log``
+    nothing is written down.
     """
-    from trainer import adapter as adapters
-    from trainer import checkpoint, loop
+    from trainer import checkpoint, loop, lorafile
+    from trainer.events import Rehearsed
+    from trainer.ranks import ALONE
 
-    adapter = adapters.inject(base, config)
+    adapter = lorafile.begin(base, config)
     try:
         prepared = prepare()
         on_start(adapter, checkpoint.steps_behind(checkpoints))
@@ -74,8 +80,12 @@ def train_adapter(
             checkpoints=checkpoints,
             should_stop=should_stop,
             validate_on=validate_on(),
+            rehearse=rehearse,
+            changed=changed,
+            ranks=ranks or ALONE,
         ):
-            log.write(event)
+            if log is not None and not isinstance(event, Rehearsed):
+                log.write(event)
             on_event(event, adapter)
     except BaseException:
         adapter.remove()
@@ -94,7 +104,7 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise MachineError(
             f"device {device} cannot be used: {reason}", "leave out --device, or give cpu"
         ) from None

@@ -1,180 +1,218 @@
 """One run of ``hpo train``: from checked settings to LoRA files in the output folder.
 
-Owns the files of a run, which of them are kept, and what is written into their metadata.  The same command
-goes on with a run that was stopped, killed or unplugged: from the newest complete checkpoint.
+Owns the order of a run and what becomes of errors in it.  The same command goes on with a run that was stopped,
+killed or unplugged: from the newest complete checkpoint.  With several processes (``trainer.ranks``) the first
+one writes and speaks, the others train.
 
     OUTPUT/name.safetensors               the result
     OUTPUT/name-000002.safetensors        save_every_n_epochs
     OUTPUT/name-step00000100.safetensors  save_every_n_steps
     OUTPUT/sample/                        sample_every_n_…
-    OUTPUT/name.run/                      config.json, train.jsonl, checkpoints/, cache/, lock
+    OUTPUT/name.run/                      config.json, train.jsonl, ladder.jsonl, memory.json, checkpoints/, cache/
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hpo import runmemory
+from hpo.keeper import DATASET_KEY, Keeper
 from hpo.locks import Lock, holder
+from hpo.runfolder import RunFolder, run_folder
 from hpo.stop import Stop
+from hpo.trainbase import Place, load, own_device
 from hpo.training import StepLog, check_device, train_adapter
+from hpo.trainladder import RunLadder
 from hpo.trainplan import count_steps
-from hpo.trainsamples import draw_samples, file_stem, read_sample_prompts
+from hpo.trainsamples import SamplePrompt, read_sample_prompts
 from hpo.trainview import TrainView
 from trainer.captions import read_captions
+from trainer.checkpoint import steps_behind
 from trainer.config import SETTINGS, TrainConfig
-from trainer.dataset import Dataset, tag_frequency
-from trainer.errors import ConfigError, Interrupted, MachineError
-from trainer.events import Event, Skipped, Step
+from trainer.dataset import Dataset
+from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
+from trainer.events import Event, Rehearsed, Step
 from trainer.files import machine_error, sweep_tree, write_atomic
+from trainer.memory import release
+from trainer.ranks import Ranks, join, launched, leave
 from trainer.subsets import read_training_data
-from trainer.trainfile import RUN_CONFIG
 
 if TYPE_CHECKING:
-    from hpo.trainsamples import SamplePrompt
     from trainer.adapter import Adapter
     from trainer.bases.base import Base
     from trainer.cache import Prepared
 
-DATASET_KEY = "lora_hpo_dataset"  # Dataset.content_hash in a LoRA's metadata
-KIND = {"sd15": "SD1.5", "sdxl": "SDXL"}  # family → how Setting.only names it
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Every path of a run."""
-
-    output: Path
-    name: str
-
-    @property
-    def lora(self) -> Path:
-        return self.output / f"{self.name}.safetensors"
-
-    @property
-    def root(self) -> Path:
-        return self.output / f"{self.name}.run"
-
-    @property
-    def config(self) -> Path:
-        return self.root / RUN_CONFIG
-
-    @property
-    def steps(self) -> Path:
-        return self.root / "train.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def cache(self) -> Path:
-        return self.root / "cache"
-
-    @property
-    def samples(self) -> Path:
-        return self.output / "sample"
-
-    def epoch_file(self, epoch: int) -> Path:
-        return self.output / f"{self.name}-{epoch:06d}.safetensors"
-
-    def step_file(self, step: int) -> Path:
-        return self.output / f"{self.name}-step{step:08d}.safetensors"
-
-    def numbered(self, step: bool) -> dict[int, Path]:
-        """The files of epochs, or of steps, by number."""
-        pattern = re.compile(
-            re.escape(self.name) + (r"-step(\d{8})" if step else r"-(\d{6})") + r"\.safetensors"
-        )
-        found = ((pattern.fullmatch(path.name), path) for path in self.output.iterdir())
-        return {int(match[1]): path for match, path in found if match}
-
-
-def run_folder(output: Path, config: TrainConfig) -> RunFolder:
-    return RunFolder(output, file_stem(config.output_name))
-
 
 def run(config: TrainConfig, output: Path, device: str | None, console: Console) -> Path:
     """Train to the end and return the LoRA's path.  Raises ToolError; Interrupted if the user stopped it."""
+    ranks = launched()
+    if not ranks.is_first:
+        console = Console(quiet=True)
     folder = run_folder(output, config)
     prompts = read_sample_prompts(Path(config.sample_prompts), config) if config.sample_prompts else []
     data = read_training_data(config)
     view = TrainView(console, folder.name)
-    if _is_done(folder, config, data):
+    ladder = RunLadder(folder.ladder, config, view.say, writes=ranks.is_first)
+    if _is_done(folder, ladder.config, data):
         view.say(f"{folder.lora} is trained already, with these settings and images")
         return folder.lora
     for note in data.notes:
         view.say(f"note: {note}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
+    device = own_device(device, ranks.local)
+    check_device(device)
+    _check_parts(config, ranks, view.say)
     try:
         folder.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise machine_error(error, folder.root) from error
-    with _alone(folder):
-        sweep_tree(folder.root)
-        base = _load_base(config, device, view.say)
-        write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
-        with Stop(view.on_ask) as stop, view, _board(config, folder) as board:
-            keeper = Keeper(folder, config, base, data, prompts, view.say)
-
-            def on_event(event: Event, adapter: Adapter) -> None:
-                view.on_event(event)
-                board(event)
-                keeper.on_event(event, adapter)
-
-            adapter = _train(base, config, data, folder, keeper, on_event, stop)
+    with _alone(folder, ranks):
+        if ranks.is_first:
+            sweep_tree(folder.root)
+            write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
+        join(ranks, device)
         try:
-            adapter.round_to(config.save_precision)
-            keeper.write(folder.lora, adapter, keeper.steps.total_steps, keeper.steps.epochs)
+            vram = ranks.lowest(runmemory.free_bytes(device), device)
+            runmemory.apply_plan(ladder, vram, steps_behind(folder.checkpoints), view.say)
+            place = Place(load(ladder.config, data, device, view.say))
+            _Run(folder, data, prompts, place, ladder, view, ranks).do()
         finally:
-            adapter.remove()
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            leave()
     view.say(f"LoRA: {folder.lora}")
     view.say(f"log: {folder.steps}")
+    view.say(f"next: hpo evaluate {output}")
     return folder.lora
 
 
-def _train(
-    base: Base,
-    config: TrainConfig,
-    data: Dataset,
-    folder: RunFolder,
-    keeper: Keeper,
-    on_event: Callable[[Event, Adapter], None],
-    stop: Stop,
-) -> Adapter:
-    from trainer import cache
+def _check_parts(config: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Several processes share the images of a step: there must be one for each."""
+    if ranks.world == 1:
+        return
+    if config.effective_batch_size < ranks.world:
+        raise ConfigError(
+            f"{ranks.world} processes share {config.effective_batch_size} images a step: some have nothing to do",
+            "raise gradient_accumulation_steps or train_batch_size, or start fewer processes",
+        )
+    say(
+        f"{ranks.world} processes share each step: the effective batch stays {config.effective_batch_size} "
+        "(sd-scripts would multiply it)"
+    )
 
-    def prepare() -> cache.Prepared:
+
+@dataclass
+class _Run:
+    """What belongs to one run while it is made."""
+
+    folder: RunFolder
+    data: Dataset
+    prompts: list[SamplePrompt]
+    place: Place
+    ladder: RunLadder
+    view: TrainView
+    ranks: Ranks
+
+    def do(self) -> None:
+        """Train, going down the ladder where memory runs out, and write the result."""
+        with Stop(self.view.on_ask) as stop, self.view:
+            while True:
+                try:
+                    keeper, adapter = self._attempt(stop)
+                    break
+                except OutOfMemory as error:
+                    why = error.message
+                release(self.place.device)
+                if self.ladder.step_down(why, steps_behind(self.folder.checkpoints)) is None:
+                    raise OutOfMemory(
+                        f"{why}, and there is nothing left to give up (tried: {', '.join(self.ladder.tried)})",
+                        "use a smaller resolution or network_dim, or close what else uses the card",
+                    )
+        try:
+            if self.ranks.is_first:
+                adapter.round_to(self.ladder.config.save_precision)
+                keeper.write(self.folder.lora, adapter, keeper.steps.total_steps, keeper.steps.epochs)
+        finally:
+            adapter.remove()
+        if self.ranks.is_first:
+            shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
+        self.ranks.wait()
+
+    def _attempt(self, stop: Stop) -> tuple[Keeper, Adapter]:
+        config, folder, first = self.ladder.config, self.folder, self.ranks.is_first
+        self.place.prepare(config)
+        keeper = Keeper(folder, config, self.place, self.data, self.prompts, self.view.say)
+        with _board(config, folder, self.ranks) as board:
+
+            def on_event(event: Event, adapter: Adapter) -> None:
+                if not first:
+                    return
+                self.view.on_event(event)
+                board(event)
+                if isinstance(event, Rehearsed):
+                    runmemory.remember(folder.memory, config, event, self.place.base, self.view.say)
+                keeper.on_event(event, adapter)
+
+            prepared: list[Prepared] = []
+
+            def prepare() -> Prepared:
+                prepared.append(self._prepared(stop))
+                return prepared[0]
+
+            def validate_on() -> Prepared | None:
+                split = _held_out(self.place.base, config, self.data, folder) if first else None
+                self.place.settle(config, prepared[0])
+                return split
+
+            adapter = train_adapter(
+                self.place.base,
+                config,
+                prepare,
+                checkpoints=folder.checkpoints,
+                log=StepLog(folder.steps) if first else None,
+                on_event=on_event,
+                should_stop=stop,
+                on_start=keeper.on_start if first else lambda adapter, step: None,
+                validate_on=validate_on,
+                rehearse=True,
+                changed=self.ladder.changed,
+                ranks=self.ranks,
+            )
+        return keeper, adapter
+
+    def _prepared(self, stop: Stop) -> Prepared:
+        """Images and captions, encoded: by the first process, then read by the others."""
+        from trainer import cache
+
         def on_image(done: int, total: int) -> None:
             if stop() and done < total:
                 raise Interrupted(
                     f"stopped after encoding {done} of {total} images", "the same command goes on"
                 )
 
-        prepared = cache.prepare(base, data, config, folder.cache, on_image=on_image)
-        keeper.view_say(f"{len(prepared.latents)} latents, {prepared.encoded_images} of them encoded now")
+        if not self.ranks.is_first:
+            self.ranks.wait()
+        while True:
+            try:
+                prepared = cache.prepare(
+                    self.place.base, self.data, self.ladder.config, self.folder.cache, on_image=on_image
+                )
+                break
+            except OutOfMemory as error:
+                why, hint = error.message, error.hint
+            release(self.place.device)
+            if self.ladder.step_down(why, steps_behind(self.folder.checkpoints), encoding=True) is None:
+                raise OutOfMemory(why, hint)
+        if self.ranks.is_first:
+            self.ranks.wait()
+        self.view.say(f"{len(prepared.latents)} latents, {prepared.encoded_images} of them encoded now")
         return prepared
-
-    return train_adapter(
-        base,
-        config,
-        prepare,
-        checkpoints=folder.checkpoints,
-        log=StepLog(folder.steps),
-        on_event=on_event,
-        should_stop=stop,
-        on_start=keeper.on_start,
-        validate_on=lambda: _held_out(base, config, data, folder),
-    )
 
 
 def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder) -> Prepared | None:
@@ -184,43 +222,11 @@ def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder)
     if not data.held_out:
         return None
     words = " ".join(word for word in (data.trigger, data.class_word) if word) or "a picture"
-    paths = [item.path for item in data.held_out]
+    paths = [item.path for item in data.held_out if not item.caption]
     captions, _ = read_captions(paths, config.caption_extension, data.root, instead=words)
-    items = tuple(replace(item, caption=captions[item.path]) for item in data.held_out)
+    items = tuple(replace(item, caption=item.caption or captions[item.path]) for item in data.held_out)
     plain = config.with_values({"flip_aug": False, "alpha_mask": False})
     return cache.prepare(base, replace(data, items=items, held_out=()), plain, folder.cache)
-
-
-def _load_base(config: TrainConfig, device: str | None, say: Callable[[str], None]) -> Base:
-    """The base on its device; settings that its family does not have are refused or said."""
-    import torch
-
-    from trainer.bases.base import compute_type
-    from trainer.bases.load import load_base
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
-    spec = config.pretrained_model_name_or_path
-    say(f"loading {spec} on {device} …")
-    base = load_base(
-        spec,
-        device=device,
-        dtype=compute_type(config.mixed_precision, device),
-        no_half_vae=config.no_half_vae,
-    )
-    usual = TrainConfig().as_dict()
-    for name, facts in SETTINGS.items():
-        value = getattr(config, name)
-        if facts.only and facts.only != KIND[base.family] and value != usual[name]:
-            if name == "clip_skip":
-                say(
-                    f"clip_skip = {value} has no effect: SDXL always reads the second last layer, as in sd-scripts"
-                )
-                continue
-            raise ConfigError(
-                f"{name} is for {facts.only}, and {base.name} is {KIND[base.family]}", f"leave {name} out"
-            )
-    return base
 
 
 def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
@@ -236,7 +242,11 @@ def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
     saved = json.loads(metadata.get(CONFIG_KEY, "{}"))
     deciding = SETTINGS.keys() - (FREE_SETTINGS - {"pretrained_model_name_or_path", "save_precision"})
     now = shared_settings(config, short_name(config.pretrained_model_name_or_path))
-    changed = [name for name in SETTINGS if name in deciding and saved.get(name) != now[name]]
+    changed = [
+        name
+        for name in SETTINGS
+        if name in deciding and saved.get(name, getattr(TrainConfig(), name)) != now[name]
+    ]
     if metadata.get(DATASET_KEY) != data.content_hash:
         changed.append("images or captions")
     if changed:
@@ -248,8 +258,11 @@ def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(folder: RunFolder) -> Any:
-    """No second process trains into the same files."""
+def _alone(folder: RunFolder, ranks: Ranks) -> Any:
+    """No second run trains into the same files."""
+    if not ranks.is_first:
+        yield
+        return
     lock = Lock(folder.root / "lock")
     if not lock.try_acquire():
         raise MachineError(
@@ -262,9 +275,9 @@ def _alone(folder: RunFolder) -> Any:
 
 
 @contextlib.contextmanager
-def _board(config: TrainConfig, folder: RunFolder) -> Any:
+def _board(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> Any:
     """What writes events to TensorBoard, if logging_dir is set."""
-    if not config.logging_dir:
+    if not config.logging_dir or not ranks.is_first:
         yield lambda event: None
         return
     try:
@@ -290,96 +303,3 @@ def _board(config: TrainConfig, folder: RunFolder) -> Any:
         yield write
     finally:
         writer.close()
-
-
-class Keeper:
-    """Saves and draws along the way: save_every_n_…, save_last_n_…, sample_every_n_…"""
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: TrainConfig,
-        base: Base,
-        data: Dataset,
-        prompts: list[SamplePrompt],
-        say: Callable[[str], None],
-    ) -> None:
-        self.folder = folder
-        self.config = config
-        self.base = base
-        self.prompts = prompts
-        self.view_say = say
-        self.steps = count_steps(config, data)
-        self._facts = data_metadata(data)
-
-    def on_start(self, adapter: Adapter, step: int) -> None:
-        """Before the first step of this call; ``step`` steps are behind."""
-        if step:
-            self.view_say(f"going on after step {step} of {self.steps.total_steps}")
-        elif self.config.sample_at_first:
-            self._draw("e000000")
-
-    def on_event(self, event: Event, adapter: Adapter) -> None:
-        if not isinstance(event, Step | Skipped):
-            return
-        step, config = event.step, self.config
-        epoch, inside = divmod(step, self.steps.steps_per_epoch)
-        last = step >= self.steps.total_steps
-        if _due(step, config.save_every_n_steps) and not last:
-            self.write(self.folder.step_file(step), adapter, step, epoch + (inside > 0))
-            if config.save_last_n_steps is not None:
-                self._drop(step - config.save_last_n_steps, step=True)
-        if inside == 0 and _due(epoch, config.save_every_n_epochs) and not last:
-            self.write(self.folder.epoch_file(epoch), adapter, step, epoch)
-            if config.save_last_n_epochs is not None:
-                assert config.save_every_n_epochs is not None
-                kept = config.save_last_n_epochs * config.save_every_n_epochs
-                self._drop(epoch - kept + 1, step=False)
-        if inside == 0 and _due(epoch, config.sample_every_n_epochs):
-            self._draw(f"e{epoch:06d}")
-        if _due(step, config.sample_every_n_steps):
-            self._draw(f"{step:06d}")
-
-    def write(self, path: Path, adapter: Adapter, step: int, epoch: int) -> None:
-        """The adapter as a LoRA file, with what is known of the run."""
-        from trainer import lorafile
-
-        extra = {**self._facts, "ss_steps": str(step), "ss_epoch": str(epoch)}
-        extra["ss_num_batches_per_epoch"] = str(self.steps.batches_per_epoch)
-        extra["ss_training_comment"] = self.config.training_comment or "None"
-        lorafile.write(path, adapter, self.base, self.config, extra)
-        if path != self.folder.lora:
-            self.view_say(f"saved {path.name}")
-
-    def _drop(self, first_kept: int, step: bool) -> None:
-        for number, path in self.folder.numbered(step).items():
-            if number < first_kept:
-                path.unlink(missing_ok=True)
-
-    def _draw(self, suffix: str) -> None:
-        if self.prompts:
-            paths = draw_samples(
-                self.base, self.prompts, self.config, self.folder.samples, f"{self.folder.name}_{suffix}"
-            )
-            self.view_say(f"drawn: {len(paths)} samples, {paths[0].name} …")
-
-
-def _due(number: int, every: int | None) -> bool:
-    return every is not None and number > 0 and number % every == 0
-
-
-def data_metadata(data: Dataset) -> dict[str, str]:
-    """What sd-scripts notes of a dataset: counts, folders, and how often each tag occurs (A1111 shows it)."""
-    folders: dict[str, dict[str, int]] = {}
-    for item in data.items:
-        place = item.path.parent.name
-        entry = folders.setdefault(place, {"n_repeats": item.repeats, "img_count": 0})
-        entry["img_count"] += 1
-    facts: Mapping[str, Any] = {
-        "ss_num_train_images": sum(item.repeats for item in data.items if not item.is_reg),
-        "ss_num_reg_images": sum(item.repeats for item in data.items if item.is_reg),
-        "ss_tag_frequency": json.dumps(tag_frequency(data)),
-        "ss_dataset_dirs": json.dumps(folders),
-        DATASET_KEY: data.content_hash,
-    }
-    return {name: str(value) for name, value in facts.items()}

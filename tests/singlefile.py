@@ -44,6 +44,12 @@ OPEN_CLIP = {
 
 def save_single_file(base: Base, path: Path) -> Path:
     """Write the whole base, in the number types of its networks."""
+    save_file({name: tensor.contiguous() for name, tensor in single_file_tensors(base).items()}, path)
+    return path
+
+
+def single_file_tensors(base: Base) -> dict[str, Tensor]:
+    """Every tensor of the file by its name there.  Works on the meta device too."""
     tensors = {f"model.diffusion_model.{k}": v for k, v in unet_tensors(base.unet).items()}
     tensors |= {f"first_stage_model.{k}": v for k, v in vae_tensors(base.vae).items()}
     prefix = "cond_stage_model." if base.family == "sd15" else "conditioner.embedders.0."
@@ -54,8 +60,7 @@ def save_single_file(base: Base, path: Path) -> Path:
             f"conditioner.embedders.1.model.{k}": v
             for k, v in open_clip_tensors(base.text_encoders[1]).items()
         }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    return path
+    return tensors
 
 
 def unet_tensors(unet: torch.nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from evaluation.prompts import PromptSet, make_prompt
 from evaluation.sampling import default_config
 from hpo.folder import TOTAL, StudyFolder, create_study, open_study, read_json
 from hpo.search import Limits, Search
-from hpo.study import StudyConfig, build_study
+from hpo.study import Inputs, StudyConfig, build_study
 from hpo.workbench import Workbench
 from tests.tiny import tiny_base
 from trainer import cache
@@ -89,12 +89,14 @@ def tiny_bench(root: Path, data: Path, study: StudyConfig | None = None) -> Work
     images, held_out = split_references(
         read_dataset(data, study.train, trigger="zkw", class_word="figure"), 2
     )
-    prompts = PromptSet(
-        tuple(
-            make_prompt(text, kind, "zkw", "figure")
-            for text, kind in (("{trigger} {class} a", "altered"), ("{trigger} {class} b", "altered"))
-        ),
-        (0,),
+    prompts, confirmation = (
+        PromptSet(
+            tuple(make_prompt(f"{{trigger}} {{class}} {word}", "altered", "zkw", "figure") for word in words),
+            (seed,),
+            "zkw",
+            "figure",
+        )
+        for words, seed in (("ab", 0), ("cde", 1000))
     )
     return Workbench(
         study=study,
@@ -104,13 +106,14 @@ def tiny_bench(root: Path, data: Path, study: StudyConfig | None = None) -> Work
         reference_items=tuple(str(item.path) for item in held_out.items),
         references=embed_references([item.path for item in held_out.items], scorer),
         prompts=prompts,
-        confirmation=None,
+        confirmation=confirmation,
         sampling=default_config(base, **study.sample_values(), batch_size=1),
         scorer=scorer,
         likeness=scorer,
         data_folder=data,
         base_spec="tiny",
         store=cache.Store(folder.cache),
+        inputs=Inputs("tiny", data),
     )
 
 
@@ -149,7 +152,7 @@ def make_search(bench: Workbench, limits: Limits, view: Recorder | None = None) 
     folder = bench.folder
     folder.locks.mkdir(parents=True, exist_ok=True)
     with folder.study_lock().held():
-        study = create_study(folder, bench.facts())
+        study = create_study(folder, bench.facts(), bench.study.objectives)
         study.set_user_attr(TOTAL, limits.trials)
     bench.measure_anchors(lambda text: None)
     return Search(study, bench, limits, view or Recorder())  # type: ignore[arg-type]

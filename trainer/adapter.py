@@ -1,13 +1,14 @@
 """Adapter: LoRA, LoCon, DoRA, LoHa or LoKr injected into a base, its weights, and its removal without a trace.
 
 Owns which modules get which rank and rate, dropout, norms, rounding and removal; PEFT does the maths of the
-forward pass, ``kinds`` says what differs between kinds.  Weights are fp32 whatever the base's type.  Does not
-own files (``lorafile``) or the optimizer (``optim``).
+forward pass, ``kinds`` says what differs between kinds.  Weights are fp32 whatever the base's type, or bf16
+with full_bf16.  Does not own files (``lorafile``) or the optimizer (``optim``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from trainer.bases.base import Base
 from trainer.blockrates import BlockRates, block_rates
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged
-from trainer.kinds import KINDS, NAME, Kind, kernel_size
+from trainer.fp8 import weight_of
+from trainer.kinds import KINDS, NAME, Kind, kernel_size, kind_of
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAGNITUDE = "dora_scale"
@@ -114,6 +116,17 @@ def targets_of(base: Base, config: TrainConfig) -> list[Target]:
     return [target for target in rated if target.rate > 0]
 
 
+def count_weights(base: Base, config: TrainConfig) -> int:
+    """Numbers in an adapter of these settings, without making it."""
+    count = 0
+    for target in targets_of(base, config):
+        layer = base.components()[target.component].get_submodule(target.path)
+        count += sum(math.prod(shape) for shape in kind_of(config).shapes(layer, target.rank).values())
+        if target.kind == "DoRA":
+            count += layer.weight.shape[0]
+    return count
+
+
 def block_rate(rates: BlockRates, key: str) -> float:
     """The multiplier of a U-Net module by its kohya key (sd-scripts networks/lora.py, get_block_index).
 
@@ -145,12 +158,13 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
     for target in targets:
         layer = base.components()[target.component].get_submodule(target.path)
         generator = keyed_generator(config.seed, target.key)
-        for ending, value in KINDS[target.kind].start(layer, target.rank, generator).items():
+        for ending, value in kind_of(config).start(layer, target.rank, generator).items():
             weights[f"{target.key}.{ending}"] = value
         if target.kind == "DoRA":
-            weights[f"{target.key}.{MAGNITUDE}"] = column_norm(layer.weight.detach())
+            weights[f"{target.key}.{MAGNITUDE}"] = column_norm(weight_of(layer))
     dropout = Dropout(config.network_dropout, config.rank_dropout, config.module_dropout)
-    return Adapter(base, targets, weights, dropout=dropout)
+    kept_in = torch.bfloat16 if config.full_bf16 else torch.float32
+    return Adapter(base, targets, weights, dropout=dropout, kept_in=kept_in)
 
 
 class Adapter:
@@ -163,17 +177,19 @@ class Adapter:
         weights: Mapping[str, Tensor],
         *,
         dropout: Dropout = Dropout(),
+        kept_in: torch.dtype = torch.float32,
     ) -> None:
         self.base = base
         self.layers: list[Layer] = []
         self._dropout = dropout
         self._dropout_key: tuple[int, ...] | None = None
+        self._rows = (0, 0, 0)
         by_component: dict[str, list[Target]] = {}
         for target in targets:
             by_component.setdefault(target.component, []).append(target)
         try:
             for component, chosen in by_component.items():
-                self.layers += _inject_component(base.components()[component], chosen, weights)
+                self.layers += _inject_component(base.components()[component], chosen, weights, kept_in)
         except BaseException:
             self.remove()
             raise
@@ -190,6 +206,13 @@ class Adapter:
     def trainable(self) -> list[nn.Parameter]:
         """All trainable weights, in module order."""
         return [weight for layer in self.layers for weight in layer.weights.values()]
+
+    def freeze_text_encoders(self) -> None:
+        """Keep the text encoders' part as it is from now on."""
+        for layer in self.layers:
+            if layer.target.component != "unet":
+                for weight in layer.weights.values():
+                    weight.requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:
         """kohya key → tensor, fp32 copies on CPU: ``….lora_down.weight``, …, ``….alpha``."""
@@ -245,10 +268,12 @@ class Adapter:
             for weight in layer.factors:
                 weight.mul_(share ** (1 / len(layer.factors)))
 
-    def apply_dropout(self, *key: int) -> None:
+    def apply_dropout(self, *key: int, rows: tuple[int, int, int] = (0, 0, 0)) -> None:
         """From now on drop what ``Dropout`` says, drawn from this key (seed, step, micro-batch).  No key: no
-        dropout."""
+        dropout.  ``rows`` (first, count, of how many): which of the micro-batch are computed, where it is cut;
+        what is dropped in them is what would be dropped if it were not."""
         self._dropout_key = key or None
+        self._rows = rows
         if self._dropout.module > 0:
             for number, layer in enumerate(self.layers):
                 layer.wrapped._disable_adapters = (
@@ -285,19 +310,26 @@ class Adapter:
             if self._dropout.network > 0:
                 keep = 1.0 - self._dropout.network
                 generator = keyed_generator(*self._dropout_key, number, device=device)
-                mask = torch.empty_like(output_BR, requires_grad=False).bernoulli_(keep, generator=generator)
-                output_BR = output_BR * mask.div_(keep)
+                output_BR = output_BR * self._kept(list(output_BR.shape), keep, generator, output_BR.dtype)
             if self._dropout.rank > 0:
                 keep = 1.0 - self._dropout.rank
                 generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
                 rank_axis = -1 if output_BR.dim() < 4 else 1
                 shape = [1] * output_BR.dim()
                 shape[0], shape[rank_axis] = output_BR.shape[0], output_BR.shape[rank_axis]
-                mask = torch.empty(shape, device=device, dtype=output_BR.dtype)
-                output_BR = output_BR * mask.bernoulli_(keep, generator=generator).div_(keep)
+                output_BR = output_BR * self._kept(shape, keep, generator, output_BR.dtype)
             return output_BR
 
         return drop
+
+    def _kept(self, shape: list[int], keep: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows.  An
+        image has several rows where a long caption is read in windows."""
+        start, count, total = self._rows
+        each = shape[0] // count if 0 < count < total else 0
+        drawn = [total * each, *shape[1:]] if each else shape
+        mask = torch.empty(drawn, device=generator.device, dtype=dtype).bernoulli_(keep, generator=generator)
+        return (mask[start * each : (start + count) * each] if each else mask).div_(keep)
 
     def _row_dropout(self, number: int, get_delta_weight: Any) -> Any:
         """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS
@@ -348,7 +380,7 @@ def _attach_magnitude(layer: Layer) -> None:
 
     def scale() -> Tensor:
         with torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
-            weight = base_layer.weight.detach().float()
+            weight = weight_of(base_layer).float()
             merged = weight + layer.delta().reshape(weight.shape)
             norm = column_norm(merged) if per_input else row_norm(merged)
         return magnitude / norm.clamp(min=torch.finfo(torch.float32).eps)
@@ -394,12 +426,15 @@ def _target(
     base: Base, config: TrainConfig, component: str, path: str, key: str, rank: int, alpha: float
 ) -> Target:
     layer = base.components()[component].get_submodule(path)
-    kind = KINDS[config.network_type]
-    return Target(component, path, key, rank, kind.alpha(layer, rank, alpha), config.network_type)
+    alpha = kind_of(config).alpha(layer, rank, alpha)
+    return Target(component, path, key, rank, alpha, config.network_type)
 
 
-def _inject_component(model: nn.Module, targets: list[Target], weights: Mapping[str, Tensor]) -> list[Layer]:
-    """PEFT layers around the targets of one network, holding ``weights`` in fp32 on the network's device."""
+def _inject_component(
+    model: nn.Module, targets: list[Target], weights: Mapping[str, Tensor], kept_in: torch.dtype
+) -> list[Layer]:
+    """PEFT layers around the targets of one network, holding ``weights`` on the network's device; DoRA's
+    magnitudes always in fp32."""
     assert not hasattr(model, "peft_config"), "an adapter is in the base already: remove it first"
     kind = KINDS[targets[0].kind]
     inject_adapter_in_model(kind.settings(targets), model, adapter_name=NAME, low_cpu_mem_usage=True)
@@ -412,7 +447,8 @@ def _inject_component(model: nn.Module, targets: list[Target], weights: Mapping[
             value = weights.get(f"{target.key}.{ending}")
             if value is None:
                 continue
-            placed[ending] = nn.Parameter(value.to(device, torch.float32, copy=True))
+            kind_of_number = torch.float32 if ending == MAGNITUDE else kept_in
+            placed[ending] = nn.Parameter(value.to(device, kind_of_number, copy=True))
             if ending == MAGNITUDE:
                 wrapped.register_parameter(MAGNITUDE, placed[ending])
                 continue

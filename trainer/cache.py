@@ -40,6 +40,7 @@ from trainer.dataset import (
 )
 from trainer.errors import DataError, OutOfMemory
 from trainer.files import clean_text, machine_error, sweep, write_atomic
+from trainer.fp8 import holds_fp8
 from trainer.memory import out_of_memory_named
 
 FORMAT = 1  # raised when pixels or encoding change, so that old files are not found
@@ -309,6 +310,7 @@ def _prepare_captions(
     prepared: Prepared, base: Base, config: TrainConfig, store: Store, captions: Sequence[str]
 ) -> None:
     prepared.states = {}
+    encoder = base.text_encoders[0]
     longer = [config.max_token_length] if config.max_token_length not in (None, WINDOW_TOKENS) else []
     for caption in captions:
         key = _key(
@@ -316,7 +318,7 @@ def _prepare_captions(
             caption,
             base.identity,
             config.clip_skip,
-            str(next(base.text_encoders[0].parameters()).dtype),
+            "float8" if holds_fp8(encoder) else str(next(encoder.parameters()).dtype),
             *longer,
         )
         tensors = store.get(key, _is_text)

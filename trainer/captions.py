@@ -7,6 +7,7 @@ prefix, dropping, wildcards, shuffled tags.  Which random numbers a draw gets is
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import re
@@ -35,7 +36,7 @@ def read_captions(
     """
     if not _EXTENSION.fullmatch(extension):
         raise ConfigError(f"caption_extension = {clean_text(extension)!r} is no file ending", "write .txt")
-    found = {path: _caption_file(path, extension) for path in images}
+    found = {path: caption_file(path, extension) for path in images}
     missing = [path for path, file in found.items() if file is None]
     if missing and not instead:
         what = (
@@ -49,7 +50,7 @@ def read_captions(
         if file is None:
             continue
         check_inside(file, root)
-        lines = [line.strip() for line in _read_text(file).splitlines()]
+        lines = [line.strip() for line in read_text(file).splitlines()]
         lines = [line for line in lines if line]
         if not lines:
             empty.append(file)
@@ -69,7 +70,7 @@ def read_captions(
     return captions, notes
 
 
-def _caption_file(image: Path, extension: str) -> Path | None:
+def caption_file(image: Path, extension: str) -> Path | None:
     """The caption beside an image: ``name.txt``, or ``name.png.txt``."""
     for candidate in (image.with_suffix(extension), image.with_name(image.name + extension)):
         if candidate.is_file():
@@ -79,12 +80,12 @@ def _caption_file(image: Path, extension: str) -> Path | None:
 
 def _other_extension_hint(missing: Sequence[Path], extension: str) -> str:
     for other in (".txt", ".caption"):
-        if other != extension and any(_caption_file(path, other) for path in missing):
+        if other != extension and any(caption_file(path, other) for path in missing):
             return f'there are {other} files: set caption_extension = "{other}"'
     return f"put a {extension} file with the same name beside each image"
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     try:
         size_bytes = file.stat().st_size
         if size_bytes > MAX_CAPTION_BYTES:
@@ -133,6 +134,17 @@ _OPEN, _CLOSE = "\ue000", "\ue001"  # stand for {{ and }} meanwhile; private cha
 
 
 @dataclass(frozen=True)
+class Moment:
+    """When a caption is trained: after ``step`` of the run's optimizer steps."""
+
+    step: int = 0
+    total_steps: int = 0
+
+
+START = Moment()
+
+
+@dataclass(frozen=True)
 class CaptionRules:
     """The caption settings of a run or of one of its folders (sd-scripts' process_caption)."""
 
@@ -147,6 +159,8 @@ class CaptionRules:
     caption_dropout_rate: float
     caption_dropout_every_n_epochs: int
     caption_tag_dropout_rate: float
+    token_warmup_min: int
+    token_warmup_step: float
 
     @classmethod
     def of(cls, config: TrainConfig, own: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> CaptionRules:
@@ -156,9 +170,9 @@ class CaptionRules:
 
     @property
     def draws_tags(self) -> bool:
-        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
 
-    def apply(self, caption: str, epoch: int, draw: random.Random) -> str:
+    def apply(self, caption: str, epoch: int, draw: random.Random, now: Moment = START) -> str:
         """The caption as it is trained this time.  ``epoch`` counts from 0."""
         if self.caption_dropout_rate > 0 and draw.random() < self.caption_dropout_rate:
             return ""
@@ -171,7 +185,7 @@ class CaptionRules:
             text = _WILDCARD.sub(lambda found: draw.choice(found[1].split("|")), text)
             text = text.replace(_OPEN, "{").replace(_CLOSE, "}")
         if self.draws_tags:
-            text = self._drawn(text, draw)
+            text = self._drawn(text, draw, now)
         return self._joined(text)
 
     def variants(self, caption: str) -> tuple[str, ...] | None:
@@ -203,14 +217,25 @@ class CaptionRules:
             return text
         return text.replace(self.secondary_separator, self.caption_separator)
 
-    def _drawn(self, text: str, draw: random.Random) -> str:
-        """Tags shuffled and dropped; those at fixed places stay."""
+    def _drawn(self, text: str, draw: random.Random, now: Moment) -> str:
+        """Tags cut off by the warm-up, shuffled and dropped; those at fixed places stay."""
         front, tags, back = self._parts(text)
+        tags = tags[: self._warm(len(tags), now)]
         if self.shuffle_caption:
             draw.shuffle(tags)
         if self.caption_tag_dropout_rate > 0:
             tags = [tag for tag in tags if draw.random() >= self.caption_tag_dropout_rate]
         return ", ".join(front + tags + back)
+
+    def _warm(self, count: int, now: Moment) -> int:
+        """How many of the tags that move are in use: linear from token_warmup_min to all of them
+        (sd-scripts' process_caption)."""
+        length = self.token_warmup_step
+        if 0 < length < 1:
+            length = math.floor(length * now.total_steps)
+        if now.step >= length:
+            return count
+        return max(0, math.floor(now.step * (count - self.token_warmup_min) / length) + self.token_warmup_min)
 
     def _parts(self, text: str) -> tuple[list[str], list[str], list[str]]:
         """Tags that stay in front, that move, that stay behind."""

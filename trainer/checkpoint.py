@@ -22,6 +22,7 @@ from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError
 from trainer.files import MANIFEST, atomic_folder, machine_error, sweep, verify_folder
 from trainer.memory import out_of_memory_named
+from trainer.optim import in_fp32
 
 FILES = ("adapter.safetensors", "optimizer.pt", "state.json")
 # Settings that may differ between the run that saved and the run that goes on: they do not change the result.
@@ -32,6 +33,12 @@ FREE_SETTINGS = WITHOUT_INFLUENCE | frozenset(
         "output_name",
         "save_precision",
         "gradient_checkpointing",
+        "micro_batch_size",
+        "cpu_offload",
+        "opt_channels_last",
+        "torch_compile",
+        "checkpoint_blocks",
+        "cpu_offload_checkpointing",
         "cache_latents_to_disk",
         "vae_batch_size",
     }
@@ -58,6 +65,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     compute: torch.dtype = torch.float32  # mixed_precision as a type: auto means another on another machine
+    steps_per_epoch: int = 0
+    changed: frozenset[str] = frozenset()  # settings that the run's own ladder changed since
 
 
 def save(folder: Path, run: Run, progress: Progress) -> Path:
@@ -85,6 +94,7 @@ def save(folder: Path, run: Run, progress: Progress) -> Path:
                     "base": run.base_identity,
                     "dataset": run.dataset_hash,
                     "compute": str(run.compute),
+                    "steps_per_epoch": run.steps_per_epoch,
                 },
                 indent=2,
             )
@@ -111,11 +121,32 @@ def restore(folder: Path, run: Run) -> Progress:
         with out_of_memory_named(run.config):
             run.adapter.load_state(safetensors.torch.load_file(checkpoint / "adapter.safetensors"))
             rest = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
-            run.optimizer.load_state_dict(rest["optimizer"])
+            with in_fp32(run.adapter.trainable()):
+                run.optimizer.load_state_dict(_of_groups(rest["optimizer"], run.optimizer))
         if rest["scaler"] and run.scaler.is_enabled():  # a scaler that is off saves nothing
             run.scaler.load_state_dict(rest["scaler"])
-        return Progress(state["step"], state["skipped"], state["in_a_row"])
+        return Progress(_place(state, run), state["skipped"], state["in_a_row"])
     return Progress()
+
+
+def _of_groups(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A saved optimizer without the groups that are no longer trained."""
+    names = [group["name"] for group in optimizer.param_groups]
+    kept = [group for group in saved["param_groups"] if group["name"] in names]
+    numbers = {old: new for new, old in enumerate(n for group in kept for n in group["params"])}
+    return {
+        "state": {numbers[old]: state for old, state in saved["state"].items() if old in numbers},
+        "param_groups": [{**group, "params": [numbers[n] for n in group["params"]]} for group in kept],
+    }
+
+
+def _place(state: Mapping[str, Any], run: Run) -> int:
+    """The step to go on after.  Where a smaller resolution makes other buckets, and so more or fewer steps an
+    epoch, it is the same share of the epochs."""
+    step, before, now = int(state["step"]), state.get("steps_per_epoch"), run.steps_per_epoch
+    if not before or not now or before == now or run.config.max_train_steps is not None:
+        return step
+    return round(step * now / before)
 
 
 def _check_same_run(checkpoint: Path, state: Mapping[str, Any], run: Run) -> None:
@@ -124,7 +155,7 @@ def _check_same_run(checkpoint: Path, state: Mapping[str, Any], run: Run) -> Non
     changed = [
         f"{name} {before[name]} → {value}"
         for name, value in now.items()
-        if name not in FREE_SETTINGS and before[name] != value
+        if name not in FREE_SETTINGS | run.changed and before[name] != value
     ]
     if state.get("compute") != str(run.compute):
         changed.append(f"computed in {state.get('compute', 'an unknown type')} → {run.compute}")

@@ -100,7 +100,22 @@ class TrainConfig:
     max_token_length: int | None = setting(
         None, "tokens of a caption that are read: 75, 150 or 225; unset 75", unit="tokens", low=75, high=225
     )
+    token_warmup_min: int = setting(
+        1, "tags that a caption begins with while token_warmup_step grows", low=0, high=75
+    )
+    token_warmup_step: float = setting(
+        0,
+        "optimizer steps until captions have all their tags, or a share of all steps if below 1; 0 at once",
+        low=0,
+        high=1e7,
+    )
     flip_aug: bool = setting(False, "train each image mirrored about half of the times")
+    validation_split: float = setting(
+        0.0, "share of each folder's images that is set apart for the validation loss", low=0, high=0.9
+    )
+    validation_seed: int | None = setting(
+        None, "decides which images validation_split sets apart; unset takes seed", low=0, high=2**63 - 1
+    )
     reg_data_dir: str = setting(
         "", "regularisation images, in kohya folders (1_class): as many as training images are trained too"
     )
@@ -166,7 +181,9 @@ class TrainConfig:
     network_alpha: float = setting(
         16.0, "the LoRA is scaled by alpha / dim", low=0, high=4096, low_is_excluded=True
     )
-    network_dropout: float = setting(0.0, "share of rank channels dropped after lora_down", low=0, high=0.95)
+    network_dropout: float = setting(
+        0.0, "share of the values after lora_down that are dropped, each by itself", low=0, high=0.95
+    )
     rank_dropout: float = setting(0.0, "share of ranks dropped, the rest scaled up", low=0, high=0.95)
     module_dropout: float = setting(0.0, "chance of a module to be left out of a step", low=0, high=0.95)
     scale_weight_norms: float | None = setting(
@@ -182,6 +199,14 @@ class TrainConfig:
     conv_alpha: float | None = setting(
         None, "alpha of 3×3 convolutions; unset takes network_alpha", low=0, high=4096, low_is_excluded=True
     )
+
+    factor: int = setting(
+        -1,
+        "LoKr: the small factor that a layer's sides are split into; -1 as even as possible",
+        low=-1,
+        high=1024,
+    )
+    network_weights: str = setting("", "LoRA file that training starts from, of the same kind and rank")
 
     # Loss
     min_snr_gamma: float | None = setting(
@@ -240,6 +265,36 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(
         False, "recompute activations: less memory, about 25 % slower (assumed)"
     )
+    checkpoint_blocks: int | None = setting(
+        None,
+        "with gradient_checkpointing: recompute only so many of the U-Net's blocks, outermost first; unset all",
+        low=1,
+        high=64,
+    )
+    cpu_offload_checkpointing: bool = setting(
+        False, "with gradient_checkpointing: what it keeps between forward and backward waits in RAM"
+    )
+    full_bf16: bool = setting(
+        False, "the adapter and its gradients in bf16 too, rounded stochastically: less memory, less exact"
+    )
+    fp8_base: bool = setting(
+        False, "the base's frozen weights as scaled fp8 numbers: half the memory of bf16, less exact"
+    )
+    micro_batch_size: int | None = setting(
+        None,
+        "images computed at once; the rest of a batch is accumulated: less memory, same result; unset all",
+        low=1,
+        high=1024,
+    )
+    text_encoder_frozen: bool = setting(
+        False, "keep the text encoders' part of the LoRA as it is: set by a run that ran out of memory"
+    )
+    cpu_offload: bool = setting(
+        False,
+        "the optimizer's state, and text encoders that are not trained, stay in the computer's memory: slower",
+    )
+    opt_channels_last: bool = setting(False, "channels-last memory layout in the U-Net: faster convolutions")
+    torch_compile: bool = setting(False, "compile the U-Net's transformer blocks; the first steps are slow")
     cache_latents_to_disk: bool = setting(True, "keep encoded images on disk for later runs")
     vae_batch_size: int = setting(4, "images encoded at once", low=1, high=256)
 
@@ -308,6 +363,7 @@ class TrainConfig:
             f"network_dropout is for LoRA, LoCon and DoRA: {self.network_type} has no lora_down",
             "use rank_dropout or module_dropout",
         )
+        yield (self.factor == 0, "factor = 0 splits nothing", "use -1, or a whole number from 1")
         yield (
             self.first_timestep >= self.end_timestep,
             f"min_timestep {self.first_timestep} is not below max_timestep {self.end_timestep}",
@@ -339,9 +395,19 @@ class TrainConfig:
             "set conditioning_data_dir to a folder of masks, or alpha_mask = true for transparent images",
         )
         yield (
+            self.text_encoder_frozen and not self.trains_unet,
+            "text_encoder_frozen leaves nothing to train: the U-Net's rate is 0",
+            "leave it out",
+        )
+        yield (
             not self.caption_separator,
             "caption_separator is empty",
             'use ","',
+        )
+        yield (
+            self.full_bf16 and self.mixed_precision in ("no", "fp16"),
+            f"full_bf16 trains in bf16, but mixed_precision = {self.mixed_precision}",
+            "set mixed_precision = bf16 or auto",
         )
         samples = self.sample_every_n_epochs or self.sample_every_n_steps or self.sample_at_first
         yield (
@@ -386,6 +452,21 @@ class TrainConfig:
     @property
     def trains_text_encoder(self) -> bool:
         return max(self.effective_text_encoder_lrs) > 0
+
+    @property
+    def updates_text_encoder(self) -> bool:
+        """Whether text encoders get gradients: they have a LoRA, and it is not kept as it is."""
+        return self.trains_text_encoder and not self.text_encoder_frozen
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Images of one optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def images_at_once(self) -> int:
+        """Images in one forward pass."""
+        return min(self.train_batch_size, self.micro_batch_size or self.train_batch_size)
 
     @property
     def first_timestep(self) -> int:

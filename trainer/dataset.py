@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.buckets import Bucket, BucketRules, Fit
-from trainer.captions import CaptionRules, check_inside, listed, read_captions, shown
+from trainer.captions import START, CaptionRules, Moment, check_inside, listed, read_captions, shown
 from trainer.config import TrainConfig
 from trainer.errors import DataError
 from trainer.files import clean_text, sha256_file
@@ -41,7 +42,8 @@ MAX_REFERENCES = 8
 REFERENCE_SHARE = 0.2
 MAX_REPEATS = 10_000  # assumed: more is a year or a serial number in a folder's name
 _READERS = 4  # threads that decode; each holds one image
-_KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
+KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
+Facts = tuple[int, int, str]  # of an image: width in px, height in px, sha256 of the file
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,14 @@ def read_dataset(
     trigger: str | None = None,
     class_word: str | None = None,
     default_repeats: int = 1,
+    known: Mapping[Path, Facts] | None = None,
 ) -> Dataset:
     """Read and check a dataset: kohya's layout, one ``N_trigger class`` folder, or plain images with
     captions; and the regularisation images of reg_data_dir.
 
     Every image is decoded once and every caption read, so that nothing can fail later.  ``trigger`` and
-    ``class_word`` replace what folder names say; ``default_repeats`` is for plain folders.  Raises DataError.
+    ``class_word`` replace what folder names say; ``default_repeats`` is for plain folders; images in
+    ``known`` were decoded already.  Raises DataError.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -134,7 +138,7 @@ def read_dataset(
             parts, notes = parts + reg_parts, notes + reg_notes
     except OSError as error:
         raise DataError(f"cannot read {shown(root)}: {error.strerror}", "check its permissions") from error
-    found = assemble(root, parts, notes, config, held_paths)
+    found = assemble(root, parts, notes, config, held_paths, known=known)
     return replace(
         found,
         trigger=trigger if trigger is not None else found.trigger,
@@ -148,6 +152,8 @@ def assemble(
     notes: Sequence[str],
     config: TrainConfig,
     held_paths: Sequence[Path] = (),
+    *,
+    known: Mapping[Path, Facts] | None = None,
 ) -> Dataset:
     """The dataset of some folders: captions and masks found, every image decoded."""
     jobs = [(path, part) for part in parts for path in part.images]
@@ -160,7 +166,8 @@ def assemble(
         captions |= {(path, other): texts[path] for path, other in jobs if path in texts}
         said += more
     with ThreadPoolExecutor(_READERS) as pool:
-        facts = list(pool.map(_image_facts, [path for path, _ in jobs] + list(held_paths)))
+        paths = [path for path, _ in jobs] + list(held_paths)
+        facts = list(pool.map(lambda path: (known or {}).get(path) or _image_facts(path), paths))
     items = tuple(
         Item(
             path, captions[path, part], part.repeats, *fact, part.own, part.is_reg, _mask(path, part, config)
@@ -171,6 +178,10 @@ def assemble(
         Item(path, "", 1, *fact) for path, fact in zip(held_paths, facts[len(jobs) :], strict=True)
     )
     _check_held_out(items, held_out)
+    items, apart = _validation(items, config)
+    if apart:
+        held_out += apart
+        said.append(f"{len(apart)} images are set apart for the validation loss (validation_split)")
     items, more = _balanced(items)
     trigger, class_word = _subject([part for part in parts if not part.is_reg])
     return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
@@ -245,6 +256,31 @@ def _balanced(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], list[str]]:
     return (*(item for item in items if not item.is_reg), *used), [note]
 
 
+def _validation(items: tuple[Item, ...], config: TrainConfig) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """(what is trained on, what validation_split sets apart): ⌊share⌋ of each folder's images, as sd-scripts.
+
+    Chosen by content and validation_seed, not by name or order; equal images stay together.
+    """
+    if not config.validation_split:
+        return items, ()
+    seed = config.seed if config.validation_seed is None else config.validation_seed
+    folders: dict[Path, set[str]] = {}
+    for item in items:
+        if not item.is_reg:
+            folders.setdefault(item.path.parent, set()).add(item.sha256)
+    apart: set[str] = set()
+    for contents in folders.values():
+        order = sorted(contents, key=lambda sha256: hashlib.sha256(f"{seed} {sha256}".encode()).digest())
+        apart |= set(order[math.ceil(len(order) * (1 - config.validation_split) - 1e-9) :])
+    chosen = {item.sha256: item for item in items if item.sha256 in apart and not item.is_reg}
+    if not chosen:
+        raise DataError(
+            f"validation_split = {config.validation_split:g} sets apart no image of {len(items)}",
+            "raise it, or set it to 0",
+        )
+    return tuple(item for item in items if item.sha256 not in apart), tuple(chosen.values())
+
+
 def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
     """The mask of an image: a file of its name in conditioning_data_dir, or in a folder there that is named
     like the image's."""
@@ -260,9 +296,9 @@ def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
 
 def parts_of(root: Path, default_repeats: int) -> tuple[list[Part], list[str]]:
     """The folders to train on, and notes about what is left out."""
-    name = _KOHYA_FOLDER.fullmatch(root.resolve().name)
+    name = KOHYA_FOLDER.fullmatch(root.resolve().name)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    named = [(path, match) for path in folders if (match := _KOHYA_FOLDER.fullmatch(path.name))]
+    named = [(path, match) for path in folders if (match := KOHYA_FOLDER.fullmatch(path.name))]
     loose = images_in(root, root)
     notes = []
     if named:
@@ -275,9 +311,7 @@ def parts_of(root: Path, default_repeats: int) -> tuple[list[Part], list[str]]:
                 parts.append(_kohya_part(path, match, images))
         if loose:
             notes.append(f"{len(loose)} images directly in {shown(root)} are left out, as kohya does")
-        others = [
-            path for path in folders if not _KOHYA_FOLDER.fullmatch(path.name) and path.name != HELD_OUT
-        ]
+        others = [path for path in folders if not KOHYA_FOLDER.fullmatch(path.name) and path.name != HELD_OUT]
         notes += [
             f"{shown(path)} is left out: its name has no repeats in front, like 10_name" for path in others
         ]
@@ -302,10 +336,13 @@ def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Part:
         raise DataError(
             f"the folder name {shown(folder)} means 0 repeats", f"rename it, for example to 10_{match[2]}"
         )
-    words = clean_text(match[2]).split(maxsplit=1)
-    return Part(
-        tuple(images), repeats, words[0] if words else None, words[1].strip() if len(words) > 1 else None
-    )
+    return Part(tuple(images), repeats, *subject_of(match[2]))
+
+
+def subject_of(name: str) -> tuple[str | None, str | None]:
+    """Trigger and class word in what follows ``10_``."""
+    words = clean_text(name).split(maxsplit=1)
+    return words[0] if words else None, words[1].strip() if len(words) > 1 else None
 
 
 def images_in(folder: Path, root: Path) -> list[Path]:
@@ -326,7 +363,7 @@ def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
     hint = f"images end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
     for path in folders:
         children = [child for child in path.iterdir() if not child.name.startswith(".")]
-        if any(child.is_dir() and _KOHYA_FOLDER.fullmatch(child.name) for child in children):
+        if any(child.is_dir() and KOHYA_FOLDER.fullmatch(child.name) for child in children):
             hint = f"did you mean {shown(path)}, which has folders like 10_name?"
         elif path.name != HELD_OUT and any(child.suffix.lower() in IMAGE_EXTENSIONS for child in children):
             hint = f"give {shown(path)} itself, or rename it to 10_{shown(path.name)}"
@@ -335,15 +372,16 @@ def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
 
 def _subject(parts: Sequence[Part]) -> tuple[str | None, str | None]:
     """Trigger and class word, each where all folders agree on it."""
-    triggers = {part.trigger for part in parts}
-    classes = {part.class_word for part in parts}
-    return (
-        next(iter(triggers)) if len(triggers) == 1 else None,
-        next(iter(classes)) if len(classes) == 1 else None,
-    )
+    return common([part.trigger for part in parts]), common([part.class_word for part in parts])
 
 
-def _image_facts(path: Path) -> tuple[int, int, str]:
+def common(words: Iterable[str | None]) -> str | None:
+    """The word that all agree on."""
+    distinct = set(words)
+    return next(iter(distinct)) if len(distinct) == 1 else None
+
+
+def _image_facts(path: Path) -> Facts:
     """Width, height and sha256 of an image, which is decoded completely."""
     picture = read_picture(path)
     return *picture.size_px, picture.sha256
@@ -491,10 +529,10 @@ def epoch_batches(
     return batches
 
 
-def caption_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> str:
+def caption_for(item: Item, config: TrainConfig, epoch: int, occurrence: int, now: Moment = START) -> str:
     """The caption an item is trained with the ``occurrence``-th time (from 0) in an epoch (from 0)."""
     draw = _generator("caption", config.seed, epoch, item.sha256, occurrence)
-    return CaptionRules.of(config, item.own).apply(item.caption, epoch, draw)
+    return CaptionRules.of(config, item.own).apply(item.caption, epoch, draw, now)
 
 
 def caption_variants(items: Iterable[Item], config: TrainConfig) -> tuple[str, ...] | None:

@@ -39,6 +39,11 @@ class ToolError(Exception):
         return f"{self.message} – {self.hint}" if self.hint else self.message
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its kind if it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
 def _line(text: str) -> str:
     from trainer.files import clean_text  # here: files raises these errors
 

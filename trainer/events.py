@@ -7,6 +7,17 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Rehearsed:
+    """The dry step before training: the largest bucket (width, height), images at once, and the peak of memory
+    on the device – None where it cannot be measured."""
+
+    bucket_px: tuple[int, int]
+    images: int
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimizer step was made.  ``step`` counts from 1."""
 
@@ -54,4 +65,4 @@ class Finished:
     skipped: int
 
 
-Event = Step | Skipped | Validated | Saved | Finished
+Event = Rehearsed | Step | Skipped | Validated | Saved | Finished

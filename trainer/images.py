@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from trainer.buckets import Fit
 from trainer.errors import DataError
@@ -34,11 +34,14 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 @dataclass(frozen=True)
 class Picture:
     """A decoded image: upright, RGB, with the sha256 of the file it came from.  ``alpha_HW`` is how opaque
-    each pixel is (uint8), if the image says so."""
+    each pixel is (uint8), if the image says so.  ``mode`` is Pillow's name of the file's own colours."""
 
     pixels_HW3: np.ndarray
     sha256: str
     alpha_HW: np.ndarray | None = None
+    mode: str = "RGB"
+    is_turned: bool = False  # the file lies on its side and says so (EXIF)
+    frames: int = 1
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -70,6 +73,8 @@ def read_picture(path: Path) -> Picture:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
+            mode, frames = image.mode, int(getattr(image, "n_frames", 1))
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             upright = ImageOps.exif_transpose(image)
             pixels, alpha = _as_rgb(upright), _alpha(upright)
     except Image.DecompressionBombError as error:
@@ -84,7 +89,7 @@ def read_picture(path: Path) -> Picture:
         raise DataError(
             f"{shown} is a corrupt image ({clean_text(str(error))})", "replace or remove it"
         ) from error
-    return Picture(pixels, hashlib.sha256(data).hexdigest(), alpha)
+    return Picture(pixels, hashlib.sha256(data).hexdigest(), alpha, mode, is_turned, frames)
 
 
 def fit_pixels(picture: Picture, fit: Fit) -> np.ndarray:

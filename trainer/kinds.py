@@ -21,6 +21,8 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
+from trainer.config import TrainConfig
+
 NAME = "lora"  # PEFT's name of the adapter inside each layer
 
 
@@ -37,6 +39,10 @@ class Kind(ABC):
     """One family of formulas for ΔW."""
 
     endings: ClassVar[tuple[str, ...]]  # endings of its tensors in a file, beside .alpha
+
+    @abstractmethod
+    def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+        """ending → shape of its tensors for a layer."""
 
     @abstractmethod
     def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -77,18 +83,19 @@ class LoRA(Kind):
 
     endings = ("lora_down.weight", "lora_up.weight")
 
-    def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """down kaiming-uniform (a = √5), up zero: sd-scripts networks/lora.py."""
+    def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
         if isinstance(layer, nn.Conv2d):
-            down_shape: tuple[int, ...] = (rank, layer.in_channels, *layer.kernel_size)
-            up_shape: tuple[int, ...] = (layer.out_channels, rank, 1, 1)
+            down: tuple[int, ...] = (rank, layer.in_channels, *layer.kernel_size)
+            up: tuple[int, ...] = (layer.out_channels, rank, 1, 1)
         else:
             assert isinstance(layer, nn.Linear)
-            down_shape, up_shape = (rank, layer.in_features), (layer.out_features, rank)
-        return {
-            "lora_down.weight": _uniform(down_shape, generator),
-            "lora_up.weight": torch.zeros(up_shape),
-        }
+            down, up = (rank, layer.in_features), (layer.out_features, rank)
+        return {"lora_down.weight": down, "lora_up.weight": up}
+
+    def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """down kaiming-uniform (a = √5), up zero: sd-scripts networks/lora.py."""
+        down, up = self.shapes(layer, rank).values()
+        return {"lora_down.weight": _uniform(down, generator), "lora_up.weight": torch.zeros(up)}
 
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
         rank, pattern = _ranks(targets)
@@ -132,14 +139,18 @@ class LoHa(Kind):
 
     endings = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
+    def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+        out, inner = _flat_shape(layer)
+        return {ending: (out, rank) if ending.endswith("a") else (rank, inner) for ending in self.endings}
+
     def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Normal with deviation 0.1 (w1_a) and 1 (w1_b, w2_b), w2_a zero: LyCORIS loha.py."""
-        out, inner = _flat_shape(layer)
+        shapes = self.shapes(layer, rank)
         return {
-            "hada_w1_a": torch.randn((out, rank), generator=generator) * 0.1,
-            "hada_w1_b": torch.randn((rank, inner), generator=generator),
-            "hada_w2_a": torch.zeros((out, rank)),
-            "hada_w2_b": torch.randn((rank, inner), generator=generator),
+            "hada_w1_a": torch.randn(shapes["hada_w1_a"], generator=generator) * 0.1,
+            "hada_w1_b": torch.randn(shapes["hada_w1_b"], generator=generator),
+            "hada_w2_a": torch.zeros(shapes["hada_w2_a"]),
+            "hada_w2_b": torch.randn(shapes["hada_w2_b"], generator=generator),
         }
 
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
@@ -166,17 +177,24 @@ class LoKr(Kind):
     """ΔW = w1 ⊗ w2, w1 small and whole, w2 = w2_a · w2_b – or whole where the rank is no saving
     (arXiv 2212.10650, LyCORIS arXiv 2309.14859)."""
 
+    def __init__(self, factor: int = -1) -> None:
+        """``factor``: LyCORIS' factor, which only a fresh adapter needs."""
+        self.factor = factor
+
     endings = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+
+    def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+        (out_small, out_large), (in_small, in_large), kernel = _factors(layer, self.factor)
+        first = {"lokr_w1": (out_small, in_small)}
+        if _is_whole(layer, rank, self.factor):
+            return first | {"lokr_w2": (out_large, in_large, *kernel)}
+        return first | {"lokr_w2_a": (out_large, rank), "lokr_w2_b": (rank, in_large * math.prod(kernel))}
 
     def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
         """w1 and w2_a kaiming-uniform (a = √5), w2_b or w2 zero: LyCORIS lokr.py."""
-        (out_small, out_large), (in_small, in_large), kernel = _factors(layer)
-        tensors = {"lokr_w1": _uniform((out_small, in_small), generator)}
-        if _is_whole(layer, rank):
-            return tensors | {"lokr_w2": torch.zeros((out_large, in_large, *kernel))}
-        return tensors | {
-            "lokr_w2_a": _uniform((out_large, rank), generator),
-            "lokr_w2_b": torch.zeros((rank, in_large * math.prod(kernel))),
+        return {
+            ending: torch.zeros(shape) if ending in ("lokr_w2", "lokr_w2_b") else _uniform(shape, generator)
+            for ending, shape in self.shapes(layer, rank).items()
         }
 
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
@@ -188,7 +206,7 @@ class LoKr(Kind):
 
     def alpha(self, layer: nn.Module, rank: int, alpha: float) -> float:
         """Alpha, or the rank (scale 1) where both factors are whole: readers take no scale there."""
-        return float(rank) if _is_whole(layer, rank) else alpha
+        return float(rank) if _is_whole(layer, rank, self.factor) else alpha
 
     def rank_of(self, tensors: Mapping[str, Tensor], alpha: float | None) -> int:
         """The rank of what is decomposed; both factors whole: alpha itself, so that the scale is 1."""
@@ -223,6 +241,11 @@ _OTHER_FORM = {
     for half in ("", "_a", "_b")
 }
 KINDS: dict[str, Kind] = {"LoRA": LoRA(), "LoCon": LoRA(), "DoRA": LoRA(), "LoHa": LoHa(), "LoKr": LoKr()}
+
+
+def kind_of(config: TrainConfig) -> Kind:
+    """The kind that these settings train."""
+    return LoKr(config.factor) if config.network_type == "LoKr" else KINDS[config.network_type]
 
 
 def kernel_size(layer: nn.Module) -> int:
@@ -261,16 +284,17 @@ def _flat_shape(layer: nn.Module) -> tuple[int, int]:
     return weight.shape[0], weight[0].numel()
 
 
-def _factors(layer: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]:
+def _factors(layer: nn.Module, factor: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]:
     """A layer's (small, large) factors of out and of in, and its kernel (empty for a linear layer)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return factorization(weight.shape[0]), factorization(weight.shape[1]), tuple(weight.shape[2:])
+    out, inner = (factorization(side, factor) for side in weight.shape[:2])
+    return out, inner, tuple(weight.shape[2:])
 
 
-def _is_whole(layer: nn.Module, rank: int) -> bool:
+def _is_whole(layer: nn.Module, rank: int, factor: int) -> bool:
     """Whether LyCORIS keeps w2 whole at this rank."""
-    (_, out_large), (_, in_large), _ = _factors(layer)
+    (_, out_large), (_, in_large), _ = _factors(layer, factor)
     return rank >= max(out_large, in_large) / 2
 
 

@@ -330,14 +330,16 @@ class _Reading:
                 self.given[name] = None
 
     def _precision(self) -> None:
-        for name, kind in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
-            if self._take(name):
-                self._say(name, True, f"mixed_precision = {kind}; the adapter itself stays in fp32")
-                self.given["mixed_precision"] = kind
-                self.left.pop("mixed_precision", None)
-        for name in ("fp8_base", "fp8_base_unet"):
-            if self._take(name):
-                self._say(name, True, "the base stays in mixed_precision: more memory, more exact")
+        if self._take("full_fp16"):
+            self._say("full_fp16", True, "mixed_precision = fp16; the adapter itself stays in fp32")
+            self.given["mixed_precision"] = "fp16"
+            self.left.pop("mixed_precision", None)
+        if self.left.get("full_bf16"):
+            self.left["mixed_precision"] = "bf16"
+        if self._take("fp8_base_unet"):
+            self._say("fp8_base_unet", True, "fp8_base = true, with a scale for every weight")
+            self.given["fp8_base"] = True
+            self.left.pop("fp8_base", None)
 
     def _attention(self) -> None:
         for name in ("xformers", "mem_eff_attn"):

@@ -55,10 +55,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "wandb_api_key log_config console_log_level console_log_file console_log_simple",
     ),
     "it changes speed or memory, not the result": (
-        "max_data_loader_n_workers persistent_data_loader_workers lowram highvram torch_compile",
+        "max_data_loader_n_workers persistent_data_loader_workers lowram highvram",
         "dynamo_backend ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph",
         "disable_mmap_load_safetensors tokenizer_cache_dir skip_cache_check cache_info",
-        "cpu_offload_checkpointing text_encoder_batch_size deepspeed zero_stage sdpa",
+        "text_encoder_batch_size deepspeed zero_stage sdpa",
         "offload_optimizer_device offload_optimizer_nvme_path offload_param_device",
         "offload_param_nvme_path zero3_init_flag zero3_save_16bit_model",
         "fp16_master_weights_and_gradients",
@@ -67,9 +67,11 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "cache_latents cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
     ),
     "it only matters together with a setting that is refused": (
-        "token_warmup_min lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
-        "dataset_repeats base_weights_multiplier validation_seed validate_every_n_steps",
-        "validate_every_n_epochs max_validation_steps",
+        "lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
+        "dataset_repeats base_weights_multiplier",
+    ),
+    "the validation loss is told after every epoch, over all images that are set apart": (
+        "validate_every_n_steps validate_every_n_epochs max_validation_steps",
     ),
     "sd-scripts does not read it; kohya_ss writes the settings that follow from it": (
         "epoch noise_offset_type lowvram",
@@ -85,20 +87,20 @@ LORA_PLUS = "both halves of the LoRA are trained at one rate (no LoRA+)"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
-    "random_crop": ((False,), "images are cropped around their centre: encoded images are kept and reused"),
-    "validation_split": ((0,), "no training image is set apart; put images that judge it into held_out/"),
+    "random_crop": (
+        (False,),
+        "as in sd-scripts it needs images that are encoded anew each time; here they are encoded once",
+    ),
     "face_crop_aug_range": ((), "images are cropped around their centre"),
     "resize_interpolation": (
         (),
         "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
     ),
-    "token_warmup_step": ((0,), "all tags are used from the start"),
     "weighted_captions": ((False,), "captions are used as they are"),
     "in_json": ((), "captions come from files beside the images"),
     "dataset_class": ((), "code from elsewhere is not run"),
     "vae": ((), "the base's own VAE is used; save the base with the VAE you want"),
-    "network_weights": ((), "training starts from a fresh LoRA"),
-    "dim_from_weights": ((False,), "training starts from a fresh LoRA"),
+    "dim_from_weights": ((False,), "set network_dim and network_alpha to those of the file (hpo inspect)"),
     "base_weights": ((), "merge them into the base first"),
     "resume": ((), "a state of sd-scripts cannot be resumed"),
     "lr_scheduler_type": ((), "schedules are " + ", ".join(SCHEDULER_NAMES)),
@@ -144,8 +146,6 @@ TRANSLATED = frozenset(
         "network_module",
         "network_args",
         "full_fp16",
-        "full_bf16",
-        "fp8_base",
         "fp8_base_unet",
         "xformers",
         "mem_eff_attn",
@@ -172,12 +172,24 @@ NETWORK_ARGUMENTS = (
     "mid_lr_weight",
     "up_lr_weight",
     "block_lr_zero_threshold",
+    "factor",
 )
 # LyCORIS' algo → our network_type.
 LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
 # Our settings that sd-scripts spells otherwise (inside network_args and optimizer_args) or does not have.
 OURS_ALONE = frozenset(
-    {*NETWORK_ARGUMENTS, "weight_decay", "network_type", "text_encoder_lr1", "text_encoder_lr2"}
+    {
+        *NETWORK_ARGUMENTS,
+        "weight_decay",
+        "network_type",
+        "text_encoder_lr1",
+        "text_encoder_lr2",
+        "micro_batch_size",
+        "text_encoder_frozen",
+        "opt_channels_last",
+        "cpu_offload",
+        "checkpoint_blocks",
+    }
 )
 KNOWN_KEYS = (
     (frozenset(SETTINGS) - OURS_ALONE) | frozenset(REFUSED) | frozenset(NO_EFFECT_REASON) | TRANSLATED

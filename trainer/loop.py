@@ -1,51 +1,35 @@
 """train(): the only training loop, for every family – a generator of Step / Skipped / Saved / Finished.
 
-Owns the order of things: which samples make a step, their noise, accumulation, clipping, skipping,
-checkpoints. Everything random is drawn from a generator keyed by what it is for – (seed, epoch, image,
-occurrence) for noise and timestep, (seed, step, micro-batch) for dropout – so a run does not depend on how
-samples are batched, and a resumed run is the same run.
-
-Shapes: B batch, C latent channels, h w latent sides.
+Owns the order of things: which samples make a step, when it is given up, saved, validated and stopped.  What
+happens within a step, and what is drawn for it, is ``stepper``'s: keyed by what it is for, so a run does not
+depend on how samples are batched or dealt to GPUs, and a resumed run is the same run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.utils.checkpoint
-from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
-
-from trainer import checkpoint, dataset, loss, optim, preflight, validation
-from trainer.adapter import Adapter, keyed_generator
-from trainer.bases.base import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod
+from trainer import checkpoint, dataset, optim, preflight
+from trainer.adapter import Adapter
+from trainer.bases.base import Base
 from trainer.cache import Prepared
+from trainer.captions import Moment
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError, Diverged, Interrupted
+from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.memory import out_of_memory_named
+from trainer.ranks import ALONE, Ranks
+from trainer.recompute import recomputing
+from trainer.speed import faster
+from trainer.stepper import MicroBatch, Outcome, Sample, Stepper
 
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image in one epoch; ``occurrence`` counts its repeats within the epoch."""
-
-    item: dataset.Item
-    occurrence: int
-
-
-MicroBatch = list[Sample]
 
 
 @dataclass(frozen=True)
@@ -84,17 +68,22 @@ def train(
     checkpoint_every_seconds: float = 120.0,
     should_stop: Callable[[], bool] = lambda: False,
     validate_on: Prepared | None = None,
+    rehearse: bool = False,
+    changed: frozenset[str] = frozenset(),
+    ranks: Ranks = ALONE,
 ) -> Iterator[Event]:
     """Train the adapter in place.  Goes on from a checkpoint in ``checkpoints`` if there is one.
 
-    With ``validate_on`` its validation loss (``trainer.validation``) is told after every epoch.  Raises
-    Diverged after ten skipped steps in a row, OutOfMemory, and Interrupted once ``should_stop`` says so (the
-    step is finished and saved first).
+    With ``validate_on`` its validation loss (``trainer.validation``) is told after every epoch; with
+    ``rehearse`` one dry step at the largest bucket comes first, which changes nothing.  ``changed`` settings
+    may differ from the checkpoint's: the out-of-memory ladder's.  Raises Diverged after ten skipped steps in a
+    row; OutOfMemory, with all steps so far saved; and Interrupted once ``should_stop`` says so (the step is
+    finished and saved first).
     """
     preflight.check(base, config)
     length = plan(config, prepared.dataset, prepared.buckets)
     with out_of_memory_named(config):
-        stepper = Stepper(config, base, adapter, prepared)
+        stepper = Stepper(config, base, adapter, prepared, ranks, Moment(0, length.total_steps))
     run = checkpoint.Run(
         config,
         base.identity,
@@ -103,24 +92,43 @@ def train(
         stepper.optimizer,
         stepper.scaler,
         stepper.compute,
+        length.steps_per_epoch,
+        changed,
     )
-    progress = checkpoint.restore(checkpoints, run) if checkpoints else checkpoint.Progress()
-    last_save = time.monotonic()
-    with _recomputing(base, config), stepper:
+    with recomputing(base, config), faster(base, config), stepper:
+        if rehearse:
+            with out_of_memory_named(config):
+                yield stepper.rehearse(_largest(config, prepared))
+        progress = checkpoint.restore(checkpoints, run) if checkpoints else checkpoint.Progress()
+        stepper.park()
+        last_save = time.monotonic()
         for epoch, group in _remaining(config, prepared, length, progress.step):
             started = time.perf_counter()
             rates = optim.set_rate(stepper.optimizer, optim.rate(config, length.total_steps, progress.step))
-            with out_of_memory_named(config):
-                outcome = stepper.step(group, epoch, progress.step)
+            try:
+                with out_of_memory_named(config):
+                    outcome = stepper.step(group, epoch, progress.step)
+            except OutOfMemory:
+                if checkpoints and ranks.is_first and progress.step and stepper.is_untouched:
+                    checkpoint.save(checkpoints, run, progress)
+                raise
             progress = _advance(progress, outcome)
             yield _event(length, progress.step, epoch, rates, outcome, time.perf_counter() - started)
-            if validate_on is not None and _ends_epoch(length, progress.step):
+            if validate_on is not None and ranks.is_first and _ends_epoch(length, progress.step):
                 yield Validated(progress.step, epoch + 1, stepper.validate(validate_on))
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
-                raise Diverged(f"{what}, up to {progress.step}", "lower learning_rate or max_grad_norm")
-            stop = should_stop()
-            if checkpoints and (stop or time.monotonic() - last_save >= checkpoint_every_seconds):
+                kept = ""
+                if (
+                    checkpoints and ranks.is_first
+                ):  # skipped steps change no weight: these are the last good ones
+                    kept = f"; the last good weights are in {checkpoint.save(checkpoints, run, progress)}"
+                raise Diverged(
+                    f"{what}, up to {progress.step}", f"lower learning_rate or max_grad_norm{kept}"
+                )
+            stop = ranks.any(should_stop(), base.device)
+            is_due = stop or time.monotonic() - last_save >= checkpoint_every_seconds
+            if checkpoints and ranks.is_first and is_due:
                 yield Saved(checkpoint.save(checkpoints, run, progress), progress.step)
                 last_save = time.monotonic()
             if stop:
@@ -132,170 +140,14 @@ def train(
     yield Finished(progress.step, progress.skipped)
 
 
-@dataclass(frozen=True)
-class Draw:
-    """What is drawn for one sample: its timestep (), noise (C, h, w) as the target has it, and the noise that
-    its input gets."""
+def _largest(config: TrainConfig, prepared: Prepared) -> MicroBatch:
+    """The micro-batch of the first epoch that has the most pixels at once."""
 
-    timestep: Tensor
-    noise: Tensor
-    input_noise: Tensor
+    def pixels(micro: MicroBatch) -> int:
+        bucket = prepared.buckets[micro[0].item.sha256]
+        return bucket.width_px * bucket.height_px * min(len(micro), config.images_at_once)
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one step came to.  ``skipped`` names what was not finite, or is empty."""
-
-    loss: float
-    grad_norm: float
-    skipped: str = ""
-
-
-class Stepper:
-    """Makes one optimizer step from a group of micro-batches."""
-
-    def __init__(self, config: TrainConfig, base: Base, adapter: Adapter, prepared: Prepared) -> None:
-        self.config = config
-        self.base = base
-        self.adapter = adapter
-        self.prepared = prepared
-        self.weights = adapter.trainable()
-        self.optimizer = optim.build_optimizer(config, adapter)
-        self.compute = _compute_type(config, base)
-        self.scaler = torch.amp.GradScaler(base.device.type, enabled=self.compute == torch.float16)
-        _check_prediction(config, base)
-        plain = plain_alphas_cumprod(base.scheduler_config)
-        noised = loss.zero_terminal_snr(plain) if config.zero_terminal_snr else plain
-        self.plain_alphas = plain.to(base.device)  # for weights over timesteps
-        self.alphas_cumprod = noised.to(base.device)  # for noise and target
-        self.steps = range(config.first_timestep, min(config.end_timestep, len(plain)))
-
-    def __enter__(self) -> Stepper:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """No dropout and no gradients stay behind, however training ended."""
-        self.adapter.apply_dropout()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def step(self, group: Sequence[MicroBatch], epoch: int, step: int) -> Outcome:
-        """Forward, backward, clip, update.  Every sample of the group weighs the same, however it is cut."""
-        samples = sum(len(micro) for micro in group)
-        loss_sum = torch.zeros((), device=self.base.device)
-        for number, micro in enumerate(group):
-            self.adapter.apply_dropout(self.config.seed, step, number)
-            share = self._losses(micro, epoch).sum() / samples
-            if share.requires_grad:  # not where module_dropout left everything out
-                self.scaler.scale(share).backward()
-            loss_sum += share.detach()
-        self.adapter.apply_dropout()
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        if not gradients:  # module_dropout left every module out
-            return Outcome(loss_sum.item(), 0.0)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        mean_loss, grad_norm = torch.stack([loss_sum, norm]).tolist()  # the step's only wait for the device
-        skipped = "" if math.isfinite(grad_norm) else "gradient"
-        if not math.isfinite(mean_loss):
-            skipped = "loss"
-        if not skipped:
-            if self.config.max_grad_norm > 0 and grad_norm > self.config.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.weights, self.config.max_grad_norm, norm)
-            self.scaler.step(self.optimizer)
-            if self.config.scale_weight_norms is not None:
-                self.adapter.limit_norms(self.config.scale_weight_norms)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(mean_loss, grad_norm, skipped)
-
-    def validate(self, split: Prepared) -> float:
-        """The validation loss of the adapter as it is now, without dropout."""
-        self.adapter.apply_dropout()
-        with self._autocast():
-            return validation.validation_loss(self.base, self.config, split)
-
-    def _losses(self, micro: MicroBatch, epoch: int) -> Tensor:
-        """Loss of each sample (B) with its own noise and timestep."""
-        device, config, prepared = self.base.device, self.config, self.prepared
-        views = [dataset.view_for(sample.item, config, epoch, sample.occurrence) for sample in micro]
-        latents = [prepared.latents[view].float() * self.base.latent_scale for view in views]
-        draws = [self._draw(sample, latent, epoch) for sample, latent in zip(micro, latents, strict=True)]
-        latents_BCHW = torch.stack(latents).to(device)
-        noise_BCHW = torch.stack([draw.noise for draw in draws]).to(device)
-        input_noise_BCHW = torch.stack([draw.input_noise for draw in draws]).to(device)
-        timesteps_B = torch.stack([draw.timestep for draw in draws]).to(device)
-        noisy_BCHW = loss.add_noise(latents_BCHW, input_noise_BCHW, timesteps_B, self.alphas_cumprod)
-        sizes = [Sizes(*prepared.sizes[view]) for view in views]
-        with self._autocast():
-            states = self._text([self._caption(sample, epoch) for sample in micro])
-            predicted_BCHW = self.base.predict(noisy_BCHW, timesteps_B, states, sizes)
-        target_BCHW = noise_BCHW
-        if config.v_parameterization:
-            target_BCHW = loss.velocity(latents_BCHW, noise_BCHW, timesteps_B, self.alphas_cumprod)
-        losses_B = loss.sample_losses(
-            predicted_BCHW,
-            target_BCHW,
-            timesteps_B,
-            self.alphas_cumprod,
-            config,
-            masks_B1HW=_masks(prepared, views, latents_BCHW),
-            weights_alphas=self.plain_alphas,
-        )
-        if config.prior_loss_weight != 1.0 and any(sample.item.is_reg for sample in micro):
-            weights = [config.prior_loss_weight if sample.item.is_reg else 1.0 for sample in micro]
-            losses_B = losses_B * torch.tensor(weights, device=device)
-        return losses_B
-
-    def _draw(self, sample: Sample, latent_CHW: Tensor, epoch: int) -> Draw:
-        """What is drawn for a sample in an epoch, on CPU.  ``latent_CHW`` is scaled."""
-        config = self.config
-        generator = keyed_generator(config.seed, epoch, sample.item.sha256, sample.occurrence)
-        timestep = torch.randint(self.steps.start, self.steps.stop, (), generator=generator)
-        noise = torch.randn(latent_CHW.shape, generator=generator)
-        if config.noise_offset > 0:
-            brightness = torch.randn((latent_CHW.shape[0], 1, 1), generator=generator)
-            strength = config.noise_offset
-            if config.noise_offset_random_strength:
-                strength *= float(torch.rand((), generator=generator))
-            offset: float | Tensor = strength
-            if config.adaptive_noise_scale is not None:
-                offset = loss.adaptive_offset(latent_CHW, strength, config.adaptive_noise_scale)
-            noise = loss.offset_noise(noise, brightness, offset)
-        if config.multires_noise_iterations:
-            noise = loss.pyramid_noise(
-                noise, config.multires_noise_iterations, config.multires_noise_discount, generator
-            )
-        input_noise = noise
-        if config.ip_noise_gamma:
-            strength = config.ip_noise_gamma
-            if config.ip_noise_gamma_random_strength:
-                strength *= float(torch.rand((), generator=generator))
-            input_noise = noise + strength * torch.randn(latent_CHW.shape, generator=generator)
-        return Draw(timestep, noise, input_noise)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.base.device.type, self.compute, enabled=self.compute != torch.float32)
-
-    def _caption(self, sample: Sample, epoch: int) -> str:
-        return dataset.caption_for(sample.item, self.config, epoch, sample.occurrence)
-
-    def _text(self, captions: list[str]) -> TextStates:
-        if self.config.trains_text_encoder:
-            return self.base.encode_text(captions, self.config.clip_skip, self.config.max_token_length)
-        cached = self.prepared.text(captions)
-        if cached is not None:
-            return cached.to(self.base.device)
-        with torch.no_grad():
-            return self.base.encode_text(captions, self.config.clip_skip, self.config.max_token_length)
-
-
-def _masks(prepared: Prepared, views: Sequence[str], latents_BCHW: Tensor) -> Tensor | None:
-    """Weights of the loss (B, 1, h, w), 1 where an image has none; None if none of them has any."""
-    masks = [prepared.masks.get(view) for view in views]
-    if all(mask is None for mask in masks):
-        return None
-    whole = torch.ones(latents_BCHW.shape[2:])
-    return torch.stack([whole if mask is None else mask for mask in masks])[:, None].to(latents_BCHW.device)
+    return max((micro for group in _epoch_groups(config, prepared, 0) for micro in group), key=pixels)
 
 
 def _epoch_groups(config: TrainConfig, prepared: Prepared, epoch: int) -> list[list[MicroBatch]]:
@@ -360,55 +212,3 @@ def _advance(progress: checkpoint.Progress, outcome: Outcome) -> checkpoint.Prog
             progress, step=progress.step + 1, skipped=progress.skipped + 1, in_a_row=progress.in_a_row + 1
         )
     return replace(progress, step=progress.step + 1, in_a_row=0)
-
-
-def _check_prediction(config: TrainConfig, base: Base) -> None:
-    """The base's files say what it predicts; training for the other would only destroy it."""
-    is_v = base.prediction_type == "v_prediction"
-    if is_v and not config.v_parameterization:
-        raise ConfigError(
-            f"{base.name} predicts v, but v_parameterization is not set",
-            "set v_parameterization = true (and zero_terminal_snr = true if the base was made with it)",
-        )
-    if config.v_parameterization and not is_v:
-        raise ConfigError(
-            f"v_parameterization is set, but {base.name} says that it predicts noise",
-            "leave it out; a v-prediction base says so by a v_pred key or in scheduler_config.json",
-        )
-
-
-def _compute_type(config: TrainConfig, base: Base) -> torch.dtype:
-    """mixed_precision as a type; the base's own weights must be that type or fp32."""
-    wanted = compute_type(config.mixed_precision, base.device)
-    if base.compute_dtype not in (torch.float32, wanted):
-        raise ConfigError(
-            f"mixed_precision = {config.mixed_precision} computes in {wanted}, "
-            f"but the base was loaded in {base.compute_dtype}",
-            "load the base in that type or in float32",
-        )
-    return wanted
-
-
-@contextlib.contextmanager
-def _recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
-    """Gradient checkpointing while training; the base is as before afterwards."""
-    if not config.gradient_checkpointing:
-        yield
-        return
-    encoders = base.text_encoders if config.trains_text_encoder else []
-    # transformers' own switch leaves a hook on the embeddings behind, so its layers are switched one by one
-    layers = [
-        m for encoder in encoders for m in encoder.modules() if isinstance(m, GradientCheckpointingLayer)
-    ]
-    base.unet.enable_gradient_checkpointing()
-    for layer in layers:
-        layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-        layer.gradient_checkpointing = True
-        layer.train()  # it recomputes in training mode only; CLIP has no dropout that would act
-    try:
-        yield
-    finally:
-        base.unet.disable_gradient_checkpointing()
-        for layer in layers:
-            layer.gradient_checkpointing = False
-            layer.eval()

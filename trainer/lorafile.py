@@ -17,18 +17,25 @@ import torch
 from torch import Tensor
 
 from trainer import optim
-from trainer.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target
+from trainer.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target, inject
 from trainer.bases.base import Base
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset, tag_frequency
-from trainer.errors import ModelFileError
+from trainer.errors import ConfigError, ModelFileError
 from trainer.files import clean_text, write_atomic
 from trainer.kinds import KINDS
 from trainer.loop import plan
 from trainer.tensorfile import load_tensors, read_header, to_bytes
 
 CONFIG_KEY = "lora_hpo_config"
-FOLDERS = ("dataset_config", "reg_data_dir", "conditioning_data_dir", "sample_prompts", "logging_dir")
+FOLDERS = (
+    "dataset_config",
+    "reg_data_dir",
+    "conditioning_data_dir",
+    "sample_prompts",
+    "logging_dir",
+    "network_weights",
+)
 SHOWN_KEYS = 5  # how many keys an error names
 # What a tensor's name may end in → the ending that this tool writes.
 ENDINGS = {
@@ -160,6 +167,8 @@ def network_args(config: TrainConfig) -> dict[str, object]:
         values["algo"] = ALGORITHMS[config.network_type]
     if config.network_type == "DoRA":
         values |= {"dora_wd": True, "wd_on_output": False}
+    if config.network_type == "LoKr":
+        values["factor"] = config.factor
     if config.conv_dim is not None:
         conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
         values |= {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
@@ -251,6 +260,53 @@ def attach(base: Base, file: LoraFile) -> Adapter:
             "the file is partial, of another kind, or for another base",
         )
     return Adapter(base, targets, weights)
+
+
+def begin(base: Base, config: TrainConfig) -> Adapter:
+    """The adapter that training begins with: a fresh one, or the weights of network_weights.
+
+    ConfigError if the file is of other modules, ranks or alphas than the settings: nothing is padded or cut.
+    """
+    if not config.network_weights:
+        return inject(base, config)
+    name = clean_text(Path(config.network_weights).name)
+    given = attach(base, read(Path(config.network_weights)))
+    state = given.state()
+    given.remove()
+    adapter = inject(base, config)
+    try:
+        wanted = adapter.state()
+        if config.network_type == "DoRA":  # saved with alpha = rank, the rest of its scale in lora_up
+            for key in [key for key in wanted if key.endswith(".alpha") and key in state]:
+                up = key.removesuffix("alpha") + "lora_up.weight"
+                state[up] = state[up] * (state[key] / wanted[key])
+                state[key] = wanted[key]
+        other = sorted(wanted.keys() ^ state.keys())
+        if other:
+            raise ConfigError(
+                f"network_weights {name} has other modules than these settings train: {_listed(other)}",
+                "set network_type, conv_dim, network_train_unet_only … to what hpo inspect shows of it",
+            )
+        unequal = [
+            f"{key} {_size(state[key])} instead of {_size(wanted[key])}"
+            for key in wanted
+            if _size(state[key]) != _size(wanted[key])
+        ]
+        if unequal:
+            raise ConfigError(
+                f"network_weights {name} has another rank or alpha than these settings: {_listed(unequal)}",
+                "set network_dim, network_alpha, conv_dim and conv_alpha to what hpo inspect shows of it",
+            )
+        adapter.load_state(state)
+    except BaseException:
+        adapter.remove()
+        raise
+    return adapter
+
+
+def _size(tensor: Tensor) -> tuple[int, ...] | float:
+    """A weight's shape, or an alpha's value."""
+    return tuple(tensor.shape) if tensor.dim() else round(float(tensor), 4)
 
 
 def _kind(parts: Mapping[str, Tensor]) -> str | None:

@@ -1,8 +1,10 @@
-"""A failed allocation as an error with what to change.  For everything that runs with a trial's settings."""
+"""A failed allocation as an error with what to change, and the peak of a device's memory.  For everything that
+runs with a trial's settings."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import torch
@@ -17,9 +19,42 @@ def out_of_memory_named(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
             f"out of memory at train_batch_size {config.train_batch_size}, resolution {config.resolution}",
             "lower train_batch_size (gradient_accumulation_steps up), or set gradient_checkpointing = true",
         ) from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Measure ``peak_bytes`` from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that was in use on the card since ``forget_peak``: this process's tensors and cache, its context,
+    and what other programs hold now.  None on a CPU, where nothing like it is known."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    beside = (total - free) - torch.cuda.memory_reserved(device)
+    return int(torch.cuda.max_memory_reserved(device) + beside)
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """The memory of a card; None on a CPU."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
+
+
+def release(device: torch.device) -> None:
+    """Give memory back that only waits to be used again."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,8 @@ def build_optimizer(config: TrainConfig, adapter: Adapter) -> torch.optim.Optimi
     groups: dict[str, dict[str, Any]] = {}
     for layer in adapter.layers:
         target = layer.target
+        if not any(weight.requires_grad for weight in layer.weights.values()):
+            continue  # frozen
         if target.component == "unet":
             lr = config.effective_unet_lr * target.rate
             name = "unet" if target.rate == 1.0 else f"unet_x{target.rate:g}"
@@ -161,6 +163,46 @@ def set_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, f
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * multiplier
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+# Weights in bf16 (full_bf16).  Eight bits of mantissa: an update below 2⁻⁹ of a weight is rounded away every time.
+# So the update is made in fp32 and rounded up or down at random, with the chances that keep its mean
+# (arXiv 2010.06192, section 3).  Only the optimizer's step sees fp32, when no activations are alive.
+
+
+@contextlib.contextmanager
+def in_fp32(weights: Sequence[torch.nn.Parameter], draw: torch.Generator | None = None) -> Iterator[None]:
+    """Weights and their gradients as fp32; afterwards bf16 again, rounded stochastically with ``draw``.
+
+    Also what an optimizer's state must be loaded in: optimizers cast it to the weights' type.
+    """
+    small = [weight for weight in weights if weight.dtype != torch.float32]
+    for weight in small:
+        gradient, weight.grad = weight.grad, None
+        weight.data = weight.data.float()
+        weight.grad = None if gradient is None else gradient.float()
+    try:
+        yield
+    finally:
+        for weight in small:
+            weight.grad = None
+            weight.data = stochastic_bf16(weight.data, draw)
+
+
+def stochastic_bf16(values: torch.Tensor, draw: torch.Generator | None) -> torch.Tensor:
+    """fp32 as bf16: to either neighbour, the nearer one more often, so that the mean is the value itself.
+    What bf16 can hold stays as it is."""
+    bits = values.contiguous().view(torch.int32)
+    dice = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=draw)
+    return ((bits + dice) & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Move what the optimizer remembers of each weight to a device.  Single numbers stay where they are."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                state[name] = value.to(device)
 
 
 def _bitsandbytes() -> Any:

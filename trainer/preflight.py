@@ -7,18 +7,35 @@ from __future__ import annotations
 
 from trainer.bases.base import Base
 from trainer.captions import listed
-from trainer.config import TrainConfig
+from trainer.config import SETTINGS, TrainConfig
 from trainer.dataset import Dataset
 from trainer.errors import ConfigError
+from trainer.fp8 import holds_fp8
+
+KIND = {"sd15": "SD1.5", "sdxl": "SDXL"}  # family → how Setting.only names it
+NOT_USED = ("clip_skip",)  # settings that the other family passes over, as sd-scripts does; ``notes`` says it
 
 
 def check(base: Base, config: TrainConfig) -> None:
     """ConfigError if the base cannot do what the settings ask for."""
+    usual = TrainConfig().as_dict()
+    for name, facts in SETTINGS.items():
+        if facts.only in ("", KIND[base.family]) or name in NOT_USED or getattr(config, name) == usual[name]:
+            continue
+        raise ConfigError(
+            f"{name} is for {facts.only}, and {base.name} is {KIND[base.family]}", f"leave {name} out"
+        )
     layers = int(base.text_encoders[0].config.num_hidden_layers)
     if base.uses_clip_skip and config.clip_skip is not None and config.clip_skip > layers:
         raise ConfigError(
             f"clip_skip = {config.clip_skip}, but the text encoder of {base.name} has {layers} layers",
             f"set it to 1 to {layers}",
+        )
+
+    if config.fp8_base and not holds_fp8(base.unet):
+        raise ConfigError(
+            "fp8_base is for hpo train: a search keeps one base for all trials, as it is",
+            "leave fp8_base out",
         )
 
 

@@ -29,6 +29,8 @@ RUN_KEYS = {
     "max_bucket_reso": "max_bucket_reso",
     "bucket_reso_steps": "bucket_reso_steps",
     "bucket_no_upscale": "bucket_no_upscale",
+    "validation_split": "validation_split",
+    "validation_seed": "validation_seed",
 }
 # Keys of a subset that are settings an image may have for itself.
 OWN_KEYS = (
@@ -44,6 +46,8 @@ OWN_KEYS = (
     "caption_dropout_rate",
     "caption_dropout_every_n_epochs",
     "caption_tag_dropout_rate",
+    "token_warmup_min",
+    "token_warmup_step",
     "flip_aug",
     "alpha_mask",
     "conditioning_data_dir",
@@ -52,22 +56,21 @@ PLACE_KEYS = ("image_dir", "num_repeats", "class_tokens", "is_reg")
 WITHOUT_EFFECT = {
     "cache_info": "images are read anew, which is quick",
     "custom_attributes": "sd-scripts hands it to other models only",
-    "token_warmup_min": "it only matters with token_warmup_step, which is refused",
-    "validation_seed": "it only matters with validation_split, which is refused",
 }
 # key → (values that ask for nothing, why anything else is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "metadata_file": ((), "captions come from files beside the images"),
     "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
-    "random_crop": ((False,), "images are cropped around their centre: encoded images are kept and reused"),
+    "random_crop": (
+        (False,),
+        "as in sd-scripts it needs images that are encoded anew each time; here they are encoded once",
+    ),
     "face_crop_aug_range": ((), "images are cropped around their centre"),
     "resize_interpolation": (
         (),
         "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
     ),
-    "token_warmup_step": ((0,), "all tags are used from the start"),
     "network_multiplier": ((1,), "the LoRA is trained at full strength"),
-    "validation_split": ((0,), "no training image is set apart; put images that judge it into held_out/"),
 }
 KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT, *REFUSED)
 

@@ -18,7 +18,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer.errors import ModelFileError
+from trainer.errors import ModelFileError, first_line
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_TENSORS = 100_000  # SDXL with EMA weights has about 5,000
@@ -92,7 +92,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _broken(path, str(error).splitlines()[0][:160]) from None
+        raise _broken(path, first_line(error)[:160]) from None
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

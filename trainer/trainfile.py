@@ -297,7 +297,10 @@ def _read_lora(path: Path) -> TrainFile:
         )
     settings = kohya_settings(metadata)
     file = _of_kohya(path, "a LoRA of sd-scripts", from_kohya(path, settings), "metadata")
-    notes = [f"{name}: the metadata does not tell it" for name in ("train_data_dir", "save_precision")]
+    notes = [
+        f"{name}: the metadata does not tell it"
+        for name in ("train_data_dir", "caption_extension", "save_precision")
+    ]
     base = metadata.get("ss_sd_model_name", "None")
     if base != "None":
         notes.append(f"its base was {clean_text(base)[:80]}: name it with --base")

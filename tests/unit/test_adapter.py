@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base
-from trainer.adapter import inject, keyed_generator, targets_of
+from trainer.adapter import count_weights, inject, keyed_generator, targets_of
 from trainer.bases.base import Sizes
 from trainer.config import TrainConfig
-from trainer.errors import Diverged
+from trainer.errors import ConfigError, Diverged
 from trainer.optim import build_optimizer
 
 SIZES = Sizes((64, 64), (0, 0), (64, 64))
@@ -407,3 +407,31 @@ def test_sdxls_text_encoders_have_their_own_rates_and_zero_trains_none():
     adapter.remove()
     only = targets_of(base, CONFIG.with_values(rates | {"text_encoder_lr1": 0.0}))
     assert {t.component for t in only} == {"unet", "text_encoder_2"}
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoCon", "DoRA", "LoHa", "LoKr"])
+@pytest.mark.parametrize("rank", [1, 4, 64])
+def test_the_weights_of_every_kind_are_counted_without_making_them(kind, rank):
+    base = tiny_base()
+    config = CONFIG.with_values({"network_type": kind, "network_dim": rank, "conv_dim": 2})
+    adapter = inject(base, config)
+    weights = sum(weight.numel() for weight in adapter.trainable())
+    adapter.remove()
+    assert count_weights(base, config) == weights
+
+
+def test_lokr_splits_by_the_factor_as_lycoris_does():
+    """LyCORIS factorization(dim, factor): the factor itself where it divides, else what is below it."""
+    base = tiny_base()
+    config = CONFIG.with_values({"network_type": "LoKr", "network_dim": 1, "factor": 4})
+    adapter = inject(base, config)
+    shapes = {key: tuple(tensor.shape) for key, tensor in adapter.state().items() if key.endswith("lokr_w1")}
+    before = output(base)
+    adapter.remove()
+    assert set(shapes.values()) == {(4, 4)}
+    even = inject(base, config.with_values({"factor": -1}))
+    assert {tuple(t.shape) for k, t in even.state().items() if k.endswith("lokr_w1")} != {(4, 4)}
+    even.remove()
+    torch.testing.assert_close(before, output(base))
+    with pytest.raises(ConfigError, match="factor = 0"):
+        config.with_values({"factor": 0})

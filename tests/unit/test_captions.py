@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.captions import CaptionRules
+from trainer.captions import CaptionRules, Moment
 from trainer.config import TrainConfig
 from trainer.dataset import Item, caption_for, caption_variants
 
@@ -88,3 +88,21 @@ def test_an_image_keeps_its_folders_own_rules(tmp_path: Any) -> None:
     own = Item(tmp_path, "z", 1, 8, 8, "01", own=(("caption_prefix", "folder"), ("flip_aug", True)))
     assert [caption_for(i, config, 0, 0) for i in (item, own)] == ["run z", "folder z"]
     assert caption_variants([item, own], config) == ("run z", "folder z")
+
+
+def test_token_warm_up_adds_tags_step_by_step_as_sd_scripts_does() -> None:
+    """sd-scripts process_caption: ⌊step · (tags − min) / warmup⌋ + min of the tags that move."""
+    rules = CaptionRules.of(TrainConfig(token_warmup_min=1, token_warmup_step=8, keep_tokens=1))
+    caption = "zed, a, b, c, d, e"
+
+    def tags(step: int) -> str:
+        return rules.apply(caption, 0, random.Random(0), Moment(step, 100))
+
+    assert [tags(step) for step in (0, 1, 2, 4, 7)] == [
+        "zed, a", "zed, a", "zed, a, b", "zed, a, b, c", "zed, a, b, c, d",
+    ]  # fmt: skip
+    assert tags(8) == tags(99) == caption
+    assert rules.variants(caption) is None  # so that no caption is encoded in advance
+    share = CaptionRules.of(TrainConfig(token_warmup_step=0.5))
+    assert share.apply("a, b, c", 0, random.Random(0), Moment(49, 100)) == "a, b"
+    assert share.apply("a, b, c", 0, random.Random(0), Moment(50, 100)) == "a, b, c"

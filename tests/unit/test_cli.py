@@ -60,7 +60,8 @@ def test_help_loads_neither_torch_nor_optuna() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    names = {"search", "status", "dashboard", "dataset", "train", "inspect", "evaluate", "compare", "export"}
+    names = {"search", "status", "confirm", "dashboard", "dataset", "plan", "transfer", "train"}
+    names |= {"inspect", "evaluate", "compare", "export"}
     assert set(main.commands) == names
     for words in ([], *([name] for name in sorted(names)), ["dataset", "demo"], ["export", "kohya"]):
         result = hpo(*words, "--help")
@@ -225,6 +226,7 @@ def test_status_shows_the_table_of_the_last_study(study: Path) -> None:
     lines = result.output.splitlines()
     assert max(map(len, lines[:-1])) <= 80 and lines[0].split()[:2] == ["trial", "state"]
     assert sum(line.split()[1:2] == ["complete"] for line in lines) == 2
+    assert lines[-2] == "scores above are search scores; confirm with: hpo confirm tiny"
     assert lines[-1].startswith("study=tiny complete=2/2 infeasible=0 failed=0 best=")
 
 

@@ -687,3 +687,30 @@ def test_captions_are_only_shuffled_when_asked() -> None:
 def test_listing_a_dataset_needs_no_torch() -> None:
     code = "import sys, trainer.dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_validation_split_sets_a_share_of_each_folder_apart_by_content(tmp_path: Path) -> None:
+    for name in ("1_zed man", "2_zed man"):
+        for number in range(5):
+            add(tmp_path / "in" / name, f"{number}.png", f"zed {number}", seed=number + 10 * (name[0] == "2"))
+    config = CONFIG.with_values({"validation_split": 0.3, "validation_seed": 1})
+    data = dataset.read_dataset(tmp_path / "in", config)
+    folders = Counter(item.path.parent.name for item in data.held_out)
+    assert folders == {"1_zed man": 1, "2_zed man": 1}  # 5 − ⌈5 · 0.7⌉, as sd-scripts
+    assert not {i.sha256 for i in data.held_out} & {i.sha256 for i in data.items} and len(data.items) == 8
+    assert all(item.caption for item in data.held_out) and "set apart" in data.notes[0]
+    (tmp_path / "in").rename(tmp_path / "other")
+    again = dataset.read_dataset(tmp_path / "other", config)
+    assert [i.sha256 for i in again.held_out] == [i.sha256 for i in data.held_out]
+    seeds = {
+        tuple(
+            i.sha256
+            for i in dataset.read_dataset(
+                tmp_path / "other", config.with_values({"validation_seed": seed})
+            ).held_out
+        )
+        for seed in range(6)
+    }
+    assert len(seeds) > 1
+    with pytest.raises(DataError, match="sets apart no image"):
+        dataset.read_dataset(tmp_path / "other", config.with_values({"validation_split": 0.1}))

@@ -277,7 +277,6 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
         ('vae = "x.safetensors"', "vae"),
         ("random_crop = true", "random_crop"),
         ('resume = "state"', "resume"),
-        ("validation_split = 0.1", "validation_split"),
         ("initial_step = 100", "initial_step"),
         ("initial_epoch = 2", "initial_epoch"),
         ("skip_until_initial_step = true", "skip_until_initial_step"),
@@ -325,7 +324,7 @@ def test_values_that_ask_for_nothing_are_accepted(tmp_path: Path, line: str) -> 
     [
         ("use_8bit_adam = true", {"optimizer_type": "AdamW8bit"}),
         ("network_dim = 16\nnetwork_alpha = 0", {"network_alpha": 16.0}),
-        ("full_bf16 = true", {"mixed_precision": "bf16"}),
+        ("full_bf16 = true", {"mixed_precision": "bf16", "full_bf16": True}),
         ('full_fp16 = true\nmixed_precision = "no"', {"mixed_precision": "fp16"}),
         ('caption_extention = ".txt"', {"caption_extension": ".txt"}),
         ("network_train_text_encoder_only = true\nunet_lr = 1e-4", {"unet_lr": 0.0}),

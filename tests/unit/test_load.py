@@ -18,7 +18,7 @@ from trainer.bases import detect
 from trainer.bases import load as load_module
 from trainer.bases.hub import require_network, weight_files
 from trainer.bases.load import load_base
-from trainer.errors import ModelFileError
+from trainer.errors import ModelFileError, first_line
 from trainer.tensorfile import Header, load_tensors, read_header
 
 
@@ -596,3 +596,17 @@ def test_only_safetensors_and_configurations_are_downloaded_and_fp16_where_there
     )
     with pytest.raises(ModelFileError, match=r"unet as a pickle \(.bin\) only"):
         weight_files(["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin"])
+
+
+@pytest.mark.parametrize("factor", ["much", None, 0, True])
+def test_a_factor_of_latents_that_is_no_number_is_one_line(factor, folder):
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "scaling_factor": factor}))
+    with pytest.raises(ModelFileError, match=r"scaling_factor = .* is no factor of latents"):
+        load_base(str(folder))
+
+
+def test_an_error_that_says_nothing_is_named_by_its_kind():
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(RuntimeError(" \n second ")) == "second"

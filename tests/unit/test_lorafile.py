@@ -12,7 +12,7 @@ from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer import lorafile
 from trainer.adapter import inject
 from trainer.config import TrainConfig
-from trainer.errors import ModelFileError
+from trainer.errors import ConfigError, ModelFileError
 from trainer.tensorfile import to_bytes
 
 
@@ -275,3 +275,32 @@ def test_a_file_without_alphas_has_scale_one(tmp_path):
     adapter = lorafile.attach(base, changed(tmp_path / "a.safetensors", drop))
     assert {layer.target.alpha / layer.target.rank for layer in adapter.layers} == {1.0}
     adapter.remove()
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr"])
+def test_training_can_begin_with_the_weights_of_a_file(kind, tmp_path):
+    base = tiny_base()
+    config = TrainConfig(network_type=kind, network_dim=2, network_alpha=1, conv_dim=2, seed=3)
+    first = inject(base, config)
+    with torch.no_grad():
+        for number, weight in enumerate(first.trainable()):
+            weight.add_(0.01 * (number % 7 + 1))
+    first.round_to("float")
+    path = tmp_path / "first.safetensors"
+    lorafile.write(path, first, base, config)
+    deltas = {layer.target.key: layer.delta().detach().clone() for layer in first.layers}
+    first.remove()
+    again = lorafile.begin(base, config.with_values({"network_weights": str(path), "seed": 4}))
+    for layer in again.layers:
+        torch.testing.assert_close(layer.delta().detach(), deltas[layer.target.key], rtol=1e-5, atol=1e-7)
+    again.remove()
+    for values, message in (
+        ({"network_dim": 3}, "another rank or alpha"),
+        ({"network_train_unet_only": True}, "has other modules"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            lorafile.begin(base, config.with_values({"network_weights": str(path), **values}))
+        assert not hasattr(base.unet, "peft_config")
+    fresh = lorafile.begin(base, config)
+    assert any(not bool(layer.delta().any()) for layer in fresh.layers)
+    fresh.remove()

@@ -42,3 +42,11 @@ def test_captions_that_are_cut_are_named():
     assert preflight.notes(base, config, replace(dataset, items=(fits, cut, *others))) == (
         "1 captions are longer than 75 tokens, the rest is not read: image_1.png",
     )
+
+
+def test_a_setting_that_the_family_does_not_have_is_refused_and_clip_skip_is_not():
+    rates = tiny_config(text_encoder_lr2=1e-5)
+    preflight.check(tiny_base("sdxl"), rates)
+    preflight.check(tiny_base("sdxl"), tiny_config(clip_skip=2))
+    with pytest.raises(ConfigError, match=r"text_encoder_lr2 is for SDXL, and tiny-sd15 is SD1\.5"):
+        preflight.check(tiny_base("sd15"), rates)

@@ -67,10 +67,12 @@ def test_adding_a_prompt_changes_no_other_prompts_id() -> None:
 
 
 @pytest.mark.parametrize("world", list(TEMPLATES))
-def test_a_search_set_has_16_prompts_and_two_seeds(world: str) -> None:
+def test_a_search_set_has_16_prompts_with_two_seeds_and_one_class_prompt_with_eight(world: str) -> None:
     made = generate(CAPTIONS, trigger="zkw", class_word="girl", count_tokens=words, words=world)
     assert len(made.prompts) == sum(SEARCH_COUNTS.values()) == 16 and len(made.seeds) == 2
-    assert made.image_count == 32
+    assert made.image_count == 15 * 2 + 8
+    (only,) = [p for p in made.prompts if p.kind == "class-only"]
+    assert made.seeds_of(only) == tuple(range(8)) and made.seeds_of(made.prompts[0]) == (0, 1)
     kinds = [p.kind for p in made.prompts]
     assert kinds.count("train-like") == 6 and kinds.count("class-only") == 1
     assert not any("zkw" in p.text for p in made.prompts if p.kind == "class-only")
@@ -195,6 +197,20 @@ def test_the_example_in_the_documentation_is_a_prompt_file(tmp_path: Path) -> No
 def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load_prompts(tmp_path / "none.txt", trigger=None, class_word=None, count_tokens=words)
+
+
+def test_a_prompts_own_seeds_change_the_hash_but_no_id_and_survive_the_file(tmp_path: Path) -> None:
+    made = generate(CAPTIONS, trigger="zkw", class_word="girl", count_tokens=words)
+    plain = generate(CAPTIONS, trigger="zkw", class_word="girl", count_tokens=words, class_seeds=2)
+    assert [p.id for p in made.prompts] == [p.id for p in plain.prompts] and made.hash != plain.hash
+    assert plain.jobs == tuple((p, s) for p in plain.prompts for s in (0, 1))
+    save_prompts(made, tmp_path / "p.toml")
+    again = load_prompts(tmp_path / "p.toml", trigger=None, class_word=None, count_tokens=words)
+    assert again == made and again.hash == made.hash
+    for bad in ("[]", "[1, 1]", "[-1]", "[0.5]", "3"):
+        text = f'[[prompts]]\ntext = "a"\nseeds = {bad}\n[[prompts]]\ntext = "b"'
+        with pytest.raises(ConfigError, match="seeds"):
+            load(tmp_path / "bad.toml", text)
 
 
 def test_likeness_is_asked_of_every_kind_but_class_only() -> None:

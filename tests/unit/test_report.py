@@ -140,7 +140,7 @@ def test_the_last_line_of_a_search_is_for_scripts() -> None:
     assert study_line("x", EMPTY) == "study=x complete=0/30 infeasible=0 failed=0"
 
 
-def test_the_end_names_files_next_command_and_that_the_score_is_optimistic(tmp_path: Path) -> None:
+def test_the_end_names_files_next_command_and_that_a_search_score_is_no_result(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "x")
     folder.trial(4).root.mkdir(parents=True)
     folder.trial(4).lora.write_bytes(b"")
@@ -151,7 +151,9 @@ def test_the_end_names_files_next_command_and_that_the_score_is_optimistic(tmp_p
         str(folder.trial(4).lora),
         "grid.png",
         "metrics.json",
-        "next: hpo dashboard x --runs",
+        "search score: 0.6123 ± 0.0212, confirm with: hpo confirm x --runs",
+        "no result yet",
+        "next: hpo confirm x --runs",
     ]:
         assert part in text, part
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hpo.enqueue import as_proposal
+from hpo.folder import StudyFolder, create_study, open_study
 from hpo.study import build_study, check_unchanged, difference, find_study, read_study, study_name
 from tests.tiny_search import STUDY
 from trainer.errors import ConfigError, ToolError
@@ -398,3 +399,14 @@ def test_no_wrong_type_raises_anything_but_a_named_error() -> None:
                     build_study("mutant", changed)
                 except ToolError:
                     continue
+
+
+@pytest.mark.parametrize("name", ["what?", "50%3F", "a#b", "a b&c=d", "ünï"])
+def test_a_study_lies_where_its_folder_is_whatever_the_path(tmp_path: Path, name: str) -> None:
+    root = tmp_path / name / "study"
+    root.mkdir(parents=True)
+    folder = StudyFolder(root)
+    study = create_study(folder, {"data": "x"})
+    study.enqueue_trial({"x": 1})
+    assert folder.database.is_file() and [path.name for path in tmp_path.iterdir()] == [name]
+    assert len(open_study(folder).trials) == 1

@@ -10,14 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 
-import hpo.trainrun
+import hpo.keeper
 from hpo.cli import main
 from hpo.trainplan import count_steps
 from hpo.trainsamples import read_sample_prompts
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_search import draw_images
 from trainer import loop
+from trainer.adapter import inject
+from trainer.bases.load import load_base
 from trainer.config import TrainConfig
 from trainer.dataset import read_dataset
 from trainer.errors import ConfigError
@@ -158,7 +161,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
 ) -> None:
     assert train(base, "--output", "whole", "--set", "flip_aug=true").exit_code == 0
 
-    original = hpo.trainrun.Keeper.on_event
+    original = hpo.keeper.Keeper.on_event
 
     def stopping(self: Any, event: Any, adapter: Any) -> None:
         original(self, event, adapter)
@@ -169,7 +172,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.trainrun.Keeper, "on_event", stopping)
+        patch.setattr(hpo.keeper.Keeper, "on_event", stopping)
         stopped = train(base, "--output", "parts", "--set", "flip_aug=true")
     assert stopped.exit_code == 130 and "stopped after step 2 of 6" in stopped.stderr
     assert "next: the same command goes on" in stopped.stderr
@@ -259,3 +262,52 @@ def test_export_writes_what_sd_scripts_reads(place: Path) -> None:
         "train", "kohya/config.toml", "--dataset", "kohya/dataset.toml", "--dry-run", "--json"
     )
     assert json.loads(result.stdout)["config"]["network_dim"] == 2, result.output
+
+
+def kohya_lora(path: Path) -> Path:
+    """A LoRA for mini-sd15 as sd-scripts leaves it: its keys, fp16, and nothing but its own metadata."""
+    base = load_base("mini-sd15")
+    adapter = inject(base, TrainConfig(network_dim=2, network_alpha=1))
+    tensors = {name: tensor.half() for name, tensor in adapter.state().items()}
+    adapter.remove()
+    metadata = {
+        "ss_network_module": "networks.lora", "ss_network_dim": "2", "ss_network_alpha": "1.0",
+        "ss_network_args": '{"conv_dim": "2", "conv_alpha": "1"}', "ss_learning_rate": "0.0001",
+        "ss_unet_lr": "0.002", "ss_text_encoder_lr": "0.0005", "ss_max_train_steps": "3", "ss_num_epochs": "1",
+        "ss_lr_scheduler": "cosine", "ss_lr_warmup_steps": "1", "ss_seed": "11", "ss_clip_skip": "None",
+        "ss_mixed_precision": "no", "ss_optimizer": "torch.optim.adamw.AdamW(weight_decay=0.1)",
+        "ss_max_grad_norm": "1.0", "ss_noise_offset": "None", "ss_min_snr_gamma": "5.0",
+        "ss_gradient_accumulation_steps": "1", "ss_output_name": "old", "ss_cache_latents": "True",
+        "ss_sd_model_name": "mini.safetensors", "ss_base_model_version": "sd_v1", "ss_v2": "False",
+        "ss_resolution": "(64, 64)", "ss_enable_bucket": "True", "ss_min_bucket_reso": "64",
+        "ss_max_bucket_reso": "128", "ss_bucket_no_upscale": "False", "ss_batch_size_per_device": "2",
+        "ss_keep_tokens": "0", "ss_shuffle_caption": "True", "ss_flip_aug": "False", "ss_color_aug": "False",
+        "ss_random_crop": "False", "ss_tag_frequency": '{"1_zkw figure": {"zkw figure 0": 1}}',
+    }  # fmt: skip
+    safetensors.torch.save_file(tensors, path, metadata)
+    return path
+
+
+def test_a_file_of_sd_scripts_is_trained_again_with_its_settings(place: Path) -> None:
+    for caption in sorted(place.rglob("*.txt")):
+        caption.rename(caption.with_suffix(".caption"))  # sd-scripts' default, which no metadata tells
+    for picture in sorted(place.rglob("*.png")):
+        Image.open(picture).resize((64, 64)).save(picture)
+    old = kohya_lora(place / "old-one.safetensors")
+    result = hpo_command(
+        "train", str(old), "--base", "mini-sd15", "--data", "images", "--device", "cpu", "--output", "again"
+    )
+    assert result.exit_code == 0, result.output
+    new = place / "again" / "old.safetensors"
+    rows = [
+        json.loads(line) for line in (place / "again" / "old.run" / "train.jsonl").read_text().splitlines()
+    ]
+    losses = [row["loss"] for row in rows if row["event"] == "step"]
+    assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
+    found = safetensors.safe_open(new, "pt").metadata()
+    for name in ("ss_network_dim", "ss_unet_lr", "ss_seed", "ss_min_snr_gamma", "ss_max_train_steps"):
+        assert float(found[name]) == float(safetensors.safe_open(old, "pt").metadata()[name]), name
+    tensors = weights(str(new))
+    assert set(weights(str(old))) < set(tensors)  # conv_dim adds the 3×3 convolutions
+    ups = [tensor for name, tensor in tensors.items() if name.endswith("lora_up.weight")]
+    assert all(bool(tensor.any()) for tensor in ups) and all(bool(t.isfinite().all()) for t in ups)

@@ -156,7 +156,6 @@ def test_a_dataset_file_is_trained_as_it_says(described: Path) -> None:
         ("num_repeats = 3", "batch_size = 3", r"batch_size belongs to \[\[datasets\]\] 1"),
         ("num_repeats = 3", "color_aug = true", "color_aug = true"),
         ("resolution = 32", "resolution = [32, 64]", "only squares"),
-        ("resolution = 32", "validation_split = 0.1", "validation_split"),
         ("image_dir", "image_dirs", "unknown setting image_dirs"),
         ("[[datasets.subsets]]", "[[datasets]]\nresolution = 64\n[[datasets.subsets]]", "resolution of"),
     ],

@@ -10,6 +10,7 @@ Shapes: B batch, C latent channels, H W pixels, h w latent sides, L tokens, D te
 from __future__ import annotations
 
 import gc
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class Base(ABC):
         self.scheduler_config = dict(parts.scheduler_config)
         self.prediction_type: str = self.scheduler_config.get("prediction_type", "epsilon")
         self.alphas_cumprod = alphas_cumprod(self.scheduler_config)
+        self.latent_scale = _latent_scale(self.vae.config.scaling_factor)
         self.compute_dtype: torch.dtype = next(self.unet.parameters()).dtype
         for module in self.modules():
             module.requires_grad_(False).eval()
@@ -107,11 +109,6 @@ class Base(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
-
-    @property
-    def latent_scale(self) -> float:
-        """Latents are multiplied by this before noise is added (0.18215 for SD1.5, 0.13025 for SDXL)."""
-        return float(self.vae.config.scaling_factor)
 
     @property
     def latent_factor_px(self) -> int:
@@ -168,7 +165,8 @@ class Base(ABC):
         length = windows * inner + 2
         rows = tokenizer(list(captions), truncation=True, max_length=length)["input_ids"]
         pad, end = self.tokenizers[encoder].pad_token_id, tokenizer.eos_token_id
-        ids_BL = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=self.device)
+        place = next(self.text_encoders[encoder].parameters()).device
+        ids_BL = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=place)
         if windows == 1:
             return ids_BL[:, None]
         middle_BWL = ids_BL[:, 1:-1].reshape(len(rows), windows, inner).clone()
@@ -205,7 +203,8 @@ class Base(ABC):
     def encode_text(
         self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
     ) -> TextStates:
-        """Captions → states on the base's device.  Differentiable; wrap in ``torch.no_grad`` for a cache.
+        """Captions → states on the text encoders' device.  Differentiable; wrap in ``torch.no_grad`` for a
+        cache.
 
         ``max_token_length``: 150 or 225 reads longer captions, L = 152 or 227; unset and 75 read 75, L = 77.
         """
@@ -329,6 +328,16 @@ def plain_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
     else:
         betas = torch.linspace(start, end, steps, dtype=torch.float32)
     return torch.cumprod(1.0 - betas, dim=0)
+
+
+def _latent_scale(value: Any) -> float:
+    """Latents are multiplied by this before noise is added (0.18215 for SD1.5, 0.13025 for SDXL)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelFileError(
+            f"vae/config.json: scaling_factor = {str(value)[:80]} is no factor of latents",
+            "the configuration is damaged: get the model again",
+        )
+    return float(value)
 
 
 def _bad_schedule(key: str, value: Any) -> ModelFileError:

@@ -49,6 +49,17 @@ def clip_tokenizer(pad_id: int | None = None) -> Any:
     return tokenizer
 
 
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of mini-sd15 or mini-sdxl, from its folder; of every other base CLIP's.  Reads no
+    weights."""
+    from transformers import CLIPTokenizer
+
+    folder = Path(__file__).parent / "miniature" / "weights" / name / "tokenizer"
+    if name.startswith("mini-"):
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return clip_tokenizer()
+
+
 def _merges() -> list[tuple[str, str]]:
     package = importlib.util.find_spec("open_clip")  # found, not imported: importing it takes seconds
     if package is None or package.origin is None:

@@ -25,7 +25,7 @@ from trainer.bases.hub import hub_folder
 from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
 from trainer.config import suggestion
-from trainer.errors import ModelFileError
+from trainer.errors import ModelFileError, first_line
 from trainer.files import sha256_file
 from trainer.tensorfile import PICKLE_ENDINGS, load_tensors, read_header, refuse_pickle
 
@@ -155,7 +155,7 @@ def _parts_of_folder(
     networks: dict[str, Any] = {}
     weight_paths: dict[str, Path] = {}
     for component in ("unet", "vae", *TEXT_ENCODERS[family]):
-        model = _empty(component, detect.read_json(folder / component / "config.json"))
+        model = empty_network(component, detect.read_json(folder / component / "config.json"))
         files = component_files(folder, component)
         names = {name: shape for file in files for name, shape in read_header(file).shapes.items()}
         renamed = {_present_name(model, name): name for name in names}
@@ -250,7 +250,7 @@ def _folder_tokenizer(folder: Path, encoder: Any) -> Any:
         tokenizer.model_max_length = min(int(tokenizer.model_max_length), limit)
     except Exception as error:  # the library raises whatever its parsers raise
         raise ModelFileError(
-            f"{folder} is no CLIP tokenizer: {str(error).splitlines()[0][:160]}", "get the model again"
+            f"{folder} is no CLIP tokenizer: {first_line(error)[:160]}", "get the model again"
         ) from None
     if not 256 <= len(tokenizer) <= encoder.config.vocab_size:
         raise ModelFileError(
@@ -272,7 +272,7 @@ def _parts_of_file(
     original = load_tensors(path)
     networks: dict[str, Any] = {}
     for component in ("unet", "vae", *TEXT_ENCODERS[family]):
-        model = _empty(component, detect.read_json(configs / component / "config.json"))
+        model = empty_network(component, detect.read_json(configs / component / "config.json"))
         tensors = {_present_name(model, k): v for k, v in _converted(component, model, original).items()}
         _check(path, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, component)
         _fill(model, tensors.items(), _component_type(component, family, dtype, no_half_vae))
@@ -310,7 +310,7 @@ def _beginning(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 # Networks
 
 
-def _empty(component: str, config: dict[str, Any]) -> Any:
+def empty_network(component: str, config: dict[str, Any]) -> Any:
     """A network without memory for its weights."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -325,7 +325,7 @@ def _empty(component: str, config: dict[str, Any]) -> Any:
             return kind(CLIPTextConfig.from_dict(config))
     except Exception as error:  # a configuration can be wrong in any way
         raise ModelFileError(
-            f"the configuration of {component} describes no network: {str(error).splitlines()[0][:160]}",
+            f"the configuration of {component} describes no network: {first_line(error)[:160]}",
             "get the model again",
         ) from None
 

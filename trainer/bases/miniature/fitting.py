@@ -113,7 +113,7 @@ def new_optimizers(
     plan: Plan, named: list[tuple[str, nn.Parameter]]
 ) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak rates. The first and last layers and the embeddings stay with AdamW."""
-    outer = ("conv_in", "conv_out", "embedding", "heads", "quant_conv")
+    outer = ("conv_in", "conv_out", "embedding", "heads", "quant_conv", "text_encoder")
     inner = [p for n, p in named if plan.muon_lr and p.ndim >= 2 and not any(o in n for o in outer)]
     taken = {id(p) for p in inner}
     decay = [p for _, p in named if p.ndim >= 2 and id(p) not in taken]

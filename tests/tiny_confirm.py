@@ -1,0 +1,79 @@
+"""A finished tiny study, and ``hpo confirm`` on it: everything is real but the loading of models."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import hpo.confirm
+import hpo.workbench
+from hpo.confirm import Request
+from hpo.confirmed import Outcome
+from hpo.folder import StudyFolder
+from hpo.report import PlainView
+from hpo.search import Limits
+from hpo.study import Inputs
+from hpo.workbench import Workbench, write_definition
+from tests.tiny_search import make_search, tiny_bench
+
+
+def searched_study(root: Path, data: Path, trials: int = 3) -> StudyFolder:
+    """A finished search."""
+    bench = tiny_bench(root, data)
+    make_search(bench, Limits(trials)).run()
+    write_definition(bench, bench.facts())
+    return bench.folder
+
+
+def run_confirm(
+    source: StudyFolder,
+    data: Path,
+    change: Callable[[PlainView], None] = lambda view: None,
+    loaded: Callable[[Workbench], None] = lambda bench: None,
+    **words: Any,
+) -> tuple[Outcome | None, str]:
+    """The command on a study; what it found and printed.  ``change`` may interfere with its view."""
+
+    def load(inputs: Inputs, study: Any, folder: StudyFolder, say: Any) -> Workbench:
+        assert inputs == Inputs("tiny", data)
+        bench = tiny_bench(folder.root, data, study)
+        loaded(bench)
+        return bench
+
+    def make_view(*given: Any) -> PlainView:
+        view = view_before(*given)
+        change(view)
+        return view
+
+    screen, before, view_before = io.StringIO(), hpo.workbench.load, hpo.report.make_view
+    hpo.workbench.load, hpo.report.make_view = load, make_view
+    try:
+        request = Request(source.name, runs=source.root.parent, **{"top": 2, **words})
+        found = hpo.confirm.confirm(request, Console(file=screen, width=160), lambda: True)
+    finally:
+        hpo.workbench.load, hpo.report.make_view = before, view_before
+    return found, screen.getvalue()
+
+
+def check_confirmation(folder: StudyFolder, runs: int) -> dict[tuple[int, int], float]:
+    """What must hold of a finished confirmation, whatever happened to its processes: (of, seed) → score."""
+    from hpo.folder import open_study, read_json
+
+    found = open_study(folder).get_trials(deepcopy=False)
+    assert [t.number for t in found] == list(range(len(found)))
+    complete = [t for t in found if t.state.name == "COMPLETE"]
+    assert len(complete) == len(found) == runs
+    scores = {(t.params["of"], t.params["train_seed"]): t.value for t in complete}
+    assert len(scores) == runs
+    for t in complete:
+        params, result = read_json(folder.trial(t.number).params), read_json(folder.trial(t.number).result)
+        assert params is not None and result is not None
+        assert params["suggested"] == t.params and result["value"] == t.value
+        assert len([k for k in t.system_attrs if k.startswith("artifacts:")]) == 1
+        assert not folder.trial(t.number).checkpoints.exists()
+    assert not list(folder.root.rglob(".tmp-*"))
+    return scores  # type: ignore[return-value]

@@ -1,0 +1,274 @@
+"""Promises of ``hpo confirm``: what is run, what is decided, what is said, what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation.statistics import prompt_draws
+from hpo.confirm import OF, TRAIN_SEED, fresh_seed, searched
+from hpo.confirmed import (
+    RESCORED,
+    RETRAINED,
+    Candidate,
+    Outcome,
+    Repeat,
+    decide,
+    expected_best,
+    write_outcome,
+)
+from hpo.confirmview import confirmed_lines, outcome_lines
+from hpo.folder import StudyFolder, open_study, read_json
+from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
+from tests.tiny_search import draw_images
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError, DataError, MachineError, ModelFileError
+from trainer.files import sha256_file
+
+P = 24
+
+
+def candidate(
+    number: int,
+    mean: float,
+    *,
+    seed: int = 0,
+    images: int = 100,
+    repeats: int = 2,
+    noise: float = 0.02,
+    **more: object,
+) -> Candidate:
+    """A trial whose score on 24 prompts is ``mean``, prompt difficulty shared by all."""
+    difficulty = np.random.default_rng(99).normal(0, 0.2, P)
+    rows = []
+    for n in range(repeats):
+        own = np.random.default_rng((number, n, seed)).normal(0, noise, P)
+        scores_P = mean + difficulty - difficulty.mean() + own - own.mean() + (0.005 if n % 2 else -0.005)
+        rows.append(
+            Repeat(10 * number + n, n, float(scores_P.mean()), prompt_draws(P) @ scores_P / P, 60.0, images)
+        )
+    values = {"config": {"network_dim": 8}, "settings": {"learning_rate": 1e-3}, "search_se": 0.03, **more}
+    return Candidate(number, search_score=mean + 0.05, repeats=tuple(rows), **values)  # type: ignore[arg-type]
+
+
+def decided(*candidates: Candidate, trial0: int | None = 0, how: str = RETRAINED) -> Outcome:
+    found = decide(candidates, trial0, how)
+    assert found is not None
+    return found
+
+
+def test_the_winner_is_the_cheapest_of_those_that_cannot_be_told_apart_from_the_best() -> None:
+    found = decided(
+        candidate(0, 0.30),
+        candidate(4, 0.70, images=400),
+        candidate(7, 0.695, images=100),
+        candidate(9, 0.50, images=10),
+    )
+    assert found.winner == 7 and set(found.ties) == {4, 7} and found.beats_trial0
+    assert [row.number for row in found.rows] == [4, 7, 9, 0]
+    assert found.rows[0].p_best > found.rows[1].p_best > found.rows[2].p_best == 0
+    over = found.won.over_trial0
+    assert over is not None and over.low > 0.3 and over.mean == pytest.approx(0.395)
+
+
+def test_between_equal_costs_the_smaller_rank_wins() -> None:
+    found = decided(candidate(0, 0.3), candidate(4, 0.7, config={"network_dim": 32}), candidate(7, 0.7))
+    assert found.winner == 7
+
+
+def test_nothing_beats_trial_0_is_said_and_a_cheaper_equal_may_still_win(tmp_path: Path) -> None:
+    found = decided(candidate(0, 0.60), candidate(4, 0.605, images=400), candidate(7, 0.3))
+    assert found.beats_trial0 is False and found.winner == 0 and 0 in found.ties
+    source, target = StudyFolder(tmp_path / "x"), StudyFolder(tmp_path / "x__confirm")
+    text = "\n".join(outcome_lines(found, source, target, kept=True))
+    assert "nothing beats trial 0" in text
+    assert decided(candidate(0, 0.60), candidate(4, 0.605, images=50)).winner == 4
+
+
+def test_a_cheap_one_that_does_not_beat_trial_0_is_no_winner_where_others_do() -> None:
+    cheap = candidate(7, 0.63, images=1, noise=0.15, seed=3)
+    found = decided(candidate(0, 0.60), candidate(4, 0.66, images=400, noise=0.005), cheap)
+    over = found.row(7).over_trial0
+    assert 7 in found.ties and over is not None and over.low < 0
+    assert found.winner == 4 and found.beats_trial0
+
+
+def test_shrinkage_is_that_of_the_selected_trials_alone() -> None:
+    found = decided(candidate(0, 0.3), candidate(4, 0.7))
+    assert found.shrinkage == pytest.approx(0.05)
+    assert found.expected is None
+
+
+def test_what_the_searchs_best_is_worth_is_less_than_it_says() -> None:
+    searched = [0.75, 0.70, 0.66, 0.64, 0.30, 0.10, 0.0, 0.0]
+    quiet, noisy = (expected_best(searched, noise) for noise in (0.01, 0.04))
+    assert quiet is not None and noisy is not None
+    assert np.mean(searched[:4]) < noisy < quiet < 0.75
+    assert expected_best([0.7, 0.6], 0.1) is None
+
+
+def test_a_trial_that_is_infeasible_when_confirmed_cannot_win(tmp_path: Path) -> None:
+    found = decided(candidate(0, 0.3), candidate(4, 0.9, trouble="diverged"), candidate(7, 0.5))
+    assert found.winner == 7 and found.troubles == {4: "diverged"}
+    source = StudyFolder(tmp_path / "x")
+    assert "trial 4: infeasible when confirmed: diverged" in outcome_lines(found, source, source, kept=True)
+    assert decide([candidate(4, 0.9, trouble="diverged")], None, RETRAINED) is None
+
+
+def test_without_a_score_of_trial_0_nothing_is_claimed_over_it(tmp_path: Path) -> None:
+    found = decided(candidate(4, 0.7), candidate(7, 0.3), trial0=None)
+    assert found.beats_trial0 is None and found.won.over_trial0 is None
+    text = "\n".join(outcome_lines(found, StudyFolder(tmp_path), StudyFolder(tmp_path), kept=True))
+    assert "not known" in text and "nothing beats" not in text
+
+
+def test_rescoring_does_not_replace_a_retrained_confirmation(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    assert write_outcome(folder, decided(candidate(0, 0.3), candidate(4, 0.7), how=RESCORED), {})
+    assert write_outcome(folder, decided(candidate(0, 0.3), candidate(7, 0.7)), {})
+    assert not write_outcome(folder, decided(candidate(0, 0.3), candidate(4, 0.7), how=RESCORED), {})
+    assert read_json(folder.confirmed)["winner"] == 7  # type: ignore[index]
+    folder.confirmed.write_text("{}")
+    assert "damaged" in confirmed_lines(folder)[0]
+
+
+def test_training_seeds_are_fresh_and_the_same_for_every_trial() -> None:
+    seeds = [fresh_seed(42, n) for n in range(5)]
+    assert len({42, *seeds}) == 6 and seeds == [fresh_seed(42, n) for n in range(5)]
+    assert searched("x__confirm") == searched("x__rescore") == "x" and searched("x") is None
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return draw_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> StudyFolder:
+    return searched_study(tmp_path_factory.mktemp("search") / "study", data)
+
+
+@pytest.fixture
+def source(tmp_path: Path, finished: StudyFolder) -> StudyFolder:
+    """A copy of the finished search, in a runs folder of its own."""
+    shutil.copytree(finished.root, tmp_path / "runs" / "study")
+    return StudyFolder(tmp_path / "runs" / "study")
+
+
+def test_the_best_trials_and_trial_0_are_retrained_on_unseen_prompts(source: StudyFolder, data: Path) -> None:
+    before = [(t.number, t.value, t.params) for t in open_study(source).get_trials(deepcopy=False)]
+    outcome, said = run_confirm(source, data)
+    assert outcome is not None
+    lines = said.splitlines()
+    assert (
+        lines[0].startswith("cost: 6 trainings with fresh seeds, each with 3 images")
+        and "minutes" in lines[0]
+    )
+    target = StudyFolder(source.root.with_name("study__confirm"))
+    scores = check_confirmation(target, 6)
+    assert {of for of, _ in scores} == {0, 1, 2} and {s for _, s in scores} == {
+        fresh_seed(7, 0),
+        fresh_seed(7, 1),
+    }
+    prompts = {t.split("=")[0].strip() for t in target.prompts.read_text().splitlines() if "text" in t}
+    assert prompts and target.prompts.read_text() != source.prompts.read_text()
+    for trial in open_study(target).get_trials(deepcopy=False):
+        params, of = read_json(target.trial(trial.number).params), trial.params[OF]
+        searched_params = read_json(source.trial(of).params)
+        assert params is not None and searched_params is not None
+        differing = {k for k, v in params["train"].items() if v != searched_params["train"][k]}
+        assert differing <= {"seed", "output_name"} and params["train"]["seed"] == trial.params[TRAIN_SEED]
+        assert trial.user_attrs["role"] == ("baseline" if of == 0 else "confirms")
+    # no score of either study is in the other
+    assert before == [(t.number, t.value, t.params) for t in open_study(source).get_trials(deepcopy=False)]
+
+    written = json.loads(source.confirmed.read_text())
+    assert written["winner"] == outcome.winner and written["how"] == RETRAINED
+    assert TrainConfig(**written["config"]).learning_rate == TrainConfig(**outcome.config).learning_rate
+    assert written["score"] == outcome.won.score and len(written["interval"]) == 2
+    assert written["trial0"]["number"] == 0 and set(written["ties"]) <= {0, 1, 2}
+    assert "confirmed: trial" in said and "shrinkage: from search to confirmation" in said
+    assert confirmed_lines(source)[0].startswith(f"confirmed (retrained): trial {outcome.winner}")
+
+    again, said = run_confirm(source, data)  # nothing is left to do, and nothing changes
+    assert said.startswith("cost: 0 trainings") and again is not None and again.rows == outcome.rows
+    more, said = run_confirm(source, data, seeds=3)
+    assert said.startswith("cost: 3 trainings") and more is not None
+    check_confirmation(target, 9)
+
+
+def test_rescoring_trains_nothing_and_scores_the_very_files(source: StudyFolder, data: Path) -> None:
+    outcome, said = run_confirm(source, data, rescore_only=True)
+    assert outcome is not None and outcome.how == RESCORED and "training seed: not repeated" in said
+    target = StudyFolder(source.root.with_name("study__rescore"))
+    assert len(check_confirmation(target, 3)) == 3
+    for trial in open_study(target).get_trials(deepcopy=False):
+        own, theirs = target.trial(trial.number), source.trial(trial.params[OF])
+        assert sha256_file(own.lora) == sha256_file(theirs.lora) and not own.steps.exists()
+    assert {row.trained_images > 0 for row in outcome.rows} == {True}
+
+
+def test_rescoring_says_which_files_are_missing(source: StudyFolder, data: Path) -> None:
+    source.trial(0).lora.unlink()
+    outcome, said = run_confirm(source, data, rescore_only=True)
+    assert "the LoRA files of trials 0 are missing" in said and outcome is not None
+    assert outcome.beats_trial0 is None and {row.number for row in outcome.rows} == {1, 2}
+    for number in (1, 2):
+        source.trial(number).lora.unlink()
+    with pytest.raises(DataError, match="no LoRA file is left of trials 0, ") as caught:
+        run_confirm(source, data, rescore_only=True)
+    assert "leave out --rescore-only" in caught.value.hint
+
+
+def test_a_lora_file_that_changed_since_the_search_is_not_rescored(source: StudyFolder, data: Path) -> None:
+    source.trial(1).lora.write_bytes(source.trial(2).lora.read_bytes())
+    with pytest.raises(ModelFileError, match="has changed since"):
+        run_confirm(source, data, rescore_only=True)
+
+
+def test_other_data_than_the_searchs_is_refused_and_leaves_nothing(source: StudyFolder, data: Path) -> None:
+    def other(bench: object) -> None:
+        bench.scorer.sha = "1" * 64  # type: ignore[attr-defined]
+
+    with pytest.raises(ConfigError, match="began with something else: scorer"):
+        run_confirm(source, data, loaded=other)
+    assert not source.root.with_name("study__confirm").exists() and not source.confirmed.exists()
+
+
+@pytest.mark.parametrize(("name", "error", "text"), [
+    ("confirmation.toml", ConfigError, "no confirmation set"), ("study.json", MachineError, "does not say how"),
+])  # fmt: skip
+def test_a_study_that_lacks_what_is_needed_is_refused(
+    source: StudyFolder, data: Path, name: str, error: type[Exception], text: str
+) -> None:
+    (source.root / name).unlink()
+    with pytest.raises(error, match=text):
+        run_confirm(source, data)
+    assert not source.root.with_name("study__confirm").exists()
+
+
+def test_a_study_with_trial_0_alone_has_nothing_to_confirm(tmp_path: Path, data: Path) -> None:
+    source = searched_study(tmp_path / "runs" / "one", data, trials=1)
+    with pytest.raises(ConfigError, match="no scored trial but trial 0"):
+        run_confirm(source, data)
+
+
+def test_saying_no_to_the_cost_leaves_everything_as_it_was(source: StudyFolder, data: Path) -> None:
+    import io
+
+    from rich.console import Console
+
+    from hpo.confirm import Request, confirm
+
+    screen = Console(file=io.StringIO(), width=160)
+    assert confirm(Request("study", runs=source.root.parent), screen, lambda: False) is None
+    assert not source.root.with_name("study__confirm").exists()

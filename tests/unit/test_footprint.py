@@ -1,0 +1,254 @@
+"""Predicted memory against memory that was really allocated, and what the parts are made of."""
+
+import contextlib
+import json
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from tests.tiny import tiny_base, tiny_config
+from trainer import footprint, stacks, tracing
+from trainer.adapter import inject
+from trainer.bases.base import Sizes, TextStates
+from trainer.errors import ConfigError
+from trainer.footprint import BaseFacts, base_facts, optimizer_bytes, predict
+from trainer.recompute import blocks_outermost_first, recomputing
+
+SIDE_PX = 128
+
+
+def tiny_facts(family="sd15"):
+    base = tiny_base(family)
+    names = ("text_encoder", "text_encoder_2")
+    configs = {"unet": base.unet.to_json_string(), "vae": base.vae.to_json_string()}
+    configs |= {n: e.config.to_json_string() for n, e in zip(names, base.text_encoders, strict=False)}
+    return BaseFacts(f"tiny-{family}", family, tuple(configs.items()))
+
+
+def settings(**values):
+    usual = {
+        "resolution": SIDE_PX,
+        "network_train_unet_only": True,
+        "train_batch_size": 4,
+        "mixed_precision": "bf16",
+    }
+    return tiny_config(**(usual | values))
+
+
+def real_peak(family, config, compute):
+    """Bytes that a real forward and backward on the CPU allocate at most, by torch's own profiler.  Norms run
+    in fp32, as CUDA's autocast has them."""
+    base = tiny_base(family)
+    for module in base.modules():
+        module.to(compute)
+    base.compute_dtype = compute
+    inject(base, config)
+    layer_norm, group_norm = F.layer_norm, F.group_norm
+
+    def wide(norm):
+        def in_fp32(x, how, weight=None, bias=None, eps=1e-5):
+            with torch.autocast("cpu", enabled=False):
+                return norm(x.float(), how, weight.float(), bias.float(), eps)
+
+        return in_fp32
+
+    batch = config.train_batch_size
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(F, "layer_norm", wide(layer_norm)))
+        stack.enter_context(mock.patch.object(F, "group_norm", wide(group_norm)))
+        stack.enter_context(recomputing(base, config))
+        profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
+        width = base.unet.config.cross_attention_dim
+        hidden_BLD = torch.randn(batch, 77, width)
+        pooled_BP = torch.randn(batch, 8) if family == "sdxl" else None
+        noisy_BCHW = torch.randn(batch, 4, SIDE_PX // 8, SIDE_PX // 8)
+        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+            sizes = [Sizes((SIDE_PX, SIDE_PX), (0, 0), (SIDE_PX, SIDE_PX))] * batch
+            timesteps_B = torch.zeros(batch, dtype=torch.long)
+            predicted = base.predict(noisy_BCHW, timesteps_B, TextStates(hidden_BLD, pooled_BP), sizes)
+        (predicted - torch.randn_like(noisy_BCHW)).square().mean().backward()
+    events = profiler.profiler.kineto_results.events()
+    live = highest = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    return highest
+
+
+def traced_peak(family, config, compute):
+    base = tiny_base(family)
+    for module in base.modules():
+        module.to(compute).to("meta")
+    base.compute_dtype = compute
+    found = tracing.trace(tracing.subject(base, config), config, (SIDE_PX, SIDE_PX), compute)
+    live = highest = 0
+    for event in found.events:
+        block = found.blocks[event if event >= 0 else ~event]
+        if not block.is_workspace:  # of cuDNN, which a CPU has not
+            live += block.size_bytes if event >= 0 else -block.size_bytes
+            highest = max(highest, live)
+    return highest
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_traced_step_allocates_what_a_real_one_does(family, compute, recompute):
+    config = settings(gradient_checkpointing=recompute, network_dim=8, network_alpha=8)
+    real = real_peak(family, config, compute)
+    assert traced_peak(family, config, compute) == pytest.approx(real, rel=0.05)
+
+
+def test_a_trace_at_one_rank_serves_every_rank():
+    facts = tiny_facts()
+    low, high = (predict(settings(network_dim=dim), facts) for dim in (4, 64))
+    assert footprint._trace.cache_info().currsize >= 1
+    assert high.parts["adapter"] == 16 * low.parts["adapter"]
+    assert high.peak_bytes > low.peak_bytes
+    own = traced_peak("sd15", settings(network_dim=64), torch.bfloat16)
+    found = footprint._trace(facts, footprint._traced_settings(settings()), (SIDE_PX, SIDE_PX))
+    live = highest = 0
+    for event in found.events:
+        block = found.blocks[event if event >= 0 else ~event]
+        if not block.is_workspace:
+            live += block.bytes_at(64, 1) if event >= 0 else -block.bytes_at(64, 1)
+            highest = max(highest, live)
+    assert highest == own
+
+
+def test_the_parts_add_up_to_the_peak():
+    for config in (settings(), settings(gradient_accumulation_steps=2), settings(full_bf16=True)):
+        found = predict(config, tiny_facts())
+        assert sum(found.parts.values()) == found.peak_bytes > found.reserved_bytes >= found.allocated_bytes
+        assert min(found.parts.values()) >= 0
+
+
+def test_accumulated_gradients_stay_through_the_next_micro_batch():
+    facts = tiny_facts()
+    at_once, accumulated = (
+        predict(settings(network_dim=256, gradient_accumulation_steps=n), facts) for n in (1, 2)
+    )
+    assert accumulated.parts["gradients"] >= accumulated.parts["adapter"] > at_once.parts["gradients"]
+
+
+def test_each_saving_saves():
+    facts = tiny_facts()
+    plain = settings(train_batch_size=8)
+    peak = predict(plain, facts).allocated_bytes
+    for values in (
+        {"gradient_checkpointing": True},
+        {"micro_batch_size": 2},
+        {"resolution": 64},
+        {"full_bf16": True, "network_dim": 128},
+        {"optimizer_type": "AdamW8bit", "network_dim": 128},
+    ):
+        rank = {"network_dim": values.get("network_dim", 2)}
+        before = predict(plain.with_values(rank), facts).allocated_bytes if "network_dim" in values else peak
+        assert predict(plain.with_values(values), facts).allocated_bytes < before, values
+
+
+def test_fp8_halves_the_base():
+    facts = base_facts("sdxl")
+    plain, eight = (footprint.base_bytes(settings(fp8_base=on), facts)["unet"] for on in (False, True))
+    assert plain == 2 * 2_567_463_684  # parameters of SDXL's U-Net (facts/training.md §2)
+    assert eight < 0.51 * plain
+
+
+def test_text_encoders_count_only_where_they_stay():
+    facts = base_facts("sdxl")
+    assert footprint.base_bytes(settings(), facts).keys() == {"unet"}
+    trained = footprint.base_bytes(settings(network_train_unet_only=False), facts)
+    assert trained.keys() == {"unet", "text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "shape", "expected"),
+    [
+        ("AdamW", (64, 64), 8 * 4096),
+        ("AdamW8bit", (64, 64), 2 * (4096 + 4 * 16)),
+        ("AdamW8bit", (63, 65), 8 * 4095),  # below 4,096 elements bitsandbytes keeps 32 bits
+        ("Lion8bit", (64, 64), 4096 + 4 * 16),
+        ("Adafactor", (64, 32), 4 * (64 + 32)),
+        ("Prodigy", (64, 64), 16 * 4096),
+    ],
+)
+def test_optimizer_state_is_what_the_optimizer_keeps(optimizer, shape, expected):
+    assert optimizer_bytes(optimizer, shape) == expected
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoCon", "DoRA", "LoHa", "LoKr"])
+def test_every_kind_has_its_own_number_of_weights(kind):
+    config = settings(network_type=kind, network_dim=4, conv_dim=2 if kind == "LoCon" else None)
+    base = tiny_base("sd15")
+    adapter = inject(base, config)
+    expected = sum(4 * weight.numel() for weight in adapter.trainable())
+    assert predict(config, tiny_facts()).parts["adapter"] == expected
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_trained_text_encoders_are_traced(family):
+    facts = tiny_facts(family)
+    alone = predict(settings(), facts)
+    both = predict(settings(network_train_unet_only=False, network_dropout=0.1, max_token_length=225), facts)
+    assert both.parts["adapter"] > alone.parts["adapter"]
+    assert both.parts["activations"] > alone.parts["activations"]
+
+
+# The stack
+
+
+def test_what_fits_is_left_as_it_is():
+    config = settings()
+    stack = stacks.choose(config, tiny_facts(), 16 * 10**9)
+    assert (stack.config, stack.moves) == (config, ())
+
+
+def just_below(peak_bytes):
+    """A card on which a run of this peak does not fit any more."""
+    return int(peak_bytes / stacks.SAFE_SHARE) - 10_000
+
+
+def test_as_few_blocks_as_needed_recompute():
+    facts, config = tiny_facts(), settings(train_batch_size=64)
+    blocks = len(blocks_outermost_first(tiny_base("sd15").unet))
+    assert stacks.block_count(facts) == blocks
+    peaks = [predict(config, facts).peak_bytes]
+    for count in range(1, blocks + 1):
+        tried = config.with_values({"gradient_checkpointing": True, "checkpoint_blocks": count})
+        peaks.append(predict(tried, facts).peak_bytes)
+    chosen = stacks.choose(config, facts, int(peaks[2] / stacks.SAFE_SHARE) + 1)
+    assert chosen.config.checkpoint_blocks == 2 and chosen.footprint.peak_bytes == peaks[2]
+    assert peaks[2] < peaks[1] < peaks[0]
+
+
+def test_cheaper_moves_come_before_dearer_ones():
+    facts, config = tiny_facts(), settings(train_batch_size=64, optimizer_type="AdamW", network_dim=64)
+    first = stacks.choose(config, facts, just_below(predict(config, facts).peak_bytes))
+    assert [move.key for move in first.moves] == ["optimizer_type"]
+    least = predict(
+        config.with_values({"optimizer_type": "AdamW8bit", "gradient_checkpointing": True, "fp8_base": True}),
+        facts,
+    )
+    later = stacks.choose(config, facts, just_below(least.peak_bytes))
+    keys = [move.key for move in later.moves]
+    assert keys[:2] == ["optimizer_type", "gradient_checkpointing"] and "micro_batch_size" in keys
+    assert later.config.train_batch_size == 64
+    assert later.footprint.peak_bytes < least.peak_bytes
+
+
+def test_what_cannot_fit_is_refused_with_its_least_peak():
+    with pytest.raises(ConfigError, match=r"does not fit into 0\.5 GB"):
+        stacks.choose(settings(), tiny_facts(), 5 * 10**8)
+
+
+def test_an_unknown_base_is_refused():
+    with pytest.raises(ConfigError, match="no base 'nowhere/base'"):
+        base_facts("nowhere/base")
+
+
+def test_facts_are_plain_texts():
+    assert json.loads(dict(base_facts("sd15").configs)["unet"])["cross_attention_dim"] == 768
+    assert base_facts("sdxl").native_resolution_px == 1024

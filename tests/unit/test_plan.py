@@ -1,0 +1,87 @@
+"""``hpo plan``: predictions without a GPU, beside what users measured."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from hpo.cli import main
+from hpo.plantable import ADAPTER_ROWS, FULL_ROWS, ROWS, predicted_cells
+from tests.tiny import save_folder, tiny_base
+
+# Three rows that share no trace, one for each way to save: CI predicts these, `pytest -m slow` all of them.
+CI_ROWS = ("LoRA dim 32, full bf16", "LoRA dim 128, checkpointing", "LoRA dim 32, fp8 base, checkpointing")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_folder(tiny_base("sd15"), tmp_path_factory.mktemp("base") / "tiny")
+
+
+def plan(*words):
+    return CliRunner().invoke(main, ["plan", *map(str, words)], catch_exceptions=False)
+
+
+def test_the_table_has_the_users_twenty_cells():
+    assert len(ADAPTER_ROWS) == 14 and sum(len(row.measured_gb) for row in ADAPTER_ROWS) == 20
+    assert len(FULL_ROWS) == 2
+    assert all(row.config(batch).train_batch_size == batch for row in ROWS for batch in row.measured_gb)
+
+
+@pytest.mark.parametrize("name", CI_ROWS)
+def test_three_rows_need_no_more_than_users_measured(name):
+    (row,) = (row for row in ROWS if row.name == name)
+    for cell in predicted_cells((row,)):
+        assert cell.is_below, cell
+
+
+@pytest.mark.slow
+def test_all_twenty_cells_need_no_more_than_users_measured():
+    cells = list(predicted_cells(ADAPTER_ROWS))
+    assert len(cells) == 20
+    assert [cell.row.name for cell in cells if not cell.is_below] == []
+
+
+def test_a_plan_shows_the_breakdown_and_that_it_fits(folder):
+    result = plan("--base", folder)
+    assert result.exit_code == 0, result.output
+    for words in ("base: unet", "optimizer state", "CUDA context", "peak", "fits into 16 GB as it is"):
+        assert words in result.output
+
+
+def test_a_plan_for_scripts_has_parts_that_add_up_and_the_moves(folder, tmp_path):
+    file = tmp_path / "settings.toml"
+    file.write_text('network_dim = 512\ntrain_batch_size = 8\noptimizer_type = "AdamW"\nresolution = 64\n')
+    given = json.loads(plan(file, "--base", folder, "--json").output)
+    assert sum(given["given"]["parts"].values()) == given["given"]["peak_bytes"]
+    assert given["moves"] == [] and given["config"]["network_dim"] == 512
+
+
+def test_a_plan_names_what_has_to_change(folder):
+    words = ("--base", folder, "--vram", 1, "--set", "train_batch_size=128", "--set", "resolution=256")
+    result = plan(*words, "--set", "network_train_unet_only=true")
+    assert result.exit_code == 0, result.output
+    assert "gradient_checkpointing: false → true" in result.output and "peak then:" in result.output
+
+
+def test_a_plan_that_cannot_fit_ends_in_two_lines_and_a_code(folder):
+    result = plan(
+        "--base", folder, "--vram", 1, "--set", "network_dim=1024", "--set", "train_batch_size=1024"
+    )
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code == 2 and lines[0].startswith("error: ") and "does not fit into 1.0 GB" in lines[0]
+    assert lines[1].startswith("hint: ") and len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "neither a base nor a file"),
+        (("--base", "nowhere/base"), "there is no base"),
+        (("--base", "sdxl", "--set", "netwrk_dim=3"), "unknown setting netwrk_dim"),
+    ],
+)
+def test_mistakes_are_told_in_two_lines(words, message):
+    result = plan(*words)
+    lines = result.stderr.strip().splitlines()
+    assert result.exit_code == 2 and message in lines[0] and len(lines) == 2
