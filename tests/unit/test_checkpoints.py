@@ -170,10 +170,10 @@ def test_the_curve_is_drawn_with_its_band_and_its_choice() -> None:
 
 def test_bases_of_different_sizes_are_shown_at_the_same_size() -> None:
     def images(side: int, grey: int) -> list[SampledImage]:
-        return [SampledImage(p.id, 0, np.full((side, side, 3), grey, np.uint8)) for p in SET.prompts]
+        return [SampledImage(p.id, 0, np.full((side, side, 3), (200, 0, grey), np.uint8)) for p in SET.prompts]
 
     sheet = np.asarray(
         contact_sheet([Column("small", images(64, 10)), Column("large", images(128, 20))], SET, 0)
     )
-    cells = [int((sheet == grey).all(axis=2).sum()) for grey in (10, 20)]
+    cells = [int((sheet == (200, 0, grey)).all(axis=2).sum()) for grey in (10, 20)]
     assert cells == [PROMPTS * CELL_PX**2] * 2
