@@ -116,12 +116,13 @@ def _block(size_bytes: int, elements: int, is_workspace: bool, is_gradient: bool
     return Block(size_bytes, CONSTANT, is_gradient, is_workspace)
 
 
-# What CUDA's kernels allocate and save.  Frozen weights get no gradient, so their inputs are not saved.
+# What CUDA's kernels allocate and save.
 
 
 class _Product(torch.autograd.Function):
     """Linear layers and convolutions: saves the input for a trained weight, the weight for an input that
-    needs a gradient."""
+    needs a gradient.  Convolutions save both whatever is trained (one formula for all gradients in torch's
+    derivatives.yaml), except those of ``trainer.fp8``."""
 
     @staticmethod
     def forward(
@@ -129,8 +130,9 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.recorder, ctx.x_shape, ctx.is_fp8 = recorder, x.shape, is_fp8
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        keeps_x = needs_weight or (needs_x and weight.dim() == 4 and not is_fp8)
         ctx.save_for_backward(
-            x if needs_weight else None, weight if needs_x else None, bias if needs_bias else None
+            x if keeps_x else None, weight if needs_x else None, bias if needs_bias else None
         )
         ctx.weight_shape = weight.shape
         wide = _widened(weight, recorder) if is_fp8 else None

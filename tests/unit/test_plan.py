@@ -1,6 +1,7 @@
 """``hpo plan``: predictions without a GPU, beside what users measured."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -26,6 +27,13 @@ def test_the_table_has_the_users_twenty_cells():
     assert len(ADAPTER_ROWS) == 14 and sum(len(row.measured_gb) for row in ADAPTER_ROWS) == 20
     assert len(FULL_ROWS) == 2
     assert all(row.config(batch).train_batch_size == batch for row in ROWS for batch in row.measured_gb)
+
+
+def test_the_page_lists_every_row_with_the_users_figures():
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    for row in ROWS:
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {row.name} |"))
+        assert all(f"/ {measured_gb:g}" in line for measured_gb in row.measured_gb.values())
 
 
 @pytest.mark.parametrize("name", CI_ROWS)
