@@ -15,6 +15,7 @@ from tests.tiny_search import draw_images
 FINAL_RUN = """
 resolution = 128
 bucket_no_upscale = false
+min_bucket_reso = 64
 network_dim = 2
 network_alpha = 2
 optimizer_type = "AdamW"
