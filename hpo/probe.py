@@ -198,7 +198,7 @@ class Grid:
         y_N = np.array([o.score for o in used])
         fit_B, *_ = np.linalg.lstsq(design_NB, y_N, rcond=None)
         place = _curve_top(fit_B, rates, shift or 0.0, scope)
-        text = len(fit_B) < 4 or fit_B[3] >= 0
+        text = len(fit_B) < 4 or bool(fit_B[3] >= 0)
         if not text and -fit_B[3] <= self.errors * self._se(used, design_NB, y_N, np.array([0, 0, 0, 1.0])):
             text = True
         if place is None and text:

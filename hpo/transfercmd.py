@@ -117,11 +117,8 @@ def make(source: Source, profile: Profile, preset: str | None) -> Transfer:
 
 def planned(plan: TransferPlan, profile: Profile) -> TransferPlan:
     """The plan with what the card's memory asks for: its changes are moves too."""
-    import importlib.util
+    from trainer import footprint, stacks  # they trace the base: torch and diffusers
 
-    if importlib.util.find_spec("trainer.stacks") is None:
-        return plan
-    footprint, stacks = (importlib.import_module(f"trainer.{name}") for name in ("footprint", "stacks"))
     facts = footprint.base_facts(profile.family.base)
     try:
         stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB))
