@@ -159,7 +159,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     train = study.train
-    data_folder = inputs.data or demo_data(inputs.base, folder, train.resolution)
+    data_folder = inputs.data or demo_data(inputs.base, folder)
     data = read_dataset(data_folder, train, trigger=inputs.trigger, class_word=inputs.class_word)
     for note in data.notes:
         say(note)
@@ -226,7 +226,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     )
 
 
-def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:
+def demo_data(base: str, folder: StudyFolder) -> Path:
     """The miniature's demo character, for those who bring no images."""
     if base not in MINIATURE_STUDIES:
         raise ConfigError(
@@ -241,7 +241,7 @@ def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:
             raise machine_error(error, folder.root) from None
         try:
             with atomic_folder(folder.data) as temporary:
-                write_subject("character", temporary, size_px)
+                write_subject("character", temporary)
         except MachineError:
             if not folder.data.is_dir():  # another process was quicker: then there is nothing wrong
                 raise
