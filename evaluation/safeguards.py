@@ -33,7 +33,7 @@ from evaluation.style import scene_of
 from evaluation.vectors import Vectors
 from trainer.images import read_picture
 
-NEAR = 0.5  # assumed: a copy is nearer than this part of a held-out reference's usual distance  (figures: docs/evaluation.md)
+NEAR = 0.5  # assumed: a copy is nearer than this part of a held-out reference's usual distance
 
 
 @dataclass(frozen=True)
