@@ -317,7 +317,12 @@ class View:
 
     def table(self, table: Table) -> None:
         """Never cut: a log is no narrower than its figures."""
-        self.console.print(table, width=max(self.console.width, TABLE_WIDTH), crop=False)
+        screen = self.console
+        if screen.width < TABLE_WIDTH:
+            screen = Console(
+                file=screen.file, width=TABLE_WIDTH, force_terminal=screen.is_terminal, highlight=False
+            )
+        screen.print(table)
 
     def show(self, outcome: Outcome) -> None:
         """The curve as a table, the verdict and the choice."""

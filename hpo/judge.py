@@ -215,6 +215,8 @@ def load(run: RunFiles, inputs: Inputs, say: Say, *, like: Judge | None = None) 
         no_half_vae=config.no_half_vae,
     )
     _say_changes(run, base, data, say)
+    scorer: embed.Scorer
+    likeness: embed.ImageEncoder
     if like is None:
         prompts, confirmation = _sets(run, inputs, study, data, base.token_count)
         scorer = embed.load_scorer(scorer_spec, device)
@@ -293,14 +295,11 @@ def _studys_scorer(run: RunFiles) -> str | None:
 
 def _training_data(run: RunFiles, config: TrainConfig, inputs: Inputs) -> Dataset:
     """What the run was trained on, references left out for a study's trial."""
-    words = {"trigger": inputs.trigger, "class_word": inputs.class_word}
+    trigger, class_word = inputs.trigger, inputs.class_word
     if run.study is not None and inputs.data is None:
         chosen = load_prompts(run.study.prompts, trigger=None, class_word=None, count_tokens=lambda text: 0)
-        words = {
-            "trigger": words["trigger"] or chosen.trigger,
-            "class_word": words["class_word"] or chosen.class_word,
-        }
-    data = read_training_data(config, **words)
+        trigger, class_word = trigger or chosen.trigger, class_word or chosen.class_word
+    data = read_training_data(config, trigger=trigger, class_word=class_word)
     if run.study is None:
         return data
     apart = {_sha(path) for path in _study_references(run)}

@@ -38,6 +38,10 @@ seeds = [0]
 [confirmation]
 counts = { train-like = 1, altered = 3 }
 seeds = [1000]
+[limits]
+copy_rate = 1.0
+diversity = 0.0
+prior = 100.0
 [sampling]
 steps = 2
 """
