@@ -9,6 +9,7 @@ import pytest
 
 from hpo.probe import DEFAULT_DESIGN, DESIGNS
 from tests.bench import bench_probe_grid as bench
+from tests.bench import bench_transfer_table as transfer_table
 
 
 def drawn(short_shift: float = 0.0) -> dict[bench.Cell, bench.Scored]:
@@ -62,3 +63,24 @@ def test_a_finished_cell_is_read_back(tmp_path: Path) -> None:
     row = '{"base": "mini-sd15", "horizon": 0.25, "rate": 0.0005, "text_encoder": true, "seed": 7000, '
     file.write_text(row + '"score": 0.5, "prompts": [0.5]}\n')
     assert bench.read_grid(file) == {cell: bench.Scored(0.5, (0.5,))}
+
+
+def test_the_docs_show_the_filled_cells_of_the_transfer_table() -> None:
+    text = transfer_table.DOCS.read_text(encoding="utf-8")
+    begin, end = transfer_table.BEGIN, transfer_table.END
+    assert bench.between(text, begin, end, transfer_table.table(transfer_table.read_cells())) == text
+
+
+def test_the_transfer_table_shows_missing_cells_and_paired_gains() -> None:
+    own = {"score": 0.5, "prompts": [0.4, 0.6]}
+    cells = {transfer_table.Cell("transferred", "character", 8000): own}
+    cells[transfer_table.Cell("direct search", "character", 8000)] = {"score": 0.6, "prompts": [0.5, 0.7]}
+    rows = transfer_table.table(cells).splitlines()
+    direct = next(row for row in rows if "| direct search" in row)
+    assert "+0.100 (+0.100 to +0.100)" in direct and "1 of 2" in direct
+    assert "missing" in next(row for row in rows if "random trial" in row)
+
+
+def test_a_direct_search_gets_the_same_compute() -> None:
+    """12 source trials of 120 samples and 6 probes of a quarter: at six times the cost 3.5 whole target trials."""
+    assert transfer_table.direct_trials(12 * 120, 6, 120, 6.0) == round(12 / 6 + 6 / 4)
