@@ -27,7 +27,9 @@ from hpo.probe import (
 PROMPTS = np.linspace(-0.2, 0.2, 12)
 
 
-def curve(top: float, height: float = 1.0, off: float = -0.05, curvature: float = 0.1) -> Callable[[Probe], float]:
+def curve(
+    top: float, height: float = 1.0, off: float = -0.05, curvature: float = 0.1
+) -> Callable[[Probe], float]:
     """A score that falls with the square of the octaves from ``top``."""
 
     def score(probe: Probe) -> float:
@@ -45,7 +47,9 @@ def measured(probe: Probe, score: Callable[[Probe], float], noise: float = 0.0, 
     return Outcome(probe, float(np.mean(prompts)), 0.05, prompts)
 
 
-def played(design: Design, scope: Scope, score: Callable[[Probe], float], noise: float = 0.0) -> list[Outcome]:
+def played(
+    design: Design, scope: Scope, score: Callable[[Probe], float], noise: float = 0.0
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
     while (probe := design.next(outcomes, scope)) is not None:
         assert find(outcomes, probe) is None, "a probe is never made twice"

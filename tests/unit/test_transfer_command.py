@@ -14,8 +14,8 @@ from hpo.cli import main
 from hpo.folder import StudyFolder, create_study, open_study
 from hpo.probe import Ladder, Outcome, Probe
 from hpo.probefile import make_side, octave_bounds
-from hpo.profile import read_family, read_profile
 from hpo.proberun import _probe_by_probe, agree, identity, probe_folder
+from hpo.profile import read_family, read_profile
 from hpo.search import Limits
 from hpo.standing import BASELINE, ROLE
 from hpo.transfercmd import Request, Transfer, make, with_decision
@@ -58,7 +58,11 @@ def test_the_last_study_is_taken_and_said_and_the_files_are_written(searched: Pa
         assert word in result.output
     place = searched / "s" / "transfer"
     assert {p.name for p in place.iterdir()} == {"mini-sdxl.toml", "plan.md", "kohya-mini-sdxl"}
-    assert {p.name for p in (place / "kohya-mini-sdxl").iterdir()} == {"config.toml", "dataset.toml", "train.sh"}
+    assert {p.name for p in (place / "kohya-mini-sdxl").iterdir()} == {
+        "config.toml",
+        "dataset.toml",
+        "train.sh",
+    }
     assert "sdxl_train_network.py" in (place / "kohya-mini-sdxl" / "train.sh").read_text()
     assert "| resolution | 32 | 128 | res.native |" in (place / "plan.md").read_text()
 
@@ -111,7 +115,9 @@ def test_the_best_trial_counts_until_a_winner_is_confirmed(searched: Path, tmp_p
         (("--probes", "2"), "decide nothing"),
     ],
 )
-def test_a_mistake_is_two_lines_and_nothing_is_lost(searched: Path, words: tuple[str, ...], message: str) -> None:
+def test_a_mistake_is_two_lines_and_nothing_is_lost(
+    searched: Path, words: tuple[str, ...], message: str
+) -> None:
     result = call(searched, *words)
     assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
 
@@ -159,7 +165,9 @@ def side_of(bench_study: Any, data: Path, budget: int = 4) -> Any:
     )
     whole = {"transferred": own, "default": own.with_values({"learning_rate": 1e-3, "network_dim": 1})}
     bounds = octave_bounds(own, 1e-6, 1e-1)
-    return make_side("s__tiny", whole, 8, budget, bounds, sampling={"steps": 2, "cfg": 1.0}, seed=7, words="natural")
+    return make_side(
+        "s__tiny", whole, 8, budget, bounds, sampling={"steps": 2, "cfg": 1.0}, seed=7, words="natural"
+    )
 
 
 def begin(root: Path, data: Path) -> tuple[Any, Any, Any]:
