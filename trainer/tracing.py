@@ -337,6 +337,7 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
         for name, function in kernels.patches():
             stack.enter_context(mock.patch.object(F, name, function))
         stack.enter_context(mock.patch.object(adapters, "keyed_generator", lambda *_, **__: None))
+        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
         stack.enter_context(mock.patch.object(recompute, "_with_inputs_in_ram", _inputs_elsewhere))
         stack.enter_context(recorder)
         stack.enter_context(recompute.recomputing(base, config))
