@@ -228,7 +228,7 @@ def test_as_few_blocks_as_needed_recompute():
 
 
 def test_cheaper_moves_come_before_dearer_ones():
-    facts, config = tiny_facts(), settings(train_batch_size=64, optimizer_type="AdamW", network_dim=64)
+    facts, config = tiny_facts(), settings(train_batch_size=64, optimizer_type="AdamW", network_dim=1024)
     first = stacks.choose(config, facts, just_below(predict(config, facts).peak_bytes))
     assert [move.key for move in first.moves] == ["optimizer_type"]
     least = predict(
