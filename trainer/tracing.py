@@ -282,7 +282,8 @@ def _axis(value: Any, axis: int) -> int:
 def _inputs_elsewhere(module: Any, *inputs: Any) -> Any:
     """``trainer.recompute._with_inputs_in_ram``: what waits there is not on the card."""
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: (tensor.shape, tensor.dtype), lambda facts: torch.empty(facts[0], dtype=facts[1])
+        lambda tensor: (tensor.shape, tensor.dtype),
+        lambda facts: torch.empty(facts[0], dtype=facts[1], device="meta"),
     ):
         return torch.utils.checkpoint.checkpoint(module.__call__, *inputs, use_reentrant=False)
 
@@ -333,20 +334,22 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     fp8 = frozenset(map(id, matrices)) if config.fp8_base else frozenset()
     kernels = _Kernels(recorder, None if compute == torch.float32 else compute, fp8)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.device("meta"))
         for name, function in kernels.patches():
             stack.enter_context(mock.patch.object(F, name, function))
         stack.enter_context(mock.patch.object(adapters, "keyed_generator", lambda *_, **__: None))
+        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
         stack.enter_context(mock.patch.object(recompute, "_with_inputs_in_ram", _inputs_elsewhere))
         stack.enter_context(recorder)
         stack.enter_context(recompute.recomputing(base, config))
         if it.adapter is not None and (config.network_dropout or config.rank_dropout):
             it.adapter.apply_dropout(1)
         side = base.latent_factor_px
-        noisy_BCHW = torch.empty(batch, base.unet.config.in_channels, height_px // side, width_px // side)
+        with torch.device("meta"):
+            shape = (batch, base.unet.config.in_channels, height_px // side, width_px // side)
+            noisy_BCHW, timesteps_B = torch.empty(shape), torch.zeros(batch, dtype=torch.long)
+            states = text_states(base, config, batch)
         sizes = [Sizes((height_px, width_px), (0, 0), (height_px, width_px))] * batch
-        states = text_states(base, config, batch)
-        predicted_BCHW = base.predict(noisy_BCHW, torch.zeros(batch, dtype=torch.long), states, sizes)
+        predicted_BCHW = base.predict(noisy_BCHW, timesteps_B, states, sizes)
         kernels.end_autocast()
         del states
         (predicted_BCHW - torch.empty_like(noisy_BCHW)).square().mean().backward()
