@@ -223,7 +223,7 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
 )
 @click.option(
     "--vram",
-    type=click.FloatRange(1, 1000),
+    type=click.FloatRange(0.1, 1000),
     default=16.0,
     show_default=True,
     metavar="GB",

@@ -55,7 +55,7 @@ def plan(request: Request, console: Console, echo: Callable[[str], None]) -> Non
 
     config = _config(request)
     facts = footprint.base_facts(config.pretrained_model_name_or_path)
-    if request.file is None:
+    if request.file is None and not any(text.split("=")[0].strip() == "resolution" for text in request.sets):
         config = config.with_values({"resolution": facts.native_resolution_px})
     given = footprint.predict(config, facts)
     if not request.as_json:
