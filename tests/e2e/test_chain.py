@@ -1,0 +1,108 @@
+"""The whole chain on the miniature, by the README's own commands: search on mini-sd15, transfer, probes, one run on
+mini-sdxl, its checkpoints evaluated, both bases compared.
+
+The small form is part of every test run; the full form (twelve trials, six probes, default prompts) is ``slow`` and
+takes the same path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hpo.folder import StudyFolder
+from tests.tiny_search import check_study
+from trainer.lorafile import read
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much of everything."""
+
+    trials: int
+    probes: int
+    sets: tuple[str, ...] = ()
+
+
+SMALL = Form(
+    trials=2,
+    probes=2,
+    sets=(
+        "prompts.counts={ train-like = 3, altered = 3, class-only = 1 }",
+        "confirmation.counts={ train-like = 2, altered = 2, class-only = 1 }",
+        "prompts.seeds=[0]",
+        "confirmation.seeds=[1000]",
+        "sampling.steps=8",
+        "max_train_epochs=1",
+    ),
+)
+FULL = Form(trials=12, probes=6)
+
+
+def hpo(place: Path, *words: str) -> str:
+    """What the command says; it must succeed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("OMP_NUM_THREADS", None)  # the chain has the machine to itself, as a user's would
+    done = subprocess.run(
+        [sys.executable, "-c", "from hpo.cli import main; main()", *words],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, f"hpo {' '.join(words)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def sets(form: Form) -> list[str]:
+    return [word for text in form.sets for word in ("--set", text)]
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(SMALL, id="small"), pytest.param(FULL, id="full", marks=pytest.mark.slow)]
+)
+def test_a_search_becomes_an_evaluated_run_on_the_larger_base(form: Form, tmp_path: Path) -> None:
+    hpo(tmp_path, "dataset", "demo", "character", "luca")
+    search = [
+        "search",
+        "--base",
+        "mini-sd15",
+        "--data",
+        "luca",
+        "--name",
+        "chain",
+        "--trials",
+        str(form.trials),
+    ]
+    hpo(tmp_path, *search, *sets(form))
+    source = StudyFolder(tmp_path / "runs" / "chain")
+    check_study(source, form.trials)
+
+    said = hpo(tmp_path, "transfer", "--to", "mini-sdxl", "--study", "chain", "--probes", str(form.probes))
+    settings = source.root / "transfer" / "mini-sdxl.toml"
+    assert f"hpo train {settings.relative_to(tmp_path)}" in said
+    assert "res.native" in (source.root / "transfer" / "plan.md").read_text()
+    target = StudyFolder(tmp_path / "runs" / "chain__mini-sdxl")
+    assert len(target.trial_folders()) == form.probes
+
+    dry = json.loads(hpo(tmp_path, "train", str(settings), "--dry-run", "--json"))
+    assert dry["settings"]["resolution"]["value"] == 128
+    said = hpo(tmp_path, "train", str(settings), "--set", "save_every_n_epochs=1")
+    output = next(line for line in said.splitlines() if line.startswith("next: hpo evaluate")).split()[-1]
+    lora = next(Path(output).glob("chain*.safetensors"))
+    assert len(read(lora).tensors) > 0
+
+    hpo(tmp_path, "evaluate", output)
+    best = Path(output) / "best.safetensors"
+    assert read(best).metadata["ss_base_model_version"].startswith("sdxl")
+    winner = max(
+        (json.loads(folder.result.read_text()) for folder in source.trial_folders()), key=lambda r: r["value"]
+    )
+    said = hpo(tmp_path, "compare", str(source.trial(winner["number"]).root), output)
+    assert "adapter effect" in said
