@@ -66,9 +66,10 @@ def evaluate(path: Path, inputs: Inputs, console: Console) -> Path:
     from hpo import judge as judges  # loads torch: after everything that can be checked without it
 
     judge = judges.load(run, inputs, view.say)
+    damaged = _unfit(run, judge)
     with alone(run), Stop(view.on_ask) as stop:
         view.should_stop = stop
-        outcome = _judged(run, judge, view)
+        outcome = _judged(run, judge, damaged, view)
         _write(run, judge, outcome)
         view.show(outcome)
         chosen = run.checkpoints[outcome.final]
@@ -79,10 +80,9 @@ def evaluate(path: Path, inputs: Inputs, console: Console) -> Path:
     return chosen.path
 
 
-def _judged(run: RunFiles, judge: Judge, view: View) -> Outcome:
+def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: View) -> Outcome:
     from evaluation import checkpoints
 
-    damaged = _unfit(run, judge)
     anchors = _anchors(judge, judge.prompts, run, view)
     count = len(run.checkpoints) - len(damaged)
     view.say(

@@ -261,6 +261,8 @@ def _config(run: RunFiles, inputs: Inputs) -> TrainConfig:
     if data is None and run.study is not None:
         data = Path(_facts(run)["data"])
     config = run.config(inputs.base, data)
+    if foreign:  # sd-scripts' metadata does not tell how captions end, and its default is used by few
+        config = config.with_values({"caption_extension": TrainConfig().caption_extension})
     if not config.train_data_dir and not config.dataset_config:
         raise DataError(
             f"it is not known on which images {run.name} was trained",
