@@ -23,6 +23,7 @@ from trainer.errors import ModelFileError
 FINALISTS = 3  # measured anew on the confirmation prompts (facts A2: the top 3)
 NORMAL_95 = 1.96  # half of a normal distribution's 95 % interval, in standard errors
 UNDERTRAINED, OVERTRAINED, BETWEEN, SINGLE = "undertrained", "overtrained", "between", "single"
+NO_BETTER = "no better than the untrained base"
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ def verdict(points: Sequence[Point], choice: Choice, *, finished: bool = True) -
             "the run saved one checkpoint, so there is no curve",
             "train with save_every_n_epochs, for example --set save_every_n_epochs=2",
         )
+    if _value(points[choice.best]) <= 0:
+        return Verdict(
+            NO_BETTER,
+            "no checkpoint scores above the untrained base, which has 0",
+            "look at the images: a lower learning_rate if they are broken, a higher one if they look untrained",
+        )
     best, last = points[choice.best].name, len(points) - 1
     earlier = choice.chosen != choice.best
     if choice.best == last and not finished:
@@ -128,6 +135,12 @@ def verdict(points: Sequence[Point], choice: Choice, *, finished: bool = True) -
             UNDERTRAINED,
             why,
             "raise max_train_epochs by half (assumed), or learning_rate; the curve still rises",
+        )
+    if choice.best == 0 and last in choice.within:
+        return Verdict(
+            OVERTRAINED,
+            f"the first checkpoint, {best}, is the best, though {points[last].name} cannot be told apart from it",
+            "the curve is flat: what was trained after the first checkpoint changed nothing that can be seen",
         )
     if choice.best == 0:
         return Verdict(

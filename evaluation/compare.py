@@ -60,6 +60,8 @@ def _check_same(a: Side, b: Side) -> None:
     for what in ("prompts", "scorer", "likeness", "references"):
         if a.anchors.identity[what] != b.anchors.identity[what]:
             raise ConfigError(f"the two sides were measured with other {what}", "compare them on the same")
+    if a.score.formula != b.score.formula:
+        raise ConfigError("the two scores are of different formulas", "compare them on the same")
     for side in (a, b):
         if side.score.anchors_key != side.anchors.key:
             raise ConfigError("a score and its anchors are of different scales", "score it again")
@@ -82,7 +84,7 @@ def _anchored(side: Side, prompts: tuple[str, ...], weights_KP: np.ndarray) -> d
     return {
         "prompt following": following_K,
         "likeness": alike_K,
-        "score": composite(following_K, alike_K),
+        "score": composite(following_K, alike_K, side.score.formula),
     }
 
 

@@ -14,6 +14,7 @@ Shapes: N pictures or texts, D vector width; vectors are fp32 on CPU and have le
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,8 +33,10 @@ from evaluation.scorerfile import (
     check_safetensors,
     facts_of_tag,
     file_of_tag,
+    model_folder,
     read_json,
     tag_in_name,
+    tag_of_sha,
     tags_shown,
 )
 from trainer.bases.load import MINIATURES
@@ -49,6 +52,8 @@ DEFAULT_SCORER = "ViT-B-32:laion2b_s34b_b79k"
 MINIATURE_SCORER = "mini-clip"
 MINIATURE_LIKENESS = "mini-likeness"
 FEATURE_BATCH = 32
+CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+LIKENESS_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 INIT_LOGIT_SCALE = math.log(
     1 / 0.07
 )  # open_clip's start value: weights that still hold it were never trained
@@ -106,6 +111,18 @@ class OpenClipScorer:
         return self._model.encode_image(pixels.to(self._device), normalize=True)
 
     @torch.no_grad()
+    def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
+        """(N, L, C): the image tower's last patches, before pooling."""
+        return _in_batches(images, self._patch_batch)
+
+    def _patch_batch(self, images: Sequence[np.ndarray]) -> Tensor:
+        pixels = torch.stack([self._preprocess(Image.fromarray(image)) for image in images])
+        found = self._model.visual.forward_intermediates(
+            pixels.to(self._device), indices=1, intermediates_only=True, output_fmt="NCHW"
+        )
+        return found["image_intermediates"][-1].flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         for text in texts:
             tokens, limit = self._token_count(text), self._tokenizer.context_length
@@ -143,10 +160,17 @@ class Dinov2Encoder:
     def image_features(self, images: Sequence[np.ndarray]) -> Tensor:
         return _in_batches(images, self._batch)
 
+    @torch.no_grad()
+    def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
+        """(N, L, C): the last patches."""
+        return _in_batches(images, lambda part: self._states(part)[:, 1:])
+
     def _batch(self, images: Sequence[np.ndarray]) -> Tensor:
+        return torch.nn.functional.normalize(self._states(images)[:, 0], dim=-1)
+
+    def _states(self, images: Sequence[np.ndarray]) -> Tensor:
         pixels = np.stack([self._pixels(image) for image in images])
-        states = self._model(torch.from_numpy(pixels).to(self._device)).last_hidden_state
-        return torch.nn.functional.normalize(states[:, 0], dim=-1)
+        return self._model(torch.from_numpy(pixels).to(self._device)).last_hidden_state
 
     def _pixels(self, image_HW3: np.ndarray) -> np.ndarray:
         """Shortest side to ``resize_px`` (bicubic), centre crop, normalised: (3, crop, crop)."""
@@ -215,12 +239,15 @@ def check_scorer(spec: str) -> None:
 
 
 def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu") -> ImageEncoder:
-    """The encoder of likeness: ``clip`` (the scorer's image tower), ``mini-likeness``, or a Dinov2Model's
-    folder."""
+    """The encoder of likeness: ``clip`` (the scorer's image tower), ``mini-likeness``, or a Dinov2Model: its
+    folder, or its name on the hub (facebook/dinov2-small)."""
     if spec == "clip":
         return scorer
     check_likeness(spec)
     folder = _likeness_folder(spec)
+    if not folder.is_dir():
+        folder = model_folder(spec, LIKENESS_FILES)
+        check_likeness(str(folder))
     weights, config = folder / "model.safetensors", read_json(folder / "config.json")
     model, report = Dinov2Model.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, local_files_only=True
@@ -233,10 +260,23 @@ def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu")
         raise ModelFileError(
             f"{weights} lacks {len(missing)} of the model's weights: {missing[:5]}", "get it again"
         )
-    name = spec if spec == MINIATURE_LIKENESS else folder.name
+    name = spec if _is_hub_name(spec) or spec == MINIATURE_LIKENESS else folder.name
     return Dinov2Encoder(
         model, _dinov2_preprocess(folder, int(config["image_size"])), name, sha256_file(weights), device
     )
+
+
+def is_likeness(spec: str) -> bool:
+    """Whether a text names a DINOv2 encoder rather than a scorer."""
+    folder = _likeness_folder(spec)
+    return ((folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()) or (
+        _is_hub_name(spec)
+    )
+
+
+def open_clip_tokenizer(context_length: int) -> Any:
+    """CLIP's own tokens, from open_clip's vocabulary."""
+    return open_clip.SimpleTokenizer(context_length=context_length)
 
 
 def check_likeness(spec: str) -> None:
@@ -245,8 +285,11 @@ def check_likeness(spec: str) -> None:
         return
     folder = _likeness_folder(spec)
     if not folder.is_dir():
+        if _is_hub_name(spec):
+            return
         raise ModelFileError(
-            f"no likeness encoder {spec!r}", "give clip, or the folder of a transformers Dinov2Model"
+            f"no likeness encoder {spec!r}",
+            "give clip, the folder of a transformers Dinov2Model, or its name on the hub: facebook/dinov2-small",
         )
     config = read_json(folder / "config.json")
     if config.get("model_type") != "dinov2":
@@ -254,6 +297,11 @@ def check_likeness(spec: str) -> None:
             f"{folder} holds {config.get('model_type')!r}, not a dinov2 model", "give a Dinov2Model"
         )
     check_safetensors(folder / "model.safetensors")
+
+
+def _is_hub_name(spec: str) -> bool:
+    """org/name, and nothing of that name in the current folder."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec)) and not Path(spec).exists()
 
 
 def _likeness_folder(spec: str) -> Path:
@@ -289,7 +337,7 @@ def _tag_or_file(model: str, weights: str) -> tuple[str | None, Path | None]:
     if not by_tag and not path.is_file():
         hint = f"its tags: {tags_shown(model)}"
         raise ModelFileError(f"{weights} is neither a file nor a tag of {model}", hint)
-    tag = weights if by_tag else tag_in_name(model, path)
+    tag = weights if by_tag else tag_in_name(model, path) or tag_of_sha(model, sha256_file(path))
     check_quick_gelu(model, tag, weights)
     return tag, None if by_tag else path
 

@@ -83,7 +83,9 @@ def _places(points: Sequence[Point]) -> tuple[list[float], str]:
 def _row(points: Sequence[Point], name: str) -> list[tuple[float, float] | None]:
     field = {"prompt following": "prompt_following", "likeness": "likeness", "score": "value"}[name]
     error = "se" if name == "score" else f"{field}_se"
-    return [p.score and (getattr(p.score, field), getattr(p.score, error)) for p in points]
+    return [
+        (getattr(p.score, field), getattr(p.score, error)) if p.score is not None else None for p in points
+    ]
 
 
 def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -34,8 +34,6 @@ from evaluation.vectors import Vectors
 from trainer.images import read_picture
 
 NEAR = 0.5  # assumed: a copy is nearer than this part of a held-out reference's usual distance
-# On the miniature a training image through the base's autoencoder is at 0.03 of that distance or nearer, and
-# the nearest picture of a good LoRA at 4 times it (docs/evaluation.md).
 
 
 @dataclass(frozen=True)

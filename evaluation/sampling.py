@@ -41,6 +41,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 INDEX_NAME = "samples.json"
 BATCH_PIXELS = 8 * 64 * 64  # assumed: latent cells of a chunk that fit 16 GB beside SD1.5 (8 images of 512²)
+BATCH_CARD_BYTES = 16e9  # the card of that assumption; a larger one draws as many times more at once
 MAX_BATCH = 32
 
 OnImages = Callable[[int, int], None]  # (images done, images in all)
@@ -79,8 +80,21 @@ def default_config(base: Base, **changes: Any) -> SampleConfig:
     side_px = base.native_resolution_px
     width_px, height_px = changes.get("width_px") or side_px, changes.get("height_px") or side_px
     cells = (width_px // base.latent_factor_px) * (height_px // base.latent_factor_px)
-    batch = max(1, min(MAX_BATCH, BATCH_PIXELS // cells))
+    batch = chunk_size(cells, _card_bytes(base.device))
     return SampleConfig(**{"batch_size": batch, **changes, "width_px": width_px, "height_px": height_px})
+
+
+def chunk_size(cells: int, card_bytes: float) -> int:
+    """Images at once, of so many latent cells each.  By the card's size, not by what is free of it now: the
+    same card always draws in the same chunks, so that stored ones can be taken over."""
+    return max(1, min(MAX_BATCH, int(BATCH_PIXELS * card_bytes / BATCH_CARD_BYTES) // cells))
+
+
+def _card_bytes(device: torch.device) -> float:
+    """Memory of a GPU; a CPU counts as the assumed card."""
+    if device.type != "cuda":
+        return BATCH_CARD_BYTES
+    return float(torch.cuda.get_device_properties(device).total_memory)
 
 
 def generator(prompt_id: str, seed: int) -> torch.Generator:
@@ -112,14 +126,12 @@ def sample(
         jobs = jobs[: config.batch_size]
     chunks = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
     store = _Store(folder, _key(identity, prompts, config, as_class)) if folder else None
-    negative: TextStates | None = None
+    encoded: dict[str, TextStates] = {}
     images: list[SampledImage] = []
     for chunk in chunks:
         found = store.read(chunk) if store and identity else None
         if found is None:
-            if negative is None and config.cfg > 1:
-                negative = _encode(base, [config.negative], config)
-            found = _draw(base, chunk, config, negative, as_class)
+            found = _draw(base, chunk, config, encoded, as_class)
             if store:
                 store.write(found)
         images += found
@@ -132,13 +144,19 @@ def _draw(
     base: Base,
     chunk: Sequence[tuple[Prompt, int]],
     config: SampleConfig,
-    negative: TextStates | None,
+    encoded: dict[str, TextStates],
     as_class: bool,
 ) -> list[SampledImage]:
+    """The images of a chunk.  ``encoded`` gathers the texts' states: each is encoded once a call, and alone, so
+    that its numbers do not depend on which texts are beside it or which chunks were stored already."""
     texts = [prompt.scored_text if as_class else prompt.text for prompt, _ in chunk]
-    unique = list(dict.fromkeys(texts))
+    guided = config.cfg > 1
     try:
-        states = _encode(base, unique, config).rows([unique.index(text) for text in texts])
+        for text in dict.fromkeys([*texts, *([config.negative] if guided else [])]):
+            if text not in encoded:
+                encoded[text] = _encode(base, text, config)
+        states = TextStates.join([encoded[text] for text in texts])
+        negative = encoded[config.negative] if guided else None
         latents_BChw = denoise(base, initial_noise(base, chunk, config), states, negative, config)
         pixels_BHW3, finite = base.decode_latents(latents_BChw)
     except torch.OutOfMemoryError:
@@ -151,8 +169,8 @@ def _draw(
 
 
 @torch.no_grad()
-def _encode(base: Base, texts: Sequence[str], config: SampleConfig) -> TextStates:
-    return base.encode_text(list(texts), clip_skip=config.clip_skip)
+def _encode(base: Base, text: str, config: SampleConfig) -> TextStates:
+    return base.encode_text([text], clip_skip=config.clip_skip)
 
 
 def initial_noise(base: Base, chunk: Sequence[tuple[Prompt, int]], config: SampleConfig) -> Tensor:

@@ -7,11 +7,12 @@ Owns open_clip's tags, the hub's cache and what a file's name and tensor names t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError, safe_open
 
@@ -21,8 +22,9 @@ from trainer.errors import ModelFileError
 TAGS_SHOWN = 8
 
 
-def check_safetensors(path: Path) -> list[str]:
-    """Names of the tensors; ModelFileError if the file is absent, cut off, or in transformers' layout."""
+def check_safetensors(path: Path, *, transformers: bool = False) -> list[str]:
+    """Names of the tensors; ModelFileError if the file is absent, cut off, or in transformers' layout where
+    that is not what is wanted."""
     if not path.is_file():
         raise ModelFileError(f"{path} is not there", "a scorer without weights is a random one")
     try:
@@ -30,7 +32,7 @@ def check_safetensors(path: Path) -> list[str]:
             keys = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ModelFileError(f"{path} is damaged or cut off: {error}", "copy or download it again") from None
-    if any(key.startswith("vision_model.") for key in keys):
+    if not transformers and any(key.startswith("vision_model.") for key in keys):
         raise ModelFileError(
             f"{path} is in transformers' layout, which open_clip cannot read",
             "download open_clip's own file (open_clip_model.safetensors) of the same model",
@@ -45,6 +47,15 @@ def tag_in_name(model: str, path: Path) -> str | None:
         tag for twin in _twins(model) for tag in list_pretrained_tags_by_model(twin) if tag.lower() in name
     ]
     return max(tags, key=len, default=None)
+
+
+def tag_of_sha(model: str, sha: str) -> str | None:
+    """The tag that a file's sha256 tells, whatever it is called: OpenAI's addresses hold it."""
+    for twin in _twins(model):
+        for tag in list_pretrained_tags_by_model(twin):
+            if f"/{sha}/" in get_pretrained_cfg(twin, tag).get("url", ""):
+                return tag
+    return None
 
 
 def facts_of_tag(model: str, tag: str) -> dict[str, Any]:
@@ -95,6 +106,25 @@ def file_of_tag(model: str, tag: str) -> Path:
     except Exception as error:  # hub and network errors of many kinds
         raise ModelFileError(
             f"{model}:{tag} could not be downloaded: {without_login(str(error))}", hint
+        ) from None
+
+
+def model_folder(repository: str, files: Sequence[str]) -> Path:
+    """The folder of a hub model's files: cached, else downloaded.  The last of ``files`` may be missing there."""
+    needed = files[:-1]
+    cached = [try_to_load_from_cache(repository, name) for name in needed]
+    if all(isinstance(path, str) for path in cached):
+        return Path(str(cached[0])).parent
+    hint = "download it elsewhere and give its folder, or set HF_ENDPOINT to a mirror"
+    try:
+        require_network(repository)
+    except ModelFileError as error:
+        raise ModelFileError(error.message, hint) from None
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(files)))
+    except Exception as error:  # hub and network errors of many kinds
+        raise ModelFileError(
+            f"{repository} could not be downloaded: {without_login(str(error))}", hint
         ) from None
 
 

@@ -27,7 +27,7 @@ SIGNIFICANT = 0.05
 # z(97.5 %) + z(80 %): a true difference this many standard errors wide is seen with 80 % power at 5 %, two-sided
 DETECTABLE = 1.960 + 0.842
 ALL_PERMUTATIONS = 8  # up to this many pairs every permutation is counted (8! = 40,320)
-PERMUTATIONS = 10_000  # random ones beyond
+PERMUTATIONS = 2_000  # random ones beyond
 # assumed: a little better than the base's following or the references' likeness counts in a score, no more
 CEILING = 1.1
 
@@ -139,9 +139,18 @@ class Scale:
     @classmethod
     def of(cls, anchors: Mapping[str, Any]) -> Scale:
         """From the anchors' file, or from their fields."""
-        columns = (np.asarray(anchors[k], float) for k in ("base_t_P", "chance_t_P", "base_i_P"))
-        figures = (float(anchors[k]) for k in ("real_i", "t_unit_se", "i_unit_se"))
-        return cls(*columns, np.asarray(anchors["asks_for_subject"], bool), *figures)
+        base_t_P, chance_t_P, base_i_P = (
+            np.asarray(anchors[key], float) for key in ("base_t_P", "chance_t_P", "base_i_P")
+        )
+        return cls(
+            base_t_P,
+            chance_t_P,
+            base_i_P,
+            np.asarray(anchors["asks_for_subject"], bool),
+            float(anchors["real_i"]),
+            float(anchors["t_unit_se"]),
+            float(anchors["i_unit_se"]),
+        )
 
 
 def image_scores(clip_t_PS: np.ndarray, clip_i_PS: np.ndarray, scale: Scale) -> np.ndarray | None:

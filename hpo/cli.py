@@ -281,6 +281,44 @@ def train(file: Path, **words: Any) -> None:
 
 
 @main.command()
+@click.option("--to", "to", required=True, metavar="FAMILY", help="sdxl, or mini-sdxl for the miniature.")
+@click.option("--study", metavar="NAME", help="The study that was searched. Unset: the last one.")
+@click.option(
+    "--vram",
+    type=click.FloatRange(min=1, max=10_000),
+    metavar="GB",
+    help="The card's memory. Unset: the profile's (sdxl-16gb: 16).",
+)
+@click.option(
+    "--profile", metavar="NAME", help="sdxl-16gb, sdxl-keep, or a FILE.toml of your own. Unset: the family's."
+)
+@click.option(
+    "--preset", metavar="NAME", help="conservative, balanced or aggressive. Unset: the profile's own."
+)
+@click.option(
+    "--probes",
+    type=click.IntRange(0, 32),
+    default=0,
+    show_default=True,
+    help="Short runs on the target that correct what the rules cannot know; 6 is usual.",
+)
+@click.option(
+    "--design", type=click.Choice(["ladder", "grid"]), help="How probes are chosen. Unset: the better one."
+)
+@click.option("--device", help="For probes: cpu, cuda, cuda:1 … Unset: the GPU if there is one.")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP
+)
+def transfer(**words: Any) -> None:
+    """Carry a study's best settings over to SDXL: a table of what changes and why, and the files of the run.
+    With --probes the same command goes on with probes that were stopped."""
+    calm_libraries()
+    from hpo.transfercmd import Request, run
+
+    run(Request(**words), console())
+
+
+@main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="The same for scripts, with all metadata in full.")
 def inspect(file: Path, as_json: bool) -> None:

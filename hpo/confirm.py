@@ -11,6 +11,7 @@ parameters are the searched trial it repeats and its training seed.  No score of
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from hpo.folder import (
     open_study,
     read_json,
 )
+from hpo.noise import components
 from hpo.search import MAX_DEATHS, View, say_finished, tell
 from hpo.standing import BASELINE, ROLE, is_feasible, standing
 from hpo.stop import Stop
@@ -461,11 +463,13 @@ class Confirmation:
         """What all complete runs of the wanted trials say.  Raises DataError if none of them has a score."""
         zero = next((n for n, t in self.chosen.items() if t.user_attrs.get(ROLE) == BASELINE), None)
         scored = [
-            (float(t.value), float(t.user_attrs.get("se", 0.0)))
+            float(t.value)
             for t in searched_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             if is_feasible(t) and t.value is not None
         ]
-        found = decide([self._candidate(n) for n in self.chosen], zero, self.how, scored)
+        noise = components(searched_study, self.source)
+        own_se = noise.paired_se() / math.sqrt(2) if noise else 0.0
+        found = decide([self._candidate(n) for n in self.chosen], zero, self.how, scored, own_se)
         if found is None:
             raise DataError(
                 f"none of the trials {', '.join(map(str, self.chosen))} has a score when confirmed",

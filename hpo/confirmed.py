@@ -10,6 +10,7 @@ does – beat trial 0.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -118,9 +119,13 @@ def decide(
     candidates: Sequence[Candidate],
     trial0: int | None,
     how: str,
-    searched: Sequence[tuple[float, float]] = (),
+    searched: Sequence[float] = (),
+    own_se: float = 0.0,
 ) -> Outcome | None:
-    """The outcome; None if no configuration has a score.  ``searched``: (score, se) of the search's trials."""
+    """The outcome; None if no configuration has a score.
+
+    ``searched``: scores of the search's trials; ``own_se``: their noise that other trials do not share.
+    """
     sound = [c for c in candidates if not c.trouble and c.repeats]
     if not sound:
         return None
@@ -179,16 +184,18 @@ def decide(
         train_sd=sd,
         train_freedom=freedom,
         shrinkage=float(np.mean(falls)) if falls else None,
-        expected=_expected(searched),
+        expected=expected_best(searched, math.hypot(own_se, sd)) if own_se else None,
         troubles={c.number: c.trouble for c in candidates if c.trouble},
     )
 
 
-def _expected(searched: Sequence[tuple[float, float]]) -> float | None:
-    if len(searched) < 3:
-        return None
-    values, ses = zip(*searched, strict=True)
-    return float(shrunken(values, ses)[int(np.argmax(values))])
+def expected_best(searched: Sequence[float], noise: float) -> float | None:
+    """What the best score of a search is worth, from the search alone: pulled to the better half's mean.
+
+    The lower half says little about the best (a bad proposal falls far); ``noise`` is what trials do not share.
+    """
+    better = sorted(searched, reverse=True)[: (len(searched) + 1) // 2]
+    return float(shrunken(better, [noise] * len(better))[0]) if len(better) >= 3 else None
 
 
 def write_outcome(folder: StudyFolder, outcome: Outcome, facts: Mapping[str, Any]) -> bool:

@@ -64,11 +64,19 @@ def note_text(result: Result, settings: Mapping[str, Any], grid_path: str | None
             f"prompt following {result.prompt_following:.3f}, likeness {result.likeness:.3f} "
             f"(CLIP text {result.clip_t:.4f}, image {result.clip_i:.4f})"
         )
+        lines += _safety(result)
     else:
         lines.append(f"**{result.state}: {_plain(result.reason)}** – {_plain(result.message)}")
     if result.remedy:
         lines += ["", f"run with {result.remedy} to fit the memory; the result is the same"]
     return "\n".join([*lines, *_settings_table(settings)])
+
+
+def _safety(result: Result) -> list[str]:
+    """Copies, diversity and what is left of the class word, where they were measured."""
+    figures = {"copy rate": result.copy_rate, "diversity": result.diversity, "prior": result.prior}
+    known = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+    return ["", ", ".join(known)] if known else []
 
 
 def _settings_table(settings: Mapping[str, Any]) -> list[str]:

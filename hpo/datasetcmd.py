@@ -168,11 +168,11 @@ def show(console: Console, request: Request, report: Report) -> None:
         say(console, "nothing to mend")
     if report.steps:
         console.print(_histogram(report.steps))
-        for line in arithmetic(report.steps, config):
+        for line in arithmetic(report.steps, config, {photo.repeats for photo in seen.trained}):
             say(console, line)
     if report.is_usable:
-        place, out = shlex.quote(shown(request.folder)), shlex.quote(request.base)
-        say(console, f"next: hpo search --base {out} --data {place}")
+        command = "train FILE.toml" if request.base == "sdxl" else "search"
+        say(console, f"next: hpo {command} --base {request.base} --data {shlex.quote(shown(request.folder))}")
 
 
 def _findings_table(found: tuple[Finding, ...]) -> Table:
@@ -202,12 +202,13 @@ def _histogram(steps: Steps) -> Table:
     return table
 
 
-def arithmetic(steps: Steps, config: TrainConfig) -> list[str]:
+def arithmetic(steps: Steps, config: TrainConfig, repeats: set[int]) -> list[str]:
     """Images → samples → batches → steps, one line each."""
     groups = config.gradient_accumulation_steps
+    times = f"{min(repeats)} repeats" if len(repeats) == 1 else "their repeats"
     by = "" if groups == 1 else f" / {groups} accumulated"
     return [
-        f"{steps.images} images × repeats = {steps.samples_per_epoch} samples an epoch",
+        f"{steps.images} images × {times} = {steps.samples_per_epoch} samples an epoch",
         f"in batches of {config.train_batch_size}: {steps.batches_per_epoch} batches{by}"
         f" = {steps.steps_per_epoch} steps an epoch",
         f"× {steps.epochs} epochs = {steps.total_steps} steps (--set changes the settings)",

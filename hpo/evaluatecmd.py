@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hpo.judge import Judge
 
 SEARCH, CONFIRMATION = "search", "confirmation"
-TABLE_WIDTH = 110  # characters
+TABLE_WIDTH = 132  # characters
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,11 @@ def _point(
     except Unchanged:
         point = Point(*place, None, "it changes nothing: its images are the untrained base's")
     else:
-        point = Point(*place, score)
+        safety = score.safety
+        if safety and safety.broken:  # copied or collapsed pictures are no result, however they score
+            point = Point(*place, None, "; ".join(map(safety.says, safety.broken)))
+        else:
+            point = Point(*place, score)
     said = point.reason or f"score {score.value:.4f} ± {score.se:.4f}"
     view.say(f"{checkpoint.name} ({name}): {said}, {clock(time.monotonic() - started)}")
     return point
@@ -313,7 +317,12 @@ class View:
 
     def table(self, table: Table) -> None:
         """Never cut: a log is no narrower than its figures."""
-        self.console.print(table, width=max(self.console.width, TABLE_WIDTH), crop=False)
+        screen = self.console
+        if screen.width < TABLE_WIDTH:
+            screen = Console(
+                file=screen.file, width=TABLE_WIDTH, force_terminal=screen.is_terminal, highlight=False
+            )
+        screen.print(table)
 
     def show(self, outcome: Outcome) -> None:
         """The curve as a table, the verdict and the choice."""

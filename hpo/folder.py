@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +108,16 @@ class StudyFolder:
 
     @property
     def url(self) -> str:
-        """The database as SQLAlchemy names it: as a URI, in which every character of a path can be
-        written."""
-        return f"sqlite:///file:{quote(str(self.database.resolve()))}?uri=true"
+        """The database as SQLAlchemy names it.  Versions differ in whether they decode %3F and the like."""
+        from sqlalchemy import make_url
+
+        path = str(self.database.resolve())
+        for url in (f"sqlite:///{quote(path)}", f"sqlite:///{path}"):
+            if make_url(url).database == path and "{" not in url:  # Optuna fills in what is in braces
+                return url
+        raise ConfigError(
+            f"{path} cannot be a database's address", "choose --runs without ? % { } in its path"
+        )
 
     @property
     def locks(self) -> Path:
@@ -282,11 +289,10 @@ def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
     """The database as Optuna's storage.  Raises MachineError if it is not a database, or cannot be opened."""
     import optuna
 
+    url = folder.url
     try:
         _write_ahead(folder.database)
-        return optuna.storages.RDBStorage(
-            folder.url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}}
-        )
+        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}})
     except Exception as error:  # sqlite3, SQLAlchemy and alembic each raise their own kinds
         reason = clean_text(first_line(error))
         raise MachineError(
@@ -347,8 +353,10 @@ def open_study(folder: StudyFolder) -> optuna.Study:
     return study
 
 
-def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
-    """The folder's study, created if need be.  Call with the study lock held.
+def create_study(
+    folder: StudyFolder, facts: Mapping[str, str], objectives: Sequence[str] = ("score",)
+) -> optuna.Study:
+    """The folder's study, created if need be.  Call with the study lock held.  ``objectives`` are maximized.
 
     Never makes a fresh, empty study where trial folders of a lost one lie.
     """
@@ -363,17 +371,23 @@ def create_study(folder: StudyFolder, facts: Mapping[str, str]) -> optuna.Study:
     study = optuna.create_study(
         study_name=names[0] if names else folder.name,
         storage=storage,
-        direction="maximize",
+        directions=["maximize"] * len(objectives),
         load_if_exists=True,
         sampler=optuna.samplers.RandomSampler(),
         pruner=optuna.pruners.NopPruner(),
     )
-    if study.direction != optuna.study.StudyDirection.MAXIMIZE:  # load_if_exists keeps the direction it finds
+    # load_if_exists keeps the directions it finds
+    if any(direction != optuna.study.StudyDirection.MAXIMIZE for direction in study.directions):
         raise ConfigError(f"{folder.database} minimizes; a score is maximized", "give another --name")
+    if len(study.directions) != len(objectives):
+        raise ConfigError(
+            f"study {folder.name} began with {len(study.directions)} objective(s), and now has {len(objectives)}",
+            "give the new study another --name, or undo the change",
+        )
     if IDENTITY not in study.user_attrs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["score"])
+            study.set_metric_names(list(objectives))
         study.set_user_attr(IDENTITY, dict(facts))
     return study
 

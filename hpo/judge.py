@@ -15,19 +15,23 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from evaluation import embed
 from evaluation.anchors import Anchors, References, embed_references, make_anchors, require_references
+from evaluation.answers import self_test
 from evaluation.images import SampledImage
 from evaluation.prompts import MAX_TOKENS, PromptSet, load_prompts, no_class_word
+from evaluation.safeguards import Limits, Safeguards, embed_copies, scene_encoders
 from evaluation.sampling import OnImages, SampleConfig, default_config, sample
-from evaluation.score import METRICS_NAME, Score, evaluate_adapter, read_score
+from evaluation.score import METRICS_NAME, Formula, Score, evaluate_adapter, read_score
+from evaluation.style import PatchEncoder, StyleEncoder
 from hpo.folder import read_json
+from hpo.keeper import DATASET_KEY
 from hpo.runfiles import RunFiles
-from hpo.study import DEFAULT_STUDY, SHIPPED, Inputs, StudyConfig, find_study, read_study
+from hpo.study import DEFAULT_STUDY, SHIPPED, Inputs, StudyConfig, build_study, find_study, read_study
 from hpo.training import check_device
 from hpo.workbench import prompt_sets, reference_paths
 from trainer import lorafile
@@ -45,7 +49,6 @@ if TYPE_CHECKING:
 
 SWEEP_STEPS = 25  # facts A2: DPM++ 2M with 25 steps for checkpoints and comparisons, 20 in a search
 LORA_NAME = "lora.json"  # which LoRA the figures beside it are of
-DATASET_KEY = "lora_hpo_dataset"  # Dataset.content_hash in a LoRA's metadata (hpo.trainrun)
 T = TypeVar("T")
 
 
@@ -62,6 +65,8 @@ class Judge:
     references: References
     scorer: embed.Scorer
     likeness: embed.ImageEncoder
+    formula: Formula
+    safeguards: Safeguards
     say: Say
 
     def anchors(self, prompts: PromptSet, evaluation: Path, on_image: OnImages | None = None) -> Anchors:
@@ -117,6 +122,8 @@ class Judge:
                     folder,
                     identity=identity,
                     on_image=on_image,
+                    formula=self.formula,
+                    safeguards=self.safeguards,
                 )
 
             result = self._within_memory(draw)
@@ -162,7 +169,7 @@ class Judge:
             found = read_score(folder / METRICS_NAME)
         except DataError:
             return None
-        return found if found.anchors_key == anchors.key else None
+        return found if found.anchors_key == anchors.key and found.formula == self.formula else None
 
     def _within_memory(self, work: Callable[[], T]) -> T:
         """``work``, with half as many images at once as long as the memory does not suffice."""
@@ -189,12 +196,12 @@ def load(run: RunFiles, inputs: Inputs, say: Say, *, like: Judge | None = None) 
     check_device(device)
     config = _config(run, inputs)
     spec = config.pretrained_model_name_or_path
-    study = read_study(find_study(None, spec))
+    study = _definition(run, spec)
     data = _training_data(run, config, inputs)
     paths = list(like.reference_files) if like else _references(run, inputs, data)
     _check_unseen(run, paths, data)
     require_references(len(paths))
-    scorer_spec = inputs.clip or study.study.clip or embed.default_scorer(spec)
+    scorer_spec = inputs.clip or _studys_scorer(run) or study.study.clip or embed.default_scorer(spec)
     likeness_spec = study.study.likeness or embed.default_likeness(spec)
     if like is None:
         embed.check_scorer(scorer_spec)
@@ -208,17 +215,24 @@ def load(run: RunFiles, inputs: Inputs, say: Say, *, like: Judge | None = None) 
         no_half_vae=config.no_half_vae,
     )
     _say_changes(run, base, data, say)
+    scorer: embed.Scorer
+    likeness: embed.ImageEncoder
     if like is None:
         prompts, confirmation = _sets(run, inputs, study, data, base.token_count)
         scorer = embed.load_scorer(scorer_spec, device)
-        likeness = embed.load_likeness(likeness_spec, scorer, device)
+        self_test(scorer)
+        plain = embed.load_likeness(likeness_spec, scorer, device)
+        likeness = StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
+        formula = Formula(**dataclasses.asdict(study.score))
         references = embed_references(paths, likeness)
         for note in prompts.notes:
             say(note)
     else:
         prompts, confirmation, references = like.prompts, like.confirmation, like.references
-        scorer, likeness = like.scorer, like.likeness
+        scorer, likeness, formula = like.scorer, like.likeness, like.formula
         _check_readable(base, confirmation or prompts)
+    encoders = scene_encoders(scorer, likeness)
+    copies = embed_copies([item.path for item in data.items], paths, encoders)
     return Judge(
         base,
         data,
@@ -229,6 +243,8 @@ def load(run: RunFiles, inputs: Inputs, say: Say, *, like: Judge | None = None) 
         references,
         scorer,
         likeness,
+        formula,
+        Safeguards(encoders, copies, Limits(**dataclasses.asdict(study.limits))),
         say,
     )
 
@@ -263,16 +279,27 @@ def _facts(run: RunFiles) -> dict[str, Any]:
     return facts
 
 
+def _definition(run: RunFiles, spec: str) -> StudyConfig:
+    """Which prompts, encoders, formula and limits: the trial's study's, else those that go with the base."""
+    sections = _facts(run).get("sections") if run.study is not None else None
+    if sections:
+        return build_study("study", sections)
+    return read_study(find_study(None, spec))
+
+
+def _studys_scorer(run: RunFiles) -> str | None:
+    """--clip as the trial's study was given it."""
+    given = _facts(run).get("inputs") if run.study is not None else None
+    return given.get("clip") if isinstance(given, dict) else None
+
+
 def _training_data(run: RunFiles, config: TrainConfig, inputs: Inputs) -> Dataset:
     """What the run was trained on, references left out for a study's trial."""
-    words = {"trigger": inputs.trigger, "class_word": inputs.class_word}
+    trigger, class_word = inputs.trigger, inputs.class_word
     if run.study is not None and inputs.data is None:
         chosen = load_prompts(run.study.prompts, trigger=None, class_word=None, count_tokens=lambda text: 0)
-        words = {
-            "trigger": words["trigger"] or chosen.trigger,
-            "class_word": words["class_word"] or chosen.class_word,
-        }
-    data = read_training_data(config, **words)
+        trigger, class_word = trigger or chosen.trigger, class_word or chosen.class_word
+    data = read_training_data(config, trigger=trigger, class_word=class_word)
     if run.study is None:
         return data
     apart = {_sha(path) for path in _study_references(run)}

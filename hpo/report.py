@@ -260,6 +260,8 @@ def study_line(name: str, standing: Standing) -> str:
         words.append(f"best={standing.best[0]} score={standing.best[1]:.4f} se={standing.best[2]:.4f}")
     if standing.baseline:
         words.append(f"baseline={standing.baseline[1]:.4f}")
+    if standing.front:
+        words.append("front=" + ",".join(map(str, standing.front)))
     return " ".join(words)
 
 
@@ -298,6 +300,12 @@ def summary(
         "  The best of a search is optimistic, because it was selected: what it is worth",
         "  shows only on fresh prompts and seeds. This is no result yet.",
     ]
+    if standing.front:
+        lines += [
+            "Pareto front of prompt following and likeness: trials " + ", ".join(map(str, standing.front)),
+            "  none of them is beaten in both; the best above has the highest score of the two together;",
+            "  convergence is judged of one score only, so nothing is said of it here",
+        ]
     if trial.lora.is_file():
         lines.append(f"LoRA: {trial.lora}")
     lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
@@ -307,19 +315,19 @@ def summary(
 
 
 def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
-    """All trials, newest last."""
-    from hpo.standing import is_duplicate
+    """All trials, newest last: * the best score, + on the Pareto front of a study with two objectives."""
+    from hpo.standing import is_duplicate, score_of, standing
 
+    now = standing(study, 0)
+    parts = ("prompt_following", "likeness") if len(study.directions) > 1 else ()
     table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
-    for name, width in (("trial", 6), ("state", 17), ("score", 7), ("± se", 7), ("time", 7)):
+    for name, width in (
+        ("trial", 6), ("state", 17), ("score", 7), ("± se", 7), *((part.split("_")[-1], 9) for part in parts),
+        ("time", 7),
+    ):  # fmt: skip
         table.add_column(name, min_width=width, no_wrap=True)
     table.add_column("settings", overflow="ellipsis", no_wrap=True, ratio=1)
     trials = study.get_trials(deepcopy=False)
-    best = max(
-        (t for t in trials if t.value is not None and t.user_attrs.get("outcome") == "complete"),
-        key=lambda t: (t.value or 0.0, -t.number),
-        default=None,
-    )
     for trial in trials:
         state = trial.user_attrs.get("outcome", trial.state.name.lower())
         if trial.state.name == "RUNNING":
@@ -327,15 +335,19 @@ def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> Re
             state = f"running ({pid})" if pid else "interrupted"
         elif trial.state.name == "FAIL":
             state = "duplicate" if is_duplicate(trial) else "failed"
-        scored = state == "complete" and trial.value is not None
+        value = score_of(trial) if state == "complete" else None
+        scored = value is not None
+        mark = "*" if now.best and trial.number == now.best[0] else ""
+        mark += "+" if trial.number in now.front else ""
         reason = str(trial.user_attrs.get("reason", ""))
         settings = trial.user_attrs.get("settings", {})
         words = " ".join(f"{clean_text(str(k))}={short(v)}" for k, v in settings.items())
         table.add_row(
-            Text(f"{trial.number}{'*' if trial is best else ''}"),
+            Text(f"{trial.number}{mark}"),
             Text(clean_text(state)),
-            Text(f"{trial.value:.4f}" if scored else ""),
+            Text(f"{value:.4f}" if scored else ""),
             Text(f"{trial.user_attrs.get('se', 0.0):.4f}" if scored else ""),
+            *(Text(f"{trial.user_attrs[part]:.4f}" if scored else "") for part in parts),
             Text(clock(trial.user_attrs["seconds"]) if "seconds" in trial.user_attrs else ""),
             Text(f"[{clean_text(reason)}] {words}" if reason else words),
         )

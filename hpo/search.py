@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,14 +21,17 @@ from hpo import alerts, convergence, dashboard
 from hpo.claim import MAX_DUPLICATES, Claim, Claims, startup_trials
 from hpo.folder import STOP, StudyFolder
 from hpo.locks import holder
+from hpo.sections import SCORE
 from hpo.standing import Standing, drop_files, history, searched_settings, standing
 from hpo.trial import (
+    COMPLETE,
     FAILED,
     INFEASIBLE_REASONS,
     Result,
     Watch,
     deaths_without_progress,
     failed,
+    objective_values,
     run_trial,
     write_params,
     write_result,
@@ -160,6 +163,7 @@ class Search:
             result,
             searched_settings(self.bench.study, suggested),
             self.view.say,
+            self.bench.study.objectives,
         )
 
     def _say_finished(self, number: int) -> None:
@@ -189,6 +193,8 @@ class Search:
         return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total
 
     def _check_convergence(self) -> None:
+        if len(self.bench.study.objectives) > 1:  # a front has no best score to wait for (session says so)
+            return
         points, rows = history(self.study, self.bench.study, self.folder, self.bench.anchors)
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         verdict = convergence.detect(
@@ -231,11 +237,12 @@ def tell(
     result: Result,
     settings: Mapping[str, Any],
     say: Callable[[str], None],
+    objectives: Sequence[str] = (SCORE,),
 ) -> None:
     """Optuna learns the result.  Safe to repeat after a kill at any point of it."""
     try:
         if not study._storage.get_trial(trial._trial_id).state.is_finished():
-            _record(study, folder, trial, result, settings, say)
+            _record(study, folder, trial, result, settings, say, objectives)
             return
     except UpdateFinishedTrialError:
         pass  # somebody finished it between two of the writes
@@ -256,23 +263,27 @@ def _record(
     result: Result,
     settings: Mapping[str, Any],
     say: Callable[[str], None],
+    objectives: Sequence[str],
 ) -> None:
     attributes = {"reason": result.reason, "message": result.message, "remedy": result.remedy}
     figures = {
+        SCORE: result.value if result.state == COMPLETE else None,
         "se": result.se,
         "prompt_following": result.prompt_following,
         "likeness": result.likeness,
+        "copy_rate": result.copy_rate,
+        "diversity": result.diversity,
+        "prior": result.prior,
         "seconds": round(result.seconds, 1),
     }
     for name, value in {"outcome": result.state, **attributes, **figures, "settings": dict(settings)}.items():
         if value not in ("", None):
             trial.set_user_attr(name, value)
     if result.state != FAILED:
-        amounts = dashboard.constraint_amounts(result.reason, INFEASIBLE_REASONS)
+        amounts = dashboard.constraint_amounts(result.reason, INFEASIBLE_REASONS) | result.amounts
         dashboard.mark_infeasible(trial, amounts)
     dashboard.publish(trial, folder, folder.trial(result.number), result, settings, say)
     if result.state == FAILED:
         study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
     else:
-        assert result.value is not None and math.isfinite(result.value)
-        study.tell(trial, result.value, skip_if_finished=True)
+        study.tell(trial, objective_values(result, objectives), skip_if_finished=True)

@@ -34,7 +34,7 @@ from hpo.search import Limits, Search
 from hpo.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
 from hpo.stop import Stop
 from hpo.study import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
-from trainer.errors import Interrupted
+from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
 from trainer.kohya import read_kohya
 
@@ -64,6 +64,11 @@ class Request:
 def search(request: Request, console: Console) -> None:
     """Run the search to its end.  Raises ToolError; Interrupted if the user stopped it."""
     config = read_study(find_study(request.study, request.inputs.base), sets=request.sets, seed=request.seed)
+    if request.stop_when_converged and len(config.objectives) > 1:
+        raise ConfigError(
+            "--stop-when-converged judges one score, and this study has two objectives",
+            "leave it out: the search ends after --trials or --max-hours",
+        )
     name = study_name(request.name, config.name, request.inputs.base, request.inputs.data)
     folder = study_folder(name, request.runs)
     limits = Limits(
@@ -133,7 +138,7 @@ def _open(bench: Workbench, use: Use) -> optuna.Study:
     with folder.study_lock().held():
         found = begun_study(folder)
         use.made_study = found is None or IDENTITY not in found.user_attrs
-        study = create_study(folder, facts)
+        study = create_study(folder, facts, bench.study.objectives)
         check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
         write_definition(bench, facts)
     return study
@@ -173,6 +178,8 @@ def _begin(
         from hpo.cost import check_disk, estimate
 
         bench.measure_anchors(view.say)
+        if fresh:
+            bench.anchors.require_separable()
         cost = estimate(bench, probe=fresh)
         check_disk(bench, cost, now.left, limits.keep_best)
         view.say(_cost_line(cost, now, limits))

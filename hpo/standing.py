@@ -5,7 +5,7 @@ Owns what "best" and "feasible" mean and which LoRA files are kept.  Changes not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.alerts import Row
 from hpo.convergence import TOP, Point
 from hpo.folder import StudyFolder
+from hpo.sections import SCORE
 from hpo.study import StudyConfig
 from trainer.errors import DataError
 
@@ -42,6 +43,7 @@ class Standing:
     mean_seconds: float | None
     duplicates: int = 0  # proposals that were tried already; not counted as failed
     baseline_trouble: str = ""  # why the baseline has no score, if it was run
+    front: tuple[int, ...] = ()  # with two objectives: the trials that no other beats in both
 
     @property
     def left(self) -> int:
@@ -53,7 +55,8 @@ def standing(study: optuna.Study, total: int) -> Standing:
     trials = study.get_trials(deepcopy=False)
     done = [t for t in trials if t.state == TrialState.COMPLETE]
     feasible = [t for t in done if is_feasible(t)]
-    best = max(feasible, key=lambda t: (t.value, -t.number), default=None)
+    scored = [t for t in feasible if score_of(t) is not None]
+    best = max(scored, key=rank, default=None)
     baseline = next((t for t in feasible if t.user_attrs.get(ROLE) == BASELINE), None)
     twins = sum(map(is_duplicate, trials))
     seconds = [t.user_attrs["seconds"] for t in done if "seconds" in t.user_attrs]
@@ -68,6 +71,30 @@ def standing(study: optuna.Study, total: int) -> Standing:
         mean_seconds=float(np.mean(seconds)) if seconds else None,
         duplicates=twins,
         baseline_trouble="" if baseline else _trouble(trials),
+        front=pareto_front(feasible) if len(study.directions) > 1 else (),
+    )
+
+
+def score_of(trial: FrozenTrial) -> float | None:
+    """A trial's score, also where its two parts are the objectives; None unless it is complete."""
+    if not trial.values:
+        return None
+    return trial.values[0] if len(trial.values) == 1 else trial.user_attrs.get(SCORE)
+
+
+def rank(trial: FrozenTrial) -> tuple[float, int]:
+    """The higher the better: by score, the earlier first."""
+    value = score_of(trial)
+    return (-np.inf if value is None else value), -trial.number
+
+
+def pareto_front(feasible: Sequence[FrozenTrial]) -> tuple[int, ...]:
+    """Numbers of the trials that no other equals in every objective and beats in one."""
+    told = [(t.number, np.array(t.values)) for t in feasible if t.values]
+    return tuple(
+        number
+        for number, own in told
+        if not any((other >= own).all() and (other > own).any() for _, other in told)
     )
 
 
@@ -89,9 +116,10 @@ def is_feasible(trial: FrozenTrial) -> bool:
 
 
 def _figures(trial: FrozenTrial | None) -> tuple[int, float, float] | None:
-    if trial is None or trial.value is None:
+    value = score_of(trial) if trial is not None else None
+    if trial is None or value is None:
         return None
-    return trial.number, trial.value, float(trial.user_attrs.get("se", 0.0))
+    return trial.number, value, float(trial.user_attrs.get("se", 0.0))
 
 
 def history(
@@ -101,16 +129,17 @@ def history(
     trials = [
         t
         for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if is_feasible(t) and t.value is not None and t.params.keys() == config.baseline.keys()
+        if is_feasible(t) and score_of(t) is not None and t.params.keys() == config.baseline.keys()
     ]
-    compared = sorted(trials, key=lambda t: (-(t.value or 0.0), t.number))[:TOP]
+    compared = sorted(trials, key=rank, reverse=True)[:TOP]
     points, rows = [], {}
     for t in trials:
-        assert t.value is not None
+        value = score_of(t)
+        assert value is not None
         se = float(t.user_attrs.get("se", 0.0))
         prompts = by_prompt(folder.trial(t.number).metrics, anchors) if t in compared else ()
-        points.append(Point(t.number, t.value, se, config.space.place(t.params), prompts))
-        rows[t.number] = Row(t.number, t.value, se, searched_settings(config, t.params))
+        points.append(Point(t.number, value, se, config.space.place(t.params), prompts))
+        rows[t.number] = Row(t.number, value, se, searched_settings(config, t.params))
     return points, rows
 
 
@@ -120,7 +149,8 @@ def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
     from evaluation.score import anchored, composite, read_score
 
     try:
-        rows = read_score(metrics).per_image
+        score = read_score(metrics)
+        rows = score.per_image
     except DataError:
         return ()
     ids = anchors.prompt_ids
@@ -129,7 +159,7 @@ def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
         return ()
     t_P = np.array([np.mean([r.clip_t for r in of]) for of in means])
     i_P = np.array([np.mean([r.clip_i for r in of]) for of in means])
-    scores_P = composite(*anchored(t_P, i_P, anchors, np.eye(len(ids))))
+    scores_P = composite(*anchored(t_P, i_P, anchors, np.eye(len(ids))), score.formula)
     return tuple(float(s) for s, asks in zip(scores_P, anchors.asks_for_subject, strict=True) if asks)
 
 
@@ -139,12 +169,10 @@ def searched_settings(config: StudyConfig, suggested: Mapping[str, Any]) -> dict
 
 
 def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
-    """Delete the LoRA files of all but the best ``keep`` trials.  Settings, samples and scores stay."""
+    """Delete the LoRA files of all but the best ``keep`` trials (and a Pareto front's).  The rest stays."""
     done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-    ranked = sorted(
-        (t for t in done if is_feasible(t) and t.value is not None), key=lambda t: (-(t.value or 0), t.number)
-    )
-    kept = {t.number for t in ranked[:keep]}
+    ranked = sorted((t for t in done if is_feasible(t) and score_of(t) is not None), key=rank, reverse=True)
+    kept = {t.number for t in ranked[:keep]} | set(standing(study, 0).front)
     for trial in done:
         if trial.number not in kept:
             folder.trial(trial.number).lora.unlink(missing_ok=True)

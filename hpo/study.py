@@ -10,10 +10,21 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpo.sections import (
+    PRESETS,
+    LimitSection,
+    Preset,
+    PromptSection,
+    SamplingSection,
+    ScoreSection,
+    StudySection,
+    check_keys,
+    read_section,
+)
 from hpo.space import BASELINE, DERIVED, ZERO_IS_UNSET, Space, settings_of
 from hpo.spacefile import read_space
 from trainer.config import SETTINGS, WITHOUT_INFLUENCE, TrainConfig, check_name, suggestion
@@ -51,38 +62,6 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class StudySection:
-    """[study]: what it is for, and what scores it.  Empty clip and likeness: the base's default."""
-
-    title: str = ""
-    clip: str = ""
-    likeness: str = ""
-    seed: int = 42
-
-
-@dataclass(frozen=True)
-class PromptSection:
-    """[prompts] and [confirmation]: whose templates, how many of each kind, the seeds of each prompt."""
-
-    words: str = "natural"
-    counts: Mapping[str, int] = field(default_factory=dict)
-    seeds: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class SamplingSection:
-    """[sampling]: how scored images are drawn.  Unset size: the training resolution."""
-
-    steps: int = 20
-    cfg: float = 7.0
-    sampler: str = "dpmpp_2m"
-    negative: str = ""
-    width_px: int | None = None
-    height_px: int | None = None
-    batch_size: int | None = None
-
-
-@dataclass(frozen=True)
 class StudyConfig:
     """A checked study definition.  ``baseline`` is trial 0 as a proposal of ``space``; ``sections`` are what it
     was built from, ``--set`` included: ``build_study`` makes the same of them again."""
@@ -95,7 +74,18 @@ class StudyConfig:
     prompts: PromptSection
     confirmation: PromptSection
     sampling: SamplingSection
+    score: ScoreSection = field(default_factory=ScoreSection)
+    limits: LimitSection = field(default_factory=LimitSection)
     sections: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def preset(self) -> Preset:
+        return PRESETS[self.study.preset]
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What Optuna maximizes."""
+        return self.study.objectives
 
     def config(self, suggested: Mapping[str, Any]) -> TrainConfig:
         """The training configuration of a proposal."""
@@ -133,14 +123,16 @@ def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None)
         raise ConfigError(f"{path.name}: {error.message}", error.hint) from None
 
 
-SECTIONS = ("study", "train", "space", "baseline", "prompts", "confirmation", "sampling")
+SECTIONS = (
+    "study", "train", "space", "baseline", "prompts", "confirmation", "sampling", "score", "limits"
+)  # fmt: skip
 
 
 def build_study(
     name: str, table: Mapping[str, Any], *, sets: Iterable[str] = (), seed: int | None = None
 ) -> StudyConfig:
     """A definition from the file's content."""
-    _check_keys(table, SECTIONS, "the study file", "section")
+    check_keys(table, SECTIONS, "the study file", "section")
     _check_whole(table, "the study file")
     sections: dict[str, dict[str, Any]] = {}
     for section in SECTIONS:
@@ -156,7 +148,7 @@ def build_study(
         sections["study"]["seed"] = seed
     if not sections["space"]:
         raise ConfigError("[space] is empty", "search at least one setting, for example learning_rate")
-    study = _section(StudySection, sections["study"], "study")
+    study = read_section(StudySection, sections["study"], "study")
     space = read_space(sections["space"])
     train = _train(sections["train"], space).with_values({"seed": study.seed})
     baseline = _baseline(sections["baseline"], space, train)
@@ -167,10 +159,12 @@ def build_study(
         train,
         space,
         baseline,
-        _section(PromptSection, sections["prompts"], "prompts"),
-        _section(PromptSection, sections["confirmation"], "confirmation"),
-        _section(SamplingSection, sections["sampling"], "sampling"),
-        sections,
+        read_section(PromptSection, sections["prompts"], "prompts"),
+        read_section(PromptSection, sections["confirmation"], "confirmation"),
+        read_section(SamplingSection, sections["sampling"], "sampling"),
+        read_section(ScoreSection, sections["score"], "score"),
+        read_section(LimitSection, sections["limits"], "limits"),
+        sections=sections,
     )
 
 
@@ -439,73 +433,4 @@ def _check_whole(table: Any, where: str) -> None:
             )
 
 
-def _check_keys(table: Mapping[str, Any], known: Iterable[str], where: str, what: str) -> None:
-    names = list(known)
-    for key in table:
-        if key not in names:
-            raise ConfigError(
-                f"unknown {what} {key} in {where}", suggestion(key, names) or "known: " + ", ".join(names)
-            )
-
-
-def _section(kind: Any, body: Mapping[str, Any], name: str) -> Any:
-    """A section's dataclass, its values checked for name and type."""
-    known = {f.name: f for f in fields(kind)}
-    _check_keys(body, known, f"[{name}]", "key")
-    values: dict[str, Any] = {}
-    for key, value in body.items():
-        check = _CHECKS[key]
-        if not check.holds(value):
-            raise ConfigError(
-                f"{key} = {value!r} in [{name}] is not {check.what}", f"for example {check.example}"
-            )
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-@dataclass(frozen=True)
-class _Check:
-    what: str
-    example: str
-    holds: Any
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-_TEXT = _Check("a text", '"…"', lambda v: isinstance(v, str))
-_SIZE = _Check("a multiple of 8 from 8 to 4096", "512", lambda v: _whole(v) and 8 <= v <= 4096 and v % 8 == 0)
-_CHECKS: dict[str, _Check] = {
-    "title": _TEXT,
-    "clip": _TEXT,
-    "likeness": _TEXT,
-    "seed": _Check("a whole number from 0", "42", lambda v: _whole(v) and v < 2**63),
-    "words": _Check("natural or miniature", '"natural"', lambda v: v in ("natural", "miniature")),
-    "counts": _Check(
-        "a table of whole numbers",
-        "{ train-like = 6, altered = 6, style = 3, class-only = 1 }",
-        lambda v: (
-            isinstance(v, Mapping)
-            and set(v) <= {"train-like", "altered", "style", "class-only"}
-            and all(map(_whole, v.values()))
-        ),
-    ),
-    "seeds": _Check(
-        "a list of different whole numbers",
-        "[0, 1]",
-        lambda v: isinstance(v, list) and bool(v) and all(map(_whole, v)) and len(set(v)) == len(v),
-    ),
-    "steps": _Check("a whole number from 1 to 1000", "20", lambda v: _whole(v) and 1 <= v <= 1000),
-    "cfg": _Check(
-        "a number from 1 to 100",
-        "7.0",
-        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 1 <= v <= 100,
-    ),
-    "sampler": _TEXT,
-    "negative": _TEXT,
-    "width_px": _SIZE,
-    "height_px": _SIZE,
-    "batch_size": _Check("a whole number from 1 to 1024", "8", lambda v: _whole(v) and 1 <= v <= 1024),
-}
 assert SETTINGS.keys() >= set(NEUTRAL_SETTINGS)

@@ -589,3 +589,8 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (text_encoder_limits, "`te.cap`: at most 0.8 × learning_rate, never raised; warns above 1e-4"),
     (warmup, "`warmup.ratio`: min(round(w × S′/S), S′/10)"),
 )
+
+
+def rules_table() -> str:
+    """The rules as Markdown, for docs/transfer.md."""
+    return "\n".join(f"{number}. {text}" for number, (_, text) in enumerate(RULES, 1))

@@ -16,13 +16,14 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.folder import TrialFolder, read_json
+from hpo.sections import FOLLOWING, LIKENESS, SCORE
 from hpo.training import StepLog, train_adapter
 from trainer.config import TrainConfig
 from trainer.errors import (
@@ -44,6 +45,7 @@ from trainer.files import (
 )
 
 if TYPE_CHECKING:
+    from evaluation.safeguards import Safety
     from evaluation.score import Score
     from hpo.workbench import Workbench
     from trainer.adapter import Adapter
@@ -54,7 +56,10 @@ COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
 # Below every score (0 to 1.1, evaluation.score): finite, the same always, and plainly no measurement.
 INFEASIBLE_VALUE = -0.1
 PATHS = ("pretrained_model_name_or_path", "train_data_dir")
-INFEASIBLE_REASONS = ("diverged", "out_of_memory", "invalid_images", "no_effect")
+# The last three are broken limits of the safeguards (evaluation.safeguards).
+INFEASIBLE_REASONS = (
+    "diverged", "out_of_memory", "invalid_images", "no_effect", "copied", "collapsed", "prior_lost"
+)  # fmt: skip
 # What is tried when the memory does not suffice, once each and in this order.  Neither changes a result.
 CHECKPOINTING, SPLIT = "gradient_checkpointing", "single images"
 
@@ -63,6 +68,18 @@ class NoEffect(SettingsFailure):
     """The adapter is in place and sound, and so weak that it changes no pixel."""
 
     reason = "no_effect"
+
+
+class BeyondLimit(SettingsFailure):
+    """The pictures are sound, and what they show is no result: copies, all alike, the class word lost."""
+
+    def __init__(self, score: Score, safety: Safety) -> None:
+        self.score = score
+        self.reason = safety.broken[0]
+        super().__init__(
+            "; ".join(map(safety.says, safety.broken)),
+            "fewer epochs, a lower learning_rate or more images help; the limits are [limits] of the study file",
+        )
 
 
 class Watch(Protocol):
@@ -97,10 +114,32 @@ class Result:
     score_seconds: float
     remedy: str
     time_utc: str
+    copy_rate: float | None = None
+    diversity: float | None = None
+    prior: float | None = None
+    amounts: dict[str, float] = field(default_factory=dict)  # by how much limits are broken (> 0) or kept
 
     @property
     def seconds(self) -> float:
         return self.train_seconds + self.score_seconds
+
+
+def objective_values(result: Result, objectives: Sequence[str]) -> list[float]:
+    """What Optuna is told of a complete or infeasible result, one number for each objective.
+
+    The parts are clipped as in the score, so that an infeasible trial is below every measured one.
+    """
+    from evaluation.score import CEILING
+
+    if result.state == INFEASIBLE:
+        return [INFEASIBLE_VALUE] * len(objectives)
+    parts = {SCORE: result.value, FOLLOWING: result.prompt_following, LIKENESS: result.likeness}
+    values = []
+    for name in objectives:
+        part = parts[name]
+        assert part is not None and math.isfinite(part), f"{name} of trial {result.number} is {part}"
+        values.append(part if name == SCORE else min(max(part, 0.0), CEILING))
+    return values
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +179,9 @@ def write_params(
 def read_result(folder: TrialFolder, config: TrainConfig) -> Result | None:
     """The trial's result if it is whole and belongs to these settings."""
     values = read_json(folder.result)
-    if values is None or values.keys() != {f.name for f in fields(Result)}:
+    names = {f.name for f in fields(Result)}
+    came_later = {"copy_rate", "diversity", "prior", "amounts"}  # an older version's result is one too
+    if values is None or not names - came_later <= values.keys() <= names:
         return None
     found = Result(**values)
     if found.number != folder.number or found.config_sha256 != config_sha256(config):
@@ -184,6 +225,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
             reason=error.reason,
             message=error.message,
             remedy=", ".join(_remedies(folder)),
+            score=error.score if isinstance(error, BeyondLimit) else None,
         )
     except ToolError as error:
         _log(folder, f"failed: {error}")
@@ -202,6 +244,8 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
     try:
         started = time.monotonic()
         score = _scored(bench, folder, adapter, config, watch)
+        if score.safety and score.safety.broken:
+            raise BeyondLimit(score, score.safety)
         seconds = time.monotonic() - started
     finally:
         adapter.remove()
@@ -360,6 +404,7 @@ def _scored(
             folder.root,
             identity=f"{bench.base.identity}:{adapter.fingerprint()}",
             on_image=on_image,
+            **bench.scoring,
         )
     except Unchanged:
         if _is_in_place(adapter, config):
@@ -440,11 +485,12 @@ def _result(
 ) -> Result:
     rows = list(read_records(folder.steps))
     kept = folder.lora.is_file()
+    safety = score.safety if score else None
     return Result(
         number=folder.number,
         state=state,
         value=value,
-        se=score.se if score else None,
+        se=score.se if score and state == COMPLETE else None,
         reason=reason,
         message=clean_text(message),
         config_sha256=config_sha256(config),
@@ -461,4 +507,8 @@ def _result(
         score_seconds=round(score_seconds, 3),
         remedy=remedy,
         time_utc=_now(),
+        copy_rate=safety.copy_rate if safety else None,
+        diversity=safety.diversity if safety else None,
+        prior=safety.prior if safety else None,
+        amounts=dict(safety.amounts) if safety else {},
     )

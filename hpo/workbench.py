@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from evaluation import embed
+from evaluation import embed, others
 from evaluation.anchors import Anchors, References, embed_references, make_anchors, require_references
+from evaluation.answers import self_test
 from evaluation.prompts import (
-    CONFIRM_COUNTS,
     CONFIRM_SEEDS,
-    SEARCH_COUNTS,
     SEARCH_SEEDS,
     CountTokens,
     PromptSet,
@@ -33,7 +32,10 @@ from evaluation.prompts import (
     no_class_word,
     save_prompts,
 )
+from evaluation.safeguards import Limits, Safeguards, embed_copies, scene_encoders
 from evaluation.sampling import SampleConfig, default_config
+from evaluation.score import Formula
+from evaluation.style import PatchEncoder, StyleEncoder
 from hpo.folder import StudyFolder
 from hpo.study import MINIATURE_STUDIES, Inputs, StudyConfig
 from hpo.training import check_device
@@ -47,6 +49,7 @@ from trainer.files import atomic_folder, machine_error, write_atomic
 from trainer.images import IMAGE_EXTENSIONS, read_picture
 
 if TYPE_CHECKING:
+    from evaluation.beside import Gauge
     from trainer.bases.base import Base
 
 Say = Callable[[str], None]
@@ -70,6 +73,8 @@ class Workbench:
     data_folder: Path
     base_spec: str
     store: cache.Store
+    safeguards: Safeguards | None = None
+    gauges: tuple[Gauge, ...] = ()
     image_seconds: float | None = None
     inputs: Inputs | None = None
     _anchors: Anchors | None = None
@@ -78,6 +83,15 @@ class Workbench:
     def anchors(self) -> Anchors:
         assert self._anchors is not None, "measure_anchors first"
         return self._anchors
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """What ``evaluate_adapter`` needs beyond models and pictures: formula, safeguards, figures beside."""
+        return {
+            "formula": Formula(**dataclasses.asdict(self.study.score)),
+            "safeguards": self.safeguards,
+            "gauges": self.gauges,
+        }
 
     def config(self, suggested: Mapping[str, Any], number: int) -> TrainConfig:
         """The complete settings of a trial, names and places included."""
@@ -132,6 +146,10 @@ class Workbench:
             "scorer": f"{self.scorer.name} {self.scorer.sha[:16]}",
             "likeness": f"{self.likeness.name} {self.likeness.sha[:16]}",
             "seed": str(self.study.study.seed),
+            "objectives": ", ".join(self.study.objectives),
+            "composite": self.scoring["formula"].words(),
+            "limits": json.dumps(dataclasses.asdict(self.study.limits)),
+            "beside": ", ".join(f"{g.measure} {g.model} {g.sha[:16]}" for g in self.gauges),
             **self.study.frozen(),
         }
 
@@ -141,7 +159,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     train = study.train
-    data_folder = inputs.data or demo_data(inputs.base, folder, train.resolution)
+    data_folder = inputs.data or demo_data(inputs.base, folder)
     data = read_dataset(data_folder, train, trigger=inputs.trigger, class_word=inputs.class_word)
     for note in data.notes:
         say(note)
@@ -156,6 +174,8 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     likeness_spec = study.study.likeness or embed.default_likeness(inputs.base)
     embed.check_scorer(scorer_spec)
     embed.check_likeness(likeness_spec)
+    for spec in study.study.also:
+        others.check(spec)
     SampleConfig(**study.sample_values())
     prompt_sets(inputs, study, data, count_tokens=lambda text: 0)
     # Up to here everything is cheap; a base can be a download of gigabytes.
@@ -177,7 +197,10 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     for note in chosen.notes:
         say(note)
     scorer = embed.load_scorer(scorer_spec, device)
-    likeness = embed.load_likeness(likeness_spec, scorer, device)
+    plain = embed.load_likeness(likeness_spec, scorer, device)
+    self_test(scorer)
+    likeness = StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
+    encoders = scene_encoders(scorer, likeness)
     return Workbench(
         study=study,
         folder=folder,
@@ -194,10 +217,16 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         base_spec=inputs.base,
         store=cache.Store(folder.cache),
         inputs=inputs,
+        safeguards=Safeguards(
+            encoders,
+            embed_copies([item.path for item in data.items], paths, encoders),
+            Limits(**dataclasses.asdict(study.limits)),
+        ),
+        gauges=others.gauges(study.study.also, scorer, likeness, paths, device),
     )
 
 
-def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:
+def demo_data(base: str, folder: StudyFolder) -> Path:
     """The miniature's demo character, for those who bring no images."""
     if base not in MINIATURE_STUDIES:
         raise ConfigError(
@@ -212,7 +241,7 @@ def demo_data(base: str, folder: StudyFolder, size_px: int) -> Path:
             raise machine_error(error, folder.root) from None
         try:
             with atomic_folder(folder.data) as temporary:
-                write_subject("character", temporary, size_px)
+                write_subject("character", temporary)
         except MachineError:
             if not folder.data.is_dir():  # another process was quicker: then there is nothing wrong
                 raise
@@ -239,9 +268,9 @@ def prompt_sets(
         if not data.class_word:
             return chosen, None
     else:
-        chosen = make(counts=plan.counts or SEARCH_COUNTS, seeds=plan.seeds or SEARCH_SEEDS)
+        chosen = make(counts=plan.counts or study.preset.counts, seeds=plan.seeds or SEARCH_SEEDS)
     confirmation = make(
-        counts=later.counts or CONFIRM_COUNTS, seeds=later.seeds or CONFIRM_SEEDS, exclude=chosen
+        counts=later.counts or study.preset.confirm_counts, seeds=later.seeds or CONFIRM_SEEDS, exclude=chosen
     )
     return chosen, confirmation
 

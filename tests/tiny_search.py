@@ -74,7 +74,8 @@ def draw_images(folder: Path, count: int = 6, size_px: int = 32, seed: int = 1) 
 
 
 def tiny_study(changes: Mapping[str, Mapping[str, Any]] | None = None) -> StudyConfig:
-    table = {name: {**body, **(changes or {}).get(name, {})} for name, body in STUDY.items()}
+    names = [*STUDY, *(name for name in changes or {} if name not in STUDY)]
+    table = {name: {**STUDY.get(name, {}), **(changes or {}).get(name, {})} for name in names}
     return build_study("tiny", table)
 
 
@@ -152,7 +153,7 @@ def make_search(bench: Workbench, limits: Limits, view: Recorder | None = None) 
     folder = bench.folder
     folder.locks.mkdir(parents=True, exist_ok=True)
     with folder.study_lock().held():
-        study = create_study(folder, bench.facts())
+        study = create_study(folder, bench.facts(), bench.study.objectives)
         study.set_user_attr(TOTAL, limits.trials)
     bench.measure_anchors(lambda text: None)
     return Search(study, bench, limits, view or Recorder())  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ def count_weights(base: Base, config: TrainConfig) -> int:
         layer = base.components()[target.component].get_submodule(target.path)
         count += sum(math.prod(shape) for shape in kind_of(config).shapes(layer, target.rank).values())
         if target.kind == "DoRA":
-            count += layer.weight.shape[0]
+            count += layer.weight.shape[1]  # one magnitude per input (column_norm)
     return count
 
 
@@ -183,6 +183,7 @@ class Adapter:
         self.layers: list[Layer] = []
         self._dropout = dropout
         self._dropout_key: tuple[int, ...] | None = None
+        self._rows = (0, 0, 0)
         by_component: dict[str, list[Target]] = {}
         for target in targets:
             by_component.setdefault(target.component, []).append(target)
@@ -267,10 +268,12 @@ class Adapter:
             for weight in layer.factors:
                 weight.mul_(share ** (1 / len(layer.factors)))
 
-    def apply_dropout(self, *key: int) -> None:
+    def apply_dropout(self, *key: int, rows: tuple[int, int, int] = (0, 0, 0)) -> None:
         """From now on drop what ``Dropout`` says, drawn from this key (seed, step, micro-batch).  No key: no
-        dropout."""
+        dropout.  ``rows`` (first, count, of how many): which of the micro-batch are computed, where it is cut;
+        what is dropped in them is what would be dropped if it were not."""
         self._dropout_key = key or None
+        self._rows = rows
         if self._dropout.module > 0:
             for number, layer in enumerate(self.layers):
                 layer.wrapped._disable_adapters = (
@@ -307,19 +310,26 @@ class Adapter:
             if self._dropout.network > 0:
                 keep = 1.0 - self._dropout.network
                 generator = keyed_generator(*self._dropout_key, number, device=device)
-                mask = torch.empty_like(output_BR, requires_grad=False).bernoulli_(keep, generator=generator)
-                output_BR = output_BR * mask.div_(keep)
+                output_BR = output_BR * self._kept(list(output_BR.shape), keep, generator, output_BR.dtype)
             if self._dropout.rank > 0:
                 keep = 1.0 - self._dropout.rank
                 generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
                 rank_axis = -1 if output_BR.dim() < 4 else 1
                 shape = [1] * output_BR.dim()
                 shape[0], shape[rank_axis] = output_BR.shape[0], output_BR.shape[rank_axis]
-                mask = torch.empty(shape, device=device, dtype=output_BR.dtype)
-                output_BR = output_BR * mask.bernoulli_(keep, generator=generator).div_(keep)
+                output_BR = output_BR * self._kept(shape, keep, generator, output_BR.dtype)
             return output_BR
 
         return drop
+
+    def _kept(self, shape: list[int], keep: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows.  An
+        image has several rows where a long caption is read in windows."""
+        start, count, total = self._rows
+        each = shape[0] // count if 0 < count < total else 0
+        drawn = [total * each, *shape[1:]] if each else shape
+        mask = torch.empty(drawn, device=generator.device, dtype=dtype).bernoulli_(keep, generator=generator)
+        return (mask[start * each : (start + count) * each] if each else mask).div_(keep)
 
     def _row_dropout(self, number: int, get_delta_weight: Any) -> Any:
         """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS

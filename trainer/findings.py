@@ -25,6 +25,7 @@ SHORT_SIDE_PX = 768  # SDXL: more than SHORT_SHARE of the images shorter than th
 SHORT_SHARE = 0.3
 NEAR_BITS = 20  # of 256: JPEG at quality 30 and half the size change up to 12 of drawn and of noisy pictures
 NEAR_LEVELS = 6.0  # of 255, mean over the thumbnail
+BUCKET_SLACK = 1.06  # buckets of up to 3:1 have 0.91 to 1 of the resolution's area; a side is its root
 MIN_CAPTIONS = 4  # assumed: in fewer, every tag is in all of them by chance
 _ODD_MODES = {
     "CMYK": (WARNING, "CMYK", "converted without a colour profile: save them as sRGB if colours look off"),
@@ -85,7 +86,7 @@ def _count(items: Sequence[object], noun: str, nouns: str = "") -> str:
 
 def _broken(survey: Survey, question: Question) -> Iterator[Finding]:
     for broken in survey.broken:
-        what = broken.error.message.removeprefix(f"{shown(broken.path)} is ")
+        what = broken.error.message.replace(shown(broken.path), shown(broken.path.name))
         yield Finding("corrupt", REFUSED, what, broken.error.hint, _files([broken.path]))
 
 
@@ -104,7 +105,7 @@ def _size(survey: Survey, question: Question) -> Iterator[Finding]:
     if unfit:
         what = f"{_count(unfit, 'image')} too small or narrow for any bucket"
         yield Finding("unfit", REFUSED, what, "remove them or use larger versions", _files(unfit))
-    small = [p for p in survey.trained if p not in unfit and _enlargement(p, config) > 1]
+    small = [p for p in survey.trained if p not in unfit and _is_small(p, config)]
     half = [p for p in small if _enlargement(p, config) >= 2]
     if half:
         what = f"{_count(half, 'image')} less than half as large as {config.resolution}² px"
@@ -131,6 +132,11 @@ def _size(survey: Survey, question: Question) -> Iterator[Finding]:
         what = f"{share:.0%} of the images have a side below {SHORT_SIDE_PX} px; SDXL wants 1024 px and more"
         do = f"collect larger images until fewer than {SHORT_SHARE:.0%} are this small, or train SD1.5"
         yield Finding("short-side", WARNING, what, do, _files(short))
+
+
+def _is_small(photo: Photo, config: TrainConfig) -> bool:
+    keeps_size = config.enable_bucket and config.bucket_no_upscale
+    return _enlargement(photo, config) > (BUCKET_SLACK if keeps_size else 1)
 
 
 def _enlargement(photo: Photo, config: TrainConfig) -> float:

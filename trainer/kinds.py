@@ -288,8 +288,13 @@ def _factors(layer: nn.Module, factor: int) -> tuple[tuple[int, int], tuple[int,
     """A layer's (small, large) factors of out and of in, and its kernel (empty for a linear layer)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    out, inner = (factorization(side, factor) for side in weight.shape[:2])
-    return out, inner, tuple(weight.shape[2:])
+    return _split(weight.shape[0], factor), _split(weight.shape[1], factor), tuple(weight.shape[2:])
+
+
+def _split(side: int, factor: int) -> tuple[int, int]:
+    """LyCORIS' factorization: the small part first.  (PEFT's does not sort where the factor divides.)"""
+    first, second = factorization(side, factor)
+    return min(first, second), max(first, second)
 
 
 def _is_whole(layer: nn.Module, rank: int, factor: int) -> bool:

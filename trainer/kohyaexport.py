@@ -145,7 +145,8 @@ def _dataset(config: TrainConfig) -> dict[str, Any]:
     """The dataset file: [general] with the run's settings, one dataset, one subset per folder."""
     general: dict[str, Any] = {}
     for key, setting in RUN_KEYS.items():
-        general[key] = getattr(config, setting)
+        if (value := getattr(config, setting)) is not None:
+            general[key] = value
     for name in OWN_KEYS:
         value = getattr(config, name)
         if value not in ("", None) and value != KOHYA_DEFAULTS.get(name, getattr(TrainConfig(), name)):

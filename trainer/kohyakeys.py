@@ -87,7 +87,10 @@ LORA_PLUS = "both halves of the LoRA are trained at one rate (no LoRA+)"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
-    "random_crop": ((False,), "images are cropped around their centre: encoded images are kept and reused"),
+    "random_crop": (
+        (False,),
+        "as in sd-scripts it needs images that are encoded anew each time; here they are encoded once",
+    ),
     "face_crop_aug_range": ((), "images are cropped around their centre"),
     "resize_interpolation": (
         (),

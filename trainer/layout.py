@@ -209,22 +209,22 @@ def _notes(found: Sequence[Source], source: Path, wish: Wish) -> list[str]:
     notes = []
     bare = [entry.path for entry in found if entry.caption is None or not entry.caption.strip()]
     if bare:
-        notes.append(f"{len(bare)} images have no caption and get {wish.words!r}: {listed(bare)}")
+        notes.append(f"without a caption, so {wish.words!r} is written: {listed(bare)}")
     renamed = [entry for entry in found if entry.stem != entry.path.stem]
     if renamed:
         names = ", ".join(f"{entry.path.name} → {entry.stem}{entry.path.suffix}" for entry in renamed[:5])
         more = f" and {len(renamed) - 5} more" if len(renamed) > 5 else ""
-        notes.append(f"{len(renamed)} images renamed, their names are taken: {names}{more}")
+        notes.append(f"renamed, because the name is taken: {names}{more}")
     both = [e.path for e in found if all(caption_file(e.path, ending) for ending in CAPTION_EXTENSIONS)]
     if both:
-        notes.append(f"{len(both)} images have two captions, the .txt is used: {listed(both)}")
+        notes.append(f"with two captions, of which the .txt is used: {listed(both)}")
     others = [
         path
         for path in sorted(source.rglob("*"))
         if path.suffix.lower() in OTHER_PICTURES and not path.name.startswith(".")
     ]
     if others:
-        notes.append(f"{len(others)} pictures of formats that are not read are left out: {listed(others)}")
+        notes.append(f"left out, because the format is not read: {listed(others)}")
     return notes
 
 

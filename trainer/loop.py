@@ -118,7 +118,14 @@ def train(
                 yield Validated(progress.step, epoch + 1, stepper.validate(validate_on))
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
-                raise Diverged(f"{what}, up to {progress.step}", "lower learning_rate or max_grad_norm")
+                kept = ""
+                if (
+                    checkpoints and ranks.is_first
+                ):  # skipped steps change no weight: these are the last good ones
+                    kept = f"; the last good weights are in {checkpoint.save(checkpoints, run, progress)}"
+                raise Diverged(
+                    f"{what}, up to {progress.step}", f"lower learning_rate or max_grad_norm{kept}"
+                )
             stop = ranks.any(should_stop(), base.device)
             is_due = stop or time.monotonic() - last_save >= checkpoint_every_seconds
             if checkpoints and ranks.is_first and is_due:

@@ -284,8 +284,8 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
         other = sorted(wanted.keys() ^ state.keys())
         if other:
             raise ConfigError(
-                f"network_weights {name} has other modules than these settings train: {_listed(other)}",
-                "set network_type, conv_dim, network_train_unet_only … to what hpo inspect shows of it",
+                f"network_weights {name} has other tensors than these settings train: {_listed(other)}",
+                "set network_type, network_dim, conv_dim, factor … to what hpo inspect shows of it",
             )
         unequal = [
             f"{key} {_size(state[key])} instead of {_size(wanted[key])}"

@@ -44,10 +44,12 @@ MicroBatch = list[Sample]
 
 @dataclass(frozen=True)
 class Part:
-    """What is computed at once: a micro-batch, or some rows of one.  ``key`` says which, for dropout."""
+    """What is computed at once: a micro-batch, or some rows of one from ``start`` on of ``total``."""
 
-    key: tuple[int, ...]
+    number: int
     samples: MicroBatch
+    start: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ class Stepper:
         failure: RuntimeError | None = None
         try:
             for part in parts[self.ranks.rank :: self.ranks.world]:
-                self.adapter.apply_dropout(self.config.seed, step, *part.key)
+                rows = (part.start, len(part.samples), part.total)
+                self.adapter.apply_dropout(self.config.seed, step, part.number, rows=rows)
                 share = self._losses(part.samples, epoch).sum() / samples
                 if share.requires_grad:  # not where module_dropout left everything out
                     self.scaler.scale(share).backward()
@@ -301,10 +304,10 @@ class Stepper:
 
 def cut(group: Sequence[MicroBatch], at_once: int, world: int) -> list[Part]:
     """A step's micro-batches as parts of at most ``at_once`` images, at least one for each process where
-    there are images enough.  A micro-batch that stays whole keeps its number alone as its key."""
+    there are images enough."""
     while True:
         parts = [
-            Part((number,) if len(micro) <= at_once else (number, start), micro[start : start + at_once])
+            Part(number, micro[start : start + at_once], start, len(micro))
             for number, micro in enumerate(group)
             for start in range(0, len(micro), at_once)
         ]

@@ -61,7 +61,10 @@ WITHOUT_EFFECT = {
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "metadata_file": ((), "captions come from files beside the images"),
     "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
-    "random_crop": ((False,), "images are cropped around their centre: encoded images are kept and reused"),
+    "random_crop": (
+        (False,),
+        "as in sd-scripts it needs images that are encoded anew each time; here they are encoded once",
+    ),
     "face_crop_aug_range": ((), "images are cropped around their centre"),
     "resize_interpolation": (
         (),

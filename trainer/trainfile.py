@@ -108,7 +108,7 @@ def _read(path: Path) -> TrainFile:
 
 
 def _read_settings(path: Path, settings: Mapping[str, Any]) -> TrainFile:
-    if is_kohya(settings):
+    if is_kohya(name for name in settings if name != OUTPUT):
         return _of_kohya(path, "a configuration of sd-scripts", from_kohya(path, settings), "file")
     own = {name: value for name, value in settings.items() if name != OUTPUT}
     config = from_own(path, own)

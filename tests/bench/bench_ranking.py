@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_ranking record                  # ~20 minutes on one core; resumable
     python -m tests.bench.bench_ranking tables                  # the tables of docs/evaluation.md
-    python -m tests.bench.bench_ranking picture docs/pictures/optimism.svg
+    python -m tests.bench.bench_ranking picture > docs/pictures/optimism.svg
 
 ``record`` trains ``--trials`` quasi-random configurations of studies/mini.toml on the demo character, trial 0,
 and the best one with a rate 10× as high, draws the search set with each and with the untrained base (trigger in
@@ -45,6 +45,7 @@ SOBOL_SEED = 30
 CONFIRMED = 8  # best trials that are retrained
 CONFIRM_TRAIN_SEED = 7000
 KIND = "character"
+ROUND_TRIPS = 128  # real pictures through the autoencoder
 
 
 def proposals(bench: Workbench, count: int) -> list[dict[str, Any]]:
@@ -131,6 +132,20 @@ class Recording:
     def write(self, name: str, which: str, values: Mapping[str, Any]) -> None:
         append_line(self.path, json.dumps({"name": name, "set": which, **values}))
 
+    def autoencoder(self) -> None:
+        """Which parts of the real pictures the checker still sees once the base has encoded and decoded them."""
+        if ("autoencoder", ranking.SEARCH) in self.rows():
+            return
+        pictures = [subjects.picture(KIND, index, 0, 64)[0] for index in range(ROUND_TRIPS)]
+        pixels_BCHW = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad():
+            vae = self.bench.base.vae
+            decoded_BCHW = vae.decode(vae.encode(pixels_BCHW).latent_dist.mean).sample
+        back = ((decoded_BCHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        shown = [subjects.parts_shown(picture, KIND) for picture in back]
+        kept = {part: float(np.mean([row[part] for row in shown])) for part in shown[0]}
+        self.write("autoencoder", ranking.SEARCH, {"kept": kept, "pictures": ROUND_TRIPS})
+
     def untrained(self) -> None:
         if ("base", ranking.SEARCH) not in self.rows():
             images = sample(self.bench.base, self.bench.prompts, self.bench.sampling)
@@ -166,13 +181,14 @@ def record(args: argparse.Namespace) -> None:
         recording = Recording(bench, args.file)
         for which in (ranking.SEARCH, ranking.CONFIRMATION):
             recording.anchors(which, Path(temporary) / which)
+        recording.autoencoder()
         recording.untrained()
         drawn = {"trial 0": dict(study.baseline)}
         drawn |= {f"random {n}": row for n, row in enumerate(proposals(bench, args.trials))}
         for name, suggested in drawn.items():
             recording.trained(name, ranking.SEARCH, suggested, bench.config(suggested, 0))
         found = ranking.read(args.file)
-        order = [t.name for t in sorted(found.trials, key=lambda t: -t.value)]
+        order = ranking.names(found.ranked)
         best = bench.config(drawn[order[0]], 0)
         hot = best.with_values(
             {name: 10 * rate for name in ranking.RATES if (rate := getattr(best, name)) is not None}
@@ -193,8 +209,8 @@ def main(argv: Sequence[str]) -> None:
     recorder.add_argument("--threads", type=int, default=1)
     recorder.add_argument("--set", dest="sets", action="append", default=[])
     recorder.set_defaults(do=record)
-    for name, do in (("tables", lambda a: print(ranking.tables(ranking.read(a.file)))),):
-        parts.add_parser(name).set_defaults(do=do)
+    for name, do in (("tables", ranking.tables), ("picture", ranking.picture)):
+        parts.add_parser(name).set_defaults(do=lambda a, do=do: print(do(ranking.read(a.file)), end=""))
     for part in parts.choices.values():
         part.add_argument("--file", type=Path, default=ranking.FILE)
     args = parser.parse_args(argv)

@@ -43,16 +43,7 @@ def test_the_losses_are_the_recorded_ones_and_a_repeat_is_bitwise_the_same(base:
     assert record.golden_losses(base, images) == losses
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("min_snr_gamma", 4),
-        ("noise_offset", 0.06),
-        ("learning_rate", 1.2e-3),
-        ("seed", 8),
-        ("network_alpha", 3),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("min_snr_gamma", 4), ("noise_offset", 0.06)])
 def test_a_changed_setting_shows(
     base: Base, images: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:

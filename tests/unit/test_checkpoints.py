@@ -112,6 +112,13 @@ def test_a_flat_end_is_no_reason_to_train_longer() -> None:
     assert "would gain little" in found.advice
 
 
+def test_a_flat_curve_and_one_at_zero_are_said_as_such() -> None:
+    flat = curve(0.6, 0.5, 0.599, wobble=3)
+    assert "the curve is flat" in verdict(flat, choose(flat, anchors())).advice
+    nothing = curve(-0.5, -0.6, -0.7)
+    assert verdict(nothing, choose(nothing, anchors())).word == "no better than the untrained base"
+
+
 def test_a_run_that_still_trains_is_told_to_go_on() -> None:
     points = curve(0.4, 0.5, 0.6)
     assert "go on" in verdict(points, choose(points, anchors()), finished=False).advice
@@ -170,10 +177,12 @@ def test_the_curve_is_drawn_with_its_band_and_its_choice() -> None:
 
 def test_bases_of_different_sizes_are_shown_at_the_same_size() -> None:
     def images(side: int, grey: int) -> list[SampledImage]:
-        return [SampledImage(p.id, 0, np.full((side, side, 3), grey, np.uint8)) for p in SET.prompts]
+        return [
+            SampledImage(p.id, 0, np.full((side, side, 3), (200, 0, grey), np.uint8)) for p in SET.prompts
+        ]
 
     sheet = np.asarray(
         contact_sheet([Column("small", images(64, 10)), Column("large", images(128, 20))], SET, 0)
     )
-    cells = [int((sheet == grey).all(axis=2).sum()) for grey in (10, 20)]
+    cells = [int((sheet == (200, 0, grey)).all(axis=2).sum()) for grey in (10, 20)]
     assert cells == [PROMPTS * CELL_PX**2] * 2

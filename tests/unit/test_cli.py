@@ -60,7 +60,8 @@ def test_help_loads_neither_torch_nor_optuna() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    names = {"search", "status", "confirm", "dashboard", "dataset", "plan", "train", "inspect", "export"}
+    names = {"search", "status", "confirm", "dashboard", "dataset", "plan", "transfer", "train"}
+    names |= {"inspect", "evaluate", "compare", "export"}
     assert set(main.commands) == names
     for words in ([], *([name] for name in sorted(names)), ["dataset", "demo"], ["export", "kohya"]):
         result = hpo(*words, "--help")

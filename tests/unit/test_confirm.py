@@ -12,7 +12,16 @@ import torch
 
 from evaluation.statistics import prompt_draws
 from hpo.confirm import OF, TRAIN_SEED, fresh_seed, searched
-from hpo.confirmed import RESCORED, RETRAINED, Candidate, Outcome, Repeat, decide, write_outcome
+from hpo.confirmed import (
+    RESCORED,
+    RETRAINED,
+    Candidate,
+    Outcome,
+    Repeat,
+    decide,
+    expected_best,
+    write_outcome,
+)
 from hpo.confirmview import confirmed_lines, outcome_lines
 from hpo.folder import StudyFolder, open_study, read_json
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
@@ -92,9 +101,15 @@ def test_a_cheap_one_that_does_not_beat_trial_0_is_no_winner_where_others_do() -
 def test_shrinkage_is_that_of_the_selected_trials_alone() -> None:
     found = decided(candidate(0, 0.3), candidate(4, 0.7))
     assert found.shrinkage == pytest.approx(0.05)
-    assert (
-        decide([candidate(4, 0.7)], None, RETRAINED, [(0.75, 0.1), (0.5, 0.1), (0.55, 0.1)]).expected < 0.75
-    )  # type: ignore[union-attr]
+    assert found.expected is None
+
+
+def test_what_the_searchs_best_is_worth_is_less_than_it_says() -> None:
+    searched = [0.75, 0.70, 0.66, 0.64, 0.30, 0.10, 0.0, 0.0]
+    quiet, noisy = (expected_best(searched, noise) for noise in (0.01, 0.04))
+    assert quiet is not None and noisy is not None
+    assert np.mean(searched[:4]) < noisy < quiet < 0.75
+    assert expected_best([0.7, 0.6], 0.1) is None
 
 
 def test_a_trial_that_is_infeasible_when_confirmed_cannot_win(tmp_path: Path) -> None:

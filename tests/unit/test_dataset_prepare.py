@@ -84,7 +84,7 @@ def test_images_of_one_name_keep_their_own_captions(tmp_path: Path) -> None:
     add(source / "x", "A.png", "third")
     add(source / "x" / "y", "a.png", "fourth")
     result = prepare(str(source), str(out), "--name", "luca")
-    assert "renamed" in result.stdout
+    assert "renamed, because" in result.stdout
     items = read_dataset(out, CONFIG).items
     by_caption = {item.caption: hashlib.sha256(item.path.read_bytes()).hexdigest() for item in items}
     originals = {
@@ -113,7 +113,7 @@ def test_images_that_cannot_be_read_are_all_named_and_nothing_is_made(source: Pa
 def test_images_without_a_caption_get_the_subjects_words_and_it_is_said(source: Path, tmp_path: Path) -> None:
     add(source, "bare.png", None)
     result = prepare(str(source), str(tmp_path / "out"), "--name", "luca", "--class", "girl")
-    assert "1 images have no caption and get 'luca girl'" in result.stdout
+    assert "without a caption, so 'luca girl' is written: " in result.stdout
     captions = {i.path.stem: i.caption for i in read_dataset(tmp_path / "out", CONFIG).items}
     assert captions["bare"] == "luca girl"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from evaluation import embed, scorerfile
+from evaluation.answers import self_test
 from evaluation.embed import DEFAULT_SCORER, default_scorer, load_likeness, load_scorer
 from trainer.errors import ConfigError, ModelFileError
 
@@ -294,3 +296,50 @@ def test_vectors_that_are_not_finite_are_an_error_never_a_score(folder: Path) ->
     scorer._model.visual.proj.data.fill_(float("nan"))
     with pytest.raises(ModelFileError, match="not finite"):
         scorer.image_features(pictures(1))
+
+
+# Known answers
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("model_cfg", {"quick_gelu": True}),
+        ("preprocess_cfg", {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}),
+        ("preprocess_cfg", {"interpolation": "bilinear"}),
+    ],
+)
+def test_another_activation_mean_or_resizing_than_the_weights_were_trained_with_is_caught(
+    part: str, change: dict[str, object], tmp_path: Path
+) -> None:
+    target = tmp_path / "renamed"
+    shutil.copytree(embed.MINIATURE / "mini-clip", target)
+    self_test(load_scorer(str(target)))
+    config = json.loads((target / "open_clip_config.json").read_text())
+    config[part].update(change)
+    (target / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFileError, match="does not answer as its weights should"):
+        self_test(load_scorer(str(target)))
+
+
+def test_a_random_network_that_looks_trained_is_caught_by_the_drawings(folder: Path) -> None:
+
+    with pytest.raises(ModelFileError, match="cannot tell a red circle from a blue square"):
+        self_test(load_scorer(str(folder)))
+
+
+def test_openais_own_files_are_known_by_their_sha256_whatever_they_are_called() -> None:
+    sha = "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"
+    assert scorerfile.tag_of_sha("ViT-L-14", sha) == "openai"
+    assert scorerfile.tag_of_sha("ViT-L-14", "0" * 64) is None
+
+
+def test_a_hub_name_of_a_likeness_encoder_is_taken_from_the_cache(
+    dinov2: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorerfile, "try_to_load_from_cache", lambda repo, name: str(dinov2 / name))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load_likeness("facebook/dinov2-small", load_scorer(str(folder))).name == "facebook/dinov2-small"
+    monkeypatch.setattr(scorerfile, "try_to_load_from_cache", lambda repo, name: None)
+    with pytest.raises(ModelFileError, match="facebook/dinov2-small is not on this machine"):
+        load_likeness("facebook/dinov2-small", load_scorer(str(folder)))

@@ -84,7 +84,7 @@ def test_the_whole_network_predicts_nearly_the_same(family):
 
 @pytest.mark.parametrize("kind, own", [("LoRA", {}), ("LoCon", {"conv_dim": 2}), ("DoRA", {}), ("LoHa", {})])
 def test_a_lora_on_an_8_bit_base_learns_and_its_file_is_an_ordinary_one(kind, own, tmp_path):
-    config = tiny_config(network_type=kind, fp8_base=True, max_train_epochs=1, **own)
+    config = tiny_config(network_type=kind, fp8_base=True, max_train_steps=1, **own)
     states = []
     for eight_bit in (False, True):
         base = tiny_base("sd15")

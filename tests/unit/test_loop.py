@@ -219,6 +219,20 @@ def test_ten_skipped_steps_in_a_row_are_a_divergence(monkeypatch):
         run(base, tiny_config(max_train_epochs=20))
 
 
+def test_a_divergence_leaves_the_last_good_weights_in_a_checkpoint_and_names_it(monkeypatch, tmp_path):
+    base = tiny_base("sd15")
+    config = tiny_config(max_train_epochs=20)
+    poison(base, monkeypatch, set(range(3, 100)))
+    adapter = inject(base, config)
+    prints = {}
+    with pytest.raises(Diverged) as caught:
+        for event in train(config, base, adapter, tiny_prepared(base, config), checkpoints=tmp_path):
+            prints[event.step] = adapter.fingerprint()
+    (path,) = tmp_path.glob("step-*")
+    assert str(path) in caught.value.hint
+    assert prints[3] == adapter.fingerprint() and prints[2] != prints[3]
+
+
 def test_skips_that_are_not_in_a_row_are_no_divergence(monkeypatch):
     base = tiny_base("sd15")
     poison(base, monkeypatch, set(range(0, 100, 2)))

@@ -143,7 +143,7 @@ def test_what_bf16_can_hold_is_not_rounded_and_the_draw_decides():
     assert float((first.float() - between).abs().max() / between.abs().max()) < 2.0**-7
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Adafactor", "Prodigy", "Lion8bit"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit", "Prodigy"])
 def test_full_bf16_trains_and_a_stopped_run_is_bitwise_the_run_that_never_stopped(optimizer, tmp_path):
     base = tiny_base("sd15")
     config = tiny_config(
@@ -215,7 +215,8 @@ def test_as_many_blocks_recompute_as_the_setting_says(count):
 )
 def test_what_saves_memory_or_time_does_not_change_the_result(values):
     base = tiny_base("sd15")
-    config = tiny_config(max_train_epochs=1)
+    dropout = {"network_dropout": 0.2, "rank_dropout": 0.2, "module_dropout": 0.2}
+    config = tiny_config(max_train_epochs=1, max_token_length=150, **dropout)
     plain, _ = run(base, config)
     events, _ = run(base, config.with_values(values))
     assert losses(events) == pytest.approx(losses(plain), rel=1e-4)

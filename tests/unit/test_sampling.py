@@ -10,8 +10,18 @@ import torch
 
 from evaluation.images import SampledImage, invalid_reason
 from evaluation.prompts import Prompt, PromptSet
-from evaluation.sampling import SampleConfig, default_config, file_name, generator, initial_noise, sample
-from tests.tiny import tiny_base
+from evaluation.sampling import (
+    SampleConfig,
+    chunk_size,
+    default_config,
+    file_name,
+    generator,
+    initial_noise,
+    sample,
+)
+from tests.tiny import tiny_base, tiny_config
+from trainer import lorafile
+from trainer.adapter import inject
 from trainer.bases.base import Base
 from trainer.errors import ConfigError, OutOfMemory
 
@@ -174,6 +184,47 @@ def test_the_default_size_is_the_bases_own() -> None:
 def test_settings_that_cannot_mean_anything_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         dataclasses.replace(CONFIG, **wrong)
+
+
+def test_each_text_is_encoded_once_a_call_whatever_the_batch_size(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    inner = base.encode_text
+    monkeypatch.setattr(
+        base, "encode_text", lambda texts, clip_skip=None: (asked.append(texts), inner(texts))[1]
+    )
+    sample(base, PROMPTS, dataclasses.replace(CONFIG, batch_size=1))
+    assert sorted(asked) == sorted([[CONFIG.negative], *([p.text] for p in PROMPTS.prompts)])
+
+
+def test_a_larger_card_draws_more_at_once_and_never_none() -> None:
+    sizes = [chunk_size(64 * 64, gigabytes * 1e9) for gigabytes in (8, 16, 24, 80)]
+    assert sizes == [4, 8, 12, 32] and chunk_size(512 * 512, 16e9) == 1
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "float"])
+def test_the_live_adapter_and_its_file_draw_the_same_bytes(
+    family: str, precision: str, tmp_path: Path
+) -> None:
+    base = tiny_base(family)
+    config = tiny_config(save_precision=precision)
+    adapter = inject(base, config)
+    with torch.no_grad():
+        for number, weight in enumerate(adapter.trainable()):  # as trained: numbers that no half type holds
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+    rough = sample(base, PROMPTS, CONFIG)
+    adapter.round_to(precision)
+    live = sample(base, PROMPTS, CONFIG)
+    lorafile.write(tmp_path / "l.safetensors", adapter, base, config)
+    adapter.remove()
+    attached = lorafile.attach(base, lorafile.read(tmp_path / "l.safetensors"))
+    stored = sample(base, PROMPTS, CONFIG)
+    attached.remove()
+    assert (pixels(live) == pixels(stored)).all()
+    assert (pixels(live) != pixels(sample(base, PROMPTS, CONFIG))).any(), "the adapter must be seen"
+    assert abs(pixels(rough) - pixels(live)).max() <= 8, "rounding is no other picture"
 
 
 def test_the_batch_size_is_no_part_of_a_scores_identity() -> None:

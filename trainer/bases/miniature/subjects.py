@@ -21,6 +21,7 @@ from trainer.files import atomic_folder, machine_error, sweep
 TRAINING_IMAGES = 24
 HELD_OUT_IMAGES = 8
 REPEATS = 10
+SIZE_PX = 128  # mini-sdxl's own; mini-sd15 is given them at half the size
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def picture(kind: str, index: int, seed: int, size_px: int) -> tuple[NDArray[np.
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8), f"a {said} {subject.class_word} {where}"
 
 
-def write_subject(kind: str, folder: Path, size_px: int = 64, seed: int = 0) -> Path:
+def write_subject(kind: str, folder: Path, size_px: int = SIZE_PX, seed: int = 0) -> Path:
     """Write the training folder and `held_out/` under `folder`; returns the folder to train on.
 
     `folder` is new or empty: nobody's images are mixed with these or overwritten.

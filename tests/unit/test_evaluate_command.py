@@ -1,0 +1,303 @@
+"""hpo evaluate and hpo compare on tiny trained runs: real files in, a marked file and figures out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from evaluation import sampling
+from hpo.cli import main
+from tests.faults.zygote import attempt
+from tests.tiny import save_folder, tiny_base
+from tests.tiny_search import draw_images
+from trainer.files import sha256_file
+from trainer.tensorfile import load_tensors, read_header
+
+MINI_CLIP = Path(sampling.__file__).parent.parent / "trainer/bases/miniature/weights/mini-clip"
+# A study file of this name in the current folder wins over the shipped one: fewer images, fewer steps.
+STUDY = """
+[train]
+optimizer_type = "AdamW"
+[space]
+learning_rate = { low = 1e-4, high = 1e-1, log = true }
+[baseline]
+learning_rate = 1e-3
+[prompts]
+counts = { train-like = 1, altered = 3 }
+seeds = [0]
+[confirmation]
+counts = { train-like = 1, altered = 3 }
+seeds = [1000]
+[limits]
+copy_rate = 1.0
+diversity = 0.0
+prior = 100.0
+[sampling]
+steps = 2
+"""
+SETTINGS = """
+resolution = 64
+bucket_no_upscale = false
+bucket_reso_steps = 32
+min_bucket_reso = 32
+network_dim = 2
+network_alpha = 2
+optimizer_type = "AdamW"
+learning_rate = 3e-2
+train_batch_size = 2
+max_train_epochs = 3
+save_every_n_epochs = 1
+output_name = "zkw"
+"""
+
+
+def loud_base(folder: Path, family: str) -> Path:
+    """A random base draws almost one grey: louder, so that an adapter can be seen."""
+    base = tiny_base(family)
+    with torch.no_grad():
+        base.unet.conv_out.weight.mul_(20)
+        base.vae.decoder.conv_out.weight.mul_(10)
+    return save_folder(base, folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a dataset, two bases, and a run on each: out15 and outxl."""
+    place = tmp_path_factory.mktemp("trained")
+    here = Path.cwd()
+    os.chdir(place)
+    draw_images(place / "images" / "1_zkw figure", count=4)
+    draw_images(place / "images" / "held_out", count=3, seed=2)
+    (place / "sd15-character.toml").write_text(STUDY)
+    (place / "settings.toml").write_text(SETTINGS)
+    for family in ("sd15", "sdxl"):
+        base = loud_base(place / f"tiny-{family}", family)
+        words = ("settings.toml", "--base", base.name, "--data", "images", "--device", "cpu")
+        result = run("train", *words, "--output", f"out{family[2:]}")
+        assert result.exit_code == 0, result.output
+    yield place
+    os.chdir(here)
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy of the runs as the current folder."""
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "here"
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(main, list(words), catch_exceptions=False)
+
+
+def evaluate(*words: str) -> Result:
+    return run("evaluate", *words, "--clip", str(MINI_CLIP), "--device", "cpu")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("samples/*.png"))}
+
+
+def test_every_checkpoint_is_scored_and_the_chosen_one_is_marked(place: Path) -> None:
+    before = {p.name: sha256_file(p) for p in (place / "out15").glob("*.safetensors")}
+    result = evaluate("out15")
+    assert result.exit_code == 0, result.output
+    folder = place / "out15" / "zkw.run" / "evaluation"
+    found = read(folder / "evaluation.json")
+    rows = found["search"]["checkpoints"]
+    assert [row["checkpoint"] for row in rows] == ["zkw-000001", "zkw-000002", "zkw"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3] and [row["step"] for row in rows] == [2, 4, 6]
+    assert [row["n_images"] for row in rows if not row["reason"]] == [4] * sum(not r["reason"] for r in rows)
+    assert found["confirmation"]["prompts"] != found["search"]["prompts"]
+    assert found["chosen"] in {row["checkpoint"] for row in rows}
+    assert Image.open(folder / "curve.png").size == (900, 520)
+    # the mark is a copy that names its source; nothing else in the folder has changed
+    mark, source = place / "out15" / "best.safetensors", place / "out15" / f"{found['chosen']}.safetensors"
+    metadata = read_header(mark).metadata
+    assert metadata["lora_hpo_best_of"] == source.name
+    assert metadata["lora_hpo_best_of_sha256"] == before[source.name] == found["chosen_file_sha256"]
+    ours, theirs = load_tensors(mark), load_tensors(source)
+    assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+    assert {p.name: sha256_file(p) for p in source.parent.glob("zkw*.safetensors")} == before
+    for words in ("untrained base", "best", "chosen", found["verdict"]["word"]):
+        assert words in result.output
+    # a second call draws nothing, comes to the same, and does not take the mark for a checkpoint
+    files = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png") if p.name != "curve.png"}
+    again = evaluate("out15/zkw")
+    assert again.exit_code == 0 and read(folder / "evaluation.json") == found
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.png") if p.name != "curve.png"} == files
+
+
+def evaluate_killed_at(chunk: int) -> None:
+    """The command in a process that kills itself after that many chunks of drawn images."""
+    original, drawn = sampling._draw, [0]
+
+    def killing(*args: Any, **options: Any) -> Any:
+        images = original(*args, **options)
+        drawn[0] += 1
+        if drawn[0] == chunk:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return images
+
+    sampling._draw = killing
+    evaluate("out15")
+
+
+def test_a_killed_evaluation_goes_on_and_draws_no_finished_checkpoint_anew(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place / "out15" / "zkw.run" / "evaluation"
+    # chunks: the base with the trigger, the base as class, the first checkpoint, the second …
+    assert attempt(evaluate_killed_at, 4) == -signal.SIGKILL
+    kept = pictures(folder)
+    assert any(name.startswith("zkw-000001") for name in kept)
+    assert not any(name.startswith("zkw-000002") for name in kept)
+    seen: list[bool] = []
+    original = sampling._draw
+    monkeypatch.setattr(sampling, "_draw", lambda *a, **o: (seen.append(True), original(*a, **o))[1])
+    resumed = evaluate("out15")
+    assert resumed.exit_code == 0, resumed.output
+    after = pictures(folder)
+    assert {name: after[name] for name in kept} == kept
+    first = len(seen)
+    seen.clear()
+    (folder / "evaluation.json").unlink()
+    import shutil
+
+    shutil.rmtree(folder)
+    whole = evaluate("out15")
+    assert whole.exit_code == 0 and first == len(seen) - 3, "three chunks were there already"
+    assert pictures(folder) == after
+
+
+def test_a_damaged_checkpoint_has_a_place_on_the_curve_and_is_never_chosen(place: Path) -> None:
+    damaged = place / "out15" / "zkw-000002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-400])
+    result = evaluate("out15")
+    assert result.exit_code == 0, result.output
+    rows = read(place / "out15/zkw.run/evaluation/evaluation.json")["search"]["checkpoints"]
+    assert rows[1]["value"] is None and "cut off" in rows[1]["reason"]
+
+
+def test_files_of_another_program_are_scored_once_base_and_images_are_named(place: Path) -> None:
+    from trainer.tensorfile import to_bytes
+
+    (place / "foreign").mkdir()
+    for path in (place / "out15").glob("zkw*.safetensors"):
+        metadata = {k: v for k, v in read_header(path).metadata.items() if k.startswith("ss_")}
+        (place / "foreign" / path.name).write_bytes(to_bytes(load_tensors(path), metadata))
+    assert "--base" in refused(2, "does not say which base", "foreign").stderr
+    assert "--data" in refused(3, "not known on which images", "foreign", "--base", "tiny-sd15").stderr
+    result = evaluate("foreign", "--base", "tiny-sd15", "--data", "images")
+    assert result.exit_code == 0, result.output
+    assert (place / "foreign" / "best.safetensors").is_file()
+
+
+def refused(code: int, message: str, *words: str) -> Result:
+    result = evaluate(*words)
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert lines[0].startswith("error: ") and message in lines[0] and lines[1].startswith("hint: "), lines
+    return result
+
+
+def test_what_cannot_be_evaluated_is_two_lines_and_leaves_nothing(place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    refused(2, "there is no run nowhere", "nowhere")
+    refused(2, "holds no LoRA file", "images")
+    refused(4, "is a LoRA for sd15, the base tiny-sdxl is sdxl", "out15", "--base", "tiny-sdxl")
+    refused(
+        2, "no class word", "out15", "--data", str(plain_images(place)), "--references", "images/held_out"
+    )
+    assert [p for p in sorted(place.rglob("*")) if p not in before and "plain" not in str(p)] == []
+
+
+def plain_images(place: Path) -> Path:
+    return draw_images(place / "plain", count=4)
+
+
+def test_two_runs_in_one_folder_have_to_be_named(place: Path) -> None:
+    (place / "out15" / "other.safetensors").write_bytes((place / "out15" / "zkw.safetensors").read_bytes())
+    assert "name one: out15/other" in refused(2, "of 2 runs: other, zkw", "out15").stderr
+
+
+def test_likeness_is_not_claimed_where_every_image_was_trained_on(place: Path) -> None:
+    import shutil
+
+    shutil.rmtree(place / "images" / "held_out")
+    assert "--references" in refused(3, "was trained on all 4 images", "out15").stderr
+    refused(3, "is trained on too", "out15", "--references", "images/1_zkw figure")
+    draw_images(place / "others", count=2, seed=5)
+    assert evaluate("out15", "--references", "others").exit_code == 0
+
+
+def test_a_file_of_the_users_called_best_is_not_replaced(place: Path) -> None:
+    own = place / "out15" / "best.safetensors"
+    own.write_bytes((place / "out15" / "zkw.safetensors").read_bytes())
+    content = own.read_bytes()
+    refused(2, "is not a mark of this tool", "out15/zkw")
+    assert own.read_bytes() == content
+
+
+def test_two_bases_are_compared_on_the_same_prompts(place: Path) -> None:
+    words = ("--clip", str(MINI_CLIP), "--device", "cpu")
+    result = run("compare", "out15/zkw-000002.safetensors", "outxl", *words)
+    assert result.exit_code == 0, result.output
+    (folder,) = (place / "outxl" / "zkw.run" / "evaluation" / "compare").iterdir()
+    found = read(folder / "compare.json")
+    assert found["a"]["file"] == "zkw-000002.safetensors" and found["b"]["file"] == "zkw.safetensors"
+    for name in ("prompt following", "likeness"):
+        rows = {row: values[name]["mean"] for row, values in found["cosines"].items()}
+        total = rows["base effect"] + rows["adapter effect"]
+        assert rows["LoRA B − LoRA A"] == pytest.approx(total)
+    sheet = np.asarray(Image.open(folder / "sheet.png"))
+    assert sheet.shape[1] == 4 * 192 and sheet.std() > 5
+    for shown in ("base effect", "adapter effect", "64×64 px", "B − A"):
+        assert shown in result.output
+    assert run("compare", "out15", "nowhere", *words).exit_code == 2
+
+
+def test_a_trial_is_judged_by_its_studys_prompts_references_and_sampling(place: Path) -> None:
+    import shutil
+
+    from evaluation.prompts import PromptSet, make_prompt, save_prompts
+
+    study, trial = place / "runs" / "s", place / "runs" / "s" / "trial_0003"
+    trial.mkdir(parents=True)
+    shutil.copy(place / "out15" / "zkw.safetensors", trial / "lora_trial_3.safetensors")
+    (trial / "params.json").write_text(json.dumps({"train": read(place / "out15/zkw.run/config.json")}))
+    shutil.rmtree(place / "images" / "held_out")
+    apart = place / "images" / "1_zkw figure" / "0.png"  # set apart by the study, in the training folder
+    other = place / "images" / "1_zkw figure" / "1.png"
+    sampling = {"width_px": 64, "height_px": 64, "steps": 2, "cfg": 1.0, "batch_size": 2, "later": 1}
+    facts = {"data": "images", "references": [str(apart), str(other)], "sampling": sampling}
+    (study / "study.json").write_text(json.dumps(facts))
+    texts = ("{trigger} {class} a", "{trigger} {class} b")
+    prompts = PromptSet(
+        tuple(make_prompt(t, "altered", "zkw", "figure") for t in texts), (7,), "zkw", "figure"
+    )
+    save_prompts(prompts, study / "prompts.toml")
+    result = evaluate("runs/s/trial_0003")
+    assert result.exit_code == 0, result.output
+    found = read(trial / "evaluation" / "evaluation.json")
+    assert found["search"]["prompts"] == prompts.hash and found["sampling"]["cfg"] == 1.0
+    assert found["references"] == [str(apart), str(other)] and found["verdict"]["word"] == "single"
+    assert not (trial / "best.safetensors").exists(), "a trial has one LoRA: nothing to mark"

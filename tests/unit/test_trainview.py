@@ -1,0 +1,53 @@
+"""What a person sees while one LoRA is trained."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from hpo.trainview import TrainView
+from trainer.events import Skipped, Step
+
+
+def step(number: int, loss: float, seconds: float) -> Step:
+    return Step(
+        step=number,
+        total_steps=10,
+        epoch=1,
+        total_epochs=2,
+        loss=loss,
+        learning_rate=1.5e-4,
+        text_encoder_lr=5e-5,
+        grad_norm=0.5,
+        seconds=seconds,
+    )
+
+
+def test_the_bar_shows_loss_rate_seconds_a_step_and_time_left() -> None:
+    screen = io.StringIO()
+    view = TrainView(Console(file=screen, force_terminal=True, width=80, color_system=None), "zed")
+    view.on_event(step(1, 0.25, 2.0))
+    view.on_event(Skipped(2, "loss"))
+    with view:
+        pass
+    shown = " ".join(screen.getvalue().split())
+    for words in (
+        "zed",
+        "step 1/10",
+        "epoch 1/2",
+        "loss 0.2500",
+        "rate 1.50e-04",
+        "2.00 s a step",
+        "1 skipped",
+    ):
+        assert words in shown, words
+    assert "about 0:18 left" in shown  # nine steps of two seconds
+
+
+def test_without_a_terminal_the_same_is_said_in_lines() -> None:
+    screen = io.StringIO()
+    view = TrainView(Console(file=screen, width=80), "zed")
+    view.on_event(step(9, 0.1, 1.0))
+    assert "step 9/10" in view.line() and "about 0:01 left" in view.line()
+    assert "\x1b" not in screen.getvalue()

@@ -1,0 +1,297 @@
+"""hpo transfer: which study and trial, the table, the files – and probes as a study of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hpo.cli import main
+from hpo.folder import StudyFolder, create_study, open_study
+from hpo.probe import Ladder, Outcome, Probe
+from hpo.probefile import make_side, octave_bounds
+from hpo.proberun import _probe_by_probe, agree, identity, probe_folder
+from hpo.profile import read_family, read_profile
+from hpo.search import Limits
+from hpo.standing import BASELINE, ROLE
+from hpo.transfercmd import Request, Transfer, make, with_decision
+from hpo.transfersource import find_source, read_source
+from hpo.workbench import write_definition
+from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError, Interrupted, StudyStopped
+from trainer.trainfile import read_train_file
+
+QUICK = {"train": {"text_encoder_lr": 5e-4}, "space": {"max_train_epochs": {"low": 1, "high": 2}}}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/ with a search of three trials that says it was made on mini-sd15."""
+    root = tmp_path_factory.mktemp("transfer")
+    data = draw_images(root / "10_zkw figure")
+    bench = tiny_bench(root / "runs" / "s", data, tiny_study(QUICK))
+    bench = dataclasses.replace(bench, base_spec="mini-sd15")
+    make_search(bench, Limits(trials=3)).run()
+    write_definition(bench, bench.facts())
+    return root / "runs"
+
+
+def call(runs: Path, *words: str) -> Result:
+    return CliRunner().invoke(main, ["transfer", "--to", "mini-sdxl", "--runs", str(runs), *words])
+
+
+def transferred(runs: Path) -> Transfer:
+    family = read_family("mini-sdxl")
+    return make(read_source(find_source("s", runs, family)), read_profile("mini-sdxl"), None)
+
+
+def test_the_last_study_is_taken_and_said_and_the_files_are_written(searched: Path) -> None:
+    result = call(searched)
+    assert result.exit_code == 0, result.output
+    assert "study s: the last one" in result.output and "unconfirmed" in result.output
+    for word in ("resolution", "res.native", "batch.micro", "effective batch", "kept:"):
+        assert word in result.output
+    place = searched / "s" / "transfer"
+    assert {p.name for p in place.iterdir()} == {"mini-sdxl.toml", "plan.md", "kohya-mini-sdxl"}
+    assert {p.name for p in (place / "kohya-mini-sdxl").iterdir()} == {
+        "config.toml",
+        "dataset.toml",
+        "train.sh",
+    }
+    assert "sdxl_train_network.py" in (place / "kohya-mini-sdxl" / "train.sh").read_text()
+    assert "| resolution | 32 | 128 | res.native |" in (place / "plan.md").read_text()
+
+
+def test_the_table_is_readable_at_80_columns(searched: Path) -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(
+        main, ["transfer", "--to", "mini-sdxl", "--runs", str(searched), "--study", "s"]
+    )
+    table = result.output.split("setting", 1)[1].split("kept:")[0].splitlines()
+    assert max(map(len, table)) <= 80
+
+
+def test_the_file_means_what_the_plan_says_and_hpo_train_accepts_it(searched: Path) -> None:
+    assert call(searched).exit_code == 0
+    file = searched / "s" / "transfer" / "mini-sdxl.toml"
+    plan = transferred(searched).plan
+    assert read_train_file(file).config == plan.config
+    text = file.read_text()
+    assert all(f"  {move.rule}: " in text for move in plan.moves)
+    result = CliRunner().invoke(main, ["train", str(file), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    pair = searched / "s" / "transfer" / "kohya-mini-sdxl"
+    kohya = read_train_file(pair / "config.toml", dataset=pair / "dataset.toml").config
+    for name in ("learning_rate", "network_dim", "network_alpha", "train_batch_size", "max_train_epochs"):
+        assert getattr(kohya, name) == getattr(plan.config, name)
+
+
+def test_the_best_trial_counts_until_a_winner_is_confirmed(searched: Path, tmp_path: Path) -> None:
+    folder = StudyFolder(searched / "s")
+    source = read_source(folder)
+    assert source.best.score == max(t.score for t in source.trials) and not source.confirmed
+    other = next(t.number for t in source.trials if t.number != source.best.number)
+    confirmed = folder.root / "confirmed.json"
+    confirmed.write_text(json.dumps({"winner": other, "ties": [source.best.number]}))
+    try:
+        now = read_source(folder)
+        assert now.best.number == other and now.confirmed and "confirmed winner" in now.says
+        assert [c.number for c in now.others] == [source.best.number]
+    finally:
+        confirmed.unlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--study", "x"), "no study x"),
+        (("--preset", "balance"), "balanced"),
+        (("--profile", "sdxl-16gb"), "is for sdxl"),
+        (("--profile", "absent.toml"), "cannot read"),
+        (("--probes", "2"), "decide nothing"),
+    ],
+)
+def test_a_mistake_is_two_lines_and_nothing_is_lost(
+    searched: Path, words: tuple[str, ...], message: str
+) -> None:
+    result = call(searched, *words)
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+def test_miniature_settings_are_not_carried_to_the_real_family(searched: Path) -> None:
+    result = CliRunner().invoke(main, ["transfer", "--to", "sdxl", "--runs", str(searched), "--study", "s"])
+    assert result.exit_code == 2 and "--to mini-sdxl" in result.output
+    result = CliRunner().invoke(main, ["transfer", "--to", "sdx", "--runs", str(searched)])
+    assert result.exit_code == 2 and "sdxl" in result.output
+
+
+def test_a_refused_plan_writes_nothing(searched: Path, tmp_path: Path) -> None:
+    hot = tmp_path / "hot.toml"
+    hot.write_text('family = "mini-sdxl"\n[limits]\nnormalised_refuse = 1e-9\n')
+    file = searched / "s" / "transfer" / "mini-sdxl.toml"
+    before = file.read_text() if file.exists() else None
+    result = call(searched, "--profile", str(hot))
+    assert result.exit_code == 2 and "refused" in result.output
+    assert (file.read_text() if file.exists() else None) == before
+
+
+def test_a_decision_of_probes_is_a_move_like_any_other(searched: Path) -> None:
+    done = transferred(searched)
+    plan = with_decision(done, {"learning_rate": 2e-3}, "it gains")
+    assert plan.config.learning_rate == 2e-3 and plan.moves[-1].rule == "probe"
+    assert with_decision(done, {}, "kept").config == done.plan.config
+
+
+# Probes
+
+
+def side_of(bench_study: Any, data: Path, budget: int = 4) -> Any:
+    own = TrainConfig(
+        learning_rate=1e-2,
+        text_encoder_lr=5e-3,
+        network_dim=2,
+        network_alpha=2,
+        resolution=32,
+        min_bucket_reso=32,
+        bucket_reso_steps=32,
+        optimizer_type="AdamW",
+        max_train_epochs=4,
+        train_batch_size=4,
+        train_data_dir=str(data),
+    )
+    whole = {"transferred": own, "default": own.with_values({"learning_rate": 1e-3, "network_dim": 1})}
+    bounds = octave_bounds(own, 1e-6, 1e-1)
+    return make_side(
+        "s__tiny", whole, 8, budget, bounds, sampling={"steps": 2, "cfg": 1.0}, seed=7, words="natural"
+    )
+
+
+def begin(root: Path, data: Path) -> tuple[Any, Any, Any]:
+    side = side_of(None, data)
+    bench = tiny_bench(root, data, side.study)
+    bench.folder.locks.mkdir(parents=True, exist_ok=True)
+    study = create_study(bench.folder, bench.facts())
+    bench.measure_anchors(lambda text: None)
+    return side, bench, study
+
+
+def test_short_runs_are_the_beginning_of_whole_ones() -> None:
+    side = side_of(None, Path("/images"))
+    own, default = side.short["transferred"], side.short["default"]
+    assert own.max_train_steps == default.max_train_steps == 2  # a quarter of 4 × 2 updates
+    assert own.lr_scheduler == "constant_with_warmup"
+    low, high = side.proposal(Probe(octaves=-1)), side.proposal(Probe(octaves=1))
+    assert (low["learning_rate"], high["learning_rate"]) == (5e-3, 2e-2)
+    assert (low["text_encoder_lr"], high["text_encoder_lr"]) == (2.5e-3, 1e-2)  # the ratio is kept
+    assert side.proposal(Probe(text_encoder=False))["text_encoder_lr"] == 0.0
+    assert side.proposal(Probe("default"))["network_dim"] == 1
+
+
+def test_probes_are_an_ordinary_study_that_goes_on_after_a_stop(tmp_path: Path) -> None:
+    data = draw_images(tmp_path / "data")
+    side, bench, study = begin(tmp_path / "s__tiny", data)
+
+    def choose(found: list[Outcome]) -> Probe | None:
+        return Ladder().next(found, side.scope)
+
+    view = Recorder()
+
+    def stop_in_the_second(event: Any) -> None:
+        view.stop = len(view.started) == 2
+
+    view.event_hook = stop_in_the_second
+    with pytest.raises(Interrupted):
+        _probe_by_probe(study, bench, side, choose, view)
+    again = Recorder()
+    outcomes = _probe_by_probe(study, bench, side, choose, again)
+    assert again.started[0] == (1, True)  # adopted under its own number
+    assert [o.probe.role for o in outcomes] == [
+        "transferred",
+        "default",
+        "transferred, rate × 0.5",
+        "transferred, rate × 2",
+    ]
+    trials = open_study(bench.folder).get_trials()
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 4
+    assert [t.user_attrs[ROLE] for t in trials] == [BASELINE, *(o.probe.role for o in outcomes[1:])]
+    assert [t.value for t in trials] == [o.score for o in outcomes]
+    seeds = {bench.config(t.params, t.number).seed for t in trials}
+    assert seeds == {7}  # the same order and noise for all
+    steps = [json.loads((bench.folder.trial(n).result).read_text())["steps"] for n in range(4)]
+    assert steps == [2] * 4  # and the same fraction
+    assert all(len(o.prompts) == 2 for o in outcomes)
+    done = Recorder()
+    assert _probe_by_probe(study, bench, side, choose, done) == outcomes and not done.started
+
+
+def test_a_probe_that_fails_stops_and_is_tried_again(tmp_path: Path) -> None:
+    data = draw_images(tmp_path / "data")
+    side, bench, study = begin(tmp_path / "s__tiny", data)
+    view = Recorder()
+
+    def break_down(event: Any) -> None:
+        raise RuntimeError("broken disk")
+
+    view.event_hook = break_down
+    first = [Probe()]
+    with pytest.raises(StudyStopped):
+        _probe_by_probe(study, bench, side, lambda found: first[0] if not found else None, view)
+    outcomes = _probe_by_probe(study, bench, side, lambda found: first[0] if not found else None, Recorder())
+    assert len(outcomes) == 1 and [t.state.name for t in study.get_trials()] == ["FAIL", "COMPLETE"]
+
+
+def test_other_settings_have_probes_of_their_own(searched: Path) -> None:
+    done = transferred(searched)
+    folder = probe_folder(done)
+    assert folder.name == "s__mini-sdxl"
+    folder.root.mkdir()
+    try:
+        folder.facts.write_text(json.dumps({"facts": {"transferred": "of another trial"}}))
+        assert probe_folder(done).name == "s__mini-sdxl-2"
+        folder.facts.write_text(json.dumps({"facts": {"transferred": identity(done)}}))
+        assert probe_folder(done) == folder
+    finally:
+        folder.facts.unlink()
+        folder.root.rmdir()
+
+
+def test_what_probes_found_holds_for_the_next_call(searched: Path) -> None:
+    done = transferred(searched)
+    folder = probe_folder(done)
+    folder.root.mkdir()
+    saved = {"design": "ladder", "probes": 6, "values": {"learning_rate": 7e-3}, "reason": "it gains 0.1"}
+    saved |= {"lines": ["decision: it gains 0.1"], "outcomes": []}
+    try:
+        folder.facts.write_text(json.dumps({"facts": {"transferred": identity(done)}}))
+        (folder.root / "probes.json").write_text(json.dumps(saved))
+        assert call(searched).exit_code == 0
+        file = searched / "s" / "transfer" / "mini-sdxl.toml"
+        assert "learning_rate = 0.007" in file.read_text() and "probe: it gains 0.1" in file.read_text()
+        assert "decision: it gains 0.1" in (searched / "s" / "transfer" / "plan.md").read_text()
+    finally:
+        (folder.root / "probes.json").unlink()
+        folder.facts.unlink()
+        folder.root.rmdir()
+
+
+def test_only_what_both_sides_have_is_compared() -> None:
+    target = [Outcome(Probe(octaves=x), x, 0.1) for x in (0.0, 1.0, -1.0)]
+    twins = [Outcome(Probe(octaves=x), 2 * x, 0.1) for x in (0.0, 1.0, -1.0)]
+    found = agree(target, twins)
+    assert found is not None and found.spearman.value == pytest.approx(1.0) and not found.conclusive
+    assert agree(target, twins[:1]) is None
+
+
+def test_a_rate_that_the_optimizer_finds_is_not_probed(tmp_path: Path) -> None:
+    prodigy = TrainConfig(optimizer_type="Prodigy", learning_rate=1.0, text_encoder_lr=1.0)
+    with pytest.raises(ConfigError, match="finds its rate"):
+        make_side("s", {"transferred": prodigy}, 8, 6, (-4, 4), sampling={}, seed=1, words="natural")
+
+
+def test_the_request_has_the_words_of_the_command() -> None:
+    words = {option.name for option in main.commands["transfer"].params}
+    assert words == {f.name for f in dataclasses.fields(Request)}
