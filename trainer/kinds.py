@@ -185,7 +185,7 @@ class LoKr(Kind):
 
     def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
         (out_small, out_large), (in_small, in_large), kernel = _factors(layer, self.factor)
-        first = {"lokr_w1": (out_small, in_small)}
+        first: dict[str, tuple[int, ...]] = {"lokr_w1": (out_small, in_small)}
         if _is_whole(layer, rank, self.factor):
             return first | {"lokr_w2": (out_large, in_large, *kernel)}
         return first | {"lokr_w2_a": (out_large, rank), "lokr_w2_b": (rank, in_large * math.prod(kernel))}

@@ -114,7 +114,7 @@ def survey(root: Path, config: TrainConfig, *, default_repeats: int = 1) -> Surv
         raise DataError(f"cannot read {shown(root)}: {error.strerror}", "check its permissions") from error
     jobs = [(path, repeats) for folder, repeats in folders for path in listing[folder] if is_image(path)]
     with ThreadPoolExecutor(READERS) as pool:
-        read = list(pool.map(lambda job: _photo(*job, root), jobs))
+        read = list(pool.map(lambda job: _photo(job[0], job[1], root), jobs))
     texts = [_caption(found, root, config) if isinstance(found, Photo) else None for found in read]
     photos = []
     for found, text in zip(read, texts, strict=True):
