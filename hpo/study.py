@@ -41,6 +41,7 @@ ELSEWHERE = {
     "output_name": "the trial's number",
     "seed": "--seed",
     "dataset_config": "--data",
+    "hold_out_references": "the search itself",
     **dict.fromkeys(sorted(WITHOUT_INFLUENCE), "the search itself"),
 }
 LARGEST_WHOLE = 2**63 - 1  # TOML's own limit; more has no float, or no text

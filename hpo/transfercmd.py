@@ -23,7 +23,7 @@ from hpo.profile import Profile, profiles_of, read_family, read_profile
 from hpo.trainplan import say
 from hpo.transfer import MAPPING_VERSION, Finding, Move, TransferPlan, transfer
 from hpo.transferfile import Places, derived_lines, kept_line, shown
-from hpo.transfersource import Source, dataset_figures, find_source, read_source, with_places
+from hpo.transfersource import Source, dataset_figures, find_source, holding_out, read_source, with_places
 from trainer.errors import ConfigError
 from trainer.files import clean_text
 
@@ -106,7 +106,7 @@ def make(source: Source, profile: Profile, preset: str | None) -> Transfer:
     figures, _ = dataset_figures(source, profile.family)
     best, name = source.best, source.folder.name
     comment = f"{name} trial {best.number}, mapping {MAPPING_VERSION}"
-    config = with_places(best.config, f"{name}_{profile.family.name}", comment)
+    config = holding_out(source, with_places(best.config, f"{name}_{profile.family.name}", comment))
     return Transfer(
         source, profile, planned(transfer(config, figures, profile, preset=preset), profile), figures.samples
     )

@@ -69,7 +69,7 @@ class Places:
 
     @property
     def train_command(self) -> str:
-        return f"hpo train {shlex.quote(str(self.settings))} --output {shlex.quote(str(self.output))}"
+        return f"hpo train {shlex.quote(str(self.settings))}"
 
 
 def write(
@@ -102,8 +102,8 @@ def settings_text(plan: TransferPlan, places: Places, head: Sequence[str]) -> st
     for move in plan.moves:
         by_key.setdefault(move.key, []).append(move)
     lines = [f"# {line}" for text in head for line in textwrap.wrap(clean_text(text), WIDTH - 2)]
-    # No output_dir: a file that has one is read as sd-scripts'.
     lines += ["#", f"# {clean_text(places.train_command)}", ""]
+    lines += [f"output_dir = {_value(str(places.output.resolve()))}", ""]
     for key, value in plan.config.as_dict().items():
         moves = by_key.get(key, [])
         if not moves and key not in ALWAYS and value == usual[key]:

@@ -195,9 +195,20 @@ def with_places(config: TrainConfig, name: str, comment: str) -> TrainConfig:
     return config.with_values(values)
 
 
+def holding_out(source: Source, config: TrainConfig) -> TrainConfig:
+    """The settings, with the images apart that the search judged likeness with: ``hpo evaluate`` needs them unseen.
+
+    References of another folder (``--references``) are no part of the training images anyway.
+    """
+    facts = read_json(source.folder.facts) or {}
+    own = Path(str(facts.get("data", ""))).resolve()
+    references = [Path(str(path)).resolve() for path in facts.get("references", [])]
+    return config.with_values({"hold_out_references": any(path.is_relative_to(own) for path in references)})
+
+
 def dataset_figures(source: Source, family: Family) -> tuple[DatasetFigures, Dataset]:
     """The figures of the images that the run will see, and the images."""
-    data = read_training_data(source.best.config)
+    data = read_training_data(holding_out(source, source.best.config))
     items = [item for item in data.items if not item.is_reg]
     small = sum(min(item.width_px, item.height_px) < family.small_image_px for item in items)
     return (

@@ -116,6 +116,9 @@ class TrainConfig:
     validation_seed: int | None = setting(
         None, "decides which images validation_split sets apart; unset takes seed", low=0, high=2**63 - 1
     )
+    hold_out_references: bool = setting(
+        False, "set the images apart that a search would judge likeness with; held_out/ goes before it"
+    )
     reg_data_dir: str = setting(
         "", "regularisation images, in kohya folders (1_class): as many as training images are trained too"
     )

@@ -189,6 +189,7 @@ OURS_ALONE = frozenset(
         "opt_channels_last",
         "cpu_offload",
         "checkpoint_blocks",
+        "hold_out_references",
     }
 )
 KNOWN_KEYS = (

@@ -15,7 +15,16 @@ from typing import Any
 
 from trainer.captions import shown
 from trainer.config import TrainConfig, check_value, suggestion
-from trainer.dataset import HELD_OUT, MAX_REPEATS, Dataset, Part, assemble, images_in, read_dataset
+from trainer.dataset import (
+    HELD_OUT,
+    MAX_REPEATS,
+    Dataset,
+    Part,
+    assemble,
+    images_in,
+    read_dataset,
+    split_references,
+)
 from trainer.errors import ConfigError, DataError
 from trainer.files import clean_text
 from trainer.kohya import as_text, read_table
@@ -124,7 +133,21 @@ def read_training_data(
     class_word: str | None = None,
     default_repeats: int = 1,
 ) -> Dataset:
-    """The dataset of a run: dataset_config if it is set, else train_data_dir."""
+    """The dataset of a run: dataset_config if it is set, else train_data_dir.
+
+    With ``hold_out_references`` the references of a search are held out here, too.
+    """
+    found = _all_images(config, trigger, class_word, default_repeats)
+    if not config.hold_out_references or found.held_out:
+        return found
+    training, references = split_references(found)
+    said = f"{len(references.items)} images are held out to judge likeness with (hold_out_references)"
+    return replace(training, held_out=references.items, notes=(*training.notes, said))
+
+
+def _all_images(
+    config: TrainConfig, trigger: str | None, class_word: str | None, default_repeats: int
+) -> Dataset:
     if not config.dataset_config:
         if not config.train_data_dir:
             raise ConfigError("no images are given", "set train_data_dir, or give --data FOLDER")

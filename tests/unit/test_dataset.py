@@ -714,3 +714,19 @@ def test_validation_split_sets_a_share_of_each_folder_apart_by_content(tmp_path:
     assert len(seeds) > 1
     with pytest.raises(DataError, match="sets apart no image"):
         dataset.read_dataset(tmp_path / "other", config.with_values({"validation_split": 0.1}))
+
+
+def test_a_run_holds_out_what_a_search_judges_with(tmp_path: Path) -> None:
+    from trainer.subsets import read_training_data
+
+    folder = tmp_path / "1_zkw figure"
+    folder.mkdir()
+    for number in range(10):
+        Image.new("RGB", (64, 64), (number * 20, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("zkw figure")
+    config = TrainConfig(train_data_dir=str(tmp_path), resolution=64, min_bucket_reso=64)
+    _, references = dataset.split_references(read_training_data(config))
+    held = read_training_data(config.with_values({"hold_out_references": True}))
+    assert {item.sha256 for item in held.held_out} == {item.sha256 for item in references.items}
+    assert len(held.items) == 8 and len(held.held_out) == 2
+    assert "2 images are held out" in held.notes[-1]
