@@ -310,25 +310,25 @@ class Adapter:
             if self._dropout.network > 0:
                 keep = 1.0 - self._dropout.network
                 generator = keyed_generator(*self._dropout_key, number, device=device)
-                output_BR = output_BR * self._kept(list(output_BR.shape), keep, generator, output_BR.dtype)
+                output_BR = output_BR * self._kept(list(output_BR.shape), keep, generator, output_BR)
             if self._dropout.rank > 0:
                 keep = 1.0 - self._dropout.rank
                 generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
                 rank_axis = -1 if output_BR.dim() < 4 else 1
                 shape = [1] * output_BR.dim()
                 shape[0], shape[rank_axis] = output_BR.shape[0], output_BR.shape[rank_axis]
-                output_BR = output_BR * self._kept(shape, keep, generator, output_BR.dtype)
+                output_BR = output_BR * self._kept(shape, keep, generator, output_BR)
             return output_BR
 
         return drop
 
-    def _kept(self, shape: list[int], keep: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    def _kept(self, shape: list[int], keep: float, generator: torch.Generator, like: Tensor) -> Tensor:
         """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows.  An
         image has several rows where a long caption is read in windows."""
         start, count, total = self._rows
         each = shape[0] // count if 0 < count < total else 0
         drawn = [total * each, *shape[1:]] if each else shape
-        mask = torch.empty(drawn, device=generator.device, dtype=dtype).bernoulli_(keep, generator=generator)
+        mask = torch.empty(drawn, device=like.device, dtype=like.dtype).bernoulli_(keep, generator=generator)
         return (mask[start * each : (start + count) * each] if each else mask).div_(keep)
 
     def _row_dropout(self, number: int, get_delta_weight: Any) -> Any:

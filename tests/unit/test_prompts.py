@@ -189,7 +189,8 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
 
 def test_the_example_in_the_documentation_is_a_prompt_file(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    example = page.partition("```toml\n")[2].partition("```")[0]
+    examples = [part.partition("```")[0] for part in page.split("```toml\n")[1:]]
+    example = next(text for text in examples if "[[prompts]]" in text)
     found = load(tmp_path / "p.toml", example, trigger=None, class_word=None)
     assert found.prompts[0].scored_text == "a photo of girl on a beach"
 

@@ -34,10 +34,16 @@ network_dim_log2 = { low = 1, high = 3 }
 learning_rate = 1e-3
 network_dim = 2
 [sampling]
-steps = 1
-cfg = 1.0
+steps = 6
+cfg = 5.0
 """
 TRIALS = 12
+PROMPTS = (
+    "a zkw figure on grass, at the top",
+    "a zkw figure on water, on the left",
+    "a zkw figure on brick, at the bottom",
+    "a zkw figure on sand, on the right",
+)
 
 
 def test_in_a_study_of_twelve_trials_the_base_is_loaded_once_and_each_image_encoded_once(
@@ -45,7 +51,7 @@ def test_in_a_study_of_twelve_trials_the_base_is_loaded_once_and_each_image_enco
 ) -> None:
     data = draw_images(tmp_path / "5_zkw figure", count=10, size_px=64)
     (tmp_path / "small.toml").write_text(STUDY)
-    (tmp_path / "prompts.txt").write_text("zkw figure\nzkw figure on white\n")
+    (tmp_path / "prompts.txt").write_text("".join(f"{text}\n" for text in PROMPTS))
     loads: Counter[str] = Counter()
     encoded: Counter[bytes] = Counter()
     load_base, encode = hpo.workbench.load_base, Base.encode_images
