@@ -202,7 +202,7 @@ def test_a_demo_dataset_has_captions_and_held_out_images(place: Path) -> None:
     images = sorted(folder.glob("*.png"))
     assert len(images) == 24 and all(p.with_suffix(".txt").is_file() for p in images)
     assert len(list(Path("luca/held_out").glob("*.png"))) == 8
-    assert Image.open(images[0]).size == (64, 64)
+    assert Image.open(images[0]).size == (128, 128)
 
 
 def test_the_command_to_go_on_with_can_be_pasted(place: Path) -> None:
