@@ -100,7 +100,7 @@ class Anchors:
         if self.i_unit < 2 * self.i_unit_se or self.i_unit <= 0:
             found.append(
                 f"the references are hardly more alike than the base's images are to them: {self.i_unit:.4f} "
-                f"± {self.i_unit_se:.4f}; use more references, or another likeness encoder"
+                f"± {self.i_unit_se:.4f}; use more references, another likeness encoder, or more sampling steps"
             )
         return tuple(found)
 
@@ -115,7 +115,8 @@ class Anchors:
     def require_separable(self) -> None:
         """Raise DataError with figures if a score on this scale would mean nothing."""
         if self.problems:
-            raise DataError(*self.problems[0].split("; ", 1))
+            problem, hint = self.problems[0].split("; ", 1)
+            raise DataError(f"a score would mean nothing here: {problem}", hint)
 
 
 def require_references(count: int) -> None:

@@ -177,9 +177,7 @@ def _begin(
             view.say(f"drawing {bench.prompts.image_count} images with the untrained base …")
         from hpo.cost import check_disk, estimate
 
-        bench.measure_anchors(view.say)
-        if fresh:
-            bench.anchors.require_separable()
+        bench.measure_anchors(view.say, fresh=fresh)
         cost = estimate(bench, probe=fresh)
         check_disk(bench, cost, now.left, limits.keep_best)
         view.say(_cost_line(cost, now, limits))

@@ -109,8 +109,11 @@ class Workbench:
         """Latents and text states: from the study's cache after the first trial."""
         return cache.prepare(self.base, self.data, config, store=self.store, on_image=on_image)
 
-    def measure_anchors(self, say: Say) -> None:
-        """Score the untrained base, once per study; note how long an image takes."""
+    def measure_anchors(self, say: Say, *, fresh: bool = False) -> None:
+        """Score the untrained base, once per study; note how long an image takes.
+
+        Anchors that cannot be told apart end a fresh study (DataError); one that has begun is warned.
+        """
         started = time.monotonic()
         drawn: list[int] = []
         self._anchors = make_anchors(
@@ -125,6 +128,8 @@ class Workbench:
         )
         if drawn:
             self.image_seconds = (time.monotonic() - started) / drawn[-1]
+        if fresh:
+            self._anchors.require_separable()
         for problem in self._anchors.problems:
             say(f"warning: {problem}")
 

@@ -11,6 +11,7 @@ import tomlkit
 from rich.console import Console
 
 import hpo.workbench
+from evaluation.anchors import Anchors
 from hpo.folder import StudyFolder
 from hpo.session import Request, search
 from hpo.study import Inputs
@@ -23,9 +24,13 @@ def run_session(
     data: Path,
     trials: int = 1,
     loaded: Callable[[Workbench], None] = lambda bench: None,
+    guarded: bool = False,
     **words: Any,
 ) -> str:
-    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded."""
+    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded.
+
+    A random base follows no prompt, so its anchors cannot be told apart: only ``guarded`` minds that.
+    """
 
     def load(inputs: Inputs, study: Any, folder: StudyFolder, say: Any) -> Workbench:
         bench = tiny_bench(folder.root, data, study)
@@ -34,8 +39,10 @@ def run_session(
 
     definition = root.parent.parent / "tiny.toml"
     definition.write_text(tomlkit.dumps(STUDY), encoding="utf-8")
-    screen, original = io.StringIO(), hpo.workbench.load
+    screen, original, guard = io.StringIO(), hpo.workbench.load, Anchors.require_separable
     hpo.workbench.load = load
+    if not guarded:
+        Anchors.require_separable = lambda anchors: None  # type: ignore[method-assign]
     try:
         request = Request(
             Inputs("tiny", data), trials, study=str(definition), name=root.name, runs=root.parent, **words
@@ -43,4 +50,5 @@ def run_session(
         search(request, Console(file=screen, width=200))
     finally:
         hpo.workbench.load = original
+        Anchors.require_separable = guard  # type: ignore[method-assign]
     return screen.getvalue()

@@ -1,5 +1,12 @@
 """A search on a real-sized SD1.5 (random weights, as a diffusers folder and as one original-layout file), scored by a
-real-sized ViT-B-32 from a file: on a CPU, within 12 GB, without network."""
+real-sized ViT-B-32 from a file: on a CPU, within 12 GB, without network.
+
+What it proves: loading in both layouts, training, sampling, scoring by the loaded scorer, saving and the study's
+records at full size, and the memory they take.  It proves nothing about scores.  Two guards exist to refuse just
+what random weights are, so both are off here and tested on the miniature: the scorer's known answers
+(tests/unit/test_embed.py), and anchors that cannot be told apart (tests/faults/test_session.py).  All other checks
+stay on: the file's own, logit_scale, the LoRA's effect on the images, invalid images, the limits.
+"""
 
 from __future__ import annotations
 

@@ -79,6 +79,17 @@ def test_an_error_after_the_study_was_made_leaves_no_file_nor_its_definition(
     assert [p.name for p in root.iterdir()] == ["mine.txt"]
 
 
+def test_anchors_that_cannot_be_told_apart_end_a_fresh_search_and_warn_one_that_has_begun(
+    root: Path, data: Path
+) -> None:
+    with pytest.raises(DataError, match="a score would mean nothing here") as refused:
+        run_session(root, data, guarded=True)
+    assert "±" in refused.value.message and "use more" in (refused.value.hint or "")
+    assert nothing_left(root)
+    assert "warning:" in run_session(root, data)
+    assert "warning: the scorer cannot tell" in run_session(root, data, trials=2, guarded=True)
+
+
 def test_a_failing_call_leaves_alone_what_another_worker_made_meanwhile(root: Path, data: Path) -> None:
     def other_worker_first(bench: Workbench) -> None:
         assert attempt(run_session, root, data) == 0

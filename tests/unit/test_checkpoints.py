@@ -73,6 +73,14 @@ def test_a_clear_best_is_chosen_though_the_error_bars_overlap() -> None:
     assert lead is not None and standard_error(lead) < 0.02 and lead.low > 0
 
 
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_every_checkpoint_counts_not_only_the_last(best: int) -> None:
+    """A fault of the origin pipeline (tests/unit/test_origin_faults.py): only the final epoch was scored."""
+    points = curve(*(0.6 if n == best else 0.4 for n in range(3)))
+    choice = choose(points, anchors())
+    assert choice.best == choice.chosen == best
+
+
 def test_the_earliest_of_those_that_cannot_be_told_apart_is_chosen() -> None:
     points = curve(0.4, 0.598, 0.599, 0.6, wobble=3)
     choice = choose(points, anchors())
