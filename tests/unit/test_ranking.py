@@ -85,11 +85,9 @@ def test_the_best_of_few_prompts_is_optimistic_and_the_correction_is_nearer_to_i
 def test_what_the_search_chose_beats_trial_0_on_prompts_and_seeds_that_chose_nothing(found: Recorded) -> None:
     worths = {worth.name: worth for _, worth in ranking.confirmed(found)}
     zero = worths.pop("trial 0")
-    gains = [np.percentile(w.values(DRAWS_KP) - zero.values(DRAWS_KP), 2.5) for w in worths.values()]
+    draws_KP = prompt_draws(len(zero.prompts.texts))
+    gains = [np.percentile(w.values(draws_KP) - zero.values(draws_KP), 2.5) for w in worths.values()]
     assert len(gains) == 8 and min(gains) > 0
-
-
-DRAWS_KP = prompt_draws(16)
 
 
 def test_the_noise_of_the_recorded_study_is_known(found: Recorded) -> None:
