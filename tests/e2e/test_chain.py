@@ -32,7 +32,7 @@ class Form:
 
 SMALL = Form(
     trials=2,
-    probes=2,
+    probes=3,
     sets=(
         "prompts.counts={ train-like = 3, altered = 3, class-only = 1 }",
         "confirmation.counts={ train-like = 2, altered = 2, class-only = 1 }",
@@ -92,7 +92,7 @@ def test_a_search_becomes_an_evaluated_run_on_the_larger_base(form: Form, tmp_pa
     assert len(target.trial_folders()) == form.probes
 
     dry = json.loads(hpo(tmp_path, "train", str(settings), "--dry-run", "--json"))
-    assert dry["settings"]["resolution"]["value"] == 128
+    assert dry["config"]["resolution"] == 128
     said = hpo(tmp_path, "train", str(settings), "--set", "save_every_n_epochs=1")
     output = next(line for line in said.splitlines() if line.startswith("next: hpo evaluate")).split()[-1]
     lora = next(Path(output).glob("chain*.safetensors"))
