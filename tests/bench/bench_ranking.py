@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_ranking record                  # ~20 minutes on one core; resumable
     python -m tests.bench.bench_ranking tables                  # the tables of docs/evaluation.md
-    python -m tests.bench.bench_ranking picture > docs/pictures/optimism.svg
+    python -m tests.bench.bench_ranking picture > docs/images/optimism.svg
 
 ``record`` trains ``--trials`` quasi-random configurations of studies/mini.toml on the demo character, trial 0,
 and the best one with a rate 10× as high, draws the search set with each and with the untrained base (trigger in

@@ -110,7 +110,7 @@ def test_the_page_and_the_figure_show_this_recording(found: Recorded) -> None:
     for line in ranking.tables(found).splitlines():
         if line.startswith("| "):
             assert line in page, line
-    assert (docs / "pictures" / "optimism.svg").read_text(encoding="utf-8") == ranking.picture(found)
+    assert (docs / "images" / "optimism.svg").read_text(encoding="utf-8") == ranking.picture(found)
 
 
 def test_the_file_is_small_and_has_no_torn_line() -> None:
