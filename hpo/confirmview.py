@@ -22,27 +22,26 @@ if TYPE_CHECKING:
 
 
 def outcome_table(outcome: Outcome) -> Table:
-    """One row a configuration, best first."""
-    table = Table(box=None, padding=(0, 1), show_edge=False)
+    """One row a configuration, best first, within 80 columns.  ``cost``: minutes of training a run."""
+    table = Table(box=None, padding=(0, 1, 0, 0), show_edge=False)
     for name in ("trial", "search", "confirmed", "95 %", "over trial 0", "P(best)", "cost", ""):
         table.add_column(name, no_wrap=True, justify="right" if name != "" else "left")
     for row in outcome.rows:
-        words = ["winner" if row.number == outcome.winner else "", "tied" if row.tied else ""]
         table.add_row(
             Text(str(row.number)),
             Text(f"{row.search_score:.3f}"),
             Text(f"{row.score:.3f}"),
-            Text(f"{row.low:.3f} … {row.high:.3f}"),
-            Text(signed(row.over_trial0) if row.over_trial0 else "–"),
+            Text(f"{row.low:.2f} … {row.high:.2f}"),
+            Text(signed(row.over_trial0, 2) if row.over_trial0 else "–"),
             Text(f"{row.p_best:.0%}"),
-            Text(f"{row.trained_images:.0f} images, {clock(row.train_seconds)}"),
-            Text(", ".join(filter(None, words))),
+            Text(clock(row.train_seconds)),
+            Text("winner" if row.number == outcome.winner else "tied" if row.tied else ""),
         )
     return table
 
 
-def signed(what: Difference) -> str:
-    return f"{what.mean:+.3f} ({what.low:+.3f} … {what.high:+.3f})"
+def signed(what: Difference, digits: int = 3) -> str:
+    return f"{what.mean:+.{digits}f} ({what.low:+.{digits}f} … {what.high:+.{digits}f})"
 
 
 def outcome_lines(outcome: Outcome, source: StudyFolder, target: StudyFolder, *, kept: bool) -> list[str]:
