@@ -40,7 +40,7 @@ from hpo.folder import (
 )
 from hpo.noise import components
 from hpo.search import MAX_DEATHS, View, say_finished, tell
-from hpo.standing import BASELINE, ROLE, is_feasible, standing
+from hpo.standing import BASELINE, ROLE, is_feasible, rank, score_of, standing
 from hpo.stop import Stop
 from hpo.study import Inputs, build_study, check_unchanged
 from hpo.trial import (
@@ -138,10 +138,10 @@ def _chosen(
     done = [
         t
         for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if is_feasible(t) and t.value is not None
+        if is_feasible(t) and score_of(t) is not None
     ]
     zero = next((t for t in done if t.user_attrs.get(ROLE) == BASELINE), None)
-    ranked = sorted((t for t in done if t is not zero), key=lambda t: (-(t.value or 0.0), t.number))
+    ranked = sorted((t for t in done if t is not zero), key=rank, reverse=True)
     if not ranked:
         raise ConfigError(
             f"study {source.name} has no scored trial but trial 0",
@@ -463,9 +463,9 @@ class Confirmation:
         """What all complete runs of the wanted trials say.  Raises DataError if none of them has a score."""
         zero = next((n for n, t in self.chosen.items() if t.user_attrs.get(ROLE) == BASELINE), None)
         scored = [
-            float(t.value)
+            float(score_of(t) or 0.0)
             for t in searched_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if is_feasible(t) and t.value is not None
+            if is_feasible(t) and score_of(t) is not None
         ]
         noise = components(searched_study, self.source)
         own_se = noise.paired_se() / math.sqrt(2) if noise else 0.0
@@ -509,7 +509,7 @@ class Confirmation:
             number,
             params.get("train", {}),
             searched_trial.user_attrs.get("settings", {}),
-            float(searched_trial.value or 0.0),
+            float(score_of(searched_trial) or 0.0),
             float(searched_trial.user_attrs.get("se", 0.0)),
             tuple(repeats),
             trouble,

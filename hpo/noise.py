@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from evaluation.statistics import Components, Scale, image_scores, variance_components
 from hpo.folder import StudyFolder, read_json
-from hpo.standing import is_feasible
+from hpo.standing import is_feasible, rank, score_of
 
 if TYPE_CHECKING:
     import optuna
@@ -27,11 +27,11 @@ def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
     found = [
         t
         for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if is_feasible(t) and t.value is not None and t.value > 0
+        if is_feasible(t) and (score_of(t) or 0.0) > 0
     ]
     if len(found) < ENOUGH:
         return None
-    better = sorted(found, key=lambda t: (-(t.value or 0.0), t.number))[: (len(found) + 1) // 2]
+    better = sorted(found, key=rank, reverse=True)[: (len(found) + 1) // 2]
     anchors = read_json(folder.anchors)
     try:
         scale, ids = Scale.of(anchors or {}), list((anchors or {})["prompt_ids"])
@@ -44,10 +44,11 @@ def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
 
 
 def _image_scores(metrics: dict[str, Any] | None, ids: list[str], scale: Scale) -> np.ndarray | None:
-    """(P, S) every image's share in a trial's score; None if its images are not all there."""
+    """(P, S) every image's share in a trial's score, of the seeds that all prompts have; None if there are none."""
     found = {(row["prompt_id"], row["seed"]): row for row in (metrics or {}).get("per_image", ())}
-    seeds = sorted({seed for _, seed in found})
-    if not found or len(found) != len(ids) * len(seeds) or {p for p, _ in found} != set(ids):
+    of_prompt = [{seed for prompt, seed in found if prompt == p} for p in ids]
+    seeds = sorted(set.intersection(*of_prompt)) if of_prompt else []
+    if not seeds or {p for p, _ in found} != set(ids):
         return None
     clip_t, clip_i = (
         np.array([[found[p, s][key] for s in seeds] for p in ids]) for key in ("clip_t", "clip_i")

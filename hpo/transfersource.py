@@ -15,7 +15,7 @@ from typing import Any
 from hpo.exportcmd import family_of
 from hpo.folder import StudyFolder, database_errors, find_folder, open_study, read_json
 from hpo.profile import Family
-from hpo.standing import BASELINE, ROLE, is_feasible
+from hpo.standing import BASELINE, ROLE, is_feasible, score_of
 from hpo.transfer import DatasetFigures
 from trainer.config import SETTINGS, TrainConfig
 from trainer.dataset import Dataset
@@ -112,13 +112,14 @@ def read_source(folder: StudyFolder) -> Source:
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     trials, baseline = [], None
     for trial in done:
-        if trial.value is None or not is_feasible(trial):
+        score = score_of(trial)
+        if score is None or not is_feasible(trial):
             continue
         config = _trained(folder, trial.number)
         if config is None:
             continue
         place = {name: _unit(trial.distributions[name], value) for name, value in trial.params.items()}
-        found = Candidate(trial.number, config, trial.value, float(trial.user_attrs.get("se", 0.0)), place)
+        found = Candidate(trial.number, config, score, float(trial.user_attrs.get("se", 0.0)), place)
         trials.append(found)
         if baseline is None and trial.user_attrs.get(ROLE) == BASELINE:
             baseline = found

@@ -6,7 +6,9 @@ import pytest
 from rich.console import Console
 
 from hpo.claim import make_sampler
+from hpo.confirmview import status_lines
 from hpo.folder import create_study, open_study
+from hpo.noise import components
 from hpo.report import status_table, study_line, summary
 from hpo.search import Limits
 from hpo.session import Request, search
@@ -41,6 +43,8 @@ def test_a_study_with_two_objectives_runs_resumes_and_has_a_front(tmp_path: Path
     text = console.export_text()
     assert "likeness" in text and f"{now.front[0]}" in text and "+" in text
     assert "front=" in study_line("s", now)
+    assert components(study, bench.folder) is None  # too few trials, and no single value to read
+    assert any("confirm" in line for line in status_lines(study, bench.folder))
     assert any("Pareto front" in line for line in summary(bench.folder, now, {"a": 1}, "done"))
     assert not bench.folder.alert.exists()
     with pytest.raises(ConfigError, match="began with 2 objective"):
