@@ -49,7 +49,7 @@ def test_each_trial_leaves_its_settings_lora_log_samples_and_result(finished):
             "metrics.json",
         ):
             assert (trial / name).is_file(), name
-        assert len(list((trial / "samples").glob("*.png"))) == 32
+        assert len(list((trial / "samples").glob("*.png"))) == 15 * 2 + 8  # the class-only prompt has 8 seeds
     assert printed.splitlines()[-1].startswith("study=e2e complete=2/2")
 
 
