@@ -232,8 +232,10 @@ def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -
             f"{source.facts} does not say how the study was begun (an older version wrote it, or it is damaged)",
             "give the study's hpo search command once more: a finished study only writes this file anew",
         )
-    words: dict[str, Any] = {k: v if k in ("base", "clip", "trigger", "class_word", "device") else Path(v)
-             for k, v in definition["inputs"].items()}  # fmt: skip
+    words: dict[str, Any] = {
+        key: value if key in ("base", "clip", "trigger", "class_word", "device") else Path(value)
+        for key, value in definition["inputs"].items()
+    }
     if words.get("prompts"):
         words["prompts"] = source.prompts  # the study's own copy
     if "data" not in words and source.data.is_dir():
