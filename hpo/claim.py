@@ -20,9 +20,9 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo import dashboard
 from hpo.folder import STOP, StudyFolder
 from hpo.locks import Lock
+from hpo.result import Result, read_result
 from hpo.standing import BASELINE, DUPLICATE, ROLE, is_duplicate
 from hpo.study import StudyConfig
-from hpo.trial import Result, read_result
 from trainer.files import sweep_tree
 
 if TYPE_CHECKING:

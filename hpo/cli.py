@@ -187,8 +187,8 @@ def confirm(yes: bool, **words: Any) -> None:
     """Confirm a study's best trials beside trial 0: fresh training seeds, prompts that the search did not use.
     The same command goes on with a confirmation that was stopped, killed or unplugged."""
     calm_libraries()
-    from hpo.confirm import Request
     from hpo.confirm import confirm as run
+    from hpo.confirmwanted import Request
 
     def ask() -> bool:
         return yes or not sys.stdin.isatty() or click.confirm("go on?", default=True)

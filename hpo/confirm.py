@@ -1,7 +1,8 @@
 """``hpo confirm``: the best few trials once more, with fresh seeds, on the held-out confirmation set.
 
-Owns which runs are wanted, their study ``NAME__confirm`` beside the search's own folder, and the loop of one worker.
-Does not own a run's work (``hpo.trial``), the decision (``hpo.confirmed``) or its words (``hpo.confirmview``).
+Owns the study ``NAME__confirm`` beside the search's own folder, and the loop of one worker.  Does not own which runs
+are wanted (``hpo.confirmwanted``), a run's work (``hpo.trial``), the decision (``hpo.confirmed``) or its words
+(``hpo.confirmview``).
 
 A run is an ordinary trial of an ordinary Optuna study, so that it is resumed, shown and locked like one; its
 parameters are the searched trial it repeats and its training seed.  No score of the search enters that study.
@@ -13,11 +14,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
@@ -25,200 +24,64 @@ from rich.console import Console
 from hpo import confirmview, report
 from hpo.claim import Claim, quiet
 from hpo.confirmed import RESCORED, RETRAINED, Candidate, Outcome, Repeat, decide, write_outcome
+from hpo.confirmwanted import (
+    CONFIRMS,
+    DISTRIBUTIONS,
+    OF,
+    SUFFIX,
+    TRAIN_SEED,
+    Request,
+    Wanted,
+    chosen_trials,
+    confirmation_prompts,
+    cost_line,
+    done_runs,
+    source_of,
+    wanted_runs,
+)
 from hpo.folder import (
     IDENTITY,
-    RUNS,
     TOTAL,
     StudyFolder,
     Use,
     create_study,
     database_errors,
-    find_folder,
     in_use,
     open_study,
     read_json,
 )
 from hpo.noise import components
+from hpo.result import COMPLETE, INFEASIBLE, read_result, write_params, write_result
 from hpo.search import MAX_DEATHS, View, say_finished, tell
-from hpo.standing import BASELINE, ROLE, is_feasible, rank, score_of, standing
+from hpo.standing import BASELINE, ROLE, is_feasible, score_of, standing
 from hpo.stop import Stop
 from hpo.study import Inputs, build_study, check_unchanged
-from hpo.trial import (
-    COMPLETE,
-    INFEASIBLE,
-    deaths_without_progress,
-    failed,
-    read_result,
-    run_trial,
-    write_params,
-    write_result,
-)
+from hpo.trial import deaths_without_progress, failed, run_trial
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError, DataError, Interrupted, MachineError, ModelFileError
+from trainer.errors import DataError, Interrupted, MachineError, ModelFileError
 from trainer.files import machine_error, sha256_file, sweep_tree, write_atomic
 
 if TYPE_CHECKING:
-    from evaluation.prompts import PromptSet
     from hpo.workbench import Workbench
-
-SUFFIX = {RETRAINED: "__confirm", RESCORED: "__rescore"}
-OF, TRAIN_SEED = "of", "train_seed"  # a run's parameters
-DISTRIBUTIONS = {
-    OF: optuna.distributions.IntDistribution(0, 999_999),
-    TRAIN_SEED: optuna.distributions.IntDistribution(0, 2**31 - 1),
-}
-CONFIRMS = "confirms"  # role of a run of any trial but trial 0
-STREAM = 1  # of training seeds: none of them is the search's
-
-
-@dataclass(frozen=True)
-class Request:
-    """The words of ``hpo confirm``."""
-
-    name: str | None
-    top: int = 3
-    seeds: int = 2
-    rescore_only: bool = False
-    runs: Path = RUNS
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One run that is asked for: a searched trial, and the seed it is trained with."""
-
-    of: int
-    train_seed: int
-
-    @property
-    def suggested(self) -> dict[str, Any]:
-        return {OF: self.of, TRAIN_SEED: self.train_seed}
-
-
-def searched(name: str) -> str | None:
-    """The study that a study of this name confirms; None if it is a search's own."""
-    return next((name.removesuffix(end) for end in SUFFIX.values() if name.endswith(end)), None)
-
-
-def fresh_seed(study_seed: int, repeat: int) -> int:
-    """Training seed of the n-th repeat, the same for every configuration: repeats are paired."""
-    state = np.random.SeedSequence([study_seed, STREAM, repeat]).generate_state(1)[0]
-    return int(state) & 0x7FFFFFFF
 
 
 def confirm(request: Request, console: Console, ask: Callable[[], bool]) -> Outcome | None:
     """Confirm to the end.  None if the user did not want to after seeing the cost.  Raises ToolError."""
-    source = _source(request)
+    source = source_of(request)
     how = RESCORED if request.rescore_only else RETRAINED
     target = StudyFolder(source.root.with_name(source.name + SUFFIX[how]))
     with database_errors(source):
         study = open_study(source)
-        chosen, notes = _chosen(study, source, request)
+        chosen, notes = chosen_trials(study, source, request)
         view = report.make_view(console, dict, target.name)
         for note in notes:
             view.say(note)
-        wanted = _wanted(chosen, study, request)
-        view.say(_cost_line(source, target, chosen, wanted, how))
+        wanted = wanted_runs(chosen, study, request)
+        view.say(cost_line(source, target, chosen, wanted, how))
         if not ask():
             return None
     with database_errors(target), in_use(target) as use:
         return _confirm(study, source, use, chosen, wanted, how, view, console)
-
-
-def _source(request: Request) -> StudyFolder:
-    """The searched study: the named one or the one that changed last, whichever of its folders that is."""
-    found = find_folder(request.name, request.runs)
-    name = searched(found.name)
-    return found if name is None else find_folder(name, request.runs)
-
-
-def _chosen(
-    study: optuna.Study, source: StudyFolder, request: Request
-) -> tuple[list[FrozenTrial], list[str]]:
-    """Trial 0 and the best few others, and what is to be said about the choice."""
-    done = [
-        t
-        for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if is_feasible(t) and score_of(t) is not None
-    ]
-    zero = next((t for t in done if t.user_attrs.get(ROLE) == BASELINE), None)
-    ranked = sorted((t for t in done if t is not zero), key=rank, reverse=True)
-    if not ranked:
-        raise ConfigError(
-            f"study {source.name} has no scored trial but trial 0",
-            f"go on with it first: hpo status {source.words}",
-        )
-    chosen, notes = ([zero] if zero else []) + ranked[: request.top], []
-    if zero is None:
-        trouble = standing(study, 0).baseline_trouble or "it has not run"
-        notes.append(f"trial 0, the usual settings, has no score to be confirmed: {trouble}")
-    if left := standing(study, study.user_attrs.get(TOTAL, 0)).left:
-        notes.append(f"the search is not over: {left} of its trials are still to come")
-    if request.rescore_only:
-        kept = [t for t in chosen if source.trial(t.number).lora.is_file()]
-        gone = ", ".join(str(t.number) for t in chosen if t not in kept)
-        if not [t for t in kept if t is not zero]:
-            raise DataError(
-                f"no LoRA file is left of trials {gone} (--keep-best deletes those of all but the best)",
-                f"leave out --rescore-only to train them again: hpo confirm {source.words}",
-            )
-        if gone:
-            notes.append(
-                f"warning: the LoRA files of trials {gone} are missing (--keep-best deletes those of all but the "
-                f"best), so they are not scored; to train them again leave out --rescore-only"
-            )
-        chosen = kept
-    return chosen, notes
-
-
-def _wanted(chosen: list[FrozenTrial], study: optuna.Study, request: Request) -> list[Wanted]:
-    """Every run, repeat by repeat: an interrupted confirmation has compared what it has."""
-    seed = int(study.user_attrs.get(IDENTITY, {}).get("seed", 0))
-    if request.rescore_only:
-        return [Wanted(t.number, seed) for t in chosen]
-    return [Wanted(t.number, fresh_seed(seed, repeat)) for repeat in range(request.seeds) for t in chosen]
-
-
-def _prompts(source: StudyFolder, count_tokens: Callable[[str], int] = lambda text: 0) -> PromptSet:
-    """The study's confirmation set."""
-    from evaluation.prompts import load_prompts
-
-    if not source.confirmation.is_file():
-        raise ConfigError(
-            f"study {source.name} has no confirmation set",
-            f"write prompts that the search did not use to {source.confirmation} (form: docs/evaluation.md)",
-        )
-    # Trigger and class word stand in the file.
-    return load_prompts(source.confirmation, trigger=None, class_word=None, count_tokens=count_tokens)
-
-
-def _cost_line(
-    source: StudyFolder, target: StudyFolder, chosen: list[FrozenTrial], wanted: list[Wanted], how: str
-) -> str:
-    """What is still to be done and how long it takes, by the times that the search took."""
-    images = _prompts(source).image_count
-    done = _done(target)
-    pending = [w for w in wanted if w not in done]
-    seconds, known = 0.0, True
-    for run in pending:
-        result = read_json(source.trial(run.of).result) or {}
-        if not result.get("n_images"):
-            known = False
-            continue
-        each = result["score_seconds"] / result["n_images"]
-        seconds += each * images + (result["train_seconds"] if how == RETRAINED else 0.0)
-    if known and pending and not target.anchors.is_file():
-        seconds += each * images
-    about = f"about {seconds / 60:.1f} minutes by the search's times" if known else "time unknown"
-    what = "trainings with fresh seeds, each with" if how == RETRAINED else "saved LoRA files, each with"
-    numbers = ", ".join(str(t.number) for t in chosen)
-    return f"cost: {len(pending)} {what} {images} images of the confirmation set: {about} (trials {numbers})"
-
-
-def _done(target: StudyFolder) -> set[Wanted]:
-    if not target.database.is_file():
-        return set()
-    trials = open_study(target).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return {Wanted(t.params[OF], t.params[TRAIN_SEED]) for t in trials}
 
 
 def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -> Workbench:
@@ -246,7 +109,7 @@ def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -
     return dataclasses.replace(
         bench,
         folder=target,
-        prompts=_prompts(source, bench.base.token_count),
+        prompts=confirmation_prompts(source, bench.base.token_count),
         confirmation=None,
         store=cache.Store(source.cache),
         image_seconds=None,
@@ -340,7 +203,7 @@ class Confirmation:
                 self._do(claim)
             finally:
                 claim.lock.release()
-        missing = [w for w in self.wanted if w not in _done(self.folder)]
+        missing = [w for w in self.wanted if w not in done_runs(self.folder)]
         if missing:
             first = missing[0]
             why = self._failed.get(first, "another process works on it")

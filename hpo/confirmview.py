@@ -89,7 +89,7 @@ def _against_trial0(outcome: Outcome) -> str:
 
 def status_lines(study: optuna.Study, folder: StudyFolder) -> list[str]:
     """What a score of this study can and cannot say: the noise, and what is confirmed."""
-    from hpo.confirm import searched
+    from hpo.confirmwanted import searched
     from hpo.noise import components
 
     if (name := searched(folder.name)) is not None:

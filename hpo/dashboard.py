@@ -21,7 +21,7 @@ from trainer.files import clean_text
 if TYPE_CHECKING:
     import optuna
 
-    from hpo.trial import Result
+    from hpo.result import Result
 
 ARTIFACT_PREFIX = "artifacts:"  # Optuna's own, in a trial's system attributes
 LEGACY_CONSTRAINTS = (

@@ -21,10 +21,11 @@ from rich.text import Text
 from hpo.trainplan import Steps, count_steps, say
 from trainer.captions import LISTED, shown
 from trainer.config import TrainConfig
-from trainer.dataset import Dataset, parts_of, read_dataset
+from trainer.dataset import Dataset, read_dataset
 from trainer.errors import DataError, ToolError
 from trainer.files import clean_text
 from trainer.findings import REFUSED, WARNING, Finding, Question, findings
+from trainer.folders import parts_of
 from trainer.survey import Survey, survey
 from trainer.trainfile import parse_set
 

@@ -13,7 +13,8 @@ from typing import Any
 from hpo.probe import TRANSFERRED, Probe, Scope
 from hpo.space import NOT_SEARCHABLE, ZERO_IS_UNSET
 from hpo.study import ELSEWHERE, StudyConfig, build_study
-from hpo.transfer import MOST_WARMUP, RATE_FREE, updates_of
+from hpo.transfer import MOST_WARMUP, RATE_FREE
+from hpo.transferplan import updates_of
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 

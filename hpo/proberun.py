@@ -34,7 +34,8 @@ from hpo.probe import (
 )
 from hpo.probefile import FRACTION, Side, make_side, octave_bounds
 from hpo.trainplan import say
-from hpo.transfer import MAPPING_VERSION, transfer, two_digits
+from hpo.transfer import MAPPING_VERSION, transfer
+from hpo.transferplan import two_digits
 from hpo.transfersource import SOURCE_STUDY, Candidate, dataset_figures
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError, Interrupted, MachineError, StudyStopped
@@ -422,8 +423,8 @@ def _outcomes(
 
 def make_worker(study: optuna.Study, bench: Any, limits: Any, view: Any) -> Any:
     """A worker of the search that proposes nothing of its own: what fails stops the call."""
+    from hpo.result import FAILED, Result
     from hpo.search import Search
-    from hpo.trial import FAILED, Result
 
     class ProbeWorker(Search):
         def _after(self, result: Result) -> None:

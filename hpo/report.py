@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     import optuna
 
     from hpo.folder import StudyFolder
+    from hpo.result import Result
     from hpo.standing import Standing
     from hpo.study import StudyConfig
-    from hpo.trial import Result
 
 PLAIN_SECONDS = 10.0  # between progress lines without a terminal
 REFRESH_PER_SECOND = 4

@@ -21,21 +21,18 @@ from hpo import alerts, convergence, dashboard
 from hpo.claim import MAX_DUPLICATES, Claim, Claims, startup_trials
 from hpo.folder import STOP, StudyFolder
 from hpo.locks import holder
-from hpo.sections import SCORE
-from hpo.standing import Standing, drop_files, history, searched_settings, standing
-from hpo.trial import (
+from hpo.result import (
     COMPLETE,
     FAILED,
     INFEASIBLE_REASONS,
     Result,
-    Watch,
-    deaths_without_progress,
-    failed,
     objective_values,
-    run_trial,
     write_params,
     write_result,
 )
+from hpo.sections import SCORE
+from hpo.standing import Standing, drop_files, history, searched_settings, standing
+from hpo.trial import Watch, deaths_without_progress, failed, run_trial
 from trainer.errors import Interrupted, StudyStopped
 from trainer.files import sweep_tree
 

@@ -21,8 +21,9 @@ from hpo import transferfile
 from hpo.folder import RUNS
 from hpo.profile import Profile, profiles_of, read_family, read_profile
 from hpo.trainplan import say
-from hpo.transfer import MAPPING_VERSION, Finding, Move, TransferPlan, transfer
+from hpo.transfer import MAPPING_VERSION, transfer
 from hpo.transferfile import Places, derived_lines, kept_line, shown
+from hpo.transferplan import Finding, Move, TransferPlan
 from hpo.transfersource import Source, dataset_figures, find_source, holding_out, read_source, with_places
 from trainer.errors import ConfigError
 from trainer.files import clean_text

@@ -17,7 +17,7 @@ import tomlkit
 
 from hpo.profile import PRESETS, Profile
 from hpo.report import clock, short
-from hpo.transfer import Derived, Move, TransferPlan
+from hpo.transferplan import Derived, Move, TransferPlan
 from trainer import kohyaexport
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError

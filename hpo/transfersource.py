@@ -16,7 +16,7 @@ from hpo.exportcmd import family_of
 from hpo.folder import StudyFolder, database_errors, find_folder, open_study, read_json
 from hpo.profile import Family
 from hpo.standing import BASELINE, ROLE, is_feasible, score_of
-from hpo.transfer import DatasetFigures
+from hpo.transferplan import DatasetFigures
 from trainer.config import SETTINGS, TrainConfig
 from trainer.dataset import Dataset
 from trainer.errors import ConfigError

@@ -20,7 +20,7 @@ from evaluation import statistics
 from evaluation.anchors import Anchors
 from evaluation.score import anchored, composite
 from hpo.confirmed import expected_best
-from hpo.trial import INFEASIBLE_VALUE
+from hpo.result import INFEASIBLE_VALUE
 from trainer.files import read_records
 
 FILE = Path(__file__).parent / "data" / "ranking_mini_sd15.jsonl"

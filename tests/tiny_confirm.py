@@ -11,8 +11,8 @@ from rich.console import Console
 
 import hpo.confirm
 import hpo.workbench
-from hpo.confirm import Request
 from hpo.confirmed import Outcome
+from hpo.confirmwanted import Request
 from hpo.folder import StudyFolder
 from hpo.report import PlainView
 from hpo.search import Limits

@@ -14,9 +14,9 @@ from typing import Any
 import tomlkit
 
 from trainer.config import SETTINGS, TrainConfig
-from trainer.dataset import parts_of
 from trainer.errors import ConfigError, DataError
 from trainer.files import clean_text, write_atomic
+from trainer.folders import parts_of
 from trainer.kohyakeys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
 from trainer.subsets import OWN_KEYS, RUN_KEYS, Subset, read_dataset_file
 

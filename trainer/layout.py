@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.captions import caption_file, check_inside, listed, read_text, shown
-from trainer.dataset import HELD_OUT, MAX_REPEATS
 from trainer.errors import ConfigError, DataError
 from trainer.files import atomic_folder, clean_text, machine_error, require_space, sweep
+from trainer.folders import HELD_OUT, MAX_REPEATS
 from trainer.images import read_picture
 from trainer.survey import CAPTION_EXTENSIONS, OTHER_PICTURES, READERS, is_image
 

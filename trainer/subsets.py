@@ -15,18 +15,10 @@ from typing import Any
 
 from trainer.captions import shown
 from trainer.config import TrainConfig, check_value, suggestion
-from trainer.dataset import (
-    HELD_OUT,
-    MAX_REPEATS,
-    Dataset,
-    Part,
-    assemble,
-    images_in,
-    read_dataset,
-    split_references,
-)
+from trainer.dataset import Dataset, assemble, read_dataset, split_references
 from trainer.errors import ConfigError, DataError
 from trainer.files import clean_text
+from trainer.folders import HELD_OUT, MAX_REPEATS, Part, images_in
 from trainer.kohya import as_text, read_table
 
 # Keys of a dataset that are settings of the whole run here: all datasets of a file must agree on them.

@@ -17,8 +17,9 @@ from PIL import Image
 
 from trainer.captions import caption_file, check_inside, read_text, shown
 from trainer.config import TrainConfig
-from trainer.dataset import HELD_OUT, KOHYA_FOLDER, MAX_REPEATS, Item, common, subject_of
+from trainer.dataset import Item
 from trainer.errors import DataError
+from trainer.folders import HELD_OUT, KOHYA_FOLDER, MAX_REPEATS, common, subject_of
 from trainer.images import IMAGE_EXTENSIONS, read_picture
 
 READERS = 4  # threads that decode; each holds one image

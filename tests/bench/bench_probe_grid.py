@@ -83,9 +83,10 @@ def record(args: argparse.Namespace) -> None:
 
 def _record(base: str, cells: Sequence[Cell], args: argparse.Namespace) -> None:
     from hpo.folder import StudyFolder
+    from hpo.result import COMPLETE, INFEASIBLE, write_params
     from hpo.standing import by_prompt
     from hpo.study import Inputs, find_study, read_study
-    from hpo.trial import COMPLETE, INFEASIBLE, run_trial, write_params
+    from hpo.trial import run_trial
     from hpo.workbench import load
     from tests.tiny_search import Recorder
 

@@ -118,8 +118,9 @@ def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig
 def fill(args: argparse.Namespace) -> None:
     """Make every missing cell of a subject."""
     from hpo.folder import StudyFolder
+    from hpo.result import COMPLETE, write_params
     from hpo.study import Inputs, find_study, read_study
-    from hpo.trial import COMPLETE, run_trial, write_params
+    from hpo.trial import run_trial
     from hpo.workbench import load
     from tests.tiny_search import Recorder
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from evaluation.statistics import prompt_draws
-from hpo.confirm import OF, TRAIN_SEED, fresh_seed, searched
 from hpo.confirmed import (
     RESCORED,
     RETRAINED,
@@ -23,6 +22,7 @@ from hpo.confirmed import (
     write_outcome,
 )
 from hpo.confirmview import confirmed_lines, outcome_lines
+from hpo.confirmwanted import OF, TRAIN_SEED, fresh_seed, searched
 from hpo.folder import StudyFolder, open_study, read_json
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
 from tests.tiny_search import draw_images
@@ -267,7 +267,8 @@ def test_saying_no_to_the_cost_leaves_everything_as_it_was(source: StudyFolder, 
 
     from rich.console import Console
 
-    from hpo.confirm import Request, confirm
+    from hpo.confirm import confirm
+    from hpo.confirmwanted import Request
 
     screen = Console(file=io.StringIO(), width=160)
     assert confirm(Request("study", runs=source.root.parent), screen, lambda: False) is None

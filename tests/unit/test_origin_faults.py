@@ -18,8 +18,8 @@ from evaluation.sampling import SampleConfig, initial_noise, sample
 from evaluation.score import composite, evaluate_adapter
 from hpo.claim import suggest
 from hpo.folder import open_study
+from hpo.result import FAILED
 from hpo.search import Limits
-from hpo.trial import FAILED
 from tests.tiny import tiny_base
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
 from trainer.adapter import inject

@@ -10,11 +10,11 @@ from hpo.confirmview import status_lines
 from hpo.folder import create_study, open_study
 from hpo.noise import components
 from hpo.report import status_table, study_line, summary
+from hpo.result import INFEASIBLE_VALUE
 from hpo.search import Limits
 from hpo.session import Request, search
 from hpo.standing import pareto_front, score_of, standing
 from hpo.study import Inputs
-from hpo.trial import INFEASIBLE_VALUE
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
 from trainer.errors import ConfigError
 

@@ -25,9 +25,9 @@ from hpo.report import (
     summary,
     trial_line,
 )
+from hpo.result import Result
 from hpo.standing import Standing
 from hpo.study import find_study, read_study
-from hpo.trial import Result
 from trainer.events import Step
 
 STANDING = Standing(30, 7, 1, 0, 1, (4, 0.61234, 0.02123), (0, 0.4, 0.03), 90.0)

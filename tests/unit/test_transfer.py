@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpo.profile import PRESETS, Profile, profiles_of, read_profile
-from hpo.transfer import GRID, DatasetFigures, TransferPlan, rules_table, snap_down, transfer
+from hpo.transfer import rules_table, transfer
+from hpo.transferplan import GRID, DatasetFigures, TransferPlan, snap_down
 from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TOKEN_LENGTHS, TrainConfig
 from trainer.errors import ConfigError
 

@@ -11,7 +11,8 @@ import torch
 
 from evaluation import images
 from evaluation.images import Unchanged
-from hpo.trial import one_by_one, run_trial, write_params
+from hpo.result import write_params
+from hpo.trial import one_by_one, run_trial
 from hpo.workbench import Workbench
 from tests.tiny_search import Recorder, draw_images, tiny_bench, tiny_study
 from trainer import adapter as adapters
