@@ -20,7 +20,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +113,17 @@ def _block(size_bytes: int, elements: int, is_workspace: bool, is_gradient: bool
         if elements and elements % prime == 0 and size_bytes % prime == 0:
             return Block(size_bytes // prime, scale, is_gradient, is_workspace)
     return Block(size_bytes, CONSTANT, is_gradient, is_workspace)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
+    """``owner.name`` is ``stand_in`` for a while."""
+    own = vars(owner).get(name)
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own) if own is not None else delattr(owner, name)
 
 
 # What CUDA's kernels allocate and save.
@@ -335,10 +345,10 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     kernels = _Kernels(recorder, None if compute == torch.float32 else compute, fp8)
     with contextlib.ExitStack() as stack:
         for name, function in kernels.patches():
-            stack.enter_context(mock.patch.object(F, name, function))
-        stack.enter_context(mock.patch.object(adapters, "keyed_generator", lambda *_, **__: None))
-        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
-        stack.enter_context(mock.patch.object(recompute, "_with_inputs_in_ram", _inputs_elsewhere))
+            stack.enter_context(_replaced(F, name, function))
+        stack.enter_context(_replaced(adapters, "keyed_generator", lambda *_, **__: None))
+        stack.enter_context(_replaced(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
+        stack.enter_context(_replaced(recompute, "_with_inputs_in_ram", _inputs_elsewhere))
         stack.enter_context(recorder)
         stack.enter_context(recompute.recomputing(base, config))
         if it.adapter is not None and (config.network_dropout or config.rank_dropout):
@@ -384,7 +394,7 @@ def text_states(base: Base, config: TrainConfig, batch: int) -> TextStates:
     if config.trains_text_encoder:
         ids_BWL = torch.zeros((batch, windows, base.caption_tokens + 2), dtype=torch.long)
         updates = torch.set_grad_enabled(config.updates_text_encoder)
-        with updates, mock.patch.object(base, "token_windows", lambda *_: ids_BWL):
+        with updates, _replaced(base, "token_windows", lambda *_: ids_BWL):
             return base.encode_text([""] * batch, config.clip_skip, config.max_token_length)
     width = int(base.unet.config.cross_attention_dim)
     hidden_BLD = torch.empty(batch, windows * 75 + 2, width)

@@ -16,10 +16,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from evaluation import statistics
+from evaluation.score import anchored, composite
+from evaluation.statistics import prompt_draws
 from hpo.profile import read_family, read_profile
 from tests.bench.bench_probe_grid import DOCS, between
 from trainer.config import TrainConfig
@@ -39,6 +43,8 @@ ROWS = {
     "worst quartile transferred": "a trial of the search's worst quarter, by the rules",
 }
 RANDOM_SEED = 1
+SCALE = "scale"  # the row of a subject's anchors
+ANCHORS = ("base_t_P", "chance_t_P", "base_i_P", "asks_for_subject", "real_i", "t_unit_se", "i_unit_se")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,11 @@ class Cell:
 
 
 def read_cells(path: Path = CELLS) -> dict[Cell, dict[str, Any]]:
-    return {Cell(r["row"], r["subject"], r["seed"]): r for r in read_records(path)}
+    """The finished cells; each holds its subject's anchors as ``scale``."""
+    rows = list(read_records(path))
+    scales = {r["subject"]: r for r in rows if r["row"] == SCALE}
+    found = {Cell(r["row"], r["subject"], r["seed"]): r for r in rows if r["row"] != SCALE}
+    return {cell: {**r, "scale": scales[cell.subject]} for cell, r in found.items()}
 
 
 def wanted(subjects: Sequence[str] = SUBJECTS) -> list[Cell]:
@@ -135,11 +145,14 @@ def fill(args: argparse.Namespace) -> None:
     assert bench.confirmation is not None
     bench = dataclasses.replace(bench, prompts=bench.confirmation)
     bench.measure_anchors(print)
+    if not any(r["row"] == SCALE and r["subject"] == args.subject for r in read_records(args.file)):
+        scale = {key: getattr(bench.anchors, key) for key in ANCHORS}
+        append_line(args.file, json.dumps({"row": SCALE, "subject": args.subject, **scale}))
     order = wanted([args.subject])
     for cell in missing:
         config, row = configs[cell.row], dataclasses.asdict(cell)
         if config is None:  # by the anchors' definition: it follows prompts as itself and is like nobody
-            row |= {"score": 0.0, "prompts": [0.0] * len(bench.prompts.prompts), "outcome": COMPLETE}
+            row |= {"outcome": COMPLETE, "t_P": bench.anchors.base_t_P, "i_P": bench.anchors.base_i_P}
         else:
             number = order.index(cell)
             names = ("pretrained_model_name_or_path", "train_data_dir", "output_name")
@@ -150,41 +163,56 @@ def fill(args: argparse.Namespace) -> None:
             result = run_trial(bench, trial, config, Recorder())
             if result.value is None:
                 raise SystemExit(f"{cell}: {result.reason}: {result.message}")
-            row |= {
-                "score": max(0.0, round(result.value, 5)),
-                "outcome": result.state,
-                "prompts": _prompts(bench, trial),
-            }
+            row |= {"outcome": result.state, **cosines(trial.metrics, bench.anchors.prompt_ids)}
             row |= {"learning_rate": config.learning_rate, "text_encoder_lr": config.text_encoder_lr}
         append_line(args.file, json.dumps(row))
-        print(json.dumps({k: v for k, v in row.items() if k != "prompts"}), flush=True)
+        print(json.dumps({k: v for k, v in row.items() if k not in ("t_P", "i_P")}), flush=True)
 
 
-def _prompts(bench: Any, trial: Any) -> list[float]:
-    from hpo.standing import by_prompt
+def cosines(metrics: Path, prompt_ids: Sequence[str]) -> dict[str, list[float]]:
+    """A run's raw cosines by prompt, with the text and with the references."""
+    from evaluation.score import read_score
 
-    return [round(value, 4) for value in by_prompt(trial.metrics, bench.anchors)]
+    rows = read_score(metrics).per_image
+    of = [[r for r in rows if r.prompt_id == p] for p in prompt_ids]
+    return {
+        "t_P": [round(float(np.mean([r.clip_t for r in images])), 6) for images in of],
+        "i_P": [round(float(np.mean([r.clip_i for r in images])), 6) for images in of],
+    }
 
 
 # The table
 
 
-def interval(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95 % bootstrap interval over prompts of the mean over training seeds; a subject's prompts are its own."""
-    lengths = {len(row) for row in rows}
-    if len(lengths) != 1 or lengths == {0}:
-        return float("nan"), float("nan")
-    mean_P = np.mean(np.array(rows), axis=0)
-    picked_KP = np.random.default_rng(0).integers(0, len(mean_P), (2000, len(mean_P)))
-    low, high = np.percentile(mean_P[picked_KP].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """A row's score, prompt following and likeness as means over training seeds, and the score in each draw."""
+
+    score: float
+    following: float
+    likeness: float
+    draws_K: np.ndarray
+
+
+def standing(cells: Sequence[dict[str, Any]]) -> Standing:
+    """The bootstrap is over prompts, drawn alike for every row, so that differences are paired."""
+    scale = SimpleNamespace(**cells[0]["scale"])
+    whole_KP = np.ones((1, len(scale.base_t_P)))
+    draws_KP = prompt_draws(len(scale.base_t_P))
+    points, draws = [], []
+    for cell in cells:
+        t_P, i_P = np.array(cell["t_P"]), np.array(cell["i_P"])
+        following, likeness = anchored(t_P, i_P, scale, whole_KP)  # type: ignore[arg-type]
+        points.append([composite(following, likeness)[0], following[0], likeness[0]])
+        draws.append(composite(*anchored(t_P, i_P, scale, draws_KP)))  # type: ignore[arg-type]
+    return Standing(*np.mean(points, axis=0), np.mean(draws, axis=0))
 
 
 def table(cells: dict[Cell, dict[str, Any]], subjects: Sequence[str] = SUBJECTS) -> str:
     """Every row of every subject, with what is missing."""
     lines = [
-        "| subject | settings | score | 95 % interval | over transferred | seeds |",
-        "|---|---|---|---|---|---|",
+        "| subject | settings | score (95 %) | following | likeness | over transferred (95 %) | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for subject in subjects:
         own = {seed: cells.get(Cell("transferred", subject, seed)) for seed in SEEDS}
@@ -192,22 +220,20 @@ def table(cells: dict[Cell, dict[str, Any]], subjects: Sequence[str] = SUBJECTS)
             found = {s: c for s in SEEDS if (c := cells.get(Cell(row, subject, s))) is not None}
             name = f"{row} ({meaning})"
             if not found:
-                lines.append(f"| {subject} | {name} | missing | | | 0 of {len(SEEDS)} |")
+                lines.append(f"| {subject} | {name} | missing | | | | 0 of {len(SEEDS)} |")
                 continue
-            low, high = interval([c["prompts"] for c in found.values()])
-            both = [(c, own[s]) for s, c in found.items() if own[s] is not None and row != "transferred"]
-            gains = [
-                np.subtract(c["prompts"], t["prompts"])
-                for c, t in both
-                if t and len(c["prompts"]) == len(t["prompts"])
-            ]
+            it = standing(list(found.values()))
+            low, high = statistics.interval(it.draws_K)
             over = ""
-            if gains:
-                least, most = interval([list(gain) for gain in gains])
-                over = f"{np.mean(gains):+.3f} ({least:+.3f} to {most:+.3f})"
-            score = np.mean([c["score"] for c in found.values()])
-            lines.append(f"| {subject} | {name} | {score:.3f} | {low:.3f} to {high:.3f} | {over} "
-                         f"| {len(found)} of {len(SEEDS)} |")  # fmt: skip
+            beside = [transferred for s in found if (transferred := own[s]) is not None]
+            if row != "transferred" and len(beside) == len(found):
+                other = standing(beside)
+                gain = statistics.difference(it.score, other.score, it.draws_K, other.draws_K)
+                over = f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+            lines.append(
+                f"| {subject} | {name} | {it.score:.3f} ({low:.3f} to {high:.3f}) | {it.following:.2f} "
+                f"| {it.likeness:.2f} | {over} | {len(found)} of {len(SEEDS)} |"
+            )
     return "\n".join(lines)
 
 

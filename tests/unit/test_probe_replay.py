@@ -72,12 +72,23 @@ def test_the_docs_show_the_filled_cells_of_the_transfer_table() -> None:
 
 
 def test_the_transfer_table_shows_missing_cells_and_paired_gains() -> None:
-    own = {"score": 0.5, "prompts": [0.4, 0.6]}
+    """Likeness 0.36 and 0.64 of the real images' at the base's own prompt following: scores 0.6 and 0.8."""
+    scale = {
+        "base_t_P": [0.3, 0.3],
+        "chance_t_P": [0.1, 0.1],
+        "base_i_P": [0.2, 0.4],
+        "asks_for_subject": [True, True],
+        "real_i": 0.8,
+        "t_unit_se": 0.01,
+        "i_unit_se": 0.01,
+    }
+    own = {"t_P": [0.3, 0.3], "i_P": [0.2 + 0.36 * 0.6, 0.4 + 0.36 * 0.4], "scale": scale}
     cells = {transfer_table.Cell("transferred", "character", 8000): own}
-    cells[transfer_table.Cell("direct search", "character", 8000)] = {"score": 0.6, "prompts": [0.5, 0.7]}
+    better = {**own, "i_P": [0.2 + 0.64 * 0.6, 0.4 + 0.64 * 0.4]}
+    cells[transfer_table.Cell("direct search", "character", 8000)] = better
     rows = transfer_table.table(cells).splitlines()
     direct = next(row for row in rows if "| direct search" in row)
-    assert "+0.100 (+0.100 to +0.100)" in direct and "1 of 2" in direct
+    assert "| 0.800 (0.800 to 0.800) | 1.00 | 0.64 | +0.200 (+0.200 to +0.200) | 1 of 2 |" in direct
     assert "missing" in next(row for row in rows if "random trial" in row)
 
 
