@@ -300,7 +300,8 @@ def train(file: Path, **words: Any) -> None:
     type=click.IntRange(0, 32),
     default=0,
     show_default=True,
-    help="Short runs on the target that correct what the rules cannot know; 6 is usual.",
+    help="Short runs on the target that correct what the rules cannot know; 6 is usual, the seventh "
+    "switches the text encoders.",
 )
 @click.option(
     "--design", type=click.Choice(["ladder", "grid"]), help="How probes are chosen. Unset: the better one."
