@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -330,13 +331,14 @@ def summary(
 
 
 def best_line(study: optuna.Study, now: Standing) -> str:
-    """All settings of the best trial, which a narrow table cuts."""
+    """All settings of the best trial, which a narrow table cuts; on lines of 80 columns."""
     if now.best is None:
         return ""
     (best,) = [t for t in study.get_trials(deepcopy=False) if t.number == now.best[0]]
     settings = best.user_attrs.get("settings", {})
     words = " ".join(f"{clean_text(str(name))}={short(value)}" for name, value in settings.items())
-    return f"best: trial {best.number}  {words}"
+    text = f"best: trial {best.number}  {words}"
+    return textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
