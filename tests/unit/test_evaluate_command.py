@@ -389,6 +389,14 @@ def test_a_study_can_be_named_to_judge_by(place: Path) -> None:
     assert style.formula.mean == "geometric" and "judged as sd15-style says" in said
     assert style.sampling.steps == 25 and style.likeness.name != found.likeness.name
     assert len(style.confirmation.prompts) == 24
+    (place / "greedy.toml").write_text(
+        STUDY.replace(
+            "counts = { train-like = 1, altered = 3 }\nseeds = [1000]",
+            "counts = { altered = 60 }\nseeds = [1000]",
+        )
+    )
+    _, said = judge("out15", study="greedy.toml")
+    assert "confirmation prompts: 37 of 60 planned prompts" in said
     result = evaluate("out15", "--study", "nothing")
     assert result.exit_code == 2 and "no study file nothing" in result.stderr
 
