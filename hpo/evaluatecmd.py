@@ -236,6 +236,8 @@ def _values(run: RunFiles, judge: Judge, outcome: Outcome) -> dict[str, Any]:
         "sampling": asdict(judge.sampling),
         "scorer": {"name": judge.scorer.name, "sha256": judge.scorer.sha},
         "likeness": {"name": judge.likeness.name, "sha256": judge.likeness.sha},
+        "formula": asdict(judge.formula),
+        "limits": asdict(judge.safeguards.limits),
         "references": [str(path) for path in judge.reference_files],
         SEARCH: {"prompts": judge.prompts.hash, **_curve(outcome.points, outcome.choice)},
         CONFIRMATION: {

@@ -61,9 +61,9 @@ def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
                 raise ConfigError(f"{place.facts} holds no definition", "give a study file")
             return Standard(found, folder, mini, _clip(place), f"judged as study {place.name}")
         path = find_study(named, spec)
-        shown = path.stem if path.parent == SHIPPED else clean_text(str(path))
+        shown = path.stem if _is_shipped(path) else clean_text(str(path))
         return Standard(
-            read_study(path), folder, mini or path.parent != SHIPPED, says=f"judged as {shown} says"
+            read_study(path), folder, mini or not _is_shipped(path), says=f"judged as {shown} says"
         )
     clip = _clip(folder) if folder else None
     found = _stored(folder) if folder else None
@@ -71,7 +71,11 @@ def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
         says = "" if run.study else f"judged as study {folder.name}, whose settings were carried over to it"
         return Standard(found, folder, mini, clip, says)
     path = find_study(None, spec)
-    return Standard(read_study(path), folder, mini or path.parent != SHIPPED, clip)
+    return Standard(read_study(path), folder, mini or not _is_shipped(path), clip)
+
+
+def _is_shipped(path: Path) -> bool:
+    return path.resolve().parent == SHIPPED.resolve()
 
 
 def _stored(folder: StudyFolder) -> StudyConfig | None:

@@ -23,6 +23,7 @@ from hpo.sections import PRESETS
 from hpo.study import SHIPPED, Inputs, read_study
 from hpo.workbench import prompt_sets, say_notes, subject_items
 from tests import ranking
+from tests.tiny_search import draw_images
 from trainer.bases.miniature import subjects
 from trainer.dataset import Dataset, Item, read_dataset
 from trainer.errors import ConfigError
@@ -173,6 +174,33 @@ def test_regularisation_images_make_no_prompts() -> None:
     assert [i.path.name for i in subject_items(Dataset(Path("d"), (*class_images, *own)))] == [
         f"{n}.png" for n in range(4)
     ]
+
+
+def test_a_search_says_what_its_sets_lack_and_what_its_images_are(tmp_path: Path) -> None:
+    from evaluation.safeguards import embed_copies
+    from hpo.folder import StudyFolder
+    from hpo.session import _data_line
+    from hpo.workbench import load as load_bench
+
+    data = subjects.write_subject("character", tmp_path / "images").parent
+    draw_images(tmp_path / "class" / "1_figure", count=5, size_px=64)
+    sets = (f'reg_data_dir="{tmp_path / "class"}"', "confirmation.counts={ altered = 70 }")
+    study = read_study(SHIPPED / "mini.toml", sets=sets)
+    said: list[str] = []
+    bench = load_bench(
+        Inputs("mini-sd15", data, device="cpu"), study, StudyFolder(tmp_path / "s"), said.append
+    )
+    assert any(line.startswith("confirmation prompts: ") and "of 70 planned" in line for line in said), said
+    line = _data_line(bench)
+    assert line.startswith(
+        "24 training images and 5 regularisation images, trigger luca, class figure; 8 ref"
+    )
+    assert "38 images a trial (15 prompts × 2 seeds, 1 × 8)" in line
+    assert not any("zkw" in prompt.text for prompt in bench.prompts.prompts)
+    assert bench.safeguards is not None
+    own = [item.path for item in bench.data.items if not item.is_reg]
+    alone = embed_copies(own, [Path(p) for p in bench.reference_items], bench.safeguards.encoders)
+    assert bench.safeguards.copies.features_TD.equal(alone.features_TD)
 
 
 def test_the_size_of_a_set_multiplies_out() -> None:
