@@ -84,7 +84,7 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: View)
     anchors = _anchors(judge, judge.prompts, run, view)
     count = len(run.checkpoints) - len(damaged)
     view.say(
-        f"{count} checkpoints × {judge.prompts.image_count} images ({judge.prompts.size}), "
+        f"{count} checkpoint{'' if count == 1 else 's'} × {judge.prompts.image_count} images ({judge.prompts.size}), "
         f"{len(judge.reference_files)} references, {judge.scorer.name}"
     )
     points = [
