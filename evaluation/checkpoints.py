@@ -24,17 +24,22 @@ FINALISTS = 3  # measured anew on the confirmation prompts (facts A2: the top 3)
 NORMAL_95 = 1.96  # half of a normal distribution's 95 % interval, in standard errors
 UNDERTRAINED, OVERTRAINED, BETWEEN, SINGLE = "undertrained", "overtrained", "between", "single"
 NO_BETTER = "no better than the untrained base"
+# Why a point has no score, where that says something of the run's length
+UNCHANGED = "unchanged"  # its pictures are the untrained base's
+SPOILED = "spoiled"  # its pictures show nothing, or are copies, or are all alike
 
 
 @dataclass(frozen=True)
 class Point:
-    """One checkpoint on the curve.  Without a score: ``reason`` says why it can not be chosen."""
+    """One checkpoint on the curve.  Without a score: ``reason`` says why it can not be chosen, ``cause`` is
+    UNCHANGED, SPOILED, or empty where it says nothing of the training (a damaged file)."""
 
     name: str
     epoch: int | None
     step: int | None
     score: Score | None
     reason: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,10 @@ def _value(point: Point) -> float:
 
 
 def verdict(points: Sequence[Point], choice: Choice, *, finished: bool = True) -> Verdict:
-    """Whether the run was too short or too long, by where on the curve the best lies."""
+    """Whether the run was too short or too long, by where on the curve the best lies.
+
+    First and last are those that the curve knows: a damaged file is no part of it.
+    """
     if len(points) == 1:
         return Verdict(
             SINGLE,
@@ -117,41 +125,69 @@ def verdict(points: Sequence[Point], choice: Choice, *, finished: bool = True) -
             "no checkpoint scores above the untrained base, which has 0",
             "look at the images: a lower learning_rate if they are broken, a higher one if they look untrained",
         )
-    best, last = points[choice.best].name, len(points) - 1
-    earlier = choice.chosen != choice.best
-    if choice.best == last and not finished:
+    best = points[choice.best].name
+    known = [n for n, point in enumerate(points) if point.score is not None or point.cause == UNCHANGED]
+    first, last = known[0], known[-1]
+    spoiled = next((p for p in points[choice.best + 1 :] if p.cause == SPOILED), None)
+    if choice.best == last and spoiled:
         return Verdict(
-            UNDERTRAINED, f"the newest checkpoint, {best}, is the best", "let the training go on to its end"
+            OVERTRAINED,
+            f"{best} is the best, and after it there is no result: {spoiled.name}: {spoiled.reason}",
+            "halve learning_rate (assumed) or train fewer epochs",
+        )
+    if len(known) == 1:
+        return Verdict(
+            SINGLE,
+            f"only {best} can be scored, so there is no curve",
+            "train the others again if their length is in question",
         )
     if choice.best == last:
-        why = f"the last checkpoint, {best}, is the best"
-        if earlier:
-            return Verdict(
-                UNDERTRAINED,
-                f"{why}, though {points[choice.chosen].name} cannot be told apart from it",
-                "the curve is nearly flat at its end: more epochs would gain little",
-            )
-        return Verdict(
-            UNDERTRAINED,
-            why,
-            "raise max_train_epochs by half (assumed), or learning_rate; the curve still rises",
-        )
-    if choice.best == 0 and last in choice.within:
-        return Verdict(
-            OVERTRAINED,
-            f"the first checkpoint, {best}, is the best, though {points[last].name} cannot be told apart from it",
-            "the curve is flat: what was trained after the first checkpoint changed nothing that can be seen",
-        )
-    if choice.best == 0:
-        return Verdict(
-            OVERTRAINED,
-            f"the first checkpoint, {best}, is the best",
-            "halve learning_rate (assumed) or train fewer epochs, and save more often: save_every_n_epochs = 1",
-        )
+        return _at_the_end(points, choice, _place("last", last == len(points) - 1), finished)
+    if choice.best == first:
+        return _at_the_start(points, choice, _place("first", first == 0), last)
     return Verdict(
         BETWEEN,
         f"{best} is the best, and neither the first nor the last",
         "the length is right for this learning_rate",
+    )
+
+
+def _place(which: str, of_all: bool) -> str:
+    return f"the {which} checkpoint" + ("" if of_all else " that can be scored")
+
+
+def _at_the_end(points: Sequence[Point], choice: Choice, place: str, finished: bool) -> Verdict:
+    best = points[choice.best].name
+    if not finished:
+        return Verdict(
+            UNDERTRAINED, f"the newest checkpoint, {best}, is the best", "let the training go on to its end"
+        )
+    why = f"{place}, {best}, is the best"
+    if choice.chosen != choice.best:
+        return Verdict(
+            UNDERTRAINED,
+            f"{why}, though {points[choice.chosen].name} cannot be told apart from it",
+            "the curve is nearly flat at its end: more epochs would gain little",
+        )
+    return Verdict(
+        UNDERTRAINED,
+        why,
+        "raise max_train_epochs by half (assumed), or learning_rate; the curve still rises",
+    )
+
+
+def _at_the_start(points: Sequence[Point], choice: Choice, place: str, last: int) -> Verdict:
+    why = f"{place}, {points[choice.best].name}, is the best"
+    if last in choice.within:
+        return Verdict(
+            OVERTRAINED,
+            f"{why}, though {points[last].name} cannot be told apart from it",
+            "the curve is flat: what was trained after it changed nothing that can be seen",
+        )
+    return Verdict(
+        OVERTRAINED,
+        why,
+        "halve learning_rate (assumed) or train fewer epochs, and save more often: save_every_n_epochs = 1",
     )
 
 

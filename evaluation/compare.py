@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.anchors import Anchors
+from evaluation.beside import Beside
 from evaluation.score import Difference, Score, anchored, composite, prompt_draws
 from trainer.errors import ConfigError
 
@@ -39,10 +40,12 @@ class Side:
 @dataclass(frozen=True)
 class Comparison:
     """``anchored``: figure → B minus A, each on the scale of its own base.  ``cosines``: row → figure →
-    difference of raw cosines, in ROWS; base effect and adapter effect add up to the last row."""
+    difference of raw cosines, in ROWS; base effect and adapter effect add up to the last row.  ``beside``: other
+    models' raw figures, "measure model" → B minus A."""
 
     anchored: Mapping[str, Difference]
     cosines: Mapping[str, Mapping[str, Difference]]
+    beside: Mapping[str, Difference]
 
 
 def compare(a: Side, b: Side) -> Comparison:
@@ -53,7 +56,8 @@ def compare(a: Side, b: Side) -> Comparison:
     parts = [_anchored(side, prompts, weights_KP) for side in (a, b)]
     own = {name: _difference(parts[1][name] - parts[0][name]) for name in ANCHORED}
     raw = {name: _raw(a, b, prompts, name, weights_KP) for name in COSINES}
-    return Comparison(own, {row: {name: raw[name][row] for name in COSINES} for row in ROWS})
+    cosines = {row: {name: raw[name][row] for name in COSINES} for row in ROWS}
+    return Comparison(own, cosines, _beside(a, b, prompts, weights_KP))
 
 
 def _check_same(a: Side, b: Side) -> None:
@@ -97,10 +101,6 @@ def _raw(
     base_P = [np.array((side.anchors.base_t_P, side.anchors.base_i_P)[number]) for side in (a, b)]
     used_KP = weights_KP * np.array(a.anchors.asks_for_subject) if name == "likeness" else weights_KP
 
-    def over_prompts(values_P: np.ndarray) -> Difference:
-        with np.errstate(invalid="ignore", divide="ignore"):  # a draw without a subject prompt: NaN
-            return _difference(used_KP @ values_P / used_KP.sum(1))
-
     adapter_P = [lora - base for lora, base in zip(lora_P, base_P, strict=True)]
     values = (
         base_P[1] - base_P[0],
@@ -109,7 +109,33 @@ def _raw(
         adapter_P[1] - adapter_P[0],
         lora_P[1] - lora_P[0],
     )
-    return {row: over_prompts(value) for row, value in zip(ROWS, values, strict=True)}
+    return {row: _over_prompts(value, used_KP) for row, value in zip(ROWS, values, strict=True)}
+
+
+def _beside(a: Side, b: Side, prompts: tuple[str, ...], weights_KP: np.ndarray) -> dict[str, Difference]:
+    """Other models' figures that both sides have.  A prompt that a figure does not ask is left out of it."""
+    found = {}
+    theirs = {(f.measure, f.model, f.sha): f for f in b.score.beside}
+    for own in a.score.beside:
+        if other := theirs.get((own.measure, own.model, own.sha)):
+            gain_P = _prompt_means(b.score, other, prompts) - _prompt_means(a.score, own, prompts)
+            known_P = ~np.isnan(gain_P)
+            found[f"{own.measure} {own.model}"] = _over_prompts(np.nan_to_num(gain_P), weights_KP * known_P)
+    return found
+
+
+def _prompt_means(score: Score, figure: Beside, prompts: tuple[str, ...]) -> np.ndarray:
+    """(P) a figure's mean over a prompt's pictures; NaN where it asks none of them."""
+    values: dict[str, list[float]] = {p: [] for p in prompts}
+    for row, value in zip(score.per_image, figure.per_image, strict=True):
+        if value is not None:
+            values[row.prompt_id].append(value)
+    return np.array([np.mean(found) if found else np.nan for found in values.values()])
+
+
+def _over_prompts(values_P: np.ndarray, weights_KP: np.ndarray) -> Difference:
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw without a prompt that counts: NaN
+        return _difference(weights_KP @ values_P / weights_KP.sum(1))
 
 
 def _difference(values_K: np.ndarray) -> Difference:

@@ -199,8 +199,8 @@ class Column:
     images: Sequence[SampledImage]
 
 
-def contact_sheet(columns: Sequence[Column], prompts: PromptSet, seed: int) -> Image.Image:
-    """One row a prompt, one column for each set of weights, every picture at the same size."""
+def contact_sheet(columns: Sequence[Column], prompts: PromptSet) -> Image.Image:
+    """One row a prompt (with its first seed), one column for each set of weights, every picture at the same size."""
     count = len(prompts.prompts)
     blocks = math.ceil(count / BLOCK_ROWS)
     rows = math.ceil(count / blocks)
@@ -210,7 +210,7 @@ def contact_sheet(columns: Sequence[Column], prompts: PromptSet, seed: int) -> I
     sheet = Image.new("RGB", (blocks * block_px - gap, HEAD_PX + rows * row_px), "white")
     draw = ImageDraw.Draw(sheet)
     heads, labels = ImageFont.load_default(size=13), ImageFont.load_default(size=11)
-    shown = [{(i.prompt_id): i.pixels_HW3 for i in c.images if i.seed == seed} for c in columns]
+    shown = [{(i.prompt_id, i.seed): i.pixels_HW3 for i in column.images} for column in columns]
     for number, prompt in enumerate(prompts.prompts):
         block, row = divmod(number, rows)
         left, top = block * block_px, HEAD_PX + row * row_px
@@ -218,9 +218,8 @@ def contact_sheet(columns: Sequence[Column], prompts: PromptSet, seed: int) -> I
             if row == 0:
                 head = _cut(_plain(column.title), CELL_PX - 6, draw, heads)
                 draw.text((left + place * CELL_PX + 3, 5), head, "black", heads)
-            pixels = shown[place].get(prompt.id)
-            if pixels is not None:
-                sheet.paste(_cell(pixels), (left + place * CELL_PX, top))
+            pixels_HW3 = shown[place][prompt.id, prompts.seeds_of(prompt)[0]]
+            sheet.paste(_cell(pixels_HW3), (left + place * CELL_PX, top))
         text = _cut(_plain(prompt.text), len(columns) * CELL_PX - 6, draw, labels)
         draw.text((left + 3, top + CELL_PX + 2), text, GREY, labels)
     return sheet

@@ -1,7 +1,7 @@
 """Prompt sets: what is rendered, what is scored, and which seeds – fixed for a whole study.
 
-Owns the wording, the trigger → class word rule, token limits, the file form and the hash.  Does not render
-(``evaluation.sampling``) and does not score (``evaluation.score``).
+Owns the choice, the trigger → class word rule, token limits, the file form and the hash.  Does not word the
+templates (``evaluation.templates``), render (``evaluation.sampling``) or score (``evaluation.score``).
 
 The text that is scored is derived from the text that is rendered, never written beside it, so the two cannot
 drift apart.  The trigger is replaced by the class word because a rare token has an arbitrary text embedding
@@ -16,6 +16,7 @@ import json
 import re
 import tomllib
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import tomlkit
 
+from evaluation.templates import TEMPLATES as TEMPLATES
 from trainer.config import suggestion
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
@@ -39,73 +41,6 @@ CONFIRM_SEEDS = (1000, 1001, 1002, 1003)
 CLASS_SEEDS = 8  # of the first class-only prompt: it shows diversity and what is left of the class word
 
 CountTokens = Callable[[str], int]  # text → tokens, without begin and end: ``Base.token_count``
-
-# Templates of generated prompts, per world of words.  Order matters: a smaller set takes the first ones.
-TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
-    "natural": {
-        "altered": (
-            "a photo of {trigger} {class} on a beach",
-            "{trigger} {class} in a snowy forest",
-            "{trigger} {class} in front of a city at night",
-            "a photo of {trigger} {class} in a field of flowers",
-            "{trigger} {class} next to a red bicycle",
-            "{trigger} {class} under an umbrella in the rain",
-            "a photo of {trigger} {class} in a library",
-            "{trigger} {class} on top of a mountain",
-            "{trigger} {class} beside a swimming pool",
-            "{trigger} {class} in a desert at sunset",
-            "a photo of {trigger} {class} on a wooden table",
-            "{trigger} {class} inside a train station",
-            "{trigger} {class} in an autumn park",
-            "{trigger} {class} in front of a brick wall",
-            "{trigger} {class} with a blue balloon",
-        ),
-        "style": (
-            "a watercolor painting of {trigger} {class}",
-            "a pencil sketch of {trigger} {class}",
-            "an oil painting of {trigger} {class}",
-            "a pixel art picture of {trigger} {class}",
-            "a stained glass window of {trigger} {class}",
-            "a black and white photo of {trigger} {class}",
-            "a paper cutout of {trigger} {class}",
-        ),
-        "class-only": ("a photo of a {class}", "a {class} in a park", "a drawing of a {class}"),
-    },
-    "miniature": {
-        "altered": tuple(
-            f"a {{trigger}} {{class}} {where}"
-            for where in (
-                "on grass, at the top",
-                "on water, on the left",
-                "on sand, at the bottom",
-                "on brick, on the right",
-                "on stone, in the centre",
-                "on grass, on the right",
-                "on sand, on the left",
-                "on water, in the centre",
-                "on brick, at the top",
-                "on stone, at the bottom",
-                "on water, on the right",
-                "on sand, at the top",
-                "on stone, on the left",
-                "on brick, at the bottom",
-                "on grass, in the centre",
-                "on grass, at the bottom",
-                "on stone, on the right",
-                "on brick, on the left",
-                "on sand, in the centre",
-                "on water, at the top",
-                "on grass, on the left",
-                "on brick, in the centre",
-            )
-        ),
-        "class-only": (
-            "a {class} on stone, in the centre",
-            "a {class} on grass, on the left",
-            "a {class} on sand",
-        ),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -183,22 +118,35 @@ class PromptSet:
     def image_count(self) -> int:
         return len(self.jobs)
 
+    @property
+    def size(self) -> str:
+        """What multiplies out to the images: ``15 prompts × 2 seeds, 1 × 8``."""
+        counts = Counter(len(self.seeds_of(prompt)) for prompt in self.prompts).items()
+        (first, seeds), *more = [(prompts, seeds) for seeds, prompts in counts]
+        words = f"{first} prompt{'s'[: first > 1]} × {seeds} seed{'s'[: seeds > 1]}"
+        return ", ".join([words, *(f"{prompts} × {seeds}" for prompts, seeds in more)])
+
 
 def scored_text(text: str, trigger: str | None, class_word: str | None) -> str:
     """``text`` with the trigger replaced by the class word (``zkw girl`` and ``zkw`` both become
     ``girl``)."""
-    if not trigger:
-        return text
-    name = rf"(?<!\w){re.escape(trigger)}(?!\w)"
-    if not re.search(name, text, re.IGNORECASE):
+    if not trigger or not _names(trigger, text):
         return text
     if not class_word:
         raise no_class_word()
-    plain = re.sub(name, lambda _: class_word, text, flags=re.IGNORECASE)
+    plain = re.sub(_whole(trigger), lambda _: class_word, text, flags=re.IGNORECASE)
     word = re.escape(class_word)
     return re.sub(
         rf"(?<!\w){word}(?:\s*,?\s+{word})+(?!\w)", lambda _: class_word, plain, flags=re.IGNORECASE
     )
+
+
+def _whole(word: str) -> str:
+    return rf"(?<!\w){re.escape(word)}(?!\w)"
+
+
+def _names(trigger: str, text: str) -> bool:
+    return re.search(_whole(trigger), text, re.IGNORECASE) is not None
 
 
 def no_class_word() -> ConfigError:
@@ -246,6 +194,17 @@ def shorten(text: str, count_tokens: CountTokens, limit: int = SHORT_TOKENS) -> 
     raise ConfigError(f"the first word of {text[:40]!r} is longer than {limit} tokens", "shorten the caption")
 
 
+def _as_prompt(caption: str, trigger: str | None, class_word: str | None, count_tokens: CountTokens) -> str:
+    """A caption as a prompt template: short, and with the trigger in front if the cut has lost it."""
+    text = caption.replace("{", "(").replace("}", ")")
+    short = shorten(text, count_tokens)
+    if not trigger or not _names(trigger, text) or _names(trigger, short):
+        return short
+    head = " ".join(word for word in (trigger, class_word) if word) + ","
+    room = max(1, SHORT_TOKENS - count_tokens(head))
+    return f"{head} {shorten(text, count_tokens, room)}"
+
+
 def generate(
     captions: Iterable[str],
     *,
@@ -268,7 +227,7 @@ def generate(
     ordered = sorted(
         {" ".join(c.split()) for c in captions} - {""}, key=lambda c: hashlib.sha256(c.encode()).digest()
     )
-    short = {c: shorten(c.replace("{", "(").replace("}", ")"), count_tokens) for c in ordered}
+    short = {c: _as_prompt(c, trigger, class_word, count_tokens) for c in ordered}
     sources = {"train-like": tuple(short.values()), **TEMPLATES[words]}
     chosen: dict[str, Prompt] = {}
     missing = 0
@@ -279,11 +238,12 @@ def generate(
         missing += lacking
     chosen, lacking = _take(chosen, used, sources["altered"], "altered", missing, trigger, class_word)
     notes = []
-    cut = [c for c, s in short.items() if s != c and any(p.text == s for p in chosen.values())]
+    cut = [c for c, s in short.items() if len(s) != len(c) and any(p.text == s for p in chosen.values())]
     if cut:
         notes.append(f"{len(cut)} captions were shortened to {SHORT_TOKENS} tokens to serve as prompts")
     if lacking:
-        notes.append(f"{lacking} prompts fewer than planned: the captions and templates are used up")
+        planned = len(chosen) + lacking
+        notes.append(f"{len(chosen)} of {planned} planned prompts: captions and templates are used up")
     for prompt in chosen.values():
         if count_tokens(prompt.text) > MAX_TOKENS:
             raise ConfigError(

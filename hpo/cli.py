@@ -356,6 +356,12 @@ def judge_options(command: Any) -> Any:
             click.option("--trigger", help="The subject's trigger word. Unset: from the folder's name."),
             click.option("--class", "class_word", help="What the subject is. Unset: from the folder's name."),
             click.option("--base", default="", metavar="BASE", help="The base model. Unset: the run's own."),
+            click.option(
+                "--study",
+                metavar="NAME|FILE",
+                help="By whose preset, [score], [limits] and prompts: a study file, as in hpo search, or "
+                "runs/NAME. Unset: the study that the run comes from, else the base's usual one.",
+            ),
             click.option("--device", help="cpu, cuda, cuda:1 … Unset: the GPU if there is one."),
         )
     ):
@@ -366,7 +372,7 @@ def judge_options(command: Any) -> Any:
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
 @judge_options
-def evaluate(run: Path, **words: Any) -> None:
+def evaluate(run: Path, study: str | None, **words: Any) -> None:
     """Score every saved checkpoint of RUN, choose one, confirm it on other prompts, mark it best.safetensors.
     RUN: the output folder of hpo train, OUTPUT/name, a trial's folder, or a folder of LoRA files. The same
     command goes on with an evaluation that was stopped, killed or unplugged."""
@@ -374,21 +380,28 @@ def evaluate(run: Path, **words: Any) -> None:
     from hpo.evaluatecmd import evaluate as run_it
     from hpo.study import Inputs
 
-    run_it(run, Inputs(**words), console())
+    run_it(run, Inputs(**words), console(), study)
 
 
 @main.command()
 @click.argument("run_a", type=click.Path(path_type=Path), metavar="RUN_A")
 @click.argument("run_b", type=click.Path(path_type=Path), metavar="RUN_B")
 @judge_options
-def compare(run_a: Path, run_b: Path, **words: Any) -> None:
+@click.option("--base-b", default="", metavar="BASE", help="RUN_B's base model. Unset: the run's own.")
+@click.option(
+    "--data-b", type=click.Path(path_type=Path), metavar="DIR", help="The images RUN_B was trained on."
+)
+def compare(
+    run_a: Path, run_b: Path, study: str | None, base_b: str, data_b: Path | None, **words: Any
+) -> None:
     """Compare the LoRAs of two runs, perhaps on two bases, on the same prompts. RUN: as in hpo evaluate, or one
-    LoRA file; the marked checkpoint is taken, else the result. Options describe RUN_A."""
+    LoRA file; the marked checkpoint is taken, else the result. --base, --data, --trigger and --class describe
+    RUN_A, whose prompts both draw."""
     calm_libraries()
     from hpo.comparecmd import compare as run_it
     from hpo.study import Inputs
 
-    run_it((run_a, run_b), Inputs(**words), console())
+    run_it((run_a, run_b), Inputs(**words), console(), study, base_b, data_b)
 
 
 @main.group()

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.evaluatecmd import CONFIRMATION, View, alone
+from hpo.evaluatecmd import CONFIRMATION, alone, beside_values
+from hpo.evaluateview import View
 from hpo.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
 from hpo.stop import Stop
 from hpo.study import Inputs
-from trainer.files import machine_error, sha256_file, write_atomic
+from trainer.files import clean_text, machine_error, sha256_file, write_atomic
 from trainer.tensorfile import read_header
 
 if TYPE_CHECKING:
@@ -44,8 +45,15 @@ class Measured:
     images: list[SampledImage]
 
 
-def compare(paths: tuple[Path, Path], inputs: Inputs, console: Console) -> Path:
-    """Compare two runs; returns the folder with compare.json and sheet.png."""
+def compare(
+    paths: tuple[Path, Path],
+    inputs: Inputs,
+    console: Console,
+    study: str | None = None,
+    base_b: str = "",
+    data_b: Path | None = None,
+) -> Path:
+    """Compare two runs; returns the folder with compare.json and sheet.png.  ``study``: by whose definition."""
     view = View(console)
     runs = find_run(paths[0]), find_run(paths[1])
     files = _file(paths[0], runs[0]), _file(paths[1], runs[1])
@@ -53,16 +61,17 @@ def compare(paths: tuple[Path, Path], inputs: Inputs, console: Console) -> Path:
 
     with Stop(view.on_ask) as stop:
         view.should_stop = stop
-        first = judges.load(runs[0], inputs, view.say)
+        first = judges.load(runs[0], inputs, view.say, named=study)
         prompts = first.confirmation or first.prompts
         view.say(
             f"{files[0].path.name} against {files[1].path.name}: {prompts.image_count} images each "
-            f"({len(prompts.prompts)} prompts × {len(prompts.seeds)} seeds), {first.scorer.name}"
+            f"({prompts.size}), {first.scorer.name}"
         )
         a = _measure(runs[0], files[0], first, prompts, view)
         first.free()
         # the second side's own folder, base and trigger are its own; what judges is the first's
-        second = judges.load(runs[1], replace(inputs, base="", data=None), view.say, like=first)
+        own = replace(inputs, base=base_b, data=data_b, trigger=None, class_word=None)
+        second = judges.load(runs[1], own, view.say, named=study, like=first)
         b = _measure(runs[1], files[1], second, prompts, view)
         second.free()
     from evaluation.compare import compare as difference
@@ -140,7 +149,7 @@ def _write(
             Column(f"{side.base}, untrained", side.untrained),
             Column(f"{side.base}, {file.name}", side.images),
         ]
-    sheet = contact_sheet(columns, prompts, prompts.seeds[0])
+    sheet = contact_sheet(columns, prompts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,6 +167,7 @@ def _values(
     def one(file: Checkpoint, measured: Measured) -> dict[str, Any]:
         score = measured.side.score.as_dict()
         score.pop("per_image")
+        score["beside"] = beside_values(measured.side.score)
         base = {"name": measured.base, "identity": measured.base_identity}
         return {"file": file.path.name, "sha256": sha256_file(file.path), "base": base, "score": score}
 
@@ -171,6 +181,7 @@ def _values(
             row: {name: asdict(value) for name, value in values.items()}
             for row, values in found.cosines.items()
         },
+        "beside_b_minus_a": {name: asdict(value) for name, value in found.beside.items()},
     }
 
 
@@ -197,6 +208,13 @@ def _show(
         cells = [c for name in COSINES for c in (f"{values[name].mean:+.4f}", _interval(values[name], 4))]
         table.add_row(*map(Text, (row, *cells)))
     view.table(table)
+    if found.beside:
+        table = _table("beside the score, raw", "A", "B", "B − A", "95 %")
+        known = [{f"{f.measure} {f.model}": f.value for f in s.beside} for s in (a, b)]
+        for name, gain in found.beside.items():
+            pair = [f"{of[name]:.4f}" for of in known]
+            table.add_row(*map(Text, (clean_text(name), *pair, f"{gain.mean:+.4f}", _interval(gain, 4))))
+        view.table(table)
     score = found.anchored["score"]
     if told_apart(score):
         better = "B" if score.mean > 0 else "A"

@@ -1,8 +1,8 @@
 """``hpo evaluate``: every saved checkpoint of a run scored, one chosen, confirmed and marked.
 
-Owns the order of things, the table, evaluation.json and best.safetensors.  Which checkpoint is chosen is
-``evaluation.checkpoints``', how it is scored ``hpo.judge``'s.  The same command goes on with a call that was
-stopped or killed: what is drawn is kept.
+Owns the order of things, evaluation.json and best.safetensors.  Which checkpoint is chosen is
+``evaluation.checkpoints``', how it is scored ``hpo.judge``'s, what the terminal shows ``hpo.evaluateview``'s.
+The same command goes on with a call that was stopped or killed: what is drawn is kept.
 
     name.run/evaluation/evaluation.json, curve.png
     name.run/evaluation/<checkpoint>/search/, …/confirmation/     images and metrics
@@ -13,23 +13,21 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
 
+from hpo.evaluateview import View
 from hpo.locks import Lock, holder
-from hpo.report import STOPPING, clock
+from hpo.report import clock
 from hpo.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.stop import Stop
 from hpo.study import Inputs
-from trainer.errors import ConfigError, Interrupted, InvalidImages, MachineError, ModelFileError
-from trainer.files import clean_text, require_space, sha256_file, sweep_tree, write_atomic
+from trainer.errors import ConfigError, InvalidImages, MachineError, ModelFileError
+from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
 from trainer.tensorfile import with_metadata
 
 if TYPE_CHECKING:
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from hpo.judge import Judge
 
 SEARCH, CONFIRMATION = "search", "confirmation"
-TABLE_WIDTH = 132  # characters
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,15 @@ class Outcome:
     word: str
 
 
-def evaluate(path: Path, inputs: Inputs, console: Console) -> Path:
-    """Score, choose, confirm, mark; returns the chosen file.  Raises ToolError, Interrupted if stopped."""
+def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = None) -> Path:
+    """Score, choose, confirm, mark; returns the chosen file.  ``study``: by whose definition.  Raises ToolError,
+    Interrupted if stopped."""
     view = View(console)
     run = find_run(path)
     _check_mark(run)
     from hpo import judge as judges  # loads torch: after everything that can be checked without it
 
-    judge = judges.load(run, inputs, view.say)
+    judge = judges.load(run, inputs, view.say, named=study)
     damaged = _unfit(run, judge)
     with alone(run), Stop(view.on_ask) as stop:
         view.should_stop = stop
@@ -86,8 +84,8 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: View)
     anchors = _anchors(judge, judge.prompts, run, view)
     count = len(run.checkpoints) - len(damaged)
     view.say(
-        f"{count} checkpoints × {judge.prompts.image_count} images ({len(judge.prompts.prompts)} prompts × "
-        f"{len(judge.prompts.seeds)} seeds), {len(judge.reference_files)} references, {judge.scorer.name}"
+        f"{count} checkpoint{'' if count == 1 else 's'} × {judge.prompts.image_count} images ({judge.prompts.size}), "
+        f"{len(judge.reference_files)} references, {judge.scorer.name}"
     )
     points = [
         _point(run, checkpoint, judge, judge.prompts, anchors, SEARCH, damaged, view)
@@ -141,7 +139,7 @@ def _point(
     damaged: Mapping[str, str],
     view: View,
 ) -> Point:
-    from evaluation.checkpoints import Point
+    from evaluation.checkpoints import SPOILED, UNCHANGED, Point
     from evaluation.images import Unchanged
 
     place = checkpoint.name, checkpoint.epoch, checkpoint.step
@@ -153,13 +151,13 @@ def _point(
             folder = run.evaluation / checkpoint.name / name
             score = judge.score(checkpoint.path, prompts, anchors, folder, on_image)
     except InvalidImages as error:
-        point = Point(*place, None, error.message)
+        point = Point(*place, None, error.message, SPOILED)
     except Unchanged:
-        point = Point(*place, None, "it changes nothing: its images are the untrained base's")
+        point = Point(*place, None, "it changes nothing: its images are the untrained base's", UNCHANGED)
     else:
         safety = score.safety
         if safety and safety.broken:  # copied or collapsed pictures are no result, however they score
-            point = Point(*place, None, "; ".join(map(safety.says, safety.broken)))
+            point = Point(*place, None, "; ".join(map(safety.says, safety.broken)), SPOILED)
         else:
             point = Point(*place, score)
     said = point.reason or f"score {score.value:.4f} ± {score.se:.4f}"
@@ -238,6 +236,8 @@ def _values(run: RunFiles, judge: Judge, outcome: Outcome) -> dict[str, Any]:
         "sampling": asdict(judge.sampling),
         "scorer": {"name": judge.scorer.name, "sha256": judge.scorer.sha},
         "likeness": {"name": judge.likeness.name, "sha256": judge.likeness.sha},
+        "formula": asdict(judge.formula),
+        "limits": asdict(judge.safeguards.limits),
         "references": [str(path) for path in judge.reference_files],
         SEARCH: {"prompts": judge.prompts.hash, **_curve(outcome.points, outcome.choice)},
         CONFIRMATION: {
@@ -274,127 +274,10 @@ def _figures(score: Score | None) -> dict[str, Any]:
         *("value", "se", "prompt_following", "prompt_following_se", "likeness", "likeness_se"),
         *("clip_t", "clip_i", "n_images"),
     )
-    return {name: getattr(score, name) if score else None for name in names}
+    figures: dict[str, Any] = {name: getattr(score, name) if score else None for name in names}
+    return {**figures, "beside": beside_values(score) if score else []}
 
 
-# The terminal
-
-
-class View:
-    """Lines, a bar where there is a terminal, and the table at the end."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.should_stop: Callable[[], bool] = lambda: False
-
-    def say(self, text: str) -> None:
-        self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
-
-    def on_ask(self) -> None:
-        """The user asked to stop.  Runs in a signal handler: no rich here."""
-        import os
-
-        os.write(2, f"{STOPPING}\n".encode())
-
-    @contextlib.contextmanager
-    def drawing(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar while images are drawn, and the place where Ctrl-C is heard: between two chunks."""
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        with Progress(
-            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
-        ) as bar:
-            task = bar.add_task(clean_text(what), total=None)
-
-            def on_image(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
-                if self.should_stop() and done < total:
-                    raise Interrupted(
-                        f"stopped after image {done} of {total} of {what}: they are kept",
-                        "the same command goes on",
-                    )
-
-            yield on_image
-
-    def table(self, table: Table) -> None:
-        """Never cut: a log is no narrower than its figures."""
-        screen = self.console
-        if screen.width < TABLE_WIDTH:
-            screen = Console(
-                file=screen.file, width=TABLE_WIDTH, force_terminal=screen.is_terminal, highlight=False
-            )
-        screen.print(table)
-
-    def show(self, outcome: Outcome) -> None:
-        """The curve as a table, the verdict and the choice."""
-        self.table(_table(outcome))
-        verdict = outcome.verdict
-        self.say(f"{verdict.word}: {verdict.why}; {verdict.advice}")
-        for line in _choice_lines(outcome):
-            self.say(line)
-
-
-def _table(outcome: Outcome) -> Table:
-    table = Table(box=None, padding=(0, 2), show_edge=False)
-    for name in ("checkpoint", "epoch", "step", "prompt following", "likeness", "score", "best − this", ""):
-        table.add_column(name, justify="left" if name in ("checkpoint", "") else "right", no_wrap=name != "")
-    table.add_row(
-        *map(Text, ("untrained base", "0", "0", "1.000", "0.000", "0.000", "", "by definition")), style="dim"
-    )
-    for number, point in enumerate(outcome.points):
-        place = [clean_text(point.name), _shown(point.epoch), _shown(point.step)]
-        if point.score is None:
-            table.add_row(*map(Text, (*place, "–", "–", "–", "", clean_text(point.reason))), style="dim")
-            continue
-        score, lead = point.score, outcome.choice.lead[number]
-        cells = (
-            *place,
-            f"{score.prompt_following:.3f} ± {score.prompt_following_se:.3f}",
-            f"{score.likeness:.3f} ± {score.likeness_se:.3f}",
-            f"{score.value:.3f} ± {score.se:.3f}",
-            f"{lead.mean:.3f} ± {_se(lead):.3f}" if lead else "",
-            ", ".join(_words(outcome, number)),
-        )
-        table.add_row(*map(Text, cells), style="bold" if number == outcome.final else "")
-    return table
-
-
-def _words(outcome: Outcome, number: int) -> list[str]:
-    words = []
-    if number == outcome.choice.best:
-        words.append("best")
-    elif number in outcome.choice.within:
-        words.append("within one SE")
-    if number == outcome.final:
-        words.append("chosen")
-    return words
-
-
-def _choice_lines(outcome: Outcome) -> list[str]:
-    final = outcome.points[outcome.final].name
-    first = outcome.points[outcome.choice.chosen].name
-    if outcome.word == "only":
-        return [f"chosen: {final}"]
-    if outcome.rechoice is None:
-        return [f"chosen: {final}, not confirmed: there are no confirmation prompts without a class word"]
-    lines = []
-    for place, (number, point) in enumerate(zip(outcome.tested, outcome.retested, strict=True)):
-        before, lead = outcome.points[number].score, outcome.rechoice.lead[place]
-        after = f"{point.score.value:.3f} ± {point.score.se:.3f}" if point.score else point.reason
-        behind = f", {lead.mean:.3f} ± {_se(lead):.3f} behind" if lead else ""
-        assert before is not None
-        lines.append(f"confirmation: {point.name} {before.value:.3f} → {after}{behind}")
-    if outcome.word == "confirmed":
-        lines.append(f"chosen: {final}, and the confirmation prompts choose the same")
-    else:
-        lines.append(f"chosen: {final}; the first prompts chose {first}, the confirmation prompts this one")
-    return lines
-
-
-def _se(lead: Any) -> float:
-    from evaluation.checkpoints import standard_error
-
-    return standard_error(lead)
-
-
-def _shown(number: int | None) -> str:
-    return "–" if number is None else str(number)
+def beside_values(score: Score) -> list[dict[str, Any]]:
+    """Other models' figures, without those of each image."""
+    return [{"measure": f.measure, "model": f.model, "sha256": f.sha, "value": f.value} for f in score.beside]

@@ -1,7 +1,8 @@
 """Judge: what scores the LoRAs of a run – base, prompts, references, scorer – loaded once for all of them.
 
-Owns which images may judge a run, the order of loading (cheap checks first), and that what is drawn is kept and
-not drawn again.  Does not choose between scores (``evaluation.checkpoints``, ``evaluation.compare``).
+Owns the order of loading (cheap checks first), and that what is drawn is kept and not drawn again.  Which study, images
+and prompts judge a run is ``hpo.standard``'s.  Does not choose between scores (``evaluation.checkpoints``,
+``evaluation.compare``).
 
     EVALUATION/base/<hash>/            the untrained base on one prompt set: samples/, anchors.json
     EVALUATION/<checkpoint>/<set>/     one LoRA on one prompt set: samples/, grid.png, metrics.json, lora.json
@@ -15,47 +16,46 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
-from evaluation import embed
+from evaluation import embed, others
 from evaluation.anchors import Anchors, References, embed_references, make_anchors, require_references
 from evaluation.answers import self_test
+from evaluation.beside import Gauge
 from evaluation.images import SampledImage
-from evaluation.prompts import MAX_TOKENS, PromptSet, load_prompts, no_class_word
+from evaluation.prompts import MAX_TOKENS, PromptSet
 from evaluation.safeguards import Limits, Safeguards, embed_copies, scene_encoders
-from evaluation.sampling import OnImages, SampleConfig, default_config, sample
+from evaluation.sampling import OnImages, SampleConfig, sample
 from evaluation.score import METRICS_NAME, Formula, Score, evaluate_adapter, read_score
 from evaluation.style import PatchEncoder, StyleEncoder
+from hpo import standard as standards
 from hpo.folder import read_json
 from hpo.keeper import DATASET_KEY
 from hpo.runfiles import RunFiles
-from hpo.study import DEFAULT_STUDY, SHIPPED, Inputs, StudyConfig, build_study, find_study, read_study
+from hpo.study import Inputs
 from hpo.training import check_device
-from hpo.workbench import prompt_sets, reference_paths
+from hpo.workbench import say_notes, subject_items
 from trainer import lorafile
 from trainer.bases.base import Base, compute_type
 from trainer.bases.load import load_base
-from trainer.config import TrainConfig
 from trainer.dataset import Dataset
 from trainer.errors import ConfigError, DataError, OutOfMemory
 from trainer.files import machine_error, sha256_file, write_atomic
-from trainer.images import read_picture
-from trainer.subsets import read_training_data
 
 if TYPE_CHECKING:
     from hpo.workbench import Say
 
-SWEEP_STEPS = 25  # facts A2: DPM++ 2M with 25 steps for checkpoints and comparisons, 20 in a search
-LORA_NAME = "lora.json"  # which LoRA the figures beside it are of
+LORA_NAME = "lora.json"  # which LoRA the figures beside it are of, and by which limits, copies and gauges
 T = TypeVar("T")
 
 
 @dataclass
 class Judge:
-    """Everything that every LoRA of a run is scored with."""
+    """Everything that every LoRA of a run is scored with.  ``name``: the run's."""
 
+    name: str
     base: Base
     data: Dataset
     prompts: PromptSet
@@ -67,7 +67,19 @@ class Judge:
     likeness: embed.ImageEncoder
     formula: Formula
     safeguards: Safeguards
+    gauges: tuple[Gauge, ...]
     say: Say
+
+    @property
+    def watch(self) -> str:
+        """Hash of what is told beside the score: limits, the images that may not be repeated, other models."""
+        parts = (
+            dataclasses.asdict(self.safeguards.limits),
+            sorted({item.sha256 for item in subject_items(self.data)}),
+            [encoder.sha for encoder in self.safeguards.encoders],
+            [(gauge.measure, gauge.model, gauge.sha) for gauge in self.gauges],
+        )
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def anchors(self, prompts: PromptSet, evaluation: Path, on_image: OnImages | None = None) -> Anchors:
         """The untrained base on a prompt set; measured once, then read."""
@@ -101,7 +113,10 @@ class Judge:
         folder: Path,
         on_image: OnImages | None = None,
     ) -> Score:
-        """The score of a LoRA file: from ``folder`` if it is there, else drawn, from where it was left."""
+        """The score of a LoRA file: from ``folder`` if it is there, else drawn, from where it was left.
+
+        Under other limits, training images or gauges than before it is measured anew on the pictures that are there.
+        """
         found = self._stored(lora, anchors, folder)
         if found is not None:
             return found
@@ -124,12 +139,14 @@ class Judge:
                     on_image=on_image,
                     formula=self.formula,
                     safeguards=self.safeguards,
+                    gauges=self.gauges,
                 )
 
             result = self._within_memory(draw)
         finally:
             adapter.remove()
-        write_atomic(folder / LORA_NAME, json.dumps({"file": lora.name, "sha256": sha256_file(lora)}))
+        note = {"file": lora.name, "sha256": sha256_file(lora), "watch": self.watch}
+        write_atomic(folder / LORA_NAME, json.dumps(note))
         return result
 
     def images(self, lora: Path, prompts: PromptSet, folder: Path) -> list[SampledImage]:
@@ -161,9 +178,9 @@ class Judge:
         return evaluation / "base" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _stored(self, lora: Path, anchors: Anchors, folder: Path) -> Score | None:
-        """A finished score of this very file on this scale."""
+        """A finished score of this very file on this scale, with the same told beside it."""
         note = read_json(folder / LORA_NAME)
-        if note is None or note.get("sha256") != sha256_file(lora):
+        if note is None or note.get("sha256") != sha256_file(lora) or note.get("watch") != self.watch:
             return None
         try:
             found = read_score(folder / METRICS_NAME)
@@ -186,27 +203,34 @@ class Judge:
                     torch.cuda.empty_cache()
 
 
-def load(run: RunFiles, inputs: Inputs, say: Say, *, like: Judge | None = None) -> Judge:
+def load(
+    run: RunFiles, inputs: Inputs, say: Say, *, named: str | None = None, like: Judge | None = None
+) -> Judge:
     """Read and check everything that judges a run; nothing is written.
 
-    ``like``: take prompts, references and encoders from another run's judge, so that two bases are compared on
-    the same.
+    ``named``: --study.  ``like``: take prompts, references, encoders and limits from another run's judge, so that
+    two bases are compared on the same.
     """
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    config = _config(run, inputs)
+    config = standards.settings(run, inputs, "-b" if like else "")
     spec = config.pretrained_model_name_or_path
-    study = _definition(run, spec)
-    data = _training_data(run, config, inputs)
-    paths = list(like.reference_files) if like else _references(run, inputs, data)
-    _check_unseen(run, paths, data)
+    known = standards.standard(run, config, named)
+    study = known.study
+    data = standards.training_data(run, config, inputs, known)
+    paths = list(like.reference_files) if like else standards.references(run, inputs, data, known)
+    standards.check_unseen(run, paths, data)
     require_references(len(paths))
-    scorer_spec = inputs.clip or _studys_scorer(run) or study.study.clip or embed.default_scorer(spec)
+    scorer_spec = inputs.clip or known.clip or study.study.clip or embed.default_scorer(spec)
     likeness_spec = study.study.likeness or embed.default_likeness(spec)
     if like is None:
         embed.check_scorer(scorer_spec)
         embed.check_likeness(likeness_spec)
-        _sets(run, inputs, study, data, lambda text: 0)
+        for other in study.study.also:
+            others.check(other)
+        standards.sets(run, inputs, study, data, lambda text: 0)
+        if known.says:
+            say(known.says)
     say(f"loading {spec} on {device} …")
     base = load_base(
         spec,
@@ -218,126 +242,43 @@ def load(run: RunFiles, inputs: Inputs, say: Say, *, like: Judge | None = None) 
     scorer: embed.Scorer
     likeness: embed.ImageEncoder
     if like is None:
-        prompts, confirmation = _sets(run, inputs, study, data, base.token_count)
+        prompts, confirmation = standards.sets(run, inputs, study, data, base.token_count)
         scorer = embed.load_scorer(scorer_spec, device)
         self_test(scorer)
         plain = embed.load_likeness(likeness_spec, scorer, device)
         likeness = StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
         formula = Formula(**dataclasses.asdict(study.score))
+        limits = Limits(**dataclasses.asdict(study.limits))
         references = embed_references(paths, likeness)
-        for note in prompts.notes:
-            say(note)
+        gauges = others.gauges(study.study.also, scorer, likeness, paths, device)
+        say_notes(prompts, confirmation, say)
     else:
         prompts, confirmation, references = like.prompts, like.confirmation, like.references
         scorer, likeness, formula = like.scorer, like.likeness, like.formula
+        limits, gauges = like.safeguards.limits, like.gauges
         _check_readable(base, confirmation or prompts)
+        for words in standards.other_words(data, prompts):
+            say(
+                f"warning: {run.name} was trained with {words} of {like.name}: it may not know what it is asked for"
+            )
     encoders = scene_encoders(scorer, likeness)
-    copies = embed_copies([item.path for item in data.items], paths, encoders)
+    copies = embed_copies([item.path for item in subject_items(data)], paths, encoders)
     return Judge(
+        run.name,
         base,
         data,
         prompts,
         confirmation,
-        _sampling(run, study, config, base),
+        standards.sampling(run, known, config, base),
         tuple(paths),
         references,
         scorer,
         likeness,
         formula,
-        Safeguards(encoders, copies, Limits(**dataclasses.asdict(study.limits))),
+        Safeguards(encoders, copies, limits),
+        gauges,
         say,
     )
-
-
-def _config(run: RunFiles, inputs: Inputs) -> TrainConfig:
-    """How it was trained.  A file of another program does not say on which base and images."""
-    foreign = not run.own and lorafile.CONFIG_KEY not in run.metadata()
-    if foreign and not inputs.base:
-        raise ConfigError(
-            f"{run.settings} does not say which base model it is for",
-            "give it with --base, for example --base sdxl",
-        )
-    data = inputs.data
-    if data is None and run.study is not None:
-        data = Path(_facts(run)["data"])
-    config = run.config(inputs.base, data)
-    if foreign:  # sd-scripts' metadata does not tell how captions end, and its default is used by few
-        config = config.with_values({"caption_extension": TrainConfig().caption_extension})
-    if not config.train_data_dir and not config.dataset_config:
-        raise DataError(
-            f"it is not known on which images {run.name} was trained",
-            "give their folder with --data: prompts are made of its captions, and none of it may judge the LoRA",
-        )
-    return config
-
-
-def _facts(run: RunFiles) -> dict[str, Any]:
-    """study.json of a trial's study."""
-    assert run.study is not None
-    facts = read_json(run.study.facts)
-    forms = {"data": str, "references": list, "sampling": dict}
-    if facts is None or not all(isinstance(facts.get(name), form) for name, form in forms.items()):
-        raise ConfigError(f"{run.study.facts} cannot be read", "restore it, or give the LoRA's file itself")
-    return facts
-
-
-def _definition(run: RunFiles, spec: str) -> StudyConfig:
-    """Which prompts, encoders, formula and limits: the trial's study's, else those that go with the base."""
-    sections = _facts(run).get("sections") if run.study is not None else None
-    if sections:
-        return build_study("study", sections)
-    return read_study(find_study(None, spec))
-
-
-def _studys_scorer(run: RunFiles) -> str | None:
-    """--clip as the trial's study was given it."""
-    given = _facts(run).get("inputs") if run.study is not None else None
-    return given.get("clip") if isinstance(given, dict) else None
-
-
-def _training_data(run: RunFiles, config: TrainConfig, inputs: Inputs) -> Dataset:
-    """What the run was trained on, references left out for a study's trial."""
-    trigger, class_word = inputs.trigger, inputs.class_word
-    if run.study is not None and inputs.data is None:
-        chosen = load_prompts(run.study.prompts, trigger=None, class_word=None, count_tokens=lambda text: 0)
-        trigger, class_word = trigger or chosen.trigger, class_word or chosen.class_word
-    data = read_training_data(config, trigger=trigger, class_word=class_word)
-    if run.study is None:
-        return data
-    apart = {_sha(path) for path in _study_references(run)}
-    return replace(data, items=tuple(item for item in data.items if item.sha256 not in apart))
-
-
-def _study_references(run: RunFiles) -> list[Path]:
-    return [Path(str(path)) for path in _facts(run)["references"]]
-
-
-def _references(run: RunFiles, inputs: Inputs, data: Dataset) -> list[Path]:
-    """The images that judge likeness: none of them was trained on."""
-    if inputs.references:
-        return reference_paths(inputs.references, data)
-    if run.study is not None:
-        return _study_references(run)
-    if not data.held_out:
-        raise DataError(
-            f"{run.name} was trained on all {len(data.items)} images, so its likeness cannot be claimed",
-            "give images that it has not seen with --references DIR (before training: put some into held_out/)",
-        )
-    return [item.path for item in data.held_out]
-
-
-def _check_unseen(run: RunFiles, paths: list[Path], data: Dataset) -> None:
-    trained = {item.sha256 for item in data.items}
-    for path in paths:
-        if _sha(path) in trained:
-            raise DataError(
-                f"{path} is trained on too, by {run.name}",
-                "references must be images that training does not see",
-            )
-
-
-def _sha(path: Path) -> str:
-    return read_picture(path).sha256
 
 
 def _say_changes(run: RunFiles, base: Base, data: Dataset, say: Say) -> None:
@@ -360,36 +301,6 @@ def _check_readable(base: Base, prompts: PromptSet) -> None:
                 f"{base.name} would cut the prompt {prompt.text[:40]!r}… ({tokens} of {MAX_TOKENS} tokens)",
                 "give shorter ones with --prompts",
             )
-
-
-def _sets(
-    run: RunFiles, inputs: Inputs, study: StudyConfig, data: Dataset, count_tokens: Callable[[str], int]
-) -> tuple[PromptSet, PromptSet | None]:
-    """The search and the confirmation prompts: the study's own for its trials."""
-    if run.study is not None and inputs.prompts is None:
-        read = [
-            load_prompts(path, trigger=None, class_word=None, count_tokens=count_tokens)
-            for path in (run.study.prompts, run.study.confirmation)
-            if path.is_file()
-        ]
-        return read[0], read[1] if len(read) > 1 else None
-    if not data.class_word and inputs.prompts is None:
-        raise no_class_word()
-    return prompt_sets(inputs, study, data, count_tokens)
-
-
-def _sampling(run: RunFiles, study: StudyConfig, config: TrainConfig, base: Base) -> SampleConfig:
-    """The study's way for its trials; else the base's usual one at the size it was trained at."""
-    if run.study is not None:
-        known = {f.name for f in dataclasses.fields(SampleConfig)}
-        stored = _facts(run)["sampling"]
-        return SampleConfig(**{name: value for name, value in stored.items() if name in known})
-    said = run.own or not {lorafile.CONFIG_KEY, "ss_resolution"}.isdisjoint(run.metadata())
-    side_px = config.resolution // 8 * 8 if said else base.native_resolution_px
-    values = study.sample_values() | {"width_px": side_px, "height_px": side_px}
-    if find_study(None, config.pretrained_model_name_or_path) == SHIPPED / f"{DEFAULT_STUDY}.toml":
-        values["steps"] = SWEEP_STEPS
-    return default_config(base, **(values | {"clip_skip": config.clip_skip}))
 
 
 def _make(folder: Path) -> None:

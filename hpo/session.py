@@ -6,7 +6,7 @@ mistake is found before anything is written, or what was written is taken back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from rich.console import Console
 
-from hpo import alerts, report
+from hpo import alerts, promptfiles, report
 from hpo.claim import quiet
 from hpo.enqueue import as_proposal
 from hpo.folder import (
@@ -95,7 +95,7 @@ def _search(
     from hpo import workbench  # loads torch: after everything that can be checked without it
 
     bench = workbench.load(request.inputs, config, use.folder, view.say)
-    study = _open(bench, use)
+    study = _open(bench, use, view.say)
     proposal = _proposal(request, bench, view)
     _begin(study, bench, limits, proposal, view, console)
     use.begun = True
@@ -124,9 +124,11 @@ def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
         known = {key: value for key, value in before.items() if key.startswith("[")}
         if known:
             check_unchanged(known, config.frozen(), folder.name)
+        if "prompts" in before:
+            promptfiles.check_unedited(folder, before["prompts"])
 
 
-def _open(bench: Workbench, use: Use) -> optuna.Study:
+def _open(bench: Workbench, use: Use, say: Callable[[str], None]) -> optuna.Study:
     """The study in its folder, created or found unchanged."""
     from hpo.workbench import write_definition
 
@@ -140,7 +142,7 @@ def _open(bench: Workbench, use: Use) -> optuna.Study:
         use.made_study = found is None or IDENTITY not in found.user_attrs
         study = create_study(folder, facts, bench.study.objectives)
         check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
-        write_definition(bench, facts)
+        write_definition(bench, facts, say)
     return study
 
 
@@ -203,10 +205,12 @@ def _begin(
 def _data_line(bench: Workbench) -> str:
     word = f", class {bench.data.class_word}" if bench.data.class_word else ""
     trigger = f", trigger {bench.data.trigger}" if bench.data.trigger else ""
+    regular = sum(item.is_reg for item in bench.data.items)
+    beside = f" and {regular} regularisation images" if regular else ""
     return (
-        f"{len(bench.data.items)} training images{trigger}{word}; {len(bench.reference_items)} references; "
-        f"{bench.prompts.image_count} images a trial ({len(bench.prompts.prompts)} prompts × "
-        f"{len(bench.prompts.seeds)} seeds), scored by {bench.scorer.name}"
+        f"{len(bench.data.items) - regular} training images{beside}{trigger}{word}; "
+        f"{len(bench.reference_items)} references; {bench.prompts.image_count} images a trial "
+        f"({bench.prompts.size}), scored by {bench.scorer.name}"
     )
 
 

@@ -30,12 +30,12 @@ from evaluation.prompts import (
     generate,
     load_prompts,
     no_class_word,
-    save_prompts,
 )
 from evaluation.safeguards import Limits, Safeguards, embed_copies, scene_encoders
 from evaluation.sampling import SampleConfig, default_config
 from evaluation.score import Formula
 from evaluation.style import PatchEncoder, StyleEncoder
+from hpo import promptfiles
 from hpo.folder import StudyFolder
 from hpo.study import MINIATURE_STUDIES, Inputs, StudyConfig
 from hpo.training import check_device
@@ -43,7 +43,7 @@ from trainer import cache, preflight
 from trainer.bases.base import compute_type
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
-from trainer.dataset import Dataset, read_dataset, split_references
+from trainer.dataset import Dataset, Item, read_dataset, split_references
 from trainer.errors import ConfigError, DataError, MachineError
 from trainer.files import atomic_folder, machine_error, write_atomic
 from trainer.images import IMAGE_EXTENSIONS, read_picture
@@ -199,8 +199,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     for note in preflight.notes(base, train, data):
         say(note)
     chosen, confirmation = prompt_sets(inputs, study, data, base.token_count)
-    for note in chosen.notes:
-        say(note)
+    say_notes(chosen, confirmation, say)
     scorer = embed.load_scorer(scorer_spec, device)
     plain = embed.load_likeness(likeness_spec, scorer, device)
     self_test(scorer)
@@ -224,7 +223,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         inputs=inputs,
         safeguards=Safeguards(
             encoders,
-            embed_copies([item.path for item in data.items], paths, encoders),
+            embed_copies([item.path for item in subject_items(data)], paths, encoders),
             Limits(**dataclasses.asdict(study.limits)),
         ),
         gauges=others.gauges(study.study.also, scorer, likeness, paths, device),
@@ -260,7 +259,7 @@ def prompt_sets(
     plan, later = study.prompts, study.confirmation
     make = partial(
         generate,
-        [item.caption for item in data.items],
+        [item.caption for item in subject_items(data)],
         trigger=data.trigger,
         class_word=data.class_word,
         count_tokens=count_tokens,
@@ -278,6 +277,19 @@ def prompt_sets(
         counts=later.counts or study.preset.confirm_counts, seeds=later.seeds or CONFIRM_SEEDS, exclude=chosen
     )
     return chosen, confirmation
+
+
+def subject_items(data: Dataset) -> tuple[Item, ...]:
+    """What shows the subject: regularisation images show its class, without the trigger in their captions."""
+    return tuple(item for item in data.items if not item.is_reg)
+
+
+def say_notes(prompts: PromptSet, confirmation: PromptSet | None, say: Say) -> None:
+    """What a user should know of generated sets, once."""
+    for note in prompts.notes:
+        say(note)
+    for note in confirmation.notes if confirmation else ():
+        say(f"confirmation prompts: {note}")
 
 
 def reference_paths(folder: Path, data: Dataset) -> list[Path]:
@@ -302,8 +314,9 @@ def reference_paths(folder: Path, data: Dataset) -> list[Path]:
     return found
 
 
-def write_definition(bench: Workbench, facts: Mapping[str, str]) -> None:
+def write_definition(bench: Workbench, facts: Mapping[str, str], say: Say = lambda text: None) -> None:
     """study.json, prompts.toml, confirmation.toml: what a reader, and a later confirmation, needs to know."""
+    promptfiles.check_unedited(bench.folder, bench.prompts.hash)
     study = bench.study
     values = {
         "definition": study.name,
@@ -320,9 +333,7 @@ def write_definition(bench: Workbench, facts: Mapping[str, str]) -> None:
         "versions": {name: version(name) for name in ("lora-hpo", "optuna", "torch", "diffusers", "peft")},
     }
     write_atomic(bench.folder.facts, json.dumps(values, indent=1))
-    save_prompts(bench.prompts, bench.folder.prompts)
-    if bench.confirmation:
-        save_prompts(bench.confirmation, bench.folder.confirmation)
+    promptfiles.write(bench.folder, bench.prompts, bench.confirmation, bench.base.token_count, say)
 
 
 def _without_batch(config: SampleConfig) -> dict[str, Any]:

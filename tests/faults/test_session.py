@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,48 @@ def test_a_deleted_study_is_not_begun_anew_over_its_trials(root: Path, data: Pat
     with pytest.raises(ConfigError, match="holds no study"):
         open_study(folder)
     assert folder.trial(0).result.is_file()
+
+
+# The prompts of a study
+
+
+def replaced_prompt(bench: Workbench) -> None:
+    first, *rest = bench.prompts.prompts
+    bench.prompts = replace(bench.prompts, prompts=(replace(first, text=first.text + " at night"), *rest))
+
+
+def test_a_study_refuses_to_go_on_under_another_prompt_hash(root: Path, data: Path) -> None:
+    run_session(root, data)
+    before = StudyFolder(root).prompts.read_bytes()
+    with pytest.raises(ConfigError, match="began with something else: prompts: was"):
+        run_session(root, data, trials=2, loaded=replaced_prompt)
+    assert StudyFolder(root).prompts.read_bytes() == before
+    assert len(open_study(StudyFolder(root)).get_trials(deepcopy=False)) == 1
+
+
+def test_an_edited_prompt_file_is_refused_before_anything_is_loaded_and_not_overwritten(
+    root: Path, data: Path
+) -> None:
+    run_session(root, data)
+    path = StudyFolder(root).prompts
+    written = path.read_text()
+    edited = written.replace("zkw figure a", "zkw figure a at night")
+    path.write_text(edited)
+    with pytest.raises(ConfigError, match="was edited: the study's prompts are") as caught:
+        run_session(root, data, trials=2, loaded=fail(ZeroDivisionError("loaded")))
+    assert "delete the file" in caught.value.hint and path.read_text() == edited
+    path.write_text("# a remark\n" + written)
+    run_session(root, data)
+    assert path.read_text() == "# a remark\n" + written, "the same prompts: the file is the user's to comment"
+
+
+def test_an_edited_confirmation_set_is_kept_and_said(root: Path, data: Path) -> None:
+    run_session(root, data)
+    path = StudyFolder(root).confirmation
+    edited = path.read_text().replace("zkw figure c", "zkw figure c at night")
+    path.write_text(edited)
+    assert "confirmation.toml holds other prompts" in run_session(root, data, trials=2)
+    assert path.read_text() == edited
 
 
 # Trials and totals

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from evaluation.anchors import Anchors
-from evaluation.checkpoints import Point, choose, confirmed, finalists, standard_error, verdict
+from evaluation.checkpoints import (
+    SPOILED,
+    UNCHANGED,
+    Point,
+    choose,
+    confirmed,
+    finalists,
+    standard_error,
+    verdict,
+)
 from evaluation.compare import Side, compare, told_apart
 from evaluation.images import SampledImage
 from evaluation.pictures import CELL_PX, Column, contact_sheet, curve_picture
@@ -190,7 +199,55 @@ def test_bases_of_different_sizes_are_shown_at_the_same_size() -> None:
         ]
 
     sheet = np.asarray(
-        contact_sheet([Column("small", images(64, 10)), Column("large", images(128, 20))], SET, 0)
+        contact_sheet([Column("small", images(64, 10)), Column("large", images(128, 20))], SET)
     )
     cells = [int((sheet == (200, 0, grey)).all(axis=2).sum()) for grey in (10, 20)]
     assert cells == [PROMPTS * CELL_PX**2] * 2
+
+
+def test_a_prompt_with_seeds_of_its_own_is_on_the_sheet_with_its_first() -> None:
+    prompts = PromptSet((SET.prompts[0], replace(SET.prompts[1], seeds=(70, 71))), (0, 1))
+    blue = [
+        SampledImage(p.id, seed, np.full((64, 64, 3), (0, 0, 255 if seed in (0, 70) else 99), np.uint8))
+        for p, seed in prompts.jobs
+    ]
+    sheet = np.asarray(contact_sheet([Column("a", blue)], prompts))
+    assert int((sheet == (0, 0, 255)).all(axis=2).sum()) == 2 * CELL_PX**2
+
+
+def without(points: list[Point], causes: dict[int, tuple[str, str]]) -> list[Point]:
+    """The curve with these points unscored: number → (cause, reason)."""
+    return [
+        replace(p, score=None, cause=causes[n][0], reason=causes[n][1]) if n in causes else p
+        for n, p in enumerate(points)
+    ]
+
+
+BLACK, SAME, DAMAGED = (SPOILED, "32 images show nothing"), (UNCHANGED, "it changes nothing"), ("", "cut off")
+
+
+@pytest.mark.parametrize(
+    ("causes", "means", "word", "why"),
+    [
+        ({2: BLACK}, (0.3, 0.5, 0.1), "overtrained", "after it there is no result: zed-000003: 32 images"),
+        (
+            {0: SAME, 1: SAME, 3: BLACK},
+            (0.1, 0.1, 0.6, 0.1),
+            "overtrained",
+            "zed-000003 is the best, and after",
+        ),
+        ({1: BLACK, 2: BLACK}, (0.5, 0.1, 0.1), "overtrained", "after it there is no result: zed-000002"),
+        ({2: DAMAGED}, (0.3, 0.5, 0.1), "undertrained", "the last checkpoint that can be scored, zed-000002"),
+        ({0: DAMAGED}, (0.3, 0.5, 0.1), "overtrained", "the first checkpoint that can be scored, zed-000002"),
+        ({0: SAME}, (0.1, 0.5, 0.3), "between", "neither the first nor the last"),
+        ({0: SAME}, (0.1, 0.3, 0.5), "undertrained", "the last checkpoint, zed-000003"),
+        ({0: DAMAGED, 1: DAMAGED}, (0.1, 0.3, 0.5), "single", "only zed-000003 can be scored"),
+        ({3: BLACK}, (0.3, 0.5, 0.4, 0.1), "between", "neither the first nor the last"),
+    ],
+)
+def test_what_lies_beside_the_best_without_a_score_is_not_passed_over(
+    causes: dict[int, tuple[str, str]], means: tuple[float, ...], word: str, why: str
+) -> None:
+    points = without(curve(*means), causes)
+    found = verdict(points, choose(points, anchors()))
+    assert found.word == word and why in found.why, found

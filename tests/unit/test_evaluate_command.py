@@ -25,7 +25,12 @@ from trainer.tensorfile import load_tensors, read_header
 
 MINI_CLIP = Path(sampling.__file__).parent.parent / "trainer/bases/miniature/weights/mini-clip"
 # A study file of this name in the current folder wins over the shipped one: fewer images, fewer steps.
-STUDY = """
+STUDY = (
+    f"""
+[study]
+also = ["{MINI_CLIP}"]
+"""
+    + """
 [train]
 optimizer_type = "AdamW"
 [space]
@@ -45,6 +50,7 @@ prior = 100.0
 [sampling]
 steps = 2
 """
+)
 SETTINGS = """
 resolution = 64
 bucket_no_upscale = false
@@ -137,8 +143,11 @@ def test_every_checkpoint_is_scored_and_the_chosen_one_is_marked(place: Path) ->
     ours, theirs = load_tensors(mark), load_tensors(source)
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
     assert {p.name: sha256_file(p) for p in source.parent.glob("zkw*.safetensors")} == before
-    for words in ("untrained base", "best", "chosen", found["verdict"]["word"]):
+    for words in ("untrained base", "best", "chosen", found["verdict"]["word"], "4 prompts × 1 seed"):
         assert words in result.output
+    figures = [f["measure"] for row in rows for f in row["beside"]]
+    assert {"clip_t", "clip_i"} <= set(figures), "[study] also names another model"
+    assert "beside the score, raw" in result.output and "mini-clip" in result.output
     # a second call draws nothing, comes to the same, and does not take the mark for a checkpoint
     files = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png") if p.name != "curve.png"}
     again = evaluate("out15/zkw")
@@ -268,9 +277,11 @@ def test_two_bases_are_compared_on_the_same_prompts(place: Path) -> None:
         rows = {row: values[name]["mean"] for row, values in found["cosines"].items()}
         total = rows["base effect"] + rows["adapter effect"]
         assert rows["LoRA B − LoRA A"] == pytest.approx(total)
+    assert any(name.startswith("clip_t ") for name in found["beside_b_minus_a"])
+    assert all("per_image" not in figure for figure in found["a"]["score"]["beside"])
     sheet = np.asarray(Image.open(folder / "sheet.png"))
     assert sheet.shape[1] == 4 * 192 and sheet.std() > 5
-    for shown in ("base effect", "adapter effect", "64×64 px", "B − A"):
+    for shown in ("base effect", "adapter effect", "64×64 px", "B − A", "beside the score, raw"):
         assert shown in result.output
     assert run("compare", "out15", "nowhere", *words).exit_code == 2
 
@@ -301,3 +312,143 @@ def test_a_trial_is_judged_by_its_studys_prompts_references_and_sampling(place: 
     assert found["search"]["prompts"] == prompts.hash and found["sampling"]["cfg"] == 1.0
     assert found["references"] == [str(apart), str(other)] and found["verdict"]["word"] == "single"
     assert not (trial / "best.safetensors").exists(), "a trial has one LoRA: nothing to mark"
+
+
+# What a run is judged by
+
+
+def judge(path: str, *, study: str | None = None, like: Any = None, **words: Any) -> tuple[Any, str]:
+    """What would score a run, and what was said."""
+    from hpo import judge as judges
+    from hpo.runfiles import find_run
+    from hpo.study import Inputs
+
+    inputs = Inputs(**{"base": "", "clip": str(MINI_CLIP), "device": "cpu", **words})
+    said: list[str] = []
+    return judges.load(find_run(Path(path)), inputs, said.append, named=study, like=like), "\n".join(said)
+
+
+HARMONIC = (
+    STUDY
+    + """
+[score]
+mean = "harmonic"
+"""
+)
+
+
+def test_regularisation_images_make_no_prompts_and_are_no_training_images_of_the_subject(place: Path) -> None:
+    plain, _ = judge("out15")
+    settings = read(place / "out15/zkw.run/config.json")
+    for number in range(8):
+        draw_images(place / "class" / f"1_figure{number}", count=1, seed=50 + number)
+        (place / "class" / f"1_figure{number}" / "0.txt").write_text(f"figure of class {number}")
+    (place / "out15/zkw.run/config.json").write_text(json.dumps({**settings, "reg_data_dir": "class"}))
+    with_class, _ = judge("out15")
+    assert sum(item.is_reg for item in with_class.data.items) > 0
+    assert with_class.prompts == plain.prompts and with_class.confirmation == plain.confirmation
+    assert with_class.safeguards.copies.features_TD.equal(plain.safeguards.copies.features_TD)
+    assert with_class.watch == plain.watch
+
+
+def test_limits_that_changed_judge_what_is_drawn_already(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from evaluation.safeguards import Limits
+
+    first, _ = judge("out15")
+    lora, folder = place / "out15" / "zkw.safetensors", place / "scored"
+    anchors = first.anchors(first.prompts, place / "evaluation")
+    before = first.score(lora, first.prompts, anchors, folder)
+    assert not before.safety.broken
+    monkeypatch.setattr(sampling, "_draw", None)  # whatever is drawn from here on fails
+    for changed in (
+        replace(first, safeguards=replace(first.safeguards, limits=Limits(copy_rate=-1.0, diversity=0.0))),
+        replace(first, data=replace(first.data, items=first.data.items[:1])),
+        replace(first, gauges=()),
+    ):
+        again = changed.score(lora, changed.prompts, anchors, folder)
+        assert again.value == before.value
+        assert again.safety.broken == (("copied",) if changed.safeguards != first.safeguards else ())
+        assert len(again.beside) == len(changed.gauges)
+        assert read(folder / "lora.json")["watch"] == changed.watch != first.watch
+    metrics = folder / "metrics.json"
+    written = metrics.stat().st_mtime_ns
+    assert changed.score(lora, changed.prompts, anchors, folder) == again
+    assert metrics.stat().st_mtime_ns == written, "nothing has changed: read, not measured"
+
+
+def test_a_study_can_be_named_to_judge_by(place: Path) -> None:
+    (place / "own.toml").write_text(HARMONIC)
+    found, said = judge("out15", study="own.toml")
+    assert found.formula.mean == "harmonic" and "judged as own.toml says" in said
+    assert found.sampling.steps == 2, "its own [sampling]"
+    style, said = judge("out15", study="sd15-style")
+    assert style.formula.mean == "geometric" and "judged as sd15-style says" in said
+    assert style.sampling.steps == 25 and style.likeness.name != found.likeness.name
+    assert len(style.confirmation.prompts) == 24
+    (place / "greedy.toml").write_text(
+        STUDY.replace(
+            "counts = { train-like = 1, altered = 3 }\nseeds = [1000]",
+            "counts = { altered = 60 }\nseeds = [1000]",
+        )
+    )
+    _, said = judge("out15", study="greedy.toml")
+    assert "confirmation prompts: 37 of 60 planned prompts" in said
+    result = evaluate("out15", "--study", "nothing")
+    assert result.exit_code == 2 and "no study file nothing" in result.stderr
+
+
+def carried_over(place: Path, output: Path) -> None:
+    """A study that was searched, and a run in ``output`` that its settings were carried over to."""
+    import shutil
+    import tomllib
+
+    study = place / "runs" / "s"
+    study.mkdir(parents=True)
+    facts = {"data": "images", "references": [], "sampling": {}, "inputs": {"base": "x"}}
+    (study / "study.json").write_text(json.dumps({**facts, "sections": tomllib.loads(HARMONIC)}))
+    shutil.copytree(place / "out15", output)
+    settings = read(output / "zkw.run" / "config.json")
+    settings["training_comment"] = "s trial 3, mapping 1"
+    (output / "zkw.run" / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("output", ["runs/s/transfer/output-sdxl", "elsewhere"])
+def test_a_run_with_settings_of_a_study_is_judged_as_the_study_says(place: Path, output: str) -> None:
+    carried_over(place, place / output)
+    found, said = judge(output)
+    assert found.formula.mean == "harmonic"
+    assert "judged as study s, whose settings were carried over to it" in said
+    assert found.safeguards.limits.prior == 100 and len(found.prompts.prompts) == 4
+    named, said = judge("out15", study="runs/s")
+    assert named.formula.mean == "harmonic" and "judged as study s" in said
+
+
+def test_a_second_run_with_another_trigger_is_warned_of(place: Path) -> None:
+    import shutil
+
+    first, _ = judge("out15")
+    _, said = judge("outxl", like=first)
+    assert "trained with" not in said
+    shutil.copytree(place / "images" / "1_zkw figure", place / "other" / "1_abc figure")
+    _, said = judge("outxl", like=first, data=Path("other"))
+    assert "zkw was trained with the trigger abc, and is drawn with zkw of zkw" in said
+    assert "class word" not in said
+
+
+def test_a_second_run_of_another_program_takes_options_of_its_own(place: Path) -> None:
+    from trainer.tensorfile import to_bytes
+
+    file = place / "outxl" / "zkw.safetensors"
+    metadata = {k: v for k, v in read_header(file).metadata.items() if k.startswith("ss_")}
+    (place / "foreign.safetensors").write_bytes(to_bytes(load_tensors(file), metadata))
+    words = ("compare", "out15", "foreign.safetensors", "--clip", str(MINI_CLIP), "--device", "cpu")
+    result = run(*words)
+    assert result.exit_code == 2 and "give it with --base-b, for example" in result.stderr
+    result = run(*words, "--base-b", "tiny-sdxl")
+    assert result.exit_code == 3 and "--data-b" in result.stderr
+    result = run(*words, "--base-b", "tiny-sdxl", "--data-b", "images")
+    assert result.exit_code == 0 and "B: foreign.safetensors on tiny-sdxl" in result.output

@@ -1,5 +1,6 @@
 """Promises of evaluation.prompts."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,13 @@ from evaluation.prompts import (
     scored_text,
     shorten,
 )
+from hpo.sections import PRESETS
+from hpo.study import SHIPPED, Inputs, read_study
+from hpo.workbench import prompt_sets, say_notes, subject_items
+from tests import ranking
+from tests.tiny_search import draw_images
+from trainer.bases.miniature import subjects
+from trainer.dataset import Dataset, Item, read_dataset
 from trainer.errors import ConfigError
 
 CAPTIONS = [f"zkw girl number {word} in a park" for word in range(10)]
@@ -97,6 +105,111 @@ def test_a_confirmation_set_shares_no_prompt_and_no_seed_with_the_search_set(wor
     assert not set(search.seeds) & set(confirm.seeds)
 
 
+PHOTOS = [f"zkw girl, {what}, {where}" for what in ("standing", "smiling", "red coat", "side view")
+          for where in ("in a park", "at home", "on a street", "by the sea", "in the snow")]  # fmt: skip
+
+
+@pytest.mark.parametrize("world", list(TEMPLATES))
+@pytest.mark.parametrize("captions", [0, 1, 5, 10, 20])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_has_16_prompts_and_24_others_for_confirming(
+    preset: str, captions: int, world: str
+) -> None:
+    make = partial(
+        generate, PHOTOS[:captions], trigger="zkw", class_word="girl", count_tokens=words, words=world
+    )
+    plan = PRESETS[preset]
+    search = make(counts=plan.counts)
+    confirm = make(counts=plan.confirm_counts, seeds=CONFIRM_SEEDS, exclude=search)
+    assert (len(search.prompts), len(confirm.prompts)) == (16, 24) and len(confirm.seeds) == 4
+    assert not search.notes and not confirm.notes
+    assert not {p.id for p in search.prompts} & {p.id for p in confirm.prompts}
+
+
+@pytest.mark.parametrize("name", [p.stem for p in SHIPPED.glob("*.toml")])
+def test_the_shipped_studies_ask_for_what_their_presets_ask(name: str) -> None:
+    study = read_study(SHIPPED / f"{name}.toml")
+    if study.prompts.words == "natural":
+        assert study.prompts.counts == study.preset.counts
+        assert study.confirmation.counts == study.preset.confirm_counts
+
+
+@pytest.mark.parametrize("kind", list(subjects.SUBJECTS))
+def test_the_miniatures_own_sets_are_as_large_as_planned(kind: str, tmp_path: Path) -> None:
+    study = read_study(SHIPPED / "mini.toml")
+    data = read_dataset(subjects.write_subject(kind, tmp_path / kind).parent, study.train)
+    for made, plan in zip(
+        prompt_sets(Inputs("mini-sd15"), study, data, words),
+        (study.prompts, study.confirmation),
+        strict=True,
+    ):
+        assert made is not None and not made.notes
+        assert len(made.prompts) == sum(plan.counts.values())
+    if kind == "character":  # the recorded study (tests/ranking.py) drew them
+        texts = {p.text for s in prompt_sets(Inputs("mini-sd15"), study, data, words) for p in s.prompts}
+        found = ranking.read()
+        assert texts == {t for on in found.on.values() for t in on["trial 0"].prompts.texts}
+
+
+def test_what_is_lacking_is_said_for_the_confirmation_too() -> None:
+    few = {"altered": len(TEMPLATES["natural"]["altered"])}
+    make = partial(generate, [], trigger="zkw", class_word="girl", count_tokens=words, class_seeds=0)
+    search = make(counts=few)
+    confirm = make(counts={"altered": 2, "style": 9}, exclude=search)
+    said: list[str] = []
+    say_notes(search, confirm, said.append)
+    assert said == ["confirmation prompts: 9 of 11 planned prompts: captions and templates are used up"]
+
+
+def test_regularisation_images_make_no_prompts() -> None:
+    """Their captions have no trigger: such a prompt does not ask for the subject, and would be scored for it."""
+    study = read_study(SHIPPED / "sd15-character.toml")
+    own = [Item(Path(f"{n}.png"), f"zkw girl {n}", 1, 64, 64, str(n)) for n in range(4)]
+    class_images = [Item(Path(f"r{n}.png"), f"girl {n}", 1, 64, 64, f"r{n}", is_reg=True) for n in range(40)]
+    with_reg, without = (
+        prompt_sets(Inputs("sd15"), study, Dataset(Path("d"), tuple(items), "zkw", "girl"), words)
+        for items in (own + class_images, own)
+    )
+    assert with_reg == without
+    assert [i.path.name for i in subject_items(Dataset(Path("d"), (*class_images, *own)))] == [
+        f"{n}.png" for n in range(4)
+    ]
+
+
+def test_a_search_says_what_its_sets_lack_and_what_its_images_are(tmp_path: Path) -> None:
+    from evaluation.safeguards import embed_copies
+    from hpo.folder import StudyFolder
+    from hpo.session import _data_line
+    from hpo.workbench import load as load_bench
+
+    data = subjects.write_subject("character", tmp_path / "images").parent
+    draw_images(tmp_path / "class" / "1_figure", count=5, size_px=64)
+    sets = (f'reg_data_dir="{tmp_path / "class"}"', "confirmation.counts={ altered = 70 }")
+    study = read_study(SHIPPED / "mini.toml", sets=sets)
+    said: list[str] = []
+    bench = load_bench(
+        Inputs("mini-sd15", data, device="cpu"), study, StudyFolder(tmp_path / "s"), said.append
+    )
+    assert any(line.startswith("confirmation prompts: ") and "of 70 planned" in line for line in said), said
+    line = _data_line(bench)
+    assert line.startswith(
+        "24 training images and 5 regularisation images, trigger luca, class figure; 8 ref"
+    )
+    assert "38 images a trial (15 prompts × 2 seeds, 1 × 8)" in line
+    assert not any("zkw" in prompt.text for prompt in bench.prompts.prompts)
+    assert bench.safeguards is not None
+    own = [item.path for item in bench.data.items if not item.is_reg]
+    alone = embed_copies(own, [Path(p) for p in bench.reference_items], bench.safeguards.encoders)
+    assert bench.safeguards.copies.features_TD.equal(alone.features_TD)
+
+
+def test_the_size_of_a_set_multiplies_out() -> None:
+    made = generate(CAPTIONS, trigger="zkw", class_word="girl", count_tokens=words)
+    assert made.size == "15 prompts × 2 seeds, 1 × 8" and made.image_count == 15 * 2 + 8
+    pair = PromptSet((Prompt("a", "a", "altered"), Prompt("b", "b", "altered")), (3,))
+    assert pair.size == "2 prompts × 1 seed"
+
+
 def test_the_choice_of_captions_does_not_depend_on_their_order() -> None:
     forth, back = (
         generate(c, trigger="zkw", class_word="girl", count_tokens=words) for c in (CAPTIONS, CAPTIONS[::-1])
@@ -118,6 +231,18 @@ def test_a_long_caption_is_shortened_at_a_clause_and_it_is_said() -> None:
     made = generate([f"zkw girl, {clause}, {clause}"], trigger="zkw", class_word="girl", count_tokens=words)
     assert "1 captions were shortened to 40 tokens" in made.notes[0]
     assert all(words(p.text) <= 40 for p in made.prompts)
+
+
+def test_a_caption_that_is_cut_keeps_its_trigger() -> None:
+    """Such a prompt is scored for likeness, so it has to ask for the subject."""
+    clause = "word " * 19 + "word"
+    captions = [f"{clause}, {clause}, zkw girl", f"{clause}, {clause}, nobody"]
+    made = generate(captions, trigger="zkw", class_word="girl", count_tokens=words)
+    first, second = sorted((p for p in made.prompts if p.kind == "train-like"), key=lambda p: -len(p.text))
+    assert second.text == f"zkw girl, {clause}" and second.scored_text == f"girl, {clause}"
+    assert first.text == f"{clause}, {clause}", "a caption without the trigger is drawn as it was trained"
+    tight = generate(["a " * 60 + "zkw"], trigger="zkw", class_word="girl", count_tokens=words)
+    assert words(tight.prompts[0].text) == 40 and tight.prompts[0].text.startswith("zkw girl, a a")
 
 
 def test_a_hand_written_prompt_over_75_tokens_is_refused(tmp_path: Path) -> None:
