@@ -42,6 +42,11 @@ def check(base: Base, config: TrainConfig) -> None:
 def notes(base: Base, config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
     """What this base passes over in these settings and captions."""
     found = []
+    native_px = base.native_resolution_px
+    if 2 * config.resolution <= native_px:
+        found.append(
+            f"{base.name} is {KIND[base.family]} made for {native_px} px; these settings train {config.resolution} px"
+        )
     if not base.uses_clip_skip and config.clip_skip is not None:
         found.append(
             f"clip_skip = {config.clip_skip} is not used: {base.family} always reads the last layer but one"
