@@ -246,7 +246,11 @@ def live_block(
 
 def _needed(cells: Sequence[tuple[str, str]], columns: int) -> int:
     """Width of the settings in so many pairs of columns, two blanks apart."""
-    widths = [max(len(part) for part in parts) for n in range(columns) for parts in zip(*cells[n::columns], strict=True)]
+    widths = [
+        max(len(part) for part in parts)
+        for n in range(columns)
+        for parts in zip(*cells[n::columns], strict=True)
+    ]
     return sum(widths) + 2 * (len(widths) - 1)
 
 
