@@ -203,7 +203,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         say(note)
     scorer = embed.load_scorer(scorer_spec, device)
     plain = embed.load_likeness(likeness_spec, scorer, device)
-    self_test(scorer)
+    self_test(scorer, say)
     likeness = StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
     encoders = scene_encoders(scorer, likeness)
     return Workbench(
@@ -227,7 +227,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
             embed_copies([item.path for item in data.items], paths, encoders),
             Limits(**dataclasses.asdict(study.limits)),
         ),
-        gauges=others.gauges(study.study.also, scorer, likeness, paths, device),
+        gauges=others.gauges(study.study.also, scorer, likeness, paths, device, say),
     )
 
 
