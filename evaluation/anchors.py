@@ -136,6 +136,25 @@ def embed_references(paths: Sequence[Path], likeness: ImageEncoder) -> Reference
     return References(likeness.image_features([p.pixels_HW3 for p in pictures]), content, likeness.sha)
 
 
+def anchors_identity(
+    base: Base,
+    prompts: PromptSet,
+    config: SampleConfig,
+    references: References,
+    scorer: Scorer,
+    likeness: ImageEncoder,
+) -> dict[str, str]:
+    """What anchors are measured with, and belong to."""
+    return {
+        "base": base.identity,
+        "prompts": prompts.hash,
+        "sampling": config.hash,
+        "scorer": scorer.sha,
+        "likeness": likeness.sha,
+        "references": references.hash,
+    }
+
+
 def make_anchors(
     base: Base,
     prompts: PromptSet,
@@ -155,14 +174,7 @@ def make_anchors(
     injected = [name for name, network in base.components().items() if hasattr(network, "peft_config")]
     assert not injected, f"anchors are the untrained base's; {injected} hold an adapter"
     check_encoder(references, likeness)
-    identity = {
-        "base": base.identity,
-        "prompts": prompts.hash,
-        "sampling": config.hash,
-        "scorer": scorer.sha,
-        "likeness": likeness.sha,
-        "references": references.hash,
-    }
+    identity = anchors_identity(base, prompts, config, references, scorer, likeness)
     stored = _read_anchors(folder / ANCHORS_NAME, identity)
     untouched = tuple(
         sample(base, prompts, config, folder / "untouched", identity=base.identity, only_first_chunk=True)

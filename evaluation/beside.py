@@ -23,7 +23,7 @@ from evaluation.vectors import Vectors
 
 @dataclass(frozen=True)
 class Beside:
-    """One figure: the mean of raw values, and the values picture by picture (None: not asked of this one)."""
+    """One figure: the mean of raw values over prompts, and the values picture by picture (None: not asked)."""
 
     measure: str
     value: float
@@ -77,10 +77,13 @@ class LikenessGauge:
 def read(
     gauges: Sequence[Gauge], vectors: Vectors, images: Sequence[SampledImage], prompts: PromptSet
 ) -> tuple[Beside, ...]:
-    """Every gauge's figure."""
+    """Every gauge's figure: the mean over prompts, as in the score, of each one's mean over its pictures."""
     found = []
+    ids_N = np.array([image.prompt_id for image in images])
     for gauge in gauges:
         values_N = gauge.values(vectors, images, prompts)
+        of_prompt = [values_N[(ids_N == p.id) & ~np.isnan(values_N)] for p in prompts.prompts]
+        means = [float(values.mean()) for values in of_prompt if len(values)]
         row = tuple(None if np.isnan(v) else float(v) for v in values_N)
-        found.append(Beside(gauge.measure, float(np.nanmean(values_N)), gauge.model, gauge.sha, row))
+        found.append(Beside(gauge.measure, float(np.mean(means)), gauge.model, gauge.sha, row))
     return tuple(found)

@@ -90,13 +90,20 @@ def default_likeness(base: str) -> str:
 
 
 class OpenClipScorer:
-    """An open_clip model in fp32."""
+    """An open_clip model in fp32.  ``assumed`` says what about it nothing tells, for a user to read once."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, sha: str, device: str | torch.device = "cpu"
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        sha: str,
+        device: str | torch.device = "cpu",
+        assumed: str = "",
     ) -> None:
         self.name = name
         self.sha = sha
+        self.assumed = assumed
         self._model = model.to(device).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._device = torch.device(device)
@@ -348,8 +355,16 @@ def _load_named(model: str, weights: str, device: str | torch.device) -> OpenCli
     facts = facts_of_tag(model, tag) if tag else {}
     preprocess = {key: facts[key] for key in PREPROCESS_KEYS if key in facts}
     network = _create(model, path, preprocess)
+    assumed = "" if tag else f"{path.name}: mean, std and activation are assumed; {_after_a_tag(model)}"
     return OpenClipScorer(
-        network, _tokenizer(model), f"{model}:{tag or path.name}", sha256_file(path), device
+        network, _tokenizer(model), f"{model}:{tag or path.name}", sha256_file(path), device, assumed
+    )
+
+
+def _after_a_tag(model: str) -> str:
+    tags = tags_shown(model)
+    return (
+        f"name the file after its tag ({tags})" if tags != "none" else "open_clip knows no tag of this model"
     )
 
 
@@ -368,9 +383,11 @@ def _folder_weights(folder: Path) -> Path:
 
 def _load_folder(folder: Path, name: str, device: str | torch.device) -> OpenClipScorer:
     weights = _folder_weights(folder)
-    source = f"local-dir:{folder}"
+    source, config = f"local-dir:{folder}", folder / "open_clip_config.json"
+    told = {"mean", "std"} <= read_json(config).get("preprocess_cfg", {}).keys()
+    assumed = "" if told else f"{config}: mean and std are assumed; give them as preprocess_cfg"
     return OpenClipScorer(
-        _create(source, weights, {}), _tokenizer(source), name, sha256_file(weights), device
+        _create(source, weights, {}), _tokenizer(source), name, sha256_file(weights), device, assumed
     )
 
 

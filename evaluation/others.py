@@ -9,7 +9,7 @@ Owns what each entry means and the gauges they become (``evaluation.beside``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ def gauges(
     likeness: ImageEncoder,
     references: Sequence[Path],
     device: str | torch.device = "cpu",
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Gauge, ...]:
     """The figures beside the score: CLIP-I where likeness is measured by another encoder, then ``specs``."""
     found: list[Gauge] = []
@@ -62,7 +63,7 @@ def gauges(
             found.append(LikenessGauge("dino_i", encoder, embed_references(references, encoder)))
         else:
             other = load_scorer(spec, device)
-            self_test(other)
+            self_test(other, say)
             found += [
                 TextGauge(other),
                 LikenessGauge("clip_i", other, embed_references(references, other)),

@@ -1,8 +1,8 @@
 """Score: raw cosines, their anchored parts, one composite, and how sure it is.
 
-Owns the composite, its paired differences, and the one function that samples and scores an adapter.  Does not
-measure the anchors (``evaluation.anchors``), draw (``evaluation.sampling``), embed
-(``evaluation.embed``) or decide anything about a study.
+Owns the anchored parts, the score's paired differences, and the one function that samples and scores an
+adapter.  Does not own the composite (``evaluation.formula``), measure the anchors (``evaluation.anchors``), draw
+(``evaluation.sampling``), embed (``evaluation.embed``) or decide anything about a study.
 
     T = mean cos(picture, its scored text)          I = mean cos(picture, every held-out reference)
     t = (T − T_chance) / (T_base − T_chance)        i = (I − I_base) / (I_real − I_base)
@@ -32,11 +32,12 @@ from evaluation import beside
 from evaluation.anchors import Anchors, References, check_encoder, raw_cosines
 from evaluation.beside import Beside, Gauge
 from evaluation.embed import ImageEncoder, Scorer
+from evaluation.formula import CEILING as CEILING
+from evaluation.formula import USUAL, Formula, composite
 from evaluation.images import SampledImage, check_valid, png_bytes, prove_applied, sample_grid
 from evaluation.prompts import PromptSet
 from evaluation.safeguards import Safeguards, Safety
 from evaluation.sampling import OnImages, SampleConfig, sample
-from evaluation.statistics import CEILING as CEILING
 from evaluation.statistics import Difference as Difference
 from evaluation.statistics import interval
 from evaluation.statistics import prompt_draws as prompt_draws
@@ -56,31 +57,6 @@ class ImageScore:
     seed: int
     clip_t: float
     clip_i: float
-
-
-MEANS = ("geometric", "harmonic")
-
-
-@dataclass(frozen=True)
-class Formula:
-    """How t and i become one number: which mean, and the weights (the exponents of a geometric mean)."""
-
-    mean: str = "geometric"
-    prompt_following: float = 1.0
-    likeness: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.mean not in MEANS:
-            raise ConfigError(f"mean {self.mean!r} is not known", "use one of " + ", ".join(MEANS))
-        if self.prompt_following <= 0 or self.likeness <= 0:
-            raise ConfigError("a weight of the score is not above 0", "1 and 1 weigh both alike")
-
-    def words(self) -> str:
-        """For people and for the facts of a study."""
-        return f"{self.mean} mean, prompt following {self.prompt_following:g} : likeness {self.likeness:g}"
-
-
-USUAL = Formula()
 
 
 @dataclass(frozen=True)
@@ -193,18 +169,6 @@ def anchored(
         i_unit_K = np.maximum(anchors.real_i - asks_KP @ base_i_P / asked_K, max(2 * anchors.i_unit_se, 1e-6))
         alike_K = asks_KP @ (i_P - base_i_P) / asked_K / i_unit_K
     return following_K, alike_K
-
-
-def composite(following: np.ndarray, alike: np.ndarray, formula: Formula = USUAL) -> np.ndarray:
-    """Weighted mean of the clipped parts: 0 as soon as one of them is lost."""
-    t, i = np.clip(following, 0, CEILING), np.clip(alike, 0, CEILING)
-    w_t, w_i = formula.prompt_following, formula.likeness
-    if formula == USUAL:
-        return np.sqrt(t * i)
-    if formula.mean == "geometric":
-        return (t**w_t * i**w_i) ** (1 / (w_t + w_i))
-    with np.errstate(divide="ignore"):  # 1 / inf is 0
-        return (w_t + w_i) / (w_t / t + w_i / i)
 
 
 def by_draw(one: Score, anchors: Anchors) -> np.ndarray:

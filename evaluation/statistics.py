@@ -1,8 +1,8 @@
 """What a difference between scores means: noise, intervals, ranks – pure numpy, no torch, no files.
 
 Owns variance components and the difference they let one see, bootstrap draws over prompts and what is read off
-them (paired differences, P(best), who cannot be told apart), rank correlations with exact p, shrinkage and the
-one-standard-error choice.  Does not know where scores come from (``evaluation.score``) or what is decided by
+them (paired differences, P(best), who cannot be told apart), rank correlations with exact p, and
+shrinkage.  Does not know where scores come from (``evaluation.score``) or what is decided by
 them.
 
 Everything is drawn with fixed seeds: the same scores always give the same figures.
@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.formula import USUAL, Formula, composite
+
 DRAWS = 1000  # bootstrap draws: the error of a standard error is then about 2 %
 BOOTSTRAP_SEED = 20240229
 CONFIDENCE = 0.95
@@ -28,8 +30,6 @@ SIGNIFICANT = 0.05
 DETECTABLE = 1.960 + 0.842
 ALL_PERMUTATIONS = 8  # up to this many pairs every permutation is counted (8! = 40,320)
 PERMUTATIONS = 2_000  # random ones beyond
-# assumed: a little better than the base's following or the references' likeness counts in a score, no more
-CEILING = 1.1
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ class Scale:
         )
 
 
-def image_scores(clip_t_PS: np.ndarray, clip_i_PS: np.ndarray, scale: Scale) -> np.ndarray | None:
+def image_scores(
+    clip_t_PS: np.ndarray, clip_i_PS: np.ndarray, scale: Scale, formula: Formula = USUAL
+) -> np.ndarray | None:
     """Every image's share (P, S) in a configuration's score; their mean is the score.
 
     The score is no mean over images, so this is its first-order form: the score plus each image's influence on
@@ -165,12 +167,9 @@ def image_scores(clip_t_PS: np.ndarray, clip_i_PS: np.ndarray, scale: Scale) -> 
     alike_PS, i = _influence((clip_i_PS - scale.base_i_P[:, None])[asks], i_unit_P, 2 * scale.i_unit_se)
     if t <= 0 or i <= 0:
         return None
-    value = math.sqrt(min(t, CEILING) * min(i, CEILING))
-    out_PS = np.full(clip_t_PS.shape, value)
-    if t < CEILING:
-        out_PS += 0.5 * value / t * following_PS
-    if i < CEILING:
-        out_PS[asks] += 0.5 * value / i * alike_PS * len(asks) / asks.sum()
+    slope_t, slope_i = formula.slopes(t, i)
+    out_PS = float(composite(np.array(t), np.array(i), formula)) + slope_t * following_PS
+    out_PS[asks] += slope_i * alike_PS * len(asks) / asks.sum()
     return out_PS
 
 
@@ -257,16 +256,7 @@ def _share_not_above_zero(differences_K: np.ndarray) -> float:
     return float((1 + (known <= 0).sum()) / (1 + len(known)))  # never 0: Phipson & Smyth 2010
 
 
-# Choices
-
-
-def one_standard_error(values_C: Sequence[float], ses_C: Sequence[float]) -> int:
-    """The first (simplest, cheapest, earliest) that is within one standard error of the best.
-
-    The rule of Breiman et al. 1984 (CART, 3.4.3); ``values_C`` are in order of preference.
-    """
-    best = max(range(len(values_C)), key=lambda c: (values_C[c], -c))
-    return next(c for c, value in enumerate(values_C) if value >= values_C[best] - ses_C[best])
+# Selection
 
 
 def shrunken(values_C: Sequence[float], ses_C: Sequence[float]) -> np.ndarray:

@@ -219,6 +219,7 @@ def write_outcome(folder: StudyFolder, outcome: Outcome, facts: Mapping[str, Any
         "ties": list(outcome.ties),
         "training_seed_sd": outcome.train_sd if outcome.train_freedom else None,
         "shrinkage": outcome.shrinkage,
+        "expected": outcome.expected,
         "rows": [asdict(row) for row in outcome.rows],
         "infeasible": {str(number): why for number, why in outcome.troubles.items()},
         **facts,

@@ -60,7 +60,9 @@ def outcome_lines(outcome: Outcome, source: StudyFolder, target: StudyFolder, *,
         lines.append(f"  trials {alike} cannot be told apart; {won.number} is {why}")
     lines.append(_against_trial0(outcome))
     if outcome.shrinkage is not None:
-        text = f"shrinkage: from search to confirmation the selected trials fell by {outcome.shrinkage:.4f} on average"
+        moved = "fell" if outcome.shrinkage >= 0 else "rose"
+        text = "shrinkage: from search to confirmation the selected trials "
+        text += f"{moved} by {abs(outcome.shrinkage):.4f} on average"
         if outcome.expected is not None:
             text += f"; from the search alone its best was expected at {outcome.expected:.4f}"
         lines.append(text)
@@ -89,15 +91,19 @@ def _against_trial0(outcome: Outcome) -> str:
 
 def status_lines(study: optuna.Study, folder: StudyFolder) -> list[str]:
     """What a score of this study can and cannot say: the noise, and what is confirmed."""
+    from hpo.besideview import trial_lines
     from hpo.confirmwanted import searched
     from hpo.noise import components
+    from hpo.standing import standing
 
     if (name := searched(folder.name)) is not None:
         return [
             f"runs that confirm {name}; what they say: hpo status {StudyFolder(folder.root.with_name(name)).words}"
         ]
-    noise = components(study, folder)
+    noise, best = components(study, folder), standing(study, 0).best
     lines = [noise.sentence(), noise.figures()] if noise else []
+    if best:
+        lines += [f"trial {best[0]}, beside its score: {line}" for line in trial_lines(folder.trial(best[0]))]
     return [*lines, *confirmed_lines(folder)]
 
 
@@ -115,3 +121,32 @@ def confirmed_lines(folder: StudyFolder) -> list[str]:
     except (KeyError, TypeError, ValueError):
         return [f"{folder.confirmed} is damaged; make it again: hpo confirm {folder.words}"]
     return [clean_text(text)]
+
+
+def confirmed_trials(folder: StudyFolder) -> tuple[int, ...]:
+    """The trials that have a place in confirmed.json; empty without a sound one."""
+    found = read_json(folder.confirmed) or {}
+    try:
+        return (*(int(row["number"]) for row in found["rows"]), *map(int, found["infeasible"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ()
+
+
+def end_lines(folder: StudyFolder, best: int) -> tuple[list[str], str]:
+    """What the end of a search says of its result, and the next command."""
+    known = confirmed_trials(folder)
+    if not known:
+        return [
+            "  The best of a search is optimistic, because it was selected: what it is worth",
+            "  shows only on fresh prompts and seeds. This is no result yet.",
+        ], f"hpo confirm {folder.words}"
+    lines = confirmed_lines(folder)
+    if best in known:
+        return [
+            *lines,
+            "  That is the result; search scores are optimistic.",
+        ], f"hpo dashboard {folder.words}"
+    return [
+        *lines,
+        f"  Trial {best} is better by its search score, was not part of that confirmation, and so is no result yet.",
+    ], f"hpo confirm {folder.words}"

@@ -14,6 +14,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hpo.besideview import beside_lines
 from hpo.folder import StudyFolder, TrialFolder, database_errors, open_storage
 from trainer.errors import MachineError
 from trainer.files import clean_text
@@ -65,6 +66,8 @@ def note_text(result: Result, settings: Mapping[str, Any], grid_path: str | None
             f"(CLIP text {result.clip_t:.4f}, image {result.clip_i:.4f})"
         )
         lines += _safety(result)
+        for line in beside_lines(result.beside):
+            lines += ["", f"beside the score: {_plain(line)}"]
     else:
         lines.append(f"**{result.state}: {_plain(result.reason)}** – {_plain(result.message)}")
     if result.remedy:

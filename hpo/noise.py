@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.trial import TrialState
 
+from evaluation.formula import Formula
 from evaluation.statistics import Components, Scale, image_scores, variance_components
 from hpo.folder import StudyFolder, read_json
 from hpo.standing import is_feasible, rank, score_of
+from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     import optuna
@@ -36,7 +38,7 @@ def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
     try:
         scale, ids = Scale.of(anchors or {}), list((anchors or {})["prompt_ids"])
         rows = [_image_scores(read_json(folder.trial(t.number).metrics), ids, scale) for t in better]
-    except (KeyError, TypeError, ValueError):  # of files that are not this tool's any more
+    except (ConfigError, KeyError, TypeError, ValueError):  # of files that are not this tool's any more
         return None
     whole = [row for row in rows if row is not None]
     same = [row for row in whole if row.shape == whole[0].shape]
@@ -44,7 +46,8 @@ def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
 
 
 def _image_scores(metrics: dict[str, Any] | None, ids: list[str], scale: Scale) -> np.ndarray | None:
-    """(P, S) every image's share in a trial's score, of the seeds that all prompts have; None if there are none."""
+    """(P, S) every image's share in a trial's score, by the formula it was scored with, of the seeds that all
+    prompts have; None if there are none."""
     found = {(row["prompt_id"], row["seed"]): row for row in (metrics or {}).get("per_image", ())}
     of_prompt = [{seed for prompt, seed in found if prompt == p} for p in ids]
     seeds = sorted(set.intersection(*of_prompt)) if of_prompt else []
@@ -53,4 +56,4 @@ def _image_scores(metrics: dict[str, Any] | None, ids: list[str], scale: Scale) 
     clip_t, clip_i = (
         np.array([[found[p, s][key] for s in seeds] for p in ids]) for key in ("clip_t", "clip_i")
     )
-    return image_scores(clip_t, clip_i, scale)
+    return image_scores(clip_t, clip_i, scale, Formula(**(metrics or {}).get("formula", {})))

@@ -273,7 +273,7 @@ def study_line(name: str, standing: Standing) -> str:
     if standing.duplicates:
         words.append(f"duplicates={standing.duplicates}")
     if standing.best:
-        words.append(f"best={standing.best[0]} score={standing.best[1]:.4f} se={standing.best[2]:.4f}")
+        words.append(f"best={standing.best[0]} search_score={standing.best[1]:.4f} se={standing.best[2]:.4f}")
     if standing.baseline:
         words.append(f"baseline={standing.baseline[1]:.4f}")
     if standing.front:
@@ -300,6 +300,9 @@ def summary(
     folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
 ) -> list[str]:
     """The end of a search: best settings, score beside the untrained base's and the usual settings', files, next."""
+    from hpo.besideview import trial_lines
+    from hpo.confirmview import end_lines
+
     lines = [f"{folder.name}: {why}"]
     if standing.best is None or settings is None:
         return [*lines, "no trial has a score yet", f"next: hpo status {folder.words}"]
@@ -307,14 +310,16 @@ def summary(
     trial = folder.trial(number)
     baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
     trouble = clean_text(standing.baseline_trouble) or figures(None)
+    said, following = end_lines(folder, number)
+    confirm = f", confirm with: {following}" if "confirm" in following else ""
     lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
     lines += [
-        f"search score: {figures(standing.best)}, confirm with: hpo confirm {folder.words}",
+        f"search score: {figures(standing.best)}{confirm}",
         f"  usual settings{baseline}: {figures(standing.baseline) if standing.baseline else trouble}",
         "  untrained base: 0.0000, by definition of the scale; 1 is its prompt following",
         "  together with the likeness of real images; ± is one standard error over prompts",
-        "  The best of a search is optimistic, because it was selected: what it is worth",
-        "  shows only on fresh prompts and seeds. This is no result yet.",
+        *(f"  beside it: {line}" for line in trial_lines(trial)),
+        *said,
     ]
     if standing.front:
         lines += [
@@ -327,7 +332,7 @@ def summary(
     lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
     if folder.alert.is_file():
         lines.append(f"convergence: {folder.alert}")
-    return [*lines, f"next: hpo confirm {folder.words}"]
+    return [*lines, f"next: {following}"]
 
 
 def best_line(study: optuna.Study, now: Standing) -> str:

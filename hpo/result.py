@@ -57,6 +57,7 @@ class Result:
     diversity: float | None = None
     prior: float | None = None
     amounts: dict[str, float] = field(default_factory=dict)  # by how much limits are broken (> 0) or kept
+    beside: list[dict[str, Any]] = field(default_factory=list)  # other models' measure, model, mean raw value
 
     @property
     def seconds(self) -> float:
@@ -119,7 +120,13 @@ def read_result(folder: TrialFolder, config: TrainConfig) -> Result | None:
     """The trial's result if it is whole and belongs to these settings."""
     values = read_json(folder.result)
     names = {f.name for f in fields(Result)}
-    came_later = {"copy_rate", "diversity", "prior", "amounts"}  # an older version's result is one too
+    came_later = {
+        "copy_rate",
+        "diversity",
+        "prior",
+        "amounts",
+        "beside",
+    }  # an older version's result is one too
     if values is None or not names - came_later <= values.keys() <= names:
         return None
     found = Result(**values)

@@ -402,4 +402,8 @@ def _result(
         diversity=safety.diversity if safety else None,
         prior=safety.prior if safety else None,
         amounts=dict(safety.amounts) if safety else {},
+        beside=[
+            {"measure": of.measure, "model": of.model, "value": of.value}
+            for of in (score.beside if score else ())
+        ],
     )

@@ -202,7 +202,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     say_notes(chosen, confirmation, say)
     scorer = embed.load_scorer(scorer_spec, device)
     plain = embed.load_likeness(likeness_spec, scorer, device)
-    self_test(scorer)
+    self_test(scorer, say)
     likeness = StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
     encoders = scene_encoders(scorer, likeness)
     return Workbench(
@@ -226,7 +226,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
             embed_copies([item.path for item in subject_items(data)], paths, encoders),
             Limits(**dataclasses.asdict(study.limits)),
         ),
-        gauges=others.gauges(study.study.also, scorer, likeness, paths, device),
+        gauges=others.gauges(study.study.also, scorer, likeness, paths, device, say),
     )
 
 

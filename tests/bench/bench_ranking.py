@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from trainer import adapter as adapters
 from trainer import loop
 from trainer.bases.miniature import captions, checker, subjects
 from trainer.config import TrainConfig
-from trainer.errors import SettingsFailure
+from trainer.errors import ConfigError, SettingsFailure
 from trainer.files import append_line, read_records
 
 SOBOL_SEED = 30
@@ -104,12 +104,24 @@ def _short(values: np.ndarray) -> list[float]:
     return [round(float(v), 6) for v in values]
 
 
+def as_grid(prompts: PromptSet) -> PromptSet:
+    """Every prompt under the set's seeds: the recording's arrays are prompts × seeds, all of them full.
+
+    A study draws its first class-only prompt under more seeds, for diversity, which is not recorded.
+    """
+    return replace(prompts, prompts=tuple(replace(p, seeds=()) for p in prompts.prompts))
+
+
 class Recording:
     """The file, and what is already in it."""
 
     def __init__(self, bench: Workbench, path: Path) -> None:
         self.bench, self.path = bench, path
-        self.sets = {ranking.SEARCH: bench.prompts, ranking.CONFIRMATION: bench.confirmation}
+        assert bench.confirmation is not None
+        self.sets = {
+            ranking.SEARCH: as_grid(bench.prompts),
+            ranking.CONFIRMATION: as_grid(bench.confirmation),
+        }
 
     def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
         return {(row["name"], row["set"]): row for row in read_records(self.path)}
@@ -117,11 +129,13 @@ class Recording:
     def anchors(self, which: str, folder: Path) -> Anchors:
         """Measured anew at each start (they are the same); written once."""
         bench, prompts = self.bench, self.sets[which]
-        assert prompts is not None
         anchors = make_anchors(
             bench.base, prompts, bench.sampling, bench.references, bench.scorer, bench.likeness, folder
         )
-        if ("anchors", which) not in self.rows():
+        recorded = self.rows().get(("anchors", which))
+        if recorded is not None and recorded["anchors"]["identity"] != anchors.identity:
+            raise ConfigError(f"{self.path} was recorded with other {which} anchors", "give another --file")
+        if recorded is None:
             kept = {f.name: getattr(anchors, f.name) for f in fields(anchors) if f.name != "untouched"}
             asked = [{"id": p.id, "text": p.text, "kind": p.kind} for p in prompts.prompts]
             row = {"prompts": asked, "seeds": list(prompts.seeds), "anchors": kept}
@@ -148,15 +162,15 @@ class Recording:
 
     def untrained(self) -> None:
         if ("base", ranking.SEARCH) not in self.rows():
-            images = sample(self.bench.base, self.bench.prompts, self.bench.sampling)
-            self.write("base", ranking.SEARCH, measure(self.bench, self.bench.prompts, images))
+            prompts = self.sets[ranking.SEARCH]
+            images = sample(self.bench.base, prompts, self.bench.sampling)
+            self.write("base", ranking.SEARCH, measure(self.bench, prompts, images))
 
     def trained(self, name: str, which: str, suggested: Mapping[str, Any], config: TrainConfig) -> None:
         """Train and draw, unless it is recorded."""
         if (name, which) in self.rows():
             return
         prompts = self.sets[which]
-        assert prompts is not None
         started = time.monotonic()
         lora = adapters.inject(self.bench.base, config)
         try:
@@ -173,17 +187,23 @@ class Recording:
         print(name, which, f"{time.monotonic() - started:.0f} s", flush=True)
 
 
+def bench_in(folder: Path, sets: Sequence[str] = ()) -> Workbench:
+    """Everything of the study, its demo images drawn at the size that mini-sd15 is trained at."""
+    study = read_study(find_study(None, "mini-sd15"), sets=list(sets))
+    subjects.write_subject(KIND, folder / "data", study.train.resolution)
+    return load(Inputs("mini-sd15", folder / "data"), study, StudyFolder(folder / "study"), print)
+
+
 def record(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        study = read_study(find_study(None, "mini-sd15"), sets=args.sets)
-        bench = load(Inputs("mini-sd15"), study, StudyFolder(Path(temporary) / "study"), print)
+        bench = bench_in(Path(temporary), args.sets)
         recording = Recording(bench, args.file)
         for which in (ranking.SEARCH, ranking.CONFIRMATION):
             recording.anchors(which, Path(temporary) / which)
         recording.autoencoder()
         recording.untrained()
-        drawn = {"trial 0": dict(study.baseline)}
+        drawn = {"trial 0": dict(bench.study.baseline)}
         drawn |= {f"random {n}": row for n, row in enumerate(proposals(bench, args.trials))}
         for name, suggested in drawn.items():
             recording.trained(name, ranking.SEARCH, suggested, bench.config(suggested, 0))

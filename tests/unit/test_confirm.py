@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from hpo.confirmed import (
     expected_best,
     write_outcome,
 )
-from hpo.confirmview import confirmed_lines, outcome_lines
+from hpo.confirmview import confirmed_lines, confirmed_trials, outcome_lines
 from hpo.confirmwanted import OF, TRAIN_SEED, fresh_seed, searched
 from hpo.folder import StudyFolder, open_study, read_json
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
@@ -102,6 +103,20 @@ def test_shrinkage_is_that_of_the_selected_trials_alone() -> None:
     found = decided(candidate(0, 0.3), candidate(4, 0.7))
     assert found.shrinkage == pytest.approx(0.05)
     assert found.expected is None
+
+
+@pytest.mark.parametrize(("by", "moved"), [(0.05, "fell by 0.0500"), (-0.02, "rose by 0.0200")])
+def test_a_score_that_rose_is_not_said_to_have_fallen(tmp_path: Path, by: float, moved: str) -> None:
+    chosen = dataclasses.replace(candidate(4, 0.7), search_score=0.7 + by)
+    found = decide([candidate(0, 0.3), chosen], 0, RETRAINED, [0.75, 0.7, 0.66, 0.64, 0.3, 0.1], 0.02)
+    assert found is not None and found.expected is not None
+    folder = StudyFolder(tmp_path)
+    (line,) = (x for x in outcome_lines(found, folder, folder, kept=True) if x.startswith("shrinkage"))
+    assert f"the selected trials {moved} on average" in line and f"{found.expected:.4f}" in line
+    assert write_outcome(folder, found, {})
+    kept = read_json(folder.confirmed)
+    assert kept is not None and (kept["shrinkage"], kept["expected"]) == (found.shrinkage, found.expected)
+    assert confirmed_trials(folder) == (4, 0)
 
 
 def test_what_the_searchs_best_is_worth_is_less_than_it_says() -> None:

@@ -117,6 +117,30 @@ def test_a_file_named_after_a_tag_takes_the_tags_mean_std_and_resizing(named: Pa
     assert tuple(facts["mean"]) == MEAN and tuple(facts["std"]) == STD and facts["resize_mode"] == "squash"
 
 
+def test_what_a_file_does_not_tell_is_said_once(named: Path, tmp_path: Path) -> None:
+    """A file of no known tag and no known sha256 gets OpenAI's mean and std, and the model's own activation."""
+    said: list[str] = []
+    nameless = load_scorer(f"tiny-clip:{named}")
+    with pytest.raises(ModelFileError, match="cannot tell a red circle"):  # random weights
+        self_test(nameless, said.append)
+    (line,) = said
+    assert line.startswith(
+        "warning: open_clip_model.safetensors: mean, std and activation are assumed; name the file"
+    )
+    assert "plain_web" in line
+    file = tmp_path / "tiny-plain-web.safetensors"
+    file.write_bytes(named.read_bytes())
+    config = named.parent / "open_clip_config.json"
+    told, content = [f"tiny-clip:{file}", str(named.parent)], json.loads(config.read_text())
+    for spec in told:
+        assert load_scorer(spec).assumed == ""
+    del content["preprocess_cfg"]["std"]
+    config.write_text(json.dumps(content))
+    assert "mean and std are assumed" in load_scorer(str(named.parent)).assumed
+    self_test(load_scorer("mini-clip"), said.append)
+    assert len(said) == 1
+
+
 def test_weights_that_are_absent_are_an_error_not_a_random_scorer(folder: Path, named: Path) -> None:
     named.unlink()
     with pytest.raises(ModelFileError, match="has no weights"):

@@ -1,7 +1,9 @@
 """What hpo status can say about noise where prompts have different numbers of seeds."""
 
 import numpy as np
+import pytest
 
+from evaluation.formula import Formula, composite
 from evaluation.statistics import Scale
 from hpo.noise import _image_scores
 
@@ -31,3 +33,14 @@ def test_a_prompts_extra_seeds_are_left_out_and_missing_images_are_noticed() -> 
     np.testing.assert_array_equal(*found)
     assert _image_scores({"per_image": even[2:]}, ["a", "b", "c"], SCALE) is None
     assert _image_scores(None, ["a", "b", "c"], SCALE) is None
+
+
+@pytest.mark.parametrize("formula", [{}, {"mean": "harmonic"}, {"likeness": 4.0}], ids=str)
+def test_images_are_weighed_as_the_study_weighs_them(formula: dict[str, object]) -> None:
+    rows = [row(prompt, seed) for prompt in ("a", "b", "c") for seed in (0, 1)]
+    found = _image_scores({"per_image": rows, "formula": formula}, ["a", "b", "c"], SCALE)
+    t = (0.605 - np.mean([0.1, 0.2, 0.1])) / np.mean([0.8, 0.6, 0.6])
+    i = (0.5 - 0.15) / (0.9 - 0.15)
+    assert found is not None
+    expected = composite(np.array(t), np.array(i), Formula(**formula))  # type: ignore[arg-type]
+    assert found.mean() == pytest.approx(float(expected))

@@ -5,28 +5,61 @@ That only the final epoch was scored is tested with the choice of a checkpoint (
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 
-from evaluation.embed import load_scorer
+from evaluation.embed import default_scorer, load_scorer
 from evaluation.preference import check_preference
-from evaluation.prompts import Prompt, PromptSet, generate, make_prompt
+from evaluation.prompts import SEARCH_SEEDS, Prompt, PromptSet, generate, make_prompt
 from evaluation.sampling import SampleConfig, initial_noise, sample
-from evaluation.score import composite, evaluate_adapter
+from evaluation.score import Score, composite, evaluate_adapter
 from hpo.claim import suggest
 from hpo.folder import open_study
 from hpo.result import FAILED
 from hpo.search import Limits
+from hpo.space import DERIVED
+from hpo.study import SHIPPED, StudyConfig, build_study, read_study
+from hpo.workbench import Workbench
 from tests.tiny import tiny_base
-from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
+from tests.tiny_search import STUDY, Recorder, draw_images, make_search, tiny_bench
+from trainer import optim
 from trainer.adapter import inject
+from trainer.config import TrainConfig
 from trainer.errors import InvalidImages, ModelFileError, ToolError
+from trainer.files import read_records
+from trainer.lorafile import CONFIG_KEY
+from trainer.tensorfile import read_header
 
 PROMPTS = PromptSet((Prompt("zkw cat", "cat", "altered"), Prompt("a zkw dog", "a dog", "altered")), (0, 1))
 CONFIG = SampleConfig(width_px=64, height_px=64, steps=1, batch_size=2, cfg=1.0)
+
+
+def evaluate(bench: Workbench, folder: Path) -> Score:
+    """What a trial does once it is trained."""
+    return evaluate_adapter(
+        bench.base, bench.prompts, bench.sampling, bench.references, bench.scorer, bench.likeness,
+        bench.anchors, folder, **bench.scoring,
+    )  # fmt: skip
+
+
+def listen(what: Any, method: str) -> list[str]:
+    """The texts that a method is given from now on."""
+    heard: list[str] = []
+    original = getattr(what, method)
+
+    def listening(texts: Any, *rest: Any, **options: Any) -> Any:
+        heard.extend(texts)
+        return original(texts, *rest, **options)
+
+    vars(what)[method] = listening
+    return heard
 
 
 def test_the_untrained_base_cannot_win_and_no_term_rewards_being_far_from_a_constant() -> None:
@@ -39,20 +72,38 @@ def test_the_untrained_base_cannot_win_and_no_term_rewards_being_far_from_a_cons
         assert (np.diff(composite(follows, np.full(11, i))) >= 0).all()
 
 
-def test_a_score_is_of_more_than_eight_images_of_different_prompts() -> None:
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_score_is_of_more_than_eight_images_of_different_prompts(file: Path) -> None:
+    study = read_study(file)
     made = generate(
-        ["zkw girl"], trigger="zkw", class_word="girl", count_tokens=lambda text: len(text.split())
-    )
+        [f"zkw girl {n}" for n in range(20)], trigger="zkw", class_word="girl", words=study.prompts.words,
+        counts=study.prompts.counts or study.preset.counts, seeds=study.prompts.seeds or SEARCH_SEEDS,
+        count_tokens=lambda text: len(text.split()),
+    )  # fmt: skip
     assert len(made.prompts) == 16 and made.image_count >= 32
 
 
-def test_the_scored_text_is_derived_from_the_rendered_one() -> None:
+def test_pictures_are_scored_by_another_model_than_their_own_text_encoder() -> None:
+    """OpenAI's ViT-B/32 scored what OpenAI's text encoder had asked for."""
+    for base in ("sd15", "sdxl", "/models/base.safetensors"):
+        assert default_scorer(base).split(":")[1].startswith("laion")
+
+
+def test_the_scored_text_is_derived_from_the_rendered_one(tmp_path: Path) -> None:
     """The optimiser scored images against eight strings of its own, not against what was rendered."""
     prompt = make_prompt("{trigger} {class} on a beach", "altered", "zkw", "girl")
     assert (prompt.text, prompt.scored_text) == ("zkw girl on a beach", "girl on a beach")
     other = PromptSet((Prompt(prompt.text, "something else", "altered"), PROMPTS.prompts[0]), (0,))
     same = PromptSet((prompt, PROMPTS.prompts[0]), (0,))
     assert other.hash != same.hash, "a study's scored texts cannot be exchanged unnoticed"
+    bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"))
+    bench.measure_anchors(lambda text: None)
+    rendered, scored = listen(bench.base, "encode_text"), listen(bench.scorer, "text_features")
+    bench.base.unet.conv_out.weight.data.mul_(1.5)
+    evaluate(bench, tmp_path / "trial")
+    wanted = [p.text for p in bench.prompts.prompts]
+    assert [text for text in dict.fromkeys(rendered) if text] == wanted
+    assert scored == [text.replace("zkw figure", "figure") for text in wanted]
 
 
 def test_a_missing_scorer_is_an_error_never_a_zero(tmp_path: Path) -> None:
@@ -70,43 +121,89 @@ def test_a_lora_that_did_not_load_never_gets_the_bases_score(tmp_path: Path) -> 
     bench.measure_anchors(lambda text: None)
     adapter = inject(bench.base, bench.config(bench.study.baseline, 0))  # in place, and without effect
     with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
-        evaluate_adapter(
-            bench.base, bench.prompts, bench.sampling, bench.references, bench.scorer, bench.likeness,
-            bench.anchors, tmp_path / "trial", **bench.scoring,
-        )  # fmt: skip
+        evaluate(bench, tmp_path / "trial")
     adapter.remove()
 
 
-def test_what_was_suggested_is_what_ran() -> None:
-    """The optimizer and the accumulation were overwritten after they had been suggested."""
-    import optuna
-
-    study = tiny_study()
-    for seed in range(5):
-        trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
-        proposed = suggest(trial, study)
-        config = study.config(proposed)
-        assert trial.params == proposed
-        assert config.learning_rate == proposed["learning_rate"]
-        assert config.network_dim == 2 ** proposed["network_dim_log2"]
-        assert config.max_train_epochs == proposed["max_train_epochs"]
+def suggested(seed: int, study: StudyConfig) -> dict[str, Any]:
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
+    proposed = suggest(trial, study)
+    assert trial.params == proposed
+    return proposed
 
 
-def test_a_failure_is_a_failure_and_nothing_is_pruned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Failures were raised as TrialPruned: the sampler took them for weak settings."""
+def check_is_what_was_suggested(config: Any, proposed: dict[str, Any]) -> None:
+    """Every setting that a proposal names, worked out here rather than by the space itself."""
+    as_they_are = set(proposed) - {*DERIVED, "lr_scheduler", "min_snr_gamma"}
+    assert {name: getattr(config, name) for name in as_they_are} == {n: proposed[n] for n in as_they_are}
+    assert config.network_dim == 2 ** proposed["network_dim_log2"]
+    assert config.network_alpha == proposed["network_alpha_ratio"] * config.network_dim
+    if "text_encoder_lr_ratio" in proposed:
+        assert config.text_encoder_lr == proposed["text_encoder_lr_ratio"] * proposed["learning_rate"]
+    if "lr_scheduler" in proposed:
+        scheduler = config.lr_scheduler
+        if scheduler == "cosine_with_restarts":
+            scheduler = f"{scheduler}_{config.lr_scheduler_num_cycles}"
+        assert scheduler == proposed["lr_scheduler"]
+        assert config.lr_warmup_steps == (0 if scheduler == "constant" else proposed["warmup_ratio"])
+        assert config.min_snr_gamma == (proposed["min_snr_gamma"] or None)
+
+
+@pytest.mark.parametrize("name", ["sd15-character", "sd15-style"])
+def test_what_was_suggested_is_what_is_configured(name: str) -> None:
+    """The optimizer became AdamW and the accumulation 3 or more, where alpha was at least 0.75 of the rank."""
+    study = read_study(SHIPPED / f"{name}.toml")
+    proposals = [suggested(seed, study) for seed in range(40)]
+    met = {(p["network_alpha_ratio"] >= 0.75, p["optimizer_type"]) for p in proposals}
+    assert met == {(high, name) for high in (True, False) for name in ("AdamW", "AdamW8bit")}
+    assert {p.get("gradient_accumulation_steps", 1) for p in proposals} >= {1}
+    for proposed in proposals:
+        check_is_what_was_suggested(study.config(proposed), proposed)
+
+
+def test_what_was_suggested_is_what_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the study's database to the settings in the LoRA's file and the optimizer steps that were done."""
+    searched = {"optimizer_type": {"choices": ["AdamW", "Adafactor"]},
+                "gradient_accumulation_steps": {"low": 1, "high": 3},
+                "network_alpha_ratio": {"low": 0.75, "high": 2.0}}  # fmt: skip
+    usual = {"optimizer_type": "Adafactor", "gradient_accumulation_steps": 1}
+    train = {name: value for name, value in STUDY["train"].items() if name not in usual}
+    parts = {"space": STUDY["space"] | searched, "baseline": STUDY["baseline"] | usual, "train": train}
+    study = build_study("tiny", STUDY | parts)
+    bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"), study)
+    made: list[str] = []
+    for name, make in optim.OPTIMIZERS.items():
+        noting = lambda *given, name=name, make=make: (made.append(name), make(*given))[1]  # noqa: E731
+        monkeypatch.setitem(optim.OPTIMIZERS, name, noting)
+    make_search(bench, Limits(4), Recorder()).run()
+    found = open_study(bench.folder).get_trials(deepcopy=False)
+    assert len({(t.params["optimizer_type"], t.params["gradient_accumulation_steps"]) for t in found}) >= 3
+    assert made == [t.params["optimizer_type"] for t in found]
+    for trial in found:
+        folder = bench.folder.trial(trial.number)
+        ran = TrainConfig(**json.loads(read_header(folder.lora).metadata[CONFIG_KEY]))
+        check_is_what_was_suggested(ran, trial.params)
+        images = sum(item.repeats for item in bench.data.items)
+        batches = math.ceil(images / ran.train_batch_size)
+        steps = math.ceil(batches / trial.params["gradient_accumulation_steps"])
+        rows = [row for row in read_records(folder.steps) if row["event"] == "step"]
+        assert len(rows) == steps * trial.params["max_train_epochs"]
+
+
+def test_a_failure_is_a_failure_and_nothing_is_pruned(tmp_path: Path) -> None:
+    """Failures were raised as TrialPruned, and a scorer's missing package was a score of 0."""
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"))
     search = make_search(bench, Limits(1), Recorder())
 
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("the scorer broke")
+        raise ModuleNotFoundError("No module named 'lpips'")
 
-    monkeypatch.setattr("evaluation.score.evaluate_adapter", broken)
+    vars(bench.scorer)["image_features"] = broken
     with pytest.raises(ToolError, match="three trials in a row failed alike"):
         search.run()
     found = open_study(bench.folder).get_trials(deepcopy=False)
     assert {t.state.name for t in found} == {"FAIL"} and found[0].user_attrs["outcome"] == FAILED
+    assert [t.values for t in found] == [None] * 3
 
 
 def test_another_prompt_shifts_no_other_image() -> None:
@@ -127,7 +224,4 @@ def test_black_images_are_no_score(tmp_path: Path) -> None:
     bench.base.vae.decoder.conv_out.weight.data.zero_()
     bench.base.vae.decoder.conv_out.bias.data.fill_(-5)
     with pytest.raises(InvalidImages):
-        evaluate_adapter(
-            bench.base, bench.prompts, bench.sampling, bench.references, bench.scorer, bench.likeness,
-            bench.anchors, tmp_path / "trial", **bench.scoring,
-        )  # fmt: skip
+        evaluate(bench, tmp_path / "trial")

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evaluation.anchors import anchors_identity
 from evaluation.statistics import lead, prompt_draws, spearman, spearman_rows
 from tests import ranking
+from tests.bench.bench_ranking import Recording, bench_in, proposals
 from tests.ranking import SEARCH, Measured, Recorded
 from trainer.bases.miniature import subjects
+from trainer.files import read_records
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,21 @@ def test_the_recording_is_whole(found: Recorded) -> None:
         assert m.clip_t_PS.shape == (16, 2) and np.isfinite(m.clip_t_PS).all()
     texts = [m.prompts.texts for m in (search["base"], found.on[ranking.CONFIRMATION]["trial 0"])]
     assert not set(texts[0]) & set(texts[1])
+
+
+def test_the_recording_can_be_made_again(tmp_path: Path) -> None:
+    """The bench's base, prompts, references, encoders and sampling are those that the file was recorded with."""
+    bench = bench_in(tmp_path)
+    rows = read_records(ranking.FILE)
+    for which, prompts in Recording(bench, ranking.FILE).sets.items():
+        (row,) = (row for row in rows if (row["name"], row["set"]) == ("anchors", which))
+        identity = anchors_identity(
+            bench.base, prompts, bench.sampling, bench.references, bench.scorer, bench.likeness
+        )
+        assert row["anchors"]["identity"] == identity
+        assert prompts.image_count == len(row["prompts"]) * len(row["seeds"])
+    (first,) = (row for row in rows if row["name"] == "random 0")
+    assert first["suggested"] == pytest.approx(proposals(bench, 1)[0])
 
 
 def test_parts_that_the_autoencoder_loses_are_not_asked_for(found: Recorded) -> None:

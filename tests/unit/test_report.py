@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hpo.dashboard import note_text
 from hpo.folder import StudyFolder
 from hpo.report import (
     Current,
@@ -25,7 +27,7 @@ from hpo.report import (
     summary,
     trial_line,
 )
-from hpo.result import Result
+from hpo.result import Result, write_result
 from hpo.standing import Standing
 from hpo.study import find_study, read_study
 from trainer.events import Step
@@ -148,7 +150,10 @@ def test_a_trial_without_a_score_says_why() -> None:
 
 def test_the_last_line_of_a_search_is_for_scripts() -> None:
     line = study_line("x", STANDING)
-    assert line == "study=x complete=7/30 infeasible=1 failed=0 best=4 score=0.6123 se=0.0212 baseline=0.4000"
+    assert (
+        line
+        == "study=x complete=7/30 infeasible=1 failed=0 best=4 search_score=0.6123 se=0.0212 baseline=0.4000"
+    )
     assert study_line("x", EMPTY) == "study=x complete=0/30 infeasible=0 failed=0"
 
 
@@ -168,6 +173,47 @@ def test_the_end_names_files_next_command_and_that_a_search_score_is_no_result(t
         "next: hpo confirm x --runs",
     ]:
         assert part in text, part
+
+
+CONFIRMED = {"how": "retrained", "winner": 4, "score": 0.571, "interval": [0.52, 0.62], "beats_trial0": True,
+             "rows": [{"number": 4}, {"number": 0}], "infeasible": {"2": "diverged"}}  # fmt: skip
+
+
+def test_the_end_of_a_confirmed_search_says_its_result(tmp_path: Path) -> None:
+    """The search's command once more, after hpo confirm."""
+    folder = StudyFolder(tmp_path / "x")
+    folder.root.mkdir()
+    folder.confirmed.write_text(json.dumps(CONFIRMED))
+    text = "\n".join(summary(folder, STANDING, SETTINGS, "30 trials are done"))
+    assert "confirmed (retrained): trial 4, score 0.5710 (95 % 0.5200 … 0.6200)" in text
+    assert "no result yet" not in text and "hpo confirm" not in text and "next: hpo dashboard x" in text
+    newer = "\n".join(summary(folder, replace(STANDING, best=(9, 0.7, 0.02)), SETTINGS, "40 trials are done"))
+    assert "score 0.5710" in newer and "Trial 9 is better by its search score" in newer
+    assert "no result yet" in newer and "next: hpo confirm x" in newer
+    folder.confirmed.write_text("{}")
+    assert "next: hpo confirm x" in "\n".join(summary(folder, STANDING, SETTINGS, "30 trials are done"))
+
+
+BESIDE = [
+    {"measure": "clip_t", "model": "ViT-L-14-quickgelu:openai", "value": 0.27134},
+    {"measure": "clip_i", "model": "ViT-L-14-quickgelu:openai", "value": 0.71},
+    {"measure": "dino_i", "model": "facebook/dinov2-small\x1b[31m", "value": 0.5},
+]
+
+
+def test_figures_beside_the_score_are_shown_with_their_models(tmp_path: Path) -> None:
+    clip = "CLIP-T 0.2713 (× 100 is comparable to torchmetrics), CLIP-I 0.7100 by ViT-L-14-quickgelu:openai"
+    dino = "DINO-I 0.5000 by facebook/dinov2-small[31m"
+    folder = StudyFolder(tmp_path / "x")
+    folder.trial(4).root.mkdir(parents=True)
+    write_result(folder.trial(4), result(number=4, beside=BESIDE))
+    text = summary(folder, STANDING, SETTINGS, "30 trials are done")
+    assert f"  beside it: {clip}" in text and f"  beside it: {dino}" in text
+    note = note_text(result(beside=BESIDE), SETTINGS, None)
+    assert f"beside the score: {clip}" in note and "dinov2-small\\[31m" in note
+    assert "beside" not in note_text(result(), SETTINGS, None)
+    folder.trial(4).result.write_text('{"beside": [{"measure": 1}]}')
+    assert not any("beside it" in line for line in summary(folder, STANDING, SETTINGS, ""))
 
 
 def test_the_end_names_the_usual_settings_trial_or_what_became_of_it(tmp_path: Path) -> None:

@@ -431,17 +431,6 @@ def test_black_images_leave_a_grid_to_look_at_and_no_score(
     assert (tmp_path / "trial" / "grid.png").is_file() and not (tmp_path / "trial" / "metrics.json").exists()
 
 
-def test_scores_repeat_bitwise_and_hardly_depend_on_the_batch_size(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path
-) -> None:
-    train(base)
-    first = evaluate(base, measured, tmp_path / "a")
-    assert evaluate(base, measured, tmp_path / "b") == first
-    for batch_size in (1, 32):
-        other = evaluate(base, measured, tmp_path / str(batch_size), batch_size=batch_size)
-        assert abs(other.value - first.value) <= 1e-4 and abs(other.clip_t - first.clip_t) <= 1e-4
-
-
 def test_anchors_are_measured_once(
     base: Base, measured: tuple[References, Anchors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

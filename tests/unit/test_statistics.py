@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from evaluation import statistics as st
+from evaluation.formula import Formula, composite
 
 
 def simulated(
@@ -166,12 +167,6 @@ def test_few_training_seeds_widen_every_interval() -> None:
     assert st.with_repeat_noise(draws_CK, [1, 1], 0.0, 0) is draws_CK
 
 
-def test_the_earliest_within_one_standard_error_of_the_best_is_chosen() -> None:
-    assert st.one_standard_error([0.50, 0.69, 0.71, 0.72, 0.60], [0.02] * 5) == 2
-    assert st.one_standard_error([0.50, 0.69, 0.71, 0.72, 0.60], [0.04] * 5) == 1
-    assert st.one_standard_error([0.72, 0.1], [0.01, 0.01]) == 0
-
-
 def test_shrunken_scores_are_nearer_to_the_truth_than_the_best_ones_claim() -> None:
     rng, raw, pulled = np.random.default_rng(7), [], []
     for _ in range(200):
@@ -192,23 +187,47 @@ def scale(prompts: int = 12) -> st.Scale:
     )
 
 
-def test_image_scores_average_to_the_score_and_spread_like_its_standard_error() -> None:
+FORMULAS = [Formula(), Formula(likeness=3.0), Formula("harmonic"), Formula("harmonic", 0.5, 2.0)]
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=Formula.words)
+def test_image_scores_average_to_the_score_and_spread_like_its_standard_error(formula: Formula) -> None:
     from evaluation.anchors import Anchors
-    from evaluation.score import anchored, composite
+    from evaluation.score import anchored
 
     own, rng = scale(), np.random.default_rng(9)
     clip_t = own.chance_t_P[:, None] + rng.normal(0.1, 0.02, (12, 2))
-    clip_i = rng.normal(0.65, 0.04, (12, 2))
+    clip_i = rng.normal(0.55, 0.04, (12, 2))
     anchors = Anchors(
         {}, tuple(map(str, range(12))), tuple(map(bool, own.asks_P)), tuple(own.base_t_P), tuple(own.chance_t_P),
         tuple(own.base_i_P), own.real_i, 0.0, 0.0, 0.0,
     )  # fmt: skip
-    values = composite(*anchored(clip_t.mean(1), clip_i.mean(1), anchors, np.ones((1, 12))))
-    draws = composite(*anchored(clip_t.mean(1), clip_i.mean(1), anchors, st.prompt_draws(12)))
-    found = st.image_scores(clip_t, clip_i, own)
-    assert found is not None and found.mean() == pytest.approx(float(values[0]), abs=1e-12)
+
+    def score(t_PS: np.ndarray, i_PS: np.ndarray, weights_KP: np.ndarray) -> np.ndarray:
+        return composite(*anchored(t_PS.mean(1), i_PS.mean(1), anchors, weights_KP), formula)
+
+    alike = np.ones((1, 12))
+    value = float(score(clip_t, clip_i, alike)[0])
+    found = st.image_scores(clip_t, clip_i, own, formula)
+    assert found is not None and found.mean() == pytest.approx(value, abs=1e-12)
     linear = found.mean(1).std(ddof=0) / math.sqrt(12)
-    assert linear == pytest.approx(float(np.std(draws)), rel=0.1)
+    assert linear == pytest.approx(float(np.std(score(clip_t, clip_i, st.prompt_draws(12)))), rel=0.1)
+    # a prompt's influence is the score's derivative by that prompt's weight
+    for p in range(12):
+        step = np.zeros((1, 12))
+        step[0, p] = 1e-5
+        slope = (score(clip_t, clip_i, alike + step) - score(clip_t, clip_i, alike - step))[0] / 2e-5
+        assert found[p].mean() - value == pytest.approx(12 * slope, abs=1e-6)
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=Formula.words)
+def test_the_slopes_of_a_formula_are_its_derivatives(formula: Formula) -> None:
+    for t, i in ((0.9, 0.4), (0.2, 1.05), (1.0, 1.0)):
+        up, low = np.array([t + 1e-6, t]), np.array([t - 1e-6, t])
+        also = np.array([i, i + 1e-6]), np.array([i, i - 1e-6])
+        numeric = (composite(up, also[0], formula) - composite(low, also[1], formula)) / 2e-6
+        assert formula.slopes(t, i) == pytest.approx(numeric.tolist(), abs=1e-7)
+    assert formula.slopes(1.2, 0.5)[0] == 0 and formula.slopes(0.5, 1.2)[1] == 0
 
 
 def test_a_score_of_zero_has_no_image_scores_and_a_part_at_its_ceiling_has_no_influence() -> None:

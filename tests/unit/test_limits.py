@@ -1,0 +1,178 @@
+"""A broken limit on its way to a verdict: copied and collapsed pictures, in a search and among checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from evaluation import sampling
+from evaluation.prompts import PromptSet, make_prompt
+from evaluation.safeguards import COLLAPSED, COPIED, Copies, Limits, Safeguards
+from evaluation.score import read_score
+from hpo.cli import main
+from hpo.folder import open_study, read_json
+from hpo.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
+from hpo.search import Limits as Length
+from hpo.standing import standing
+from hpo.workbench import Workbench
+from tests.tiny import save_folder, tiny_base
+from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench
+from trainer.images import read_picture
+
+PROMPTS = PromptSet(
+    (
+        make_prompt("{trigger} {class} a", "altered", "zkw", "figure"),
+        make_prompt("{trigger} {class} b", "altered", "zkw", "figure"),
+        make_prompt("a {class} c", "class-only", "zkw", "figure"),
+    ),
+    (0, 1),
+    "zkw",
+    "figure",
+)
+FAR, EXACT = -1.0, 1e-5  # 1 − cosine: nothing is as near; the same picture is
+
+
+def guarded(root: Path, data: Path, pictures: list[Path], near: float, limits: Limits) -> Workbench:
+    """A tiny bench whose training images are said to be these pictures."""
+    bench = replace(tiny_bench(root, data), prompts=PROMPTS)
+    features_TD = bench.scorer.image_features([read_picture(path).pixels_HW3 for path in pictures])
+    return replace(bench, safeguards=Safeguards((bench.scorer,), Copies(features_TD, near), limits))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return draw_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
+    """The pictures of trial 0, which no limit stops: 3 prompts × 2 seeds."""
+    pictures = sorted(data.glob("*.png"))
+    lenient = Limits(1.0, 0.0, 1e9)
+    bench = guarded(tmp_path_factory.mktemp("drawn") / "study", data, pictures, FAR, lenient)
+    make_search(bench, Length(1)).run()
+    (trial,) = open_study(bench.folder).get_trials(deepcopy=False)
+    assert trial.user_attrs["outcome"] == "complete" and max(trial.constraints.values()) <= 0
+    found = sorted((bench.folder.trial(0).root / "samples").glob("*.png"))
+    assert len(found) == 6
+    return found
+
+
+@pytest.mark.parametrize(
+    ("reason", "near", "limits", "says"),
+    [
+        (COPIED, EXACT, Limits(0.05, 0.0, 1e9), "100% of the images repeat a training image"),
+        (COLLAPSED, FAR, Limits(0.05, 50.0, 1e9), "the images of one prompt are all alike"),
+    ],
+)
+def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
+    tmp_path: Path, data: Path, drawn: list[Path], reason: str, near: float, limits: Limits, says: str
+) -> None:
+    bench, view = guarded(tmp_path / "study", data, drawn, near, limits), Recorder()
+    make_search(bench, Length(1), view).run()
+    study, folder = open_study(bench.folder), bench.folder.trial(0)
+    (trial,) = study.get_trials(deepcopy=False)
+    assert trial.state.name == "COMPLETE" and trial.value == INFEASIBLE_VALUE, "the sampler learns from it"
+    assert trial.user_attrs["outcome"] == "infeasible" and trial.user_attrs["reason"] == reason
+    assert [name for name in INFEASIBLE_REASONS if trial.constraints[name] > 0] == [reason]
+    now = standing(study, 1)
+    assert (now.best, now.baseline, now.infeasible) == (None, None, 1)
+    # what was measured is kept, to be looked at
+    result, kept = read_json(folder.result), read_score(folder.metrics)
+    assert result is not None and kept.safety is not None
+    assert (result["state"], result["reason"]) == ("infeasible", reason) and says in result["message"]
+    assert result["amounts"] == kept.safety.amounts and result["amounts"][reason] > 0
+    assert trial.constraints[reason] == result["amounts"][reason], "by how much, not only that"
+    assert result["likeness"] == kept.likeness and result["se"] is None
+    assert folder.lora.is_file() and folder.grid.is_file()
+    assert any(says in line for line in view.lines) or view.results[0].reason == reason
+
+
+# Among the checkpoints of a run
+
+STUDY = """
+[train]
+optimizer_type = "AdamW"
+[space]
+learning_rate = { low = 1e-4, high = 1e-1, log = true }
+[baseline]
+learning_rate = 1e-3
+[prompts]
+counts = { train-like = 1, altered = 3 }
+seeds = [0]
+[confirmation]
+counts = { train-like = 1, altered = 3 }
+seeds = [1000]
+[limits]
+copy_rate = 0.05
+diversity = 0.0
+prior = 100.0
+[sampling]
+steps = 2
+"""
+SETTINGS = """
+resolution = 64
+bucket_no_upscale = false
+bucket_reso_steps = 32
+min_bucket_reso = 32
+network_dim = 2
+network_alpha = 2
+optimizer_type = "AdamW"
+learning_rate = 3e-2
+train_batch_size = 2
+max_train_epochs = 3
+save_every_n_epochs = 1
+output_name = "zkw"
+"""
+MINI_CLIP = Path(sampling.__file__).parent.parent / "trainer/bases/miniature/weights/mini-clip"
+
+
+def run(*words: str) -> Result:
+    result = CliRunner().invoke(main, list(words), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_a_checkpoint_that_repeats_training_images_is_never_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("evaluation.safeguards.NEAR", 1e-3)  # a random base's pictures are much alike
+    images = draw_images(tmp_path / "images" / "1_zkw figure", count=4)
+    draw_images(tmp_path / "images" / "held_out", count=3, seed=2)
+    (tmp_path / "sd15-character.toml").write_text(STUDY)
+    (tmp_path / "settings.toml").write_text(SETTINGS)
+    base = tiny_base("sd15")
+    with torch.no_grad():
+        base.unet.conv_out.weight.mul_(20)
+        base.vae.decoder.conv_out.weight.mul_(10)
+    save_folder(base, tmp_path / "tiny")
+    words = ("--base", "tiny", "--data", "images", "--device", "cpu", "--output", "out")
+    run("train", "settings.toml", *words)
+    judged = ("evaluate", "out", "--clip", str(MINI_CLIP), "--device", "cpu")
+    run(*judged)
+    folder = tmp_path / "out" / "zkw.run" / "evaluation"
+    before = json.loads((folder / "evaluation.json").read_text())
+    assert not any(row["reason"] for row in before["search"]["checkpoints"])
+    # the chosen one's pictures become training images, so that it is one that repeats them
+    for number, picture in enumerate(
+        sorted((folder / before["chosen"] / "search" / "samples").glob("*.png"))
+    ):
+        shutil.copy(picture, images / f"again_{number}.png")
+        shutil.copy(images / "0.txt", images / f"again_{number}.txt")
+    shutil.rmtree(folder)
+    (tmp_path / "out" / "best.safetensors").unlink()
+    said = run(*judged).output
+    after = json.loads((folder / "evaluation.json").read_text())
+    reasons = {row["checkpoint"]: row["reason"] for row in after["search"]["checkpoints"]}
+    assert "repeat a training image" in reasons.pop(before["chosen"])
+    assert after["chosen"] in reasons and not any(reasons.values())
+    assert "repeat a training image" in said and (tmp_path / "out" / "best.safetensors").is_file()
