@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import hpo.keeper
+import hpo.training
 from hpo.cli import main
 from hpo.trainplan import count_steps
 from hpo.trainsamples import read_sample_prompts
@@ -166,9 +170,6 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
     def stopping(self: Any, event: Any, adapter: Any) -> None:
         original(self, event, adapter)
         if isinstance(event, Step) and event.step == 2:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -182,6 +183,39 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
     assert same("whole/lora.safetensors", "parts/lora.safetensors")
     rows = [json.loads(line) for line in (place / "parts/lora.run/train.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_after_a_divergence_the_words_of_the_hint_train_on(
+    place: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of 10, reached by warm-up: the weights after step 1 are the last ones with a finite loss."""
+    words = [
+        "learning_rate=10",
+        "lr_scheduler=constant_with_warmup",
+        "lr_warmup_steps=2",
+        "max_train_steps=30",
+    ]
+    sets = [word for setting in words for word in ("--set", setting)]
+    original = hpo.training.StepLog.write
+
+    def stopping(self: Any, event: Any) -> None:
+        original(self, event)
+        if isinstance(event, Step) and event.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hpo.training.StepLog, "write", stopping)
+        assert train(base, "--output", "out 1", *sets).exit_code == 130
+    said = []
+    for _ in range(2):
+        result = train(base, "--output", "out 1", *sets)
+        assert result.exit_code != 0 and "10 steps in a row" in result.stderr, result.output
+        said.append(result.stderr)
+    assert said[0] == said[1]  # the same command again comes no further
+    named = shlex.split(said[0].rpartition("add ")[2])
+    assert named == ["--set", "network_weights=out 1/lora.run/checkpoints/step-000001/adapter.safetensors"]
+    again = train(base, "--output", "again", *named, "--set", "max_train_steps=2")
+    assert again.exit_code == 0, again.output
 
 
 def test_a_setting_of_the_other_family_is_refused(place: Path, base: Path) -> None:
