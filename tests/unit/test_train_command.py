@@ -112,6 +112,55 @@ def test_a_dry_run_shows_what_a_file_of_sd_scripts_means_and_ends_as_the_run_wou
         assert part in shown, part
 
 
+def dry_run(place: Path, text: str, *words: str) -> Result:
+    """Of the settings in ``text``, on images that are enlarged."""
+    (place / "dry.toml").write_text(f"bucket_no_upscale = false\n{text}")
+    return hpo_command("train", "dry.toml", "--dry-run", "--json", *words)
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "message"),
+    [
+        ("mini-sd15", f"down_lr_weight = '{','.join('1' * 9)}'", "down_lr_weight has 9 values"),
+        ("mini-sdxl", f"down_lr_weight = '{','.join('1' * 12)}'", "down_lr_weight has 12 values"),
+        ("mini-sd15", "text_encoder_lr1 = 1e-5", "text_encoder_lr1 is for SDXL, and mini-sd15 is SD1.5"),
+    ],
+)
+def test_a_dry_run_knows_the_family_of_its_base(place: Path, base: str, text: str, message: str) -> None:
+    result = dry_run(place, text, "--base", base, "--data", "images")
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_dry_run_says_what_the_family_passes_over(place: Path) -> None:
+    words = ("--data", "images", "--base")
+    lines = json.loads(dry_run(place, "clip_skip = 2", *words, "mini-sdxl").stdout)["without_effect"]
+    assert lines == ["clip_skip = 2 is not used: sdxl always reads the last layer but one"]
+    assert json.loads(dry_run(place, "clip_skip = 2", *words, "mini-sd15").stdout)["without_effect"] == []
+
+
+def test_what_a_folder_of_the_dataset_file_sets_is_not_waited_for(place: Path) -> None:
+    def waits(subset: str, text: str = "keep_tokens = 1") -> list[str]:
+        (place / "set.toml").write_text(
+            f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'images/1_zkw figure'\n{subset}\n"
+        )
+        return json.loads(dry_run(place, text, "--dataset", "set.toml").stdout)["without_effect"]  # type: ignore[no-any-return]
+
+    assert waits("shuffle_caption = true") == []
+    assert waits("", "keep_tokens = 1\ntoken_warmup_step = 5") == []
+    assert [line.split(":")[0] for line in waits("")] == ["keep_tokens"]
+
+
+def test_refused_keys_leave_the_images_and_steps_in_the_dry_run(place: Path) -> None:
+    described = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'images/1_zkw figure'\n"
+    (place / "set.toml").write_text(described + 'caption_extension = ".txt"\n')
+    text = 'network_module = "networks.lora"\ncolor_aug = true\n'
+    result = dry_run(place, text, "--dataset", "set.toml", "--base", "mini-sd15")
+    assert result.exit_code == 2 and json.loads(result.stdout)["steps"]["images"] == 4
+    (place / "set.toml").write_text(described + "color_aug = true\n")
+    result = dry_run(place, text, "--dataset", "set.toml", "--base", "mini-sd15")
+    assert result.exit_code == 2 and json.loads(result.stdout)["steps"] is None
+
+
 @pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 3}, {"max_train_steps": 5}])
 def test_the_arithmetic_is_that_of_the_loop(place: Path, values: dict[str, Any]) -> None:
     config = TrainConfig(
@@ -131,6 +180,7 @@ def test_a_run_saves_along_the_way_and_can_be_trained_again_from_its_file(place:
         "save_last_n_epochs=1",
         "save_every_n_steps=5",
         "sample_every_n_epochs=3",
+        "lr_warmup_steps=0.2",
     )
     sets = [
         word for text in (*words, "sample_prompts=prompts.txt", "logging_dir=log") for word in ("--set", text)
@@ -153,8 +203,14 @@ def test_a_run_saves_along_the_way_and_can_be_trained_again_from_its_file(place:
     other = train(base, "--output", "out", "--set", "network_alpha=1")
     assert other.exit_code == 2 and "another" in other.stderr
 
+    metadata = safetensors.safe_open("out/lora-000002.safetensors", "pt").metadata()
+    names = ("ss_max_train_steps", "ss_num_epochs", "ss_lr_warmup_steps", "ss_steps", "ss_epoch")
+    assert [metadata[name] for name in names] == ["6", "3", "1", "4", "2"]
+
+    (place / "prompts.txt").rename(place / "moved.txt")
     again = train(base, "--output", "again", file="out/lora.safetensors")
-    assert again.exit_code == 0, again.output
+    assert again.exit_code == 0 and "prompts.txt is not here" in again.output, again.output
+    (place / "moved.txt").rename(place / "prompts.txt")
     assert same("out/lora.safetensors", "again/lora.safetensors")
     folder = train(base, "--dry-run", "--json", file="out/lora.run")
     assert json.loads(folder.stdout)["config"]["sample_prompts"] == "prompts.txt"
@@ -290,7 +346,7 @@ def test_export_writes_what_sd_scripts_reads(place: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == (
         "accelerate launch --num_cpu_threads_per_process 1 train_network.py "
-        "--config_file kohya/config.toml --dataset_config kohya/dataset.toml"
+        f"--config_file {place}/kohya/config.toml --dataset_config {place}/kohya/dataset.toml"
     )
     result = hpo_command(
         "train", "kohya/config.toml", "--dataset", "kohya/dataset.toml", "--dry-run", "--json"
