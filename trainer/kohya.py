@@ -12,7 +12,6 @@ Sections are for the reader: field names are unique, so any section is accepted.
 from __future__ import annotations
 
 import ast
-import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,7 @@ from trainer.kohyakeys import (
     WEIGHT_DECAY,
     ZERO_IS_UNSET,
 )
-
-MAX_FILE_BYTES = 1 << 20
+from trainer.tomlfile import as_text, flat, read_table
 
 
 @dataclass(frozen=True)
@@ -428,44 +426,7 @@ class _Reading:
                 self.without_effect.append(f"{name}: {NO_EFFECT_REASON[name]}")
 
 
-# TOML
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """A TOML file as it stands.  ConfigError if it cannot be read."""
-    path = Path(path)
-    shown = clean_text(str(path))
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{shown} is larger than 1 MB", "give a TOML file with settings")
-        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {shown}: {error.strerror}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{shown} is not TOML: {clean_text(str(error))}", "correct this place") from error
-    return table
-
-
-def flat(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a file without its sections.  Lists of tables (``[[datasets]]``) stay one value."""
-    shown = clean_text(str(path))
-    found: dict[str, Any] = {}
-    for name, value in _pairs(table):
-        if name in found:
-            raise ConfigError(f"{clean_text(name)} is set twice in {shown}", "keep one of both")
-        found[name] = value
-    if not found:
-        raise ConfigError(f"{shown} has no settings", "write for example learning_rate = 1e-4")
-    return found
-
-
-def _pairs(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        pairs += _pairs(value) if isinstance(value, dict) else [(name, value)]
-    return pairs
+# Values
 
 
 def _keys_inside(value: Any) -> list[str]:
@@ -503,9 +464,3 @@ def _literal(text: str) -> Any:
 def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
     """Whether a value is among those that ask for nothing.  True is not 1 here."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
-
-
-def as_text(value: Any) -> str:
-    """A value as it stands in a TOML file, short and safe to print."""
-    shown = str(value).lower() if isinstance(value, bool) else str(value)
-    return clean_text(shown)[:80]

@@ -18,13 +18,15 @@ from typing import Any
 from trainer.config import SETTINGS, TrainConfig, check_name
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import clean_text
-from trainer.kohya import KohyaFile, flat, from_kohya, from_own, is_kohya, read_table
+from trainer.kohya import KohyaFile, from_kohya, from_own, is_kohya
 from trainer.kohyakeys import NO_KOHYA_DEFAULT
 from trainer.subsets import is_dataset_table, read_dataset_file
+from trainer.tomlfile import flat, read_table
 
 RUN_CONFIG = "config.json"  # the settings in a run's folder
 OUTPUT = "output_dir"
 KOHYA_FILLS, SAVED = "sd-scripts' defaults", "saved settings"
+ITS_BASE = "its base was"
 SAMPLES = ("sample_prompts", "sample_every_n_epochs", "sample_every_n_steps", "sample_at_first")
 # The one of two settings that decides the length goes when the other is given.
 RIVALS = {"max_train_epochs": "max_train_steps", "max_train_steps": "max_train_epochs"}
@@ -214,9 +216,9 @@ def _filled(file: TrainFile) -> TrainFile:
     if file.defaults != KOHYA_FILLS:
         return file
     if "pretrained_model_name_or_path" not in file.origins:
-        raise ConfigError(
-            f"{clean_text(str(file.path))} names no base", "set pretrained_model_name_or_path, or give --base"
-        )
+        known = [line for line in file.without_effect if line.startswith(ITS_BASE)]
+        hint = known[0] if known else "set pretrained_model_name_or_path, or give --base"
+        raise ConfigError(f"{clean_text(str(file.path))} names no base", hint)
     lines = [
         f"{name} = unset → {getattr(file.config, name)}; sd-scripts has no default"
         for name in NO_KOHYA_DEFAULT
@@ -337,7 +339,7 @@ def _read_lora(path: Path) -> TrainFile:
     ]
     base = metadata.get("ss_sd_model_name", "None")
     if base != "None":
-        notes.append(f"its base was {clean_text(base)[:80]}: name it with --base")
+        notes.append(f"{ITS_BASE} {clean_text(base)[:80]}: name it with --base")
     return replace(file, without_effect=(*file.without_effect, *notes))
 
 

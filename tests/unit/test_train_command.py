@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hpo.keeper
 import hpo.training
@@ -241,6 +242,40 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_board_shows_each_step_once_also_after_a_kill(
+    place: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped and saved after step 2, killed after step 4, gone on with from step 2."""
+    original = hpo.training.StepLog.write
+    words = ["--output", "out", "--set", "logging_dir=log", "--set", "validation_split=0.5"]
+    words += ["--set", "max_train_epochs=6"]
+
+    def stop(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def kill(number: int) -> None:
+        raise RuntimeError("killed")
+
+    for last, end in ((2, stop), (4, kill)):
+
+        def ending(self: Any, event: Any, last: int = last, end: Any = end) -> None:
+            original(self, event)
+            if isinstance(event, Step) and event.step == last:
+                end(last)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hpo.training.StepLog, "write", ending)
+            if end is kill:
+                with pytest.raises(RuntimeError, match="killed"):
+                    train(base, *words)
+            else:
+                assert train(base, *words).exit_code == 130
+    assert train(base, *words).exit_code == 0
+    board = EventAccumulator(str(place / "log" / "lora")).Reload()
+    assert [scalar.step for scalar in board.Scalars("loss/current")] == [1, 2, 3, 4, 5, 6]
+    assert [scalar.step for scalar in board.Scalars("loss/validation")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_after_a_divergence_the_words_of_the_hint_train_on(
     place: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,6 +419,9 @@ def test_a_file_of_sd_scripts_is_trained_again_with_its_settings(place: Path) ->
     for picture in sorted(place.rglob("*.png")):
         Image.open(picture).resize((64, 64)).save(picture)
     old = kohya_lora(place / "old-one.safetensors")
+    nameless = hpo_command("train", str(old), "--data", "images", "--dry-run")
+    assert nameless.exit_code == 2 and "names no base" in nameless.stderr
+    assert "its base was mini.safetensors: name it with --base" in nameless.stderr
     result = hpo_command(
         "train", str(old), "--base", "mini-sd15", "--data", "images", "--device", "cpu", "--output", "again"
     )
