@@ -66,7 +66,8 @@ def alert_text(
         "",
         "The best score of a search is optimistic, because it was selected: confirm it on fresh seeds.",
         f"files: {folder.trial(best.number).root}",
-        f"next: hpo dashboard {folder.words}",
+        f"images: hpo dashboard {folder.words}",
+        f"next: hpo {'status' if withdrawn else 'confirm'} {folder.words}",
     ]
     return "\n".join(lines) + "\n"
 

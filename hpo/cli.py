@@ -156,7 +156,7 @@ def status(name: str | None, runs: Path) -> None:
     from hpo.confirmview import status_lines
     from hpo.folder import TOTAL, database_errors, find_folder, open_study
     from hpo.locks import holder
-    from hpo.report import status_table, study_line
+    from hpo.report import best_line, status_table, study_line
     from hpo.standing import standing
 
     folder = find_folder(name, runs)
@@ -165,6 +165,8 @@ def status(name: str | None, runs: Path) -> None:
         now = standing(study, study.user_attrs.get(TOTAL, 0))
         screen = console()
         screen.print(status_table(study, lambda number: holder(folder.trial_lock(number).path)))
+        if line := best_line(study, now):
+            click.echo(line)
         if folder.alert.is_file():
             screen.print(
                 folder.alert.read_text(encoding="utf-8").splitlines()[0], markup=False, highlight=False
@@ -300,7 +302,8 @@ def train(file: Path, **words: Any) -> None:
     type=click.IntRange(0, 32),
     default=0,
     show_default=True,
-    help="Short runs on the target that correct what the rules cannot know; 6 is usual.",
+    help="Short runs on the target that correct what the rules cannot know; 6 is usual, the seventh "
+    "switches the text encoders.",
 )
 @click.option(
     "--design", type=click.Choice(["ladder", "grid"]), help="How probes are chosen. Unset: the better one."
@@ -418,7 +421,7 @@ def dataset() -> None:
 @click.argument("subject", type=click.Choice(["character", "style", "object"]))
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 def demo(subject: str, folder: Path) -> None:
-    """Write a demo subject for the miniature bases into DIR: 24 training images, 8 held out."""
+    """Write a demo subject for the miniature bases into DIR: 24 training images and 8 held out, 24 of the style."""
     import shlex
 
     from trainer.bases.miniature.subjects import write_subject

@@ -5,7 +5,7 @@ Owns two designs, the rule that decides, the horizon's shift and the agreement o
 ratio, or is 0.
 
 ladder   the transferred settings, the target's usual ones, half and double the rate, another good configuration,
-         the vertex of a parabola, text encoders off – one after the other, each knowing the ones before
+         the vertex of a parabola, text encoders off (on, where they are not trained) – each knowing the ones before
 grid     rates × {½, 0.77, 1, 1½} with text encoders on and off; a parabola through all of them, the vertex taken
          only if it gains more than one standard error; corrected by the same grid on the source at both horizons
 """
@@ -22,6 +22,7 @@ import numpy as np
 from evaluation.statistics import BOOTSTRAP_SEED, Correlation, kendall, spearman
 
 TRANSFERRED, DEFAULT = "transferred", "default"
+TEXT_ON = "text encoders on"  # a candidate where the transferred settings leave them as they are
 NEAR = 0.2  # octaves: a rate this close to a probed one tells nothing new (15 %)
 DRAWS = 400
 ENOUGH_PAIRS = 8  # below, a rank agreement is called inconclusive whatever it is
@@ -139,7 +140,7 @@ class Ladder:
 
     def _steps(self, scope: Scope) -> list[Callable[[Sequence[Outcome]], Probe | None]]:
         default = (DEFAULT,) if DEFAULT in scope.candidates else ()
-        others = [name for name in scope.candidates if name != DEFAULT]
+        others = [name for name in scope.candidates if name not in (DEFAULT, TEXT_ON)]
         fixed = [
             Probe(),
             *map(Probe, default),
@@ -152,8 +153,8 @@ class Ladder:
         def always(probe: Probe) -> Callable[[Sequence[Outcome]], Probe | None]:
             return lambda outcomes: probe
 
-        off = [_text_encoders_off] if scope.trains_text_encoder else []
-        steps = [*map(always, fixed), lambda outcomes: _vertex(outcomes, scope), *off, *map(always, more)]
+        switch = _text_encoders_off if scope.trains_text_encoder else always(Probe(TEXT_ON))
+        steps = [*map(always, fixed), lambda outcomes: _vertex(outcomes, scope), switch, *map(always, more)]
         return [*steps, lambda outcomes: _vertex(outcomes, scope)]
 
     def decide(self, outcomes: Sequence[Outcome], scope: Scope, shift: float | None = None) -> Decision:

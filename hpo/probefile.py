@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo.probe import TRANSFERRED, Probe, Scope
+from hpo.profile import LimitSection
 from hpo.space import NOT_SEARCHABLE, ZERO_IS_UNSET
 from hpo.study import ELSEWHERE, StudyConfig, build_study
-from hpo.transfer import MOST_WARMUP, RATE_FREE
-from hpo.transferplan import updates_of
+from hpo.transfer import ADAM, MOST_WARMUP, RATE_FREE
+from hpo.transferplan import normalised, updates_of
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 
@@ -81,10 +82,16 @@ def probed(config: TrainConfig, probe: Probe) -> TrainConfig:
     return config.with_values({"learning_rate": config.effective_unet_lr * factor, "text_encoder_lr": text})
 
 
-def octave_bounds(config: TrainConfig, low: float, high: float) -> tuple[float, float]:
-    """How far the rate may go within a profile's limits."""
-    rate = config.effective_unet_lr
-    return max(math.log2(low / rate), -MOST_OCTAVES), min(math.log2(high / rate), MOST_OCTAVES)
+def octave_bounds(config: TrainConfig, limits: LimitSection) -> tuple[float, float]:
+    """How far the rate may go within a profile's limits, which are those of Adam.  0 is always within."""
+    if config.optimizer_type not in ADAM:
+        return -MOST_OCTAVES, MOST_OCTAVES
+    rate, high = config.effective_unet_lr, limits.learning_rate_high
+    if limits.normalised_refuse is not None:
+        high = min(high, limits.normalised_refuse / normalised(1.0, config.network_alpha))
+    room = 2**MOST_OCTAVES
+    low, high = max(limits.learning_rate_low / rate, 1 / room), min(high / rate, room)
+    return min(math.log2(low), 0.0), max(math.log2(high), 0.0)
 
 
 def make_side(

@@ -22,6 +22,7 @@ from hpo.probe import (
     DEFAULT,
     DEFAULT_DESIGN,
     DESIGNS,
+    TEXT_ON,
     TRANSFERRED,
     Agreement,
     Decision,
@@ -35,8 +36,8 @@ from hpo.probe import (
 from hpo.probefile import FRACTION, Side, make_side, octave_bounds
 from hpo.trainplan import say
 from hpo.transfer import MAPPING_VERSION, transfer
-from hpo.transferplan import two_digits
-from hpo.transfersource import SOURCE_STUDY, Candidate, dataset_figures
+from hpo.transferplan import PLANNER, snap_down, two_digits
+from hpo.transfersource import SOURCE_STUDY, Candidate
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError, Interrupted, MachineError, StudyStopped
 from trainer.files import machine_error, write_atomic
@@ -148,8 +149,11 @@ class _Probing:
     # Both sides
 
     def _mapped(self, candidate: Candidate) -> TrainConfig:
-        figures, _ = dataset_figures(self.done.source, self.done.profile.family)
-        return transfer(candidate.config, figures, self.done.profile, preset=self.request.preset).config
+        """A candidate by the same rules, computed as the planner wants the transferred settings computed."""
+        plan, profile = self.done.plan, self.done.profile
+        found = transfer(candidate.config, plan.figures, profile, preset=self.request.preset).config
+        computed = {m.key: getattr(plan.config, m.key) for m in plan.moves if m.rule == PLANNER}
+        return found.with_values(computed)
 
     def _target(self) -> Side:
         own = self.done.plan.config
@@ -164,9 +168,21 @@ class _Probing:
             DEFAULT: own.with_values({**usual, **self.done.profile.family.community_default}),
         }
         whole |= {name: self._mapped(candidate) for name, candidate in self.others.items()}
-        limits = self.done.profile.limits
-        bounds = octave_bounds(own, limits.learning_rate_low, limits.learning_rate_high)
-        return self._side(self.folder.name, whole, bounds, FRACTION)
+        if not own.trains_text_encoder:
+            whole[TEXT_ON] = self._text_encoders_on()
+        side = self._side(self.folder.name, whole, octave_bounds(own, self.done.profile.limits), FRACTION)
+        for name in whole.keys() - side.short.keys():
+            say(
+                self.console,
+                f"{name} is not probed: it is the transferred settings again, or fits no study with them",
+            )
+        return side
+
+    def _text_encoders_on(self) -> TrainConfig:
+        """The transferred settings with trained text encoders, at the profile's share of the rate."""
+        own, share = self.done.plan.config, self.done.profile.rate.text_encoder_ratio
+        rate = snap_down(share * own.effective_unet_lr)
+        return own.with_values({"network_train_unet_only": False, "text_encoder_lr": rate})
 
     def _side(
         self, name: str, whole: Mapping[str, TrainConfig], bounds: tuple[float, float], fraction: float
@@ -252,6 +268,8 @@ class _Probing:
             whole = own.with_values(dict(self.done.profile.family.community_default))
         elif probe.candidate in self.others:
             whole = self._mapped(self.others[probe.candidate])
+        elif probe.candidate == TEXT_ON:
+            whole = self._text_encoders_on()
         factor = 2**probe.octaves
         values = {k: v for k, v in whole.as_dict().items() if k not in _NAMES and v != getattr(own, k)}
         if probe.octaves:

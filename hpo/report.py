@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,9 @@ class LiveView(PlainView):
         self._live = Live(
             console=console,
             refresh_per_second=REFRESH_PER_SECOND,
-            get_renderable=lambda: live_block(self.name, self.current, stopping=self.stopping),
+            get_renderable=lambda: live_block(
+                self.name, self.current, stopping=self.stopping, width=console.width
+            ),
             transient=True,
         )
 
@@ -202,8 +204,10 @@ def make_view(
     return LiveView(console, settings, name) if console.is_terminal else PlainView(console, settings)
 
 
-def live_block(name: str, current: Current | None, *, stopping: bool = False) -> RenderableType:
-    """The moving block: what, settings, progress, best so far, time left.  Fits 80 columns."""
+def live_block(
+    name: str, current: Current | None, *, stopping: bool = False, width: int = 80
+) -> RenderableType:
+    """The moving block: what, settings, progress, best so far, time left.  Fits 80 columns with nothing cut."""
     if current is None:
         return Text(f"{name}: choosing the next trial …", style="dim")
     standing = current.standing
@@ -212,13 +216,14 @@ def live_block(name: str, current: Current | None, *, stopping: bool = False) ->
         f"  trial {current.number}  ({min(standing.complete + 1, standing.total)} of {standing.total})  ",
         (current.phase, "cyan"),
     )
-    grid = Table.grid(padding=(0, 2))
-    for _ in range(2):
-        grid.add_column(no_wrap=True, style="dim")
-        grid.add_column(no_wrap=True, min_width=10)
     cells = [(clean_text(key), short(value)) for key, value in current.settings.items()]
-    for row in range(0, len(cells), 2):
-        grid.add_row(*(Text(text) for cell in cells[row : row + 2] for text in cell))
+    columns = max(n for n in (1, 2, 3) if n == 1 or _needed(cells, n) <= width)
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(columns):
+        grid.add_column(no_wrap=True, style="dim")
+        grid.add_column(no_wrap=True)
+    for row in range(0, len(cells), columns):
+        grid.add_row(*(Text(text) for cell in cells[row : row + columns] for text in cell))
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         ProgressBar(total=max(1, current.total), completed=current.done, width=26), current.progress_text()
@@ -237,6 +242,16 @@ def live_block(name: str, current: Current | None, *, stopping: bool = False) ->
     ]
     last = Text(STOPPING, style="bold") if stopping else Text("   ".join([tail, *troubles]), style="dim")
     return Group(head, grid, bar, Text(best), last)
+
+
+def _needed(cells: Sequence[tuple[str, str]], columns: int) -> int:
+    """Width of the settings in so many pairs of columns, two blanks apart."""
+    widths = [
+        max(len(part) for part in parts)
+        for n in range(columns)
+        for parts in zip(*cells[n::columns], strict=True)
+    ]
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def trial_line(result: Result, standing: Standing) -> str:
@@ -312,6 +327,16 @@ def summary(
     if folder.alert.is_file():
         lines.append(f"convergence: {folder.alert}")
     return [*lines, f"next: hpo confirm {folder.words}"]
+
+
+def best_line(study: optuna.Study, now: Standing) -> str:
+    """All settings of the best trial, which a narrow table cuts."""
+    if now.best is None:
+        return ""
+    (best,) = [t for t in study.get_trials(deepcopy=False) if t.number == now.best[0]]
+    settings = best.user_attrs.get("settings", {})
+    words = " ".join(f"{clean_text(str(name))}={short(value)}" for name, value in settings.items())
+    return f"best: trial {best.number}  {words}"
 
 
 def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:

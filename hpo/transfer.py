@@ -9,8 +9,8 @@ E is the effective batch, train_batch_size × gradient_accumulation_steps; a rat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hpo.profile import PRESETS, Profile
@@ -34,6 +34,7 @@ RATE_FREE = ("Prodigy",)  # finds its rate itself: learning_rate stays as it is,
 ADAM = ("AdamW", "AdamW8bit")  # the published limits are theirs
 MOST_WARMUP = 0.1  # of all steps
 SMALL_SHARE = 0.3
+RATE_KEYS = ("learning_rate", "text_encoder_lr")
 LOW_RATIO, HIGH_RATIO = 0.5, 0.8  # text_encoder_lr / learning_rate in the recorded settings
 
 
@@ -111,9 +112,16 @@ def transfer(
                 moves.append(Move(change.key, old, change.new, change.rule, change.reason, change.evidence))
                 draft.values[change.key] = change.new
     result = TrainConfig().with_values(draft.values)
-    return TransferPlan(
-        config, result, tuple(moves), tuple(draft.findings), derive(config, result, figures, profile)
-    )
+    draft.findings += rate_remarks(result, profile)
+    derived = derive(config, result, figures, profile)
+    return TransferPlan(config, figures, result, tuple(moves), tuple(draft.findings), derived)
+
+
+def revised(plan: TransferPlan, config: TrainConfig, moves: Sequence[Move], profile: Profile) -> TransferPlan:
+    """The plan after changes that no rule made (probes, the planner): figures and remarks on rates are made anew."""
+    findings = (*(f for f in plan.findings if f.about not in RATE_KEYS), *rate_remarks(config, profile))
+    derived = derive(plan.source, config, plan.figures, profile)
+    return replace(plan, config=config, moves=(*plan.moves, *moves), findings=findings, derived=derived)
 
 
 def _limited(key: str, value: float) -> Any:
@@ -314,7 +322,7 @@ def unet_rate(draft: Draft) -> Iterator[Change]:
 
 
 def rate_limits(draft: Draft) -> Iterator[Change]:
-    """Within the published rates; what lies far out for its alpha warns or refuses."""
+    """Within the published rates; ``rate_remarks`` warns of or refuses what lies far out for its alpha."""
     limits, rate = draft.profile.limits, draft.rate
     if draft.values["optimizer_type"] not in ADAM or rate == 0:
         return
@@ -327,16 +335,6 @@ def rate_limits(draft: Draft) -> Iterator[Change]:
         f"rates of this profile lie at {low:g} to {high:g}",
         "published settings of AdamW",
     )
-    value = normalised(new, draft.values["network_alpha"])
-    text = f"learning_rate × √(alpha / 16) is {value:.2g}, published settings lie at 2.8e-5 to 2.8e-4"
-    if limits.normalised_refuse is not None and value > limits.normalised_refuse:
-        draft.say("refuse", "learning_rate", f"{text}: above {limits.normalised_refuse:g} is refused")
-    elif limits.normalised_warn is not None and value > limits.normalised_warn:
-        draft.say(
-            "warn",
-            "learning_rate",
-            f"{text}, the highest that goes without a word is {limits.normalised_warn:g}",
-        )
 
 
 def text_encoder_rate(draft: Draft) -> Iterator[Change]:
@@ -385,15 +383,32 @@ def text_encoder_limits(draft: Draft) -> Iterator[Change]:
     elif rate == 0 and draft.values["optimizer_type"] in ADAM and text > limits.learning_rate_high:
         text = limits.learning_rate_high
         yield Change("text_encoder_lr", text, "te.cap", "the highest rate of this profile")
+
+
+def rate_remarks(config: TrainConfig, profile: Profile) -> Iterator[Finding]:
+    """What published settings say of the rates of a result.  Optimizers that find their rate say nothing."""
+    limits, rate, text = profile.limits, config.effective_unet_lr, config.effective_text_encoder_lr
+    if config.optimizer_type in ADAM and rate > 0:
+        value = normalised(rate, config.network_alpha)
+        words = f"learning_rate × √(alpha / 16) is {value:.2g}, published settings lie at 2.8e-5 to 2.8e-4"
+        if limits.normalised_refuse is not None and value > limits.normalised_refuse:
+            yield Finding(
+                "refuse", "learning_rate", f"{words}: above {limits.normalised_refuse:g} is refused"
+            )
+        elif limits.normalised_warn is not None and value > limits.normalised_warn:
+            most = f"the highest that goes without a word is {limits.normalised_warn:g}"
+            yield Finding("warn", "learning_rate", f"{words}, {most}")
+    if config.optimizer_type in RATE_FREE or not text or not config.trains_text_encoder:
+        return
     if rate > 0 and text < LOW_RATIO * rate:
-        draft.say(
+        yield Finding(
             "note",
             "text_encoder_lr",
             f"text_encoder_lr is {text / rate:.2f} of learning_rate; recorded settings have {LOW_RATIO} to "
             f"{HIGH_RATIO}, sd-scripts' docs 0.1: it is not raised",
         )
     if limits.text_encoder_lr_warn is not None and text > limits.text_encoder_lr_warn:
-        draft.say(
+        yield Finding(
             "warn",
             "text_encoder_lr",
             f"text_encoder_lr {text:g} is above {limits.text_encoder_lr_warn:g}: text encoders overcook quickly",

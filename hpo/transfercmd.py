@@ -21,9 +21,9 @@ from hpo import transferfile
 from hpo.folder import RUNS
 from hpo.profile import Profile, profiles_of, read_family, read_profile
 from hpo.trainplan import say
-from hpo.transfer import MAPPING_VERSION, transfer
+from hpo.transfer import MAPPING_VERSION, revised, transfer
 from hpo.transferfile import Places, derived_lines, kept_line, shown
-from hpo.transferplan import Finding, Move, TransferPlan
+from hpo.transferplan import PLANNER, Finding, Move, TransferPlan
 from hpo.transfersource import Source, dataset_figures, find_source, holding_out, read_source, with_places
 from trainer.errors import ConfigError
 from trainer.files import clean_text
@@ -59,6 +59,8 @@ class Transfer:
 
 def run(request: Request, console: Console) -> None:
     """Map, show, write; with probes measure first.  Raises ToolError; nothing is written if it is refused."""
+    if request.design and not request.probes:
+        raise ConfigError("--design says how probes are chosen, and there are none", "give --probes 6 too")
     profile = _profile(request)
     folder = find_source(request.study, request.runs, profile.family)
     source = read_source(folder)
@@ -67,12 +69,7 @@ def run(request: Request, console: Console) -> None:
     say(console, f"from {folder.name}, {source.says}")
     done = make(source, profile, request.preset)
     show(console, done.plan)
-    refused = done.plan.of_level("refuse")
-    if refused:
-        raise ConfigError(
-            "; ".join(finding.text for finding in refused),
-            "another --profile or --vram, or search with other limits; see docs/transfer.md",
-        )
+    _check_refused(done.plan)
     from hpo.proberun import consult
 
     places = Places(folder.root / "transfer", profile.family.name)
@@ -82,13 +79,26 @@ def run(request: Request, console: Console) -> None:
         _write(done, places, request, ())
     found = consult(done, request, console)
     if found is not None:
-        done = dataclasses.replace(done, plan=with_decision(done, found.values, found.reason))
         more = list(found.lines)
         for line in more:
             say(console, line)
+        if found.values:
+            before = len(done.plan.moves)
+            plan = planned(with_decision(done, found.values, found.reason), profile)
+            done = dataclasses.replace(done, plan=plan)
+            show(console, plan, plan.moves[before:])
+            _check_refused(plan)
     for line in _write(done, places, request, more):
         say(console, line)
     say(console, f"next: {places.train_command}")
+
+
+def _check_refused(plan: TransferPlan) -> None:
+    if refused := plan.of_level("refuse"):
+        raise ConfigError(
+            "; ".join(finding.text for finding in refused),
+            "another --profile or --vram, or search with other limits; see docs/transfer.md",
+        )
 
 
 def _profile(request: Request) -> Profile:
@@ -126,14 +136,14 @@ def planned(plan: TransferPlan, profile: Profile) -> TransferPlan:
     except ConfigError as error:
         more = () if plan.of_level("refuse") else (Finding("refuse", "vram", error.message),)
         return dataclasses.replace(plan, findings=(*plan.findings, *more))
-    moves = tuple(Move(m.key, m.old, m.new, "planner", m.reason) for m in stack.moves)
+    moves = tuple(Move(m.key, m.old, m.new, PLANNER, m.reason) for m in stack.moves)
     findings = tuple(
         Finding("warn", f.about, f"{f.text}; the planner finds that it fits") if _is_card(f) else f
         for f in plan.findings
     )
-    derived = dataclasses.replace(plan.derived, peak_bytes=stack.footprint.peak_bytes)
+    done = revised(dataclasses.replace(plan, findings=findings), stack.config, moves, profile)
     return dataclasses.replace(
-        plan, config=stack.config, moves=(*plan.moves, *moves), findings=findings, derived=derived
+        done, derived=dataclasses.replace(done.derived, peak_bytes=stack.footprint.peak_bytes)
     )
 
 
@@ -144,23 +154,24 @@ def _is_card(finding: Finding) -> bool:
 # What the terminal shows
 
 
-def show(console: Console, plan: TransferPlan) -> None:
-    """The moves as a table, then what is kept, the figures and the remarks.  Readable at 80 columns."""
+def show(console: Console, plan: TransferPlan, moves: tuple[Move, ...] | None = None) -> None:
+    """The moves (unset: all) as a table, then what is kept, the figures and the remarks.  Readable at 80 columns."""
+    moves = plan.moves if moves is None else moves
     if console.width >= WIDE:
-        console.print(_wide_table(plan))
+        console.print(_wide_table(moves))
     else:
-        console.print(_narrow_table(plan.moves, console.width))
+        console.print(_narrow_table(moves, console.width))
     for line in (f"kept: {kept_line(plan)}", *derived_lines(plan.derived)):
         say(console, line)
     for finding in plan.findings:
         say(console, f"{finding.level}: {finding.text}")
 
 
-def _wide_table(plan: TransferPlan) -> Table:
+def _wide_table(moves: tuple[Move, ...]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
     for name in ("setting", "old", "new", "rule", "reason"):
         table.add_column(name, overflow="fold", no_wrap=name != "reason")
-    for move in plan.moves:
+    for move in moves:
         table.add_row(*(Text(clean_text(cell)) for cell in _cells(move)))
     return table
 
@@ -177,7 +188,8 @@ def _narrow_table(moves: tuple[Move, ...], width: int) -> Text:
 
 
 def _cells(move: Move) -> tuple[str, str, str, str, str]:
-    texts = (move.key, _end(shown(move.old)), _end(shown(move.new)), move.rule, move.reason)
+    reason = f"{move.reason} ({move.evidence})" if move.evidence else move.reason
+    texts = (move.key, _end(shown(move.old)), _end(shown(move.new)), move.rule, reason)
     key, old, new, rule, reason = (clean_text(text) for text in texts)
     return key, old, new, rule, reason
 
@@ -206,4 +218,4 @@ def with_decision(done: Transfer, values: Mapping[str, Any], reason: str) -> Tra
         for key, value in values.items()
         if getattr(plan.config, key) != value
     )
-    return dataclasses.replace(plan, config=plan.config.with_values(values), moves=(*plan.moves, *moves))
+    return revised(plan, plan.config.with_values(values), moves, done.profile)

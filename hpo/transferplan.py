@@ -15,6 +15,7 @@ from trainer.config import TrainConfig
 GRID = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # at most a quarter below the exact value
 REFERENCE_ALPHA = 16.0  # of normalised rates
 CHECKPOINTING_COST = 1.25  # assumed, as docs/settings.md says
+PLANNER = "planner"  # the rule of moves that the planner of memory wants
 BYTES = {"float": 4, "fp16": 2, "bf16": 2}
 
 
@@ -74,6 +75,7 @@ class TransferPlan:
     """The result: settings, every change on the way, what was noticed, and derived figures."""
 
     source: TrainConfig
+    figures: DatasetFigures
     config: TrainConfig
     moves: tuple[Move, ...]
     findings: tuple[Finding, ...]

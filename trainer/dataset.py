@@ -124,9 +124,12 @@ def read_dataset(
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(
-            f"the dataset folder {shown(root)} does not exist", "give the folder that holds the images"
+        what = (
+            f"{shown(root)} is a file"
+            if root.exists()
+            else f"the dataset folder {shown(root)} does not exist"
         )
+        raise DataError(what, "give the folder that holds the images")
     try:
         parts, notes = parts_of(root, default_repeats)
         held_paths = images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []

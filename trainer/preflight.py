@@ -33,7 +33,14 @@ def check(base: Base, config: TrainConfig) -> None:
 
 def notes(base: Base, config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
     """What this base passes over in these settings and captions."""
-    found = families.passed_over(config, base.family)
+    found = []
+    native_px = base.native_resolution_px
+    if 2 * config.resolution <= native_px:
+        found.append(
+            f"{base.name} is {families.KIND[base.family]} made for {native_px} px; "
+            f"these settings train {config.resolution} px"
+        )
+    found += families.passed_over(config, base.family)
     limit = config.max_token_length or base.caption_tokens
     long = [item.path for item in dataset.items if base.token_count(item.caption) > limit]
     if long:

@@ -222,7 +222,6 @@ def compare(cells: Mapping[Cell, Scored]) -> list[Row]:
     return [
         replay(cells, None, 0),
         replay(cells, ladder, 6),
-        replay(cells, ladder, 8),
         replay(cells, grid, 8),
         replay(cells, grid, 8, horizon=True),
     ]

@@ -31,7 +31,7 @@ from trainer.files import append_line, read_records, write_atomic
 
 CELLS = Path(__file__).parent.parent / "data" / "transfer_table.jsonl"
 BEGIN, END = "<!-- transfer table: begin -->", "<!-- transfer table: end -->"
-SUBJECTS = ("character",)
+SUBJECTS = ("character", "style", "object")
 SEEDS = (8000, 8001)
 ROWS = {
     "untrained base": "no training",
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--work", type=Path, help="folder of the studies; without it only the table is written"
     )
-    parser.add_argument("--subject", default=SUBJECTS[0], choices=["character", "style", "object"])
+    parser.add_argument("--subject", default=SUBJECTS[0], choices=SUBJECTS)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--probes", type=int, default=6)
     parser.add_argument("--file", type=Path, default=CELLS)

@@ -41,7 +41,8 @@ def test_the_alert_names_the_best_trial_in_the_line_that_scripts_read(folder: St
         "level: converged",
         "0.0200",
         "Trial 21",
-        "next: hpo dashboard",
+        "images: hpo dashboard",
+        "next: hpo confirm",
         "optimistic",
     ):
         assert part in text
@@ -71,7 +72,7 @@ def test_figures_that_no_longer_say_so_withdraw_the_alert_and_the_file_follows_t
     text = folder.alert.read_text(encoding="utf-8")
     assert text.startswith("Best trial: Trial 25  score 0.6075 ± 0.0200  (withdrawn)")
     assert "status: withdrawn – the figures no longer say converged" in text and "0.0123" in text
-    assert "next: hpo dashboard" in text
+    assert "next: hpo status" in text
     assert update_alert(folder, replace(CONVERGED, level="no_signal", best=27), ROWS) is None
     assert folder.alert.read_text(encoding="utf-8").startswith("Best trial: Trial 27")
     assert update_alert(folder, CONVERGED, ROWS) == "converged"
@@ -83,7 +84,7 @@ def test_the_first_line_says_the_level_and_the_next_command_the_runs_folder(tmp_
     update_alert(folder, CONVERGED, ROWS)
     lines = folder.alert.read_text(encoding="utf-8").splitlines()
     assert lines[0].endswith("(converged)")
-    assert lines[-1] == f"next: hpo dashboard x --runs '{tmp_path / 'a b'}'"
+    assert lines[-1] == f"next: hpo confirm x --runs '{tmp_path / 'a b'}'"
     assert any(line.startswith("expected further gain") and "0.0012" in line for line in lines)
 
 

@@ -25,13 +25,20 @@ def test_a_clip_skip_beyond_the_encoders_layers_is_refused_before_anything_is_do
 
 
 def test_sdxl_says_that_it_reads_no_clip_skip():
-    base, config = tiny_base("sdxl"), tiny_config(clip_skip=3)
+    base, config = tiny_base("sdxl"), tiny_config(clip_skip=3, resolution=128)
     preflight.check(base, config)
     dataset = tiny_prepared(base, tiny_config()).dataset
     assert preflight.notes(base, config, dataset) == (
         "clip_skip = 3 is not used: sdxl always reads the last layer but one",
     )
-    assert preflight.notes(base, tiny_config(), dataset) == ()
+    assert preflight.notes(base, tiny_config(resolution=128), dataset) == ()
+
+
+def test_a_base_that_is_made_for_twice_the_size_is_said_to_be_one():
+    base = tiny_base("sdxl")
+    dataset = tiny_prepared(base, tiny_config()).dataset
+    (note,) = preflight.notes(base, tiny_config(resolution=64), dataset)
+    assert note == "tiny-sdxl is SDXL made for 128 px; these settings train 64 px"
 
 
 def test_captions_that_are_cut_are_named():

@@ -12,6 +12,7 @@ import pytest
 from hpo.probe import (
     DEFAULT,
     DESIGNS,
+    TEXT_ON,
     Design,
     Grid,
     Ladder,
@@ -75,6 +76,12 @@ def test_six_probes_of_the_ladder_come_in_the_order_of_the_facts() -> None:
 def test_more_probes_switch_the_text_encoders_off_and_try_another_candidate() -> None:
     roles = [o.probe.role for o in played(Ladder(), Scope(8, ALL), curve(0.5))]
     assert roles[6] == "transferred, rate × 1.41, text encoders off" and roles[7] == "diverse 2"
+
+
+def test_text_encoders_that_are_not_trained_are_switched_on_instead() -> None:
+    scope = Scope(8, (*ALL, TEXT_ON), trains_text_encoder=False)
+    roles = [o.probe.role for o in played(Ladder(), scope, curve(0.5))]
+    assert roles[6] == "text encoders on" and not any("off" in role for role in roles)
 
 
 def test_beyond_the_bracket_the_ladder_is_extended_within_the_limits() -> None:

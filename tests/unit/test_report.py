@@ -71,6 +71,18 @@ def test_the_live_block_fits_eighty_columns_and_shows_everything() -> None:
         assert part in text, part
 
 
+def test_the_live_block_cuts_no_setting_of_the_shipped_study() -> None:
+    study = read_study(find_study(None, "sd15"))
+    settings = study.space.settings(study.baseline, study.train) | {"lr_scheduler": "cosine_with_restarts"}
+    settings |= {"gradient_accumulation_steps": 3, "lr_scheduler_num_cycles": 3}
+    text = printed(live_block("x", Current(7, settings, EMPTY)))
+    for name, value in settings.items():
+        assert f"{name} " in text and short(value) in text, name
+    assert "…" not in text.replace("first trial", "") and max(map(len, text.splitlines())) <= 80
+    wide = printed(live_block("x", Current(7, settings, EMPTY), width=160), width=160)
+    assert len(wide.splitlines()) < len(text.splitlines())
+
+
 def test_the_live_block_follows_the_images_too() -> None:
     current = Current(7, SETTINGS, EMPTY)
     current.on_image(8, 32)

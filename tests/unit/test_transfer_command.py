@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from hpo.cli import main
 from hpo.folder import StudyFolder, create_study, open_study
 from hpo.probe import Ladder, Outcome, Probe
-from hpo.probefile import make_side, octave_bounds
-from hpo.proberun import _probe_by_probe, agree, identity, probe_folder
-from hpo.profile import read_family, read_profile
+from hpo.probefile import MOST_OCTAVES, make_side, octave_bounds
+from hpo.proberun import _probe_by_probe, _Probing, agree, identity, probe_folder
+from hpo.profile import LimitSection, read_family, read_profile
 from hpo.search import Limits
 from hpo.standing import BASELINE, ROLE
+from hpo.transfer import revised
 from hpo.transfercmd import Request, Transfer, make, with_decision
+from hpo.transferplan import PLANNER, Move, derive, normalised, snap_down
 from hpo.transfersource import find_source, read_source
 from hpo.workbench import write_definition
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
@@ -146,6 +149,45 @@ def test_a_decision_of_probes_is_a_move_like_any_other(searched: Path) -> None:
     assert with_decision(done, {}, "kept").config == done.plan.config
 
 
+def test_figures_and_remarks_follow_a_decision(searched: Path) -> None:
+    done = transferred(searched)
+    own = done.plan.config.learning_rate
+    hot = dataclasses.replace(done.profile.limits, normalised_refuse=normalised(own, 1.0))
+    done = dataclasses.replace(done, profile=dataclasses.replace(done.profile, limits=hot))
+    plan = with_decision(done, {"learning_rate": 2 * own, "network_alpha": 1.0}, "it gains")
+    assert plan.derived == derive(plan.source, plan.config, plan.figures, done.profile) != done.plan.derived
+    assert [f.about for f in plan.of_level("refuse")] == ["learning_rate"]
+    off = with_decision(done, {"text_encoder_lr": 0.0, "network_train_unet_only": True}, "it gains")
+    assert not [f for f in off.findings if f.about == "text_encoder_lr"]
+
+
+def test_a_candidate_is_computed_as_the_planner_wants_the_transferred_settings(searched: Path) -> None:
+    done = transferred(searched)
+    changed = done.plan.config.with_values({"gradient_checkpointing": True, "network_train_unet_only": True})
+    move = Move("gradient_checkpointing", False, True, PLANNER, "it would not fit")
+    plan = revised(done.plan, changed, (move,), done.profile)
+    done = dataclasses.replace(done, plan=plan)
+    probing = _Probing(done, Request("mini-sdxl"), probe_folder(done), "ladder", Console())
+    mapped = probing._mapped(done.source.best)
+    assert mapped.gradient_checkpointing and not mapped.network_train_unet_only
+    on = probing._text_encoders_on()
+    assert on.trains_text_encoder and on.text_encoder_lr == snap_down(0.67 * plan.config.learning_rate)
+
+
+def test_a_design_without_probes_is_said_to_mean_nothing(searched: Path) -> None:
+    result = call(searched, "--design", "grid")
+    assert result.exit_code == 2 and "--probes 6" in result.output
+
+
+def test_probed_rates_stay_below_what_the_rules_refuse() -> None:
+    config = TrainConfig(learning_rate=1e-4, network_dim=16, network_alpha=16)
+    limits = LimitSection(0.0, 1e-2, normalised_refuse=2e-4)
+    assert octave_bounds(config, limits) == (-MOST_OCTAVES, pytest.approx(1.0))
+    assert octave_bounds(config.with_values({"learning_rate": 1e-3}), limits) == (pytest.approx(-4), 0.0)
+    lion = config.with_values({"optimizer_type": "Lion8bit"})
+    assert octave_bounds(lion, limits) == (-MOST_OCTAVES, MOST_OCTAVES)
+
+
 # Probes
 
 
@@ -164,7 +206,7 @@ def side_of(bench_study: Any, data: Path, budget: int = 4) -> Any:
         train_data_dir=str(data),
     )
     whole = {"transferred": own, "default": own.with_values({"learning_rate": 1e-3, "network_dim": 1})}
-    bounds = octave_bounds(own, 1e-6, 1e-1)
+    bounds = octave_bounds(own, LimitSection(1e-6, 1e-1))
     return make_side(
         "s__tiny", whole, 8, budget, bounds, sampling={"steps": 2, "cfg": 1.0}, seed=7, words="natural"
     )

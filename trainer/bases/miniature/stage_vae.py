@@ -123,5 +123,5 @@ def finished_vae(work: Path, device: str) -> AutoencoderKL:
 @torch.no_grad()
 def reconstruction_error(vae: AutoencoderKL, size_px: int = 64) -> float:
     scenes = [world.sample_scene(20_000_000 + i) for i in range(64)]
-    x = to_tensor(np.stack([world.render(s, size_px) for s in scenes]))
+    x = to_tensor(np.stack([world.render(s, size_px) for s in scenes])).to(vae.device)
     return float(F.mse_loss(vae.decode(vae.encode(x).latent_dist.mean).sample, x))
