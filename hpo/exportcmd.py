@@ -32,13 +32,21 @@ def export_kohya(source: Path, folder: Path, places: dict[str, Any], say: Callab
         )
     if family == "sdxl" and file.config.clip_skip is not None:
         say("note: sd-scripts ignores clip_skip on SDXL, as this tool does")
-    found = kohyaexport.export(file.config, family, base, folder)
+    found = kohyaexport.export(file.config, family, base, folder, file.output_dir or "output")
     kohyaexport.write(found, folder)
     for note in found.notes:
         say(f"note: {note}")
     names = (kohyaexport.CONFIG, kohyaexport.DATASET, kohyaexport.COMMAND)
     say(f"written: {', '.join(str(folder / name) for name in names)}")
     say(found.command)
+
+
+def known_family(file: TrainFile) -> str | None:
+    """``family_of``, or None where neither name nor files tell."""
+    try:
+        return family_of(file)
+    except ConfigError:
+        return None
 
 
 def family_of(file: TrainFile) -> str:

@@ -45,6 +45,7 @@ class Keeper:
         self.prompts = prompts
         self.view_say = say
         self.steps = count_steps(config, data)
+        self.data = data
         self._facts = data_metadata(data)
 
     def on_start(self, adapter: Adapter, step: int) -> None:
@@ -82,7 +83,7 @@ class Keeper:
         extra = {**self._facts, "ss_steps": str(step), "ss_epoch": str(epoch)}
         extra["ss_num_batches_per_epoch"] = str(self.steps.batches_per_epoch)
         extra["ss_training_comment"] = self.config.training_comment or "None"
-        lorafile.write(path, adapter, self.place.base, self.config, extra)
+        lorafile.write(path, adapter, self.place.base, self.config, extra, self.data)
         if path != self.folder.lora:
             self.view_say(f"saved {path.name}")
 

@@ -16,11 +16,14 @@ from typing import Any
 from rich.console import Console
 
 from hpo import trainplan
+from hpo.exportcmd import known_family
 from hpo.trainsamples import file_stem, read_sample_prompts
+from trainer import families
 from trainer.blockrates import BLOCKS, block_rates
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.subsets import read_training_data
+from trainer.files import clean_text
+from trainer.subsets import read_dataset_file, read_training_data
 from trainer.trainfile import TrainFile, read_train_file
 
 OUTPUT = Path("output")  # where LoRA files go if neither the command nor the file names a folder
@@ -52,10 +55,14 @@ def train(request: Request, console: Console, echo: Callable[[str], None]) -> No
         raise ConfigError("--dataset and --data both say what is trained on", "give one of them")
     file = read_train_file(request.file, dataset=request.dataset, sets=request.sets, places=request.places)
     file = replace(file, without_effect=(*file.without_effect, *idle(file)))
+    family = known_family(file)
     output = request.output or (Path(file.output_dir) if file.output_dir else OUTPUT)
-    _check(file.config)
+    _check(file.config, family)
     if request.dry_run:
-        data = None if file.refused and file.config.dataset_config else read_training_data(file.config)
+        if family:  # a run tells it when the base is loaded
+            said = families.passed_over(file.config, family)
+            file = replace(file, without_effect=(*file.without_effect, *said))
+        data = read_training_data(file.config) if _has_data(file.config) else None
         if request.as_json:
             echo(json.dumps(trainplan.as_json(file, data, str(output)), indent=1))
         else:
@@ -73,15 +80,24 @@ def train(request: Request, console: Console, echo: Callable[[str], None]) -> No
     run(file.config, output, request.device, console)
 
 
-def _check(config: TrainConfig) -> None:
-    """What can be known to be wrong before anything is loaded."""
+def _has_data(config: TrainConfig) -> bool:
+    """Whether the images can be counted: not where the dataset file asks for what is not built in."""
+    return not config.dataset_config or not read_dataset_file(Path(config.dataset_config)).refused
+
+
+def _check(config: TrainConfig, family: str | None) -> None:
+    """What can be known to be wrong before anything is loaded; ``family`` is None where it is not known."""
     file_stem(config.output_name)
     if config.sample_prompts:
         read_sample_prompts(Path(config.sample_prompts), config)
+    if family is not None:
+        families.check(config, family, clean_text(config.pretrained_model_name_or_path))
+        block_rates(config, family)
+        return
     errors = []
-    for family in BLOCKS:
+    for either in BLOCKS:
         try:
-            block_rates(config, family)
+            block_rates(config, either)
         except ConfigError as error:
             errors.append(error)
     if len(errors) == len(BLOCKS):
@@ -104,8 +120,8 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "ip_noise_gamma_random_strength": (lambda c: bool(c.ip_noise_gamma), "ip_noise_gamma"),
     "conv_alpha": (lambda c: c.conv_dim is not None, "conv_dim"),
     "keep_tokens": (
-        lambda c: c.shuffle_caption or c.caption_tag_dropout_rate > 0,
-        "shuffle_caption or caption_tag_dropout_rate",
+        lambda c: c.shuffle_caption or c.caption_tag_dropout_rate > 0 or c.token_warmup_step > 0,
+        "shuffle_caption, caption_tag_dropout_rate or token_warmup_step",
     ),
     "token_warmup_min": (lambda c: c.token_warmup_step > 0, "token_warmup_step"),
     "validation_seed": (lambda c: c.validation_split > 0, "validation_split"),
@@ -136,12 +152,16 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
 
 
 def idle(file: TrainFile) -> list[str]:
-    """Lines on settings that were given but wait for another one."""
+    """Lines on settings that were given but wait for another one, in every folder of the dataset."""
     usual = TrainConfig().as_dict()
+    forms = [file.config]
+    if file.config.dataset_config:
+        subsets = read_dataset_file(Path(file.config.dataset_config)).subsets
+        forms += [file.config.with_values(dict(subset.own)) for subset in subsets]
     return [
         f"{name}: it waits for {needed}"
         for name, (acts, needed) in _WAITS.items()
         if name in file.origins
         and getattr(file.config, name) not in (usual[name], 0, None, "")
-        and not acts(file.config)
+        and not any(map(acts, forms))
     ]

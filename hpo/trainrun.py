@@ -39,7 +39,7 @@ from trainer.checkpoint import steps_behind
 from trainer.config import SETTINGS, TrainConfig
 from trainer.dataset import Dataset
 from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
-from trainer.events import Event, Rehearsed, Step
+from trainer.events import Event, Rehearsed, Step, Validated
 from trainer.files import machine_error, sweep_tree, write_atomic
 from trainer.memory import release
 from trainer.ranks import Ranks, join, launched, leave
@@ -287,7 +287,9 @@ def _board(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> Any:
             "logging_dir needs TensorBoard, which is not installed",
             "pip install tensorboard, or leave logging_dir out: train.jsonl is always written",
         ) from None
-    writer = SummaryWriter(str(Path(config.logging_dir) / folder.name))
+    # what an earlier call wrote beyond the checkpoint that this one goes on from is taken back
+    again = steps_behind(folder.checkpoints) + 1
+    writer = SummaryWriter(str(Path(config.logging_dir) / folder.name), purge_step=again)
 
     def write(event: Event) -> None:
         if isinstance(event, Step):
@@ -298,6 +300,8 @@ def _board(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> Any:
                 ("grad_norm", event.grad_norm),
             ):
                 writer.add_scalar(name, value, event.step)
+        elif isinstance(event, Validated):
+            writer.add_scalar("loss/validation", event.loss, event.step)
 
     try:
         yield write

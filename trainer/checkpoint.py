@@ -24,7 +24,8 @@ from trainer.files import MANIFEST, atomic_folder, machine_error, sweep, verify_
 from trainer.memory import out_of_memory_named
 from trainer.optim import in_fp32
 
-FILES = ("adapter.safetensors", "optimizer.pt", "state.json")
+WEIGHTS = "adapter.safetensors"  # keys of a LoRA file, in fp32: network_weights takes it
+FILES = (WEIGHTS, "optimizer.pt", "state.json")
 # Settings that may differ between the run that saved and the run that goes on: they do not change the result.
 FREE_SETTINGS = WITHOUT_INFLUENCE | frozenset(
     {
@@ -70,7 +71,8 @@ class Run:
 
 
 def save(folder: Path, run: Run, progress: Progress) -> Path:
-    """Write ``folder/step-…``; when it is complete, older checkpoints go.  A kill leaves the previous one."""
+    """Write ``folder/step-…``, atomically.  Older ones stay until ``drop_others``: whether these weights are any
+    good shows in the next step."""
     target = folder / f"step-{progress.step:06d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,7 @@ def save(folder: Path, run: Run, progress: Progress) -> Path:
     except OSError as error:
         raise machine_error(error, target) from error
     with atomic_folder(target) as temporary:
-        safetensors.torch.save_file(run.adapter.state(), temporary / "adapter.safetensors")
+        safetensors.torch.save_file(run.adapter.state(), temporary / WEIGHTS)
         torch.save(
             {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()},
             temporary / "optimizer.pt",
@@ -99,10 +101,21 @@ def save(folder: Path, run: Run, progress: Progress) -> Path:
                 indent=2,
             )
         )
-    for other in _checkpoints(folder):
-        if other != target:
-            shutil.rmtree(other, ignore_errors=True)  # one that stays costs space, not the run
     return target
+
+
+def drop_others(saved: Path) -> None:
+    """Keep only the checkpoint that ``save`` returned: a step from its weights was finite."""
+    for other in _checkpoints(saved.parent):
+        if other != saved:
+            shutil.rmtree(other, ignore_errors=True)  # one that stays costs space, not the run
+
+
+def last_good(folder: Path, applied: int) -> Path | None:
+    """The newest whole checkpoint from before step ``applied``, the last one that changed the weights.  Later
+    ones hold the weights of now; the loss of this one's was finite, or that step would have been skipped."""
+    older = [path for path in _checkpoints(folder) if _step_of(path) < applied and _is_whole(path)]
+    return older[-1] if older else None
 
 
 def restore(folder: Path, run: Run) -> Progress:
@@ -119,7 +132,7 @@ def restore(folder: Path, run: Run) -> Progress:
         state = json.loads((checkpoint / "state.json").read_text())
         _check_same_run(checkpoint, state, run)
         with out_of_memory_named(run.config):
-            run.adapter.load_state(safetensors.torch.load_file(checkpoint / "adapter.safetensors"))
+            run.adapter.load_state(safetensors.torch.load_file(checkpoint / WEIGHTS))
             rest = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
             with in_fp32(run.adapter.trainable()):
                 run.optimizer.load_state_dict(_of_groups(rest["optimizer"], run.optimizer))
@@ -180,10 +193,14 @@ def _is_whole(checkpoint: Path) -> bool:
 def steps_behind(folder: Path) -> int:
     """Steps of the newest whole checkpoint in a folder, 0 if there is none."""
     whole = [path for path in _checkpoints(folder) if _is_whole(path)]
-    return int(whole[-1].name.removeprefix("step-")) if whole else 0
+    return _step_of(whole[-1]) if whole else 0
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest step first."""
     found = [p for p in folder.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

@@ -12,7 +12,6 @@ Sections are for the reader: field names are unique, so any section is accepted.
 from __future__ import annotations
 
 import ast
-import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,7 @@ from trainer.kohyakeys import (
     WEIGHT_DECAY,
     ZERO_IS_UNSET,
 )
-
-MAX_FILE_BYTES = 1 << 20
+from trainer.tomlfile import as_text, flat, read_table
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,6 @@ class _Reading:
         """A side, "side" or "width,height"; only squares, since the area is resolution²."""
         value = self._take("resolution")
         if value is None:
-            self._say("resolution", "unset", f"{TrainConfig().resolution}; sd-scripts has no default")
             return
         sides = str(value).strip("[]()").split(",") if isinstance(value, str | list) else [value]
         try:
@@ -247,6 +244,8 @@ class _Reading:
             if name == "weight_decay":
                 self.given["weight_decay"] = value
                 self._say("optimizer_args weight_decay", value, f"weight_decay = {as_text(value)}")
+            elif optimizer == "Prodigy" and name == "safeguard_warmup":
+                self._safeguard(value)
             elif not _is_one_of(value, SAME_ARGUMENTS[optimizer].get(name, ())):
                 self._refuse(f"optimizer_args {name}", value, f"{optimizer} runs with its usual arguments")
         if optimizer == "Adafactor" and "relative_step" not in arguments:
@@ -255,15 +254,29 @@ class _Reading:
                 True,
                 "Adafactor runs at the given rate: add relative_step=False",
             )
-        if (
-            optimizer == "Prodigy"
-            and "safeguard_warmup" not in arguments
-            and self.left.get("lr_warmup_steps")
-        ):
-            self._say("optimizer_args safeguard_warmup", False, "true, which warm-up needs")
+        if optimizer == "Prodigy" and "safeguard_warmup" not in arguments:
+            self._safeguard(False)
+
+    def _safeguard(self, value: Any) -> None:
+        """Prodigy runs with safeguard_warmup where there is a warm-up, else without."""
+        warms_up = bool(self.left.get("lr_warmup_steps"))
+        warms_up &= self.left.get("lr_scheduler", KOHYA_DEFAULTS["lr_scheduler"]) != "constant"
+        if bool(value) != warms_up:
+            why = "true, which warm-up needs" if warms_up else "false, since there is no warm-up"
+            self._say("optimizer_args safeguard_warmup", value, why)
 
     def _schedule(self) -> None:
         name = self._take("lr_scheduler")
+        warmup, cycles = self.left.get("lr_warmup_steps"), self.left.get("lr_scheduler_num_cycles")
+        if isinstance(warmup, float) and warmup >= 1:
+            self._take("lr_warmup_steps")
+            reason = (
+                "sd-scripts takes a number with a decimal point as a share of all steps; write it without"
+            )
+            self._refuse("lr_warmup_steps", warmup, reason)
+        if cycles == 0 and not isinstance(cycles, bool) and name != "cosine_with_restarts":
+            self._take("lr_scheduler_num_cycles")
+            self.without_effect.append("lr_scheduler_num_cycles: it is for cosine_with_restarts")
         if name is None:
             return
         if name in SCHEDULER_NAMES:
@@ -276,7 +289,9 @@ class _Reading:
         arguments = _arguments("network_args", self._take("network_args"))
         if module == "lycoris.kohya":
             arguments = self._lycoris(arguments)
-        elif module not in (None, "networks.lora"):
+        else:
+            arguments = self._zero_convolutions(arguments)
+        if module not in (None, "networks.lora", "lycoris.kohya"):
             known = "networks.lora (with conv_dim: LoCon) and lycoris.kohya (locon, loha, lokr) are built in"
             self._refuse("network_module", module, known)
         for name, value in arguments.items():
@@ -307,18 +322,51 @@ class _Reading:
             kind = "DoRA"
             if left.pop("wd_on_output", True) not in (False, "False", "false"):
                 self._say("network_args wd_on_output", True, "false: DoRA's magnitudes are those of inputs")
+        if (dropout := left.pop("dropout", None)) is not None:
+            self._lycoris_dropout(kind, dropout)
         preset = left.pop("preset", "full")
         if preset not in ("full", "attn-mlp"):
             self._refuse("network_args preset", preset, "the modules of networks.lora are trained")
         if preset == "full" and kind == "LoRA":  # LyCORIS' full trains convolutions too: that is LoCon
             kind = "LoCon"
         rank = self.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
-        if preset == "full":
-            left.setdefault("conv_dim", rank)
-            left.setdefault("conv_alpha", self.left.get("network_alpha", KOHYA_DEFAULTS["network_alpha"]))
+        usual = {
+            "conv_dim": rank,
+            "conv_alpha": self.left.get("network_alpha", KOHYA_DEFAULTS["network_alpha"]),
+        }
+        for name, value in usual.items():
+            if name in left and _is_one_of(left[name], (0, None)):
+                del left[name]
+                taken = f"{as_text(value)}, as LyCORIS does" if preset == "full" else "unset"
+                self._say(f"network_args {name}", 0, taken)
+            if preset == "full":
+                left.setdefault(name, value)
         self.given["network_type"] = kind
         where = "the modules of networks.lora" + (" with 3×3 convolutions" if preset == "full" else "")
         self._say("network_module", "lycoris.kohya", f"network_type = {kind}, on {where}")
+        return left
+
+    def _lycoris_dropout(self, kind: str, value: Any) -> None:
+        """LyCORIS' name for network_dropout, which it prefers to that."""
+        self._take("network_dropout")
+        if kind in ("LoHa", "LoKr"):
+            self._say("network_args dropout", value, f"not used: LyCORIS has none for {kind}")
+            return
+        self.given["network_dropout"] = value or 0.0
+        self._say("network_args dropout", value, f"network_dropout = {as_text(value or 0.0)}")
+
+    def _zero_convolutions(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """networks.lora trains no 3×3 convolutions of rank 0, and takes an alpha of 0 for the rank."""
+        left = dict(arguments)
+        if _is_one_of(left.get("conv_dim"), (0,)):
+            self._say("network_args conv_dim", left.pop("conv_dim"), "unset: no 3×3 convolutions")
+        if _is_one_of(left.get("conv_alpha"), (0,)):
+            rank = left.get("conv_dim")
+            if rank is None:
+                del left["conv_alpha"]
+            else:
+                left["conv_alpha"] = rank
+            self._say("network_args conv_alpha", 0, "unset" if rank is None else f"{rank}, which is conv_dim")
         return left
 
     def _zeros(self) -> None:
@@ -378,44 +426,7 @@ class _Reading:
                 self.without_effect.append(f"{name}: {NO_EFFECT_REASON[name]}")
 
 
-# TOML
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """A TOML file as it stands.  ConfigError if it cannot be read."""
-    path = Path(path)
-    shown = clean_text(str(path))
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{shown} is larger than 1 MB", "give a TOML file with settings")
-        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {shown}: {error.strerror}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{shown} is not TOML: {clean_text(str(error))}", "correct this place") from error
-    return table
-
-
-def flat(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a file without its sections.  Lists of tables (``[[datasets]]``) stay one value."""
-    shown = clean_text(str(path))
-    found: dict[str, Any] = {}
-    for name, value in _pairs(table):
-        if name in found:
-            raise ConfigError(f"{clean_text(name)} is set twice in {shown}", "keep one of both")
-        found[name] = value
-    if not found:
-        raise ConfigError(f"{shown} has no settings", "write for example learning_rate = 1e-4")
-    return found
-
-
-def _pairs(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        pairs += _pairs(value) if isinstance(value, dict) else [(name, value)]
-    return pairs
+# Values
 
 
 def _keys_inside(value: Any) -> list[str]:
@@ -453,9 +464,3 @@ def _literal(text: str) -> Any:
 def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
     """Whether a value is among those that ask for nothing.  True is not 1 here."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)
-
-
-def as_text(value: Any) -> str:
-    """A value as it stands in a TOML file, short and safe to print."""
-    shown = str(value).lower() if isinstance(value, bool) else str(value)
-    return clean_text(shown)[:80]

@@ -28,8 +28,18 @@ _IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts takes them t
 _OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
 _OPTIMIZER_ARGUMENTS = {
     "Adafactor": ("scale_parameter=False", "relative_step=False", "warmup_init=False"),
-    "Prodigy": ("decouple=True", "use_bias_correction=False", "safeguard_warmup=True"),
+    "Prodigy": ("decouple=True", "use_bias_correction=False"),
 }
+_PATHS = ("sample_prompts", "logging_dir", "network_weights")
+# Settings that sd-scripts has no word for → what is different without them.
+_MISSING = {
+    "micro_batch_size": "sd-scripts computes a batch at once, which takes more memory; the result is the same",
+    "cpu_offload": "sd-scripts keeps all of it on the card, which takes more memory; the result is the same",
+    "checkpoint_blocks": "sd-scripts recomputes all blocks: slower, the result is the same",
+    "opt_channels_last": "sd-scripts has no such layout: slower, the result is the same",
+    "hold_out_references": "sd-scripts trains on these images too; to keep them out, move them to another folder",
+}
+_BUCKET_STEPS = {"sd15": 64, "sdxl": 32}  # sd-scripts stops unless they divide bucket_reso_steps
 _ALGORITHMS = {"DoRA": "locon", "LoHa": "loha", "LoKr": "lokr"}
 
 
@@ -45,12 +55,15 @@ class Export:
 
 def export(config: TrainConfig, family: str, base: str, folder: Path, output: str = "output") -> Export:
     """``config`` for sd-scripts.  ``base`` is the model as sd-scripts finds it; ``folder`` is where the files will
-    lie."""
-    notes: list[str] = []
+    lie.  Every path is written in full, since the command is run elsewhere."""
+    folder = folder.resolve()
+    if Path(base).expanduser().exists():
+        base = str(Path(base).expanduser().resolve())
+    notes = _said(config, family)
     table = _settings(config, notes)
     table = {
         "pretrained_model_name_or_path": base,
-        "output_dir": output,
+        "output_dir": _full(output),
         **table,
         **_network(config, family, notes),
     }
@@ -77,7 +90,9 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
             continue
         usual = KOHYA_DEFAULTS.get(name, getattr(TrainConfig(), name))
         if value not in (None, "") and (value != usual or name in ("output_name", "seed", "learning_rate")):
-            table[name] = value
+            table[name] = _full(value) if name in _PATHS else value
+    if config.lr_warmup_steps >= 1:  # with a decimal point sd-scripts takes it for a share of all steps
+        table["lr_warmup_steps"] = int(config.lr_warmup_steps)
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16"
@@ -91,6 +106,10 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
         f"weight_decay={config.weight_decay:g}",
         *_OPTIMIZER_ARGUMENTS.get(config.optimizer_type, ()),
     ]
+    if config.optimizer_type == "Prodigy":
+        arguments.append(
+            f"safeguard_warmup={config.lr_warmup_steps > 0 and config.lr_scheduler != 'constant'}"
+        )
     return {
         **table,
         **length,
@@ -105,6 +124,24 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
     }
 
 
+def _said(config: TrainConfig, family: str) -> list[str]:
+    """Lines on what sd-scripts does not have."""
+    usual = TrainConfig()
+    lines = [
+        f"{name} is left out: {why}"
+        for name, why in _MISSING.items()
+        if getattr(config, name) != getattr(usual, name)
+    ]
+    steps = _BUCKET_STEPS[family]
+    if config.enable_bucket and config.bucket_reso_steps % steps:
+        lines.append(
+            f"bucket_reso_steps = {config.bucket_reso_steps}: sd-scripts stops here, it wants a multiple of {steps}"
+        )
+    if config.validation_split:
+        lines.append("validation_split needs sd-scripts later than v0.9.1")
+    return lines
+
+
 def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, Any]:
     """network_module and network_args."""
     arguments: list[str] = []
@@ -116,7 +153,7 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
     if config.conv_dim is not None and config.conv_alpha is None:
         arguments.append(f"conv_alpha={config.network_alpha:g}")  # sd-scripts would take 1
     first, second = config.effective_text_encoder_lrs
-    if family == "sdxl" and first != second:
+    if family == "sdxl" and first != second and not config.text_encoder_frozen:
         raise ConfigError(
             f"sd-scripts has one rate for both text encoders, here they are {first:g} and {second:g}",
             "set text_encoder_lr1 equal to text_encoder_lr2",
@@ -124,6 +161,9 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
     extra: dict[str, Any] = {}
     if config.text_encoder_lr1 is not None or config.text_encoder_lr2 is not None:
         extra["text_encoder_lr"] = first
+    if config.text_encoder_frozen and config.trains_text_encoder:
+        extra["text_encoder_lr"] = 0.0
+        notes.append("text_encoder_frozen → text_encoder_lr = 0")
     module = "networks.lora"
     if config.network_type in _ALGORITHMS:
         module = "lycoris.kohya"
@@ -153,21 +193,31 @@ def _dataset(config: TrainConfig) -> dict[str, Any]:
             general[name] = value
     for name in _IN_SUBSETS:
         general.pop(name, None)
+    if not config.validation_split:  # sd-scripts up to v0.9.1 does not know the key
+        general.pop("validation_split", None)
+        general.pop("validation_seed", None)
     subsets = [_subset(subset, config) for subset in _subsets(config)]
     return {"general": general, "datasets": [{"subsets": subsets}]}
 
 
 def _subset(subset: Subset, config: TrainConfig) -> dict[str, Any]:
-    table: dict[str, Any] = {"image_dir": subset.image_dir, "num_repeats": subset.num_repeats}
+    table: dict[str, Any] = {"image_dir": _full(subset.image_dir), "num_repeats": subset.num_repeats}
     if subset.class_tokens:
         table["class_tokens"] = subset.class_tokens
     if subset.is_reg:
         table["is_reg"] = True
     if config.masked_loss and config.conditioning_data_dir and not subset.is_reg:
-        table["conditioning_data_dir"] = config.conditioning_data_dir
+        table["conditioning_data_dir"] = _full(config.conditioning_data_dir)
     if config.alpha_mask:
         table["alpha_mask"] = True
-    return table | {name: value for name, value in subset.own if name in OWN_KEYS}
+    own = {name: value for name, value in subset.own if name in OWN_KEYS}
+    if own.get("conditioning_data_dir"):
+        own["conditioning_data_dir"] = _full(own["conditioning_data_dir"])
+    return table | own
+
+
+def _full(path: str) -> str:
+    return str(Path(path).resolve())
 
 
 def _subsets(config: TrainConfig) -> list[Subset]:

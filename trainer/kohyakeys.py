@@ -31,6 +31,8 @@ KOHYA_DEFAULTS: dict[str, Any] = {
     "cache_latents_to_disk": False,
     "vae_batch_size": 1,
 }
+# What sd-scripts has no default for: a base must be named, the others take ours.
+NO_KOHYA_DEFAULT = ("pretrained_model_name_or_path", "resolution", "seed")
 # The libraries' own defaults, which sd-scripts leaves in place.
 WEIGHT_DECAY = {"AdamW": 0.01, "AdamW8bit": 0.01, "Lion8bit": 0.0, "Adafactor": 0.0, "Prodigy": 0.0}
 
@@ -117,7 +119,17 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 # Optimizers that differ from ours in where their state is kept, not in what they compute.
-SAME_OPTIMIZER = {"pagedadamw": "AdamW", "pagedadamw8bit": "AdamW8bit", "pagedlion8bit": "Lion8bit"}
+SAME_OPTIMIZER = {
+    "pagedadamw": "AdamW",
+    "pagedadamw8bit": "AdamW8bit",
+    "pagedlion8bit": "Lion8bit",
+    "torch.optim.adamw": "AdamW",
+    "torch.optim.adamw.adamw": "AdamW",
+    "bitsandbytes.optim.adamw8bit": "AdamW8bit",
+    "bitsandbytes.optim.pagedadamw8bit": "AdamW8bit",
+    "bitsandbytes.optim.lion8bit": "Lion8bit",
+    "bitsandbytes.optim.pagedlion8bit": "Lion8bit",
+}
 # optimizer_args that ask for what our optimizers do anyway.
 SAME_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "AdamW": {"betas": ((0.9, 0.999),), "eps": (1e-8,)},
@@ -129,7 +141,6 @@ SAME_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "betas": ((0.9, 0.999),),
         "use_bias_correction": (False,),
         "d_coef": (1,),
-        "safeguard_warmup": (True,),
     },
 }
 

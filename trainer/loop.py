@@ -8,6 +8,7 @@ depend on how samples are batched or dealt to GPUs, and a resumed run is the sam
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -77,8 +78,8 @@ def train(
     With ``validate_on`` its validation loss (``trainer.validation``) is told after every epoch; with
     ``rehearse`` one dry step at the largest bucket comes first, which changes nothing.  ``changed`` settings
     may differ from the checkpoint's: the out-of-memory ladder's.  Raises Diverged after ten skipped steps in a
-    row; OutOfMemory, with all steps so far saved; and Interrupted once ``should_stop`` says so (the step is
-    finished and saved first).
+    row, which are not saved; OutOfMemory, with all steps so far saved; and Interrupted once ``should_stop``
+    says so (the step is finished and saved first).
     """
     preflight.check(base, config)
     length = plan(config, prepared.dataset, prepared.buckets)
@@ -100,6 +101,7 @@ def train(
             with out_of_memory_named(config):
                 yield stepper.rehearse(_largest(config, prepared))
         progress = checkpoint.restore(checkpoints, run) if checkpoints else checkpoint.Progress()
+        unproven: Path | None = None  # the newest checkpoint, until a step from its weights was finite
         stepper.park()
         last_save = time.monotonic()
         for epoch, group in _remaining(config, prepared, length, progress.step):
@@ -113,23 +115,20 @@ def train(
                     checkpoint.save(checkpoints, run, progress)
                 raise
             progress = _advance(progress, outcome)
+            if unproven and not outcome.skipped:
+                checkpoint.drop_others(unproven)
+                unproven = None
             yield _event(length, progress.step, epoch, rates, outcome, time.perf_counter() - started)
             if validate_on is not None and ranks.is_first and _ends_epoch(length, progress.step):
                 yield Validated(progress.step, epoch + 1, stepper.validate(validate_on))
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
-                kept = ""
-                if (
-                    checkpoints and ranks.is_first
-                ):  # skipped steps change no weight: these are the last good ones
-                    kept = f"; the last good weights are in {checkpoint.save(checkpoints, run, progress)}"
-                raise Diverged(
-                    f"{what}, up to {progress.step}", f"lower learning_rate or max_grad_norm{kept}"
-                )
+                raise Diverged(f"{what}, up to {progress.step}", _after_divergence(checkpoints, progress))
             stop = ranks.any(should_stop(), base.device)
-            is_due = stop or time.monotonic() - last_save >= checkpoint_every_seconds
-            if checkpoints and ranks.is_first and is_due:
-                yield Saved(checkpoint.save(checkpoints, run, progress), progress.step)
+            is_late = time.monotonic() - last_save >= checkpoint_every_seconds
+            if checkpoints and ranks.is_first and (stop or (is_late and not progress.in_a_row)):
+                unproven = checkpoint.save(checkpoints, run, progress)
+                yield Saved(unproven, progress.step)
                 last_save = time.monotonic()
             if stop:
                 saved = "the checkpoint is saved" if checkpoints else "nothing is saved"
@@ -138,6 +137,23 @@ def train(
                     "the same command goes on",
                 )
     yield Finished(progress.step, progress.skipped)
+
+
+def _after_divergence(checkpoints: Path | None, progress: checkpoint.Progress) -> str:
+    """What to do after ten skipped steps.  The weights of now are no use: the last update made them so.  Good
+    ones are those that an update was computed from."""
+    applied = progress.step - progress.in_a_row
+    if applied == 0:
+        return (
+            "no step was ever finite, so it is not the rate: try mixed_precision = bf16 or no, "
+            "and look at the base and network_weights"
+        )
+    good = checkpoint.last_good(checkpoints, applied) if checkpoints else None
+    start = "start again with a lower learning_rate or max_grad_norm and another --output"
+    if good is None:
+        return f"{start}; no weights from before were saved"
+    weights = shlex.quote(f"network_weights={good / checkpoint.WEIGHTS}")
+    return f"{start}; to begin with the last weights that had a finite loss, add --set {weights}"
 
 
 def _largest(config: TrainConfig, prepared: Prepared) -> MicroBatch:

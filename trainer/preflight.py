@@ -5,26 +5,18 @@
 
 from __future__ import annotations
 
+from trainer import families
 from trainer.bases.base import Base
 from trainer.captions import listed
-from trainer.config import SETTINGS, TrainConfig
+from trainer.config import TrainConfig
 from trainer.dataset import Dataset
 from trainer.errors import ConfigError
 from trainer.fp8 import holds_fp8
 
-KIND = {"sd15": "SD1.5", "sdxl": "SDXL"}  # family → how Setting.only names it
-NOT_USED = ("clip_skip",)  # settings that the other family passes over, as sd-scripts does; ``notes`` says it
-
 
 def check(base: Base, config: TrainConfig) -> None:
     """ConfigError if the base cannot do what the settings ask for."""
-    usual = TrainConfig().as_dict()
-    for name, facts in SETTINGS.items():
-        if facts.only in ("", KIND[base.family]) or name in NOT_USED or getattr(config, name) == usual[name]:
-            continue
-        raise ConfigError(
-            f"{name} is for {facts.only}, and {base.name} is {KIND[base.family]}", f"leave {name} out"
-        )
+    families.check(config, base.family, base.name)
     layers = int(base.text_encoders[0].config.num_hidden_layers)
     if base.uses_clip_skip and config.clip_skip is not None and config.clip_skip > layers:
         raise ConfigError(
@@ -45,12 +37,10 @@ def notes(base: Base, config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
     native_px = base.native_resolution_px
     if 2 * config.resolution <= native_px:
         found.append(
-            f"{base.name} is {KIND[base.family]} made for {native_px} px; these settings train {config.resolution} px"
+            f"{base.name} is {families.KIND[base.family]} made for {native_px} px; "
+            f"these settings train {config.resolution} px"
         )
-    if not base.uses_clip_skip and config.clip_skip is not None:
-        found.append(
-            f"clip_skip = {config.clip_skip} is not used: {base.family} always reads the last layer but one"
-        )
+    found += families.passed_over(config, base.family)
     limit = config.max_token_length or base.caption_tokens
     long = [item.path for item in dataset.items if base.token_count(item.caption) > limit]
     if long:

@@ -34,7 +34,8 @@ This page is made from the code (`python -m trainer.settingsdoc > docs/settings.
 `hpo train FILE` reads a TOML file of ours or of sd-scripts (`--config_file`), a dataset file (`--dataset_config`), a
 LoRA or the folder of a run. Sections are for the reader. A file with a key that only sd-scripts has, as
 `network_module`, is sd-scripts': what it leaves out takes the column *sd-scripts*; in any other file, *default*.
-`–` means not set. `hpo train FILE --dry-run` shows every value and where it comes from.
+`–` means not set; where only *sd-scripts* is not set, the base must be named, and `resolution` and `seed` take ours.
+`hpo train FILE --dry-run` shows every value and where it comes from.
 
 Values win in this order: `--base`, `--data` and `--set`, the dataset file, the file, the defaults.
 """
@@ -95,7 +96,7 @@ def _row(name: str) -> tuple[str, ...]:
     facts = SETTINGS[name]
     default = getattr(TrainConfig(), name)
     theirs = kohyakeys.KOHYA_DEFAULTS.get(name, default)
-    where = _shown(theirs)
+    where = _shown(None if name in kohyakeys.NO_KOHYA_DEFAULT else theirs)
     if name in kohyakeys.NETWORK_ARGUMENTS:
         where += " (in network_args)"
     elif name == "weight_decay":

@@ -19,7 +19,7 @@ from trainer.dataset import Dataset, assemble, read_dataset, split_references
 from trainer.errors import ConfigError, DataError
 from trainer.files import clean_text
 from trainer.folders import HELD_OUT, MAX_REPEATS, Part, images_in
-from trainer.kohya import as_text, read_table
+from trainer.tomlfile import as_text, read_table
 
 # Keys of a dataset that are settings of the whole run here: all datasets of a file must agree on them.
 RUN_KEYS = {

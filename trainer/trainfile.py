@@ -18,11 +18,16 @@ from typing import Any
 from trainer.config import SETTINGS, TrainConfig, check_name
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import clean_text
-from trainer.kohya import KohyaFile, flat, from_kohya, from_own, is_kohya, read_table
+from trainer.kohya import KohyaFile, from_kohya, from_own, is_kohya
+from trainer.kohyakeys import NO_KOHYA_DEFAULT
 from trainer.subsets import is_dataset_table, read_dataset_file
+from trainer.tomlfile import flat, read_table
 
 RUN_CONFIG = "config.json"  # the settings in a run's folder
 OUTPUT = "output_dir"
+KOHYA_FILLS, SAVED = "sd-scripts' defaults", "saved settings"
+ITS_BASE = "its base was"
+SAMPLES = ("sample_prompts", "sample_every_n_epochs", "sample_every_n_steps", "sample_at_first")
 # The one of two settings that decides the length goes when the other is given.
 RIVALS = {"max_train_epochs": "max_train_steps", "max_train_steps": "max_train_epochs"}
 
@@ -70,7 +75,7 @@ def read_train_file(
         file = _with_dataset(file, dataset_path)
     given = {name: (value, "--set") for name, value in map(parse_set, sets)}
     given |= {name: (value, "command line") for name, value in (places or {}).items()}
-    return _with_values(file, given)
+    return _without_lost_prompts(_filled(_with_values(file, given)))
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -129,7 +134,7 @@ def _of_kohya(path: Path, form: str, file: KohyaFile, origin: str) -> TrainFile:
         form,
         file.config,
         dict.fromkeys(file.given, origin),
-        "sd-scripts' defaults",
+        KOHYA_FILLS,
         file.translated,
         file.without_effect,
         file.refused,
@@ -166,7 +171,7 @@ def _from_saved(path: Path, form: str, values: Any) -> TrainFile:
     )
     usual = TrainConfig().as_dict()
     config = TrainConfig().with_values(known)
-    origins = {name: "saved settings" for name, value in config.as_dict().items() if value != usual[name]}
+    origins = {name: SAVED for name, value in config.as_dict().items() if value != usual[name]}
     return TrainFile(path, form, config, origins, "this tool's defaults", refused=unknown)
 
 
@@ -203,6 +208,37 @@ def _with_values(file: TrainFile, given: Mapping[str, tuple[Any, str]]) -> Train
         config=file.config.with_values(values),
         origins=origins,
         translated=(*file.translated, *lines),
+    )
+
+
+def _filled(file: TrainFile) -> TrainFile:
+    """A file of sd-scripts with what sd-scripts has no default for: ours is said, a base must be named."""
+    if file.defaults != KOHYA_FILLS:
+        return file
+    if "pretrained_model_name_or_path" not in file.origins:
+        known = [line for line in file.without_effect if line.startswith(ITS_BASE)]
+        hint = known[0] if known else "set pretrained_model_name_or_path, or give --base"
+        raise ConfigError(f"{clean_text(str(file.path))} names no base", hint)
+    lines = [
+        f"{name} = unset → {getattr(file.config, name)}; sd-scripts has no default"
+        for name in NO_KOHYA_DEFAULT
+        if name not in file.origins
+    ]
+    return replace(file, translated=(*file.translated, *lines))
+
+
+def _without_lost_prompts(file: TrainFile) -> TrainFile:
+    """Settings that were saved elsewhere, without samples if their prompts are not here."""
+    prompts = file.config.sample_prompts
+    if file.origins.get("sample_prompts") != SAVED or Path(prompts).is_file():
+        return file
+    usual = TrainConfig().as_dict()
+    line = f"{', '.join(SAMPLES)}: the file {clean_text(prompts)} is not here, so no samples are drawn"
+    return replace(
+        file,
+        config=file.config.with_values({name: usual[name] for name in SAMPLES}),
+        origins={name: origin for name, origin in file.origins.items() if name not in SAMPLES},
+        without_effect=(*file.without_effect, line),
     )
 
 
@@ -303,7 +339,7 @@ def _read_lora(path: Path) -> TrainFile:
     ]
     base = metadata.get("ss_sd_model_name", "None")
     if base != "None":
-        notes.append(f"its base was {clean_text(base)[:80]}: name it with --base")
+        notes.append(f"{ITS_BASE} {clean_text(base)[:80]}: name it with --base")
     return replace(file, without_effect=(*file.without_effect, *notes))
 
 

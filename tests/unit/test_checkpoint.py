@@ -58,9 +58,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     move(run, 1)
     second = checkpoint.save(tmp_path / "b", run, Progress(2))
     first.rename(tmp_path / "b" / first.name)
+    assert checkpoint.last_good(tmp_path / "b", applied=3) == second
+    assert checkpoint.last_good(tmp_path / "b", applied=2) == tmp_path / "b" / first.name
     damaged = second / "adapter.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8])
     other = make_run()
+    assert checkpoint.last_good(tmp_path / "b", applied=3) == tmp_path / "b" / first.name
     assert checkpoint.restore(tmp_path / "b", other) == Progress(1)
     assert other.adapter.fingerprint() == kept
 
@@ -136,7 +139,7 @@ def test_a_checkpoint_computed_in_another_type_is_refused_by_name(tmp_path):
     half = replace(make_run(), compute=torch.float16, scaler=scaler)
     with pytest.raises(ConfigError, match=r"computed in torch\.float32 → torch\.float16"):
         checkpoint.restore(tmp_path, half)
-    checkpoint.save(tmp_path, half, Progress(2))
+    checkpoint.drop_others(checkpoint.save(tmp_path, half, Progress(2)))
     assert checkpoint.restore(tmp_path, replace(half, scaler=torch.amp.GradScaler("cpu"))) == Progress(2)
     state = json.loads((tmp_path / "step-000002" / "state.json").read_text())
     assert state.pop("compute") == "torch.float16"
@@ -166,7 +169,9 @@ def test_an_old_checkpoint_that_cannot_be_deleted_stops_nothing(tmp_path, monkey
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "unlink", refuse)
-    assert checkpoint.save(tmp_path, run, Progress(2)).is_dir()
+    second = checkpoint.save(tmp_path, run, Progress(2))
+    checkpoint.drop_others(second)
+    assert second.is_dir() and checkpoint.steps_behind(tmp_path) == 2
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match="file"):
         checkpoint.save(tmp_path / "file", run, Progress(3))

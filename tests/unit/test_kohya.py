@@ -217,6 +217,24 @@ def test_every_line_of_a_file_is_accounted_for(tmp_path: Path) -> None:
             assert key in file.given or key in said, key
 
 
+def test_zeros_dropouts_and_safeguards_are_said(tmp_path: Path) -> None:
+    zero = read(tmp_path, 'network_args = ["conv_dim=0", "conv_alpha=0"]')
+    assert "network_args conv_dim = 0 → unset: no 3×3 convolutions" in zero.translated
+    assert "network_args conv_alpha = 0 → unset" in zero.translated
+    lycoris = read(tmp_path, 'network_module = "lycoris.kohya"\nnetwork_args = ["dropout=0.1"]')
+    assert "network_args dropout = 0.1 → network_dropout = 0.1" in lycoris.translated
+    prodigy = 'optimizer_type = "Prodigy"\nlr_scheduler = "cosine"\n'
+    given = 'optimizer_args = ["safeguard_warmup=True"]\n'
+    for text, said in (
+        (given, ["true → false, since there is no warm-up"]),
+        ("lr_warmup_steps = 9\n", ["false → true, which warm-up needs"]),
+        (given + "lr_warmup_steps = 9\n", []),
+        ("", []),
+    ):
+        lines = [line for line in read(tmp_path, prodigy + text).translated if "safeguard" in line]
+        assert [line.partition(" = ")[2] for line in lines] == said
+
+
 def test_missing_keys_take_kohyas_defaults(tmp_path: Path) -> None:
     config = read(tmp_path, "resolution = 512").config
     assert (config.network_dim, config.network_alpha) == (4, 1.0)
@@ -275,6 +293,7 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
         ('lr_scheduler = "inverse_sqrt"', "lr_scheduler"),
         ('resolution = "512,768"', "resolution"),
         ('vae = "x.safetensors"', "vae"),
+        ("lr_warmup_steps = 100.0", "lr_warmup_steps"),
         ("random_crop = true", "random_crop"),
         ('resume = "state"', "resume"),
         ("initial_step = 100", "initial_step"),
@@ -313,6 +332,9 @@ def test_what_would_give_another_result_is_refused_with_a_reason(tmp_path: Path,
         "stop_text_encoder_training = 0",
         "loraplus_lr_ratio = 0\nloraplus_unet_lr_ratio = 0.0\nloraplus_text_encoder_lr_ratio = 0",
         "datasets = []",
+        "lr_warmup_steps = 100",
+        'lr_scheduler = "cosine"\nlr_scheduler_num_cycles = 0',
+        'network_args = ["conv_dim=0", "conv_alpha=0"]',
     ],
 )
 def test_values_that_ask_for_nothing_are_accepted(tmp_path: Path, line: str) -> None:
@@ -334,6 +356,10 @@ def test_values_that_ask_for_nothing_are_accepted(tmp_path: Path, line: str) -> 
         ('network_args = ["conv_dim=4", "conv_alpha=2.0"]', {"conv_dim": 4, "conv_alpha": 2.0}),
         ("max_train_steps = 500", {"max_train_steps": 500, "max_train_epochs": None}),
         ("lr_warmup_steps = 0.05", {"lr_warmup_steps": 0.05}),
+        ('optimizer_type = "torch.optim.AdamW"', {"optimizer_type": "AdamW"}),
+        ('optimizer_type = "bitsandbytes.optim.AdamW8bit"', {"optimizer_type": "AdamW8bit"}),
+        ('network_args = ["conv_dim=0", "conv_alpha=0"]', {"conv_dim": None}),
+        ('network_args = ["conv_dim=4", "conv_alpha=0"]', {"conv_dim": 4, "conv_alpha": 4.0}),
     ],
 )
 def test_translations_keep_their_meaning(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
@@ -366,6 +392,15 @@ def test_translations_keep_their_meaning(tmp_path: Path, text: str, expected: di
         (
             'network_module = "lycoris.kohya"\nnetwork_dim = 8\nnetwork_alpha = 2',
             {"network_type": "LoCon", "conv_dim": 8, "conv_alpha": 2.0},
+        ),
+        (
+            'network_module = "lycoris.kohya"\nnetwork_dim = 8\nnetwork_dropout = 0.5\n'
+            'network_args = ["dropout=0.1", "conv_dim=0", "conv_alpha=0"]',
+            {"network_dropout": 0.1, "conv_dim": 8, "conv_alpha": 1.0},
+        ),
+        (
+            'network_module = "lycoris.kohya"\nnetwork_args = ["algo=loha", "dropout=0.1", "preset=attn-mlp"]',
+            {"network_type": "LoHa", "network_dropout": 0.0},
         ),
     ],
 )

@@ -4,6 +4,7 @@ wrong."""
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import DDPMScheduler
 
@@ -164,12 +165,13 @@ def test_stopping_without_a_checkpoint_folder_says_that_nothing_is_saved():
         run(base, tiny_config(), should_stop=lambda: True)
 
 
-def test_checkpoints_come_by_the_clock_and_only_the_newest_stays(tmp_path):
+def test_checkpoints_come_by_the_clock_and_the_one_before_stays_until_the_next_step(tmp_path):
     base = tiny_base("sd15")
     events, _ = run(base, tiny_config(), checkpoints=tmp_path, checkpoint_every_seconds=0)
     saved = [event for event in events if isinstance(event, Saved)]
     assert [event.step for event in saved] == [1, 2, 3, 4]
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["step-000003", "step-000004"]  # no step was made from the last one's weights yet
     events, _ = run(base, tiny_config(), checkpoints=tmp_path)
     assert events == [Finished(4, 0)]
 
@@ -219,18 +221,57 @@ def test_ten_skipped_steps_in_a_row_are_a_divergence(monkeypatch):
         run(base, tiny_config(max_train_epochs=20))
 
 
-def test_a_divergence_leaves_the_last_good_weights_in_a_checkpoint_and_names_it(monkeypatch, tmp_path):
+def diverge(base, config, folder, **options):
+    """Train until it diverges; returns (hint, checkpoint names, weights after each step)."""
+    adapter = inject(base, config)
+    prints = {}
+    try:
+        with pytest.raises(Diverged) as caught:
+            prepared = tiny_prepared(base, config)
+            for event in train(config, base, adapter, prepared, checkpoints=folder, **options):
+                prints[event.step] = adapter.fingerprint()
+    finally:
+        adapter.remove()
+    return caught.value.hint, sorted(path.name for path in folder.glob("step-*")), prints
+
+
+def weights_of(path, base, config):
+    adapter = inject(base, config)
+    adapter.load_state(safetensors.torch.load_file(path))
+    fingerprint = adapter.fingerprint()
+    adapter.remove()
+    return fingerprint
+
+
+def test_after_a_divergence_the_weights_of_the_last_finite_loss_are_kept_and_named(monkeypatch, tmp_path):
+    """Steps 1 to 3 are applied; the loss with the weights after step 3 is not finite."""
     base = tiny_base("sd15")
     config = tiny_config(max_train_epochs=20)
     poison(base, monkeypatch, set(range(3, 100)))
-    adapter = inject(base, config)
-    prints = {}
-    with pytest.raises(Diverged) as caught:
-        for event in train(config, base, adapter, tiny_prepared(base, config), checkpoints=tmp_path):
-            prints[event.step] = adapter.fingerprint()
-    (path,) = tmp_path.glob("step-*")
-    assert str(path) in caught.value.hint
-    assert prints[3] == adapter.fingerprint() and prints[2] != prints[3]
+    hint, names, prints = diverge(base, config, tmp_path, checkpoint_every_seconds=0)
+    assert names == ["step-000002", "step-000003"]
+    good = tmp_path / "step-000002" / "adapter.safetensors"
+    assert f"--set network_weights={good}" in hint
+    assert weights_of(good, base, config) == prints[2] != prints[3] == prints[13]
+
+    for stop in (None, 3):  # the same command again, also one that was stopped meanwhile: no further
+        if stop:
+            with pytest.raises(Interrupted):
+                run(base, config, checkpoints=tmp_path, should_stop=stop_after(stop))
+        again = diverge(base, config, tmp_path, checkpoint_every_seconds=0)
+        assert again[0] == hint and max(again[2]) == 13
+        assert "step-000002" in again[1]
+
+
+def test_a_divergence_without_a_good_checkpoint_names_none_and_saves_none(monkeypatch, tmp_path):
+    base = tiny_base("sd15")
+    config = tiny_config(max_train_epochs=20)
+    poison(base, monkeypatch, set(range(3, 100)))
+    hint, names, _ = diverge(base, config, tmp_path)
+    assert names == [] and "no weights from before were saved" in hint
+    poison(base, monkeypatch, set(range(100)))
+    hint, names, _ = diverge(base, config, tmp_path, checkpoint_every_seconds=0)
+    assert names == [] and "it is not the rate" in hint
 
 
 def test_skips_that_are_not_in_a_row_are_no_divergence(monkeypatch):

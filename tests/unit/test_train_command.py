@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hpo.keeper
+import hpo.training
 from hpo.cli import main
 from hpo.trainplan import count_steps
 from hpo.trainsamples import read_sample_prompts
@@ -108,6 +113,55 @@ def test_a_dry_run_shows_what_a_file_of_sd_scripts_means_and_ends_as_the_run_wou
         assert part in shown, part
 
 
+def dry_run(place: Path, text: str, *words: str) -> Result:
+    """Of the settings in ``text``, on images that are enlarged."""
+    (place / "dry.toml").write_text(f"bucket_no_upscale = false\n{text}")
+    return hpo_command("train", "dry.toml", "--dry-run", "--json", *words)
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "message"),
+    [
+        ("mini-sd15", f"down_lr_weight = '{','.join('1' * 9)}'", "down_lr_weight has 9 values"),
+        ("mini-sdxl", f"down_lr_weight = '{','.join('1' * 12)}'", "down_lr_weight has 12 values"),
+        ("mini-sd15", "text_encoder_lr1 = 1e-5", "text_encoder_lr1 is for SDXL, and mini-sd15 is SD1.5"),
+    ],
+)
+def test_a_dry_run_knows_the_family_of_its_base(place: Path, base: str, text: str, message: str) -> None:
+    result = dry_run(place, text, "--base", base, "--data", "images")
+    assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_dry_run_says_what_the_family_passes_over(place: Path) -> None:
+    words = ("--data", "images", "--base")
+    lines = json.loads(dry_run(place, "clip_skip = 2", *words, "mini-sdxl").stdout)["without_effect"]
+    assert lines == ["clip_skip = 2 is not used: sdxl always reads the last layer but one"]
+    assert json.loads(dry_run(place, "clip_skip = 2", *words, "mini-sd15").stdout)["without_effect"] == []
+
+
+def test_what_a_folder_of_the_dataset_file_sets_is_not_waited_for(place: Path) -> None:
+    def waits(subset: str, text: str = "keep_tokens = 1") -> list[str]:
+        (place / "set.toml").write_text(
+            f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'images/1_zkw figure'\n{subset}\n"
+        )
+        return json.loads(dry_run(place, text, "--dataset", "set.toml").stdout)["without_effect"]  # type: ignore[no-any-return]
+
+    assert waits("shuffle_caption = true") == []
+    assert waits("", "keep_tokens = 1\ntoken_warmup_step = 5") == []
+    assert [line.split(":")[0] for line in waits("")] == ["keep_tokens"]
+
+
+def test_refused_keys_leave_the_images_and_steps_in_the_dry_run(place: Path) -> None:
+    described = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'images/1_zkw figure'\n"
+    (place / "set.toml").write_text(described + 'caption_extension = ".txt"\n')
+    text = 'network_module = "networks.lora"\ncolor_aug = true\n'
+    result = dry_run(place, text, "--dataset", "set.toml", "--base", "mini-sd15")
+    assert result.exit_code == 2 and json.loads(result.stdout)["steps"]["images"] == 4
+    (place / "set.toml").write_text(described + "color_aug = true\n")
+    result = dry_run(place, text, "--dataset", "set.toml", "--base", "mini-sd15")
+    assert result.exit_code == 2 and json.loads(result.stdout)["steps"] is None
+
+
 @pytest.mark.parametrize("values", [{}, {"gradient_accumulation_steps": 3}, {"max_train_steps": 5}])
 def test_the_arithmetic_is_that_of_the_loop(place: Path, values: dict[str, Any]) -> None:
     config = TrainConfig(
@@ -127,6 +181,7 @@ def test_a_run_saves_along_the_way_and_can_be_trained_again_from_its_file(place:
         "save_last_n_epochs=1",
         "save_every_n_steps=5",
         "sample_every_n_epochs=3",
+        "lr_warmup_steps=0.2",
     )
     sets = [
         word for text in (*words, "sample_prompts=prompts.txt", "logging_dir=log") for word in ("--set", text)
@@ -149,8 +204,14 @@ def test_a_run_saves_along_the_way_and_can_be_trained_again_from_its_file(place:
     other = train(base, "--output", "out", "--set", "network_alpha=1")
     assert other.exit_code == 2 and "another" in other.stderr
 
+    metadata = safetensors.safe_open("out/lora-000002.safetensors", "pt").metadata()
+    names = ("ss_max_train_steps", "ss_num_epochs", "ss_lr_warmup_steps", "ss_steps", "ss_epoch")
+    assert [metadata[name] for name in names] == ["6", "3", "1", "4", "2"]
+
+    (place / "prompts.txt").rename(place / "moved.txt")
     again = train(base, "--output", "again", file="out/lora.safetensors")
-    assert again.exit_code == 0, again.output
+    assert again.exit_code == 0 and "prompts.txt is not here" in again.output, again.output
+    (place / "moved.txt").rename(place / "prompts.txt")
     assert same("out/lora.safetensors", "again/lora.safetensors")
     folder = train(base, "--dry-run", "--json", file="out/lora.run")
     assert json.loads(folder.stdout)["config"]["sample_prompts"] == "prompts.txt"
@@ -166,9 +227,6 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
     def stopping(self: Any, event: Any, adapter: Any) -> None:
         original(self, event, adapter)
         if isinstance(event, Step) and event.step == 2:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -182,6 +240,73 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
     assert same("whole/lora.safetensors", "parts/lora.safetensors")
     rows = [json.loads(line) for line in (place / "parts/lora.run/train.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_board_shows_each_step_once_also_after_a_kill(
+    place: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped and saved after step 2, killed after step 4, gone on with from step 2."""
+    original = hpo.training.StepLog.write
+    words = ["--output", "out", "--set", "logging_dir=log", "--set", "validation_split=0.5"]
+    words += ["--set", "max_train_epochs=6"]
+
+    def stop(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def kill(number: int) -> None:
+        raise RuntimeError("killed")
+
+    for last, end in ((2, stop), (4, kill)):
+
+        def ending(self: Any, event: Any, last: int = last, end: Any = end) -> None:
+            original(self, event)
+            if isinstance(event, Step) and event.step == last:
+                end(last)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hpo.training.StepLog, "write", ending)
+            if end is kill:
+                with pytest.raises(RuntimeError, match="killed"):
+                    train(base, *words)
+            else:
+                assert train(base, *words).exit_code == 130
+    assert train(base, *words).exit_code == 0
+    board = EventAccumulator(str(place / "log" / "lora")).Reload()
+    assert [scalar.step for scalar in board.Scalars("loss/current")] == [1, 2, 3, 4, 5, 6]
+    assert [scalar.step for scalar in board.Scalars("loss/validation")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_after_a_divergence_the_words_of_the_hint_train_on(
+    place: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate of 10, reached by warm-up: the weights after step 1 are the last ones with a finite loss."""
+    words = [
+        "learning_rate=10",
+        "lr_scheduler=constant_with_warmup",
+        "lr_warmup_steps=2",
+        "max_train_steps=30",
+    ]
+    sets = [word for setting in words for word in ("--set", setting)]
+    original = hpo.training.StepLog.write
+
+    def stopping(self: Any, event: Any) -> None:
+        original(self, event)
+        if isinstance(event, Step) and event.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hpo.training.StepLog, "write", stopping)
+        assert train(base, "--output", "out 1", *sets).exit_code == 130
+    said = []
+    for _ in range(2):
+        result = train(base, "--output", "out 1", *sets)
+        assert result.exit_code != 0 and "10 steps in a row" in result.stderr, result.output
+        said.append(result.stderr)
+    assert said[0] == said[1]  # the same command again comes no further
+    named = shlex.split(said[0].rpartition("add ")[2])
+    assert named == ["--set", "network_weights=out 1/lora.run/checkpoints/step-000001/adapter.safetensors"]
+    again = train(base, "--output", "again", *named, "--set", "max_train_steps=2")
+    assert again.exit_code == 0, again.output
 
 
 def test_a_setting_of_the_other_family_is_refused(place: Path, base: Path) -> None:
@@ -256,7 +381,7 @@ def test_export_writes_what_sd_scripts_reads(place: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.splitlines()[-1] == (
         "accelerate launch --num_cpu_threads_per_process 1 train_network.py "
-        "--config_file kohya/config.toml --dataset_config kohya/dataset.toml"
+        f"--config_file {place}/kohya/config.toml --dataset_config {place}/kohya/dataset.toml"
     )
     result = hpo_command(
         "train", "kohya/config.toml", "--dataset", "kohya/dataset.toml", "--dry-run", "--json"
@@ -294,6 +419,9 @@ def test_a_file_of_sd_scripts_is_trained_again_with_its_settings(place: Path) ->
     for picture in sorted(place.rglob("*.png")):
         Image.open(picture).resize((64, 64)).save(picture)
     old = kohya_lora(place / "old-one.safetensors")
+    nameless = hpo_command("train", str(old), "--data", "images", "--dry-run")
+    assert nameless.exit_code == 2 and "names no base" in nameless.stderr
+    assert "its base was mini.safetensors: name it with --base" in nameless.stderr
     result = hpo_command(
         "train", str(old), "--base", "mini-sd15", "--data", "images", "--device", "cpu", "--output", "again"
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import tomlkit
+import torch
 
 from tests.tiny_search import draw_images
 from trainer import kohyaexport, settingsdoc, subsets
@@ -16,6 +19,7 @@ from trainer.config import SETTINGS, TrainConfig
 from trainer.dataset import assign_buckets, epoch_batches
 from trainer.errors import ConfigError, DataError
 from trainer.kohyakeys import KNOWN_KEYS, OURS_ALONE
+from trainer.optim import OPTIMIZERS
 from trainer.trainfile import TrainFile, kohya_settings, read_train_file
 
 KOHYA = """
@@ -253,6 +257,138 @@ def test_what_is_exported_means_the_same_when_it_is_read_back(
     }
     assert item.repeats == 2 and "sdxl_train_network.py" in found.command
     assert tomlkit.parse((tmp_path / "dataset.toml").read_text())["general"]["batch_size"] == 4  # type: ignore[index]
+
+
+def whole_numbers(table: Any) -> Iterator[tuple[str, Any]]:
+    """Every number of a table, however deep, under its key."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from whole_numbers(value)
+        elif isinstance(value, list):
+            yield from (pair for entry in value if isinstance(entry, dict) for pair in whole_numbers(entry))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
+
+
+@pytest.mark.parametrize(("warmup", "kind"), [(100, int), (1, int), (0.05, float)])
+def test_an_exported_number_has_the_type_that_sd_scripts_acts_on(
+    tmp_path: Path, data: Path, warmup: float, kind: type
+) -> None:
+    """sd-scripts multiplies lr_warmup_steps by all steps if it is written with a decimal point."""
+    steps = {
+        "save_every_n_steps": 50,
+        "max_train_steps": 900,
+        "max_timestep": 900,
+        "clip_skip": 2,
+        "keep_tokens": 1,
+    }
+    more = {"multires_noise_iterations": 6, "lr_scheduler_num_cycles": 3, "max_token_length": 150}
+    config = TrainConfig(train_data_dir=str(data), lr_warmup_steps=warmup, **steps, **more)  # type: ignore[arg-type]
+    kohyaexport.write(kohyaexport.export(config, "sd15", "sd15", tmp_path), tmp_path)
+    table = tomllib.loads((tmp_path / "config.toml").read_text())
+    assert type(table["lr_warmup_steps"]) is kind and table["lr_warmup_steps"] == warmup
+    types = get_type_hints(TrainConfig)
+    numbers = [*whole_numbers(table), *whole_numbers(tomllib.loads((tmp_path / "dataset.toml").read_text()))]
+    assert {*steps, *more, "resolution", "num_repeats", "batch_size"} <= {name for name, _ in numbers}
+    for name, value in numbers:
+        setting = subsets.RUN_KEYS.get(name, name)
+        wants_int = name == "num_repeats" or int in (types[setting], *get_args(types[setting]))
+        assert name == "lr_warmup_steps" or type(value) is (int if wants_int else float), name
+
+
+def test_what_sd_scripts_does_not_have_is_said(tmp_path: Path, data: Path) -> None:
+    config = TrainConfig(
+        train_data_dir=str(data), hold_out_references=True, text_encoder_frozen=True, micro_batch_size=1,
+        bucket_reso_steps=32, validation_split=0.2,
+    )  # fmt: skip
+    found = kohyaexport.export(config, "sd15", "sd15", tmp_path)
+    said = "\n".join(found.notes)
+    for part in ("hold_out_references is left out", "micro_batch_size is left out", "bucket_reso_steps = 32",
+                 "text_encoder_frozen → text_encoder_lr = 0", "validation_split needs"):  # fmt: skip
+        assert part in said
+    assert found.config["text_encoder_lr"] == 0.0 and found.dataset["general"]["validation_split"] == 0.2
+    plain = kohyaexport.export(TrainConfig(train_data_dir=str(data)), "sdxl", "sdxl", tmp_path)
+    assert not any("left out" in note or "bucket" in note for note in plain.notes)
+    assert "validation_split" not in plain.dataset["general"]
+    of_sdxl = kohyaexport.export(config, "sdxl", "sdxl", tmp_path).notes
+    assert not any("bucket_reso_steps" in note for note in of_sdxl)
+
+
+def test_prodigy_is_exported_as_it_runs_here(tmp_path: Path, data: Path) -> None:
+    for warmup, schedule in ((0, "cosine"), (10, "cosine"), (10, "constant")):
+        values = {"optimizer_type": "Prodigy", "learning_rate": 1.0, "lr_warmup_steps": warmup}
+        config = TrainConfig(train_data_dir=str(data), lr_scheduler=schedule, **values)  # type: ignore[arg-type]
+        found = kohyaexport.export(config, "sd15", "sd15", tmp_path)
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}]
+        ours = OPTIMIZERS["Prodigy"](groups, config).defaults["safeguard_warmup"]
+        assert f"safeguard_warmup={ours}" in found.config["optimizer_args"]
+
+
+def test_every_exported_path_is_found_from_another_folder(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    relative = data.relative_to(tmp_path)
+    (tmp_path / "set.toml").write_text(
+        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{relative}/2_zkw figure'\n"
+    )
+    values = {
+        "sample_prompts": "p.txt",
+        "sample_at_first": True,
+        "logging_dir": "log",
+        "network_weights": "w",
+    }
+    for source in ({"dataset_config": "set.toml"}, {"train_data_dir": str(relative)}):
+        config = TrainConfig(**source, **values)  # type: ignore[arg-type]
+        found = kohyaexport.export(config, "sd15", "base", Path("here"))
+        names = (
+            "pretrained_model_name_or_path",
+            "output_dir",
+            "sample_prompts",
+            "logging_dir",
+            "network_weights",
+        )
+        paths = [found.config[name] for name in names]
+        paths += [subset["image_dir"] for subset in found.dataset["datasets"][0]["subsets"]]
+        assert all(Path(path).is_absolute() for path in paths), paths
+        assert f"--config_file {tmp_path}/here/config.toml" in found.command
+    assert (
+        kohyaexport.export(config, "sd15", "a/b", Path("here")).config["pretrained_model_name_or_path"]
+        == "a/b"
+    )
+
+
+def test_a_file_of_sd_scripts_must_name_its_base_and_what_it_leaves_open_is_said(
+    tmp_path: Path, data: Path
+) -> None:
+    text = KOHYA.replace("{data}", str(data)).replace("resolution = 32\n", "")
+    nameless = "\n".join(line for line in text.splitlines() if not line.startswith("pretrained"))
+    with pytest.raises(ConfigError, match=r"file\.toml names no base") as caught:
+        read(tmp_path, nameless)
+    assert "--base" in caught.value.hint
+    places = {"pretrained_model_name_or_path": "mini-sd15"}
+    said = read(tmp_path, nameless, places=places).translated
+    assert "resolution = unset → 512; sd-scripts has no default" in said
+    assert "seed = unset → 42; sd-scripts has no default" in said
+    described = tmp_path / "dataset.toml"
+    described.write_text(
+        f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{data}/2_zkw figure'\n"
+    )
+    file = read(tmp_path, text, "seed=1", dataset=described)
+    assert file.config.resolution == 64 and not any("unset" in line for line in file.translated)
+
+
+def test_samples_whose_prompts_are_not_here_are_left_out_and_said(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    saved = TrainConfig(sample_prompts="prompts.txt", sample_every_n_steps=3, network_dim=8).as_dict()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    file = read_train_file(tmp_path / "run")
+    assert (file.config.sample_prompts, file.config.sample_every_n_steps) == ("", None)
+    assert file.config.network_dim == 8 and "the file prompts.txt is not here" in file.without_effect[0]
+    (tmp_path / "p.txt").write_text("a cat")
+    kept = read_train_file(tmp_path / "run", sets=[f"sample_prompts={tmp_path}/p.txt"])
+    assert kept.config.sample_every_n_steps == 3 and kept.without_effect == ()
 
 
 def test_two_text_encoder_rates_cannot_be_exported(tmp_path: Path, data: Path) -> None:

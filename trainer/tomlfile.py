@@ -1,0 +1,59 @@
+"""TOML files as a person wrote them: read, without their sections, and their values as texts to show.
+
+Owns the errors for files that cannot be read; what their keys mean is ``trainer.kohya``'s and ``trainer.subsets``'.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ConfigError
+from trainer.files import clean_text
+
+MAX_FILE_BYTES = 1 << 20
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A TOML file as it stands.  ConfigError if it cannot be read."""
+    path = Path(path)
+    shown = clean_text(str(path))
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{shown} is larger than 1 MB", "give a TOML file with settings")
+        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {shown}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{shown} is not TOML: {clean_text(str(error))}", "correct this place") from error
+    return table
+
+
+def flat(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a file without its sections.  Lists of tables (``[[datasets]]``) stay one value."""
+    shown = clean_text(str(path))
+    found: dict[str, Any] = {}
+    for name, value in _pairs(table):
+        if name in found:
+            raise ConfigError(f"{clean_text(name)} is set twice in {shown}", "keep one of both")
+        found[name] = value
+    if not found:
+        raise ConfigError(f"{shown} has no settings", "write for example learning_rate = 1e-4")
+    return found
+
+
+def _pairs(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        pairs += _pairs(value) if isinstance(value, dict) else [(name, value)]
+    return pairs
+
+
+def as_text(value: Any) -> str:
+    """A value as it stands in a TOML file, short and safe to print."""
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    return clean_text(shown)[:80]
