@@ -143,11 +143,12 @@ class Stepper:
         real = self.optimizer, self.scaler
         self.optimizer, self.scaler = optim.build_optimizer(config, self.adapter), self._new_scaler()
         accumulates = config.gradient_accumulation_steps > 1
+        memory.release(device)  # loading and encoding have left more in the cache than a step takes
         memory.forget_peak(device)
         started = time.perf_counter()
         try:
             self.step([micro] * (2 if accumulates else 1) * self.ranks.world, 0, 0)
-            peak = memory.peak_bytes(device)
+            peaks = memory.peak_bytes(device), memory.card_peak_bytes(device)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer, self.scaler = real
@@ -159,7 +160,8 @@ class Stepper:
         bucket = self.prepared.buckets[micro[0].item.sha256]
         images = min(len(micro), config.images_at_once)
         size = (bucket.width_px, bucket.height_px)
-        return Rehearsed(size, images, time.perf_counter() - started, peak)
+        seconds = time.perf_counter() - started
+        return Rehearsed(size, images, seconds, *peaks, memory.device_bytes(device))
 
     def park(self) -> None:
         """With cpu_offload: the optimizer's state to the computer's memory until the next step."""
