@@ -57,10 +57,16 @@ def plan(request: Request, console: Console, echo: Callable[[str], None]) -> Non
     facts = footprint.base_facts(config.pretrained_model_name_or_path)
     if request.file is None and not any(text.split("=")[0].strip() == "resolution" for text in request.sets):
         config = config.with_values({"resolution": facts.native_resolution_px})
+
+    def progress(text: str) -> None:
+        if not request.as_json:
+            say(console, text)
+
+    progress(f"predicting the memory of {facts.name} …")
     given = footprint.predict(config, facts)
     if not request.as_json:
         show_footprint(console, f"{facts.name}, settings as given", config, given)
-    stack = stacks.choose(config, facts, int(request.vram * GB))
+    stack = stacks.choose(config, facts, int(request.vram * GB), progress)
     if request.as_json:
         echo(json.dumps(as_json(request, facts, given, stack), indent=1))
     else:

@@ -49,8 +49,9 @@ def apply_plan(ladder: RunLadder, vram_bytes: int | None, step: int, say: Callab
     """
     if vram_bytes is None or step:
         return
+    say(f"planning for {vram_bytes / 1e9:.1f} GB …")
     try:
-        stack = choose(ladder.config, base_facts(_spec(ladder.config)), vram_bytes)
+        stack = choose(ladder.config, base_facts(_spec(ladder.config)), vram_bytes, say)
     except ToolError as error:
         say(f"no plan: {error}; the dry step will tell")
         return

@@ -91,3 +91,13 @@ def test_mistakes_are_told_in_two_lines(words, message):
     result = plan(*words)
     lines = result.stderr.strip().splitlines()
     assert result.exit_code == 2 and message in lines[0] and len(lines) == 2
+
+
+@pytest.mark.parametrize("amount", ["nan", "inf", "-inf", "1e999", "0"])
+@pytest.mark.parametrize(
+    "words",
+    [("plan", "--base", "sdxl", "--vram"), ("transfer", "--to", "sdxl", "--vram"), ("search", "--max-hours")],
+)
+def test_an_amount_is_a_finite_number(words, amount):
+    result = CliRunner().invoke(main, [*words, amount], catch_exceptions=False)
+    assert result.exit_code == 2 and f"Invalid value for '{words[-1]}'" in result.stderr
