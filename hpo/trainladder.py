@@ -9,7 +9,7 @@ setting the user has since changed to something else no longer counts, nor do th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from trainer.ladder import Rung, encoding_rung, next_rung
 
 
 class RunLadder:
-    """The settings of a run as its rungs have left them."""
+    """The settings of a run as its rungs have left them.  ``changed``: those that a checkpoint may have been made
+    without, as the rung was taken after it."""
 
     def __init__(
         self, path: Path, config: TrainConfig, say: Callable[[str], None], *, writes: bool = True
@@ -53,7 +54,8 @@ class RunLadder:
             row = {"rung": rung.name, "why": why, "step": step, "changes": changes, "says": rung.says}
             row["time_utc"] = datetime.now(UTC).isoformat(timespec="seconds")
             append_line(self.path, json.dumps(row))
-        self._move(rung.name, rung.config, frozenset(changes))
+        self._move(rung.name, rung.config)
+        self._note(changes, step)
 
     def _again(self, row: dict[str, Any]) -> bool:
         """Take a rung of an earlier call, if its settings are still those it changed.  One that the user has
@@ -67,18 +69,23 @@ class RunLadder:
         if not sound or any(getattr(self.config, name) not in pair for name, pair in changes.items()):
             return False
         if all(getattr(self.config, name) == pair[1] for name, pair in changes.items()):
-            self.changed |= frozenset(changes)
+            self._note(changes, row.get("step"))
             return True
         try:
             config = self.config.with_values({name: pair[1] for name, pair in changes.items()})
         except ConfigError:
             return False
-        self._move(str(row.get("rung", "")), config, frozenset(changes))
+        self._move(str(row.get("rung", "")), config)
+        self._note(changes, row.get("step"))
         for line in str(row.get("says", row.get("rung", ""))).splitlines():
             self._say(f"as before: {line}")
         return True
 
-    def _move(self, name: str, config: TrainConfig, changed: frozenset[str]) -> None:
+    def _move(self, name: str, config: TrainConfig) -> None:
         self.config = config
         self.tried = (*self.tried, name)
-        self.changed |= changed
+
+    def _note(self, changes: Iterable[str], step: Any) -> None:
+        """What changed before the first step is in every checkpoint."""
+        if isinstance(step, int) and step > 0:
+            self.changed |= frozenset(changes)
