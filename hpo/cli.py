@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpo.finite import Finite
 from trainer.errors import Interrupted, ToolError
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ def file_option(name: str, text: str) -> Callable[[Any], Any]:
     "--class", "class_word", help="What the subject is (girl, style, vase). Unset: from the folder's name."
 )
 @file_option("--enqueue", "A kohya configuration of your own, tried right after the usual settings.")
-@click.option(
-    "--max-hours", type=click.FloatRange(min=0, min_open=True), help="Begin no trial after this time."
-)
+@click.option("--max-hours", type=Finite(min=0, min_open=True), help="Begin no trial after this time.")
 @click.option("--device", help="cpu, cuda, cuda:1 … Unset: the GPU if there is one.")
 @click.option(
     "--keep-best", type=click.IntRange(1), metavar="K", help="Keep the LoRA files of the best K trials only."
@@ -225,7 +224,7 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
 )
 @click.option(
     "--vram",
-    type=click.FloatRange(0.1, 1000),
+    type=Finite(0.1, 1000),
     default=16.0,
     show_default=True,
     metavar="GB",
@@ -287,7 +286,7 @@ def train(file: Path, **words: Any) -> None:
 @click.option("--study", metavar="NAME", help="The study that was searched. Unset: the last one.")
 @click.option(
     "--vram",
-    type=click.FloatRange(min=1, max=10_000),
+    type=Finite(min=1, max=10_000),
     metavar="GB",
     help="The card's memory. Unset: the profile's (sdxl-16gb: 16).",
 )

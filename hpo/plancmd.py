@@ -57,10 +57,16 @@ def plan(request: Request, console: Console, echo: Callable[[str], None]) -> Non
     facts = footprint.base_facts(config.pretrained_model_name_or_path)
     if request.file is None and not any(text.split("=")[0].strip() == "resolution" for text in request.sets):
         config = config.with_values({"resolution": facts.native_resolution_px})
+
+    def progress(text: str) -> None:
+        if not request.as_json:
+            say(console, text)
+
+    progress(f"predicting the memory of {facts.name} …")
     given = footprint.predict(config, facts)
     if not request.as_json:
         show_footprint(console, f"{facts.name}, settings as given", config, given)
-    stack = stacks.choose(config, facts, int(request.vram * GB))
+    stack = stacks.choose(config, facts, int(request.vram * GB), progress)
     if request.as_json:
         echo(json.dumps(as_json(request, facts, given, stack), indent=1))
     else:
@@ -169,16 +175,22 @@ def cell_text(cell: Cell) -> str:
     return f"{cell.predicted_bytes / GB:.1f} / {cell.measured_gb:.1f}{mark}"
 
 
+def _short(cell: Cell) -> str:
+    mark = "*" if cell.row.is_full else "" if cell.is_below else "!"
+    return f"{cell.predicted_bytes / GB:.1f}/{cell.measured_gb:.1f}{mark}"
+
+
 def table_of(cells: list[Cell]) -> Table:
-    """Rows of the users' table; a cell is ours / theirs."""
+    """Rows of the users' table; a cell is ours / theirs.  Readable at 80 columns."""
     batches = sorted({cell.batch for cell in cells})
-    table = Table(title="SDXL 1024²: predicted / measured by users, GB", title_justify="left")
+    title = "SDXL 1024²: predicted / measured by users, GB (* prediction only, ! above)"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("training")
     for batch in batches:
-        table.add_column(f"batch {batch}", justify="right")
+        table.add_column(f"batch {batch}", no_wrap=True)
     rows = {cell.row.name: cell.row for cell in cells}
     for name in rows:
-        of_row = {cell.batch: cell_text(cell) for cell in cells if cell.row.name == name}
+        of_row = {cell.batch: _short(cell) for cell in cells if cell.row.name == name}
         table.add_row(name, *(of_row.get(batch, "") for batch in batches))
     return table
 

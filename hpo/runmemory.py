@@ -19,9 +19,9 @@ from trainer.config import TrainConfig
 from trainer.errors import ToolError
 from trainer.events import Rehearsed
 from trainer.files import write_atomic
-from trainer.footprint import CUDA_CONTEXT_BYTES, base_facts, predict
+from trainer.footprint import base_facts, predict
 from trainer.ladder import Rung
-from trainer.memory import device_bytes
+from trainer.memory import CUDA_CONTEXT_BYTES
 from trainer.stacks import choose
 
 # mission.md S4: above 98 % of the card, or 15.5 of 16 GB, the next allocation may fail.
@@ -41,25 +41,29 @@ def free_bytes(device: str) -> int | None:
 
 
 def apply_plan(ladder: RunLadder, vram_bytes: int | None, step: int, say: Callable[[str], None]) -> None:
-    """Change what the planner changes to make the run fit this card.  Each move is said and remembered."""
-    if vram_bytes is None:
+    """Change what the planner changes to make a run fit this card, before its first step.  Each move is said;
+    they are remembered together, in one line, so that a kill never leaves half a plan.
+
+    A run that has a checkpoint keeps its settings: some of the planner's moves a checkpoint cannot follow, and
+    for a card with less free memory than before there are the dry step and the ladder.
+    """
+    if vram_bytes is None or step:
         return
+    say(f"planning for {vram_bytes / 1e9:.1f} GB …")
     try:
-        stack = choose(ladder.config, base_facts(_spec(ladder.config)), vram_bytes)
+        stack = choose(ladder.config, base_facts(_spec(ladder.config)), vram_bytes, say)
     except ToolError as error:
         say(f"no plan: {error}; the dry step will tell")
         return
-    for move in stack.moves:
-        config = ladder.config.with_values({move.key: move.new})
-        rung = Rung(f"plan {move.key}", config, f"{move.key} {move.old} → {move.new}: {move.reason}")
-        ladder.take(rung, f"planned for {vram_bytes / 1e9:.1f} GB", step)
+    if stack.moves:
+        says = "\n".join(f"{move.key} {move.old} → {move.new}: {move.reason}" for move in stack.moves)
+        ladder.take(Rung("plan", stack.config, says), f"planned for {vram_bytes / 1e9:.1f} GB", step)
 
 
 def remember(
     path: Path, config: TrainConfig, event: Rehearsed, base: Base, say: Callable[[str], None]
 ) -> None:
-    """Write memory.json: what was measured in the dry step beside what was predicted."""
-    total = device_bytes(base.device)
+    """Write memory.json: what this process took in the dry step beside what was predicted, and the whole card."""
     predicted = _predicted(config, event) if event.peak_bytes is not None else None
     record: dict[str, Any] = {
         "device": str(base.device),
@@ -67,22 +71,22 @@ def remember(
         "images_at_once": event.images,
         "measured_bytes": event.peak_bytes,
         "predicted_bytes": predicted,
-        "device_bytes": total,
+        "card_peak_bytes": event.card_peak_bytes,
+        "device_bytes": event.card_bytes,
         "seconds": round(event.seconds, 3),
     }
     write_atomic(path, json.dumps(record, indent=1))
     width, height = event.bucket_px
     text = f"dry step: {event.images} × {width}×{height} px, {event.seconds:.1f} s"
-    if event.peak_bytes is None or total is None:
+    total, in_use = event.card_bytes, event.card_peak_bytes
+    if event.peak_bytes is None or total is None or in_use is None:
         say(text + "; memory is measured on a GPU only")
         return
-    say(
-        f"{text}, peak {event.peak_bytes / 1e9:.2f} of {total / 1e9:.1f} GB{compared(event.peak_bytes, predicted)}"
-    )
-    if event.peak_bytes > limit_bytes(total):
+    say(f"{text}, peak {event.peak_bytes / 1e9:.2f} GB{compared(event.peak_bytes, predicted)}")
+    if in_use > limit_bytes(total):
         say(
-            f"warning: more than {limit_bytes(total) / 1e9:.1f} GB of the card are used; if it runs out, the run "
-            "goes on with less (docs/train.md)"
+            f"warning: {in_use / 1e9:.1f} of the card's {total / 1e9:.1f} GB are used, with other programs; if it "
+            "runs out, the run goes on with less (docs/train.md)"
         )
 
 

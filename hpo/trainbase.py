@@ -19,6 +19,7 @@ from trainer.bases.load import load_base
 from trainer.cache import Prepared
 from trainer.config import TrainConfig
 from trainer.dataset import Dataset
+from trainer.memory import release
 
 
 def own_device(device: str | None, local_rank: int = 0) -> str:
@@ -90,3 +91,4 @@ class Place:
     def _send(self) -> None:
         for network in self._away:
             nn.Module.to(network, "cpu")
+        release(self.device)

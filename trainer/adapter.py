@@ -224,13 +224,21 @@ class Adapter:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what ``state`` gave.  The keys must be the same."""
-        keys = {f"{layer.target.key}.{end}" for layer in self.layers for end in (*layer.weights, "alpha")}
-        assert state.keys() == keys
+        """Put back what ``state`` gave, of the same modules and ranks; ConfigError if it is of others."""
+        own = {f"{layer.target.key}.{end}": w for layer in self.layers for end, w in layer.weights.items()}
+        alphas = {f"{layer.target.key}.alpha" for layer in self.layers}
+        others = sorted(state.keys() ^ (own.keys() | alphas))
+        others += [
+            name for name, weight in own.items() if name in state and state[name].shape != weight.shape
+        ]
+        if others:
+            raise ConfigError(
+                f"the saved weights are not of this adapter: {len(others)} tensors differ, as {others[0]}",
+                "go on with the settings that they were trained with",
+            )
         with torch.no_grad():
-            for layer in self.layers:
-                for ending, weight in layer.weights.items():
-                    weight.copy_(state[f"{layer.target.key}.{ending}"])
+            for name, weight in own.items():
+                weight.copy_(state[name])
 
     def fingerprint(self) -> str:
         """sha256 over keys, shapes and values of ``state``."""

@@ -8,13 +8,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """The dry step before training: the largest bucket (width, height), images at once, and the peak of memory
-    on the device – None where it cannot be measured."""
+    """The dry step before training: the largest bucket (width, height), images at once, and the peak of memory:
+    of this process, and of the whole card with other programs – None where it cannot be measured."""
 
     bucket_px: tuple[int, int]
     images: int
     seconds: float
     peak_bytes: int | None
+    card_peak_bytes: int | None = None
+    card_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,9 @@ from trainer.bases.base import Base, Parts
 from trainer.bases.load import CONFIGS, FAMILIES, HUB_NAMES, MINIATURES, TEXT_ENCODERS, empty_network
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
+from trainer.memory import CUDA_CONTEXT_BYTES
 from trainer.tensorfile import read_header, refuse_pickle
 
-# CUDA's own memory in a process: context and loaded kernels.  Assumed 0.55 GB: nvidia-smi shows 0.5–0.6 GB
-# for a PyTorch process that holds one small tensor on current cards; lazy loading (CUDA ≥ 11.7) included.
-CUDA_CONTEXT_BYTES = 550_000_000
 # PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, which is counted.
 CUBLAS_BYTES = 32 * 2**20
 MIN_8BIT_ELEMENTS = 4096  # bitsandbytes' min_8bit_size: smaller tensors keep 32-bit state

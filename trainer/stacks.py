@@ -121,48 +121,73 @@ MOVES: tuple[Callable[[TrainConfig, BaseFacts], Candidates], ...] = (
 )
 
 
-def choose(config: TrainConfig, facts: BaseFacts, vram_bytes: int) -> Stack:
-    """The first configuration in the order of ``MOVES`` that fits into 15.5/16 of ``vram_bytes``.
+def choose(
+    config: TrainConfig, facts: BaseFacts, vram_bytes: int, say: Callable[[str], None] = lambda text: None
+) -> Stack:
+    """The first configuration in the order of ``MOVES`` that fits into 15.5/16 of ``vram_bytes``; then as few
+    blocks recompute as still fit.
 
-    Latents are always cached, text states wherever they can be.  Raises ConfigError if nothing fits.
+    Latents are always cached, text states wherever they can be.  ``say`` is told what is tried after the settings as
+    they are: a prediction can take half a minute.  Raises ConfigError if nothing fits.
     """
     limit = int(vram_bytes * SAFE_SHARE)
     start, footprint = config, predict(config, facts)
     reasons: dict[str, str] = {}
+    checkpointed: TrainConfig | None = None  # the settings before all blocks recomputed
     for move in MOVES:
         for values, reason in move(config, facts):
             if footprint.peak_bytes <= limit:
                 break
+            say(f"{footprint.peak_bytes / 1e9:.1f} GB; trying {', '.join(_words(values))} …")
             smaller = predict(config.with_values(values), facts)
             if smaller.peak_bytes < footprint.peak_bytes:
-                before, config, footprint = config, config.with_values(values), smaller
+                if move is _checkpointing:
+                    checkpointed = config
+                config, footprint = config.with_values(values), smaller
                 reasons |= dict.fromkeys(values, reason)
-                if move is _checkpointing and footprint.peak_bytes <= limit:
-                    config = _fewest_blocks(before, config, facts, limit)
-                    footprint = predict(config, facts)
     if footprint.peak_bytes > limit:
         raise ConfigError(
             f"{facts.name} does not fit into {vram_bytes / 1e9:.1f} GB at network_dim {config.network_dim}: "
             f"with everything that saves memory the peak is {footprint.peak_bytes / 1e9:.1f} GB",
             "lower network_dim, take a smaller base, or a larger card",
         )
+    if checkpointed is not None:
+        config = _fewest_blocks(checkpointed, config, facts, limit, say)
+        footprint = predict(config, facts)
     old, new = start.as_dict(), config.as_dict()
     moves = tuple(Move(k, old[k], new[k], reasons[k]) for k in reasons if old[k] != new[k])
     return Stack(config, moves, footprint)
 
 
-def _fewest_blocks(before: TrainConfig, config: TrainConfig, facts: BaseFacts, limit: int) -> TrainConfig:
-    """Between what did not fit and all blocks, which do: the fewest that do, by halving."""
+def _fewest_blocks(
+    before: TrainConfig, config: TrainConfig, facts: BaseFacts, limit: int, say: Callable[[str], None]
+) -> TrainConfig:
+    """Between the blocks that recomputed before and all of them, which fits: the fewest that do, by halving.
+    With what came after them the first may be enough again."""
     low = (before.checkpoint_blocks or 0) if before.gradient_checkpointing else 0
     high = block_count(facts)
-    while high - low > 1:
+    while low < high:
         middle = (low + high) // 2
-        tried = config.with_values({"checkpoint_blocks": middle})
+        tried = config.with_values(_blocks(middle))
+        say(f"trying {', '.join(_words(_blocks(middle)))} …")
         if predict(tried, facts).peak_bytes <= limit:
             high, config = middle, tried
         else:
-            low = middle
+            low = middle + 1
     return config
+
+
+def _blocks(count: int) -> dict[str, Any]:
+    return {"gradient_checkpointing": count > 0, "checkpoint_blocks": count or None}
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    """Settings as they stand in a file."""
+    return [
+        f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in values.items()
+        if value is not None
+    ]
 
 
 def block_count(facts: BaseFacts) -> int:

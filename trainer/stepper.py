@@ -10,9 +10,10 @@ Shapes: B batch, C latent channels, h w latent sides.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,7 +117,16 @@ class Stepper:
         """Forward, backward, clip, update.  Every sample of the group weighs the same, however it is cut."""
         self.is_untouched = True
         self.now = replace(self.now, step=step)
-        loss_sum = self._gradients(group, epoch, step)
+        with self._agreed():
+            loss_sum = self._gradients(group, epoch, step)
+        self.ranks.sum_(loss_sum)
+        self.ranks.sum_gradients_(self.weights)
+        with self._agreed():
+            outcome = self._make_update(loss_sum, step)
+        return outcome
+
+    def _make_update(self, loss_sum: Tensor, step: int) -> Outcome:
+        """Clip and update, if loss and gradients are finite."""
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         if not gradients:  # module_dropout left every module out
             return Outcome(loss_sum.item(), 0.0)
@@ -143,11 +153,12 @@ class Stepper:
         real = self.optimizer, self.scaler
         self.optimizer, self.scaler = optim.build_optimizer(config, self.adapter), self._new_scaler()
         accumulates = config.gradient_accumulation_steps > 1
+        memory.release(device)  # loading and encoding have left more in the cache than a step takes
         memory.forget_peak(device)
         started = time.perf_counter()
         try:
             self.step([micro] * (2 if accumulates else 1) * self.ranks.world, 0, 0)
-            peak = memory.peak_bytes(device)
+            peaks = memory.peak_bytes(device), memory.card_peak_bytes(device)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer, self.scaler = real
@@ -159,7 +170,8 @@ class Stepper:
         bucket = self.prepared.buckets[micro[0].item.sha256]
         images = min(len(micro), config.images_at_once)
         size = (bucket.width_px, bucket.height_px)
-        return Rehearsed(size, images, time.perf_counter() - started, peak)
+        seconds = time.perf_counter() - started
+        return Rehearsed(size, images, seconds, *peaks, memory.device_bytes(device))
 
     def park(self) -> None:
         """With cpu_offload: the optimizer's state to the computer's memory until the next step."""
@@ -167,12 +179,10 @@ class Stepper:
             optim.move_state(self.optimizer, torch.device("cpu"))
 
     def _gradients(self, group: Sequence[MicroBatch], epoch: int, step: int) -> Tensor:
-        """The sum over all processes: gradients in the weights, and the mean loss of the step.  If one of them
-        runs out of memory, all say so together instead of waiting for it."""
+        """This process's parts of the step: gradients in the weights, and its share of the mean loss."""
         samples = sum(len(micro) for micro in group)
         parts = cut(group, self.config.images_at_once, self.ranks.world)
         loss_sum = torch.zeros((), device=self.base.device)
-        failure: RuntimeError | None = None
         try:
             for part in parts[self.ranks.rank :: self.ranks.world]:
                 rows = (part.start, len(part.samples), part.total)
@@ -181,17 +191,22 @@ class Stepper:
                 if share.requires_grad:  # not where module_dropout left everything out
                     self.scaler.scale(share).backward()
                 loss_sum += share.detach()
+        finally:
+            self.adapter.apply_dropout()
+        return loss_sum
+
+    @contextlib.contextmanager
+    def _agreed(self) -> Iterator[None]:
+        """If one of the processes runs out of memory here, all say so together instead of waiting for it."""
+        failure: RuntimeError | None = None
+        try:
+            yield
         except RuntimeError as error:
             if self.ranks.world == 1 or not memory.is_out_of_memory(error):
                 raise
             failure = error
-        finally:
-            self.adapter.apply_dropout()
         if self.ranks.any(failure is not None, self.base.device):
             raise failure or torch.OutOfMemoryError("another process ran out of memory")
-        self.ranks.sum_(loss_sum)
-        self.ranks.sum_gradients_(self.weights)
-        return loss_sum
 
     def _update(self, step: int) -> None:
         """The optimizer's step, in fp32 whatever the weights are kept in."""

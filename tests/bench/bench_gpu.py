@@ -8,10 +8,11 @@ way, and sd-scripts' own step where a copy is given.
 * **diffusers**: a plain loop as in diffusers' ``train_dreambooth_lora_sdxl.py``: PEFT's LoraConfig on the
   attention projections, fp32 LoRA under bf16 autocast, 8-bit Adam, its own gradient checkpointing.  It has no
   fp8 base, no full bf16 and no LoCon: those cells are empty.
-* **sd-scripts**: ``sdxl_train_network.py`` as a process of its own, its peak read from the driver.
+* **sd-scripts**: ``sdxl_train_network.py`` as a process of its own (``tests.bench.sd_scripts``).
 
-Finished cells are kept in ``--out``/cells.json and not repeated.  Every cell runs in a process of its own, so its
-peak is its own.  Prints a Markdown table beside the users' figures (mission.md S3, sd-scripts 0.8.3, decimal GB).
+Finished cells are kept in ``--out``/cells.json and not repeated, those that ran out of memory among them; one that
+crashed is.  Every cell runs in a process of its own, so its peak is its own: from the first step on, without what
+loading took.  Prints a Markdown table beside the users' figures (mission.md S3, sd-scripts 0.8.3, decimal GB).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
+from tests.bench import sd_scripts
 from tests.tiny import tiny_base, tiny_prepared
 from trainer import fp8
 from trainer.adapter import inject
@@ -40,8 +40,9 @@ from trainer.cache import Prepared
 from trainer.config import TrainConfig
 from trainer.errors import OutOfMemory
 from trainer.events import Rehearsed, Step
+from trainer.files import write_atomic
 from trainer.loop import train
-from trainer.memory import forget_peak, peak_bytes
+from trainer.memory import forget_peak, is_out_of_memory, peak_bytes, release
 
 NAMES = ("ours", "diffusers", "sd-scripts")
 DIFFUSERS_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -128,24 +129,36 @@ def measure(
 ) -> dict[str, Any]:
     """Peak and step time of one cell, in this process."""
     if kind == "sd-scripts":
-        return (
-            _sd_scripts(cell, base, steps, scripts) if scripts and not smoke else {"skipped": "no sd-scripts"}
-        )
+        if scripts is None or smoke:
+            return {"skipped": "no sd-scripts"}
+        return sd_scripts.measure(cell.config(False), base, steps, scripts)
     if kind == "diffusers" and (cell.fp8 or cell.full_bf16 or cell.conv_dim):
         return {"skipped": "diffusers' script has no such setting"}
     device = "cuda" if torch.cuda.is_available() and not smoke else "cpu"
-    loaded = tiny_base("sdxl") if smoke else load_base(base, device=device, dtype=torch.bfloat16)
     config = cell.config(smoke).with_values({"max_train_steps": steps, "max_train_epochs": None})
-    prepared = _random_images(loaded, config)
-    for network in (loaded.vae, *loaded.text_encoders):
-        torch.nn.Module.to(network, "cpu")
-    forget_peak(loaded.device)
     try:
-        seconds = (_ours if kind == "ours" else _diffusers)(loaded, config, prepared)
-    except (OutOfMemory, torch.OutOfMemoryError):
+        loaded = tiny_base("sdxl") if smoke else load_base(base, device=device, dtype=torch.bfloat16)
+        seconds = _measured(kind, loaded, config)
+        peak = peak_bytes(loaded.device)
+    except (RuntimeError, OutOfMemory) as error:
+        if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+            raise
         return {"skipped": "out of memory"}
     middle = sorted(seconds[1:] or seconds)[len(seconds[1:] or seconds) // 2]
-    return {"peak_bytes": peak_bytes(loaded.device), "step_seconds": round(middle, 4), "steps": len(seconds)}
+    return {"peak_bytes": peak, "step_seconds": round(middle, 4), "steps": len(seconds)}
+
+
+def _measured(kind: str, base: Base, config: TrainConfig) -> list[float]:
+    """Seconds of each step.  The peak is counted from here on: what loading, encoding and 8-bit conversion left
+    in the allocator's cache is given back first."""
+    prepared = _random_images(base, config)
+    for network in (base.vae, *base.text_encoders):
+        torch.nn.Module.to(network, "cpu")
+    if config.fp8_base:
+        fp8.convert(base.unet)
+    release(base.device)
+    forget_peak(base.device)
+    return (_ours if kind == "ours" else _diffusers)(base, config, prepared)
 
 
 def _random_images(base: Base, config: TrainConfig) -> Prepared:
@@ -160,8 +173,6 @@ def _random_images(base: Base, config: TrainConfig) -> Prepared:
 
 
 def _ours(base: Base, config: TrainConfig, prepared: Prepared) -> list[float]:
-    if config.fp8_base:
-        fp8.convert(base.unet)
     adapter = inject(base, config)
     events = train(config, base, adapter, prepared, rehearse=True)
     seconds = []
@@ -179,7 +190,7 @@ def _diffusers(base: Base, config: TrainConfig, prepared: Prepared) -> list[floa
     from peft import LoraConfig
 
     unet, device = base.unet, base.device
-    unet.to(torch.bfloat16)
+    unet.to(torch.bfloat16)  # as loaded on a GPU
     unet.add_adapter(
         LoraConfig(r=config.network_dim, lora_alpha=config.network_dim, target_modules=DIFFUSERS_TARGETS)
     )
@@ -224,53 +235,6 @@ def _diffusers(base: Base, config: TrainConfig, prepared: Prepared) -> list[floa
     return seconds
 
 
-def _sd_scripts(cell: Cell, base: str, steps: int, scripts: Path) -> dict[str, Any]:
-    """sdxl_train_network.py with the same settings; its peak is what the driver shows beyond what was there."""
-    config = cell.config(False)
-    with tempfile.TemporaryDirectory() as place:
-        images = Path(place) / "images" / f"{cell.batch * steps}_zkw figure"
-        images.mkdir(parents=True)
-        Image.new("RGB", (1024, 1024), "grey").save(images / "one.png")
-        (images / "one.txt").write_text("a photo of zkw figure")
-        words = {
-            "pretrained_model_name_or_path": base,
-            "train_data_dir": images.parent,
-            "output_dir": place,
-            "resolution": "1024,1024",
-            "caption_extension": ".txt",
-            "train_batch_size": cell.batch,
-            "max_train_steps": steps,
-            "network_module": "networks.lora",
-            "network_dim": cell.dim,
-            "optimizer_type": "AdamW8bit",
-            "learning_rate": 1e-4,
-            "mixed_precision": "bf16",
-        }
-        flags = ["network_train_unet_only", "cache_latents", "cache_text_encoder_outputs", "sdpa"]
-        flags += ["gradient_checkpointing"] * cell.checkpointing + ["full_bf16"] * cell.full_bf16
-        flags += ["fp8_base_unet"] * cell.fp8
-        command = [sys.executable, str(scripts / "sdxl_train_network.py"), *(f"--{flag}" for flag in flags)]
-        command += [f"--{name}={value}" for name, value in words.items()]
-        if cell.conv_dim:
-            command += ["--network_args", f"conv_dim={config.conv_dim}"]
-        free, _ = torch.cuda.mem_get_info()
-        started, lowest = time.perf_counter(), free
-        process = subprocess.Popen(
-            command, cwd=scripts, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        while process.poll() is None:
-            lowest = min(lowest, torch.cuda.mem_get_info()[0])
-            time.sleep(0.02)
-        error = (process.stderr.read() if process.stderr else "")[-200:]
-    if process.returncode:
-        return {"skipped": f"it ended with {process.returncode}: {error.strip().splitlines()[-1:]}"}
-    return {
-        "peak_bytes": free - lowest,
-        "run_seconds": round(time.perf_counter() - started, 1),
-        "steps": steps,
-    }
-
-
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Markdown: peak in decimal GB and seconds a step, ours beside the others and the users' figure."""
     lines = ["| cell | users' GB | " + " | ".join(NAMES) + " |", "|---|---|" + "---|" * len(NAMES)]
@@ -285,8 +249,9 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
 def _shown(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "–"
-    if "skipped" in entry:
-        return str(entry["skipped"])
+    for why in ("skipped", "failed"):
+        if why in entry:
+            return str(entry[why])
     peak = entry.get("peak_bytes")
     memory = "not measured" if peak is None else f"{peak / 1e9:.1f} GB"
     return f"{memory}, {entry['step_seconds']:.2f} s" if "step_seconds" in entry else memory
@@ -296,7 +261,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", default="sdxl")
+    parser.add_argument("--base", default="sdxl", help=sd_scripts.BASES)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sd-scripts", type=Path)
     parser.add_argument("--steps", type=int, default=5)
@@ -304,6 +269,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny random base on the CPU")
     parser.add_argument("--cell", nargs=2, metavar=("KIND", "NAME"), help="one cell, as JSON on stdout")
     given = parser.parse_args(words)
+    if given.sd_scripts and not (given.sd_scripts / sd_scripts.SCRIPT).is_file():
+        parser.error(f"--sd-scripts {given.sd_scripts} has no {sd_scripts.SCRIPT}")
+    if given.sd_scripts and sd_scripts.model_of(given.base) is None:
+        parser.error(f"--base {given.base}: sd-scripts reads {sd_scripts.BASES}")
     by_name = {cell.name: cell for cell in CELLS}
     if given.cell:
         kind, name = given.cell
@@ -318,14 +287,14 @@ def main(words: list[str] | None = None) -> None:
     for cell in CELLS:
         for kind in NAMES:
             key = f"{kind}: {cell.name}"
-            if given.only not in cell.name or key in cells:
+            if given.only not in cell.name or (key in cells and "failed" not in cells[key]):
                 continue
             if given.smoke:
                 found = measure(kind, cell, given.base, given.steps, given.sd_scripts, True)
             else:
                 found = _in_a_process(kind, cell, given)
             cells[key] = {**asdict(cell), **found}
-            path.write_text(json.dumps(cells, indent=1))
+            write_atomic(path, json.dumps(cells, indent=1))
     text = table(cells)
     (given.out / "table.md").write_text(text + "\n")
     print(text)
@@ -341,7 +310,7 @@ def _in_a_process(kind: str, cell: Cell, given: argparse.Namespace) -> dict[str,
         check=False,
     )
     if result.returncode:
-        return {"skipped": f"it ended with {result.returncode}: {result.stderr.strip()[-160:]}"}
+        return {"failed": f"it ended with {result.returncode}: {result.stderr.strip()[-160:]}"}
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 

@@ -1,11 +1,12 @@
-"""On a real card: the peak of the dry step is what `hpo plan` predicts, for full-size SDXL with random weights."""
+"""On a real card: the peak of the dry step is what `hpo plan` predicts, for full-size SDXL with random weights that
+were loaded there, with an image and a caption encoded before it – as in a run."""
 
 import pytest
 import torch
 
+from hpo.trainbase import Place
 from tests.fullsize import random_base
 from tests.tiny import tiny_prepared
-from trainer import fp8
 from trainer.adapter import inject
 from trainer.bases.base import Sizes
 from trainer.buckets import Bucket
@@ -14,7 +15,6 @@ from trainer.errors import OutOfMemory
 from trainer.events import Rehearsed
 from trainer.footprint import base_facts, predict
 from trainer.loop import train
-from trainer.memory import release
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -42,16 +42,18 @@ def test_the_prediction_is_within_8_percent_of_the_card(values):
     for module in base.modules():
         torch.nn.Module.to(module, torch.bfloat16)
     base.compute_dtype = torch.bfloat16
+    base.to("cuda")
+    place = Place(base)
+    place.prepare(config)
+    with torch.no_grad():
+        base.encode_images(torch.zeros(1, 3, 1024, 1024), [torch.Generator().manual_seed(0)])
     prepared = tiny_prepared(base, config, images=1)
     for key in prepared.latents:
         prepared.latents[key] = torch.randn(4, 128, 128)
         prepared.sizes[key] = Sizes((1024, 1024), (0, 0), (1024, 1024))
         prepared.buckets[key] = Bucket(1024, 1024)
-    if config.fp8_base:
-        fp8.convert(base.unet)
-    base.unet.to("cuda")
-    release(base.device)
     adapter = inject(base, config)
+    place.settle(config, prepared)
     try:
         event = next(train(config, base, adapter, prepared, rehearse=True))
     except OutOfMemory:

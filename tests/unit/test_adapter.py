@@ -211,6 +211,19 @@ def test_state_can_be_put_back():
     assert adapter.fingerprint() == mark
 
 
+@pytest.mark.parametrize("other", [{"network_train_unet_only": True}, {"network_dim": 3}])
+def test_the_state_of_another_adapter_is_refused_and_nothing_is_loaded(other):
+    base = tiny_base("sd15")
+    wider = inject(base, CONFIG.with_values(other))
+    state = wider.state()
+    wider.remove()
+    adapter = inject(base, CONFIG)
+    mark = adapter.fingerprint()
+    with pytest.raises(ConfigError, match=r"not of this adapter: \d+ tensors differ, as lora_"):
+        adapter.load_state(state)
+    assert adapter.fingerprint() == mark
+
+
 def test_a_failed_injection_leaves_the_base_as_it_was(monkeypatch):
     base = tiny_base("sdxl")
     before = output(base)

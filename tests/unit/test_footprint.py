@@ -227,6 +227,18 @@ def test_as_few_blocks_as_needed_recompute():
     assert peaks[2] < peaks[1] < peaks[0]
 
 
+def test_no_block_recomputes_that_need_not_after_what_came_later():
+    """All blocks do not suffice here; with half the images at once two of them do."""
+    facts, config = tiny_facts(), settings(train_batch_size=16, network_dim=4)
+    vram = just_below(predict(config.with_values({"gradient_checkpointing": True}), facts).peak_bytes)
+    said: list[str] = []
+    chosen = stacks.choose(config, facts, vram, said.append)
+    assert (chosen.config.micro_batch_size, chosen.config.checkpoint_blocks) == (8, 2)
+    fewer = predict(chosen.config.with_values({"checkpoint_blocks": 1}), facts)
+    assert chosen.footprint.peak_bytes <= vram * stacks.SAFE_SHARE < fewer.peak_bytes
+    assert any("trying micro_batch_size = 8" in line for line in said)
+
+
 def test_cheaper_moves_come_before_dearer_ones():
     facts, config = tiny_facts(), settings(train_batch_size=64, optimizer_type="AdamW", network_dim=1024)
     first = stacks.choose(config, facts, just_below(predict(config, facts).peak_bytes))

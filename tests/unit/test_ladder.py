@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import hpo.keeper
 from hpo.cli import main
+from hpo.trainladder import RunLadder
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_search import draw_images
 from trainer.bases.sd15 import SD15
@@ -76,6 +77,18 @@ def test_it_ends_and_every_rung_changes_something_but_never_the_effective_batch(
     last = configs[-1]
     assert last.images_at_once == 1 and last.gradient_checkpointing and last.checkpoint_blocks is None
     assert last.fp8_base and last.resolution <= 768 and last.cpu_offload and not last.updates_text_encoder
+
+
+def test_only_what_was_given_up_after_a_checkpoint_may_differ_from_it(tmp_path: Path) -> None:
+    path, config = tmp_path / "ladder.jsonl", TrainConfig(train_batch_size=2)
+    taken = RunLadder(path, config, print)
+    taken.step_down("out of memory", 0)
+    assert not taken.changed
+    taken.step_down("out of memory", 3)
+    expected = {"gradient_checkpointing", "checkpoint_blocks"}
+    assert taken.changed == expected == RunLadder(path, config, print).changed
+    by_hand = RunLadder(path, taken.config, print)
+    assert (by_hand.config, by_hand.changed, by_hand.tried) == (taken.config, expected, ())
 
 
 # Real runs of the command on the tiny base, whose forward pass fails as a card's does: with PyTorch's own error,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo import runmemory
+from hpo import runmemory, trainbase
 from hpo.trainladder import RunLadder
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer import optim
+from trainer import memory, optim
 from trainer.adapter import inject, keyed_generator
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Interrupted
@@ -90,6 +90,52 @@ def test_what_the_dry_step_found_is_kept_and_a_cpu_claims_nothing(tmp_path):
     assert said == ["dry step: 2 × 64×128 px, 1.5 s; memory is measured on a GPU only"]
 
 
+def rehearsed_on_a_card(tmp_path, process_bytes, card_peak_bytes):
+    """What is said and kept of a dry step's figures."""
+    said: list[str] = []
+    config = TrainConfig(pretrained_model_name_or_path="mini-sd15", resolution=64)
+    event = Rehearsed((64, 64), 1, 1.5, process_bytes, card_peak_bytes, 16_000_000_000)
+    runmemory.remember(tmp_path / "memory.json", config, event, tiny_base("sd15"), said.append)
+    return said, json.loads((tmp_path / "memory.json").read_text())
+
+
+def test_the_prediction_is_compared_with_this_process_and_the_warning_is_about_the_whole_card(tmp_path):
+    config = TrainConfig(pretrained_model_name_or_path="mini-sd15", resolution=64)
+    predicted = predict(config, base_facts("mini-sd15")).peak_bytes
+    said, found = rehearsed_on_a_card(tmp_path, predicted, 15_600_000_000)
+    assert said[0].endswith("GB (+0%)")
+    assert said[1].startswith("warning: 15.6 of the card's 16.0 GB are used, with other programs")
+    assert (found["measured_bytes"], found["predicted_bytes"]) == (predicted, predicted)
+    assert (found["card_peak_bytes"], found["device_bytes"]) == (15_600_000_000, 16_000_000_000)
+    said, _ = rehearsed_on_a_card(tmp_path, predicted, 15_400_000_000)
+    assert len(said) == 1
+
+
+def test_what_loading_left_in_the_cache_is_given_back_before_the_dry_step_is_measured(monkeypatch):
+    calls: list[str] = []
+    for name in ("release", "forget_peak", "peak_bytes"):
+        own = getattr(memory, name)
+        monkeypatch.setattr(
+            memory, name, lambda device, own=own, name=name: calls.append(name) or own(device)
+        )
+    run(tiny_base("sd15"), tiny_config(max_train_steps=1), rehearse=True)
+    assert calls[:3] == ["release", "forget_peak", "peak_bytes"]
+
+
+def test_what_networks_leave_behind_is_given_back_when_they_leave(monkeypatch):
+    base = tiny_base("sd15")
+    config = tiny_config()
+    place, calls = trainbase.Place(base), []
+    monkeypatch.setattr(trainbase, "release", lambda device: calls.append(device))
+    place.prepare(config)
+    assert calls == []
+    place.settle(config, tiny_prepared(base, config))
+    assert calls == [base.device]
+    with place.gathered():
+        assert calls == [base.device]
+    assert calls == [base.device] * 2
+
+
 def test_a_card_is_full_above_98_percent_or_15_and_a_half_of_16_gb():
     assert runmemory.limit_bytes(16_000_000_000) == 15_500_000_000
     assert runmemory.limit_bytes(24_000_000_000) == 23_520_000_000
@@ -105,13 +151,18 @@ def test_the_plan_is_applied_said_and_remembered(tmp_path):
     runmemory.apply_plan(ladder, before, 0, said.append)
     assert ladder.config != config and ladder.config.effective_batch_size == config.effective_batch_size
     assert predict(ladder.config, base_facts("mini-sd15")).peak_bytes < before
-    assert said and all(line.startswith("planned for") for line in said)
+    assert said[0].startswith("planning for ") and said[-1].startswith("planned for ")
+    assert len((tmp_path / "ladder.jsonl").read_text().splitlines()) == 1
     again = RunLadder(tmp_path / "ladder.jsonl", config, said.append)
-    assert again.config == ladder.config and again.changed == ladder.changed
+    assert again.config == ladder.config
+    assert not again.changed  # every checkpoint is made with the plan: one of other settings is not followed
     runmemory.apply_plan(again, before, 0, said.append)
     assert again.config == ladder.config
     by_hand = RunLadder(tmp_path / "ladder.jsonl", ladder.config, said.append)
     assert by_hand.config == ladder.config and not by_hand.tried
+    otherwise = RunLadder(tmp_path / "ladder.jsonl", config.with_values({"train_batch_size": 8}), said.append)
+    runmemory.apply_plan(otherwise, 1, 5, said.append)  # from a checkpoint the settings stay
+    assert otherwise.tried == ("plan",)
 
 
 def test_on_a_cpu_nothing_is_planned():

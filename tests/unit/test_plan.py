@@ -1,13 +1,16 @@
 """``hpo plan``: predictions without a GPU, beside what users measured."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from hpo.cli import main
-from hpo.plantable import ADAPTER_ROWS, FULL_ROWS, ROWS, predicted_cells
+from hpo.plancmd import table_of
+from hpo.plantable import ADAPTER_ROWS, FULL_ROWS, ROWS, Cell, predicted_cells
 from tests.tiny import save_folder, tiny_base
 
 # Three rows that share no trace, one for each way to save: CI predicts these, `pytest -m slow` all of them.
@@ -34,6 +37,15 @@ def test_the_page_lists_every_row_with_the_users_figures():
     for row in ROWS:
         (line,) = (line for line in page.splitlines() if line.startswith(f"| {row.name} |"))
         assert all(f"/ {measured_gb:g}" in line for measured_gb in row.measured_gb.values())
+
+
+def test_the_table_is_whole_at_80_columns():
+    cells = [Cell(row, batch, gb, int(gb * 1e9)) for row in ROWS for batch, gb in row.measured_gb.items()]
+    shown = Console(width=80, file=StringIO())
+    shown.print(table_of(cells))
+    text = shown.file.getvalue()
+    assert "…" not in text and "47.7/47.7" in text and "44.0/44.0*" in text
+    assert len(text.splitlines()) < 30
 
 
 @pytest.mark.parametrize("name", CI_ROWS)
@@ -91,3 +103,13 @@ def test_mistakes_are_told_in_two_lines(words, message):
     result = plan(*words)
     lines = result.stderr.strip().splitlines()
     assert result.exit_code == 2 and message in lines[0] and len(lines) == 2
+
+
+@pytest.mark.parametrize("amount", ["nan", "inf", "-inf", "1e999", "0"])
+@pytest.mark.parametrize(
+    "words",
+    [("plan", "--base", "sdxl", "--vram"), ("transfer", "--to", "sdxl", "--vram"), ("search", "--max-hours")],
+)
+def test_an_amount_is_a_finite_number(words, amount):
+    result = CliRunner().invoke(main, [*words, amount], catch_exceptions=False)
+    assert result.exit_code == 2 and f"Invalid value for '{words[-1]}'" in result.stderr

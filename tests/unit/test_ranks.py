@@ -21,7 +21,7 @@ from tests.tiny_search import draw_images
 from trainer import loop
 from trainer.events import Step
 from trainer.ranks import ALONE, launched
-from trainer.stepper import cut
+from trainer.stepper import Stepper, cut
 
 SETTINGS = """
 resolution = 64
@@ -113,6 +113,24 @@ def test_two_processes_killed_in_mid_run_go_on_as_one(place: Path) -> None:
     assert finish(start(lambda: exit(train("killed")))) == 0
     assert finish(start(lambda: exit(train("one")))) == 0
     assert_close("one", "killed")
+
+
+def test_memory_that_runs_out_in_one_process_s_update_is_told_to_the_other(place: Path) -> None:
+    """Rank 1 alone fails, inside the optimizer's update of step 2: both go on from the checkpoint of step 1."""
+    update, calls = Stepper._update, iter(range(1000))
+
+    def failing(self: Stepper, step: int) -> None:
+        if self.ranks.rank == 1 and next(calls) == 2:  # after the dry step and the first real one
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        update(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "_update", failing)
+        assert train_in_two("two") == [0, 0]
+    assert finish(start(lambda: exit(train("one")))) == 0
+    assert_close("one", "two")
+    (row,) = [json.loads(line) for line in Path("two/lora.run/ladder.jsonl").read_text().splitlines()]
+    assert (row["rung"], row["step"]) == ("batch 1", 1)
 
 
 def test_a_step_is_dealt_out_so_that_each_process_has_a_part() -> None:
