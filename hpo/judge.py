@@ -244,7 +244,7 @@ def load(
     if like is None:
         prompts, confirmation = standards.sets(run, inputs, study, data, base.token_count)
         scorer = embed.load_scorer(scorer_spec, device)
-        self_test(scorer)
+        self_test(scorer, say)
         plain = embed.load_likeness(likeness_spec, scorer, device)
         likeness = StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
         formula = Formula(**dataclasses.asdict(study.score))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def run(request: Request, console: Console) -> None:
     if request.study is None:
         say(console, f"study {folder.name}: the last one that can be carried over to {profile.family.title}")
     say(console, f"from {folder.name}, {source.says}")
-    done = make(source, profile, request.preset)
+    done = make(source, profile, request.preset, lambda text: say(console, text))
     show(console, done.plan)
     _check_refused(done.plan)
     from hpo.proberun import consult
@@ -112,27 +112,35 @@ def _profile(request: Request) -> Profile:
     return profile.with_vram(request.vram) if request.vram is not None else profile
 
 
-def make(source: Source, profile: Profile, preset: str | None) -> Transfer:
+def make(
+    source: Source, profile: Profile, preset: str | None, told: Callable[[str], None] = lambda text: None
+) -> Transfer:
     """The mapping of the source's best configuration, planned for the card."""
     figures, _ = dataset_figures(source, profile.family)
     best, name = source.best, source.folder.name
     comment = f"{name} trial {best.number}, mapping {MAPPING_VERSION}"
     config = holding_out(source, with_places(best.config, f"{name}_{profile.family.name}", comment))
     return Transfer(
-        source, profile, planned(transfer(config, figures, profile, preset=preset), profile), figures.samples
+        source,
+        profile,
+        planned(transfer(config, figures, profile, preset=preset), profile, told),
+        figures.samples,
     )
 
 
 # The planner's last word
 
 
-def planned(plan: TransferPlan, profile: Profile) -> TransferPlan:
-    """The plan with what the card's memory asks for: its changes are moves too."""
+def planned(
+    plan: TransferPlan, profile: Profile, told: Callable[[str], None] = lambda text: None
+) -> TransferPlan:
+    """The plan with what the card's memory asks for: its changes are moves too.  ``told`` of what takes long."""
     from trainer import footprint, stacks  # they trace the base: torch and diffusers
 
     facts = footprint.base_facts(profile.family.base)
     try:
-        stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB))
+        told(f"predicting the memory of a step on {profile.vram_gb:g} GB (seconds, up to a minute)")
+        stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB), say=told)
     except ConfigError as error:
         more = () if plan.of_level("refuse") else (Finding("refuse", "vram", error.message),)
         return dataclasses.replace(plan, findings=(*plan.findings, *more))
