@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import evaluation.score
+import hpo.result
 import hpo.search
 import hpo.trial
 from hpo.convergence import Verdict
@@ -79,7 +80,7 @@ def test_what_settings_cause_is_complete_violated_and_finite(
     assert "peft_config" not in vars(bench.base.unet)
 
 
-REASONS = hpo.trial.INFEASIBLE_REASONS
+REASONS = hpo.result.INFEASIBLE_REASONS
 
 
 def test_invalid_images_are_the_settings_fault(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
