@@ -11,7 +11,7 @@ import math
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def train(
     rehearse: bool = False,
     changed: frozenset[str] = frozenset(),
     ranks: Ranks = ALONE,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Train the adapter in place.  Goes on from a checkpoint in ``checkpoints`` if there is one.
 
     With ``validate_on`` its validation loss (``trainer.validation``) is told after every epoch; with

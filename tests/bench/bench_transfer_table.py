@@ -245,7 +245,8 @@ def standing(cells: Sequence[dict[str, Any]]) -> Standing:
         following, likeness = anchored(t_P, i_P, scale, whole_KP)  # type: ignore[arg-type]
         points.append([composite(following, likeness)[0], following[0], likeness[0]])
         draws.append(composite(*anchored(t_P, i_P, scale, draws_KP)))  # type: ignore[arg-type]
-    return Standing(*np.mean(points, axis=0), np.mean(draws, axis=0))
+    score, following, likeness = np.mean(points, axis=0)
+    return Standing(score, following, likeness, np.mean(draws, axis=0))
 
 
 def table(cells: dict[Cell, dict[str, Any]], subjects: Sequence[str] = SUBJECTS) -> str:

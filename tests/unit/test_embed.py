@@ -204,7 +204,8 @@ def test_quick_gelu_weights_in_a_model_without_it_are_refused_by_tag_and_by_file
 def test_quick_gelu_of_the_real_models_is_known() -> None:
     with pytest.raises(ModelFileError, match="belong to ViT-B-32-quickgelu"):
         load_scorer("ViT-B-32:openai")
-    scorerfile.check_quick_gelu(*DEFAULT_SCORER.split(":"), "")
+    model, tag = DEFAULT_SCORER.split(":")
+    scorerfile.check_quick_gelu(model, tag, "")
     scorerfile.check_quick_gelu("ViT-L-14-quickgelu", "openai", "")
 
 

@@ -41,9 +41,9 @@ def test_the_page_lists_every_row_with_the_users_figures():
 
 def test_the_table_is_whole_at_80_columns():
     cells = [Cell(row, batch, gb, int(gb * 1e9)) for row in ROWS for batch, gb in row.measured_gb.items()]
-    shown = Console(width=80, file=StringIO())
-    shown.print(table_of(cells))
-    text = shown.file.getvalue()
+    printed = StringIO()
+    Console(width=80, file=printed).print(table_of(cells))
+    text = printed.getvalue()
     assert "…" not in text and "47.7/47.7" in text and "44.0/44.0*" in text
     assert len(text.splitlines()) < 30
 
