@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer import memory
 from trainer.errors import MachineError
 
 BUCKET_VALUES = 1 << 24  # gradients sent at once: 64 MiB in fp32
@@ -60,23 +61,39 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def sum_gradients_(self, weights: Sequence[torch.nn.Parameter]) -> None:
-        """Replace every gradient by the sum over all.  A weight that nobody has a gradient of keeps none."""
+        """Replace every gradient by the sum over all.  A weight that nobody has a gradient of keeps none.
+
+        Raises torch.OutOfMemoryError, in every process, where one of them has no room for what is sent.
+        """
         if self.world == 1 or not weights:
             return
         has = torch.tensor([float(weight.grad is not None) for weight in weights], device=weights[0].device)
         with _together():
             dist.all_reduce(has, dist.ReduceOp.MAX)
-        for weight, anywhere in zip(weights, has.tolist(), strict=True):
-            if anywhere and weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        for kind in sorted({str(w.grad.dtype) for w in weights if w.grad is not None}):
-            gradients = [w.grad for w in weights if w.grad is not None and str(w.grad.dtype) == kind]
-            for bucket in _buckets(gradients):
-                flat = torch.cat([gradient.flatten() for gradient in bucket])
-                with _together():
-                    dist.all_reduce(flat)
-                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                    gradient.copy_(part.view_as(gradient))
+        with self.agreed(weights[0].device):
+            for weight, anywhere in zip(weights, has.tolist(), strict=True):
+                if anywhere and weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            rooms = _rooms([weight.grad for weight in weights if weight.grad is not None])
+        for bucket, flat in rooms:
+            torch.cat([gradient.flatten() for gradient in bucket], out=flat)
+            with _together():
+                dist.all_reduce(flat)
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @contextlib.contextmanager
+    def agreed(self, device: torch.device | str = "cpu") -> Iterator[None]:
+        """If one of the processes runs out of memory here, all say so together instead of waiting for it."""
+        failure: RuntimeError | None = None
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not memory.is_out_of_memory(error):
+                raise
+            failure = error
+        if self.any(failure is not None, device):
+            raise failure or torch.OutOfMemoryError("another process ran out of memory")
 
     def wait(self) -> None:
         """Go on when all are here."""
@@ -136,6 +153,17 @@ def _together() -> Iterator[None]:
         raise MachineError(
             f"another process of this run is gone: {reason}", "its message says why; the same command goes on"
         ) from None
+
+
+def _rooms(gradients: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """What is sent at once, each with the room it is sent in; buckets of one dtype share theirs."""
+    found: list[tuple[list[Tensor], Tensor]] = []
+    for kind in sorted({gradient.dtype for gradient in gradients}, key=str):
+        buckets = _buckets([gradient for gradient in gradients if gradient.dtype == kind])
+        sizes = [sum(gradient.numel() for gradient in bucket) for bucket in buckets]
+        room = torch.empty(max(sizes), dtype=kind, device=gradients[0].device)
+        found += [(bucket, room[:size]) for bucket, size in zip(buckets, sizes, strict=True)]
+    return found
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

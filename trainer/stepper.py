@@ -10,10 +10,9 @@ Shapes: B batch, C latent channels, h w latent sides.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,11 +116,11 @@ class Stepper:
         """Forward, backward, clip, update.  Every sample of the group weighs the same, however it is cut."""
         self.is_untouched = True
         self.now = replace(self.now, step=step)
-        with self._agreed():
+        with self.ranks.agreed(self.base.device):
             loss_sum = self._gradients(group, epoch, step)
         self.ranks.sum_(loss_sum)
         self.ranks.sum_gradients_(self.weights)
-        with self._agreed():
+        with self.ranks.agreed(self.base.device):
             outcome = self._make_update(loss_sum, step)
         return outcome
 
@@ -194,19 +193,6 @@ class Stepper:
         finally:
             self.adapter.apply_dropout()
         return loss_sum
-
-    @contextlib.contextmanager
-    def _agreed(self) -> Iterator[None]:
-        """If one of the processes runs out of memory here, all say so together instead of waiting for it."""
-        failure: RuntimeError | None = None
-        try:
-            yield
-        except RuntimeError as error:
-            if self.ranks.world == 1 or not memory.is_out_of_memory(error):
-                raise
-            failure = error
-        if self.ranks.any(failure is not None, self.base.device):
-            raise failure or torch.OutOfMemoryError("another process ran out of memory")
 
     def _update(self, step: int) -> None:
         """The optimizer's step, in fp32 whatever the weights are kept in."""

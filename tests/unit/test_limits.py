@@ -1,4 +1,4 @@
-"""A broken limit on its way to a verdict: copied and collapsed pictures, in a search and among checkpoints."""
+"""A broken limit on its way to a verdict: of a trial (copied, collapsed, prior lost) and of a checkpoint (copied)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from evaluation import sampling
 from evaluation.prompts import PromptSet, make_prompt
-from evaluation.safeguards import COLLAPSED, COPIED, Copies, Limits, Safeguards
+from evaluation.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, Limits, Safeguards
 from evaluation.score import read_score
 from hpo.cli import main
 from hpo.folder import open_study, read_json
@@ -70,13 +70,20 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
     [
         (COPIED, EXACT, Limits(0.05, 0.0, 1e9), "100% of the images repeat a training image"),
         (COLLAPSED, FAR, Limits(0.05, 50.0, 1e9), "the images of one prompt are all alike"),
+        (PRIOR_LOST, FAR, Limits(0.05, 0.0, 0.5), "the class word alone draws the subject"),
     ],
 )
 def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
     tmp_path: Path, data: Path, drawn: list[Path], reason: str, near: float, limits: Limits, says: str
 ) -> None:
     bench, view = guarded(tmp_path / "study", data, drawn, near, limits), Recorder()
-    make_search(bench, Length(1), view).run()
+    search = make_search(bench, Length(1), view)
+    if reason == PRIOR_LOST:  # a base whose class word draws nothing like the subject, where the LoRA's does
+        base_i_P = [
+            i if asks else -1.0 for i, asks in zip(bench.anchors.base_i_P, (True, True, False), strict=True)
+        ]
+        bench._anchors = replace(bench.anchors, base_i_P=tuple(base_i_P), real_i=-0.5)
+    search.run()
     study, folder = open_study(bench.folder), bench.folder.trial(0)
     (trial,) = study.get_trials(deepcopy=False)
     assert trial.state.name == "COMPLETE" and trial.value == INFEASIBLE_VALUE, "the sampler learns from it"

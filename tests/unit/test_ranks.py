@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,6 +16,7 @@ import torch
 from click.testing import CliRunner
 
 import hpo.keeper
+import trainer.ranks
 from hpo.cli import main
 from tests.faults.zygote import finish, start
 from tests.tiny import save_folder, tiny_base
@@ -60,7 +63,8 @@ def train(output: str) -> int:
 
 
 def one_of_two(rank: int, port: int, output: str, kill_after: int | None) -> None:
-    """What torchrun starts: the same command with its variables."""
+    """What torchrun starts: the same command with its variables.  One that waits for ever is ended."""
+    signal.alarm(240)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     loop.train.__kwdefaults__["checkpoint_every_seconds"] = 0.0
@@ -131,6 +135,34 @@ def test_memory_that_runs_out_in_one_process_s_update_is_told_to_the_other(place
     assert_close("one", "two")
     (row,) = [json.loads(line) for line in Path("two/lora.run/ladder.jsonl").read_text().splitlines()]
     assert (row["rung"], row["step"]) == ("batch 1", 1)
+
+
+def test_memory_that_runs_out_before_gradients_are_sent_is_told_to_the_other(place: Path) -> None:
+    """Rank 1 alone has no room for the gradients of step 2: rank 0 does not wait for what never comes."""
+    rooms, calls = trainer.ranks._rooms, iter(range(1000))
+
+    def failing(gradients: Sequence[torch.Tensor]) -> Any:
+        if os.environ["RANK"] == "1" and next(calls) == 2:  # after the dry step and the first real one
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return rooms(gradients)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.ranks, "_rooms", failing)
+        assert train_in_two("two") == [0, 0]
+    assert finish(start(lambda: exit(train("one")))) == 0
+    assert_close("one", "two")
+    (row,) = [json.loads(line) for line in Path("two/lora.run/ladder.jsonl").read_text().splitlines()]
+    assert (row["rung"], row["step"]) == ("batch 1", 1)
+
+
+def test_gradients_of_one_dtype_are_sent_in_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.ranks, "BUCKET_VALUES", 10)
+    sizes = (6, 4, 3, 25, 1)
+    gradients = [torch.full((n,), float(n)) for n in sizes] + [torch.ones(2, dtype=torch.bfloat16)]
+    rooms = trainer.ranks._rooms(gradients)
+    assert [[len(g) for g in bucket] for bucket, _ in rooms] == [[2], [6, 4], [3], [25], [1]]
+    assert [(len(flat), flat.dtype) for _, flat in rooms[:2]] == [(2, torch.bfloat16), (10, torch.float32)]
+    assert len({flat.data_ptr() for _, flat in rooms[1:]}) == 1
 
 
 def test_a_step_is_dealt_out_so_that_each_process_has_a_part() -> None:
