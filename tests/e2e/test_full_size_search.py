@@ -2,10 +2,11 @@
 real-sized ViT-B-32 from a file: on a CPU, within 12 GB, without network.
 
 What it proves: loading in both layouts, training, sampling, scoring by the loaded scorer, saving and the study's
-records at full size, and the memory they take.  It proves nothing about scores.  Two guards exist to refuse just
-what random weights are, so both are off here and tested on the miniature: the scorer's known answers
-(tests/unit/test_embed.py), and anchors that cannot be told apart (tests/faults/test_session.py).  All other checks
-stay on: the file's own, logit_scale, the LoRA's effect on the images, invalid images, the limits.
+records at full size, and the memory they take.  It proves nothing about scores.  Three guards judge just what random
+weights are, so they are off here and tested elsewhere: the scorer's known answers (tests/unit/test_embed.py), anchors
+that cannot be told apart (tests/faults/test_session.py), and the limit on copies, to which a random image tower says
+yes or no by chance (tests/unit/test_limits.py).  All other checks stay on: the file's own, logit_scale, the LoRA's
+effect on the images, invalid images, the other limits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from hpo.cli import calm_libraries, main
 calm_libraries()
 from evaluation.anchors import Anchors
 from hpo import workbench
-workbench.self_test = lambda scorer: None
+workbench.self_test = lambda scorer, say: None
 Anchors.require_separable = lambda self: None
 try:
     main(sys.argv[1:])
@@ -82,6 +83,7 @@ def search(place: Path, base: Path) -> tuple[str, int]:
     for setting in ("resolution=64", "min_bucket_reso=64", "max_train_steps=2", "train_batch_size=1"):
         words += ["--set", setting]
     words += ["--set", "learning_rate=0.05", "--set", "sampling.steps=2", "--set", "optimizer_type=AdamW"]
+    words += ["--set", "limits.copy_rate=1.0"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *words], cwd=place, capture_output=True, text=True, env=environment
