@@ -11,69 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
 from evaluation import sampling
 from hpo.cli import main
 from tests.faults.zygote import attempt
-from tests.tiny import save_folder, tiny_base
+from tests.tiny_run import JUDGING, MINI_CLIP, THREE_CHECKPOINTS, loud_base
 from tests.tiny_search import draw_images
 from trainer.files import sha256_file
 from trainer.tensorfile import load_tensors, read_header
 
-MINI_CLIP = Path(sampling.__file__).parent.parent / "trainer/bases/miniature/weights/mini-clip"
-# A study file of this name in the current folder wins over the shipped one: fewer images, fewer steps.
-STUDY = (
-    f"""
+STUDY = f"""
 [study]
 also = ["{MINI_CLIP}"]
-"""
-    + """
-[train]
-optimizer_type = "AdamW"
-[space]
-learning_rate = { low = 1e-4, high = 1e-1, log = true }
-[baseline]
-learning_rate = 1e-3
-[prompts]
-counts = { train-like = 1, altered = 3 }
-seeds = [0]
-[confirmation]
-counts = { train-like = 1, altered = 3 }
-seeds = [1000]
-[limits]
-copy_rate = 1.0
-diversity = 0.0
-prior = 100.0
-[sampling]
-steps = 2
-"""
-)
-SETTINGS = """
-resolution = 64
-bucket_no_upscale = false
-bucket_reso_steps = 32
-min_bucket_reso = 32
-network_dim = 2
-network_alpha = 2
-optimizer_type = "AdamW"
-learning_rate = 3e-2
-train_batch_size = 2
-max_train_epochs = 3
-save_every_n_epochs = 1
-output_name = "zkw"
-"""
-
-
-def loud_base(folder: Path, family: str) -> Path:
-    """A random base draws almost one grey: louder, so that an adapter can be seen."""
-    base = tiny_base(family)
-    with torch.no_grad():
-        base.unet.conv_out.weight.mul_(20)
-        base.vae.decoder.conv_out.weight.mul_(10)
-    return save_folder(base, folder)
+{JUDGING}"""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     draw_images(place / "images" / "1_zkw figure", count=4)
     draw_images(place / "images" / "held_out", count=3, seed=2)
     (place / "sd15-character.toml").write_text(STUDY)
-    (place / "settings.toml").write_text(SETTINGS)
+    (place / "settings.toml").write_text(THREE_CHECKPOINTS)
     for family in ("sd15", "sdxl"):
         base = loud_base(place / f"tiny-{family}", family)
         words = ("settings.toml", "--base", base.name, "--data", "images", "--device", "cpu")

@@ -20,6 +20,7 @@ import hpo.keeper
 from hpo.cli import main
 from hpo.trainladder import RunLadder
 from tests.tiny import save_folder, tiny_base
+from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.bases.sd15 import SD15
 from trainer.config import TrainConfig
@@ -94,19 +95,15 @@ def test_only_what_was_given_up_after_a_checkpoint_may_differ_from_it(tmp_path: 
 # Real runs of the command on the tiny base, whose forward pass fails as a card's does: with PyTorch's own error,
 # at a limit on what is in it.
 
-SETTINGS = """
-resolution = 64
-bucket_no_upscale = false
-bucket_reso_steps = 32
-min_bucket_reso = 32
-network_dim = 2
-network_alpha = 2
-optimizer_type = "AdamW"
+SETTINGS = (
+    TINY
+    + """
 learning_rate = 1e-3
 train_batch_size = 4
 max_train_epochs = 3
 save_precision = "float"
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from evaluation import sampling
 from evaluation.prompts import PromptSet, make_prompt
 from evaluation.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, Limits, Safeguards
 from evaluation.score import read_score
@@ -21,7 +20,7 @@ from hpo.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
 from hpo.search import Limits as Length
 from hpo.standing import standing
 from hpo.workbench import Workbench
-from tests.tiny import save_folder, tiny_base
+from tests.tiny_run import JUDGING, MINI_CLIP, THREE_CHECKPOINTS, loud_base
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench
 from trainer.images import read_picture
 
@@ -104,42 +103,6 @@ def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
 
 # Among the checkpoints of a run
 
-STUDY = """
-[train]
-optimizer_type = "AdamW"
-[space]
-learning_rate = { low = 1e-4, high = 1e-1, log = true }
-[baseline]
-learning_rate = 1e-3
-[prompts]
-counts = { train-like = 1, altered = 3 }
-seeds = [0]
-[confirmation]
-counts = { train-like = 1, altered = 3 }
-seeds = [1000]
-[limits]
-copy_rate = 0.05
-diversity = 0.0
-prior = 100.0
-[sampling]
-steps = 2
-"""
-SETTINGS = """
-resolution = 64
-bucket_no_upscale = false
-bucket_reso_steps = 32
-min_bucket_reso = 32
-network_dim = 2
-network_alpha = 2
-optimizer_type = "AdamW"
-learning_rate = 3e-2
-train_batch_size = 2
-max_train_epochs = 3
-save_every_n_epochs = 1
-output_name = "zkw"
-"""
-MINI_CLIP = Path(sampling.__file__).parent.parent / "trainer/bases/miniature/weights/mini-clip"
-
 
 def run(*words: str) -> Result:
     result = CliRunner().invoke(main, list(words), catch_exceptions=False)
@@ -155,13 +118,10 @@ def test_a_checkpoint_that_repeats_training_images_is_never_chosen(
     monkeypatch.setattr("evaluation.safeguards.NEAR", 1e-3)  # a random base's pictures are much alike
     images = draw_images(tmp_path / "images" / "1_zkw figure", count=4)
     draw_images(tmp_path / "images" / "held_out", count=3, seed=2)
-    (tmp_path / "sd15-character.toml").write_text(STUDY)
-    (tmp_path / "settings.toml").write_text(SETTINGS)
-    base = tiny_base("sd15")
-    with torch.no_grad():
-        base.unet.conv_out.weight.mul_(20)
-        base.vae.decoder.conv_out.weight.mul_(10)
-    save_folder(base, tmp_path / "tiny")
+    study = JUDGING.replace("copy_rate = 1.0", "copy_rate = 0.05")
+    (tmp_path / "sd15-character.toml").write_text(study)
+    (tmp_path / "settings.toml").write_text(THREE_CHECKPOINTS)
+    loud_base(tmp_path / "tiny", "sd15")
     words = ("--base", "tiny", "--data", "images", "--device", "cpu", "--output", "out")
     run("train", "settings.toml", *words)
     judged = ("evaluate", "out", "--clip", str(MINI_CLIP), "--device", "cpu")

@@ -20,20 +20,16 @@ import trainer.ranks
 from hpo.cli import main
 from tests.faults.zygote import finish, start
 from tests.tiny import save_folder, tiny_base
+from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer import loop
 from trainer.events import Step
 from trainer.ranks import ALONE, launched
 from trainer.stepper import Stepper, cut
 
-SETTINGS = """
-resolution = 64
-bucket_no_upscale = false
-bucket_reso_steps = 32
-min_bucket_reso = 32
-network_dim = 2
-network_alpha = 2
-optimizer_type = "AdamW"
+SETTINGS = (
+    TINY
+    + """
 learning_rate = 1e-3
 train_batch_size = 2
 gradient_accumulation_steps = 2
@@ -43,6 +39,7 @@ rank_dropout = 0.2
 max_train_epochs = 2
 save_precision = "float"
 """
+)
 
 
 @pytest.fixture

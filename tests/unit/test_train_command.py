@@ -22,6 +22,7 @@ from hpo.cli import main
 from hpo.trainplan import count_steps
 from hpo.trainsamples import read_sample_prompts
 from tests.tiny import save_folder, tiny_base
+from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer import loop
 from trainer.adapter import inject
@@ -31,19 +32,15 @@ from trainer.dataset import read_dataset
 from trainer.errors import ConfigError
 from trainer.events import Step
 
-SETTINGS = """
-resolution = 64
-bucket_no_upscale = false
-bucket_reso_steps = 32
-min_bucket_reso = 32
-network_dim = 2
-network_alpha = 2
-optimizer_type = "AdamW"
+SETTINGS = (
+    TINY
+    + """
 learning_rate = 1e-3
 train_batch_size = 2
 max_train_epochs = 3
 save_precision = "float"
 """
+)
 
 
 @pytest.fixture(scope="module")
