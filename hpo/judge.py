@@ -16,27 +16,25 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from evaluation import embed, others
 from evaluation.anchors import Anchors, References, embed_references, make_anchors, require_references
-from evaluation.answers import self_test
 from evaluation.beside import Gauge
 from evaluation.images import SampledImage
 from evaluation.prompts import MAX_TOKENS, PromptSet
-from evaluation.safeguards import Limits, Safeguards, embed_copies, scene_encoders
+from evaluation.safeguards import Limits, Safeguards
 from evaluation.sampling import OnImages, SampleConfig, sample
 from evaluation.score import METRICS_NAME, Formula, Score, evaluate_adapter, read_score
-from evaluation.style import PatchEncoder, StyleEncoder
 from hpo import standard as standards
 from hpo.folder import read_json
 from hpo.keeper import DATASET_KEY
 from hpo.runfiles import RunFiles
 from hpo.study import Inputs
 from hpo.training import check_device
-from hpo.workbench import say_notes, subject_items
+from hpo.workbench import check_encoders, load_encoders, make_safeguards, say_notes, subject_items
 from trainer import lorafile
 from trainer.bases.base import Base, compute_type
 from trainer.bases.load import load_base
@@ -224,10 +222,7 @@ def load(
     scorer_spec = inputs.clip or known.clip or study.study.clip or embed.default_scorer(spec)
     likeness_spec = study.study.likeness or embed.default_likeness(spec)
     if like is None:
-        embed.check_scorer(scorer_spec)
-        embed.check_likeness(likeness_spec)
-        for other in study.study.also:
-            others.check(other)
+        check_encoders(study, scorer_spec, likeness_spec)
         standards.sets(run, inputs, study, data, lambda text: 0)
         if known.says:
             say(known.says)
@@ -239,14 +234,9 @@ def load(
         no_half_vae=config.no_half_vae,
     )
     _say_changes(run, base, data, say)
-    scorer: embed.Scorer
-    likeness: embed.ImageEncoder
     if like is None:
         prompts, confirmation = standards.sets(run, inputs, study, data, base.token_count)
-        scorer = embed.load_scorer(scorer_spec, device)
-        self_test(scorer, say)
-        plain = embed.load_likeness(likeness_spec, scorer, device)
-        likeness = StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
+        scorer, likeness = load_encoders(study, scorer_spec, likeness_spec, device, say)
         formula = Formula(**dataclasses.asdict(study.score))
         limits = Limits(**dataclasses.asdict(study.limits))
         references = embed_references(paths, likeness)
@@ -261,8 +251,6 @@ def load(
             say(
                 f"warning: {run.name} was trained with {words} of {like.name}: it may not know what it is asked for"
             )
-    encoders = scene_encoders(scorer, likeness)
-    copies = embed_copies([item.path for item in subject_items(data)], paths, encoders)
     return Judge(
         run.name,
         base,
@@ -275,7 +263,7 @@ def load(
         scorer,
         likeness,
         formula,
-        Safeguards(encoders, copies, limits),
+        make_safeguards(data, paths, scorer, likeness, limits),
         gauges,
         say,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -177,10 +177,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     require_references(len(paths))
     scorer_spec = inputs.clip or study.study.clip or embed.default_scorer(inputs.base)
     likeness_spec = study.study.likeness or embed.default_likeness(inputs.base)
-    embed.check_scorer(scorer_spec)
-    embed.check_likeness(likeness_spec)
-    for spec in study.study.also:
-        others.check(spec)
+    check_encoders(study, scorer_spec, likeness_spec)
     SampleConfig(**study.sample_values())
     prompt_sets(inputs, study, data, count_tokens=lambda text: 0)
     # Up to here everything is cheap; a base can be a download of gigabytes.
@@ -200,11 +197,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         say(note)
     chosen, confirmation = prompt_sets(inputs, study, data, base.token_count)
     say_notes(chosen, confirmation, say)
-    scorer = embed.load_scorer(scorer_spec, device)
-    plain = embed.load_likeness(likeness_spec, scorer, device)
-    self_test(scorer, say)
-    likeness = StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
-    encoders = scene_encoders(scorer, likeness)
+    scorer, likeness = load_encoders(study, scorer_spec, likeness_spec, device, say)
     return Workbench(
         study=study,
         folder=folder,
@@ -221,13 +214,40 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         base_spec=inputs.base,
         store=cache.Store(folder.cache),
         inputs=inputs,
-        safeguards=Safeguards(
-            encoders,
-            embed_copies([item.path for item in subject_items(data)], paths, encoders),
-            Limits(**dataclasses.asdict(study.limits)),
-        ),
+        safeguards=make_safeguards(data, paths, scorer, likeness, Limits(**dataclasses.asdict(study.limits))),
         gauges=others.gauges(study.study.also, scorer, likeness, paths, device, say),
     )
+
+
+def check_encoders(study: StudyConfig, scorer: str, likeness: str) -> None:
+    """Raise ToolError for an encoder that cannot be loaded, as far as this shows without loading it."""
+    embed.check_scorer(scorer)
+    embed.check_likeness(likeness)
+    for spec in study.study.also:
+        others.check(spec)
+
+
+def load_encoders(
+    study: StudyConfig, scorer_spec: str, likeness_spec: str, device: str, say: Say
+) -> tuple[embed.Scorer, embed.ImageEncoder]:
+    """The scorer, with its known answers asked, and what sees likeness – for the style preset, in patches."""
+    scorer = embed.load_scorer(scorer_spec, device)
+    plain = embed.load_likeness(likeness_spec, scorer, device)
+    self_test(scorer, say)
+    return scorer, StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
+
+
+def make_safeguards(
+    data: Dataset,
+    references: Sequence[Path],
+    scorer: embed.Scorer,
+    likeness: embed.ImageEncoder,
+    limits: Limits,
+) -> Safeguards:
+    """Copies are those of images that show the subject."""
+    encoders = scene_encoders(scorer, likeness)
+    copies = embed_copies([item.path for item in subject_items(data)], references, encoders)
+    return Safeguards(encoders, copies, limits)
 
 
 def demo_data(base: str, folder: StudyFolder) -> Path:
