@@ -24,7 +24,7 @@ from typing import Any
 
 import tomlkit
 
-from evaluation.templates import TEMPLATES as TEMPLATES
+from evaluation.templates import TEMPLATES
 from trainer.config import suggestion
 from trainer.errors import ConfigError
 from trainer.files import write_atomic

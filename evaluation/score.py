@@ -32,7 +32,6 @@ from evaluation import beside
 from evaluation.anchors import Anchors, References, check_encoder, raw_cosines
 from evaluation.beside import Beside, Gauge
 from evaluation.embed import ImageEncoder, Scorer
-from evaluation.formula import CEILING as CEILING
 from evaluation.formula import USUAL, Formula, composite
 from evaluation.images import SampledImage, check_valid, png_bytes, prove_applied, sample_grid
 from evaluation.prompts import PromptSet

@@ -132,15 +132,14 @@ def confirmation_prompts(
     source: StudyFolder, count_tokens: Callable[[str], int] = lambda text: 0
 ) -> PromptSet:
     """The study's confirmation set."""
-    from evaluation.prompts import load_prompts
+    from hpo.promptfiles import read
 
     if not source.confirmation.is_file():
         raise ConfigError(
             f"study {source.name} has no confirmation set",
             f"write prompts that the search did not use to {source.confirmation} (form: docs/evaluation.md)",
         )
-    # Trigger and class word stand in the file.
-    return load_prompts(source.confirmation, trigger=None, class_word=None, count_tokens=count_tokens)
+    return read(source.confirmation, count_tokens)
 
 
 def cost_line(

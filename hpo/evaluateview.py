@@ -107,16 +107,15 @@ def _table(outcome: Outcome) -> Table:
 
 def _beside_table(points: Sequence[Point]) -> Table | None:
     """Other models' raw figures, a column each; none of them is part of the score."""
-    scored = [point for point in points if point.score is not None and point.score.beside]
+    scored = [(point.name, point.score.beside) for point in points if point.score and point.score.beside]
     if not scored:
         return None
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("beside the score, raw", no_wrap=True)
-    for figure in scored[0].score.beside if scored[0].score else ():
+    for figure in scored[0][1]:
         table.add_column(Text(f"{clean_text(figure.measure)}\n{clean_text(figure.model)}"), justify="right")
-    for point in scored:
-        values = [f"{figure.value:.4f}" for figure in point.score.beside] if point.score else []
-        table.add_row(*map(Text, (clean_text(point.name), *values)))
+    for name, figures in scored:
+        table.add_row(*map(Text, (clean_text(name), *(f"{figure.value:.4f}" for figure in figures))))
     return table
 
 

@@ -191,7 +191,7 @@ class _Probing:
         return make_side(
             name,
             whole,
-            self.done.samples,
+            self.done.plan.figures.samples,
             self.request.probes,
             bounds,
             sampling=self.facts.get("sampling", {}),

@@ -7,17 +7,23 @@ own their form (``evaluation.prompts``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from evaluation.prompts import CountTokens, PromptSet, load_prompts, save_prompts
 from hpo.folder import StudyFolder
 from trainer.errors import ConfigError
 
 
+def read(path: Path, count_tokens: CountTokens = lambda text: 0) -> PromptSet:
+    """One of these files: its trigger and class word stand in it.  Without ``count_tokens`` no text is too long."""
+    return load_prompts(path, trigger=None, class_word=None, count_tokens=count_tokens)
+
+
 def check_unedited(folder: StudyFolder, known: str) -> None:
     """Raise ConfigError unless prompts.toml has the study's hash, ``known`` (or how it begins), or is not there."""
     if not folder.prompts.is_file():
         return
-    found = load_prompts(folder.prompts, trigger=None, class_word=None, count_tokens=lambda text: 0)
+    found = read(folder.prompts)
     if not found.hash.startswith(known):
         raise ConfigError(
             f"{folder.prompts} was edited: the study's prompts are {known[:16]}, the file's {found.hash[:16]}",
@@ -41,7 +47,7 @@ def write(
     if not folder.confirmation.is_file():
         save_prompts(confirmation, folder.confirmation)
         return
-    found = load_prompts(folder.confirmation, trigger=None, class_word=None, count_tokens=count_tokens)
+    found = read(folder.confirmation, count_tokens)
     if found.hash != confirmation.hash:
         say(
             f"{folder.confirmation} holds other prompts than would be written today: it is kept, and hpo confirm "

@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from evaluation.formula import CEILING
 from hpo.folder import TrialFolder, read_json
 from hpo.sections import FOLLOWING, LIKENESS, SCORE
 from trainer.config import TrainConfig
@@ -64,13 +65,16 @@ class Result:
         return self.train_seconds + self.score_seconds
 
 
+_NAMES = {f.name for f in fields(Result)}
+# An older version's result is one too: what came later has a default.
+_OLDEST = {f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING}
+
+
 def objective_values(result: Result, objectives: Sequence[str]) -> list[float]:
     """What Optuna is told of a complete or infeasible result, one number for each objective.
 
     The parts are clipped as in the score, so that an infeasible trial is below every measured one.
     """
-    from evaluation.score import CEILING
-
     if result.state == INFEASIBLE:
         return [INFEASIBLE_VALUE] * len(objectives)
     parts = {SCORE: result.value, FOLLOWING: result.prompt_following, LIKENESS: result.likeness}
@@ -119,15 +123,7 @@ def write_params(
 def read_result(folder: TrialFolder, config: TrainConfig) -> Result | None:
     """The trial's result if it is whole and belongs to these settings."""
     values = read_json(folder.result)
-    names = {f.name for f in fields(Result)}
-    came_later = {
-        "copy_rate",
-        "diversity",
-        "prior",
-        "amounts",
-        "beside",
-    }  # an older version's result is one too
-    if values is None or not names - came_later <= values.keys() <= names:
+    if values is None or not _OLDEST <= values.keys() <= _NAMES:
         return None
     found = Result(**values)
     if found.number != folder.number or found.config_sha256 != config_sha256(config):

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.prompts import PromptSet, load_prompts, no_class_word
+from evaluation.prompts import PromptSet, no_class_word
 from evaluation.sampling import SampleConfig, default_config
+from hpo import promptfiles
 from hpo.folder import RUNS, StudyFolder, read_json
 from hpo.runfiles import RunFiles
 from hpo.study import MINIATURE_STUDIES, SHIPPED, Inputs, StudyConfig, build_study, find_study, read_study
@@ -29,9 +30,8 @@ from trainer.images import read_picture
 from trainer.subsets import read_training_data
 
 SWEEP_STEPS = 25  # facts A2: DPM++ 2M with 25 steps for checkpoints and comparisons, 20 in a search
-_TRANSFERRED = re.compile(
-    r"(?P<study>.+) trial \d+, mapping \S+"
-)  # training_comment of a transfer's settings
+# training_comment of a transfer's settings
+_TRANSFERRED = re.compile(r"(?P<study>.+) trial \d+, mapping \S+")
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,7 @@ def training_data(run: RunFiles, config: TrainConfig, inputs: Inputs, known: Sta
     """What the run was trained on, references left out for a study's trial."""
     trigger, class_word = inputs.trigger, inputs.class_word
     if known.folder is not None and known.folder.prompts.is_file() and inputs.data is None:
-        chosen = load_prompts(
-            known.folder.prompts, trigger=None, class_word=None, count_tokens=lambda text: 0
-        )
+        chosen = promptfiles.read(known.folder.prompts)
         trigger, class_word = trigger or chosen.trigger, class_word or chosen.class_word
     data = read_training_data(config, trigger=trigger, class_word=class_word)
     if run.study is None:
@@ -188,14 +186,11 @@ def sets(
 ) -> tuple[PromptSet, PromptSet | None]:
     """The search and the confirmation prompts: the study's own for its trials."""
     if run.study is not None and inputs.prompts is None:
-        first, second = (
-            load_prompts(path, trigger=None, class_word=None, count_tokens=count_tokens)
-            if path == run.study.prompts or path.is_file()
-            else None
-            for path in (run.study.prompts, run.study.confirmation)
+        later = run.study.confirmation
+        return (
+            promptfiles.read(run.study.prompts, count_tokens),
+            promptfiles.read(later, count_tokens) if later.is_file() else None,
         )
-        assert first is not None
-        return first, second
     if not data.class_word and inputs.prompts is None:
         raise no_class_word()
     return prompt_sets(inputs, study, data, count_tokens)

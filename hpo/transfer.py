@@ -378,11 +378,10 @@ def text_encoder_limits(draft: Draft) -> Iterator[Change]:
         return
     limits, cap = draft.profile.limits, draft.profile.rate.text_encoder_cap
     if rate > 0 and text > cap * rate * (1 + 1e-9):
-        text = snap_down(cap * rate)
-        yield Change("text_encoder_lr", text, "te.cap", f"at most {cap:g} × learning_rate")
+        yield Change("text_encoder_lr", snap_down(cap * rate), "te.cap", f"at most {cap:g} × learning_rate")
     elif rate == 0 and draft.values["optimizer_type"] in ADAM and text > limits.learning_rate_high:
-        text = limits.learning_rate_high
-        yield Change("text_encoder_lr", text, "te.cap", "the highest rate of this profile")
+        highest = limits.learning_rate_high
+        yield Change("text_encoder_lr", highest, "te.cap", "the highest rate of this profile")
 
 
 def rate_remarks(config: TrainConfig, profile: Profile) -> Iterator[Finding]:

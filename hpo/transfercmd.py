@@ -54,7 +54,6 @@ class Transfer:
     source: Source
     profile: Profile
     plan: TransferPlan
-    samples: int  # of an epoch
 
 
 def run(request: Request, console: Console) -> None:
@@ -121,10 +120,7 @@ def make(
     comment = f"{name} trial {best.number}, mapping {MAPPING_VERSION}"
     config = holding_out(source, with_places(best.config, f"{name}_{profile.family.name}", comment))
     return Transfer(
-        source,
-        profile,
-        planned(transfer(config, figures, profile, preset=preset), profile, told),
-        figures.samples,
+        source, profile, planned(transfer(config, figures, profile, preset=preset), profile, told)
     )
 
 

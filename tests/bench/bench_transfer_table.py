@@ -100,7 +100,7 @@ def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig
     plain = make(source, profile, None)
     words = ("transfer", "--to", "mini-sdxl", "--study", name, "--probes", str(args.probes))
     hpo(args.work, *words)
-    samples = plain.samples
+    samples = plain.plan.figures.samples
     epochs = [t.config.max_train_epochs or 1 for t in source.trials]
     target = (plain.plan.config.max_train_epochs or 1) * samples
     count = direct_trials(sum(epochs) * samples, args.probes, target, family.cost_of_a_sample)

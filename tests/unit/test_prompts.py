@@ -9,7 +9,6 @@ from evaluation.prompts import (
     CONFIRM_COUNTS,
     CONFIRM_SEEDS,
     SEARCH_COUNTS,
-    TEMPLATES,
     Prompt,
     PromptSet,
     generate,
@@ -19,6 +18,7 @@ from evaluation.prompts import (
     scored_text,
     shorten,
 )
+from evaluation.templates import TEMPLATES
 from hpo.sections import PRESETS
 from hpo.study import SHIPPED, Inputs, read_study
 from hpo.workbench import prompt_sets, say_notes, subject_items
