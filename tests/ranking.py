@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import statistics
-from evaluation.anchors import Anchors
-from evaluation.score import anchored, composite
-from hpo.confirmed import expected_best
-from hpo.result import INFEASIBLE_VALUE
+from evaluation.score import statistics
+from evaluation.score.anchors import Anchors
+from evaluation.score.score import anchored, composite
+from hpo.confirm.outcome import expected_best
+from hpo.study.result import INFEASIBLE_VALUE
 from trainer.files import read_records
 
 FILE = Path(__file__).parent / "data" / "ranking_mini_sd15.jsonl"

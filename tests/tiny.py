@@ -22,9 +22,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from trainer.bases.base import Base, Parts, Sizes
 from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
-from trainer.cache import Prepared
 from trainer.config import TrainConfig
-from trainer.dataset import Dataset, Item, assign_buckets
+from trainer.data.cache import Prepared
+from trainer.data.dataset import Dataset, Item, assign_buckets
 
 TEXT_WIDTH = 16
 PROJECTION = 8

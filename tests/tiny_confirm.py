@@ -9,15 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-import hpo.confirm
-import hpo.workbench
-from hpo.confirmed import Outcome
-from hpo.confirmwanted import Request
-from hpo.folder import StudyFolder
-from hpo.report import PlainView
-from hpo.search import Limits
-from hpo.study import Inputs
-from hpo.workbench import Workbench, write_definition
+import hpo.confirm.run
+import hpo.search.workbench
+from hpo.confirm.outcome import Outcome
+from hpo.confirm.wanted import Request
+from hpo.search.workbench import Workbench, write_definition
+from hpo.search.worker import Limits
+from hpo.study.config import Inputs
+from hpo.study.folder import StudyFolder
+from hpo.terminal.live import PlainView
 from tests.tiny_search import make_search, tiny_bench
 
 
@@ -49,19 +49,19 @@ def run_confirm(
         change(view)
         return view
 
-    screen, before, view_before = io.StringIO(), hpo.workbench.load, hpo.report.make_view
-    hpo.workbench.load, hpo.report.make_view = load, make_view
+    screen, before, view_before = io.StringIO(), hpo.search.workbench.load, hpo.terminal.live.make_view
+    hpo.search.workbench.load, hpo.terminal.live.make_view = load, make_view
     try:
         request = Request(source.name, runs=source.root.parent, **{"top": 2, **words})
-        found = hpo.confirm.confirm(request, Console(file=screen, width=160), lambda: True)
+        found = hpo.confirm.run.confirm(request, Console(file=screen, width=160), lambda: True)
     finally:
-        hpo.workbench.load, hpo.report.make_view = before, view_before
+        hpo.search.workbench.load, hpo.terminal.live.make_view = before, view_before
     return found, screen.getvalue()
 
 
 def check_confirmation(folder: StudyFolder, runs: int) -> dict[tuple[int, int], float]:
     """What must hold of a finished confirmation, whatever happened to its processes: (of, seed) → score."""
-    from hpo.folder import open_study, read_json
+    from hpo.study.folder import open_study, read_json
 
     found = open_study(folder).get_trials(deepcopy=False)
     assert [t.number for t in found] == list(range(len(found)))

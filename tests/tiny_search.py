@@ -1,6 +1,6 @@
 """A whole study in seconds: a tiny random base, drawn images, and a scorer that is arithmetic.
 
-``tiny_bench`` is what ``hpo.workbench.load`` returns, without files of models.  ``run_search`` is one worker.
+``tiny_bench`` is what ``hpo.search.workbench.load`` returns, without files of models.  ``run_search`` is one worker.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation.anchors import embed_references
-from evaluation.prompts import PromptSet, make_prompt
-from evaluation.sampling import default_config
-from hpo.folder import TOTAL, StudyFolder, create_study, open_study, read_json
-from hpo.search import Limits, Search
-from hpo.study import Inputs, StudyConfig, build_study
-from hpo.workbench import Workbench
+from evaluation.images.sampling import default_config
+from evaluation.prompts.prompts import PromptSet, make_prompt
+from evaluation.score.anchors import embed_references
+from hpo.search.workbench import Workbench
+from hpo.search.worker import Limits, Search
+from hpo.study.config import Inputs, StudyConfig, build_study
+from hpo.study.folder import TOTAL, StudyFolder, create_study, open_study, read_json
 from tests.tiny import tiny_base
-from trainer import cache
-from trainer.dataset import read_dataset, split_references
+from trainer.data import cache
+from trainer.data.dataset import read_dataset, split_references
 from trainer.events import Event
 from trainer.files import sha256_file
 

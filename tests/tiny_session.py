@@ -10,12 +10,12 @@ from typing import Any
 import tomlkit
 from rich.console import Console
 
-import hpo.workbench
-from evaluation.anchors import Anchors
-from hpo.folder import StudyFolder
-from hpo.session import Request, search
-from hpo.study import Inputs
-from hpo.workbench import Workbench
+import hpo.search.workbench
+from evaluation.score.anchors import Anchors
+from hpo.search.session import Request, search
+from hpo.search.workbench import Workbench
+from hpo.study.config import Inputs
+from hpo.study.folder import StudyFolder
 from tests.tiny_search import STUDY, tiny_bench
 
 
@@ -39,8 +39,8 @@ def run_session(
 
     definition = root.parent.parent / "tiny.toml"
     definition.write_text(tomlkit.dumps(STUDY), encoding="utf-8")
-    screen, original, guard = io.StringIO(), hpo.workbench.load, Anchors.require_separable
-    hpo.workbench.load = load
+    screen, original, guard = io.StringIO(), hpo.search.workbench.load, Anchors.require_separable
+    hpo.search.workbench.load = load
     if not guarded:
         Anchors.require_separable = lambda anchors: None  # type: ignore[method-assign]
     try:
@@ -49,6 +49,6 @@ def run_session(
         )
         search(request, Console(file=screen, width=200))
     finally:
-        hpo.workbench.load = original
+        hpo.search.workbench.load = original
         Anchors.require_separable = guard  # type: ignore[method-assign]
     return screen.getvalue()

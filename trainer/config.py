@@ -1,7 +1,7 @@
 """TrainConfig: every setting of a training run, once, under kohya's name.
 
 Owns the settings' names, types, units, limits and defaults, and the errors for wrong ones.  Does not own
-where values come from (kohya files: ``trainer.kohya``; studies: ``hpo.study``) and never imports torch.
+where values come from (kohya files: ``trainer.kohya.read``; studies: ``hpo.study.config``) and never imports torch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def setting(default: Any, doc: str, **facts: Any) -> Any:
 class TrainConfig:
     """All settings of one training run.  Frozen; ``with_values`` makes a changed, validated copy.
 
-    Names are sd-scripts' (kohya's).  Defaults are ours; a kohya file takes kohya's (``trainer.kohya``).
+    Names are sd-scripts' (kohya's).  Defaults are ours; a kohya file takes kohya's (``trainer.kohya.read``).
     """
 
     # What is trained, on what

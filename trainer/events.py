@@ -44,7 +44,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Validated:
-    """The validation loss after ``epoch`` (``trainer.validation``): comparable between runs on one base."""
+    """The validation loss after ``epoch`` (``trainer.loop.validation``): comparable between runs on one base."""
 
     step: int
     epoch: int

@@ -4,7 +4,7 @@ way, and sd-scripts' own step where a copy is given.
     python -m tests.bench.bench_gpu --base sdxl --out bench/gpu [--sd-scripts DIR] [--only "dim 32"] [--steps 5]
     python -m tests.bench.bench_gpu --smoke --out bench/smoke      # tiny random base, CPU: no memory figures
 
-* **ours**: ``trainer.loop.train`` at 1024 × 1024 px with cached latents and text states.
+* **ours**: ``trainer.loop.loop.train`` at 1024 × 1024 px with cached latents and text states.
 * **diffusers**: a plain loop as in diffusers' ``train_dreambooth_lora_sdxl.py``: PEFT's LoraConfig on the
   attention projections, fp32 LoRA under bf16 autocast, 8-bit Adam, its own gradient checkpointing.  It has no
   fp8 base, no full bf16 and no LoCon: those cells are empty.
@@ -31,18 +31,18 @@ import torch
 
 from tests.bench import sd_scripts
 from tests.tiny import tiny_base, tiny_prepared
-from trainer import fp8
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Base, Sizes
 from trainer.bases.load import load_base
-from trainer.buckets import Bucket
-from trainer.cache import Prepared
+from trainer.compute import fp8
 from trainer.config import TrainConfig
+from trainer.data.buckets import Bucket
+from trainer.data.cache import Prepared
 from trainer.errors import OutOfMemory
 from trainer.events import Rehearsed, Step
 from trainer.files import write_atomic
-from trainer.loop import train
-from trainer.memory import forget_peak, is_out_of_memory, peak_bytes, release
+from trainer.loop.loop import train
+from trainer.oom import forget_peak, is_out_of_memory, peak_bytes, release
 
 NAMES = ("ours", "diffusers", "sd-scripts")
 DIFFUSERS_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hpo.probe import DESIGNS, Design, Outcome, Probe, Scope, horizon_shift
+from hpo.transfer.probes.design import DESIGNS, Design, Outcome, Probe, Scope, horizon_shift
 from trainer.files import append_line, read_records, write_atomic
 
 GRID = Path(__file__).parent.parent / "data" / "probe_grid.jsonl"
@@ -82,12 +82,12 @@ def record(args: argparse.Namespace) -> None:
 
 
 def _record(base: str, cells: Sequence[Cell], args: argparse.Namespace) -> None:
-    from hpo.folder import StudyFolder
-    from hpo.result import COMPLETE, INFEASIBLE, write_params
-    from hpo.standing import by_prompt
-    from hpo.study import Inputs, find_study, read_study
-    from hpo.trial import run_trial
-    from hpo.workbench import load
+    from hpo.search.trial import run_trial
+    from hpo.search.workbench import load
+    from hpo.study.config import Inputs, find_study, read_study
+    from hpo.study.folder import StudyFolder
+    from hpo.study.result import COMPLETE, INFEASIBLE, write_params
+    from hpo.study.standing import by_prompt
     from tests.tiny_search import Recorder
 
     study = read_study(find_study(None, base), sets=args.sets)

@@ -25,21 +25,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.anchors import Anchors, make_anchors
-from evaluation.images import SampledImage, invalid_reason
-from evaluation.prompts import PromptSet
-from evaluation.sampling import sample
-from hpo.folder import StudyFolder
-from hpo.space import Choice
-from hpo.study import Inputs, find_study, read_study
-from hpo.workbench import Workbench, load
+from evaluation.images.images import SampledImage, invalid_reason
+from evaluation.images.sampling import sample
+from evaluation.prompts.prompts import PromptSet
+from evaluation.score.anchors import Anchors, make_anchors
+from hpo.search.workbench import Workbench, load
+from hpo.study.config import Inputs, find_study, read_study
+from hpo.study.folder import StudyFolder
+from hpo.study.space import Choice
 from tests import ranking
-from trainer import adapter as adapters
-from trainer import loop
+from trainer.adapters import adapter as adapters
 from trainer.bases.miniature import captions, checker, subjects
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, SettingsFailure
 from trainer.files import append_line, read_records
+from trainer.loop import loop
 
 SOBOL_SEED = 30
 CONFIRMED = 8  # best trials that are retrained

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.anchors import Anchors, make_anchors
-from evaluation.score import (
+from evaluation.score.anchors import Anchors, make_anchors
+from evaluation.score.score import (
     Difference,
     Score,
     _values,
@@ -32,12 +32,12 @@ from evaluation.score import (
     prompt_draws,
     read_score,
 )
-from hpo.folder import StudyFolder, open_study
-from hpo.study import find_study, read_study
-from hpo.workbench import Inputs, Workbench, load
-from trainer import adapter as adapters
-from trainer import loop
+from hpo.search.workbench import Inputs, Workbench, load
+from hpo.study.config import find_study, read_study
+from hpo.study.folder import StudyFolder, open_study
+from trainer.adapters import adapter as adapters
 from trainer.config import TrainConfig
+from trainer.loop import loop
 
 FACTORS = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)
 CENTRE = {

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import statistics
-from evaluation.score import anchored, composite
-from evaluation.statistics import prompt_draws
-from hpo.profile import read_family, read_profile
+from evaluation.score import statistics
+from evaluation.score.score import anchored, composite
+from evaluation.score.statistics import prompt_draws
+from hpo.transfer.profile import read_family, read_profile
 from tests.bench.bench_probe_grid import DOCS, between
 from trainer.config import TrainConfig
 from trainer.files import append_line, read_records, write_atomic
@@ -84,10 +84,10 @@ def direct_trials(source_samples: float, probes: int, target_samples: float, cos
 
 def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig | None]:
     """The settings of every row.  None: nothing is trained."""
-    from hpo.folder import StudyFolder
-    from hpo.transfercmd import make
-    from hpo.transfersource import read_source
-    from trainer.trainfile import read_train_file
+    from hpo.study.folder import StudyFolder
+    from hpo.transfer.command import make
+    from hpo.transfer.source import read_source
+    from trainer.kohya.trainfile import read_train_file
 
     data, name = args.work / f"data-{subject}", f"{subject}-mini-sd15"
     if not data.is_dir():
@@ -127,11 +127,11 @@ def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig
 
 def fill(args: argparse.Namespace) -> None:
     """Make every missing cell of a subject."""
-    from hpo.folder import StudyFolder
-    from hpo.result import COMPLETE, write_params
-    from hpo.study import Inputs, find_study, read_study
-    from hpo.trial import run_trial
-    from hpo.workbench import load
+    from hpo.search.trial import run_trial
+    from hpo.search.workbench import load
+    from hpo.study.config import Inputs, find_study, read_study
+    from hpo.study.folder import StudyFolder
+    from hpo.study.result import COMPLETE, write_params
     from tests.tiny_search import Recorder
 
     missing = [cell for cell in wanted([args.subject]) if cell not in read_cells(args.file)]
@@ -171,7 +171,7 @@ def fill(args: argparse.Namespace) -> None:
 
 def cosines(metrics: Path, prompt_ids: Sequence[str]) -> dict[str, list[float]]:
     """A run's raw cosines by prompt, with the text and with the references."""
-    from evaluation.score import read_score
+    from evaluation.score.score import read_score
 
     rows = read_score(metrics).per_image
     of = [[r for r in rows if r.prompt_id == p] for p in prompt_ids]
@@ -188,12 +188,13 @@ def cost_of_a_sample(repeats: int = 2) -> float:
 
     import torch
 
-    from trainer import adapter as adapters
-    from trainer import cache, loop
+    from trainer.adapters import adapter as adapters
     from trainer.bases.load import load_base
     from trainer.bases.miniature.subjects import write_subject
-    from trainer.dataset import read_dataset
+    from trainer.data import cache
+    from trainer.data.dataset import read_dataset
     from trainer.events import Step
+    from trainer.loop import loop
 
     torch.set_num_threads(1)
     seconds: dict[str, list[float]] = {"mini-sd15": [], "mini-sdxl": []}

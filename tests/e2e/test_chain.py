@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from hpo.folder import StudyFolder
+from hpo.study.folder import StudyFolder
 from tests.tiny_search import check_study
-from trainer.lorafile import read
+from trainer.adapters.lorafile import read
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpo.search import Limits
+from hpo.search.worker import Limits
 from tests.tiny_search import draw_images, make_search, tiny_bench
 
 BROWSER = shutil.which("chromium")

@@ -21,12 +21,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hpo.folder import StudyFolder
+from hpo.study.folder import StudyFolder
 from tests.fullsize import random_base
 from tests.singlefile import save_single_file
 from tests.tiny import save_folder
 from tests.tiny_search import check_study, draw_images
-from trainer.lorafile import read
+from trainer.adapters.lorafile import read
 
 pytestmark = pytest.mark.slow
 LIMIT_BYTES = 12 * 10**9

@@ -4,17 +4,17 @@ were loaded there, with an image and a caption encoded before it – as in a run
 import pytest
 import torch
 
-from hpo.trainbase import Place
+from hpo.train.placement import Place
 from tests.fullsize import random_base
 from tests.tiny import tiny_prepared
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Sizes
-from trainer.buckets import Bucket
 from trainer.config import TrainConfig
+from trainer.data.buckets import Bucket
 from trainer.errors import OutOfMemory
 from trainer.events import Rehearsed
-from trainer.footprint import base_facts, predict
-from trainer.loop import train
+from trainer.loop.loop import train
+from trainer.memory.footprint import base_facts, predict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

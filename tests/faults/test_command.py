@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.folder import StudyFolder
+from hpo.study.folder import StudyFolder
 from tests.tiny_search import check_study
 
 pytestmark = pytest.mark.faults

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from hpo.folder import StudyFolder, read_json
-from hpo.report import PlainView
+from hpo.study.folder import StudyFolder, read_json
+from hpo.terminal.live import PlainView
 from tests.faults.zygote import attempt
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
 from tests.tiny_search import draw_images
@@ -71,11 +71,11 @@ def confirm_killed_at(source: StudyFolder, data: Path, place: str, call: int, wh
 
 
 SEAMS = [
-    ("hpo.confirm.create_study", 1, "after"),  # a study without a run
-    ("hpo.confirm._suggested", 1, "before"),  # asked, its parameters not yet known
-    ("hpo.confirm.write_params", 2, "before"),
-    ("hpo.trial.write_result", 2, "after"),  # the result is on disk, Optuna does not know
-    ("hpo.confirm.write_outcome", 1, "before"),  # everything but the decision
+    ("hpo.confirm.run.create_study", 1, "after"),  # a study without a run
+    ("hpo.confirm.run._suggested", 1, "before"),  # asked, its parameters not yet known
+    ("hpo.confirm.run.write_params", 2, "before"),
+    ("hpo.search.trial.write_result", 2, "after"),  # the result is on disk, Optuna does not know
+    ("hpo.confirm.run.write_outcome", 1, "before"),  # everything but the decision
 ]
 
 

@@ -13,26 +13,19 @@ import optuna_dashboard
 import pytest
 import torch
 
-import evaluation.score
-import hpo.result
-import hpo.search
-import hpo.trial
-from hpo.convergence import Verdict
-from hpo.folder import STOP, open_study, read_json
-from hpo.search import Limits, Search
-from hpo.workbench import Workbench
+import evaluation.score.score
+import hpo.search.trial
+import hpo.search.worker
+import hpo.study.result
+from hpo.search.workbench import Workbench
+from hpo.search.worker import Limits, Search
+from hpo.study.convergence import Verdict
+from hpo.study.folder import STOP, open_study, read_json
 from tests.faults.zygote import attempt
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench, tiny_study
-from trainer import loop
-from trainer.errors import (
-    Diverged,
-    InvalidImages,
-    MachineError,
-    ModelFileError,
-    OutOfMemory,
-    StudyStopped,
-)
+from trainer.errors import Diverged, InvalidImages, MachineError, ModelFileError, OutOfMemory, StudyStopped
 from trainer.files import read_records
+from trainer.loop import loop
 
 pytestmark = pytest.mark.faults
 
@@ -80,7 +73,7 @@ def test_what_settings_cause_is_complete_violated_and_finite(
     assert "peft_config" not in vars(bench.base.unet)
 
 
-REASONS = hpo.result.INFEASIBLE_REASONS
+REASONS = hpo.study.result.INFEASIBLE_REASONS
 
 
 def test_invalid_images_are_the_settings_fault(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +81,7 @@ def test_invalid_images_are_the_settings_fault(bench: Workbench, monkeypatch: py
         raise InvalidImages("12 of 16 images are black")
 
     search = make_search(bench, Limits(1))
-    monkeypatch.setattr(evaluation.score, "evaluate_adapter", black)
+    monkeypatch.setattr(evaluation.score.score, "evaluate_adapter", black)
     search.run()
     (trial,) = search.study.get_trials(deepcopy=False)
     assert trial.state.name == "COMPLETE" and trial.constraints["invalid_images"] == 1.0
@@ -163,13 +156,13 @@ def test_a_failed_baseline_is_tried_again(bench: Workbench, monkeypatch: pytest.
 def test_a_score_that_is_not_a_number_never_reaches_the_sampler(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = evaluation.score.evaluate_adapter
+    original = evaluation.score.score.evaluate_adapter
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         return replace(original(*args, **kwargs), value=math.nan)
 
     search = make_search(bench, Limits(1))
-    monkeypatch.setattr(evaluation.score, "evaluate_adapter", broken)
+    monkeypatch.setattr(evaluation.score.score, "evaluate_adapter", broken)
     with pytest.raises(StudyStopped):
         search.run()
     assert {t.state.name for t in search.study.get_trials(deepcopy=False)} == {"FAIL"}
@@ -184,7 +177,7 @@ def test_a_disk_that_fills_before_the_result_leaves_the_trial_to_the_next_call(
         def full(*args: Any) -> None:
             raise MachineError("disk full", "free some space")
 
-        patch.setattr(hpo.trial, "write_result", full)
+        patch.setattr(hpo.search.trial, "write_result", full)
         with pytest.raises(MachineError, match="disk full"):
             search.run()
     assert [t.state.name for t in search.study.get_trials(deepcopy=False)] == ["RUNNING"]
@@ -258,7 +251,7 @@ def pretend(
             level, 2, 4, 8, 0, points[0].value, 0.1, 0.0, 0.1, 0.1, 0.1, 0.0, top, True, 0.0, here
         )  # fmt: skip
 
-    monkeypatch.setattr(hpo.search.convergence, "detect", detect)
+    monkeypatch.setattr(hpo.search.worker.convergence, "detect", detect)
 
 
 def test_stop_when_converged_ends_the_search_and_leaves_the_alert(

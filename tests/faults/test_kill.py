@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from hpo.folder import StudyFolder, open_study, read_json
-from hpo.search import Limits
-from hpo.stop import Stop
+from hpo.search.worker import Limits
+from hpo.study.folder import StudyFolder, open_study, read_json
+from hpo.terminal.stop import Stop
 from tests.faults.zygote import attempt
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
 from trainer.errors import Interrupted
@@ -70,21 +70,21 @@ def search_killed_at(root: Path, data: Path, place: str, call: int, when: str) -
 
 
 MODULES = (
-    "hpo.folder", "hpo.search", "hpo.claim", "hpo.trial", "hpo.dashboard", "tests.tiny_search",
-    "trainer.lorafile",
+    "hpo.study.folder", "hpo.search.worker", "hpo.search.claim", "hpo.search.trial", "hpo.search.dashboard", "tests.tiny_search",
+    "trainer.adapters.lorafile",
 )  # fmt: skip
 SEAMS = [
-    ("hpo.folder.open_storage", 1, "after"),  # a database without a study
+    ("hpo.study.folder.open_storage", 1, "after"),  # a database without a study
     ("tests.tiny_search.create_study", 1, "after"),  # a study without a single trial
-    ("hpo.claim.suggest", 1, "before"),  # the baseline is RUNNING, nothing proposed yet
-    ("hpo.claim.suggest", 2, "after"),  # proposed, the lock not yet taken
-    ("hpo.search.write_params", 2, "after"),
-    ("trainer.lorafile.write", 2, "before"),  # trained, nothing saved
-    ("trainer.lorafile.write", 2, "after"),
-    ("hpo.trial.write_result", 2, "before"),  # scored, no result yet
-    ("hpo.trial.write_result", 2, "after"),  # the result is on disk, Optuna does not know
-    ("hpo.dashboard.upload_grid", 2, "after"),  # in the middle of telling
-    ("hpo.search.Search.tell", 2, "after"),  # told, the lock still held
+    ("hpo.search.claim.suggest", 1, "before"),  # the baseline is RUNNING, nothing proposed yet
+    ("hpo.search.claim.suggest", 2, "after"),  # proposed, the lock not yet taken
+    ("hpo.search.worker.write_params", 2, "after"),
+    ("trainer.adapters.lorafile.write", 2, "before"),  # trained, nothing saved
+    ("trainer.adapters.lorafile.write", 2, "after"),
+    ("hpo.search.trial.write_result", 2, "before"),  # scored, no result yet
+    ("hpo.search.trial.write_result", 2, "after"),  # the result is on disk, Optuna does not know
+    ("hpo.search.dashboard.upload_grid", 2, "after"),  # in the middle of telling
+    ("hpo.search.worker.Search.tell", 2, "after"),  # told, the lock still held
 ]
 
 

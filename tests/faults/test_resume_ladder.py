@@ -11,10 +11,10 @@ import torch
 
 from tests.faults.zygote import attempt
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.config import TrainConfig
 from trainer.events import Saved, Step, Validated
-from trainer.loop import train
+from trainer.loop.loop import train
 
 pytestmark = pytest.mark.faults
 STEPS = 6  # 3 steps an epoch, whose last batch is smaller; a kill falls into every place of it

@@ -14,13 +14,13 @@ import optuna
 import pytest
 import torch
 
-import hpo.claim
-import hpo.folder
-import hpo.search
-import hpo.session
-from hpo.folder import STOP, StudyFolder, begun_study, open_study
-from hpo.search import Limits
-from hpo.workbench import Workbench
+import hpo.search.claim
+import hpo.search.session
+import hpo.search.worker
+import hpo.study.folder
+from hpo.search.workbench import Workbench
+from hpo.search.worker import Limits
+from hpo.study.folder import STOP, StudyFolder, begun_study, open_study
 from tests.faults.zygote import attempt, finish, start
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
 from tests.tiny_session import run_session
@@ -69,7 +69,7 @@ def test_an_error_after_the_study_was_made_leaves_no_file_nor_its_definition(
     def no_room(*_: Any) -> None:
         raise MachineError("the disk is full")
 
-    monkeypatch.setattr("hpo.cost.check_disk", no_room)
+    monkeypatch.setattr("hpo.search.cost.check_disk", no_room)
     with pytest.raises(MachineError, match="disk is full"):
         run_session(root, data)
     assert nothing_left(root)
@@ -106,14 +106,14 @@ def test_a_failing_call_leaves_its_study_to_a_worker_that_has_joined(
 ) -> None:
     go, there = os.pipe(), os.pipe()
     other: list[int] = []
-    cost_line = hpo.session._cost_line
+    cost_line = hpo.search.session._cost_line
 
     def wait(bench: Workbench) -> None:
         os.write(there[1], b"x")
         os.read(go[0], 1)
 
     def join() -> None:
-        hpo.session._cost_line = cost_line
+        hpo.search.session._cost_line = cost_line
         run_session(root, data, 1, wait)
 
     def joined(*_: Any) -> None:
@@ -122,7 +122,7 @@ def test_a_failing_call_leaves_its_study_to_a_worker_that_has_joined(
         raise MachineError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hpo.session._cost_line", joined)
+        patch.setattr("hpo.search.session._cost_line", joined)
         with pytest.raises(MachineError, match="disk is full"):
             run_session(root, data)
     assert begun_study(StudyFolder(root)) is not None
@@ -271,7 +271,7 @@ def test_a_database_that_stays_locked_is_named(
     root: Path, data: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     run_session(root, data)
-    monkeypatch.setattr(hpo.folder, "LOCK_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(hpo.study.folder, "LOCK_WAIT_SECONDS", 0.01)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     blocker = sqlite3.connect(StudyFolder(root).database, isolation_level=None)
 

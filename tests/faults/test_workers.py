@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo.folder import StudyFolder, create_study, open_study
-from hpo.locks import Lock, holder
-from hpo.search import Limits
+from hpo.search.worker import Limits
+from hpo.study.folder import StudyFolder, create_study, open_study
+from hpo.study.locks import Lock, holder
 from tests.faults.zygote import attempt, finish, start
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
 from trainer.errors import ConfigError, MachineError

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainer import cache, loop
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Base
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
-from trainer.dataset import read_dataset
+from trainer.data import cache
+from trainer.data.dataset import read_dataset
 from trainer.events import Step
+from trainer.loop import loop
 
 FILE = Path(__file__).with_name("mini_sd15_losses.json")
 SETTINGS: dict[str, Any] = {

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_base, tiny_config, tiny_pipeline
-from trainer import lorafile
-from trainer.adapter import inject
+from trainer.adapters import lorafile
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Sizes
 from trainer.errors import ModelFileError
 

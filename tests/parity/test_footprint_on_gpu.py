@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo.plantable import ADAPTER_ROWS
-from trainer import footprint, fp8, loop
-from trainer.adapter import inject
+from hpo.cli.plantable import ADAPTER_ROWS
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Sizes, TextStates
-from trainer.cache import Prepared
-from trainer.dataset import Dataset, Item, assign_buckets
+from trainer.compute import fp8
+from trainer.data.cache import Prepared
+from trainer.data.dataset import Dataset, Item, assign_buckets
+from trainer.loop import loop
+from trainer.memory import footprint
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,9 +9,9 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 
 from tests.tiny import SCHEDULER
-from trainer import loss
 from trainer.bases.base import alphas_cumprod
 from trainer.config import TrainConfig
+from trainer.loop import loss
 
 ALPHAS = alphas_cumprod(SCHEDULER)
 STEPS = torch.tensor([0, 1, 50, 333, 500, 750, 998, 999])

@@ -8,7 +8,7 @@ from diffusers.training_utils import compute_snr
 from tests.tiny import SCHEDULER
 from trainer.bases.base import alphas_cumprod
 from trainer.config import TrainConfig
-from trainer.loss import add_noise, min_snr_weight, sample_losses
+from trainer.loop.loss import add_noise, min_snr_weight, sample_losses
 
 
 def scheduler() -> DDPMScheduler:

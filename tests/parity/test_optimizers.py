@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trainer.config import TrainConfig
-from trainer.optim import OPTIMIZERS
+from trainer.loop.optim import OPTIMIZERS
 
 STEPS = 60
 

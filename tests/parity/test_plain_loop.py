@@ -9,10 +9,10 @@ from diffusers.training_utils import compute_snr
 from peft import LoraConfig, inject_adapter_in_model
 
 from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_pipeline, tiny_prepared
-from trainer import dataset
-from trainer.adapter import inject, keyed_generator
+from trainer.adapters.adapter import inject, keyed_generator
+from trainer.data import dataset
 from trainer.events import Step
-from trainer.loop import train
+from trainer.loop.loop import train
 
 GAMMA = 5.0
 

@@ -5,7 +5,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from trainer.config import SCHEDULER_NAMES, TrainConfig
-from trainer.optim import SCHEDULES, rate
+from trainer.loop.optim import SCHEDULES, rate
 
 
 def reference_rates(name: str, total: int, warmup: int, cycles: int, power: float, lr: float) -> list[float]:

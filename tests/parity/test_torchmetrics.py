@@ -19,7 +19,7 @@ from torchmetrics.functional.multimodal import clip_score
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from evaluation.embed import CLIP_MEAN, CLIP_STD, OpenClipScorer, load_scorer
+from evaluation.encoders.embed import CLIP_MEAN, CLIP_STD, OpenClipScorer, load_scorer
 from trainer.bases.clipbpe import clip_tokenizer
 from trainer.errors import ConfigError
 

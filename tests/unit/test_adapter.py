@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base
-from trainer.adapter import count_weights, inject, keyed_generator, targets_of
+from trainer.adapters.adapter import count_weights, inject, keyed_generator, targets_of
 from trainer.bases.base import Sizes
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged
-from trainer.optim import build_optimizer
+from trainer.loop.optim import build_optimizer
 
 SIZES = Sizes((64, 64), (0, 0), (64, 64))
 CONFIG = TrainConfig(network_dim=4, network_alpha=2, seed=7)
@@ -231,7 +231,7 @@ def test_a_failed_injection_leaves_the_base_as_it_was(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no")
 
-    import trainer.adapter as module
+    import trainer.adapters.adapter as module
 
     original = module._inject_component
     calls = []

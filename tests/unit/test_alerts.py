@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from hpo.alerts import Row, check_services, notification_urls, notify, update_alert
-from hpo.convergence import Verdict
-from hpo.folder import StudyFolder, read_json
+from hpo.search.alerts import Row, check_services, notification_urls, notify, update_alert
+from hpo.study.convergence import Verdict
+from hpo.study.folder import StudyFolder, read_json
 from trainer.errors import ConfigError
 
 CONVERGED = Verdict(

@@ -2,7 +2,7 @@
 
 import random
 
-from trainer.allocator import MIB, CachingAllocator
+from trainer.memory.allocator import MIB, CachingAllocator
 
 
 def test_sizes_are_rounded_up_to_512_bytes():

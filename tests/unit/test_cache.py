@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from tests.tiny import tiny_base
-from trainer import cache
 from trainer.bases.base import Base
-from trainer.buckets import Bucket, Fit
 from trainer.config import TrainConfig
-from trainer.dataset import Dataset, load_pixels, read_dataset
+from trainer.data import cache
+from trainer.data.buckets import Bucket, Fit
+from trainer.data.dataset import Dataset, load_pixels, read_dataset
 from trainer.errors import DataError, MachineError, OutOfMemory
 
 CONFIG = TrainConfig(

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.captions import CaptionRules, Moment
 from trainer.config import TrainConfig
-from trainer.dataset import Item, caption_for, caption_variants
+from trainer.data.captions import CaptionRules, Moment
+from trainer.data.dataset import Item, caption_for, caption_variants
 
 
 def rules(**values: Any) -> CaptionRules:

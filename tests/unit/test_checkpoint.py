@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base, tiny_config
-from trainer import checkpoint
-from trainer.adapter import inject
-from trainer.checkpoint import Progress, Run
+from trainer.adapters.adapter import inject
 from trainer.errors import ConfigError, MachineError, OutOfMemory
 from trainer.files import atomic_folder
-from trainer.optim import build_optimizer
+from trainer.loop import checkpoint
+from trainer.loop.checkpoint import Progress, Run
+from trainer.loop.optim import build_optimizer
 
 
 def make_run(config=None, base_identity="base", dataset_hash="data"):
@@ -113,7 +113,7 @@ def test_the_optimizers_file_is_never_unpickled_freely(tmp_path):
             return (open, (str(tmp_path / "pwned"), "w"))
 
     torch.save({"optimizer": Evil(), "scaler": {}}, path / "optimizer.pt")
-    import trainer.checkpoint as module
+    import trainer.loop.checkpoint as module
 
     original = module.verify_folder
     module.verify_folder = lambda folder: True

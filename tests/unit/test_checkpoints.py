@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.anchors import Anchors
-from evaluation.checkpoints import (
+from evaluation.choice.checkpoints import (
     SPOILED,
     UNCHANGED,
     Point,
@@ -18,11 +17,12 @@ from evaluation.checkpoints import (
     standard_error,
     verdict,
 )
-from evaluation.compare import Side, compare, told_apart
-from evaluation.images import SampledImage
-from evaluation.pictures import CELL_PX, Column, contact_sheet, curve_picture
-from evaluation.prompts import Prompt, PromptSet
-from evaluation.score import ImageScore, Score, anchored, composite
+from evaluation.choice.compare import Side, compare, told_apart
+from evaluation.choice.pictures import CELL_PX, Column, contact_sheet, curve_picture
+from evaluation.images.images import SampledImage
+from evaluation.prompts.prompts import Prompt, PromptSet
+from evaluation.score.anchors import Anchors
+from evaluation.score.score import ImageScore, Score, anchored, composite
 from trainer.errors import ConfigError, ModelFileError
 
 PROMPTS = 8

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from hpo.cli import main
+from hpo.cli.main import main
 from tests.tiny_search import draw_images
 
 
@@ -138,7 +138,7 @@ def test_references_that_are_no_images_are_named(place: Path) -> None:
 def test_what_is_cheap_to_check_is_checked_before_a_base_is_loaded(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpo import workbench
+    from hpo.search import workbench
 
     def load_base(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a base was loaded")
@@ -212,7 +212,7 @@ def test_the_command_to_go_on_with_can_be_pasted(place: Path) -> None:
 @pytest.fixture
 def study(place: Path) -> Path:
     """A finished tiny study under runs/."""
-    from hpo.search import Limits
+    from hpo.search.worker import Limits
     from tests.tiny_search import make_search, tiny_bench
 
     bench = tiny_bench(place / "runs" / "tiny", place.parent / "images")

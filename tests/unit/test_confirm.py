@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.statistics import prompt_draws
-from hpo.confirmed import (
+from evaluation.score.statistics import prompt_draws
+from hpo.confirm.outcome import (
     RESCORED,
     RETRAINED,
     Candidate,
@@ -22,9 +22,9 @@ from hpo.confirmed import (
     expected_best,
     write_outcome,
 )
-from hpo.confirmview import confirmed_lines, confirmed_trials, outcome_lines
-from hpo.confirmwanted import OF, TRAIN_SEED, fresh_seed, searched
-from hpo.folder import StudyFolder, open_study, read_json
+from hpo.confirm.view import confirmed_lines, confirmed_trials, outcome_lines
+from hpo.confirm.wanted import OF, TRAIN_SEED, fresh_seed, searched
+from hpo.study.folder import StudyFolder, open_study, read_json
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
 from tests.tiny_search import draw_images
 from trainer.config import TrainConfig
@@ -282,8 +282,8 @@ def test_saying_no_to_the_cost_leaves_everything_as_it_was(source: StudyFolder, 
 
     from rich.console import Console
 
-    from hpo.confirm import confirm
-    from hpo.confirmwanted import Request
+    from hpo.confirm.run import confirm
+    from hpo.confirm.wanted import Request
 
     screen = Console(file=io.StringIO(), width=160)
     assert confirm(Request("study", runs=source.root.parent), screen, lambda: False) is None

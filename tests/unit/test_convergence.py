@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpo.convergence import Point, _alike, detect, expected_gain, signed_rank_p
+from hpo.study.convergence import Point, _alike, detect, expected_gain, signed_rank_p
 
 NOISE = 0.02
 

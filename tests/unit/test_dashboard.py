@@ -11,8 +11,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from hpo.dashboard import is_loopback, serve
-from hpo.folder import StudyFolder, create_study, open_storage
+from hpo.search.dashboard import is_loopback, serve
+from hpo.study.folder import StudyFolder, create_study, open_storage
 from trainer.errors import MachineError
 
 

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer import captions, dataset, images
-from trainer.buckets import Bucket, BucketRules, Fit, predefined_buckets
 from trainer.config import TrainConfig
+from trainer.data import captions, dataset, images
+from trainer.data.buckets import Bucket, BucketRules, Fit, predefined_buckets
 from trainer.errors import ConfigError, DataError
 
 CONFIG = TrainConfig(resolution=64, bucket_reso_steps=8, min_bucket_reso=32)
@@ -685,7 +685,7 @@ def test_captions_are_only_shuffled_when_asked() -> None:
 
 
 def test_listing_a_dataset_needs_no_torch() -> None:
-    code = "import sys, trainer.dataset; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainer.data.dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -717,7 +717,7 @@ def test_validation_split_sets_a_share_of_each_folder_apart_by_content(tmp_path:
 
 
 def test_a_run_holds_out_what_a_search_judges_with(tmp_path: Path) -> None:
-    from trainer.subsets import read_training_data
+    from trainer.data.subsets import read_training_data
 
     folder = tmp_path / "1_zkw figure"
     folder.mkdir()

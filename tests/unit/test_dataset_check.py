@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from hpo.cli import main
-from hpo.datasetcmd import Request, examine
+from hpo.cli.dataset import Request, examine
+from hpo.cli.main import main
 from tests.unit.test_dataset import add, picture
-from trainer.dataset import assign_buckets, read_dataset
+from trainer.data.dataset import assign_buckets, read_dataset
 from trainer.errors import ToolError
 
 MINI = ("--for", "mini-sd15")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from hpo.cli import main
+from hpo.cli.main import main
 from tests.unit.test_dataset import add
 from trainer.config import TrainConfig
-from trainer.dataset import read_dataset
+from trainer.data.dataset import read_dataset
 
 CONFIG = TrainConfig(resolution=64, bucket_reso_steps=8, min_bucket_reso=32)
 

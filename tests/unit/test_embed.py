@@ -1,4 +1,4 @@
-"""Promises of evaluation.embed and evaluation.scorerfile, on tiny open_clip and DINOv2 models; no network."""
+"""Promises of evaluation.encoders.embed and evaluation.encoders.scorerfile, on tiny open_clip and DINOv2 models; no network."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ from open_clip import factory, pretrained
 from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-from evaluation import embed, scorerfile
-from evaluation.answers import self_test
-from evaluation.embed import DEFAULT_SCORER, default_scorer, load_likeness, load_scorer
+from evaluation.encoders import embed, scorerfile
+from evaluation.encoders.answers import self_test
+from evaluation.encoders.embed import DEFAULT_SCORER, default_scorer, load_likeness, load_scorer
 from trainer.errors import ConfigError, ModelFileError
 
 CONFIG = {

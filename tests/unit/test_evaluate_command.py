@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from evaluation import sampling
-from hpo.cli import main
+from evaluation.images import sampling
+from hpo.cli.main import main
 from tests.faults.zygote import attempt
 from tests.tiny_run import JUDGING, MINI_CLIP, THREE_CHECKPOINTS, loud_base
 from tests.tiny_search import draw_images
@@ -241,7 +241,7 @@ def test_two_bases_are_compared_on_the_same_prompts(place: Path) -> None:
 def test_a_trial_is_judged_by_its_studys_prompts_references_and_sampling(place: Path) -> None:
     import shutil
 
-    from evaluation.prompts import PromptSet, make_prompt, save_prompts
+    from evaluation.prompts.prompts import PromptSet, make_prompt, save_prompts
 
     study, trial = place / "runs" / "s", place / "runs" / "s" / "trial_0003"
     trial.mkdir(parents=True)
@@ -271,9 +271,9 @@ def test_a_trial_is_judged_by_its_studys_prompts_references_and_sampling(place: 
 
 def judge(path: str, *, study: str | None = None, like: Any = None, **words: Any) -> tuple[Any, str]:
     """What would score a run, and what was said."""
-    from hpo import judge as judges
-    from hpo.runfiles import find_run
-    from hpo.study import Inputs
+    from hpo.judge import judge as judges
+    from hpo.judge.runfiles import find_run
+    from hpo.study.config import Inputs
 
     inputs = Inputs(**{"base": "", "clip": str(MINI_CLIP), "device": "cpu", **words})
     said: list[str] = []
@@ -308,7 +308,7 @@ def test_limits_that_changed_judge_what_is_drawn_already(
 ) -> None:
     from dataclasses import replace
 
-    from evaluation.safeguards import Limits
+    from evaluation.score.safeguards import Limits
 
     first, _ = judge("out15")
     lora, folder = place / "out15" / "zkw.safetensors", place / "scored"

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_base, tiny_config
-from trainer import footprint, stacks, tracing
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Sizes, TextStates
+from trainer.compute.recompute import blocks_outermost_first, recomputing
 from trainer.errors import ConfigError
-from trainer.footprint import BaseFacts, base_facts, optimizer_bytes, predict
-from trainer.recompute import blocks_outermost_first, recomputing
+from trainer.memory import footprint, stacks, tracing
+from trainer.memory.footprint import BaseFacts, base_facts, optimizer_bytes, predict
 
 SIDE_PX = 128
 GENERATOR_BYTES = torch.get_rng_state().numel()  # each recomputed piece keeps one, in the computer's memory

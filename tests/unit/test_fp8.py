@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer import fp8, lorafile
-from trainer.adapter import inject
+from trainer.adapters import lorafile
+from trainer.adapters.adapter import inject
+from trainer.compute import fp8
 from trainer.events import Step
-from trainer.loop import train
+from trainer.loop.loop import train
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import kohyakeys
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError, ToolError
-from trainer.kohya import KohyaFile, read_kohya, read_own
+from trainer.kohya import keys as kohyakeys
+from trainer.kohya.read import KohyaFile, read_kohya, read_own
 
 # A file as graphical front ends write them: sections, empty values, machine settings.
 KNOWN_GOOD = """

@@ -16,17 +16,17 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hpo.keeper
-from hpo.cli import main
-from hpo.trainladder import RunLadder
+import hpo.train.keeper
+from hpo.cli.main import main
+from hpo.train.ladder import RunLadder
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.bases.sd15 import SD15
+from trainer.compute.fp8 import holds_fp8
 from trainer.config import TrainConfig
 from trainer.events import Step
-from trainer.fp8 import holds_fp8
-from trainer.ladder import next_rung
+from trainer.memory.ladder import next_rung
 
 
 def walk(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
@@ -225,7 +225,7 @@ def test_a_resumed_run_remembers_its_rungs_and_a_finished_one_is_known_again(
 ) -> None:
     a_card_that_holds(monkeypatch, lambda self, noisy, states: len(noisy) <= 2, from_call=2)
     assert train(base, "--output", "whole").exit_code == 0
-    original = hpo.keeper.Keeper.on_event
+    original = hpo.train.keeper.Keeper.on_event
 
     def stopping(self: Any, event: Any, adapter: Any) -> None:
         original(self, event, adapter)
@@ -233,7 +233,7 @@ def test_a_resumed_run_remembers_its_rungs_and_a_finished_one_is_known_again(
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.keeper.Keeper, "on_event", stopping)
+        patch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
         assert train(base, "--output", "stopped").exit_code == 130
     again = train(base, "--output", "stopped")
     assert again.exit_code == 0 and "as before: 2 of the 4 images" in again.output

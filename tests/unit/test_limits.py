@@ -11,18 +11,18 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from evaluation.prompts import PromptSet, make_prompt
-from evaluation.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, Limits, Safeguards
-from evaluation.score import read_score
-from hpo.cli import main
-from hpo.folder import open_study, read_json
-from hpo.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
-from hpo.search import Limits as Length
-from hpo.standing import standing
-from hpo.workbench import Workbench
+from evaluation.prompts.prompts import PromptSet, make_prompt
+from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, Limits, Safeguards
+from evaluation.score.score import read_score
+from hpo.cli.main import main
+from hpo.search.workbench import Workbench
+from hpo.search.worker import Limits as Length
+from hpo.study.folder import open_study, read_json
+from hpo.study.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
+from hpo.study.standing import standing
 from tests.tiny_run import JUDGING, MINI_CLIP, THREE_CHECKPOINTS, loud_base
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench
-from trainer.images import read_picture
+from trainer.data.images import read_picture
 
 PROMPTS = PromptSet(
     (
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_repeats_training_images_is_never_chosen(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("evaluation.safeguards.NEAR", 1e-3)  # a random base's pictures are much alike
+    monkeypatch.setattr("evaluation.score.safeguards.NEAR", 1e-3)  # a random base's pictures are much alike
     images = draw_images(tmp_path / "images" / "1_zkw figure", count=4)
     draw_images(tmp_path / "images" / "held_out", count=3, seed=2)
     study = JUDGING.replace("copy_rate = 1.0", "copy_rate = 0.05")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.locks import Lock
+from hpo.study.locks import Lock
 from tests.faults.zygote import attempt, finish, start
 from trainer.errors import MachineError
 

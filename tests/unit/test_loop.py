@@ -9,12 +9,13 @@ import torch
 from diffusers import DDPMScheduler
 
 from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_prepared
-from trainer import dataset, loop
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Parts
+from trainer.data import dataset
 from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from trainer.events import Finished, Saved, Skipped, Step
-from trainer.loop import train
+from trainer.loop import loop
+from trainer.loop.loop import train
 
 
 def run(base, config, *, images=4, repeats=1, **options):
@@ -297,7 +298,7 @@ def test_a_full_device_while_the_optimizer_is_made_is_named(monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("trainer.optim.build_optimizer", full)
+    monkeypatch.setattr("trainer.loop.optim.build_optimizer", full)
     with pytest.raises(OutOfMemory, match="train_batch_size 2, resolution 64"):
         run(tiny_base("sd15"), tiny_config())
 

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer import lorafile
-from trainer.adapter import inject
+from trainer.adapters import lorafile
+from trainer.adapters.adapter import inject
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError
 from trainer.tensorfile import to_bytes

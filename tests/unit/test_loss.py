@@ -5,7 +5,7 @@ import torch
 from tests.tiny import SCHEDULER
 from trainer.bases.base import alphas_cumprod
 from trainer.config import TrainConfig
-from trainer.loss import add_noise, min_snr_weight, offset_noise, sample_losses
+from trainer.loop.loss import add_noise, min_snr_weight, offset_noise, sample_losses
 
 ALPHAS = alphas_cumprod(SCHEDULER)
 

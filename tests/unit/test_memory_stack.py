@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo import runmemory, trainbase
-from hpo.trainladder import RunLadder
+from hpo.train import memory as runmemory
+from hpo.train import placement as trainbase
+from hpo.train.ladder import RunLadder
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer import memory, optim
-from trainer.adapter import inject, keyed_generator
+from trainer import oom as memory
+from trainer.adapters.adapter import inject, keyed_generator
+from trainer.compute.recompute import blocks_outermost_first, recomputing
+from trainer.compute.speed import faster
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Interrupted
 from trainer.events import Rehearsed, Step
-from trainer.footprint import base_facts, predict
-from trainer.loop import train
-from trainer.recompute import blocks_outermost_first, recomputing
-from trainer.speed import faster
+from trainer.loop import optim
+from trainer.loop.loop import train
+from trainer.memory.footprint import base_facts, predict
 
 
 def run(base, config, **options):
@@ -69,7 +71,7 @@ def test_a_dry_step_in_a_resumed_run_changes_nothing(tmp_path):
 
 
 def test_the_dry_step_is_at_the_largest_bucket():
-    from trainer.loop import _largest
+    from trainer.loop.loop import _largest
 
     base = tiny_base("sd15")
     config = tiny_config(train_batch_size=1)
@@ -221,7 +223,7 @@ def test_full_bf16_keeps_the_optimizers_memory_in_fp32():
     base = tiny_base("sd15")
     config = tiny_config(full_bf16=True, mixed_precision="bf16", max_train_steps=1)
     adapter = inject(base, config)
-    from trainer.stepper import Sample, Stepper
+    from trainer.loop.stepper import Sample, Stepper
 
     prepared = tiny_prepared(base, config)
     stepper = Stepper(config, base, adapter, prepared)
@@ -311,7 +313,8 @@ def test_channels_last_and_compiled_blocks_leave_the_base_as_it_was():
 def test_sdxl_trains_with_everything_at_once(tmp_path: Path):
     """225 tokens, both text encoders at rates of their own, bf16 all through, no_half_vae, 8-bit Adam, min-SNR,
     noise offset, restarts, warm-up, some blocks recomputed, parts of a batch, an 8-bit base."""
-    from trainer import fp8, lorafile
+    from trainer.adapters import lorafile
+    from trainer.compute import fp8
 
     base = tiny_base("sdxl")
     config = tiny_config(

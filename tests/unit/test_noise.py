@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from evaluation.formula import Formula, composite
-from evaluation.statistics import Scale
-from hpo.noise import _image_scores
+from evaluation.score.formula import Formula, composite
+from evaluation.score.statistics import Scale
+from hpo.study.noise import _image_scores
 
 SCALE = Scale.of(
     {

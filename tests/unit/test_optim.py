@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.config import OPTIMIZER_NAMES, TrainConfig
 from trainer.errors import ConfigError
-from trainer.optim import OPTIMIZERS, build_optimizer, rate, set_rate, warmup_steps
+from trainer.loop.optim import OPTIMIZERS, build_optimizer, rate, set_rate, warmup_steps
 
 
 def config_for(name: str, **values) -> TrainConfig:

@@ -15,26 +15,26 @@ import optuna
 import pytest
 import torch
 
-from evaluation.embed import default_scorer, load_scorer
-from evaluation.preference import check_preference
-from evaluation.prompts import SEARCH_SEEDS, Prompt, PromptSet, generate, make_prompt
-from evaluation.sampling import SampleConfig, initial_noise, sample
-from evaluation.score import Score, composite, evaluate_adapter
-from hpo.claim import suggest
-from hpo.folder import open_study
-from hpo.result import FAILED
-from hpo.search import Limits
-from hpo.space import DERIVED
-from hpo.study import SHIPPED, StudyConfig, build_study, read_study
-from hpo.workbench import Workbench
+from evaluation.encoders.embed import default_scorer, load_scorer
+from evaluation.gauges.preference import check_preference
+from evaluation.images.sampling import SampleConfig, initial_noise, sample
+from evaluation.prompts.prompts import SEARCH_SEEDS, Prompt, PromptSet, generate, make_prompt
+from evaluation.score.score import Score, composite, evaluate_adapter
+from hpo.search.claim import suggest
+from hpo.search.workbench import Workbench
+from hpo.search.worker import Limits
+from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
+from hpo.study.folder import open_study
+from hpo.study.result import FAILED
+from hpo.study.space import DERIVED
 from tests.tiny import tiny_base
 from tests.tiny_search import STUDY, Recorder, draw_images, make_search, tiny_bench
-from trainer import optim
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
+from trainer.adapters.lorafile import CONFIG_KEY
 from trainer.config import TrainConfig
 from trainer.errors import InvalidImages, ModelFileError, ToolError
 from trainer.files import read_records
-from trainer.lorafile import CONFIG_KEY
+from trainer.loop import optim
 from trainer.tensorfile import read_header
 
 PROMPTS = PromptSet((Prompt("zkw cat", "cat", "altered"), Prompt("a zkw dog", "a dog", "altered")), (0, 1))

@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from hpo.cli import main
-from hpo.plancmd import table_of
-from hpo.plantable import ADAPTER_ROWS, FULL_ROWS, ROWS, Cell, predicted_cells
+from hpo.cli.main import main
+from hpo.cli.plan import table_of
+from hpo.cli.plantable import ADAPTER_ROWS, FULL_ROWS, ROWS, Cell, predicted_cells
 from tests.tiny import save_folder, tiny_base
 
 # Three rows that share no trace, one for each way to save: CI predicts these, `pytest -m slow` all of them.

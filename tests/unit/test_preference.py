@@ -1,4 +1,4 @@
-"""Promises of evaluation.preference: the real file layouts, on tiny random weights."""
+"""Promises of evaluation.gauges.preference: the real file layouts, on tiny random weights."""
 
 import copy
 from pathlib import Path
@@ -11,10 +11,10 @@ from open_clip import factory
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from evaluation.images import SampledImage
-from evaluation.preference import load_preference
-from evaluation.prompts import Prompt, PromptSet
-from evaluation.vectors import Vectors
+from evaluation.encoders.vectors import Vectors
+from evaluation.gauges.preference import load_preference
+from evaluation.images.images import SampledImage
+from evaluation.prompts.prompts import Prompt, PromptSet
 from trainer.errors import MachineError, ModelFileError
 
 PROMPTS = PromptSet((Prompt("zkw cat", "a cat", "altered"), Prompt("zkw dog", "a dog", "altered")), (0,))

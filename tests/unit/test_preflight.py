@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer import cache, loop, preflight
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
+from trainer.data import cache
 from trainer.errors import ConfigError
+from trainer.loop import loop, preflight
 
 
 def test_a_clip_skip_beyond_the_encoders_layers_is_refused_before_anything_is_done():

@@ -12,19 +12,19 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from evaluation.beside import LikenessGauge
-from evaluation.embed import Dinov2Encoder, load_likeness, load_scorer
-from evaluation.formula import Formula, composite
-from evaluation.score import Score, evaluate_adapter, read_score
-from evaluation.style import PatchEncoder, StyleEncoder, scene_of
-from hpo.confirmview import status_lines
-from hpo.folder import StudyFolder, open_study, read_json
-from hpo.report import summary
-from hpo.search import Limits
-from hpo.sections import PRESETS
-from hpo.standing import standing
-from hpo.study import Inputs, check_unchanged, find_study, read_study
-from hpo.workbench import Workbench, load
+from evaluation.encoders.embed import Dinov2Encoder, load_likeness, load_scorer
+from evaluation.encoders.style import PatchEncoder, StyleEncoder, scene_of
+from evaluation.gauges.gauge import LikenessGauge
+from evaluation.score.formula import Formula, composite
+from evaluation.score.score import Score, evaluate_adapter, read_score
+from hpo.confirm.view import status_lines
+from hpo.search.workbench import Workbench, load
+from hpo.search.worker import Limits
+from hpo.study.config import Inputs, check_unchanged, find_study, read_study
+from hpo.study.folder import StudyFolder, open_study, read_json
+from hpo.study.sections import PRESETS
+from hpo.study.standing import standing
+from hpo.terminal.live import summary
 from tests.tiny_search import draw_images, make_search, tiny_bench
 from trainer.bases.miniature import subjects, world
 from trainer.errors import ConfigError, ToolError
@@ -220,7 +220,7 @@ def _drawn(bench: Workbench) -> list[np.ndarray]:
 
 
 def _references(bench: Workbench) -> list[np.ndarray]:
-    from trainer.images import read_picture
+    from trainer.data.images import read_picture
 
     return [read_picture(Path(path)).pixels_HW3 for path in bench.reference_items]
 

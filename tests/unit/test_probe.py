@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from hpo.probe import (
+from hpo.transfer.probes.design import (
     DEFAULT,
     DESIGNS,
     TEXT_ON,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.probe import DEFAULT_DESIGN, DESIGNS
+from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS
 from tests.bench import bench_probe_grid as bench
 from tests.bench import bench_transfer_table as transfer_table
 

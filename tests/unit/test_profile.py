@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpo.profile import SHIPPED, profiles_of, read_family, read_profile
-from hpo.study import find_study
+from hpo.study.config import find_study
+from hpo.transfer.profile import SHIPPED, profiles_of, read_family, read_profile
 from trainer.errors import ConfigError
 
 

@@ -1,11 +1,11 @@
-"""Promises of evaluation.prompts."""
+"""Promises of evaluation.prompts.prompts."""
 
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from evaluation.prompts import (
+from evaluation.prompts.prompts import (
     CONFIRM_COUNTS,
     CONFIRM_SEEDS,
     SEARCH_COUNTS,
@@ -18,14 +18,14 @@ from evaluation.prompts import (
     scored_text,
     shorten,
 )
-from evaluation.templates import TEMPLATES
-from hpo.sections import PRESETS
-from hpo.study import SHIPPED, Inputs, read_study
-from hpo.workbench import prompt_sets, say_notes, subject_items
+from evaluation.prompts.templates import TEMPLATES
+from hpo.search.workbench import prompt_sets, say_notes, subject_items
+from hpo.study.config import SHIPPED, Inputs, read_study
+from hpo.study.sections import PRESETS
 from tests import ranking
 from tests.tiny_search import draw_images
 from trainer.bases.miniature import subjects
-from trainer.dataset import Dataset, Item, read_dataset
+from trainer.data.dataset import Dataset, Item, read_dataset
 from trainer.errors import ConfigError
 
 CAPTIONS = [f"zkw girl number {word} in a park" for word in range(10)]
@@ -177,10 +177,10 @@ def test_regularisation_images_make_no_prompts() -> None:
 
 
 def test_a_search_says_what_its_sets_lack_and_what_its_images_are(tmp_path: Path) -> None:
-    from evaluation.safeguards import embed_copies
-    from hpo.folder import StudyFolder
-    from hpo.session import _data_line
-    from hpo.workbench import load as load_bench
+    from evaluation.score.safeguards import embed_copies
+    from hpo.search.session import _data_line
+    from hpo.search.workbench import load as load_bench
+    from hpo.study.folder import StudyFolder
 
     data = subjects.write_subject("character", tmp_path / "images").parent
     draw_images(tmp_path / "class" / "1_figure", count=5, size_px=64)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.anchors import anchors_identity
-from evaluation.statistics import lead, prompt_draws, spearman, spearman_rows
+from evaluation.score.anchors import anchors_identity
+from evaluation.score.statistics import lead, prompt_draws, spearman, spearman_rows
 from tests import ranking
 from tests.bench.bench_ranking import Recording, bench_in, proposals
 from tests.ranking import SEARCH, Measured, Recorded

@@ -15,17 +15,17 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner
 
-import hpo.keeper
-import trainer.ranks
-from hpo.cli import main
+import hpo.train.keeper
+import trainer.loop.ranks
+from hpo.cli.main import main
 from tests.faults.zygote import finish, start
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
-from trainer import loop
 from trainer.events import Step
-from trainer.ranks import ALONE, launched
-from trainer.stepper import Stepper, cut
+from trainer.loop import loop
+from trainer.loop.ranks import ALONE, launched
+from trainer.loop.stepper import Stepper, cut
 
 SETTINGS = (
     TINY
@@ -65,14 +65,14 @@ def one_of_two(rank: int, port: int, output: str, kill_after: int | None) -> Non
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     loop.train.__kwdefaults__["checkpoint_every_seconds"] = 0.0
-    on_event = hpo.keeper.Keeper.on_event
+    on_event = hpo.train.keeper.Keeper.on_event
 
     def dying(self, event, adapter):
         if isinstance(event, Step) and event.step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
         on_event(self, event, adapter)
 
-    hpo.keeper.Keeper.on_event = dying
+    hpo.train.keeper.Keeper.on_event = dying
     raise SystemExit(train(output))
 
 
@@ -136,7 +136,7 @@ def test_memory_that_runs_out_in_one_process_s_update_is_told_to_the_other(place
 
 def test_memory_that_runs_out_before_gradients_are_sent_is_told_to_the_other(place: Path) -> None:
     """Rank 1 alone has no room for the gradients of step 2: rank 0 does not wait for what never comes."""
-    rooms, calls = trainer.ranks._rooms, iter(range(1000))
+    rooms, calls = trainer.loop.ranks._rooms, iter(range(1000))
 
     def failing(gradients: Sequence[torch.Tensor]) -> Any:
         if os.environ["RANK"] == "1" and next(calls) == 2:  # after the dry step and the first real one
@@ -144,7 +144,7 @@ def test_memory_that_runs_out_before_gradients_are_sent_is_told_to_the_other(pla
         return rooms(gradients)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.ranks, "_rooms", failing)
+        patch.setattr(trainer.loop.ranks, "_rooms", failing)
         assert train_in_two("two") == [0, 0]
     assert finish(start(lambda: exit(train("one")))) == 0
     assert_close("one", "two")
@@ -153,10 +153,10 @@ def test_memory_that_runs_out_before_gradients_are_sent_is_told_to_the_other(pla
 
 
 def test_gradients_of_one_dtype_are_sent_in_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer.ranks, "BUCKET_VALUES", 10)
+    monkeypatch.setattr(trainer.loop.ranks, "BUCKET_VALUES", 10)
     sizes = (6, 4, 3, 25, 1)
     gradients = [torch.full((n,), float(n)) for n in sizes] + [torch.ones(2, dtype=torch.bfloat16)]
-    rooms = trainer.ranks._rooms(gradients)
+    rooms = trainer.loop.ranks._rooms(gradients)
     assert [[len(g) for g in bucket] for bucket, _ in rooms] == [[2], [6, 4], [3], [25], [1]]
     assert [(len(flat), flat.dtype) for _, flat in rooms[:2]] == [(2, torch.bfloat16), (10, torch.float32)]
     assert len({flat.data_ptr() for _, flat in rooms[1:]}) == 1

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpo.dashboard import note_text
-from hpo.folder import StudyFolder
-from hpo.report import (
+from hpo.search.dashboard import note_text
+from hpo.study.config import find_study, read_study
+from hpo.study.folder import StudyFolder
+from hpo.study.result import Result, write_result
+from hpo.study.standing import Standing
+from hpo.terminal.live import (
     Current,
     LiveView,
     PlainView,
@@ -27,9 +30,6 @@ from hpo.report import (
     summary,
     trial_line,
 )
-from hpo.result import Result, write_result
-from hpo.standing import Standing
-from hpo.study import find_study, read_study
 from trainer.events import Step
 
 STANDING = Standing(30, 7, 1, 0, 1, (4, 0.61234, 0.02123), (0, 0.4, 0.03), 90.0)

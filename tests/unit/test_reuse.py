@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import hpo.workbench
-from hpo.folder import find_folder, open_study
-from hpo.session import Request, search
-from hpo.study import Inputs
+import hpo.search.workbench
+from hpo.search.session import Request, search
+from hpo.study.config import Inputs
+from hpo.study.folder import find_folder, open_study
 from tests.tiny_search import draw_images
 from trainer.bases.base import Base
 
@@ -54,7 +54,7 @@ def test_in_a_study_of_twelve_trials_the_base_is_loaded_once_and_each_image_enco
     (tmp_path / "prompts.txt").write_text("".join(f"{text}\n" for text in PROMPTS))
     loads: Counter[str] = Counter()
     encoded: Counter[bytes] = Counter()
-    load_base, encode = hpo.workbench.load_base, Base.encode_images
+    load_base, encode = hpo.search.workbench.load_base, Base.encode_images
 
     def counted_load(spec: str, **facts: Any) -> Base:
         loads[spec] += 1
@@ -64,7 +64,7 @@ def test_in_a_study_of_twelve_trials_the_base_is_loaded_once_and_each_image_enco
         encoded.update(row.numpy().tobytes() for row in pixels_BCHW.cpu())
         return encode(self, pixels_BCHW, generators)
 
-    monkeypatch.setattr(hpo.workbench, "load_base", counted_load)
+    monkeypatch.setattr(hpo.search.workbench, "load_base", counted_load)
     monkeypatch.setattr(Base, "encode_images", counted_encode)
     inputs = Inputs("mini-sd15", data, prompts=tmp_path / "prompts.txt", device="cpu")
     request = Request(

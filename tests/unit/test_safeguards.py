@@ -1,4 +1,4 @@
-"""Promises of evaluation.safeguards: copies, diversity, the class word; their way to the sampler."""
+"""Promises of evaluation.score.safeguards: copies, diversity, the class word; their way to the sampler."""
 
 import io
 from pathlib import Path
@@ -8,14 +8,22 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.embed import load_likeness, load_scorer
-from evaluation.images import SampledImage
-from evaluation.prompts import Prompt, PromptSet
-from evaluation.safeguards import Copies, Limits, Safeguards, diversity, embed_copies, scene_encoders, vendi
-from evaluation.vectors import Vectors
+from evaluation.encoders.embed import load_likeness, load_scorer
+from evaluation.encoders.vectors import Vectors
+from evaluation.images.images import SampledImage
+from evaluation.prompts.prompts import Prompt, PromptSet
+from evaluation.score.safeguards import (
+    Copies,
+    Limits,
+    Safeguards,
+    diversity,
+    embed_copies,
+    scene_encoders,
+    vendi,
+)
 from tests.tiny_search import tiny_study
 from trainer.bases.miniature.subjects import write_subject
-from trainer.images import read_picture
+from trainer.data.images import read_picture
 
 PROMPTS = PromptSet(
     (Prompt("a", "a", "altered"), Prompt("b", "b", "altered"), Prompt("c", "c", "class-only", (0, 1, 2, 3))),

@@ -1,10 +1,17 @@
-"""Promises of evaluation.images."""
+"""Promises of evaluation.images.images."""
 
 import numpy as np
 import pytest
 
-from evaluation.images import SampledImage, check_valid, invalid_reason, png_bytes, prove_applied, sample_grid
-from evaluation.prompts import Prompt, PromptSet
+from evaluation.images.images import (
+    SampledImage,
+    check_valid,
+    invalid_reason,
+    png_bytes,
+    prove_applied,
+    sample_grid,
+)
+from evaluation.prompts.prompts import Prompt, PromptSet
 from trainer.errors import InvalidImages, ModelFileError
 
 

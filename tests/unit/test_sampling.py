@@ -1,4 +1,4 @@
-"""Promises of evaluation.sampling, on a tiny random base."""
+"""Promises of evaluation.images.sampling, on a tiny random base."""
 
 import dataclasses
 from pathlib import Path
@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.images import SampledImage, invalid_reason
-from evaluation.prompts import Prompt, PromptSet
-from evaluation.sampling import (
+from evaluation.images.images import SampledImage, invalid_reason
+from evaluation.images.sampling import (
     SampleConfig,
     chunk_size,
     default_config,
@@ -19,9 +18,10 @@ from evaluation.sampling import (
     initial_noise,
     sample,
 )
+from evaluation.prompts.prompts import Prompt, PromptSet
 from tests.tiny import tiny_base, tiny_config
-from trainer import lorafile
-from trainer.adapter import inject
+from trainer.adapters import lorafile
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Base
 from trainer.errors import ConfigError, OutOfMemory
 

@@ -1,4 +1,4 @@
-"""Promises of evaluation.anchors and evaluation.score: maths on fake encoders, the path on a tiny base."""
+"""Promises of evaluation.score.anchors and evaluation.score.score: maths on fake encoders, the path on a tiny base."""
 
 import dataclasses
 import json
@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.anchors import Anchors, References, embed_references, make_anchors, measure_anchors
-from evaluation.images import SampledImage
-from evaluation.prompts import Prompt, PromptSet
-from evaluation.sampling import SampleConfig, sample
-from evaluation.score import Score, composite, evaluate_adapter, paired_difference, read_score, score
+from evaluation.images.images import SampledImage
+from evaluation.images.sampling import SampleConfig, sample
+from evaluation.prompts.prompts import Prompt, PromptSet
+from evaluation.score.anchors import Anchors, References, embed_references, make_anchors, measure_anchors
+from evaluation.score.score import Score, composite, evaluate_adapter, paired_difference, read_score, score
 from tests.tiny import tiny_base
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Base
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, DataError, InvalidImages, ModelFileError

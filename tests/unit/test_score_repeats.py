@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.formula import Formula
-from evaluation.safeguards import Limits
-from evaluation.score import Score, evaluate_adapter
-from hpo.folder import StudyFolder
-from hpo.study import Inputs, find_study, read_study
-from hpo.workbench import Workbench, load
-from trainer import adapter as adapters
-from trainer import loop, lorafile
+from evaluation.score.formula import Formula
+from evaluation.score.safeguards import Limits
+from evaluation.score.score import Score, evaluate_adapter
+from hpo.search.workbench import Workbench, load
+from hpo.study.config import Inputs, find_study, read_study
+from hpo.study.folder import StudyFolder
+from trainer.adapters import adapter as adapters
+from trainer.adapters import lorafile
 from trainer.bases.miniature import subjects
+from trainer.loop import loop
 
 SETS = (
     "prompts.counts={ train-like = 1, altered = 2, class-only = 1 }",

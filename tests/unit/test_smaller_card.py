@@ -15,19 +15,20 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-import hpo.keeper
-from hpo import runmemory
-from hpo.cli import main
-from hpo.trainladder import RunLadder
+import hpo.train.keeper
+from hpo.cli.main import main
+from hpo.train import memory as runmemory
+from hpo.train.ladder import RunLadder
 from tests.faults.zygote import attempt
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_search import draw_images
-from trainer import ladder, loop
 from trainer.bases.sd15 import SD15
 from trainer.config import TrainConfig
 from trainer.events import Step
-from trainer.footprint import base_facts, predict
-from trainer.stacks import SAFE_SHARE, choose
+from trainer.loop import loop
+from trainer.memory import ladder
+from trainer.memory.footprint import base_facts, predict
+from trainer.memory.stacks import SAFE_SHARE, choose
 
 PLENTY = 10**12
 SETTINGS = """
@@ -90,14 +91,14 @@ def weights(run: str) -> dict[str, torch.Tensor]:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, how: signal.Signals) -> None:
-    original = hpo.keeper.Keeper.on_event
+    original = hpo.train.keeper.Keeper.on_event
 
     def stopping(self: Any, event: Any, adapter: Any) -> None:
         original(self, event, adapter)
         if isinstance(event, Step) and event.step == step:
             os.kill(os.getpid(), how)
 
-    monkeypatch.setattr(hpo.keeper.Keeper, "on_event", stopping)
+    monkeypatch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
 
 
 def test_a_stopped_run_goes_on_bitwise_when_less_is_free(

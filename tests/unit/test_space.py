@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpo.space import Choice, Range, Space
-from hpo.spacefile import read_space
+from hpo.study.space import Choice, Range, Space
+from hpo.study.spacefile import read_space
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 

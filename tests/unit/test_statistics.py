@@ -1,4 +1,4 @@
-"""Promises of evaluation.statistics, against counting by hand, simulations and the score itself."""
+"""Promises of evaluation.score.statistics, against counting by hand, simulations and the score itself."""
 
 import itertools
 import math
@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from evaluation import statistics as st
-from evaluation.formula import Formula, composite
+from evaluation.score import statistics as st
+from evaluation.score.formula import Formula, composite
 
 
 def simulated(
@@ -192,8 +192,8 @@ FORMULAS = [Formula(), Formula(likeness=3.0), Formula("harmonic"), Formula("harm
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=Formula.words)
 def test_image_scores_average_to_the_score_and_spread_like_its_standard_error(formula: Formula) -> None:
-    from evaluation.anchors import Anchors
-    from evaluation.score import anchored
+    from evaluation.score.anchors import Anchors
+    from evaluation.score.score import anchored
 
     own, rng = scale(), np.random.default_rng(9)
     clip_t = own.chance_t_P[:, None] + rng.normal(0.1, 0.02, (12, 2))
@@ -241,5 +241,5 @@ def test_a_score_of_zero_has_no_image_scores_and_a_part_at_its_ceiling_has_no_in
 
 
 def test_the_module_needs_no_torch() -> None:
-    code = "import sys, evaluation.statistics; sys.exit('torch' in sys.modules)"
+    code = "import sys, evaluation.score.statistics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,21 +16,21 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import hpo.keeper
-import hpo.training
-from hpo.cli import main
-from hpo.trainplan import count_steps
-from hpo.trainsamples import read_sample_prompts
+import hpo.train.adapter
+import hpo.train.keeper
+from hpo.cli.main import main
+from hpo.train.plan import count_steps
+from hpo.train.samples import read_sample_prompts
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
-from trainer import loop
-from trainer.adapter import inject
+from trainer.adapters.adapter import inject
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
-from trainer.dataset import read_dataset
+from trainer.data.dataset import read_dataset
 from trainer.errors import ConfigError
 from trainer.events import Step
+from trainer.loop import loop
 
 SETTINGS = (
     TINY
@@ -219,7 +219,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
 ) -> None:
     assert train(base, "--output", "whole", "--set", "flip_aug=true").exit_code == 0
 
-    original = hpo.keeper.Keeper.on_event
+    original = hpo.train.keeper.Keeper.on_event
 
     def stopping(self: Any, event: Any, adapter: Any) -> None:
         original(self, event, adapter)
@@ -227,7 +227,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.keeper.Keeper, "on_event", stopping)
+        patch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
         stopped = train(base, "--output", "parts", "--set", "flip_aug=true")
     assert stopped.exit_code == 130 and "stopped after step 2 of 6" in stopped.stderr
     assert "next: the same command goes on" in stopped.stderr
@@ -243,7 +243,7 @@ def test_the_board_shows_each_step_once_also_after_a_kill(
     place: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped and saved after step 2, killed after step 4, gone on with from step 2."""
-    original = hpo.training.StepLog.write
+    original = hpo.train.adapter.StepLog.write
     words = ["--output", "out", "--set", "logging_dir=log", "--set", "validation_split=0.5"]
     words += ["--set", "max_train_epochs=6"]
 
@@ -261,7 +261,7 @@ def test_the_board_shows_each_step_once_also_after_a_kill(
                 end(last)
 
         with monkeypatch.context() as patch:
-            patch.setattr(hpo.training.StepLog, "write", ending)
+            patch.setattr(hpo.train.adapter.StepLog, "write", ending)
             if end is kill:
                 with pytest.raises(RuntimeError, match="killed"):
                     train(base, *words)
@@ -284,7 +284,7 @@ def test_after_a_divergence_the_words_of_the_hint_train_on(
         "max_train_steps=30",
     ]
     sets = [word for setting in words for word in ("--set", setting)]
-    original = hpo.training.StepLog.write
+    original = hpo.train.adapter.StepLog.write
 
     def stopping(self: Any, event: Any) -> None:
         original(self, event)
@@ -292,7 +292,7 @@ def test_after_a_divergence_the_words_of_the_hint_train_on(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.training.StepLog, "write", stopping)
+        patch.setattr(hpo.train.adapter.StepLog, "write", stopping)
         assert train(base, "--output", "out 1", *sets).exit_code == 130
     said = []
     for _ in range(2):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hpo.cli import main
+from hpo.cli.main import main
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_search import draw_images
 

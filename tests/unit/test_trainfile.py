@@ -13,14 +13,16 @@ import tomlkit
 import torch
 
 from tests.tiny_search import draw_images
-from trainer import kohyaexport, settingsdoc, subsets
-from trainer.blockrates import block_rates
+from trainer.bases.blockrates import block_rates
 from trainer.config import SETTINGS, TrainConfig
-from trainer.dataset import assign_buckets, epoch_batches
+from trainer.data import subsets
+from trainer.data.dataset import assign_buckets, epoch_batches
 from trainer.errors import ConfigError, DataError
-from trainer.kohyakeys import KNOWN_KEYS, OURS_ALONE
-from trainer.optim import OPTIMIZERS
-from trainer.trainfile import TrainFile, kohya_settings, read_train_file
+from trainer.kohya import export as kohyaexport
+from trainer.kohya import settingsdoc
+from trainer.kohya.keys import KNOWN_KEYS, OURS_ALONE
+from trainer.kohya.trainfile import TrainFile, kohya_settings, read_train_file
+from trainer.loop.optim import OPTIMIZERS
 
 KOHYA = """
 [general]
@@ -194,7 +196,7 @@ def test_a_lora_of_sd_scripts_tells_its_settings() -> None:
     }
     found = kohya_settings(metadata)
     assert set(found) <= KNOWN_KEYS
-    from trainer.kohya import from_kohya
+    from trainer.kohya.read import from_kohya
 
     file = from_kohya(Path("x.safetensors"), found).require_all()
     expected = {
@@ -419,5 +421,5 @@ def test_block_rates_that_do_not_fit_the_base_are_refused(
 def test_the_settings_page_is_what_the_code_says() -> None:
     made = settingsdoc.page()
     page = Path(__file__).parents[2] / "docs" / "settings.md"
-    assert page.read_text(encoding="utf-8") == made, "python -m trainer.settingsdoc > docs/settings.md"
+    assert page.read_text(encoding="utf-8") == made, "python -m trainer.kohya.settingsdoc > docs/settings.md"
     assert all(f"`{name}`" in made for name in {*SETTINGS, *KNOWN_KEYS})

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from hpo.trainview import TrainView
+from hpo.train.view import TrainView
 from trainer.events import Skipped, Step
 
 

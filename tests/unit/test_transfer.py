@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo.profile import PRESETS, Profile, profiles_of, read_profile
-from hpo.transfer import rules_table, transfer
-from hpo.transferplan import GRID, DatasetFigures, TransferPlan, snap_down
+from hpo.transfer.plan import GRID, DatasetFigures, TransferPlan, snap_down
+from hpo.transfer.profile import PRESETS, Profile, profiles_of, read_profile
+from hpo.transfer.rules import rules_table, transfer
 from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TOKEN_LENGTHS, TrainConfig
 from trainer.errors import ConfigError
 

@@ -11,23 +11,23 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from hpo.cli import main
-from hpo.folder import StudyFolder, create_study, open_study
-from hpo.probe import Ladder, Outcome, Probe
-from hpo.probefile import MOST_OCTAVES, make_side, octave_bounds
-from hpo.proberun import _probe_by_probe, _Probing, agree, identity, probe_folder
-from hpo.profile import LimitSection, read_family, read_profile
-from hpo.search import Limits
-from hpo.standing import BASELINE, ROLE
-from hpo.transfer import revised
-from hpo.transfercmd import Request, Transfer, make, with_decision
-from hpo.transferplan import PLANNER, Move, derive, normalised, snap_down
-from hpo.transfersource import find_source, read_source
-from hpo.workbench import write_definition
+from hpo.cli.main import main
+from hpo.search.workbench import write_definition
+from hpo.search.worker import Limits
+from hpo.study.folder import StudyFolder, create_study, open_study
+from hpo.study.standing import BASELINE, ROLE
+from hpo.transfer.command import Request, Transfer, make, with_decision
+from hpo.transfer.plan import PLANNER, Move, derive, normalised, snap_down
+from hpo.transfer.probes.design import Ladder, Outcome, Probe
+from hpo.transfer.probes.run import _probe_by_probe, _Probing, agree, identity, probe_folder
+from hpo.transfer.probes.side import MOST_OCTAVES, make_side, octave_bounds
+from hpo.transfer.profile import LimitSection, read_family, read_profile
+from hpo.transfer.rules import revised
+from hpo.transfer.source import find_source, read_source
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Interrupted, StudyStopped
-from trainer.trainfile import read_train_file
+from trainer.kohya.trainfile import read_train_file
 
 QUICK = {"train": {"text_encoder_lr": 5e-4}, "space": {"max_train_epochs": {"low": 1, "high": 2}}}
 

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation import images
-from evaluation.images import Unchanged
-from hpo.result import write_params
-from hpo.trial import one_by_one, run_trial
-from hpo.workbench import Workbench
+from evaluation.images import images
+from evaluation.images.images import Unchanged
+from hpo.search.trial import one_by_one, run_trial
+from hpo.search.workbench import Workbench
+from hpo.study.result import write_params
 from tests.tiny_search import Recorder, draw_images, tiny_bench, tiny_study
-from trainer import adapter as adapters
-from trainer import loop
+from trainer.adapters import adapter as adapters
 from trainer.config import TrainConfig
 from trainer.errors import Interrupted, MachineError
 from trainer.files import read_records
+from trainer.loop import loop
 
 
 @pytest.fixture

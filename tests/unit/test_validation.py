@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer import loop
-from trainer.adapter import inject, keyed_generator
+from trainer.adapters.adapter import inject, keyed_generator
 from trainer.events import Step, Validated
-from trainer.loop import train
-from trainer.loss import add_noise
-from trainer.validation import TIMESTEPS, validation_loss
+from trainer.loop import loop
+from trainer.loop.loop import train
+from trainer.loop.loss import add_noise
+from trainer.loop.validation import TIMESTEPS, validation_loss
 
 DIFFERENT = {
     "seed": 7,

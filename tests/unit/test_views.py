@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from tests.tiny import tiny_base
-from trainer import cache
 from trainer.config import TrainConfig
-from trainer.dataset import MIRRORED, read_dataset, view_for
+from trainer.data import cache
+from trainer.data.dataset import MIRRORED, read_dataset, view_for
 
 CONFIG = TrainConfig(resolution=64, enable_bucket=False)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import ModelFileError
-from trainer.loss import zero_terminal_snr
+from trainer.loop.loss import zero_terminal_snr
 
 MAX_TIMESTEPS = 10_000  # assumed: published bases have 1000
 WINDOW_TOKENS = 75  # what CLIP reads at once, without start and end mark

@@ -1,0 +1,202 @@
+"""Checkpoints: which of a run's saved files to keep, and what their curve says of the run's length.
+
+Owns the choice (pure: scores in, a choice and words out).  Does not draw or score (``evaluation.score.score``),
+find files or print (``hpo.judge.evaluate``).
+
+The choice is the earliest checkpoint within one standard error of the best (Breiman et al. 1984, 3.4.3): more
+training that cannot be seen is not worth its loss of prompt following and variety.  The standard error is the
+*paired* one, of the difference to the best over the same prompts: two checkpoints of a run share most of
+their noise, so their own error bars say little about their difference.  The curve is not smoothed over
+neighbours: the first few are measured anew on prompts and seeds that chose nothing, which corrects luck without
+mixing a checkpoint with its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evaluation.score.anchors import Anchors
+from evaluation.score.score import Difference, Score, paired_difference
+from trainer.errors import ModelFileError
+
+FINALISTS = 3  # measured anew on the confirmation prompts (facts A2: the top 3)
+NORMAL_95 = 1.96  # half of a normal distribution's 95 % interval, in standard errors
+UNDERTRAINED, OVERTRAINED, BETWEEN, SINGLE = "undertrained", "overtrained", "between", "single"
+NO_BETTER = "no better than the untrained base"
+# Why a point has no score, where that says something of the run's length
+UNCHANGED = "unchanged"  # its pictures are the untrained base's
+SPOILED = "spoiled"  # its pictures show nothing, or are copies, or are all alike
+
+
+@dataclass(frozen=True)
+class Point:
+    """One checkpoint on the curve.  Without a score: ``reason`` says why it can not be chosen, ``cause`` is
+    UNCHANGED, SPOILED, or empty where it says nothing of the training (a damaged file)."""
+
+    name: str
+    epoch: int | None
+    step: int | None
+    score: Score | None
+    reason: str = ""
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Indices into the points, in the order of training.
+
+    ``lead[n]`` is the best's score minus point n's, paired by prompt; None where n has no score or is the
+    best.  ``within`` are the points that cannot be told apart from the best by one standard error.
+    """
+
+    best: int
+    chosen: int
+    within: tuple[int, ...]
+    lead: tuple[Difference | None, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One word on the run's length, why, and what to do about it."""
+
+    word: str
+    why: str
+    advice: str
+
+
+def choose(points: Sequence[Point], anchors: Anchors) -> Choice:
+    """The best point, and the earliest within one paired standard error of it.
+
+    Raises ModelFileError if no point has a score.
+    """
+    scored = {n: point.score for n, point in enumerate(points) if point.score is not None}
+    if not scored:
+        reasons = sorted({point.reason for point in points})
+        raise ModelFileError(
+            f"none of {len(points)} checkpoints can be scored: {'; '.join(reasons)}",
+            "a lower learning_rate if their images show nothing; else train them again",
+        )
+    best = max(scored, key=lambda n: (scored[n].value, -n))
+    lead = tuple(
+        paired_difference(scored[best], scored[n], anchors) if n in scored and n != best else None
+        for n in range(len(points))
+    )
+    within = tuple(n for n in scored if n == best or _is_within(lead[n]))
+    return Choice(best, min(within), within, lead)
+
+
+def standard_error(difference: Difference) -> float:
+    """Of a paired difference, from its 95 % interval."""
+    return (difference.high - difference.low) / (2 * NORMAL_95)
+
+
+def _is_within(difference: Difference | None) -> bool:
+    return difference is not None and difference.mean <= standard_error(difference)
+
+
+def finalists(points: Sequence[Point], choice: Choice, count: int = FINALISTS) -> tuple[int, ...]:
+    """Who is measured anew, in the order of training: the choice, the best, and the next best."""
+    scored = [n for n, point in enumerate(points) if point.score is not None]
+    by_value = sorted(scored, key=lambda n: -_value(points[n]))
+    ranked = dict.fromkeys([choice.chosen, choice.best, *by_value])
+    return tuple(sorted(list(ranked)[:count]))
+
+
+def _value(point: Point) -> float:
+    assert point.score is not None
+    return point.score.value
+
+
+def verdict(points: Sequence[Point], choice: Choice, *, finished: bool = True) -> Verdict:
+    """Whether the run was too short or too long, by where on the curve the best lies.
+
+    First and last are those that the curve knows: a damaged file is no part of it.
+    """
+    if len(points) == 1:
+        return Verdict(
+            SINGLE,
+            "the run saved one checkpoint, so there is no curve",
+            "train with save_every_n_epochs, for example --set save_every_n_epochs=2",
+        )
+    if _value(points[choice.best]) <= 0:
+        return Verdict(
+            NO_BETTER,
+            "no checkpoint scores above the untrained base, which has 0",
+            "look at the images: a lower learning_rate if they are broken, a higher one if they look untrained",
+        )
+    best = points[choice.best].name
+    known = [n for n, point in enumerate(points) if point.score is not None or point.cause == UNCHANGED]
+    first, last = known[0], known[-1]
+    spoiled = next((p for p in points[choice.best + 1 :] if p.cause == SPOILED), None)
+    if choice.best == last and spoiled:
+        return Verdict(
+            OVERTRAINED,
+            f"{best} is the best, and after it there is no result: {spoiled.name}: {spoiled.reason}",
+            "halve learning_rate (assumed) or train fewer epochs",
+        )
+    if len(known) == 1:
+        return Verdict(
+            SINGLE,
+            f"only {best} can be scored, so there is no curve",
+            "train the others again if their length is in question",
+        )
+    if choice.best == last:
+        return _at_the_end(points, choice, _place("last", last == len(points) - 1), finished)
+    if choice.best == first:
+        return _at_the_start(points, choice, _place("first", first == 0), last)
+    return Verdict(
+        BETWEEN,
+        f"{best} is the best, and neither the first nor the last",
+        "the length is right for this learning_rate",
+    )
+
+
+def _place(which: str, of_all: bool) -> str:
+    return f"the {which} checkpoint" + ("" if of_all else " that can be scored")
+
+
+def _at_the_end(points: Sequence[Point], choice: Choice, place: str, finished: bool) -> Verdict:
+    best = points[choice.best].name
+    if not finished:
+        return Verdict(
+            UNDERTRAINED, f"the newest checkpoint, {best}, is the best", "let the training go on to its end"
+        )
+    why = f"{place}, {best}, is the best"
+    if choice.chosen != choice.best:
+        return Verdict(
+            UNDERTRAINED,
+            f"{why}, though {points[choice.chosen].name} cannot be told apart from it",
+            "the curve is nearly flat at its end: more epochs would gain little",
+        )
+    return Verdict(
+        UNDERTRAINED,
+        why,
+        "raise max_train_epochs by half (assumed), or learning_rate; the curve still rises",
+    )
+
+
+def _at_the_start(points: Sequence[Point], choice: Choice, place: str, last: int) -> Verdict:
+    why = f"{place}, {points[choice.best].name}, is the best"
+    if last in choice.within:
+        return Verdict(
+            OVERTRAINED,
+            f"{why}, though {points[last].name} cannot be told apart from it",
+            "the curve is flat: what was trained after it changed nothing that can be seen",
+        )
+    return Verdict(
+        OVERTRAINED,
+        why,
+        "halve learning_rate (assumed) or train fewer epochs, and save more often: save_every_n_epochs = 1",
+    )
+
+
+def confirmed(search: Choice, tested: Sequence[int], confirmation: Choice) -> tuple[int, str]:
+    """The final choice as an index into all points, and what the confirmation says of the first choice.
+
+    ``confirmation`` chose among ``tested`` by the same rule, on prompts that had no part in the first choice.
+    """
+    final = tested[confirmation.chosen]
+    if final == search.chosen:
+        return final, "confirmed"
+    return final, "changed"

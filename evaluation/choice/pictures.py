@@ -1,0 +1,244 @@
+"""Pictures of an evaluation: a run's curve, and two bases side by side.  Drawn with Pillow alone.
+
+Owns layout and colours.  Figures come from ``evaluation.choice.checkpoints`` and ``evaluation.choice.compare``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from evaluation.choice.checkpoints import Point
+from evaluation.images.images import SampledImage
+from evaluation.prompts.prompts import PromptSet
+
+SMOOTH = 2  # drawn at this size and shrunk, so that lines are smooth
+WIDTH_PX, HEIGHT_PX = 900, 520
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 64, 24, 48, 92
+# Okabe and Ito 2008: told apart with any colour vision
+COLOURS = {"prompt following": (0, 114, 178), "likeness": (213, 94, 0), "score": (20, 20, 20)}
+GREY, PALE = (120, 120, 120), (228, 228, 228)
+CELL_PX = 192  # every picture of a comparison is shown this large, whatever its base draws
+CELL_LABEL_PX, HEAD_PX = 18, 24
+BLOCK_ROWS = 12  # prompts under each other before a second block begins beside them
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Values → px of the enlarged picture."""
+
+    places: Sequence[float]
+    low: float
+    high: float
+
+    def x(self, place: float) -> float:
+        first, last = self.places[0], self.places[-1]
+        share = (place - first) / (last - first) if last > first else 0.5
+        return SMOOTH * (LEFT_PX + share * (WIDTH_PX - LEFT_PX - RIGHT_PX))
+
+    def y(self, value: float) -> float:
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return SMOOTH * (HEIGHT_PX - BOTTOM_PX - share * (HEIGHT_PX - BOTTOM_PX - TOP_PX))
+
+
+def curve_picture(
+    points: Sequence[Point], best: int, chosen: int, retested: Sequence[Point], title: str
+) -> Image.Image:
+    """Prompt following, likeness and score over the run with one standard error on each side, from the
+    untrained base (1, 0, 0 by definition) on; circles are scores on the confirmation prompts."""
+    places, axis = _places(points)
+    rows = {name: _row(points, name) for name in COLOURS}
+    shown = [
+        v for row in rows.values() for cell in row if cell for v in (cell[0] - cell[1], cell[0] + cell[1])
+    ]
+    frame = _Frame([0.0, *places], min(0.0, *shown), max(1.0, *shown))
+    size = (SMOOTH * WIDTH_PX, SMOOTH * HEIGHT_PX)
+    picture = Image.new("RGB", size, "white")
+    _grid(picture, frame, points, places, axis, title)
+    for name, start in (("prompt following", 1.0), ("likeness", 0.0), ("score", 0.0)):
+        picture = _line(picture, frame, [0.0, *places], [(start, 0.0), *rows[name]], COLOURS[name])
+    draw = ImageDraw.Draw(picture)
+    at = {point.name: place for point, place in zip(points, places, strict=True)}
+    for point in retested:
+        if point.score is not None:
+            _whisker(draw, frame, at[point.name], point.score.value, point.score.se)
+    _marks(draw, frame, points, places, best, chosen)
+    _legend(draw, bool(retested))
+    return picture.resize((WIDTH_PX, HEIGHT_PX), Image.Resampling.LANCZOS)
+
+
+def _places(points: Sequence[Point]) -> tuple[list[float], str]:
+    """Where each point lies along the run: by steps if all are known, else by epochs, else by number."""
+    for axis in ("step", "epoch"):
+        found = [getattr(point, axis) for point in points]
+        if all(found) and len(set(found)) == len(found):
+            return [float(place) for place in found], axis
+    return [float(number + 1) for number in range(len(points))], "checkpoint"
+
+
+def _row(points: Sequence[Point], name: str) -> list[tuple[float, float] | None]:
+    field = {"prompt following": "prompt_following", "likeness": "likeness", "score": "value"}[name]
+    error = "se" if name == "score" else f"{field}_se"
+    return [
+        (getattr(p.score, field), getattr(p.score, error)) if p.score is not None else None for p in points
+    ]
+
+
+def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=SMOOTH * size_px)
+
+
+def _grid(
+    picture: Image.Image,
+    frame: _Frame,
+    points: Sequence[Point],
+    places: Sequence[float],
+    axis: str,
+    title: str,
+) -> None:
+    draw, font = ImageDraw.Draw(picture), _font(12)
+    left, right = frame.x(0), frame.x(places[-1])
+    for tenth in range(math.ceil(frame.low * 5), math.floor(frame.high * 5) + 1):
+        value = tenth / 5
+        draw.line([(left, frame.y(value)), (right, frame.y(value))], fill=PALE, width=SMOOTH)
+        draw.text((left - 8 * SMOOTH, frame.y(value)), f"{value:.1f}", GREY, font, anchor="rm")
+    for place, point in zip([0.0, *places], [None, *points], strict=True):
+        x, bottom = frame.x(place), SMOOTH * (HEIGHT_PX - BOTTOM_PX)
+        draw.line([(x, bottom), (x, bottom + 5 * SMOOTH)], fill=GREY, width=SMOOTH)
+        shown = "base" if point is None else f"{place:.0f}"
+        if len(points) <= 14 or point in (None, points[-1]):
+            draw.text((x, bottom + 8 * SMOOTH), shown, GREY, font, anchor="mt")
+            if point is not None and axis == "step" and point.epoch is not None:
+                draw.text((x, bottom + 23 * SMOOTH), f"ep. {point.epoch}", GREY, font, anchor="mt")
+    middle = SMOOTH * (LEFT_PX + WIDTH_PX - RIGHT_PX) / 2
+    draw.text((middle, SMOOTH * (HEIGHT_PX - BOTTOM_PX + 42)), axis, GREY, font, anchor="mt")
+    draw.text((SMOOTH * LEFT_PX, SMOOTH * 14), _plain(title), "black", _font(15), anchor="lt")
+
+
+def _line(
+    picture: Image.Image,
+    frame: _Frame,
+    places: Sequence[float],
+    row: Sequence[tuple[float, float] | None],
+    colour: tuple[int, int, int],
+) -> Image.Image:
+    """A line with its band; where a point has no score the line goes on behind it."""
+    known = [(place, *cell) for place, cell in zip(places, row, strict=True) if cell is not None]
+    upper = [(frame.x(p), frame.y(v + e)) for p, v, e in known]
+    lower = [(frame.x(p), frame.y(v - e)) for p, v, e in known]
+    band = Image.new("L", picture.size, 0)
+    ImageDraw.Draw(band).polygon([*upper, *reversed(lower)], fill=44)
+    picture = Image.composite(Image.new("RGB", picture.size, colour), picture, band)
+    draw = ImageDraw.Draw(picture)
+    middle = [(frame.x(p), frame.y(v)) for p, v, _ in known]
+    draw.line(middle, fill=colour, width=2 * SMOOTH, joint="curve")
+    for x, y in middle[1:]:
+        radius = 3 * SMOOTH
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+    return picture
+
+
+def _whisker(draw: ImageDraw.ImageDraw, frame: _Frame, place: float, value: float, se: float) -> None:
+    x, y, radius = frame.x(place), frame.y(value), 5 * SMOOTH
+    draw.line([(x, frame.y(value - se)), (x, frame.y(value + se))], fill=COLOURS["score"], width=SMOOTH)
+    draw.ellipse(
+        [x - radius, y - radius, x + radius, y + radius], fill="white", outline=COLOURS["score"], width=SMOOTH
+    )
+
+
+def _marks(
+    draw: ImageDraw.ImageDraw,
+    frame: _Frame,
+    points: Sequence[Point],
+    places: Sequence[float],
+    best: int,
+    chosen: int,
+) -> None:
+    """A dotted line through the chosen checkpoint, and words over it and the best."""
+    top, bottom = frame.y(frame.high), frame.y(frame.low)
+    x = frame.x(places[chosen])
+    for y in range(int(top), int(bottom), 8 * SMOOTH):
+        draw.line([(x, y), (x, y + 4 * SMOOTH)], fill=GREY, width=SMOOTH)
+    words = {best: "best"}
+    words[chosen] = "best, chosen" if chosen == best else "chosen"
+    for number, word in words.items():
+        place = places[number]
+        anchor = "rb" if number == len(points) - 1 else "mb"
+        draw.text((frame.x(place), top - 3 * SMOOTH), word, "black", _font(12), anchor=anchor)
+
+
+def _legend(draw: ImageDraw.ImageDraw, with_circles: bool) -> None:
+    font, x, y = _font(12), float(SMOOTH * LEFT_PX), float(SMOOTH * (HEIGHT_PX - 22))
+    for name, colour in COLOURS.items():
+        draw.line([(x, y), (x + 22 * SMOOTH, y)], fill=colour, width=2 * SMOOTH)
+        draw.text((x + 28 * SMOOTH, y), name, "black", font, anchor="lm")
+        x += 28 * SMOOTH + draw.textlength(name, font=font) + 22 * SMOOTH
+    text = "bands: one standard error" + (
+        "; circles: score on the confirmation prompts" if with_circles else ""
+    )
+    draw.text((x, y), text, GREY, font, anchor="lm")
+
+
+def _plain(text: str) -> str:
+    """What Pillow's own font can show."""
+    return text.encode("ascii", "replace").decode()
+
+
+# Two bases side by side
+
+
+@dataclass(frozen=True)
+class Column:
+    """The pictures of one set of weights: first those of each prompt are shown."""
+
+    title: str
+    images: Sequence[SampledImage]
+
+
+def contact_sheet(columns: Sequence[Column], prompts: PromptSet) -> Image.Image:
+    """One row a prompt (with its first seed), one column for each set of weights, every picture at the same size."""
+    count = len(prompts.prompts)
+    blocks = math.ceil(count / BLOCK_ROWS)
+    rows = math.ceil(count / blocks)
+    gap = CELL_PX // 8
+    block_px = len(columns) * CELL_PX + gap
+    row_px = CELL_PX + CELL_LABEL_PX
+    sheet = Image.new("RGB", (blocks * block_px - gap, HEAD_PX + rows * row_px), "white")
+    draw = ImageDraw.Draw(sheet)
+    heads, labels = ImageFont.load_default(size=13), ImageFont.load_default(size=11)
+    shown = [{(i.prompt_id, i.seed): i.pixels_HW3 for i in column.images} for column in columns]
+    for number, prompt in enumerate(prompts.prompts):
+        block, row = divmod(number, rows)
+        left, top = block * block_px, HEAD_PX + row * row_px
+        for place, column in enumerate(columns):
+            if row == 0:
+                head = _cut(_plain(column.title), CELL_PX - 6, draw, heads)
+                draw.text((left + place * CELL_PX + 3, 5), head, "black", heads)
+            pixels_HW3 = shown[place][prompt.id, prompts.seeds_of(prompt)[0]]
+            sheet.paste(_cell(pixels_HW3), (left + place * CELL_PX, top))
+        text = _cut(_plain(prompt.text), len(columns) * CELL_PX - 6, draw, labels)
+        draw.text((left + 3, top + CELL_PX + 2), text, GREY, labels)
+    return sheet
+
+
+def _cell(pixels_HW3: np.ndarray) -> Image.Image:
+    """A picture at display size: its longer side fills the cell.  Small ones are enlarged unsmoothed."""
+    picture = Image.fromarray(pixels_HW3)
+    scale = CELL_PX / max(picture.size)
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    resized = picture.resize((round(picture.width * scale), round(picture.height * scale)), method)
+    cell = Image.new("RGB", (CELL_PX, CELL_PX), "white")
+    cell.paste(resized, ((CELL_PX - resized.width) // 2, (CELL_PX - resized.height) // 2))
+    return cell
+
+
+def _cut(text: str, width_px: int, draw: ImageDraw.ImageDraw, font: object) -> str:
+    if draw.textlength(text, font=font) <= width_px:  # type: ignore[arg-type]
+        return text
+    while text and draw.textlength(text + "...", font=font) > width_px:  # type: ignore[arg-type]
+        text = text[:-1]
+    return text + "..."

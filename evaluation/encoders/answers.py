@@ -1,0 +1,90 @@
+"""Known answers: six drawn pictures and their texts, and what a scorer must say of them before it is used.
+
+Owns the drawings, the recorded cosines of weights that are known here, and the test.  Does not load models
+(``evaluation.encoders.embed``).
+
+Two tests.  Weights whose answers are recorded (by the sha256 of their file, whatever it is called) must give
+the same cosines: another activation function, another mean or standard deviation, other weights in the right
+places all move them, and none of them is noticed while loading (facts A4).  Of any other weights the
+drawings must find their own texts: a random network sees no difference between them.
+
+``python -c "from evaluation.encoders.answers import *; print(cosines(load_scorer('MODEL:WEIGHTS')))"`` is how answers are
+recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from evaluation.encoders.embed import Scorer
+from trainer.errors import ModelFileError
+
+SIDE_PX = 224
+STAR = [(112, 30), (136, 90), (200, 92), (148, 130), (168, 194), (112, 156), (56, 194), (76, 130), (24, 92),
+        (88, 90)]  # fmt: skip
+CROSS = [(92, 30), (132, 30), (132, 92), (194, 92), (194, 132), (132, 132), (132, 194), (92, 194), (92, 132),
+         (30, 132), (30, 92), (92, 92)]  # fmt: skip
+DRAWINGS: dict[str, Callable[[ImageDraw.ImageDraw], None]] = {
+    "a red circle on a white background": lambda d: d.ellipse((40, 40, 184, 184), fill=(220, 20, 20)),
+    "a blue square on a white background": lambda d: d.rectangle((45, 45, 179, 179), fill=(20, 40, 220)),
+    "a green triangle on a white background": lambda d: d.polygon(
+        [(112, 30), (200, 190), (24, 190)], fill=(20, 160, 40)
+    ),
+    "a yellow star on a white background": lambda d: d.polygon(STAR, fill=(250, 210, 0)),
+    "a black cross on a white background": lambda d: d.polygon(CROSS, fill=(0, 0, 0)),
+    "an orange ring on a white background": lambda d: d.ellipse(
+        (40, 40, 184, 184), outline=(250, 130, 0), width=30
+    ),
+}
+MUST_FIND = 4  # of the six; a network that sees no difference finds one
+NEAR_ENOUGH = 0.001  # of a cosine (assumed); QuickGELU left out of mini-clip's text tower moves one by 0.003
+# sha256 of a weights' file → the six own cosines in the drawings' order
+KNOWN: dict[str, tuple[float, ...]] = {
+    "9aaf3694e45df092e51ed7b9c9ce4d3b93df2726a0655f8fb9965c59d0c07c36": (  # mini-clip
+        0.32450, 0.26748, -0.06950, -0.11709, 0.28132, 0.39672
+    ),
+}  # fmt: skip
+
+
+def drawings() -> list[np.ndarray]:
+    """The six pictures, uint8 (224, 224, 3)."""
+    pictures = []
+    for draw in DRAWINGS.values():
+        sheet = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
+        draw(ImageDraw.Draw(sheet))
+        pictures.append(np.asarray(sheet))
+    return pictures
+
+
+def cosines(scorer: Scorer) -> np.ndarray:
+    """Every drawing with every text (6, 6)."""
+    return (scorer.image_features(drawings()) @ scorer.text_features(list(DRAWINGS)).T).double().numpy()
+
+
+def self_test(scorer: Scorer, say: Callable[[str], None] = lambda text: None) -> None:
+    """Raise ModelFileError unless the scorer answers as its weights should.
+
+    ``say`` is told what of an unknown file had to be assumed: six drawings do not show it.
+    """
+    answers = cosines(scorer)
+    known = KNOWN.get(scorer.sha)
+    if known is not None:
+        off = float(np.abs(np.diag(answers) - np.array(known)).max())
+        if off > NEAR_ENOUGH:
+            raise ModelFileError(
+                f"the scorer {scorer.name} does not answer as its weights should: a cosine is off by {off:.4f}",
+                "its activation function (QuickGELU), mean, std or resizing is another than it was trained with",
+            )
+        return
+    if assumed := getattr(scorer, "assumed", ""):
+        say(f"warning: {assumed}")
+    found = int((answers.argmax(axis=1) == np.arange(len(answers))).sum())
+    if found < MUST_FIND:
+        raise ModelFileError(
+            f"the scorer {scorer.name} cannot tell a red circle from a blue square: {found} of {len(answers)} "
+            "drawings find their own text",
+            "its weights were never trained, or belong to another architecture, mean, std or tokenizer",
+        )

@@ -1,0 +1,421 @@
+"""Scorers: pictures and texts → unit vectors, from model files that were checked while loading.
+
+Owns finding the files of a scorer (short name, open_clip tag, file, folder; offline first), the checks that a
+scorer is what it claims to be, and the two encoders: open_clip (text and image) and DINOv2 (image, for
+likeness). Does not know what the vectors are used for (``evaluation.score.score``).
+
+A scorer that cannot be loaded is an error, never a zero.  Checks follow facts A4: weights absent, file cut
+off, Hugging Face layout, QuickGELU left out (open_clip says nothing when weights come from a file), text cut
+off.
+
+Shapes: N pictures or texts, D vector width; vectors are fp32 on CPU and have length 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.pretrained import get_pretrained_cfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+from transformers import Dinov2Model
+
+from evaluation.encoders.scorerfile import (
+    check_quick_gelu,
+    check_safetensors,
+    facts_of_tag,
+    file_of_tag,
+    model_folder,
+    read_json,
+    tag_in_name,
+    tag_of_sha,
+    tags_shown,
+)
+from trainer.bases.load import MINIATURES
+from trainer.errors import ConfigError, ModelFileError
+from trainer.files import sha256_file
+
+MINIATURE = Path(__file__).parent.parent.parent / "trainer" / "bases" / "miniature" / "weights"
+# Real bases: small enough for a CPU (0.17 s an image on 2 cores), and trained on other data than the text
+# encoders of SD1.5 and SDXL-1 (OpenAI's): OpenAI's own CLIP would share its text tower with the generator
+# (facts A1, 8).
+DEFAULT_WEIGHTS = {"ViT-B-32": "laion2b_s34b_b79k"}
+DEFAULT_SCORER = "ViT-B-32:laion2b_s34b_b79k"
+MINIATURE_SCORER = "mini-clip"
+MINIATURE_LIKENESS = "mini-likeness"
+FEATURE_BATCH = 32
+CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+LIKENESS_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+INIT_LOGIT_SCALE = math.log(
+    1 / 0.07
+)  # open_clip's start value: weights that still hold it were never trained
+PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
+
+
+class ImageEncoder(Protocol):
+    """Pictures → vectors.  ``name`` is for people, ``sha`` (sha256 of the weights) for comparisons."""
+
+    name: str
+    sha: str
+
+    def image_features(self, images: Sequence[np.ndarray]) -> Tensor:
+        """uint8 (H, W, 3) pictures of any sizes → (N, D)."""
+        ...
+
+
+class Scorer(ImageEncoder, Protocol):
+    """Pictures and texts → vectors of one space."""
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Texts → (N, D).  A text that would be cut is refused."""
+        ...
+
+
+def default_scorer(base: str) -> str:
+    """The scorer of a base (as ``load_base`` is told it) unless the user names one; the same on every device."""
+    return MINIATURE_SCORER if base in MINIATURES else DEFAULT_SCORER
+
+
+def default_likeness(base: str) -> str:
+    """The likeness encoder of a base unless the user names one."""
+    return MINIATURE_LIKENESS if base in MINIATURES else "clip"
+
+
+class OpenClipScorer:
+    """An open_clip model in fp32.  ``assumed`` says what about it nothing tells, for a user to read once."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        sha: str,
+        device: str | torch.device = "cpu",
+        assumed: str = "",
+    ) -> None:
+        self.name = name
+        self.sha = sha
+        self.assumed = assumed
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._device = torch.device(device)
+        self._preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[np.ndarray]) -> Tensor:
+        return _in_batches(images, self._image_batch)
+
+    def _image_batch(self, images: Sequence[np.ndarray]) -> Tensor:
+        pixels = torch.stack([self._preprocess(Image.fromarray(image)) for image in images])
+        return self._model.encode_image(pixels.to(self._device), normalize=True)
+
+    @torch.no_grad()
+    def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
+        """(N, L, C): the image tower's last patches, before pooling."""
+        return _in_batches(images, self._patch_batch)
+
+    def _patch_batch(self, images: Sequence[np.ndarray]) -> Tensor:
+        pixels = torch.stack([self._preprocess(Image.fromarray(image)) for image in images])
+        found = self._model.visual.forward_intermediates(
+            pixels.to(self._device), indices=1, intermediates_only=True, output_fmt="NCHW"
+        )
+        return found["image_intermediates"][-1].flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        for text in texts:
+            tokens, limit = self._token_count(text), self._tokenizer.context_length
+            if tokens > limit:
+                raise ConfigError(
+                    f"the scorer {self.name} would cut the text {text[:40]!r}… ({tokens} of {limit} tokens)",
+                    "shorten the prompt",
+                )
+        return _in_batches(texts, lambda part: self._model.encode_text(self._ids(part), normalize=True))
+
+    def _ids(self, texts: Sequence[str]) -> Tensor:
+        return self._tokenizer(list(texts)).to(self._device)
+
+    def _token_count(self, text: str) -> int:
+        """Tokens with begin and end, before open_clip cuts them."""
+        if hasattr(self._tokenizer, "tokenizer"):  # open_clip's wrapper of a Hugging Face tokenizer
+            return len(self._tokenizer.tokenizer(self._tokenizer.clean_fn(text)).input_ids)
+        return len(self._tokenizer.encode(text)) + 2
+
+
+class Dinov2Encoder:
+    """A transformers Dinov2Model: the class token, in fp32."""
+
+    def __init__(
+        self, model: Any, preprocess: dict[str, Any], name: str, sha: str, device: str | torch.device = "cpu"
+    ) -> None:
+        self.name = name
+        self.sha = sha
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._device = torch.device(device)
+        self._resize_px, self._crop_px = preprocess["resize_px"], preprocess["crop_px"]
+        self._mean, self._std = np.float32(preprocess["mean"]), np.float32(preprocess["std"])
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[np.ndarray]) -> Tensor:
+        return _in_batches(images, self._batch)
+
+    @torch.no_grad()
+    def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
+        """(N, L, C): the last patches."""
+        return _in_batches(images, lambda part: self._states(part)[:, 1:])
+
+    def _batch(self, images: Sequence[np.ndarray]) -> Tensor:
+        return torch.nn.functional.normalize(self._states(images)[:, 0], dim=-1)
+
+    def _states(self, images: Sequence[np.ndarray]) -> Tensor:
+        pixels = np.stack([self._pixels(image) for image in images])
+        return self._model(torch.from_numpy(pixels).to(self._device)).last_hidden_state
+
+    def _pixels(self, image_HW3: np.ndarray) -> np.ndarray:
+        """Shortest side to ``resize_px`` (bicubic), centre crop, normalised: (3, crop, crop)."""
+        height, width = image_HW3.shape[:2]
+        size = (self._resize_px * width // min(height, width), self._resize_px * height // min(height, width))
+        resized = Image.fromarray(image_HW3).resize(size, Image.Resampling.BICUBIC)
+        left, top = (size[0] - self._crop_px) // 2, (size[1] - self._crop_px) // 2
+        cropped = np.asarray(
+            resized.crop((left, top, left + self._crop_px, top + self._crop_px)), dtype=np.float32
+        )
+        return ((cropped / 255 - self._mean) / self._std).transpose(2, 0, 1)
+
+
+def _in_batches(values: Sequence[Any], encode: Callable[[Sequence[Any]], Tensor]) -> Tensor:
+    """Vectors of all values, ``FEATURE_BATCH`` at a time; ModelFileError if any is not finite."""
+    parts = [
+        encode(values[i : i + FEATURE_BATCH]).float().cpu() for i in range(0, len(values), FEATURE_BATCH)
+    ]
+    vectors_ND = torch.cat(parts)
+    if not vectors_ND.isfinite().all():
+        raise ModelFileError(
+            "a scorer returned numbers that are not finite", "its weights are damaged; get them again"
+        )
+    return vectors_ND
+
+
+# Finding and loading
+
+
+def load_scorer(spec: str, device: str | torch.device = "cpu") -> OpenClipScorer:
+    """A scorer from ``mini-clip``, a folder (open_clip_config.json + weights), or MODEL[:WEIGHTS].
+
+    WEIGHTS is an open_clip tag or a file.  The text is split at ':' only if the left part is a model's name,
+    so a path may hold one.
+    """
+    check_scorer(spec)
+    if spec == MINIATURE_SCORER:
+        return _load_folder(MINIATURE / MINIATURE_SCORER, spec, device)
+    model, _, weights = spec.partition(":")
+    if model in open_clip.list_models():
+        return _load_named(model, weights or _default_weights(model), device)
+    folder = Path(spec).expanduser()
+    return _load_folder(folder, folder.name, device)
+
+
+def check_scorer(spec: str) -> None:
+    """What of a scorer can be refused before anything is downloaded or loaded."""
+    model, _, weights = spec.partition(":")
+    folder = Path(spec).expanduser()
+    if spec == MINIATURE_SCORER:
+        return
+    if model in open_clip.list_models():
+        _tag_or_file(model, weights or _default_weights(model))
+        return
+    if folder.is_dir():
+        _folder_weights(folder)
+        return
+    if folder.is_file():
+        raise ModelFileError(
+            f"which model are the weights in {spec}?", f"write MODEL:FILE, for example ViT-B-32:{spec}"
+        )
+    raise ModelFileError(
+        f"no scorer {spec!r}: not a model of open_clip, not a folder",
+        "write MODEL[:TAG or FILE], for example ViT-B-32:/models/clip.safetensors",
+    )
+
+
+def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu") -> ImageEncoder:
+    """The encoder of likeness: ``clip`` (the scorer's image tower), ``mini-likeness``, or a Dinov2Model: its
+    folder, or its name on the hub (facebook/dinov2-small)."""
+    if spec == "clip":
+        return scorer
+    check_likeness(spec)
+    folder = _likeness_folder(spec)
+    if not folder.is_dir():
+        folder = model_folder(spec, LIKENESS_FILES)
+        check_likeness(str(folder))
+    weights, config = folder / "model.safetensors", read_json(folder / "config.json")
+    model, report = Dinov2Model.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, local_files_only=True
+    )
+    # the mask token serves pre-training only; it may be absent
+    missing = sorted(k for k in report["missing_keys"] if "mask_token" not in k) + sorted(
+        str(m) for m in report.get("mismatched_keys", ())
+    )
+    if missing:
+        raise ModelFileError(
+            f"{weights} lacks {len(missing)} of the model's weights: {missing[:5]}", "get it again"
+        )
+    name = spec if _is_hub_name(spec) or spec == MINIATURE_LIKENESS else folder.name
+    return Dinov2Encoder(
+        model, _dinov2_preprocess(folder, int(config["image_size"])), name, sha256_file(weights), device
+    )
+
+
+def is_likeness(spec: str) -> bool:
+    """Whether a text names a DINOv2 encoder rather than a scorer."""
+    folder = _likeness_folder(spec)
+    return ((folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()) or (
+        _is_hub_name(spec)
+    )
+
+
+def open_clip_tokenizer(context_length: int) -> Any:
+    """CLIP's own tokens, from open_clip's vocabulary."""
+    return open_clip.SimpleTokenizer(context_length=context_length)
+
+
+def check_likeness(spec: str) -> None:
+    """What of a likeness encoder can be refused before it is loaded."""
+    if spec == "clip":
+        return
+    folder = _likeness_folder(spec)
+    if not folder.is_dir():
+        if _is_hub_name(spec):
+            return
+        raise ModelFileError(
+            f"no likeness encoder {spec!r}",
+            "give clip, the folder of a transformers Dinov2Model, or its name on the hub: facebook/dinov2-small",
+        )
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "dinov2":
+        raise ModelFileError(
+            f"{folder} holds {config.get('model_type')!r}, not a dinov2 model", "give a Dinov2Model"
+        )
+    check_safetensors(folder / "model.safetensors")
+
+
+def _is_hub_name(spec: str) -> bool:
+    """org/name, and nothing of that name in the current folder."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec)) and not Path(spec).exists()
+
+
+def _likeness_folder(spec: str) -> Path:
+    return MINIATURE / MINIATURE_LIKENESS if spec == MINIATURE_LIKENESS else Path(spec).expanduser()
+
+
+def _dinov2_preprocess(folder: Path, image_px: int) -> dict[str, Any]:
+    """From preprocessor_config.json beside the weights; without one, ImageNet's mean and std, model's
+    size."""
+    path = folder / "preprocessor_config.json"
+    given = read_json(path) if path.is_file() else {}
+    resize, crop = given.get("size", {}), given.get("crop_size", {})
+    return {
+        "resize_px": int(resize.get("shortest_edge", resize.get("height", image_px))),
+        "crop_px": int(crop.get("height", image_px)),
+        "mean": given.get("image_mean", [0.485, 0.456, 0.406]),
+        "std": given.get("image_std", [0.229, 0.224, 0.225]),
+    }
+
+
+def _default_weights(model: str) -> str:
+    if model in DEFAULT_WEIGHTS:
+        return DEFAULT_WEIGHTS[model]
+    raise ModelFileError(
+        f"which weights for {model}?", f"write {model}:FILE or {model}:TAG (tags: {tags_shown(model)})"
+    )
+
+
+def _tag_or_file(model: str, weights: str) -> tuple[str | None, Path | None]:
+    """The weights' tag, as far as it is known, and their file, unless the tag names it."""
+    path = Path(weights).expanduser()
+    by_tag = bool(get_pretrained_cfg(model, weights))
+    if not by_tag and not path.is_file():
+        hint = f"its tags: {tags_shown(model)}"
+        raise ModelFileError(f"{weights} is neither a file nor a tag of {model}", hint)
+    tag = weights if by_tag else tag_in_name(model, path) or tag_of_sha(model, sha256_file(path))
+    check_quick_gelu(model, tag, weights)
+    return tag, None if by_tag else path
+
+
+def _load_named(model: str, weights: str, device: str | torch.device) -> OpenClipScorer:
+    tag, path = _tag_or_file(model, weights)
+    path = path or file_of_tag(model, weights)
+    facts = facts_of_tag(model, tag) if tag else {}
+    preprocess = {key: facts[key] for key in PREPROCESS_KEYS if key in facts}
+    network = _create(model, path, preprocess)
+    assumed = "" if tag else f"{path.name}: mean, std and activation are assumed; {_after_a_tag(model)}"
+    return OpenClipScorer(
+        network, _tokenizer(model), f"{model}:{tag or path.name}", sha256_file(path), device, assumed
+    )
+
+
+def _after_a_tag(model: str) -> str:
+    tags = tags_shown(model)
+    return (
+        f"name the file after its tag ({tags})" if tags != "none" else "open_clip knows no tag of this model"
+    )
+
+
+def _folder_weights(folder: Path) -> Path:
+    """The weights' file of an open_clip folder."""
+    if not (folder / "open_clip_config.json").is_file():
+        hint = "give a folder with open_clip_config.json and open_clip_model.safetensors"
+        if (folder / "config.json").is_file():
+            hint = "it is in transformers' layout; " + hint
+        raise ModelFileError(f"{folder} is no open_clip folder", hint)
+    weights = folder / "open_clip_model.safetensors"  # what open_clip takes first if there are several
+    if not weights.is_file():
+        raise ModelFileError(f"{folder} has no weights", "add open_clip_model.safetensors")
+    return weights
+
+
+def _load_folder(folder: Path, name: str, device: str | torch.device) -> OpenClipScorer:
+    weights = _folder_weights(folder)
+    source, config = f"local-dir:{folder}", folder / "open_clip_config.json"
+    told = {"mean", "std"} <= read_json(config).get("preprocess_cfg", {}).keys()
+    assumed = "" if told else f"{config}: mean and std are assumed; give them as preprocess_cfg"
+    return OpenClipScorer(
+        _create(source, weights, {}), _tokenizer(source), name, sha256_file(weights), device, assumed
+    )
+
+
+def _create(model: str, weights: Path, preprocess: dict[str, Any]) -> Any:
+    """The network with its weights in it, or ModelFileError.  ``model`` is a name, or local-dir:FOLDER."""
+    if weights.suffix == ".safetensors":
+        check_safetensors(weights)
+    by_file = {} if model.startswith("local-dir:") else {"pretrained": str(weights)}
+    try:
+        network = open_clip.create_model(
+            model, require_pretrained=True, weights_only=True, force_preprocess_cfg=preprocess, **by_file
+        )
+    except Exception as error:  # open_clip raises many kinds for a file that does not fit
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelFileError(
+            f"{weights} cannot be loaded as {model}: {why}",
+            "give open_clip's own file of this model, as .safetensors",
+        ) from error
+    scale = float(network.logit_scale.detach().float())
+    if abs(scale - INIT_LOGIT_SCALE) < 1e-5:
+        raise ModelFileError(f"{weights} holds a model that was never trained", "give trained weights")
+    return network
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return open_clip.get_tokenizer(model)
+    except Exception as error:  # a tokenizer from the hub, or files that are missing
+        raise ModelFileError(
+            f"the tokenizer of {model} cannot be loaded: {error}", "choose another model"
+        ) from error

@@ -1,0 +1,136 @@
+"""The weights' file of a scorer: finding it offline first, and refusing one that is not what it should be.
+
+Owns open_clip's tags, the hub's cache and what a file's name and tensor names tell.  Does not build networks
+(``evaluation.encoders.embed``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError, safe_open
+
+from trainer.bases.hub import require_network, without_login
+from trainer.errors import ModelFileError
+
+TAGS_SHOWN = 8
+
+
+def check_safetensors(path: Path, *, transformers: bool = False) -> list[str]:
+    """Names of the tensors; ModelFileError if the file is absent, cut off, or in transformers' layout where
+    that is not what is wanted."""
+    if not path.is_file():
+        raise ModelFileError(f"{path} is not there", "a scorer without weights is a random one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path} is damaged or cut off: {error}", "copy or download it again") from None
+    if not transformers and any(key.startswith("vision_model.") for key in keys):
+        raise ModelFileError(
+            f"{path} is in transformers' layout, which open_clip cannot read",
+            "download open_clip's own file (open_clip_model.safetensors) of the same model",
+        )
+    return keys
+
+
+def tag_in_name(model: str, path: Path) -> str | None:
+    """The tag that a file's name (or its folder's) tells: it brings mean, std and activation with it."""
+    name = f"{path.parent.name}/{path.name}".lower().replace("-", "_")
+    tags = [
+        tag for twin in _twins(model) for tag in list_pretrained_tags_by_model(twin) if tag.lower() in name
+    ]
+    return max(tags, key=len, default=None)
+
+
+def tag_of_sha(model: str, sha: str) -> str | None:
+    """The tag that a file's sha256 tells, whatever it is called: OpenAI's addresses hold it."""
+    for twin in _twins(model):
+        for tag in list_pretrained_tags_by_model(twin):
+            if f"/{sha}/" in get_pretrained_cfg(twin, tag).get("url", ""):
+                return tag
+    return None
+
+
+def facts_of_tag(model: str, tag: str) -> dict[str, Any]:
+    """open_clip's table of a tag (mean, std, resizing, activation), of the model or of its twin; else
+    empty."""
+    return next((facts for twin in _twins(model) if (facts := get_pretrained_cfg(twin, tag))), {})
+
+
+def _twins(model: str) -> tuple[str, str]:
+    """The model, and the same one with the other activation (which may not exist)."""
+    plain = model.removesuffix("-quickgelu")
+    return (model, plain if model != plain else plain + "-quickgelu")
+
+
+def check_quick_gelu(model: str, tag: str | None, weights: str) -> None:
+    """Weights trained with QuickGELU in a model without it score wrongly and say nothing (facts A4)."""
+    if tag is None:
+        return
+    twin = _twins(model)[1]
+    has = bool((open_clip.get_model_config(model) or {}).get("quick_gelu", False))
+    if bool(facts_of_tag(model, tag).get("quick_gelu", False)) != has and twin in open_clip.list_models():
+        raise ModelFileError(
+            f"the weights {weights} belong to {twin}, not to {model} (QuickGELU)",
+            f"write --clip {twin}:{weights}",
+        )
+
+
+def tags_shown(model: str) -> str:
+    """The first tags of a model, for a hint."""
+    return ", ".join(list_pretrained_tags_by_model(model)[:TAGS_SHOWN]) or "none"
+
+
+def file_of_tag(model: str, tag: str) -> Path:
+    """The weights' file of a tag: from the hub's cache, else downloaded.  No network: fails at once."""
+    facts = get_pretrained_cfg(model, tag)
+    repository, _, name = facts.get("hf_hub", "").rpartition("/")
+    for candidate in (name,) if name else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
+        cached = try_to_load_from_cache(repository, candidate) if repository else None
+        if isinstance(cached, str):
+            return Path(cached)
+    hint = f"give a file: --clip {model}:/path/to/weights.safetensors, or set HF_ENDPOINT to a mirror"
+    try:
+        require_network(f"{model}:{tag}")
+    except ModelFileError as error:
+        raise ModelFileError(error.message, hint) from None
+    try:
+        return Path(download_pretrained(facts))
+    except Exception as error:  # hub and network errors of many kinds
+        raise ModelFileError(
+            f"{model}:{tag} could not be downloaded: {without_login(str(error))}", hint
+        ) from None
+
+
+def model_folder(repository: str, files: Sequence[str]) -> Path:
+    """The folder of a hub model's files: cached, else downloaded.  The last of ``files`` may be missing there."""
+    needed = files[:-1]
+    cached = [try_to_load_from_cache(repository, name) for name in needed]
+    if all(isinstance(path, str) for path in cached):
+        return Path(str(cached[0])).parent
+    hint = "download it elsewhere and give its folder, or set HF_ENDPOINT to a mirror"
+    try:
+        require_network(repository)
+    except ModelFileError as error:
+        raise ModelFileError(error.message, hint) from None
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(files)))
+    except Exception as error:  # hub and network errors of many kinds
+        raise ModelFileError(
+            f"{repository} could not be downloaded: {without_login(str(error))}", hint
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A model folder's JSON file, or ModelFileError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path} cannot be read: {error}", "give a complete model folder") from None

@@ -1,0 +1,71 @@
+"""The other models of a study: ``[study] also``, and the CLIP image tower beside another likeness encoder.
+
+Owns what each entry means and the gauges they become (``evaluation.gauges.gauge``).
+
+    MODEL[:WEIGHTS] or an open_clip folder      CLIP-T and CLIP-I by that scorer
+    a Dinov2Model's folder or name on the hub   likeness by it
+    hpsv2.1[:FILE], pickscore[:FOLDER], imagereward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from evaluation.encoders.answers import self_test
+from evaluation.encoders.embed import (
+    Dinov2Encoder,
+    ImageEncoder,
+    Scorer,
+    check_likeness,
+    check_scorer,
+    is_likeness,
+    load_likeness,
+    load_scorer,
+)
+from evaluation.gauges.gauge import Gauge, LikenessGauge, TextGauge
+from evaluation.gauges.preference import check_preference, is_preference, load_preference
+from evaluation.score.anchors import embed_references
+
+
+def check(spec: str) -> None:
+    """What of an entry can be refused before anything is loaded."""
+    if is_preference(spec):
+        check_preference(spec)
+    elif is_likeness(spec):
+        check_likeness(spec)
+    else:
+        check_scorer(spec)
+
+
+def gauges(
+    specs: Sequence[str],
+    scorer: Scorer,
+    likeness: ImageEncoder,
+    references: Sequence[Path],
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Gauge, ...]:
+    """The figures beside the score: CLIP-I where likeness is measured by another encoder, then ``specs``."""
+    found: list[Gauge] = []
+    if likeness is not scorer:
+        found.append(LikenessGauge("clip_i", scorer, embed_references(references, scorer)))
+    scene = getattr(likeness, "scene", None)
+    if isinstance(scene, Dinov2Encoder):
+        found.append(LikenessGauge("dino_i", scene, embed_references(references, scene)))
+    for spec in specs:
+        if is_preference(spec):
+            found.append(load_preference(spec, device))
+        elif is_likeness(spec):
+            encoder = load_likeness(spec, scorer, device)
+            found.append(LikenessGauge("dino_i", encoder, embed_references(references, encoder)))
+        else:
+            other = load_scorer(spec, device)
+            self_test(other, say)
+            found += [
+                TextGauge(other),
+                LikenessGauge("clip_i", other, embed_references(references, other)),
+            ]
+    return tuple(found)

@@ -1,0 +1,287 @@
+"""Prompts × seeds → images, the same ones every time: the sampler of every score.
+
+Owns the noise of each image, the classifier-free-guidance loop over a base (with or without an adapter in it)
+and the resumable folder of PNGs.  Does not judge pictures (``evaluation.images.images``).
+
+Common random numbers: one CPU generator per image, seeded by (prompt id, seed), so an image depends on
+nothing but its prompt, its seed and the weights.  ODE sampler only: an ancestral one would draw more noise at
+every step. Empty negative prompts are encoded as text, as kohya, ComfyUI and A1111 do; diffusers' SDXL
+pipeline puts zeros.
+
+Shapes: B images of a chunk, C latent channels, h w latent sides, H W pixels, 3 colours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+from torch import Tensor
+
+from evaluation.images.images import SampledImage, png_bytes
+from evaluation.prompts.prompts import Prompt, PromptSet
+from trainer.bases.base import Base, Sizes, TextStates
+from trainer.errors import ConfigError, OutOfMemory
+from trainer.files import machine_error, write_atomic
+
+# DPM-Solver++(2M) is an ODE sampler: "20 steps high quality, quite good even in 10" (diffusers docs).
+# Timesteps are spaced as in A1111 and ComfyUI: from pure noise at 999 downwards.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spacing": "linspace"},
+}
+INDEX_NAME = "samples.json"
+BATCH_PIXELS = 8 * 64 * 64  # assumed: latent cells of a chunk that fit 16 GB beside SD1.5 (8 images of 512²)
+BATCH_CARD_BYTES = 16e9  # the card of that assumption; a larger one draws as many times more at once
+MAX_BATCH = 32
+
+OnImages = Callable[[int, int], None]  # (images done, images in all)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn.  Part of a score's identity, all but ``batch_size``."""
+
+    width_px: int
+    height_px: int
+    steps: int = 20
+    cfg: float = 7.0
+    sampler: str = "dpmpp_2m"
+    negative: str = ""
+    clip_skip: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"sampler {self.sampler!r} is not known", "use one of " + ", ".join(SAMPLERS))
+        if self.steps < 1 or self.batch_size < 1 or self.cfg < 1:
+            raise ConfigError("steps, batch size and cfg must be at least 1", "usual: 20 steps, cfg 7")
+        if self.width_px < 8 or self.height_px < 8 or self.width_px % 8 or self.height_px % 8:
+            raise ConfigError(f"image size {self.width_px}×{self.height_px} px", "give multiples of 8")
+
+    @property
+    def hash(self) -> str:
+        """sha256 of what decides the images; the batch size does not (to 1/255)."""
+        values = {k: v for k, v in asdict(self).items() if k != "batch_size"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def default_config(base: Base, **changes: Any) -> SampleConfig:
+    """The base's native size and a chunk that fits beside it; ``changes`` replace single values."""
+    side_px = base.native_resolution_px
+    width_px, height_px = changes.get("width_px") or side_px, changes.get("height_px") or side_px
+    cells = (width_px // base.latent_factor_px) * (height_px // base.latent_factor_px)
+    batch = chunk_size(cells, _card_bytes(base.device))
+    return SampleConfig(**{"batch_size": batch, **changes, "width_px": width_px, "height_px": height_px})
+
+
+def chunk_size(cells: int, card_bytes: float) -> int:
+    """Images at once, of so many latent cells each.  By the card's size, not by what is free of it now: the
+    same card always draws in the same chunks, so that stored ones can be taken over."""
+    return max(1, min(MAX_BATCH, int(BATCH_PIXELS * card_bytes / BATCH_CARD_BYTES) // cells))
+
+
+def _card_bytes(device: torch.device) -> float:
+    """Memory of a GPU; a CPU counts as the assumed card."""
+    if device.type != "cuda":
+        return BATCH_CARD_BYTES
+    return float(torch.cuda.get_device_properties(device).total_memory)
+
+
+def generator(prompt_id: str, seed: int) -> torch.Generator:
+    """The CPU generator of one image: 63 bits of sha256(prompt id, seed)."""
+    digest = hashlib.sha256(f"{prompt_id}:{seed}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sample(
+    base: Base,
+    prompts: PromptSet,
+    config: SampleConfig,
+    folder: Path | None = None,
+    *,
+    identity: str = "",
+    as_class: bool = False,
+    only_first_chunk: bool = False,
+    on_image: OnImages | None = None,
+) -> list[SampledImage]:
+    """One image per prompt and seed, prompt by prompt, from the base as it stands (adapter included).
+
+    ``folder`` keeps them as PNG; with an ``identity`` (what the weights are: base and adapter) whole chunks
+    that are already there under the same identity are taken over instead of drawn.  ``as_class`` renders the
+    scored text – the class word instead of the trigger – with the noise of the same prompts: the untrained
+    base's anchor.
+    """
+    jobs = list(prompts.jobs)
+    if only_first_chunk:
+        jobs = jobs[: config.batch_size]
+    chunks = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
+    store = _Store(folder, _key(identity, prompts, config, as_class)) if folder else None
+    encoded: dict[str, TextStates] = {}
+    images: list[SampledImage] = []
+    for chunk in chunks:
+        found = store.read(chunk) if store and identity else None
+        if found is None:
+            found = _draw(base, chunk, config, encoded, as_class)
+            if store:
+                store.write(found)
+        images += found
+        if on_image:
+            on_image(len(images), len(jobs))
+    return images
+
+
+def _draw(
+    base: Base,
+    chunk: Sequence[tuple[Prompt, int]],
+    config: SampleConfig,
+    encoded: dict[str, TextStates],
+    as_class: bool,
+) -> list[SampledImage]:
+    """The images of a chunk.  ``encoded`` gathers the texts' states: each is encoded once a call, and alone, so
+    that its numbers do not depend on which texts are beside it or which chunks were stored already."""
+    texts = [prompt.scored_text if as_class else prompt.text for prompt, _ in chunk]
+    guided = config.cfg > 1
+    try:
+        for text in dict.fromkeys([*texts, *([config.negative] if guided else [])]):
+            if text not in encoded:
+                encoded[text] = _encode(base, text, config)
+        states = TextStates.join([encoded[text] for text in texts])
+        negative = encoded[config.negative] if guided else None
+        latents_BChw = denoise(base, initial_noise(base, chunk, config), states, negative, config)
+        pixels_BHW3, finite = base.decode_latents(latents_BChw)
+    except torch.OutOfMemoryError:
+        raise OutOfMemory(
+            f"out of memory while sampling {len(chunk)} images of {config.width_px}×{config.height_px} px",
+            "sample fewer at once",
+        ) from None
+    rows = zip(chunk, pixels_BHW3, finite, strict=True)
+    return [SampledImage(prompt.id, seed, pixels, bool(ok)) for (prompt, seed), pixels, ok in rows]
+
+
+@torch.no_grad()
+def _encode(base: Base, text: str, config: SampleConfig) -> TextStates:
+    return base.encode_text([text], clip_skip=config.clip_skip)
+
+
+def initial_noise(base: Base, chunk: Sequence[tuple[Prompt, int]], config: SampleConfig) -> Tensor:
+    """(B, C, h, w) fp32 on CPU: each image's own draw, whoever else is in the chunk."""
+    factor = base.latent_factor_px
+    if config.width_px % factor or config.height_px % factor:
+        raise ConfigError(
+            f"image size {config.width_px}×{config.height_px} px", f"give multiples of {factor}"
+        )
+    shape = (int(base.unet.config.in_channels), config.height_px // factor, config.width_px // factor)
+    return torch.stack([torch.randn(shape, generator=generator(prompt.id, seed)) for prompt, seed in chunk])
+
+
+def make_scheduler(base: Base, config: SampleConfig) -> DPMSolverMultistepScheduler:
+    """A fresh solver on the base's own noise schedule, timesteps set."""
+    alphas = base.alphas_cumprod.double().cpu()
+    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=len(alphas),
+        trained_betas=betas.numpy(),
+        prediction_type=base.prediction_type,
+        **SAMPLERS[config.sampler],
+    )
+    scheduler.set_timesteps(config.steps)
+    return scheduler
+
+
+@torch.no_grad()
+def denoise(
+    base: Base, noise_BChw: Tensor, states: TextStates, negative: TextStates | None, config: SampleConfig
+) -> Tensor:
+    """Scaled latents (B, C, h, w) in fp32 from noise; both halves of the guidance in one call of the
+    U-Net."""
+    count = len(noise_BChw)
+    scheduler = make_scheduler(base, config)
+    latents_BChw = noise_BChw.to(base.device) * scheduler.init_noise_sigma
+    guided = negative is not None
+    if negative is not None:
+        states = TextStates.join([negative.rows([0] * count), states])
+    side = (config.height_px, config.width_px)
+    sizes = [Sizes(side, (0, 0), side)] * (2 * count if guided else count)
+    for step in scheduler.timesteps:
+        doubled = torch.cat([latents_BChw] * 2) if guided else latents_BChw
+        timesteps_B = torch.full((len(doubled),), int(step), device=base.device, dtype=torch.long)
+        predicted = base.predict(doubled, timesteps_B, states, sizes).float()
+        if guided:
+            without, with_text = predicted.chunk(2)
+            predicted = without + config.cfg * (with_text - without)
+        latents_BChw = scheduler.step(predicted, step, latents_BChw, return_dict=False)[0]
+    return latents_BChw
+
+
+def _key(identity: str, prompts: PromptSet, config: SampleConfig, as_class: bool) -> str:
+    """What must be equal for a stored chunk to stand for a fresh one; the batch size decides who is in a
+    chunk."""
+    parts = [identity, prompts.hash, [(prompt.id, seed) for prompt, seed in prompts.jobs], config.hash]
+    return hashlib.sha256(json.dumps([*parts, config.batch_size, as_class]).encode()).hexdigest()
+
+
+class _Store:
+    """A folder of PNGs with an index that names, per finished image, its file's sha256 and its finite
+    flag."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder = folder
+        self.key = key
+        self.rows: dict[str, dict[str, Any]] = {}
+        index = self._read_index()
+        if index.get("key") == key:
+            self.rows = index["images"]
+            return
+        try:  # pictures of other weights or prompts must not stay beside the new ones
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob("*.png"):
+                if re.fullmatch(r"[0-9a-f]{16}_\d+\.png", path.name):
+                    path.unlink()
+        except OSError as error:
+            raise machine_error(error, folder) from error
+
+    def _read_index(self) -> dict[str, Any]:
+        try:
+            index = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return index if isinstance(index, dict) and isinstance(index.get("images"), dict) else {}
+
+    def read(self, chunk: Sequence[tuple[Prompt, int]]) -> list[SampledImage] | None:
+        """The chunk's images, or None unless every one of them is there, whole and unchanged."""
+        images = []
+        for prompt, seed in chunk:
+            name = file_name(prompt.id, seed)
+            try:
+                row = self.rows[name]
+                content = (self.folder / name).read_bytes()
+            except (KeyError, OSError):
+                return None
+            if hashlib.sha256(content).hexdigest() != row["sha256"]:
+                return None
+            pixels_HW3 = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            images.append(SampledImage(prompt.id, seed, pixels_HW3, bool(row["finite"])))
+        return images
+
+    def write(self, images: Sequence[SampledImage]) -> None:
+        for image in images:
+            name = file_name(image.prompt_id, image.seed)
+            content = png_bytes(image.pixels_HW3)
+            write_atomic(self.folder / name, content)
+            self.rows[name] = {"sha256": hashlib.sha256(content).hexdigest(), "finite": image.finite}
+        write_atomic(self.folder / INDEX_NAME, json.dumps({"key": self.key, "images": self.rows}, indent=1))
+
+
+def file_name(prompt_id: str, seed: int) -> str:
+    """Name of an image in a samples folder."""
+    return f"{prompt_id}_{seed}.png"

@@ -1,0 +1,381 @@
+"""Prompt sets: what is rendered, what is scored, and which seeds – fixed for a whole study.
+
+Owns the choice, the trigger → class word rule, token limits, the file form and the hash.  Does not word the
+templates (``evaluation.prompts.templates``), render (``evaluation.images.sampling``) or score (``evaluation.score.score``).
+
+The text that is scored is derived from the text that is rendered, never written beside it, so the two cannot
+drift apart.  The trigger is replaced by the class word because a rare token has an arbitrary text embedding
+(LyCORIS, arXiv 2309.14859, D.4).  A prompt's id is the hash of its text: adding a prompt shifts no other
+image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from evaluation.prompts.templates import TEMPLATES
+from trainer.config import suggestion
+from trainer.errors import ConfigError
+from trainer.files import write_atomic
+
+KINDS = ("train-like", "altered", "style", "class-only")
+MAX_TOKENS = 75  # CLIP's 77 without begin and end; what lies beyond is cut off unseen
+SHORT_TOKENS = 40  # generated prompts: CLIP weighs late tokens little (facts: "about 20 effective tokens")
+# Prompts per kind.  16 × 2 seeds sees a smaller difference than 8 × 4 at equal cost; the confirmation set is
+# disjoint from the search set.
+SEARCH_COUNTS = {"train-like": 6, "altered": 6, "style": 3, "class-only": 1}
+SEARCH_SEEDS = (0, 1)
+CONFIRM_COUNTS = {"train-like": 9, "altered": 9, "style": 4, "class-only": 2}
+CONFIRM_SEEDS = (1000, 1001, 1002, 1003)
+CLASS_SEEDS = 8  # of the first class-only prompt: it shows diversity and what is left of the class word
+
+CountTokens = Callable[[str], int]  # text → tokens, without begin and end: ``Base.token_count``
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.  ``text`` is rendered, ``scored_text`` is what the scorer compares the image with.
+
+    ``seeds`` of its own replace the set's.
+    """
+
+    text: str
+    scored_text: str
+    kind: str
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """First 16 hex digits of the text's sha256: the noise of its images depends on it and a seed
+        alone."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+    @property
+    def asks_for_subject(self) -> bool:
+        """Whether likeness to the references is asked for (a class-only prompt must not show the subject)."""
+        return self.kind != "class-only"
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts × seeds of a study.  ``notes`` are lines to show the user once; they are not part of the
+    hash."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    trigger: str | None = None
+    class_word: str | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        ids = [p.id for p in self.prompts]
+        twice = [p.text for p in self.prompts if ids.count(p.id) > 1]
+        if twice:
+            raise ConfigError(f"the prompt {twice[0]!r} is there twice", "leave one of them out")
+        if len(self.prompts) < 2:
+            raise ConfigError(
+                "a prompt set needs at least 2 prompts", "chance level is measured between prompts"
+            )
+        if not any(p.asks_for_subject for p in self.prompts):
+            raise ConfigError("every prompt is class-only", "likeness needs prompts that ask for the subject")
+        for seeds in (self.seeds, *(p.seeds for p in self.prompts if p.seeds)):
+            if not seeds or len(set(seeds)) != len(seeds):
+                raise ConfigError(
+                    f"seeds {list(seeds)} are empty or repeated", "give different whole numbers"
+                )
+            if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**63 for s in seeds):
+                raise ConfigError("seeds are not whole numbers from 0", "for example seeds = [0, 1]")
+
+    @property
+    def hash(self) -> str:
+        """sha256 of what decides the images and their score: texts, scored texts, kinds, seeds (any
+        order)."""
+        rows = sorted(
+            [p.text, p.scored_text, p.kind, *([sorted(p.seeds)] if p.seeds else [])] for p in self.prompts
+        )
+        return hashlib.sha256(json.dumps([rows, sorted(self.seeds)]).encode()).hexdigest()
+
+    def seeds_of(self, prompt: Prompt) -> tuple[int, ...]:
+        return prompt.seeds or self.seeds
+
+    @property
+    def jobs(self) -> tuple[tuple[Prompt, int], ...]:
+        """Every image as (prompt, seed), prompt by prompt."""
+        return tuple((prompt, seed) for prompt in self.prompts for seed in self.seeds_of(prompt))
+
+    @property
+    def image_count(self) -> int:
+        return len(self.jobs)
+
+    @property
+    def size(self) -> str:
+        """What multiplies out to the images: ``15 prompts × 2 seeds, 1 × 8``."""
+        counts = Counter(len(self.seeds_of(prompt)) for prompt in self.prompts).items()
+        (first, seeds), *more = [(prompts, seeds) for seeds, prompts in counts]
+        words = f"{first} prompt{'s'[: first > 1]} × {seeds} seed{'s'[: seeds > 1]}"
+        return ", ".join([words, *(f"{prompts} × {seeds}" for prompts, seeds in more)])
+
+
+def scored_text(text: str, trigger: str | None, class_word: str | None) -> str:
+    """``text`` with the trigger replaced by the class word (``zkw girl`` and ``zkw`` both become
+    ``girl``)."""
+    if not trigger or not _names(trigger, text):
+        return text
+    if not class_word:
+        raise no_class_word()
+    plain = re.sub(_whole(trigger), lambda _: class_word, text, flags=re.IGNORECASE)
+    word = re.escape(class_word)
+    return re.sub(
+        rf"(?<!\w){word}(?:\s*,?\s+{word})+(?!\w)", lambda _: class_word, plain, flags=re.IGNORECASE
+    )
+
+
+def _whole(word: str) -> str:
+    return rf"(?<!\w){re.escape(word)}(?!\w)"
+
+
+def _names(trigger: str, text: str) -> bool:
+    return re.search(_whole(trigger), text, re.IGNORECASE) is not None
+
+
+def no_class_word() -> ConfigError:
+    return ConfigError(
+        "no class word is known, and the text that is scored depends on it",
+        "give it with --class, for example --class girl, or name the folder 10_trigger class",
+    )
+
+
+def make_prompt(template: str, kind: str, trigger: str | None, class_word: str | None) -> Prompt:
+    """A prompt from text with {trigger} and {class} in it (or from plain text)."""
+    if kind not in KINDS:
+        raise ConfigError(
+            f"kind {kind!r} is not known", suggestion(kind, KINDS) or "use one of " + ", ".join(KINDS)
+        )
+    if "{class}" in template and not class_word:
+        raise no_class_word()
+    text = template.replace("{trigger}", trigger or "").replace("{class}", class_word or "")
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    stray = re.search(r"[{}][^{}]*[}]?", text)
+    if stray:
+        raise ConfigError(
+            f"{stray.group()!r} in the prompt {template!r} is not known", "use {trigger} and {class}"
+        )
+    if not text:
+        raise ConfigError(f"the prompt {template!r} is empty", "write what the image shall show")
+    plain = scored_text(text, trigger, class_word)
+    if kind == "class-only" and plain != text:
+        raise ConfigError(f"the class-only prompt {text!r} holds the trigger", "write it with {class} alone")
+    return Prompt(text, plain, kind)
+
+
+def shorten(text: str, count_tokens: CountTokens, limit: int = SHORT_TOKENS) -> str:
+    """``text`` cut after the last clause that ends within ``limit`` tokens; inside a clause only if it
+    must."""
+    if count_tokens(text) <= limit:
+        return text
+    ends = [m.start() for m in re.finditer(r"[,;.:]\s", text)] or []
+    words = [m.start() for m in re.finditer(r"\s", text)]
+    for places in (ends, words):
+        for end in reversed(places):
+            shorter = text[:end].rstrip(" ,;.:")
+            if shorter and count_tokens(shorter) <= limit:
+                return shorter
+    raise ConfigError(f"the first word of {text[:40]!r} is longer than {limit} tokens", "shorten the caption")
+
+
+def _as_prompt(caption: str, trigger: str | None, class_word: str | None, count_tokens: CountTokens) -> str:
+    """A caption as a prompt template: short, and with the trigger in front if the cut has lost it."""
+    text = caption.replace("{", "(").replace("}", ")")
+    short = shorten(text, count_tokens)
+    if not trigger or not _names(trigger, text) or _names(trigger, short):
+        return short
+    head = " ".join(word for word in (trigger, class_word) if word) + ","
+    room = max(1, SHORT_TOKENS - count_tokens(head))
+    return f"{head} {shorten(text, count_tokens, room)}"
+
+
+def generate(
+    captions: Iterable[str],
+    *,
+    trigger: str | None,
+    class_word: str | None,
+    count_tokens: CountTokens,
+    words: str = "natural",
+    counts: Mapping[str, int] = SEARCH_COUNTS,
+    seeds: Sequence[int] = SEARCH_SEEDS,
+    class_seeds: int = CLASS_SEEDS,
+    exclude: PromptSet | None = None,
+) -> PromptSet:
+    """A prompt set from the dataset's captions (train-like) and ``TEMPLATES[words]`` (the other kinds).
+
+    Captions are taken in the order of their hashes, so the choice depends on no file name.  A kind that runs
+    out is filled up from the altered templates.  Prompts of ``exclude`` are not used: a confirmation set is
+    disjoint.
+    """
+    used = {p.id for p in exclude.prompts} if exclude else set()
+    ordered = sorted(
+        {" ".join(c.split()) for c in captions} - {""}, key=lambda c: hashlib.sha256(c.encode()).digest()
+    )
+    short = {c: _as_prompt(c, trigger, class_word, count_tokens) for c in ordered}
+    sources = {"train-like": tuple(short.values()), **TEMPLATES[words]}
+    chosen: dict[str, Prompt] = {}
+    missing = 0
+    for kind in KINDS:
+        chosen, lacking = _take(
+            chosen, used, sources.get(kind, ()), kind, counts.get(kind, 0), trigger, class_word
+        )
+        missing += lacking
+    chosen, lacking = _take(chosen, used, sources["altered"], "altered", missing, trigger, class_word)
+    notes = []
+    cut = [c for c, s in short.items() if len(s) != len(c) and any(p.text == s for p in chosen.values())]
+    if cut:
+        notes.append(f"{len(cut)} captions were shortened to {SHORT_TOKENS} tokens to serve as prompts")
+    if lacking:
+        planned = len(chosen) + lacking
+        notes.append(f"{len(chosen)} of {planned} planned prompts: captions and templates are used up")
+    for prompt in chosen.values():
+        if count_tokens(prompt.text) > MAX_TOKENS:
+            raise ConfigError(
+                f"trigger and class word are too long for prompts: {prompt.text!r}", "shorten them"
+            )
+    prompts = _with_class_seeds(list(chosen.values()), seeds, class_seeds)
+    return PromptSet(prompts, tuple(seeds), trigger, class_word, tuple(notes))
+
+
+def _with_class_seeds(prompts: list[Prompt], seeds: Sequence[int], count: int) -> tuple[Prompt, ...]:
+    """The first class-only prompt with ``count`` seeds, the set's first, if that is more than the set has."""
+    first = next((n for n, p in enumerate(prompts) if not p.asks_for_subject), None)
+    if first is not None and count > len(seeds):
+        more = range(max(seeds) + 1, max(seeds) + 1 + count - len(seeds))
+        prompts[first] = replace(prompts[first], seeds=(*seeds, *more))
+    return tuple(prompts)
+
+
+def _take(
+    chosen: dict[str, Prompt],
+    used: set[str],
+    templates: Iterable[str],
+    kind: str,
+    count: int,
+    trigger: str | None,
+    class_word: str | None,
+) -> tuple[dict[str, Prompt], int]:
+    """``chosen`` with up to ``count`` more prompts of ``kind``, and how many are lacking."""
+    more = dict(chosen)
+    for template in templates:
+        if len(more) - len(chosen) == count:
+            break
+        prompt = make_prompt(template, kind, trigger, class_word)
+        if prompt.id not in used:
+            more.setdefault(prompt.id, prompt)
+    return more, count - (len(more) - len(chosen))
+
+
+def load_prompts(
+    path: Path, *, trigger: str | None, class_word: str | None, count_tokens: CountTokens
+) -> PromptSet:
+    """A hand-written prompt set: TOML ([[prompts]] text, kind; seeds), or plain text with one prompt a line.
+
+    ``trigger`` and ``class`` at the top of a TOML file are used where the arguments are None.  Prompts that
+    the text encoder would cut are refused.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the prompt file {path}: {error}", "give a .toml or .txt file in UTF-8"
+        ) from None
+    if path.suffix.lower() == ".toml":
+        rows, seeds, trigger, class_word = _read_toml(path, content, trigger, class_word)
+    else:
+        lines = [line.strip() for line in content.splitlines()]
+        rows = [(line, "altered", ()) for line in lines if line and not line.startswith("#")]
+        seeds = SEARCH_SEEDS
+    prompts = tuple(
+        replace(make_prompt(text, kind, trigger, class_word), seeds=own) for text, kind, own in rows
+    )
+    for prompt in prompts:
+        tokens = count_tokens(prompt.text)
+        if tokens > MAX_TOKENS:
+            raise ConfigError(
+                f"{path}: the prompt {prompt.text[:40]!r}… has {tokens} tokens and is cut at {MAX_TOKENS}",
+                f"shorten it; {SHORT_TOKENS} tokens or fewer score best",
+            )
+    return PromptSet(prompts, seeds, trigger, class_word)
+
+
+def _read_toml(
+    path: Path, content: str, trigger: str | None, class_word: str | None
+) -> tuple[list[tuple[str, str, tuple[int, ...]]], tuple[int, ...], str | None, str | None]:
+    try:
+        table = tomllib.loads(content)
+    except (ValueError, RecursionError) as error:  # of TOML, of endless digits or brackets
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}", "see docs/evaluation.md for an example"
+        ) from None
+    _check_keys(path, table, ("prompts", "seeds", "trigger", "class"))
+    rows = table.get("prompts", [])
+    seeds = table.get("seeds", list(SEARCH_SEEDS))
+    if (
+        not isinstance(rows, list)
+        or not all(isinstance(row, dict) for row in rows)
+        or not _are_numbers(seeds)
+        or not all(_are_numbers(row.get("seeds", [0])) and row.get("seeds") != [] for row in rows)
+    ):
+        raise ConfigError(
+            f"{path}: prompts or seeds have the wrong form", "write [[prompts]] text = …, seeds = [0, 1]"
+        )
+    for key in ("trigger", "class"):
+        if not isinstance(table.get(key, ""), str):
+            raise ConfigError(f"{path}: {key} = {table[key]!r} is not a text", f'write {key} = "…"')
+    pairs = []
+    for row in rows:
+        _check_keys(path, row, ("text", "kind", "seeds"))
+        text, kind = row.get("text"), row.get("kind", "altered")
+        if not isinstance(text, str) or not isinstance(kind, str):
+            raise ConfigError(f"{path}: a prompt without a text: {row}", 'write text = "…"')
+        pairs.append((text, kind, tuple(row.get("seeds", ()))))
+    return pairs, tuple(seeds), trigger or table.get("trigger"), class_word or table.get("class")
+
+
+def _are_numbers(seeds: Any) -> bool:
+    """A list that may be seeds; PromptSet has the last word."""
+    return isinstance(seeds, list) and all(isinstance(s, int | float) and abs(s) < 2**63 for s in seeds)
+
+
+def _check_keys(path: Path, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in known:
+            raise ConfigError(
+                f"{path}: unknown key {key}", suggestion(key, known) or "known: " + ", ".join(known)
+            )
+
+
+def save_prompts(prompts: PromptSet, path: Path) -> None:
+    """Write the set as a TOML file that ``load_prompts`` reads back to the same hash."""
+    document = tomlkit.document()
+    if prompts.trigger:
+        document["trigger"] = prompts.trigger
+    if prompts.class_word:
+        document["class"] = prompts.class_word
+    document["seeds"] = list(prompts.seeds)
+    rows = tomlkit.aot()
+    for prompt in prompts.prompts:
+        row = tomlkit.table()
+        row["text"], row["kind"] = prompt.text, prompt.kind
+        if prompt.seeds:
+            row["seeds"] = list(prompt.seeds)
+        rows.append(row)
+    document["prompts"] = rows
+    write_atomic(path, tomlkit.dumps(document))

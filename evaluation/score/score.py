@@ -1,0 +1,278 @@
+"""Score: raw cosines, their anchored parts, one composite, and how sure it is.
+
+Owns the anchored parts, the score's paired differences, and the one function that samples and scores an
+adapter.  Does not own the composite (``evaluation.score.formula``), measure the anchors (``evaluation.score.anchors``), draw
+(``evaluation.images.sampling``), embed (``evaluation.encoders.embed``) or decide anything about a study.
+
+    T = mean cos(picture, its scored text)          I = mean cos(picture, every held-out reference)
+    t = (T − T_chance) / (T_base − T_chance)        i = (I − I_base) / (I_real − I_base)
+    score = sqrt(clip(t, 0, 1.1) · clip(i, 0, 1.1))
+
+T_base, I_base: the untrained base, same noise, the class word instead of the trigger.  T_chance: the base's
+pictures against the other prompts' texts.  I_real: every reference against the other references.  So the
+untrained base has t = 1, i = 0 and score 0, and CLIP score alone (which is highest for the untrained base)
+cannot win.  A product of two alignments is DreamBench++'s way (arXiv 2406.16855); the anchors are ours.  Raw
+cosines are stored; nothing is scaled but here and in print.  A study may weigh t and i or take their harmonic
+mean (``Formula``).
+
+Shapes: N pictures, P prompts, R references, D vector width, K bootstrap draws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.encoders.embed import ImageEncoder, Scorer
+from evaluation.encoders.vectors import Vectors
+from evaluation.gauges import gauge as beside
+from evaluation.gauges.gauge import Beside, Gauge
+from evaluation.images.images import SampledImage, check_valid, png_bytes, prove_applied, sample_grid
+from evaluation.images.sampling import OnImages, SampleConfig, sample
+from evaluation.prompts.prompts import PromptSet
+from evaluation.score.anchors import Anchors, References, check_encoder, raw_cosines
+from evaluation.score.formula import USUAL, Formula, composite
+from evaluation.score.safeguards import Safeguards, Safety
+from evaluation.score.statistics import Difference as Difference
+from evaluation.score.statistics import interval
+from evaluation.score.statistics import prompt_draws as prompt_draws
+from trainer.bases.base import Base
+from trainer.errors import ConfigError, DataError
+from trainer.files import write_atomic
+
+METRICS_NAME, GRID_NAME, SAMPLES_NAME = "metrics.json", "grid.png", "samples"
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """Raw cosines of one picture: with its scored text, and on average with the references."""
+
+    prompt_id: str
+    seed: int
+    clip_t: float
+    clip_i: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one set of weights, with what it was measured by.
+
+    ``clip_t`` and ``clip_i`` are mean raw cosines; ``prompt_following`` and ``likeness`` are t and i before
+    clipping (no unit: 1 is the base's following, the real pictures' likeness).  Likeness leaves class-only
+    prompts out.  ``*se`` are standard errors: bootstrap over prompts, a prompt's pictures together, which
+    covers the choice of prompts and seeds but not the training seed (Efron & Tibshirani 1993, ch. 6; clusters
+    as in facts A2).  ``safety`` and ``beside`` are reported with the score and are no part of it.
+    """
+
+    value: float
+    se: float
+    prompt_following: float
+    prompt_following_se: float
+    likeness: float
+    likeness_se: float
+    clip_t: float
+    clip_i: float
+    n_images: int
+    invalid: int
+    scorer: str
+    scorer_sha: str
+    likeness_encoder: str
+    likeness_sha: str
+    anchors_key: str
+    per_image: tuple[ImageScore, ...]
+    formula: Formula = USUAL
+    safety: Safety | None = None
+    beside: tuple[Beside, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def score(
+    images: Sequence[SampledImage],
+    prompts: PromptSet,
+    references: References,
+    scorer: Scorer,
+    likeness: ImageEncoder,
+    anchors: Anchors,
+    *,
+    formula: Formula = USUAL,
+    safeguards: Safeguards | None = None,
+    gauges: Sequence[Gauge] = (),
+) -> Score:
+    """The score of finished pictures (one per prompt and seed).  Pictures that show nothing are refused."""
+    check_valid(images)
+    check_encoder(references, likeness)
+    anchors.check(scorer=scorer.sha, likeness=likeness.sha, prompts=prompts.hash, references=references.hash)
+    text_of = {p.id: row for row, p in enumerate(prompts.prompts)}
+    vectors = Vectors([image.pixels_HW3 for image in images])
+    t_NP, i_N = raw_cosines(vectors, prompts, references, scorer, likeness)
+    rows = tuple(
+        ImageScore(image.prompt_id, image.seed, float(t_NP[n, text_of[image.prompt_id]]), float(i_N[n]))
+        for n, image in enumerate(images)
+    )
+    t_P, i_P = _prompt_means(rows, anchors)
+    following, alike = anchored(t_P, i_P, anchors, np.ones((1, len(t_P))))
+    following_K, alike_K = anchored(t_P, i_P, anchors, prompt_draws(len(t_P)))
+    asks_P = np.array(anchors.asks_for_subject)
+    safety = None
+    if safeguards:
+        prior_i = None if asks_P.all() else float(i_P[~asks_P].mean())
+        known = (prior_i, anchors.base_prior_i, anchors.real_i, anchors.base_diversity)
+        safety = safeguards.measure(vectors, images, prompts, *known)
+    return Score(
+        value=float(composite(following, alike, formula)[0]),
+        se=_spread(composite(following_K, alike_K, formula)),
+        prompt_following=float(following[0]),
+        prompt_following_se=_spread(following_K),
+        likeness=float(alike[0]),
+        likeness_se=_spread(alike_K),
+        clip_t=float(t_P.mean()),
+        clip_i=float(i_P[asks_P].mean()),
+        n_images=len(images),
+        invalid=0,
+        scorer=scorer.name,
+        scorer_sha=scorer.sha,
+        likeness_encoder=likeness.name,
+        likeness_sha=likeness.sha,
+        anchors_key=anchors.key,
+        per_image=rows,
+        formula=formula,
+        safety=safety,
+        beside=beside.read(gauges, vectors, images, prompts),
+    )
+
+
+def anchored(
+    t_P: np.ndarray, i_P: np.ndarray, anchors: Anchors, weights_KP: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """t and i (K) for K weightings of the prompts.
+
+    The anchors are weighted like the pictures, so that hard and easy prompts cancel.  Where two anchors
+    cannot be told apart the unit is two standard errors: a meaningless scale cannot blow up.
+    """
+    base_t_P, chance_t_P, base_i_P = map(np.asarray, (anchors.base_t_P, anchors.chance_t_P, anchors.base_i_P))
+    total_K = weights_KP.sum(1)
+    t_unit_K = np.maximum(weights_KP @ (base_t_P - chance_t_P) / total_K, max(2 * anchors.t_unit_se, 1e-6))
+    following_K = weights_KP @ (t_P - chance_t_P) / total_K / t_unit_K
+    asks_KP = weights_KP * np.array(anchors.asks_for_subject)
+    asked_K = asks_KP.sum(1)
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # a draw without a subject prompt: NaN, left out later
+        i_unit_K = np.maximum(anchors.real_i - asks_KP @ base_i_P / asked_K, max(2 * anchors.i_unit_se, 1e-6))
+        alike_K = asks_KP @ (i_P - base_i_P) / asked_K / i_unit_K
+    return following_K, alike_K
+
+
+def by_draw(one: Score, anchors: Anchors) -> np.ndarray:
+    """(K) the score in each bootstrap draw of the prompts (``evaluation.score.statistics.prompt_draws``)."""
+    return _values(one, anchors, prompt_draws(len(anchors.prompt_ids)))
+
+
+def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], anchors: Anchors) -> Difference:
+    """Score of ``a`` minus score of ``b``, prompt by prompt, with a 95 % interval.
+
+    Several scores on a side (training seeds) are averaged; the interval is over prompts, not over training
+    seeds.
+    """
+    sides = [[s] if isinstance(s, Score) else list(s) for s in (a, b)]
+    formulas = {s.formula for side in sides for s in side}
+    if len(formulas) > 1 or any(s.anchors_key != anchors.key for side in sides for s in side):
+        raise ConfigError("the scores were measured on different scales", "compare scores of one study only")
+    point_K = np.ones((1, len(anchors.prompt_ids)))
+    draws_KP = prompt_draws(len(anchors.prompt_ids))
+    point, draws_K = (
+        np.subtract(*(np.mean([_values(s, anchors, w) for s in side], axis=0) for side in sides))
+        for w in (point_K, draws_KP)
+    )
+    return Difference(float(point[0]), *interval(draws_K))
+
+
+def read_score(path: Path) -> Score:
+    """A score from a trial's metrics.json."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(ImageScore(**row) for row in values.pop("per_image"))
+        formula = Formula(**values.pop("formula", {}))
+        safety = values.pop("safety", None)
+        others = [Beside(**{**row, "per_image": tuple(row["per_image"])}) for row in values.pop("beside", ())]
+        return Score(
+            **values,
+            per_image=rows,
+            formula=formula,
+            safety=Safety(**safety) if safety else None,
+            beside=tuple(others),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no score: {error}", "score the trial again") from None
+
+
+def evaluate_adapter(
+    base: Base,
+    prompts: PromptSet,
+    config: SampleConfig,
+    references: References,
+    scorer: Scorer,
+    likeness: ImageEncoder,
+    anchors: Anchors,
+    folder: Path,
+    *,
+    identity: str = "",
+    on_image: OnImages | None = None,
+    formula: Formula = USUAL,
+    safeguards: Safeguards | None = None,
+    gauges: Sequence[Gauge] = (),
+) -> Score:
+    """Sample the base with the adapter that is in it, and score: folder/samples, grid.png, metrics.json.
+
+    ``identity`` names the weights (base and adapter); with it an interrupted call goes on where it stopped.
+    Raises InvalidImages for pictures that show nothing and Unchanged if they are the base's own.  A limit of the
+    safeguards that is broken is told by ``Score.safety`` and raises nothing.
+    """
+    anchors.check(base=base.identity, sampling=config.hash)
+    images = sample(base, prompts, config, folder / SAMPLES_NAME, identity=identity, on_image=on_image)
+    grid = np.asarray(sample_grid(images, prompts))
+    write_atomic(folder / GRID_NAME, png_bytes(grid))
+    prove_applied(images, anchors.untouched)
+    result = score(
+        images,
+        prompts,
+        references,
+        scorer,
+        likeness,
+        anchors,
+        formula=formula,
+        safeguards=safeguards,
+        gauges=gauges,
+    )
+    write_atomic(folder / METRICS_NAME, json.dumps(result.as_dict(), indent=1))
+    return result
+
+
+# Small helpers
+
+
+def _prompt_means(rows: Sequence[ImageScore], anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
+    """(t_P, i_P) raw cosines by prompt, in the anchors' order."""
+    of = {p: [r for r in rows if r.prompt_id == p] for p in anchors.prompt_ids}
+    if any(not found for found in of.values()) or len(rows) != sum(map(len, of.values())):
+        raise ConfigError("the images do not belong to the anchors' prompts", "score the study's own prompts")
+    t_P = np.array([np.mean([r.clip_t for r in of[p]]) for p in anchors.prompt_ids])
+    i_P = np.array([np.mean([r.clip_i for r in of[p]]) for p in anchors.prompt_ids])
+    return t_P, i_P
+
+
+def _values(one: Score, anchors: Anchors, weights_KP: np.ndarray) -> np.ndarray:
+    parts = anchored(*_prompt_means(one.per_image, anchors), anchors, weights_KP)
+    return composite(*parts, one.formula)
+
+
+def _spread(draws_K: np.ndarray) -> float:
+    """Standard deviation over bootstrap draws that mean something."""
+    return float(np.nanstd(draws_K, ddof=1)) if np.isfinite(draws_K).sum() > 1 else 0.0

@@ -1,0 +1,239 @@
+"""``hpo dataset check`` and ``hpo dataset prepare``: from the command line's words to what a person reads.
+
+Owns the settings that a check assumes for each base, and the tables.  What is wrong with a dataset is
+``trainer.data.findings``', the layout that prepare builds ``trainer.data.layout``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpo.train.plan import Steps, count_steps, say
+from trainer.config import TrainConfig
+from trainer.data.captions import LISTED, shown
+from trainer.data.dataset import Dataset, read_dataset
+from trainer.data.findings import REFUSED, WARNING, Finding, Question, findings
+from trainer.data.folders import parts_of
+from trainer.data.survey import Survey, survey
+from trainer.errors import DataError, ToolError
+from trainer.files import clean_text
+from trainer.kohya.trainfile import parse_set
+
+# base → the settings that a check assumes; the rest are our defaults.
+ASSUMED: dict[str, dict[str, Any]] = {
+    "sd15": {},
+    "sdxl": {"resolution": 1024},
+    "mini-sd15": {"resolution": 64, "min_bucket_reso": 32, "bucket_reso_steps": 32},
+    "mini-sdxl": {"resolution": 128, "min_bucket_reso": 32, "bucket_reso_steps": 32},
+}
+STYLES = {REFUSED: "bold red", WARNING: "yellow"}
+BAR = 24  # columns of the histogram's longest bar
+NAMED = 20  # files of a refused finding that the table names; --json names all
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of ``hpo dataset check``."""
+
+    folder: Path
+    base: str = "sd15"
+    trigger: str | None = None
+    class_word: str | None = None
+    sets: tuple[str, ...] = ()
+    as_json: bool = False
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig().with_values(ASSUMED[self.base] | dict(map(parse_set, self.sets)))
+
+    @property
+    def family(self) -> str:
+        return self.base.removeprefix("mini-")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found.  ``steps`` is of the images that can be used; None if there are none."""
+
+    survey: Survey
+    config: TrainConfig
+    findings: tuple[Finding, ...]
+    steps: Steps | None
+    trigger: str | None
+    class_word: str | None
+
+    @property
+    def is_usable(self) -> bool:
+        return not any(finding.severity == REFUSED for finding in self.findings)
+
+
+def check(request: Request, console: Console, echo: Callable[[str], None]) -> None:
+    """Print the report.  Raises DataError after it if training would refuse the folder."""
+    report = examine(request)
+    if request.as_json:
+        echo(json.dumps(as_json(request, report), indent=1))
+    else:
+        show(console, request, report)
+    refused = [finding for finding in report.findings if finding.severity == REFUSED]
+    if refused:
+        kinds = "one finding" if len(refused) == 1 else f"{len(refused)} findings"
+        raise DataError(
+            f"{shown(request.folder)} cannot be trained on: {kinds} marked {REFUSED}",
+            "mend them and check again",
+        )
+
+
+def examine(request: Request) -> Report:
+    """Everything that is found, and whether training itself would take the folder."""
+    config, root = request.config, request.folder
+    seen = survey(root, config)
+    notes: list[str] = []
+    trouble: ToolError | None = None
+    try:
+        _, notes = parts_of(root, 1)
+    except DataError as error:
+        trouble = error
+    trigger, class_word = request.trigger or seen.trigger, request.class_word or seen.class_word
+    question = Question(request.family, config, _counter(request.base), trigger, class_word)
+    found = list(findings(seen, question))
+    refused = any(finding.severity == REFUSED for finding in found)
+    if not refused and trouble is None:  # what training says itself
+        known = {p.path: (p.width_px, p.height_px, p.sha256) for p in seen.photos}
+        try:
+            notes = list(read_dataset(root, config, known=known).notes)
+        except ToolError as error:
+            trouble = error
+    if trouble and not (refused and any(b.error.message == trouble.message for b in seen.broken)):
+        found.insert(0, Finding("folder", REFUSED, trouble.message, trouble.hint))
+    found += [Finding("folder", "note", note, "rename or move it if it should be used") for note in notes]
+    return Report(seen, config, tuple(found), _steps(seen, config), trigger, class_word)
+
+
+def _counter(base: str) -> Callable[[str], int]:
+    """The tokens of a text.  The tokenizer is loaded when there is one to count."""
+
+    @cache
+    def tokenizer() -> Any:
+        from trainer.bases.clipbpe import tokenizer_of
+
+        return tokenizer_of(base)
+
+    return lambda text: len(tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def _steps(seen: Survey, config: TrainConfig) -> Steps | None:
+    """The arithmetic with the images that fit a bucket."""
+    from trainer.data.buckets import BucketRules
+
+    rules = BucketRules.of(config)
+    items = tuple(p.item for p in seen.trained if rules.fit(p.width_px, p.height_px))
+    return count_steps(config, Dataset(seen.root, items)) if items else None
+
+
+def as_json(request: Request, report: Report) -> dict[str, Any]:
+    """The report for scripts."""
+    return {
+        "folder": shown(request.folder),
+        "for": request.base,
+        "usable": report.is_usable,
+        "trigger": report.trigger,
+        "class": report.class_word,
+        "images": len(report.survey.trained),
+        "held_out": len(report.survey.held_out),
+        "findings": [asdict(finding) for finding in report.findings],
+        "steps": asdict(report.steps) if report.steps else None,
+    }
+
+
+def show(console: Console, request: Request, report: Report) -> None:
+    """The report for people."""
+    seen, config = report.survey, report.config
+    held_out = f", {len(seen.held_out)} held out" if seen.held_out else ""
+    subject = " ".join(clean_text(word) for word in (report.trigger, report.class_word) if word)
+    about = f", subject {subject}" if subject else ""
+    say(console, f"{shown(request.folder)}: {len(seen.trained)} images{held_out}{about}")
+    say(console, f"checked for {request.base} at resolution {config.resolution}")
+    if report.findings:
+        console.print(_findings_table(report.findings))
+    else:
+        say(console, "nothing to mend")
+    if report.steps:
+        console.print(_histogram(report.steps))
+        for line in arithmetic(report.steps, config, {photo.repeats for photo in seen.trained}):
+            say(console, line)
+    if report.is_usable:
+        command = "train FILE.toml" if request.base == "sdxl" else "search"
+        say(console, f"next: hpo {command} --base {request.base} --data {shlex.quote(shown(request.folder))}")
+
+
+def _findings_table(found: tuple[Finding, ...]) -> Table:
+    table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("found", overflow="fold", ratio=5)
+    table.add_column("what to do", overflow="fold", ratio=4)
+    for finding in found:
+        most = NAMED if finding.severity == REFUSED else LISTED
+        names = [Path(name).name for name in finding.files[:most]]
+        more = f" and {len(finding.files) - most} more" if len(finding.files) > most else ""
+        what = Text(clean_text(finding.what))
+        if names and not all(name in finding.what for name in names):
+            what.append(f": {', '.join(names)}{more}", style="dim")
+        style = STYLES.get(finding.severity, "dim")
+        table.add_row(Text(finding.severity, style=style), what, Text(clean_text(finding.do)))
+    return table
+
+
+def _histogram(steps: Steps) -> Table:
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    for name, justify in (("bucket", "right"), ("samples", "right"), ("", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    most = max(steps.buckets.values())
+    for size, count in sorted(steps.buckets.items(), key=lambda entry: -entry[1]):
+        table.add_row(size, str(count), "█" * max(1, round(BAR * count / most)))
+    return table
+
+
+def arithmetic(steps: Steps, config: TrainConfig, repeats: set[int]) -> list[str]:
+    """Images → samples → batches → steps, one line each."""
+    groups = config.gradient_accumulation_steps
+    times = f"{min(repeats)} repeats" if len(repeats) == 1 else "their repeats"
+    by = "" if groups == 1 else f" / {groups} accumulated"
+    return [
+        f"{steps.images} images × {times} = {steps.samples_per_epoch} samples an epoch",
+        f"in batches of {config.train_batch_size}: {steps.batches_per_epoch} batches{by}"
+        f" = {steps.steps_per_epoch} steps an epoch",
+        f"× {steps.epochs} epochs = {steps.total_steps} steps (--set changes the settings)",
+    ]
+
+
+def prepare(
+    source: Path,
+    folder: Path,
+    *,
+    repeats: int,
+    name: str,
+    class_word: str | None,
+    held_out: int,
+    skip_corrupt: bool,
+    echo: Callable[[str], None],
+) -> None:
+    """Build the layout and say what was done and what comes next."""
+    from trainer.data.layout import Wish, build
+
+    wish = Wish(name, class_word or "", repeats, held_out, skip_corrupt)
+    built = build(source, folder, wish)
+    for note in built.notes:
+        echo(clean_text(f"note: {note}"))
+    apart = f", {built.held_out} held out" if built.held_out else ""
+    echo(clean_text(f"{built.images} images in {built.folder}{apart}"))
+    echo(f"next: hpo dataset check {shlex.quote(shown(folder))} --for sd15   (or sdxl)")

@@ -1,0 +1,207 @@
+"""``hpo plan``: does a training fit the card, and with which settings – on a machine without a GPU.
+
+Owns the command's words and its tables.  The prediction is ``trainer.memory.footprint``'s, the choice of a stack
+``trainer.memory.stacks``', the users' figures ``hpo.cli.plantable``'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpo.cli import plantable
+from hpo.cli.plantable import GB, Cell
+from hpo.train.plan import say
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+from trainer.kohya.trainfile import read_train_file
+
+if TYPE_CHECKING:
+    from trainer.memory.footprint import BaseFacts, Footprint
+    from trainer.memory.stacks import Stack
+
+# What a prediction cannot know or leaves out; shown under every plan.
+SAYS = (
+    "GB are 10⁹ bytes. CUDA context and cuBLAS are assumed figures, all else is traced (docs/memory.md)",
+    "images drawn while training, the VAE's work before it, and other programs on the card are not in it",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of ``hpo plan``."""
+
+    file: Path | None = None
+    base: str | None = None
+    vram: float = 16.0
+    sets: tuple[str, ...] = ()
+    table: bool = False
+    as_json: bool = False
+
+
+def plan(request: Request, console: Console, echo: Callable[[str], None]) -> None:
+    """Print the prediction and the stack.  Raises ConfigError if nothing fits, after the prediction."""
+    if request.table:
+        _table(request, console, echo)
+        return
+    from trainer.memory import footprint, stacks
+
+    config = _config(request)
+    facts = footprint.base_facts(config.pretrained_model_name_or_path)
+    if request.file is None and not any(text.split("=")[0].strip() == "resolution" for text in request.sets):
+        config = config.with_values({"resolution": facts.native_resolution_px})
+
+    def progress(text: str) -> None:
+        if not request.as_json:
+            say(console, text)
+
+    progress(f"predicting the memory of {facts.name} …")
+    given = footprint.predict(config, facts)
+    if not request.as_json:
+        show_footprint(console, f"{facts.name}, settings as given", config, given)
+    stack = stacks.choose(config, facts, int(request.vram * GB), progress)
+    if request.as_json:
+        echo(json.dumps(as_json(request, facts, given, stack), indent=1))
+    else:
+        show_stack(console, request.vram, given, stack)
+
+
+def _config(request: Request) -> TrainConfig:
+    places = {"pretrained_model_name_or_path": request.base} if request.base else {}
+    if request.file is not None:
+        return read_train_file(request.file, sets=request.sets, places=places).require_all().config
+    if not request.base:
+        raise ConfigError("neither a base nor a file of settings is named", "hpo plan --base sdxl")
+    from trainer.kohya.trainfile import parse_set
+
+    return TrainConfig().with_values({**places, **dict(map(parse_set, request.sets))})
+
+
+def as_json(request: Request, facts: BaseFacts, given: Footprint, stack: Stack) -> dict[str, Any]:
+    """Everything of a plan, for scripts."""
+    return {
+        "base": facts.name,
+        "family": facts.family,
+        "vram_bytes": int(request.vram * GB),
+        "given": _footprint_json(given),
+        "moves": [
+            {"key": move.key, "old": move.old, "new": move.new, "reason": move.reason} for move in stack.moves
+        ],
+        "stack": _footprint_json(stack.footprint),
+        "config": stack.config.as_dict(),
+    }
+
+
+def _footprint_json(found: Footprint) -> dict[str, Any]:
+    return {
+        "peak_bytes": found.peak_bytes,
+        "allocated_bytes": found.allocated_bytes,
+        "reserved_bytes": found.reserved_bytes,
+        "parts": dict(found.parts),
+        "bucket_px": list(found.bucket_px),
+        "images_at_once": found.images_at_once,
+    }
+
+
+def show_footprint(console: Console, title: str, config: TrainConfig, found: Footprint) -> None:
+    """The breakdown, largest bucket and batch said."""
+    width, height = found.bucket_px
+    say(
+        console,
+        f"{title}: {config.network_type} dim {config.network_dim}, "
+        f"{found.images_at_once} × {width}×{height} px at once",
+    )
+    table = Table(box=None, padding=(0, 2), show_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, size in found.parts.items():
+        table.add_row(Text(name), f"{size / GB:.2f} GB")
+    table.add_row(Text("peak"), f"{found.peak_bytes / GB:.2f} GB", style="bold")
+    console.print(table)
+
+
+def show_stack(console: Console, vram_gb: float, given: Footprint, stack: Stack) -> None:
+    """What is on already, what has to change, and the peak then."""
+    for line in stack.standing:
+        say(console, line)
+    if not stack.moves:
+        say(console, f"fits into {vram_gb:g} GB as it is: {given.peak_bytes / GB:.2f} GB")
+    else:
+        say(console, f"to fit into {vram_gb:g} GB, cheapest in speed first:")
+        for move in stack.moves:
+            say(console, f"  {move.key}: {_shown(move.old)} → {_shown(move.new)} – {move.reason}")
+        say(console, f"peak then: {stack.footprint.peak_bytes / GB:.2f} GB")
+        show_footprint(console, "with these settings", stack.config, stack.footprint)
+    for line in SAYS:
+        say(console, line)
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# The users' table
+
+
+def _table(request: Request, console: Console, echo: Callable[[str], None]) -> None:
+    cells = []
+    for cell in plantable.predicted_cells():
+        cells.append(cell)
+        if not request.as_json:
+            say(console, f"{cell.row.name}, batch {cell.batch}: {cell_text(cell)}")
+    if request.as_json:
+        echo(json.dumps([_cell_json(cell) for cell in cells], indent=1))
+        return
+    console.print(table_of(cells))
+    judged = [cell for cell in cells if not cell.row.is_full]
+    above = [cell for cell in judged if not cell.is_below]
+    say(
+        console,
+        f"{len(judged) - len(above)} of {len(judged)} LoRA and LoCon cells at or below the users' figure",
+    )
+    say(console, f"assumed in every row: {plantable.ASSUMED}; full fine-tune: {plantable.ASSUMED_FULL}")
+
+
+def cell_text(cell: Cell) -> str:
+    """Predicted / measured, in GB."""
+    mark = " (prediction only)" if cell.row.is_full else "" if cell.is_below else " – above"
+    return f"{cell.predicted_bytes / GB:.1f} / {cell.measured_gb:.1f}{mark}"
+
+
+def _short(cell: Cell) -> str:
+    mark = "*" if cell.row.is_full else "" if cell.is_below else "!"
+    return f"{cell.predicted_bytes / GB:.1f}/{cell.measured_gb:.1f}{mark}"
+
+
+def table_of(cells: list[Cell]) -> Table:
+    """Rows of the users' table; a cell is ours / theirs.  Readable at 80 columns."""
+    batches = sorted({cell.batch for cell in cells})
+    title = "SDXL 1024²: predicted / measured by users, GB (* prediction only, ! above)"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("training")
+    for batch in batches:
+        table.add_column(f"batch {batch}", no_wrap=True)
+    rows = {cell.row.name: cell.row for cell in cells}
+    for name in rows:
+        of_row = {cell.batch: _short(cell) for cell in cells if cell.row.name == name}
+        table.add_row(name, *(of_row.get(batch, "") for batch in batches))
+    return table
+
+
+def _cell_json(cell: Cell) -> dict[str, Any]:
+    return {
+        "training": cell.row.name,
+        "batch": cell.batch,
+        "measured_gb": cell.measured_gb,
+        "predicted_bytes": cell.predicted_bytes,
+        "parts": dict(cell.parts),
+        "prediction_only": cell.row.is_full,
+        "assumed": cell.row.assumed,
+    }

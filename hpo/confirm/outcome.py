@@ -1,0 +1,229 @@
+"""What a confirmation found: means, intervals, ties, the winner – and confirmed.json.
+
+Owns the rule that decides, and the file that transfer and reports read.  Pure values in the middle: runs are the
+caller's (``hpo.confirm.run``), statistics ``evaluation.score.statistics``'s, words ``hpo.confirm.view``'s.
+
+The winner is the cheapest configuration among those that cannot be told apart from the best one and – where any
+does – beat trial 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from evaluation.score.statistics import (
+    Difference,
+    difference,
+    interval,
+    p_best,
+    repeat_sd,
+    shrunken,
+    tied_with_best,
+    with_repeat_noise,
+)
+from hpo.study.folder import StudyFolder, read_json
+from trainer.files import write_atomic
+
+RETRAINED, RESCORED = "retrained", "rescored"
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One scored run of a configuration on the confirmation set."""
+
+    trial: int  # of the confirmation study
+    train_seed: int
+    score: float
+    draws_K: np.ndarray
+    train_seconds: float
+    trained_images: int  # optimizer steps × effective batch: what a run costs, whatever else the machine did
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial of the search with its repeats.  ``trouble``: why it has no score, if a repeat was infeasible."""
+
+    number: int
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    search_score: float
+    search_se: float
+    repeats: tuple[Repeat, ...]
+    trouble: str = ""
+
+    @property
+    def score(self) -> float:
+        return float(np.mean([r.score for r in self.repeats]))
+
+    @property
+    def cost(self) -> tuple[float, int, int]:
+        """What decides between equals: images trained on, rank, the older trial."""
+        images = float(np.mean([r.trained_images for r in self.repeats]))
+        return images, int(self.config.get("network_dim", 0)), self.number
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration in the outcome."""
+
+    number: int
+    settings: Mapping[str, Any]
+    score: float
+    low: float
+    high: float
+    repeats: tuple[float, ...]
+    confirming_trials: tuple[int, ...]
+    search_score: float
+    p_best: float
+    tied: bool
+    over_trial0: Difference | None
+    trained_images: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the confirmation says.  ``beats_trial0`` is None without a score of trial 0."""
+
+    how: str
+    winner: int
+    config: Mapping[str, Any]
+    rows: tuple[Row, ...]  # best first
+    ties: tuple[int, ...]
+    beats_trial0: bool | None
+    trial0: int | None
+    train_sd: float
+    train_freedom: int
+    shrinkage: (
+        float | None
+    )  # mean fall from search to confirmation of the selected trials; trial 0 was not selected
+    expected: float | None  # what the search's best was worth once its selection is accounted for
+    troubles: Mapping[int, str]
+
+    @property
+    def won(self) -> Row:
+        return self.row(self.winner)
+
+    def row(self, number: int) -> Row:
+        return next(row for row in self.rows if row.number == number)
+
+
+def decide(
+    candidates: Sequence[Candidate],
+    trial0: int | None,
+    how: str,
+    searched: Sequence[float] = (),
+    own_se: float = 0.0,
+) -> Outcome | None:
+    """The outcome; None if no configuration has a score.
+
+    ``searched``: scores of the search's trials; ``own_se``: their noise that other trials do not share.
+    """
+    sound = [c for c in candidates if not c.trouble and c.repeats]
+    if not sound:
+        return None
+    baseline = next((c for c in sound if c.number == trial0), None)
+    sd, freedom = repeat_sd([[r.score for r in c.repeats] for c in sound])
+    draws_CK = with_repeat_noise(
+        np.stack([np.mean([r.draws_K for r in c.repeats], axis=0) for c in sound]),
+        [len(c.repeats) for c in sound],
+        sd,
+        freedom,
+    )
+    values = [c.score for c in sound]
+    tied = [sound[k] for k in tied_with_best(values, draws_CK)]
+    over: dict[int, Difference] = {}
+    if baseline is not None:
+        zero = sound.index(baseline)
+        over = {
+            c.number: difference(values[k], values[zero], draws_CK[k], draws_CK[zero])
+            for k, c in enumerate(sound)
+            if c is not baseline
+        }
+    better = [c for c in tied if c.number in over and over[c.number].low > 0]
+    beaten = any(d.low > 0 for d in over.values())
+    if baseline is not None and not beaten and baseline not in tied:
+        tied.append(baseline)  # where no interval lies above it, it cannot be told apart either
+    winner = min(better or tied, key=lambda c: c.cost)
+    rows = []
+    chances = p_best(draws_CK)
+    for k in sorted(range(len(sound)), key=lambda k: (-values[k], sound[k].number)):
+        c = sound[k]
+        rows.append(
+            Row(
+                c.number,
+                c.settings,
+                values[k],
+                *interval(draws_CK[k]),
+                tuple(r.score for r in c.repeats),
+                tuple(r.trial for r in c.repeats),
+                c.search_score,
+                float(chances[k]),
+                c in tied,
+                over.get(c.number),
+                c.cost[0],
+                float(np.mean([r.train_seconds for r in c.repeats])),
+            )
+        )
+    falls = [c.search_score - c.score for c in sound if c.number != trial0]
+    return Outcome(
+        how=how,
+        winner=winner.number,
+        config=winner.config,
+        rows=tuple(rows),
+        ties=tuple(c.number for c in tied),
+        beats_trial0=beaten if baseline is not None else None,
+        trial0=trial0 if baseline is not None else None,
+        train_sd=sd,
+        train_freedom=freedom,
+        shrinkage=float(np.mean(falls)) if falls else None,
+        expected=expected_best(searched, math.hypot(own_se, sd)) if own_se else None,
+        troubles={c.number: c.trouble for c in candidates if c.trouble},
+    )
+
+
+def expected_best(searched: Sequence[float], noise: float) -> float | None:
+    """What the best score of a search is worth, from the search alone: pulled to the better half's mean.
+
+    The lower half says little about the best (a bad proposal falls far); ``noise`` is what trials do not share.
+    """
+    better = sorted(searched, reverse=True)[: (len(searched) + 1) // 2]
+    return float(shrunken(better, [noise] * len(better))[0]) if len(better) >= 3 else None
+
+
+def write_outcome(folder: StudyFolder, outcome: Outcome, facts: Mapping[str, Any]) -> bool:
+    """confirmed.json in the searched study's folder.  Rescoring never replaces a retrained confirmation."""
+    before = read_json(folder.confirmed)
+    if outcome.how == RESCORED and before is not None and before.get("how") == RETRAINED:
+        return False
+    won = outcome.won
+    zero = outcome.row(outcome.trial0) if outcome.trial0 is not None else None
+    values = {
+        "study": folder.name,
+        "how": outcome.how,
+        "winner": outcome.winner,
+        "config": dict(outcome.config),
+        "settings": dict(won.settings),
+        "score": won.score,
+        "interval": [won.low, won.high],
+        "trial0": zero and {"number": zero.number, "score": zero.score, "interval": [zero.low, zero.high]},
+        "over_trial0": won.over_trial0 and asdict(won.over_trial0),
+        "beats_trial0": outcome.beats_trial0,
+        "ties": list(outcome.ties),
+        "training_seed_sd": outcome.train_sd if outcome.train_freedom else None,
+        "shrinkage": outcome.shrinkage,
+        "expected": outcome.expected,
+        "rows": [asdict(row) for row in outcome.rows],
+        "infeasible": {str(number): why for number, why in outcome.troubles.items()},
+        **facts,
+        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_atomic(folder.confirmed, json.dumps(values, indent=1))
+    return True

@@ -1,0 +1,164 @@
+"""Which runs a confirmation wants: trial 0 and the best few, each with its fresh seeds; and what they will cost.
+
+Owns the request, the choice and the names; running them is ``hpo.confirm.run``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.confirm.outcome import RESCORED, RETRAINED
+from hpo.study.folder import IDENTITY, RUNS, TOTAL, StudyFolder, find_folder, open_study, read_json
+from hpo.study.standing import BASELINE, ROLE, is_feasible, rank, score_of, standing
+from trainer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from evaluation.prompts.prompts import PromptSet
+
+SUFFIX = {RETRAINED: "__confirm", RESCORED: "__rescore"}
+OF, TRAIN_SEED = "of", "train_seed"  # a run's parameters
+DISTRIBUTIONS = {
+    OF: optuna.distributions.IntDistribution(0, 999_999),
+    TRAIN_SEED: optuna.distributions.IntDistribution(0, 2**31 - 1),
+}
+CONFIRMS = "confirms"  # role of a run of any trial but trial 0
+STREAM = 1  # of training seeds: none of them is the search's
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of ``hpo confirm``."""
+
+    name: str | None
+    top: int = 3
+    seeds: int = 2
+    rescore_only: bool = False
+    runs: Path = RUNS
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One run that is asked for: a searched trial, and the seed it is trained with."""
+
+    of: int
+    train_seed: int
+
+    @property
+    def suggested(self) -> dict[str, Any]:
+        return {OF: self.of, TRAIN_SEED: self.train_seed}
+
+
+def searched(name: str) -> str | None:
+    """The study that a study of this name confirms; None if it is a search's own."""
+    return next((name.removesuffix(end) for end in SUFFIX.values() if name.endswith(end)), None)
+
+
+def fresh_seed(study_seed: int, repeat: int) -> int:
+    """Training seed of the n-th repeat, the same for every configuration: repeats are paired."""
+    state = np.random.SeedSequence([study_seed, STREAM, repeat]).generate_state(1)[0]
+    return int(state) & 0x7FFFFFFF
+
+
+def source_of(request: Request) -> StudyFolder:
+    """The searched study: the named one or the one that changed last, whichever of its folders that is."""
+    found = find_folder(request.name, request.runs)
+    name = searched(found.name)
+    return found if name is None else find_folder(name, request.runs)
+
+
+def chosen_trials(
+    study: optuna.Study, source: StudyFolder, request: Request
+) -> tuple[list[FrozenTrial], list[str]]:
+    """Trial 0 and the best few others, and what is to be said about the choice."""
+    done = [
+        t
+        for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if is_feasible(t) and score_of(t) is not None
+    ]
+    zero = next((t for t in done if t.user_attrs.get(ROLE) == BASELINE), None)
+    ranked = sorted((t for t in done if t is not zero), key=rank, reverse=True)
+    if not ranked:
+        raise ConfigError(
+            f"study {source.name} has no scored trial but trial 0",
+            f"go on with it first: hpo status {source.words}",
+        )
+    chosen, notes = ([zero] if zero else []) + ranked[: request.top], []
+    if zero is None:
+        trouble = standing(study, 0).baseline_trouble or "it has not run"
+        notes.append(f"trial 0, the usual settings, has no score to be confirmed: {trouble}")
+    if left := standing(study, study.user_attrs.get(TOTAL, 0)).left:
+        notes.append(f"the search is not over: {left} of its trials are still to come")
+    if request.rescore_only:
+        kept = [t for t in chosen if source.trial(t.number).lora.is_file()]
+        gone = ", ".join(str(t.number) for t in chosen if t not in kept)
+        if not [t for t in kept if t is not zero]:
+            raise DataError(
+                f"no LoRA file is left of trials {gone} (--keep-best deletes those of all but the best)",
+                f"leave out --rescore-only to train them again: hpo confirm {source.words}",
+            )
+        if gone:
+            notes.append(
+                f"warning: the LoRA files of trials {gone} are missing (--keep-best deletes those of all but the "
+                f"best), so they are not scored; to train them again leave out --rescore-only"
+            )
+        chosen = kept
+    return chosen, notes
+
+
+def wanted_runs(chosen: list[FrozenTrial], study: optuna.Study, request: Request) -> list[Wanted]:
+    """Every run, repeat by repeat: an interrupted confirmation has compared what it has."""
+    seed = int(study.user_attrs.get(IDENTITY, {}).get("seed", 0))
+    if request.rescore_only:
+        return [Wanted(t.number, seed) for t in chosen]
+    return [Wanted(t.number, fresh_seed(seed, repeat)) for repeat in range(request.seeds) for t in chosen]
+
+
+def confirmation_prompts(
+    source: StudyFolder, count_tokens: Callable[[str], int] = lambda text: 0
+) -> PromptSet:
+    """The study's confirmation set."""
+    from hpo.study.promptfiles import read
+
+    if not source.confirmation.is_file():
+        raise ConfigError(
+            f"study {source.name} has no confirmation set",
+            f"write prompts that the search did not use to {source.confirmation} (form: docs/evaluation.md)",
+        )
+    return read(source.confirmation, count_tokens)
+
+
+def cost_line(
+    source: StudyFolder, target: StudyFolder, chosen: list[FrozenTrial], wanted: list[Wanted], how: str
+) -> str:
+    """What is still to be done and how long it takes, by the times that the search took."""
+    images = confirmation_prompts(source).image_count
+    done = done_runs(target)
+    pending = [w for w in wanted if w not in done]
+    seconds, known = 0.0, True
+    for run in pending:
+        result = read_json(source.trial(run.of).result) or {}
+        if not result.get("n_images"):
+            known = False
+            continue
+        each = result["score_seconds"] / result["n_images"]
+        seconds += each * images + (result["train_seconds"] if how == RETRAINED else 0.0)
+    if known and pending and not target.anchors.is_file():
+        seconds += each * images
+    about = f"about {seconds / 60:.1f} minutes by the search's times" if known else "time unknown"
+    what = "trainings with fresh seeds, each with" if how == RETRAINED else "saved LoRA files, each with"
+    numbers = ", ".join(str(t.number) for t in chosen)
+    return f"cost: {len(pending)} {what} {images} images of the confirmation set: {about} (trials {numbers})"
+
+
+def done_runs(target: StudyFolder) -> set[Wanted]:
+    if not target.database.is_file():
+        return set()
+    trials = open_study(target).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return {Wanted(t.params[OF], t.params[TRAIN_SEED]) for t in trials}

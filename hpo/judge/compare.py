@@ -1,0 +1,235 @@
+"""``hpo compare``: two runs on the same prompts, each base's untrained pictures beside its LoRA's.
+
+Owns which file of a run is compared, the tables, compare.json and the contact sheet.  What is computed is
+``evaluation.choice.compare``'s, how a LoRA is scored ``hpo.judge.judge``'s.  One base is loaded at a time.
+
+    RUN_B's name.run/evaluation/compare/<A>-<hash>/     compare.json, sheet.png
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpo.judge.evaluate import CONFIRMATION, alone, beside_values
+from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
+from hpo.judge.view import View
+from hpo.study.config import Inputs
+from hpo.terminal.stop import Stop
+from trainer.files import clean_text, machine_error, sha256_file, write_atomic
+from trainer.tensorfile import read_header
+
+if TYPE_CHECKING:
+    from evaluation.choice.compare import Comparison, Side
+    from evaluation.images.images import SampledImage
+    from evaluation.prompts.prompts import PromptSet
+    from evaluation.score.score import Difference
+    from hpo.judge.judge import Judge
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One side: its scores and the pictures that the sheet shows."""
+
+    side: Side
+    base: str
+    base_identity: str
+    size: str
+    untrained: list[SampledImage]
+    images: list[SampledImage]
+
+
+def compare(
+    paths: tuple[Path, Path],
+    inputs: Inputs,
+    console: Console,
+    study: str | None = None,
+    base_b: str = "",
+    data_b: Path | None = None,
+) -> Path:
+    """Compare two runs; returns the folder with compare.json and sheet.png.  ``study``: by whose definition."""
+    view = View(console)
+    runs = find_run(paths[0]), find_run(paths[1])
+    files = _file(paths[0], runs[0]), _file(paths[1], runs[1])
+    from hpo.judge import judge as judges  # loads torch
+
+    with Stop(view.on_ask) as stop:
+        view.should_stop = stop
+        first = judges.load(runs[0], inputs, view.say, named=study)
+        prompts = first.confirmation or first.prompts
+        view.say(
+            f"{files[0].path.name} against {files[1].path.name}: {prompts.image_count} images each "
+            f"({prompts.size}), {first.scorer.name}"
+        )
+        a = _measure(runs[0], files[0], first, prompts, view)
+        first.free()
+        # the second side's own folder, base and trigger are its own; what judges is the first's
+        own = replace(inputs, base=base_b, data=data_b, trigger=None, class_word=None)
+        second = judges.load(runs[1], own, view.say, named=study, like=first)
+        b = _measure(runs[1], files[1], second, prompts, view)
+        second.free()
+    from evaluation.choice.compare import compare as difference
+
+    found = difference(a.side, b.side)
+    folder = runs[1].evaluation / "compare" / f"{files[0].name}-{sha256_file(files[0].path)[:8]}"
+    _write(folder, files, prompts, (a, b), found)
+    _show(view, files, (a, b), found)
+    view.say(f"figures: {folder / 'compare.json'}; pictures side by side: {folder / 'sheet.png'}")
+    return folder
+
+
+def _file(path: Path, run: RunFiles) -> Checkpoint:
+    """The file that is compared: the one that was named, else the marked one, else the newest."""
+    named = one_file(path)
+    if named is not None:
+        return named
+    if is_mark(run.mark):
+        source = read_header(run.mark).metadata[MARK_KEY]
+        marked = [c for c in run.checkpoints if c.path.name == source]
+        if marked:
+            return marked[0]
+    return run.checkpoints[-1]
+
+
+def _measure(run: RunFiles, file: Checkpoint, judge: Judge, prompts: PromptSet, view: View) -> Measured:
+    from evaluation.choice.compare import Side
+
+    try:
+        judge.check(file.path)
+        with alone(run):
+            with view.drawing(f"untrained {judge.base.name}") as on_image:
+                anchors = judge.anchors(prompts, run.evaluation, on_image)
+            folder = run.evaluation / file.name / _set_name(judge, prompts)
+            with view.drawing(file.name) as on_image:
+                score = judge.score(file.path, prompts, anchors, folder, on_image)
+            untrained = judge.untrained_images(prompts, run.evaluation)
+            images = judge.images(file.path, prompts, folder)
+    except BaseException:
+        judge.free()
+        raise
+    for problem in anchors.problems:
+        view.say(f"warning: {judge.base.name}: {problem}")
+    size = f"{judge.sampling.width_px}×{judge.sampling.height_px} px"
+    return Measured(
+        Side(score, replace(anchors, untouched=())),
+        judge.base.name,
+        judge.base.identity,
+        size,
+        untrained,
+        images,
+    )
+
+
+def _set_name(judge: Judge, prompts: PromptSet) -> str:
+    """Pictures that ``hpo evaluate`` drew are taken over; others have a folder of their own."""
+    return CONFIRMATION if prompts is judge.confirmation else f"compare-{prompts.hash[:8]}"
+
+
+def _write(
+    folder: Path,
+    files: tuple[Checkpoint, Checkpoint],
+    prompts: PromptSet,
+    sides: tuple[Measured, Measured],
+    found: Comparison,
+) -> None:
+    import numpy as np
+
+    from evaluation.choice.pictures import Column, contact_sheet
+    from evaluation.images.images import png_bytes
+
+    columns = []
+    for side, file in zip(sides, files, strict=True):
+        columns += [
+            Column(f"{side.base}, untrained", side.untrained),
+            Column(f"{side.base}, {file.name}", side.images),
+        ]
+    sheet = contact_sheet(columns, prompts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise machine_error(error, folder) from error
+    write_atomic(folder / "compare.json", json.dumps(_values(files, prompts, sides, found), indent=1))
+    write_atomic(folder / "sheet.png", png_bytes(np.asarray(sheet)))
+
+
+def _values(
+    files: tuple[Checkpoint, Checkpoint],
+    prompts: PromptSet,
+    sides: tuple[Measured, Measured],
+    found: Comparison,
+) -> dict[str, Any]:
+    def one(file: Checkpoint, measured: Measured) -> dict[str, Any]:
+        score = measured.side.score.as_dict()
+        score.pop("per_image")
+        score["beside"] = beside_values(measured.side.score)
+        base = {"name": measured.base, "identity": measured.base_identity}
+        return {"file": file.path.name, "sha256": sha256_file(file.path), "base": base, "score": score}
+
+    return {
+        "a": one(files[0], sides[0]),
+        "b": one(files[1], sides[1]),
+        "prompts": prompts.hash,
+        "paired_by": "prompt",
+        "anchored_b_minus_a": {name: asdict(value) for name, value in found.anchored.items()},
+        "cosines": {
+            row: {name: asdict(value) for name, value in values.items()}
+            for row, values in found.cosines.items()
+        },
+        "beside_b_minus_a": {name: asdict(value) for name, value in found.beside.items()},
+    }
+
+
+def _show(
+    view: View,
+    files: tuple[Checkpoint, Checkpoint],
+    sides: tuple[Measured, Measured],
+    found: Comparison,
+) -> None:
+    from evaluation.choice.compare import ANCHORED, COSINES, told_apart
+
+    for letter, file, side in zip("AB", files, sides, strict=True):
+        view.say(f"{letter}: {file.path.name} on {side.base}, {side.size}")
+    table = _table("anchored on its own base", "A", "B", "B − A", "95 %")
+    a, b = (side.side.score for side in sides)
+    fields = {"prompt following": "prompt_following", "likeness": "likeness", "score": "value"}
+    for name in ANCHORED:
+        value, low_high = found.anchored[name], _interval(found.anchored[name])
+        pair = [f"{getattr(s, fields[name]):.3f}" for s in (a, b)]
+        table.add_row(*map(Text, (name, *pair, f"{value.mean:+.3f}", low_high)))
+    view.table(table)
+    table = _table("raw cosines", "prompt following", "95 %", "likeness", "95 %")
+    for row, values in found.cosines.items():
+        cells = [c for name in COSINES for c in (f"{values[name].mean:+.4f}", _interval(values[name], 4))]
+        table.add_row(*map(Text, (row, *cells)))
+    view.table(table)
+    if found.beside:
+        table = _table("beside the score, raw", "A", "B", "B − A", "95 %")
+        known = [{f"{f.measure} {f.model}": f.value for f in s.beside} for s in (a, b)]
+        for name, gain in found.beside.items():
+            pair = [f"{of[name]:.4f}" for of in known]
+            table.add_row(*map(Text, (clean_text(name), *pair, f"{gain.mean:+.4f}", _interval(gain, 4))))
+        view.table(table)
+    score = found.anchored["score"]
+    if told_apart(score):
+        better = "B" if score.mean > 0 else "A"
+        view.say(f"the adapter of {better} does more for its own base than the other's, beyond chance")
+    else:
+        view.say("on the scale of its own base neither LoRA can be told to be better with these prompts")
+
+
+def _table(title: str, *names: str) -> Table:
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    table.add_column(title, no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _interval(value: Difference, digits: int = 3) -> str:
+    return f"{value.low:+.{digits}f} … {value.high:+.{digits}f}"

@@ -1,0 +1,283 @@
+"""``hpo evaluate``: every saved checkpoint of a run scored, one chosen, confirmed and marked.
+
+Owns the order of things, evaluation.json and best.safetensors.  Which checkpoint is chosen is
+``evaluation.choice.checkpoints``', how it is scored ``hpo.judge.judge``'s, what the terminal shows ``hpo.judge.view``'s.
+The same command goes on with a call that was stopped or killed: what is drawn is kept.
+
+    name.run/evaluation/evaluation.json, curve.png
+    name.run/evaluation/<checkpoint>/search/, …/confirmation/     images and metrics
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
+from hpo.judge.view import View
+from hpo.study.config import Inputs
+from hpo.study.locks import Lock, holder
+from hpo.terminal.live import clock
+from hpo.terminal.stop import Stop
+from trainer.errors import ConfigError, InvalidImages, MachineError, ModelFileError
+from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
+from trainer.tensorfile import with_metadata
+
+if TYPE_CHECKING:
+    from evaluation.choice.checkpoints import Choice, Point, Verdict
+    from evaluation.prompts.prompts import PromptSet
+    from evaluation.score.anchors import Anchors
+    from evaluation.score.score import Score
+    from hpo.judge.judge import Judge
+
+SEARCH, CONFIRMATION = "search", "confirmation"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation came to.  ``final`` and ``tested`` are indices into ``points``; ``retested`` are the
+    tested ones on the confirmation prompts."""
+
+    points: Sequence[Point]
+    choice: Choice
+    verdict: Verdict
+    tested: Sequence[int]
+    retested: Sequence[Point]
+    rechoice: Choice | None
+    final: int
+    word: str
+
+
+def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = None) -> Path:
+    """Score, choose, confirm, mark; returns the chosen file.  ``study``: by whose definition.  Raises ToolError,
+    Interrupted if stopped."""
+    view = View(console)
+    run = find_run(path)
+    _check_mark(run)
+    from hpo.judge import judge as judges  # loads torch: after everything that can be checked without it
+
+    judge = judges.load(run, inputs, view.say, named=study)
+    damaged = _unfit(run, judge)
+    with alone(run), Stop(view.on_ask) as stop:
+        view.should_stop = stop
+        outcome = _judged(run, judge, damaged, view)
+        _write(run, judge, outcome)
+        view.show(outcome)
+        chosen = run.checkpoints[outcome.final]
+        if not run.trial:
+            _mark(run, chosen, outcome)
+            view.say(f"best: {run.mark} is a copy of {chosen.path.name}")
+        view.say(f"figures: {run.evaluation / 'evaluation.json'}, {run.evaluation / 'curve.png'}")
+    return chosen.path
+
+
+def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: View) -> Outcome:
+    from evaluation.choice import checkpoints
+
+    anchors = _anchors(judge, judge.prompts, run, view)
+    count = len(run.checkpoints) - len(damaged)
+    view.say(
+        f"{count} checkpoint{'' if count == 1 else 's'} × {judge.prompts.image_count} images ({judge.prompts.size}), "
+        f"{len(judge.reference_files)} references, {judge.scorer.name}"
+    )
+    points = [
+        _point(run, checkpoint, judge, judge.prompts, anchors, SEARCH, damaged, view)
+        for checkpoint in run.checkpoints
+    ]
+    choice = checkpoints.choose(points, anchors)
+    verdict = checkpoints.verdict(points, choice, finished=run.finished)
+    tested = checkpoints.finalists(points, choice)
+    if judge.confirmation is None or len(tested) < 2:
+        word = "unconfirmed" if len(tested) > 1 else "only"
+        return Outcome(points, choice, verdict, tested, (), None, choice.chosen, word)
+    view.say(f"confirming {len(tested)} of them on {judge.confirmation.image_count} other images each")
+    fresh = _anchors(judge, judge.confirmation, run, view)
+    retested = [
+        _point(run, run.checkpoints[n], judge, judge.confirmation, fresh, CONFIRMATION, damaged, view)
+        for n in tested
+    ]
+    rechoice = checkpoints.choose(retested, fresh)
+    final, word = checkpoints.confirmed(choice, tested, rechoice)
+    return Outcome(points, choice, verdict, tested, retested, rechoice, final, word)
+
+
+def _unfit(run: RunFiles, judge: Judge) -> dict[str, str]:
+    """Checkpoints that cannot be put into the base: name → why.  If none can, its error is the user's."""
+    found: dict[str, ModelFileError] = {}
+    for checkpoint in run.checkpoints:
+        try:
+            judge.check(checkpoint.path)
+        except ModelFileError as error:
+            found[checkpoint.name] = error
+    if len(found) == len(run.checkpoints):
+        raise found[run.checkpoints[-1].name]
+    return {name: error.message for name, error in found.items()}
+
+
+def _anchors(judge: Judge, prompts: PromptSet, run: RunFiles, view: View) -> Anchors:
+    with view.drawing(f"untrained {judge.base.name}") as on_image:
+        anchors = judge.anchors(prompts, run.evaluation, on_image)
+    for problem in anchors.problems:
+        view.say(f"warning: {problem}")
+    return anchors
+
+
+def _point(
+    run: RunFiles,
+    checkpoint: Checkpoint,
+    judge: Judge,
+    prompts: PromptSet,
+    anchors: Anchors,
+    name: str,
+    damaged: Mapping[str, str],
+    view: View,
+) -> Point:
+    from evaluation.choice.checkpoints import SPOILED, UNCHANGED, Point
+    from evaluation.images.images import Unchanged
+
+    place = checkpoint.name, checkpoint.epoch, checkpoint.step
+    if checkpoint.name in damaged:
+        return Point(*place, None, damaged[checkpoint.name])
+    started = time.monotonic()
+    try:
+        with view.drawing(checkpoint.name) as on_image:
+            folder = run.evaluation / checkpoint.name / name
+            score = judge.score(checkpoint.path, prompts, anchors, folder, on_image)
+    except InvalidImages as error:
+        point = Point(*place, None, error.message, SPOILED)
+    except Unchanged:
+        point = Point(*place, None, "it changes nothing: its images are the untrained base's", UNCHANGED)
+    else:
+        safety = score.safety
+        if safety and safety.broken:  # copied or collapsed pictures are no result, however they score
+            point = Point(*place, None, "; ".join(map(safety.says, safety.broken)), SPOILED)
+        else:
+            point = Point(*place, score)
+    said = point.reason or f"score {score.value:.4f} ± {score.se:.4f}"
+    view.say(f"{checkpoint.name} ({name}): {said}, {clock(time.monotonic() - started)}")
+    return point
+
+
+@contextlib.contextmanager
+def alone(run: RunFiles) -> Iterator[None]:
+    """No second process draws into the same folder; what a killed one left half-made goes."""
+    lock = Lock(run.evaluation / "lock")
+    if not lock.try_acquire():
+        raise MachineError(
+            f"process {holder(lock.path)} evaluates {run.name} already", "wait for it, or stop that process"
+        )
+    try:
+        sweep_tree(run.evaluation)
+        yield
+    finally:
+        lock.release()
+
+
+# best.safetensors
+
+
+def _check_mark(run: RunFiles) -> None:
+    """Never replace a file of the user's; said before anything is drawn."""
+    if not run.trial and run.mark.exists() and not is_mark(run.mark):
+        raise ConfigError(
+            f"{run.mark} is not a mark of this tool, so it is not replaced",
+            "rename that file, or move it away",
+        )
+
+
+def _mark(run: RunFiles, chosen: Checkpoint, outcome: Outcome) -> None:
+    """A copy of the chosen file under the name best.safetensors, its source in the metadata."""
+    point = outcome.points[outcome.final]
+    assert point.score is not None
+    source = sha256_file(chosen.path)
+    require_space(run.output, chosen.path.stat().st_size)
+    retest = next((p.score for p in outcome.retested if p.name == point.name), None)
+    extra = {
+        MARK_KEY: chosen.path.name,
+        f"{MARK_KEY}_sha256": source,
+        f"{MARK_KEY}_score": f"{(retest or point.score).value:.4f} ± {(retest or point.score).se:.4f}",
+        f"{MARK_KEY}_prompts": CONFIRMATION if retest else SEARCH,
+    }
+    write_atomic(run.mark, with_metadata(chosen.path, extra))
+
+
+# evaluation.json
+
+
+def _write(run: RunFiles, judge: Judge, outcome: Outcome) -> None:
+    import numpy as np
+
+    from evaluation.choice.pictures import curve_picture
+    from evaluation.images.images import png_bytes
+
+    write_atomic(run.evaluation / "evaluation.json", json.dumps(_values(run, judge, outcome), indent=1))
+    picture = curve_picture(
+        outcome.points,
+        outcome.choice.best,
+        outcome.final,
+        outcome.retested,
+        f"{run.name} on {judge.base.name}",
+    )
+    write_atomic(run.evaluation / "curve.png", png_bytes(np.asarray(picture)))
+
+
+def _values(run: RunFiles, judge: Judge, outcome: Outcome) -> dict[str, Any]:
+    names = [point.name for point in outcome.points]
+    return {
+        "run": run.name,
+        "base": {"name": judge.base.name, "identity": judge.base.identity},
+        "sampling": asdict(judge.sampling),
+        "scorer": {"name": judge.scorer.name, "sha256": judge.scorer.sha},
+        "likeness": {"name": judge.likeness.name, "sha256": judge.likeness.sha},
+        "formula": asdict(judge.formula),
+        "limits": asdict(judge.safeguards.limits),
+        "references": [str(path) for path in judge.reference_files],
+        SEARCH: {"prompts": judge.prompts.hash, **_curve(outcome.points, outcome.choice)},
+        CONFIRMATION: {
+            "prompts": judge.confirmation.hash if judge.confirmation else None,
+            **(_curve(outcome.retested, outcome.rechoice) if outcome.rechoice else {}),
+        },
+        "chosen": names[outcome.final],
+        "chosen_file_sha256": sha256_file(run.checkpoints[outcome.final].path),
+        "confirmation_says": outcome.word,
+        "verdict": asdict(outcome.verdict),
+    }
+
+
+def _curve(points: Sequence[Point], choice: Choice) -> dict[str, Any]:
+    rows = []
+    for number, point in enumerate(points):
+        lead = choice.lead[number]
+        rows.append(
+            {
+                "checkpoint": point.name,
+                "epoch": point.epoch,
+                "step": point.step,
+                "reason": point.reason,
+                **_figures(point.score),
+                "best_minus_this": asdict(lead) if lead else None,
+                "within_one_se": number in choice.within,
+            }
+        )
+    return {"checkpoints": rows, "best": points[choice.best].name, "earliest": points[choice.chosen].name}
+
+
+def _figures(score: Score | None) -> dict[str, Any]:
+    names = (
+        *("value", "se", "prompt_following", "prompt_following_se", "likeness", "likeness_se"),
+        *("clip_t", "clip_i", "n_images"),
+    )
+    figures: dict[str, Any] = {name: getattr(score, name) if score else None for name in names}
+    return {**figures, "beside": beside_values(score) if score else []}
+
+
+def beside_values(score: Score) -> list[dict[str, Any]]:
+    """Other models' figures, without those of each image."""
+    return [{"measure": f.measure, "model": f.model, "sha256": f.sha, "value": f.value} for f in score.beside]

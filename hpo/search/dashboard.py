@@ -1,0 +1,200 @@
+"""What optuna-dashboard shows: each trial's sample grid and note – and the server itself.
+
+Owns uploading, notes and the real dashboard process on a study's database.  Does not compute anything it
+shows.
+
+A trial has exactly one artifact, its grid: with SQLite the dashboard lists artifacts in random order, and
+its gallery compares one index over all trials.  Finished trials are frozen, so the grid goes up before
+Optuna is told.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from hpo.study.folder import StudyFolder, TrialFolder, database_errors, open_storage
+from hpo.terminal.beside import beside_lines
+from trainer.errors import MachineError
+from trainer.files import clean_text
+
+if TYPE_CHECKING:
+    import optuna
+
+    from hpo.study.result import Result
+
+ARTIFACT_PREFIX = "artifacts:"  # Optuna's own, in a trial's system attributes
+LEGACY_CONSTRAINTS = (
+    "constraints"  # optuna-dashboard 0.21 reads only this; Optuna 5 itself uses set_constraint
+)
+
+
+def artifact_store(folder: StudyFolder) -> optuna.artifacts.FileSystemArtifactStore:
+    """The study's store.  Its folder must exist: an upload marks the trial before it writes the file."""
+    from optuna.artifacts import FileSystemArtifactStore
+
+    folder.artifacts.mkdir(parents=True, exist_ok=True)
+    return FileSystemArtifactStore(str(folder.artifacts))
+
+
+def upload_grid(trial: optuna.Trial, study_folder: StudyFolder, folder: TrialFolder) -> str | None:
+    """The trial's grid as its one artifact, once.  Returns the artifact's id, or None without a grid."""
+    from optuna.artifacts import upload_artifact
+
+    attributes = trial.storage.get_trial(trial._trial_id).system_attrs
+    store = artifact_store(study_folder)
+    for key in attributes:
+        artifact = key.removeprefix(ARTIFACT_PREFIX)
+        if key.startswith(ARTIFACT_PREFIX) and (study_folder.artifacts / artifact).is_file():
+            return artifact
+    if not folder.grid.is_file():
+        return None
+    return upload_artifact(
+        artifact_store=store, file_path=str(folder.grid), study_or_trial=trial, mimetype="image/png"
+    )
+
+
+def note_text(result: Result, settings: Mapping[str, Any], grid_path: str | None) -> str:
+    """A trial's note in Markdown."""
+    lines = [f"![samples]({grid_path})", ""] if grid_path else []
+    if result.state == "complete":
+        lines.append(f"**score {result.value:.4f} ± {result.se:.4f}** ({result.n_images} images)")
+        lines.append("")
+        lines.append(
+            f"prompt following {result.prompt_following:.3f}, likeness {result.likeness:.3f} "
+            f"(CLIP text {result.clip_t:.4f}, image {result.clip_i:.4f})"
+        )
+        lines += _safety(result)
+        for line in beside_lines(result.beside):
+            lines += ["", f"beside the score: {_plain(line)}"]
+    else:
+        lines.append(f"**{result.state}: {_plain(result.reason)}** – {_plain(result.message)}")
+    if result.remedy:
+        lines += ["", f"run with {result.remedy} to fit the memory; the result is the same"]
+    return "\n".join([*lines, *_settings_table(settings)])
+
+
+def _safety(result: Result) -> list[str]:
+    """Copies, diversity and what is left of the class word, where they were measured."""
+    figures = {"copy rate": result.copy_rate, "diversity": result.diversity, "prior": result.prior}
+    known = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
+    return ["", ", ".join(known)] if known else []
+
+
+def _settings_table(settings: Mapping[str, Any]) -> list[str]:
+    rows = [f"| {_plain(name)} | {_plain(_short(value))} |" for name, value in settings.items()]
+    return ["", "| setting | value |", "|---|---|", *rows]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return "".join("\\" + c if c in "\\`*_{}[]<>|#!" else c for c in clean_text(text))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def publish(
+    trial: optuna.Trial,
+    study_folder: StudyFolder,
+    folder: TrialFolder,
+    result: Result,
+    settings: Mapping[str, Any],
+    warn: Callable[[str], None],
+) -> None:
+    """Grid and note of a trial that is about to be told.  A side channel: its failure is a warning."""
+    import optuna_dashboard
+    from optuna_dashboard.artifact import get_artifact_path
+
+    try:
+        artifact = upload_grid(trial, study_folder, folder)
+        path = get_artifact_path(trial, artifact) if artifact else None
+        optuna_dashboard.save_note(trial, note_text(result, settings, path))
+    except OSError as error:
+        warn(f"the dashboard will not show trial {result.number}: {error.strerror}")
+
+
+def publish_failure(
+    trial: optuna.Trial, reason: str, settings: Mapping[str, Any], warn: Callable[[str], None]
+) -> None:
+    """The note of a trial that fails before any work: why.  A side channel, too."""
+    import optuna_dashboard
+
+    try:
+        lines = [f"**failed** – {_plain(reason)}", *_settings_table(settings)]
+        optuna_dashboard.save_note(trial, "\n".join(lines))
+    except OSError as error:
+        warn(f"the dashboard will not show trial {trial.number}: {error.strerror}")
+
+
+def mark_infeasible(trial: optuna.Trial, amounts: Mapping[str, float]) -> None:
+    """Constraints in both forms, Optuna 5's and the one the dashboard reads.  Above 0 is violated."""
+    known = trial.storage.get_trial(trial._trial_id).constraints
+    for key, amount in amounts.items():
+        if key not in known:
+            trial.set_constraint(key, amount)
+    trial.storage.set_trial_system_attr(trial._trial_id, LEGACY_CONSTRAINTS, list(amounts.values()))
+
+
+def study_note(study: optuna.Study, text: str) -> None:
+    import optuna_dashboard
+
+    optuna_dashboard.save_note(study, text)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Run the dashboard until Ctrl-C.  Works while a search runs: the database is opened on its own."""
+    import socket
+    from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+    import optuna
+    import optuna_dashboard
+    from optuna_dashboard._cli import ThreadedWSGIServer
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = open_storage(folder)
+    with database_errors(folder):
+        studies = [str(study._study_id) for study in storage.get_all_studies()]
+    app = optuna_dashboard.wsgi(storage, artifact_store=artifact_store(folder))
+
+    class Server(ThreadedWSGIServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    if not is_loopback(host):
+        say(
+            f"warning: {clean_text(host)} is reachable from other machines, and the dashboard asks for no password: "
+            "whoever reaches it can finish and delete trials"
+        )
+    try:
+        server = make_server(host, port, app, server_class=Server, handler_class=Quiet)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MachineError(
+            f"cannot listen on {host}:{port}: {reason}", "choose another --port or --host"
+        ) from None
+    place = f"[{host}]" if ":" in host else host
+    address = "/".join(
+        [f"http://{place}:{server.server_port}/dashboard", *(f"studies/{n}" for n in studies[:1])]
+    )
+    say(f"dashboard of {clean_text(folder.name)}: {address}  (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+
+
+def constraint_amounts(reason: str, reasons: tuple[str, ...]) -> dict[str, float]:
+    """Every reason with 1 if it is what happened, else −1: healthy trials say so too."""
+    return {key: 1.0 if key == reason else -1.0 for key in reasons}

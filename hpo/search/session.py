@@ -1,0 +1,238 @@
+"""One call of ``hpo search``: from the command line's words to the summary at the end.
+
+Owns the order of things: definition → inputs → folder → study → baseline → trials → summary.  A user's
+mistake is found before anything is written, or what was written is taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from rich.console import Console
+
+from hpo.search import alerts
+from hpo.search.claim import quiet
+from hpo.search.enqueue import as_proposal
+from hpo.search.worker import Limits, Search
+from hpo.study import promptfiles
+from hpo.study.config import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
+from hpo.study.folder import (
+    IDENTITY,
+    RUNS,
+    STOP,
+    TOTAL,
+    StudyFolder,
+    Use,
+    begun_study,
+    create_study,
+    database_errors,
+    in_use,
+    study_folder,
+)
+from hpo.study.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
+from hpo.terminal import live as report
+from hpo.terminal.stop import Stop
+from trainer.errors import ConfigError, Interrupted
+from trainer.files import machine_error
+from trainer.kohya.read import read_kohya
+
+if TYPE_CHECKING:
+    from hpo.search.cost import Cost
+    from hpo.search.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of ``hpo search``."""
+
+    inputs: Inputs
+    trials: int
+    study: str | None = None
+    name: str | None = None
+    sets: tuple[str, ...] = ()
+    enqueue: Path | None = None
+    max_hours: float | None = None
+    keep_best: int | None = None
+    notify: tuple[str, ...] = ()
+    stop_when_converged: bool = False
+    seed: int | None = None
+    runs: Path = RUNS
+
+
+def search(request: Request, console: Console) -> None:
+    """Run the search to its end.  Raises ToolError; Interrupted if the user stopped it."""
+    config = read_study(find_study(request.study, request.inputs.base), sets=request.sets, seed=request.seed)
+    if request.stop_when_converged and len(config.objectives) > 1:
+        raise ConfigError(
+            "--stop-when-converged judges one score, and this study has two objectives",
+            "leave it out: the search ends after --trials or --max-hours",
+        )
+    name = study_name(request.name, config.name, request.inputs.base, request.inputs.data)
+    folder = study_folder(name, request.runs)
+    limits = Limits(
+        trials=request.trials,
+        max_hours=request.max_hours,
+        keep_best=request.keep_best,
+        stop_when_converged=request.stop_when_converged,
+        notify=alerts.notification_urls(request.notify),
+    )
+    alerts.check_services(limits.notify)
+    view = report.make_view(console, lambda suggested: config.space.settings(suggested, config.train), name)
+    with database_errors(folder):
+        _check_definition(folder, config)
+        if request.enqueue:
+            read_kohya(request.enqueue)  # a mistake in it is found before anything is loaded
+        with in_use(folder) as use:
+            _search(request, config, use, limits, view, console)
+
+
+def _search(
+    request: Request, config: StudyConfig, use: Use, limits: Limits, view: report.PlainView, console: Console
+) -> None:
+    """The part that reads models and writes files."""
+    from hpo.search import workbench  # loads torch: after everything that can be checked without it
+
+    bench = workbench.load(request.inputs, config, use.folder, view.say)
+    study = _open(bench, use, view.say)
+    proposal = _proposal(request, bench, view)
+    _begin(study, bench, limits, proposal, view, console)
+    use.begun = True
+    worker = Search(study, bench, limits, view)
+    with Stop(view.on_ask) as stop:
+        view.asked_to_stop = stop
+        try:
+            with view:
+                why = worker.run()
+        except Interrupted as error:
+            view.say(report.study_line(use.folder.name, worker.standing()))
+            raise Interrupted(
+                error.message, f"go on with the same command; so far: hpo status {use.folder.words}"
+            ) from None
+    _end(study, bench, worker.standing(), why, view)
+
+
+def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
+    """A changed definition is refused before anything is loaded."""
+    try:
+        study = begun_study(folder)
+    except OSError as error:
+        raise machine_error(error, folder.root) from error
+    if study is not None:
+        before = study.user_attrs.get(IDENTITY, {})
+        known = {key: value for key, value in before.items() if key.startswith("[")}
+        if known:
+            check_unchanged(known, config.frozen(), folder.name)
+        if "prompts" in before:
+            promptfiles.check_unedited(folder, before["prompts"])
+
+
+def _open(bench: Workbench, use: Use, say: Callable[[str], None]) -> optuna.Study:
+    """The study in its folder, created or found unchanged."""
+    from hpo.search.workbench import write_definition
+
+    folder, facts = bench.folder, bench.facts()
+    try:
+        folder.artifacts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise machine_error(error, folder.artifacts) from error
+    with folder.study_lock().held():
+        found = begun_study(folder)
+        use.made_study = found is None or IDENTITY not in found.user_attrs
+        study = create_study(folder, facts, bench.study.objectives)
+        check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
+        write_definition(bench, facts, say)
+    return study
+
+
+def _proposal(request: Request, bench: Workbench, view: report.PlainView) -> Mapping[str, Any] | None:
+    if request.enqueue is None:
+        return None
+    from trainer.loop import loop
+
+    proposal, notes = as_proposal(
+        request.enqueue, bench.study, lambda train: loop.total_steps(train, bench.data)
+    )
+    for note in notes:
+        view.say(note)
+    return proposal
+
+
+def _begin(
+    study: optuna.Study,
+    bench: Workbench,
+    limits: Limits,
+    proposal: Mapping[str, Any] | None,
+    view: report.PlainView,
+    console: Console,
+) -> None:
+    """Say what will happen, measure the untrained base, check the disk, queue trial 0 and the user's own."""
+    now = standing(study, limits.trials)
+    fresh = now.complete + now.running == 0
+    if fresh:
+        console.print(report.introduction(bench.study, limits.trials))
+        view.say(report.ratio_line(len(bench.study.space), limits.trials))
+    view.say(_data_line(bench))
+    if now.left:
+        if fresh:
+            view.say(f"drawing {bench.prompts.image_count} images with the untrained base …")
+        from hpo.search.cost import check_disk, estimate
+
+        bench.measure_anchors(view.say, fresh=fresh)
+        cost = estimate(bench, probe=fresh)
+        check_disk(bench, cost, now.left, limits.keep_best)
+        view.say(_cost_line(cost, now, limits))
+    with bench.folder.study_lock().held(), quiet():
+        study.set_user_attr(TOTAL, limits.trials)
+        if study.user_attrs.get(STOP) and not limits.stop_when_converged:
+            study.set_user_attr(STOP, "")  # whoever does not ask for the stop goes on
+        if not study.get_trials(deepcopy=False):
+            study.enqueue_trial(dict(bench.study.baseline), user_attrs={ROLE: BASELINE})
+        if proposal is not None:
+            before = len(study.get_trials(deepcopy=False))
+            study.enqueue_trial(dict(proposal), user_attrs={ROLE: ENQUEUED}, skip_if_exists=True)
+            if len(study.get_trials(deepcopy=False)) == before:
+                view.say("the settings of --enqueue are in the study already")
+    waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
+    if proposal is not None and waiting and not now.left:
+        view.say(
+            f"the settings of --enqueue wait as trial {waiting[-1].number}: the study has its "
+            f"{limits.trials} trials; raise --trials to run it"
+        )
+
+
+def _data_line(bench: Workbench) -> str:
+    word = f", class {bench.data.class_word}" if bench.data.class_word else ""
+    trigger = f", trigger {bench.data.trigger}" if bench.data.trigger else ""
+    regular = sum(item.is_reg for item in bench.data.items)
+    beside = f" and {regular} regularisation images" if regular else ""
+    return (
+        f"{len(bench.data.items) - regular} training images{beside}{trigger}{word}; "
+        f"{len(bench.reference_items)} references; {bench.prompts.image_count} images a trial "
+        f"({bench.prompts.size}), scored by {bench.scorer.name}"
+    )
+
+
+def _cost_line(cost: Cost, now: Standing, limits: Limits) -> str:
+    seconds = now.mean_seconds if now.mean_seconds is not None else cost.trial_seconds
+    about = (
+        f"about {report.clock(seconds)} a trial, {report.clock(seconds * now.left)} in all"
+        if seconds
+        else "time unknown"
+    )
+    size = cost.bytes_for(now.left, limits.keep_best)
+    return (
+        f"cost: {now.left} trials × (about {cost.steps:.0f} steps + {cost.images} images): {about}; "
+        f"up to {size / 1e6:.0f} MB of disk"
+    )
+
+
+def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
+    best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
+    settings = best.user_attrs.get("settings", {}) if best else None
+    for line in report.summary(bench.folder, now, settings, why):
+        view.say(line)
+    view.say(report.study_line(bench.folder.name, now))

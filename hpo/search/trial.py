@@ -1,0 +1,396 @@
+"""One trial's work: train, save, score – and the Result that is written before anyone is told.
+
+Owns the files of trial_NNNN/ and which failure means what.  Does not own proposals, storage or the order of
+trials (``hpo.search.worker``).
+
+What the settings caused is *infeasible*: the sampler learns from it.  What the machine or the tool caused
+is *failed*: it says nothing about the settings.  A trial that is interrupted writes no result and goes on
+later: from its newest checkpoint, or – once its LoRA is saved – with the images that are still missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hpo.study.folder import TrialFolder
+from hpo.study.result import (
+    COMPLETE,
+    FAILED,
+    INFEASIBLE,
+    INFEASIBLE_VALUE,
+    Result,
+    config_sha256,
+    deciding,
+    write_result,
+)
+from hpo.train.adapter import StepLog, train_adapter
+from trainer.config import TrainConfig
+from trainer.errors import Interrupted, MachineError, ModelFileError, OutOfMemory, SettingsFailure, ToolError
+from trainer.files import append_line, clean_text, read_records, sha256_file, sweep_tree
+
+if TYPE_CHECKING:
+    from evaluation.score.safeguards import Safety
+    from evaluation.score.score import Score
+    from hpo.search.workbench import Workbench
+    from trainer.adapters.adapter import Adapter
+    from trainer.bases.base import Base
+    from trainer.events import Event
+
+# What is tried when the memory does not suffice, once each and in this order.  Neither changes a result.
+CHECKPOINTING, SPLIT = "gradient_checkpointing", "single images"
+
+
+class NoEffect(SettingsFailure):
+    """The adapter is in place and sound, and so weak that it changes no pixel."""
+
+    reason = "no_effect"
+
+
+class BeyondLimit(SettingsFailure):
+    """The pictures are sound, and what they show is no result: copies, all alike, the class word lost."""
+
+    def __init__(self, score: Score, safety: Safety) -> None:
+        self.score = score
+        self.reason = safety.broken[0]
+        super().__init__(
+            "; ".join(map(safety.says, safety.broken)),
+            "fewer epochs, a lower learning_rate or more images help; the limits are [limits] of the study file",
+        )
+
+
+class Watch(Protocol):
+    """Who looks on while a trial runs."""
+
+    def on_event(self, event: Event) -> None: ...
+    def on_image(self, done: int, total: int) -> None: ...
+    def should_stop(self) -> bool: ...
+
+
+def failed(folder: TrialFolder, config: TrainConfig, reason: str, message: str) -> Result:
+    """The result of a trial that tells nothing about its settings."""
+    return _result(folder, config, FAILED, None, reason=reason, message=message)
+
+
+def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
+    """Do the trial's work from wherever it was left, write result.json, and clean up what only resuming
+    needs.
+
+    Raises Interrupted (work is saved) and lets errors of result.json itself through: then nothing was
+    decided.
+    """
+    sweep_tree(folder.root)
+    _note(folder, "start")
+    try:
+        result = _work(bench, folder, config, watch)
+    except Interrupted:
+        _note(folder, "interrupted")
+        raise
+    except SettingsFailure as error:
+        _log(folder, f"infeasible: {error.reason}: {error}")
+        result = _result(
+            folder,
+            config,
+            INFEASIBLE,
+            INFEASIBLE_VALUE,
+            reason=error.reason,
+            message=error.message,
+            remedy=", ".join(_remedies(folder)),
+            score=error.score if isinstance(error, BeyondLimit) else None,
+        )
+    except ToolError as error:
+        _log(folder, f"failed: {error}")
+        result = failed(folder, config, type(error).__name__, str(error))
+    except Exception as error:
+        _log(folder, traceback.format_exc())
+        text = clean_text(str(error).strip().splitlines()[0] if str(error).strip() else "")[:200]
+        result = failed(folder, config, f"crash:{type(error).__name__}", f"{text} (see {folder.log})")
+    write_result(folder, result)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return result
+
+
+def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
+    adapter, remedy = _trained(bench, folder, config, watch)
+    try:
+        started = time.monotonic()
+        score = _scored(bench, folder, adapter, config, watch)
+        if score.safety and score.safety.broken:
+            raise BeyondLimit(score, score.safety)
+        seconds = time.monotonic() - started
+    finally:
+        adapter.remove()
+    if not (math.isfinite(score.value) and math.isfinite(score.se)):
+        raise ModelFileError(f"the score of trial {folder.number} is {score.value}", "see its metrics.json")
+    result = _result(folder, config, COMPLETE, score.value, score=score, score_seconds=seconds, remedy=remedy)
+    _log(folder, f"score {score.value:.6f} ± {score.se:.6f}")
+    return result
+
+
+def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> tuple[Adapter, str]:
+    """The trained adapter in the base, rounded as its file is; and the remedy that was needed, if any."""
+    from trainer.adapters import lorafile
+    from trainer.oom import out_of_memory_named
+
+    if folder.lora.is_file():  # trained before, interrupted while scoring
+        file = lorafile.read(folder.lora)
+        remedy = _saved_remedy(folder, config, json.loads(file.metadata[lorafile.CONFIG_KEY]))
+        return lorafile.attach(bench.base, file), remedy
+    remedies = _remedies(folder)  # of a process that was killed: without them it would run out again
+    while True:
+        try:
+            with out_of_memory_named(config):
+                return _train(bench, folder, config, watch, remedies), ", ".join(remedies)
+        except OutOfMemory as error:
+            another = _next_remedy(config, remedies)
+            if another is None:
+                if config.train_batch_size > 1 and config.network_dropout > 0:
+                    _log(folder, "dropout is drawn for a micro-batch as a whole, so it cannot be split")
+                raise
+            _log(folder, f"{error}; once more with {another}, which changes no result")
+        remedies = (*remedies, another)
+        _note(folder, "remedy", remedies=remedies)
+        bench.empty_cache()
+
+
+def _next_remedy(config: TrainConfig, tried: tuple[str, ...]) -> str | None:
+    """What else may be tried without changing the result.
+
+    Dropout is drawn for a micro-batch as a whole: cut, it would be other dropout.
+    """
+    possible = {
+        CHECKPOINTING: not config.gradient_checkpointing,
+        SPLIT: config.train_batch_size > 1 and config.network_dropout == 0,
+    }
+    return next((remedy for remedy, fits in possible.items() if fits and remedy not in tried), None)
+
+
+def _remedies(folder: TrialFolder) -> tuple[str, ...]:
+    """What the trial has needed so far to fit the memory."""
+    rows = [row for row in read_records(folder.starts) if row.get("event") == "remedy"]
+    return tuple(rows[-1].get("remedies", ())) if rows else ()
+
+
+def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, Any]) -> str:
+    """What a LoRA file's training needed to fit the memory.  What was trained must be what is asked for."""
+    now, saved = deciding(config.as_dict()), deciding(saved)
+    changed = sorted(name for name in now if saved.get(name) != now[name])
+    if changed not in ([], [CHECKPOINTING]):
+        raise ModelFileError(
+            f"{folder.lora} was trained with another {', '.join(changed)}", "delete the file"
+        )
+    return ", ".join(_remedies(folder) or changed)
+
+
+def _train(
+    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch, remedies: tuple[str, ...]
+) -> Adapter:
+    from trainer.adapters import lorafile
+
+    if CHECKPOINTING in remedies:
+        config = config.with_values({"gradient_checkpointing": True})
+
+    def on_encoded(done: int, total: int) -> None:
+        if watch.should_stop() and done < total:
+            raise Interrupted(f"stopped after encoding image {done} of {total}", "the same command goes on")
+
+    with one_by_one(bench.base, SPLIT in remedies):
+        adapter = train_adapter(
+            bench.base,
+            config,
+            lambda: bench.prepared(config, on_encoded),
+            checkpoints=folder.checkpoints,
+            log=StepLog(folder.steps),
+            on_event=lambda event, _: watch.on_event(event),
+            should_stop=watch.should_stop,
+        )
+    try:
+        adapter.round_to(config.save_precision)
+        lorafile.write(
+            folder.lora,
+            adapter,
+            bench.base,
+            config,
+            {"ss_training_comment": f"trial {folder.number}"},
+            dataset=bench.data,
+        )
+    except BaseException:
+        adapter.remove()
+        raise
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return adapter
+
+
+@contextmanager
+def one_by_one(base: Base, wanted: bool) -> Iterator[None]:
+    """While training, the U-Net sees one image after another; a micro-batch is otherwise as it was.
+
+    Each image's activations are computed anew when its gradient is, so the memory of one is all that is
+    needed. Cutting the batches themselves would shuffle other samples into each step.
+    """
+    if not wanted:
+        yield
+        return
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    whole = base.predict
+
+    def predict(noisy_BCHW: Any, timesteps_B: Any, states: Any, sizes: Any) -> Any:
+        parts = []
+        for n in range(len(noisy_BCHW)):
+            row = (noisy_BCHW[n : n + 1], timesteps_B[n : n + 1], states.rows([n]), sizes[n : n + 1])
+            parts.append(checkpoint(whole, *row, use_reentrant=False))
+        return torch.cat(parts)
+
+    vars(base)["predict"] = predict
+    try:
+        yield
+    finally:
+        del vars(base)["predict"]
+
+
+def _scored(
+    bench: Workbench, folder: TrialFolder, adapter: Adapter, config: TrainConfig, watch: Watch
+) -> Score:
+    from evaluation.images.images import Unchanged
+    from evaluation.score.score import evaluate_adapter
+
+    def on_image(done: int, total: int) -> None:
+        watch.on_image(done, total)
+        if watch.should_stop() and done < total:
+            raise Interrupted(
+                f"stopped after image {done} of {total}: they are kept", "the same command goes on"
+            )
+
+    try:
+        return evaluate_adapter(
+            bench.base,
+            bench.prompts,
+            bench.sampling,
+            bench.references,
+            bench.scorer,
+            bench.likeness,
+            bench.anchors,
+            folder.root,
+            identity=f"{bench.base.identity}:{adapter.fingerprint()}",
+            on_image=on_image,
+            **bench.scoring,
+        )
+    except Unchanged:
+        if _is_in_place(adapter, config):
+            raise NoEffect(
+                "the LoRA is applied and changes no pixel of an image",
+                "a higher learning_rate or more epochs would",
+            ) from None
+        raise
+    except OutOfMemory as error:  # every trial draws the same images: not this trial's settings
+        hint = f"--set sampling.batch_size={max(1, bench.sampling.batch_size // 2)}"
+        raise MachineError(error.message, hint) from None
+
+
+def _is_in_place(adapter: Adapter, config: TrainConfig) -> bool:
+    """Whether every module of these settings has its LoRA, switched on and finite, in the base."""
+    from trainer.adapters.adapter import NAME, targets_of
+
+    wanted = {target.key for target in targets_of(adapter.base, config)}
+    for layer in adapter.layers:
+        target = layer.target
+        module: Any = adapter.base.components()[target.component].get_submodule(target.path)
+        own = getattr(module, "lora_A", {}), getattr(module, "lora_B", {})
+        if [NAME in half and half[NAME] for half in own] != [layer.down, layer.up]:
+            return False
+        if module.disable_adapters or module.active_adapters != [NAME]:
+            return False
+        wanted.discard(target.key)
+    return not wanted and all(bool(tensor.isfinite().all()) for tensor in adapter.state().values())
+
+
+def deaths_without_progress(folder: TrialFolder) -> int:
+    """How often in a row a process died in this trial with nothing more saved than before."""
+    count, saved = 0, None
+    for row in read_records(folder.starts):
+        if row.get("event") == "remedy":
+            continue
+        if row.get("event") != "start":
+            count, saved = 0, None
+        elif row.get("saved") == saved:
+            count += 1
+        else:
+            count, saved = 1, row.get("saved")
+    return count if saved == _saved(folder) else 0
+
+
+def _saved(folder: TrialFolder) -> str:
+    """A word that changes whenever the trial has more on disk to go on from."""
+    images = len(list((folder.root / "samples").glob("*.png")))
+    steps = max((p.name for p in folder.checkpoints.glob("step-*")), default="")
+    return f"{steps}:{folder.lora.is_file()}:{images}"
+
+
+def _note(folder: TrialFolder, event: str, **more: Any) -> None:
+    row = {"event": event, "saved": _saved(folder), "time_utc": _now(), **more}
+    append_line(folder.starts, json.dumps(row))
+
+
+def _log(folder: TrialFolder, text: str) -> None:
+    for line in text.splitlines():
+        append_line(folder.log, f"{_now()} {line}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _result(
+    folder: TrialFolder,
+    config: TrainConfig,
+    state: str,
+    value: float | None,
+    *,
+    score: Score | None = None,
+    score_seconds: float = 0.0,
+    reason: str = "",
+    message: str = "",
+    remedy: str = "",
+) -> Result:
+    rows = list(read_records(folder.steps))
+    kept = folder.lora.is_file()
+    safety = score.safety if score else None
+    return Result(
+        number=folder.number,
+        state=state,
+        value=value,
+        se=score.se if score and state == COMPLETE else None,
+        reason=reason,
+        message=clean_text(message),
+        config_sha256=config_sha256(config),
+        lora=folder.lora.name if kept else "",
+        lora_sha256=sha256_file(folder.lora) if kept else "",
+        prompt_following=score.prompt_following if score else None,
+        likeness=score.likeness if score else None,
+        clip_t=score.clip_t if score else None,
+        clip_i=score.clip_i if score else None,
+        n_images=score.n_images if score else 0,
+        steps=max((row["step"] for row in rows if row.get("event") in ("step", "skipped")), default=0),
+        skipped_steps=sum(row.get("event") == "skipped" for row in rows),
+        train_seconds=round(sum(row.get("seconds", 0.0) for row in rows), 3),
+        score_seconds=round(score_seconds, 3),
+        remedy=remedy,
+        time_utc=_now(),
+        copy_rate=safety.copy_rate if safety else None,
+        diversity=safety.diversity if safety else None,
+        prior=safety.prior if safety else None,
+        amounts=dict(safety.amounts) if safety else {},
+        beside=[
+            {"measure": of.measure, "model": of.model, "value": of.value}
+            for of in (score.beside if score else ())
+        ],
+    )

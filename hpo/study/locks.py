@@ -1,0 +1,117 @@
+"""Locks that a dead process cannot hold: fcntl.lockf on files of runs/<study>/.locks.
+
+Liveness is a kernel lock, not a clock: it is free the moment its holder dies, it is not inherited by forked
+children, and a suspended holder keeps it.  A process drops such a lock if it opens and closes the same file
+again, so a lock's file is opened once, here, and whether another process holds it is asked without opening
+it for writing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.errors import MachineError
+from trainer.files import machine_error
+
+_FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, pid
+POLL_SECONDS = 0.05
+RETRIES = 100  # when a lock's file is deleted while it is opened
+
+
+class Lock:
+    """One lock file.  Not reentrant; use one object per file and process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def try_acquire(self, *, shared: bool = False) -> bool:
+        """Take the lock if it is free.  Shared: many may hold it so, and then nobody for itself alone."""
+        assert self._descriptor is None, f"{self.path} is held by this process already"
+        for attempt in range(RETRIES, -1, -1):
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and attempt:
+                    continue  # its folder was taken back this moment (hpo.study.folder.in_use)
+                raise machine_error(error, self.path) from error
+            try:
+                taken = self._lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            except MachineError:
+                os.close(descriptor)
+                raise
+            if taken and _is_at(descriptor, self.path):
+                self._descriptor = descriptor
+                return True
+            os.close(descriptor)
+            if not taken:
+                return False
+        return False
+
+    def try_alone(self) -> bool:
+        """Make a shared lock this process's alone if nobody else shares it; else it stays shared."""
+        assert self._descriptor is not None, f"{self.path} is not held"
+        return self._lock(self._descriptor, fcntl.LOCK_EX)
+
+    def _lock(self, descriptor: int, kind: int) -> bool:
+        try:
+            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody else holds it
+            return False
+        except OSError as error:
+            raise MachineError(
+                f"cannot lock {self.path}: {error.strerror}", "put runs/ on a local disk"
+            ) from error
+        return True
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)  # closing drops the lock
+            self._descriptor = None
+
+    @contextmanager
+    def held(self, wait_seconds: float = 120.0, *, shared: bool = False) -> Iterator[None]:
+        """Hold the lock for a block.  Blocks are short: whoever waits two minutes is told who holds it."""
+        until = time.monotonic() + wait_seconds
+        while not self.try_acquire(shared=shared):
+            if time.monotonic() > until:
+                pid = holder(self.path)
+                raise MachineError(
+                    f"{self.path} is held by process {pid}", "wait for it, or stop that process"
+                )
+            time.sleep(POLL_SECONDS)
+        try:
+            yield
+        finally:
+            self.release()
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at ``path``; it may have been deleted since it was opened."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+def holder(path: Path) -> int | None:
+    """The process id that holds a lock, or None.  Never takes the lock; not for locks of this process."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, question))
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None if kind == fcntl.F_UNLCK else int(pid)

@@ -1,0 +1,59 @@
+"""How large a difference between a study's trials must be to be seen.
+
+Owns which trials the noise is estimated from, and reading their images' raw cosines from the trial folders.  The
+estimate itself is ``evaluation.score.statistics``.  Loads no torch: ``hpo status`` shows it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.trial import TrialState
+
+from evaluation.score.formula import Formula
+from evaluation.score.statistics import Components, Scale, image_scores, variance_components
+from hpo.study.folder import StudyFolder, read_json
+from hpo.study.standing import is_feasible, rank, score_of
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    import optuna
+
+ENOUGH = 6  # scored trials; the better half of them is compared, the rest says little about close calls
+FEWEST = 3  # trials of the better half whose images can be read
+
+
+def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
+    """The variance components of the better half of the trials; None before there are enough of them."""
+    found = [
+        t
+        for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if is_feasible(t) and (score_of(t) or 0.0) > 0
+    ]
+    if len(found) < ENOUGH:
+        return None
+    better = sorted(found, key=rank, reverse=True)[: (len(found) + 1) // 2]
+    anchors = read_json(folder.anchors)
+    try:
+        scale, ids = Scale.of(anchors or {}), list((anchors or {})["prompt_ids"])
+        rows = [_image_scores(read_json(folder.trial(t.number).metrics), ids, scale) for t in better]
+    except (ConfigError, KeyError, TypeError, ValueError):  # of files that are not this tool's any more
+        return None
+    whole = [row for row in rows if row is not None]
+    same = [row for row in whole if row.shape == whole[0].shape]
+    return variance_components(np.stack(same)) if len(same) >= FEWEST else None
+
+
+def _image_scores(metrics: dict[str, Any] | None, ids: list[str], scale: Scale) -> np.ndarray | None:
+    """(P, S) every image's share in a trial's score, by the formula it was scored with, of the seeds that all
+    prompts have; None if there are none."""
+    found = {(row["prompt_id"], row["seed"]): row for row in (metrics or {}).get("per_image", ())}
+    of_prompt = [{seed for prompt, seed in found if prompt == p} for p in ids]
+    seeds = sorted(set.intersection(*of_prompt)) if of_prompt else []
+    if not seeds or {p for p, _ in found} != set(ids):
+        return None
+    clip_t, clip_i = (
+        np.array([[found[p, s][key] for s in seeds] for p in ids]) for key in ("clip_t", "clip_i")
+    )
+    return image_scores(clip_t, clip_i, scale, Formula(**(metrics or {}).get("formula", {})))

@@ -1,0 +1,419 @@
+"""The search space: which settings are searched, in which ranges, and which TrainConfig a proposal means.
+
+Owns the parameters (``Range``, ``Choice``, inactive-when), the pure mapping from a proposal to settings,
+its inverse (for the baseline and for a user's own configuration) and the check of every edge.  Does not own
+the study file (``hpo.study.config``) and never talks to a storage.
+
+The space is static: every parameter is proposed in every trial, under one name; what has no effect in a
+trial is recorded as inactive and not passed on (a conditional proposal would leave TPE's joint model
+unannounced). A quantity that only means something relative to another has a parameter of its own, see
+``DERIVED``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import SETTINGS, WITHOUT_INFLUENCE, TrainConfig, suggestion
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+Values = Mapping[str, Any]
+BIG = 1e300  # no setting is near it, and every whole number below it has a float
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included; whole numbers if both ends are of type int."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    @property
+    def edges(self) -> tuple[Any, ...]:
+        return (self.low, self.high) if self.low < self.high else (self.low,)
+
+    def holds(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -BIG < value < BIG:
+            return False
+        if not self.low <= value <= self.high or (self.whole and float(value) != int(value)):
+            return False
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        return abs(steps - round(steps)) < 1e-6
+
+    def to_unit(self, value: Any) -> float:
+        """The value's place between the edges, 0 to 1; on the logarithmic scale if that is searched."""
+        if self.low == self.high:
+            return 0.5
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def from_unit(self, place: float) -> Any:
+        """The value at a place between the edges: the inverse of ``to_unit``, on the range's steps."""
+        if self.log:
+            value = self.low * (self.high / self.low) ** place
+        else:
+            value = self.low + (self.high - self.low) * place
+        if self.step is not None:
+            value = self.low + round((value - self.low) / self.step) * self.step
+        value = min(max(value, self.low), self.high)
+        return round(value) if self.whole else value
+
+    def distribution(self) -> BaseDistribution:
+        from optuna.distributions import FloatDistribution, IntDistribution
+
+        if self.whole:
+            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(float(self.low), float(self.high), log=self.log, step=self.step)
+
+    def describe(self) -> str:
+        text = f"{self.low:g} … {self.high:g}"
+        return text + (", log" if self.log else "") + (f", step {self.step:g}" if self.step else "")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few values that have no order."""
+
+    options: tuple[Any, ...]
+
+    @property
+    def edges(self) -> tuple[Any, ...]:
+        return self.options
+
+    def holds(self, value: Any) -> bool:
+        return any(value == o and isinstance(value, bool) == isinstance(o, bool) for o in self.options)
+
+    def distribution(self) -> BaseDistribution:
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution(self.options)
+
+    def describe(self) -> str:
+        return " | ".join(str(option) for option in self.options)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One searched quantity.  ``inactive_when``: another parameter → its values that switch this off."""
+
+    name: str
+    domain: Range | Choice
+    inactive_when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        off = "; ".join(f"{name} = {'/'.join(map(str, v))}" for name, v in self.inactive_when.items())
+        return self.domain.describe() + (f", inactive when {off}" if off else "")
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """How a parameter that is not itself a setting becomes one, and back.  ``limits`` hold for its range.
+
+    ``forward`` takes the parameter's value and the settings so far; ``backward`` a whole configuration.
+    """
+
+    sets: str
+    needs: tuple[str, ...]
+    limits: tuple[float, float]
+    forward: Callable[[Any, Values], Any]
+    backward: Callable[[Values], Any]
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.limits[0], int)
+
+
+def _rate(settings: Values) -> float:
+    """The U-Net's rate, which the text encoders' rate is a ratio of."""
+    return settings["learning_rate"] if settings.get("unet_lr") is None else settings["unet_lr"]
+
+
+def _text_rate(settings: Values) -> float:
+    return _rate(settings) if settings["text_encoder_lr"] is None else settings["text_encoder_lr"]
+
+
+def _text_ratio(settings: Values) -> float:
+    if _rate(settings) == 0:
+        raise ConfigError(
+            "text_encoder_lr_ratio is relative to the U-Net's rate, which is 0",
+            "give the U-Net a rate above 0, or fix text_encoder_lr: --set text_encoder_lr=5e-5",
+        )
+    return _text_rate(settings) / _rate(settings)
+
+
+def _log2(settings: Values) -> float:
+    power = math.log2(settings["network_dim"])
+    return int(power) if power == int(power) else power
+
+
+DERIVED: dict[str, Derivation] = {
+    "network_dim_log2": Derivation("network_dim", (), (0, 10), lambda value, _: 2 ** int(value), _log2),
+    "text_encoder_lr_ratio": Derivation(
+        "text_encoder_lr",
+        ("learning_rate", "unet_lr"),
+        (0.0, 1000.0),
+        lambda value, settings: value * _rate(settings),
+        _text_ratio,
+    ),
+    "network_alpha_ratio": Derivation(
+        "network_alpha",
+        ("network_dim",),
+        (0.0, 4096.0),
+        lambda value, settings: value * settings["network_dim"],
+        lambda settings: settings["network_alpha"] / settings["network_dim"],
+    ),
+    # TrainConfig reads lr_warmup_steps below 1 as a share of all steps, as sd-scripts does.
+    "warmup_ratio": Derivation(
+        "lr_warmup_steps",
+        (),
+        (0.0, 0.99),
+        lambda value, _: value,
+        lambda settings: settings["lr_warmup_steps"],
+    ),
+}
+BASELINE = "[baseline]"
+FOLDED_SCHEDULE = "cosine_with_restarts_"
+# Settings that can be unset, searched as a number: 0 means unset (TOML has no null).
+ZERO_IS_UNSET = ("min_snr_gamma",)
+# Not part of what is compared between trials: names and places, not settings; and what the dataset is read with,
+# once for all trials.
+NOT_SEARCHABLE = (
+    "pretrained_model_name_or_path",
+    "train_data_dir",
+    "output_name",
+    "seed",
+    "resolution",
+    "dataset_config",
+    "reg_data_dir",
+    "caption_extension",
+    "enable_wildcard",
+    "masked_loss",
+    "conditioning_data_dir",
+    *sorted(WITHOUT_INFLUENCE),
+)
+
+
+def settings_of(name: str) -> tuple[str, ...]:
+    """The settings that a parameter decides."""
+    if name in DERIVED:
+        return (DERIVED[name].sets,)
+    return ("lr_scheduler", "lr_scheduler_num_cycles") if name == "lr_scheduler" else (name,)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The parameters of a study, in the order of its file."""
+
+    parameters: tuple[Parameter, ...]
+
+    def __post_init__(self) -> None:
+        names = [p.name for p in self.parameters]
+        known = [name for name in (*SETTINGS, *DERIVED) if name not in NOT_SEARCHABLE]
+        for p in self.parameters:
+            if p.name not in known:
+                if p.name in NOT_SEARCHABLE:
+                    raise ConfigError(f"{p.name} cannot be searched", "trials would not be comparable")
+                hint = suggestion(p.name, known) or "use kohya's names, or one of " + ", ".join(DERIVED)
+                raise ConfigError(f"unknown setting {p.name} in [space]", hint)
+            for other, values in p.inactive_when.items():
+                _check_condition(p, other, values, {q.name: q for q in self.parameters})
+        owner: dict[str, str] = {}
+        for name in names:
+            for setting in settings_of(name):
+                if setting in owner:
+                    raise ConfigError(
+                        f"{owner[setting]} and {name} both decide {setting}", "search one of them"
+                    )
+                owner[setting] = name
+
+    def __iter__(self) -> Iterator[Parameter]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    def without(self, settings: set[str]) -> Space:
+        """The space less every parameter that decides one of ``settings``, and less conditions on those."""
+        gone = {p.name for p in self if p.name in settings or settings & set(settings_of(p.name))}
+        kept = []
+        for p in self:
+            if p.name not in gone:
+                kept.append(
+                    Parameter(p.name, p.domain, {k: v for k, v in p.inactive_when.items() if k not in gone})
+                )
+        return Space(tuple(kept))
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {p.name: p.domain.distribution() for p in self}
+
+    def inactive(self, suggested: Values) -> tuple[str, ...]:
+        """Names of the parameters that have no effect in this proposal."""
+        return tuple(
+            p.name
+            for p in self
+            if any(suggested[other] in values for other, values in p.inactive_when.items())
+        )
+
+    def settings(self, suggested: Values, fixed: TrainConfig) -> dict[str, Any]:
+        """The settings that a proposal means: pure, and the only place where they are derived."""
+        off = self.inactive(suggested)
+        values: dict[str, Any] = {}
+        direct = [p.name for p in self if p.name not in DERIVED and p.name not in off]
+        # DERIVED is in the order of its needs: network_dim before network_alpha.
+        derived = [name for name in DERIVED if name in suggested and name not in off]
+        for name in direct:
+            value = suggested[name]
+            if name == "lr_scheduler" and str(value).startswith(FOLDED_SCHEDULE):
+                cycles = str(value).removeprefix(FOLDED_SCHEDULE)
+                values |= {
+                    "lr_scheduler": "cosine_with_restarts",
+                    "lr_scheduler_num_cycles": _cycles(value, cycles),
+                }
+            else:
+                values[name] = None if name in ZERO_IS_UNSET and value == 0 else value
+        for name in derived:
+            needed = {n: values[n] if n in values else getattr(fixed, n) for n in DERIVED[name].needs}
+            values[DERIVED[name].sets] = DERIVED[name].forward(suggested[name], needed)
+        return values
+
+    def config(self, suggested: Values, fixed: TrainConfig) -> TrainConfig:
+        """The complete, validated configuration of a proposal."""
+        return fixed.with_values(self.settings(suggested, fixed))
+
+    def place(self, suggested: Values) -> tuple[float, ...]:
+        """The proposal as numbers: 0 to 1 for a range; for a choice one number per option, 0 or 1/√2, so
+        that two
+        different options are 1 apart.  Inactive parameters stay in the middle: they make no difference."""
+        off = self.inactive(suggested)
+        numbers: list[float] = []
+        for p in self:
+            if isinstance(p.domain, Choice):
+                numbers += [math.sqrt(0.5) * (suggested[p.name] == option) for option in p.domain.options]
+            else:
+                numbers.append(0.5 if p.name in off else p.domain.to_unit(suggested[p.name]))
+        return tuple(numbers)
+
+    def proposal(self, settings: Values, fallback: Values | None = None) -> dict[str, Any]:
+        """The proposal that means these (complete) settings: the inverse of ``settings``.
+
+        Values may lie outside the ranges; ``check`` tells.  Inactive parameters take ``fallback``.
+        """
+        found: dict[str, Any] = {}
+        for p in self:
+            if p.name in DERIVED:
+                found[p.name] = DERIVED[p.name].backward(settings)
+            elif p.name == "lr_scheduler" and settings["lr_scheduler"] == "cosine_with_restarts":
+                folded = f"{FOLDED_SCHEDULE}{settings['lr_scheduler_num_cycles']}"
+                found[p.name] = folded if p.domain.holds(folded) else settings["lr_scheduler"]
+            elif p.name in ZERO_IS_UNSET and settings[p.name] is None:
+                found[p.name] = 0
+            else:
+                found[p.name] = settings[p.name]
+            found[p.name] = _tidy(found[p.name], p.domain)
+        for name in self.inactive(found):
+            found[name] = (fallback or found)[name]
+        return found
+
+    def check(self, suggested: Values, what: str) -> dict[str, Any]:
+        """``suggested`` in the space's order, or ConfigError for a missing, unknown or out-of-range value.
+
+        Optuna itself accepts out-of-range values with a warning and ignores unknown names.
+        """
+        names = [p.name for p in self]
+        for name in suggested:
+            if name not in names:
+                raise ConfigError(f"{what}: {name} is not searched", suggestion(name, names) or "see [space]")
+        for p in self:
+            if suggested.get(p.name) is None:
+                where = f": --set baseline.{settings_of(p.name)[0]}=…" if what == BASELINE else ""
+                raise ConfigError(
+                    f"{what}: {p.name} has no value", f"give one in {p.domain.describe()}{where}"
+                )
+            if p.name == "network_dim_log2" and not float(suggested[p.name]).is_integer():
+                raise ConfigError(
+                    f"{what}: network_dim = {2 ** suggested[p.name]:.0f} is not a power of two",
+                    "give one, or search network_dim itself instead of network_dim_log2",
+                )
+            if not p.domain.holds(suggested[p.name]):
+                raise ConfigError(
+                    f"{what}: {p.name} = {suggested[p.name]} is outside the study's {p.domain.describe()}",
+                    "change the value, or widen the range in the study file",
+                )
+        return {name: suggested[name] for name in names}
+
+    def check_edges(self, fixed: TrainConfig, baseline: Values) -> None:
+        """Every edge and choice, alone and with every other parameter's, must be a valid configuration.
+
+        The rest stays at the baseline.  TrainConfig's rules join at most two searched settings: pairs
+        suffice.
+        """
+        edges = [(p.name, value) for p in self for value in p.domain.edges]
+        for name, value in edges:
+            self._check_corner(fixed, baseline, {name: value})
+        for (one, a), (other, b) in itertools.combinations(edges, 2):
+            if one != other:
+                self._check_corner(fixed, baseline, {one: a, other: b})
+
+    def _check_corner(self, fixed: TrainConfig, baseline: Values, corner: Values) -> None:
+        try:
+            self.config({**baseline, **corner}, fixed)
+        except ConfigError as error:
+            where = ", ".join(f"{name} = {value}" for name, value in corner.items())
+            raise ConfigError(f"[space] allows {where}, but {error.message}", error.hint) from None
+
+    def describe(self) -> dict[str, str]:
+        """Parameter → what is searched, in words.  Frozen with a study: a change is refused on resume."""
+        return {p.name: p.describe() for p in self}
+
+
+def _tidy(value: Any, domain: Range | Choice) -> Any:
+    """The value in its domain's own type; a quotient without its last, rounded digits.  Unset stays unset."""
+    if value is None:
+        return None
+    if isinstance(domain, Choice):
+        return domain.options[domain.options.index(value)] if domain.holds(value) else value
+    if domain.whole:
+        return int(value) if float(value).is_integer() else value
+    return float(f"{value:.12g}")
+
+
+def _check_condition(
+    p: Parameter, other: str, values: tuple[Any, ...], all_: Mapping[str, Parameter]
+) -> None:
+    if other not in all_ or other == p.name:
+        hint = suggestion(other, all_) or "name another parameter of [space]"
+        raise ConfigError(f"{p.name} is inactive when {other} …, but {other} is not searched", hint)
+    if all_[other].inactive_when:
+        raise ConfigError(
+            f"{p.name} depends on {other}, which itself can be inactive", "depend on one that cannot"
+        )
+    for value in values:
+        if not all_[other].domain.holds(value):
+            known = all_[other].domain.describe()
+            raise ConfigError(
+                f"{p.name} is inactive when {other} = {value}, which never happens", f"{other}: {known}"
+            )
+
+
+def _cycles(value: Any, cycles: str) -> int:
+    if not cycles.isdecimal() or int(cycles) < 1:
+        raise ConfigError(
+            f"lr_scheduler = {value!r} is not known", "write cosine_with_restarts_3 for three cycles"
+        )
+    return int(cycles)

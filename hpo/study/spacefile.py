@@ -1,0 +1,106 @@
+"""Reading a study file's [space] section: ranges and choices, each mistake named with what to do about it.
+
+Owns the form of the section.  What parameters mean, and whether their edges are valid, is ``hpo.study.space``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hpo.study.space import BIG, DERIVED, ZERO_IS_UNSET, Choice, Parameter, Range, Space, Values
+from trainer.config import SETTINGS, check_value, suggestion
+from trainer.errors import ConfigError
+
+
+def read_space(table: Values) -> Space:
+    """The space of a study file's [space] section."""
+    return Space(tuple(_read_parameter(name, body) for name, body in table.items()))
+
+
+def _read_parameter(name: str, body: Any) -> Parameter:
+    if isinstance(body, list):
+        body = {"choices": body}
+    if not isinstance(body, Mapping):
+        raise ConfigError(
+            f"{name} = {body!r} in [space] is one value", "move it to [train], or give low and high"
+        )
+    known = ("choices", "low", "high", "log", "step", "inactive_when")
+    for key in body:
+        if key not in known:
+            raise ConfigError(
+                f"{name} in [space] has an unknown {key}", suggestion(key, known) or ", ".join(known)
+            )
+    off = body.get("inactive_when", {})
+    if not isinstance(off, Mapping):
+        raise ConfigError(
+            f"inactive_when of {name} is not a table", 'write inactive_when = { lr_scheduler = "constant" }'
+        )
+    conditions = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in off.items()}
+    domain = _read_choice(name, body) if "choices" in body else _read_range(name, body)
+    return Parameter(name, domain, conditions)
+
+
+def _read_choice(name: str, body: Values) -> Choice:
+    options = body["choices"]
+    numbers = [key for key in ("low", "high", "log", "step") if key in body]
+    if numbers:
+        raise ConfigError(
+            f"{name} has choices and {numbers[0]}", "a parameter is a list of choices or a range"
+        )
+    if (
+        not isinstance(options, list)
+        or not options
+        or not all(isinstance(o, str | bool | int | float) for o in options)
+    ):
+        raise ConfigError(
+            f"the choices of {name} are not a list of values", 'write for example ["AdamW", "Lion8bit"]'
+        )
+    if len({(type(option), option) for option in options}) != len(options):
+        raise ConfigError(f"{name} has a choice twice: {options}", "leave one of them out")
+    return Choice(tuple(options))
+
+
+def _read_range(name: str, body: Values) -> Range:
+    for key in ("low", "high"):
+        value = body.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -BIG < value < BIG:
+            raise ConfigError(
+                f"{name} needs a number for {key}, has {value!r}", "write { low = …, high = … }"
+            )
+    low, high, log, step = body["low"], body["high"], body.get("log", False), body.get("step")
+    if name in SETTINGS:  # the setting's own type and limits
+        low, high = (_edge(name, value) for value in (low, high))
+    elif name in DERIVED:
+        least, most = DERIVED[name].limits
+        if not least <= low or not high <= most:
+            raise ConfigError(f"{name}: {low} … {high} is outside its limits", f"from {least:g} to {most:g}")
+        if not DERIVED[name].whole:
+            low, high = float(low), float(high)
+        elif float(low).is_integer() and float(high).is_integer():
+            low, high = int(low), int(high)
+        else:
+            raise ConfigError(f"{name}: {low} … {high} are not whole numbers", "it is a power of two")
+    if low > high:
+        raise ConfigError(f"{name}: low {low} is above high {high}", "swap them")
+    if not isinstance(log, bool):
+        raise ConfigError(f"{name}: log = {log!r} is not true or false", "write log = true")
+    if log and low <= 0:
+        raise ConfigError(
+            f"{name}: a logarithmic range cannot start at {low}", "start above 0, or leave log out"
+        )
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int | float) or not step > 0):
+        raise ConfigError(f"{name}: step {step!r} is not a number above 0", "leave it out for any value")
+    if step is not None and log:
+        raise ConfigError(f"{name}: a logarithmic range has no steps", "leave out log or step")
+    found = Range(low, high, log, step)
+    if step is not None and not (found.holds(high) and (not found.whole or float(step).is_integer())):
+        raise ConfigError(
+            f"{name}: {high} cannot be reached from {low} in steps of {step}", "change high or step"
+        )
+    return found
+
+
+def _edge(name: str, value: float) -> float:
+    """An end of a setting's range, in the setting's own type and limits."""
+    return 0.0 if name in ZERO_IS_UNSET and value == 0 else check_value(name, value)

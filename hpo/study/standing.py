@@ -1,0 +1,178 @@
+"""Where a study stands, read from its database: counts, best, baseline, the history the detector reads.
+
+Owns what "best" and "feasible" mean and which LoRA files are kept.  Changes nothing in the study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.search.alerts import Row
+from hpo.study.config import StudyConfig
+from hpo.study.convergence import TOP, Point
+from hpo.study.folder import StudyFolder
+from hpo.study.sections import SCORE
+from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from evaluation.score.anchors import Anchors
+
+ROLE, BASELINE, ENQUEUED = "role", "baseline", "enqueued"  # a trial's user attribute and its values
+DUPLICATE = "duplicate"  # how the reason of a proposal that was tried already begins
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The study at a moment.  Best and baseline are (number, score, standard error), or None."""
+
+    total: int
+    complete: int
+    infeasible: int
+    failed: int
+    running: int
+    best: tuple[int, float, float] | None
+    baseline: tuple[int, float, float] | None
+    mean_seconds: float | None
+    duplicates: int = 0  # proposals that were tried already; not counted as failed
+    baseline_trouble: str = ""  # why the baseline has no score, if it was run
+    front: tuple[int, ...] = ()  # with two objectives: the trials that no other beats in both
+
+    @property
+    def left(self) -> int:
+        return max(0, self.total - self.complete)
+
+
+def standing(study: optuna.Study, total: int) -> Standing:
+    """Counts, best and baseline, from the database."""
+    trials = study.get_trials(deepcopy=False)
+    done = [t for t in trials if t.state == TrialState.COMPLETE]
+    feasible = [t for t in done if is_feasible(t)]
+    scored = [t for t in feasible if score_of(t) is not None]
+    best = max(scored, key=rank, default=None)
+    baseline = next((t for t in feasible if t.user_attrs.get(ROLE) == BASELINE), None)
+    twins = sum(map(is_duplicate, trials))
+    seconds = [t.user_attrs["seconds"] for t in done if "seconds" in t.user_attrs]
+    return Standing(
+        total=total,
+        complete=len(done),
+        infeasible=len(done) - len(feasible),
+        failed=sum(t.state == TrialState.FAIL for t in trials) - twins,
+        running=sum(t.state == TrialState.RUNNING for t in trials),
+        best=_figures(best),
+        baseline=_figures(baseline),
+        mean_seconds=float(np.mean(seconds)) if seconds else None,
+        duplicates=twins,
+        baseline_trouble="" if baseline else _trouble(trials),
+        front=pareto_front(feasible) if len(study.directions) > 1 else (),
+    )
+
+
+def score_of(trial: FrozenTrial) -> float | None:
+    """A trial's score, also where its two parts are the objectives; None unless it is complete."""
+    if not trial.values:
+        return None
+    return trial.values[0] if len(trial.values) == 1 else trial.user_attrs.get(SCORE)
+
+
+def rank(trial: FrozenTrial) -> tuple[float, int]:
+    """The higher the better: by score, the earlier first."""
+    value = score_of(trial)
+    return (-np.inf if value is None else value), -trial.number
+
+
+def pareto_front(feasible: Sequence[FrozenTrial]) -> tuple[int, ...]:
+    """Numbers of the trials that no other equals in every objective and beats in one."""
+    told = [(t.number, np.array(t.values)) for t in feasible if t.values]
+    return tuple(
+        number
+        for number, own in told
+        if not any((other >= own).all() and (other > own).any() for _, other in told)
+    )
+
+
+def _trouble(trials: list[FrozenTrial]) -> str:
+    """What became of the baseline's last attempt, if it is over without a score."""
+    own = [t for t in trials if t.user_attrs.get(ROLE) == BASELINE and t.state.is_finished()]
+    if not own:
+        return ""
+    outcome = "infeasible" if own[-1].state == TrialState.COMPLETE else "failed"
+    return f"{outcome}: {own[-1].user_attrs.get('reason', 'no reason known')} (trial {own[-1].number})"
+
+
+def is_duplicate(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and str(trial.user_attrs.get("reason", "")).startswith(DUPLICATE)
+
+
+def is_feasible(trial: FrozenTrial) -> bool:
+    return all(amount <= 0 for amount in trial.constraints.values())
+
+
+def _figures(trial: FrozenTrial | None) -> tuple[int, float, float] | None:
+    value = score_of(trial) if trial is not None else None
+    if trial is None or value is None:
+        return None
+    return trial.number, value, float(trial.user_attrs.get("se", 0.0))
+
+
+def history(
+    study: optuna.Study, config: StudyConfig, folder: StudyFolder, anchors: Anchors
+) -> tuple[list[Point], dict[int, Row]]:
+    """The feasible trials as the detector wants them, and as rows for the alert."""
+    trials = [
+        t
+        for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if is_feasible(t) and score_of(t) is not None and t.params.keys() == config.baseline.keys()
+    ]
+    compared = sorted(trials, key=rank, reverse=True)[:TOP]
+    points, rows = [], {}
+    for t in trials:
+        value = score_of(t)
+        assert value is not None
+        se = float(t.user_attrs.get("se", 0.0))
+        prompts = by_prompt(folder.trial(t.number).metrics, anchors) if t in compared else ()
+        points.append(Point(t.number, value, se, config.space.place(t.params), prompts))
+        rows[t.number] = Row(t.number, value, se, searched_settings(config, t.params))
+    return points, rows
+
+
+def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
+    """A trial's score prompt by prompt, where the subject is asked for; empty without its metrics.json."""
+    # Here, not above: it loads torch, which a status table does not need.
+    from evaluation.score.score import anchored, composite, read_score
+
+    try:
+        score = read_score(metrics)
+        rows = score.per_image
+    except DataError:
+        return ()
+    ids = anchors.prompt_ids
+    means = [[r for r in rows if r.prompt_id == p] for p in ids]
+    if not all(means):
+        return ()
+    t_P = np.array([np.mean([r.clip_t for r in of]) for of in means])
+    i_P = np.array([np.mean([r.clip_i for r in of]) for of in means])
+    scores_P = composite(*anchored(t_P, i_P, anchors, np.eye(len(ids))), score.formula)
+    return tuple(float(s) for s, asks in zip(scores_P, anchors.asks_for_subject, strict=True) if asks)
+
+
+def searched_settings(config: StudyConfig, suggested: Mapping[str, Any]) -> dict[str, Any]:
+    """The searched settings under kohya's names, as a person reads them; inactive ones are left out."""
+    return config.space.settings(suggested, config.train)
+
+
+def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
+    """Delete the LoRA files of all but the best ``keep`` trials (and a Pareto front's).  The rest stays."""
+    done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    ranked = sorted((t for t in done if is_feasible(t) and score_of(t) is not None), key=rank, reverse=True)
+    kept = {t.number for t in ranked[:keep]} | set(standing(study, 0).front)
+    for trial in done:
+        if trial.number not in kept:
+            folder.trial(trial.number).lora.unlink(missing_ok=True)

@@ -1,0 +1,386 @@
+"""What the terminal shows: the live view of a search, its plain lines, the status table and the end.
+
+Owns wording and layout.  Every number comes from the study or an event; nothing is computed here but rates
+and times. All text that came from outside goes through ``clean_text`` and is printed without markup.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from trainer.events import Event, Skipped, Step
+from trainer.files import clean_text
+
+if TYPE_CHECKING:
+    import optuna
+
+    from hpo.study.config import StudyConfig
+    from hpo.study.folder import StudyFolder
+    from hpo.study.result import Result
+    from hpo.study.standing import Standing
+
+PLAIN_SECONDS = 10.0  # between progress lines without a terminal
+REFRESH_PER_SECOND = 4
+STOPPING = "stopping after this step; Ctrl-C once more stops at once"
+SMOOTHING = 0.9  # of the shown loss and rate
+
+
+def short(value: Any) -> str:
+    """A setting as a person reads it: three digits, no long tails."""
+    if isinstance(value, float):
+        return (
+            f"{value:.3g}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}".replace("e-0", "e-")
+        )
+    return clean_text(str(value))
+
+
+def clock(seconds: float) -> str:
+    """1:05 for 65 s, 2:00:09 for two hours and nine seconds."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def figures(what: tuple[int, float, float] | None) -> str:
+    return f"{what[1]:.4f} ± {what[2]:.4f}" if what else "none yet"
+
+
+@dataclass
+class Current:
+    """The trial at work, as the view sees it."""
+
+    number: int
+    settings: Mapping[str, Any]
+    standing: Standing
+    phase: str = "training"
+    done: int = 0
+    total: int = 0
+    loss: float | None = None
+    rate: float | None = None
+    skipped: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Step):
+            self.phase, self.done, self.total = "training", event.step, event.total_steps
+            rate = 1.0 / event.seconds if event.seconds > 0 else None
+            self.loss = (
+                event.loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss
+            )
+            if rate is not None:
+                self.rate = rate if self.rate is None else SMOOTHING * self.rate + (1 - SMOOTHING) * rate
+        elif isinstance(event, Skipped):
+            self.skipped += 1
+
+    def on_image(self, done: int, total: int) -> None:
+        self.phase, self.done, self.total = "drawing images", done, total
+
+    def seconds_left(self) -> float | None:
+        """Of the whole study, from the mean of its finished trials."""
+        mean = self.standing.mean_seconds
+        if mean is None:
+            return None
+        return max(0.0, mean * self.standing.left - (time.monotonic() - self.started))
+
+    def progress_text(self) -> str:
+        if self.phase != "training":
+            return f"{self.done}/{self.total} images"
+        rate = "" if self.rate is None else f", {self.rate:.1f} steps/s"
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return f"step {self.done}/{self.total}{rate}{loss}" + (
+            f", {self.skipped} skipped" if self.skipped else ""
+        )
+
+
+class PlainView:
+    """Lines, for logs and pipes."""
+
+    def __init__(self, console: Console, settings: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+        self.console = console
+        self.current: Current | None = None
+        self.asked_to_stop: Callable[[], bool] = lambda: False
+        self._settings = settings
+        self._last_line = 0.0
+
+    def say(self, text: str) -> None:
+        """One line; long ones are left to the terminal to wrap, so that they can be searched and copied."""
+        self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
+
+    def should_stop(self) -> bool:
+        return self.asked_to_stop()
+
+    def on_ask(self) -> None:
+        """The user asked to stop.  Runs in a signal handler, perhaps in the middle of a print: no rich here."""
+        os.write(sys.stderr.fileno(), f"{STOPPING}\n".encode())
+
+    def on_trial(self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Standing) -> None:
+        self.current = Current(number, self._settings(suggested), standing)
+        place = f"trial {number} ({standing.complete + 1} of {standing.total})"
+        words = ", ".join(f"{name} {short(value)}" for name, value in self.current.settings.items())
+        self.announce(f"{place}{', taken up again' if adopted else ''}: {words}")
+        self._last_line = time.monotonic()
+
+    def announce(self, text: str) -> None:
+        self.say(text)
+
+    def on_event(self, event: Event) -> None:
+        assert self.current is not None
+        self.current.on_event(event)
+        self.refresh()
+
+    def on_image(self, done: int, total: int) -> None:
+        assert self.current is not None
+        self.current.on_image(done, total)
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self.current and time.monotonic() - self._last_line >= PLAIN_SECONDS:
+            left = self.current.seconds_left()
+            text = f"  {self.current.progress_text()}"
+            self.say(text + (f", study: about {clock(left)} left" if left is not None else ""))
+            self._last_line = time.monotonic()
+
+    def on_result(self, result: Result, standing: Standing) -> None:
+        self.current = None
+        if result.message:
+            self.say(f"trial {result.number} is {result.state}: {result.message}")
+        self.say(trial_line(result, standing))
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class LiveView(PlainView):
+    """A block at the bottom of a terminal that follows the trial; finished trials scroll above it."""
+
+    def __init__(
+        self, console: Console, settings: Callable[[Mapping[str, Any]], Mapping[str, Any]], name: str
+    ) -> None:
+        super().__init__(console, settings)
+        self.name = name
+        self.stopping = False
+        self._live = Live(
+            console=console,
+            refresh_per_second=REFRESH_PER_SECOND,
+            get_renderable=lambda: live_block(
+                self.name, self.current, stopping=self.stopping, width=console.width
+            ),
+            transient=True,
+        )
+
+    def announce(self, text: str) -> None:
+        """The block shows it."""
+
+    def refresh(self) -> None:
+        """Live redraws by itself."""
+
+    def on_ask(self) -> None:
+        self.stopping = True
+
+    def __enter__(self) -> LiveView:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+
+def make_view(
+    console: Console, settings: Callable[[Mapping[str, Any]], Mapping[str, Any]], name: str
+) -> PlainView:
+    return LiveView(console, settings, name) if console.is_terminal else PlainView(console, settings)
+
+
+def live_block(
+    name: str, current: Current | None, *, stopping: bool = False, width: int = 80
+) -> RenderableType:
+    """The moving block: what, settings, progress, best so far, time left.  Fits 80 columns with nothing cut."""
+    if current is None:
+        return Text(f"{name}: choosing the next trial …", style="dim")
+    standing = current.standing
+    head = Text.assemble(
+        (clean_text(name), "bold"),
+        f"  trial {current.number}  ({min(standing.complete + 1, standing.total)} of {standing.total})  ",
+        (current.phase, "cyan"),
+    )
+    cells = [(clean_text(key), short(value)) for key, value in current.settings.items()]
+    columns = max(n for n in (1, 2, 3) if n == 1 or _needed(cells, n) <= width)
+    grid = Table.grid(padding=(0, 2))
+    for _ in range(columns):
+        grid.add_column(no_wrap=True, style="dim")
+        grid.add_column(no_wrap=True)
+    for row in range(0, len(cells), columns):
+        grid.add_row(*(Text(text) for cell in cells[row : row + columns] for text in cell))
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        ProgressBar(total=max(1, current.total), completed=current.done, width=26), current.progress_text()
+    )
+    left = current.seconds_left()
+    best = (
+        f"best so far: trial {standing.best[0]}, {figures(standing.best)}"
+        if standing.best
+        else "best so far: –"
+    )
+    if standing.baseline:
+        best += f"   (trial {standing.baseline[0]}, the usual settings: {standing.baseline[1]:.4f})"
+    tail = f"time left: about {clock(left)}" if left is not None else "time left: known after the first trial"
+    troubles = [
+        f"{n} {what}" for n, what in ((standing.infeasible, "infeasible"), (standing.failed, "failed")) if n
+    ]
+    last = Text(STOPPING, style="bold") if stopping else Text("   ".join([tail, *troubles]), style="dim")
+    return Group(head, grid, bar, Text(best), last)
+
+
+def _needed(cells: Sequence[tuple[str, str]], columns: int) -> int:
+    """Width of the settings in so many pairs of columns, two blanks apart."""
+    widths = [
+        max(len(part) for part in parts)
+        for n in range(columns)
+        for parts in zip(*cells[n::columns], strict=True)
+    ]
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def trial_line(result: Result, standing: Standing) -> str:
+    """The last line of a trial: key=value words, for scripts."""
+    score = (
+        f" score={result.value:.4f} se={result.se:.4f}"
+        if result.se is not None
+        else f" reason={result.reason}"
+    )
+    best = f" best={standing.best[0]}" if standing.best else ""
+    return f"trial={result.number} state={result.state}{score}{best} seconds={result.seconds:.1f}"
+
+
+def study_line(name: str, standing: Standing) -> str:
+    """The last line of a search."""
+    words = [f"study={clean_text(name)}", f"complete={standing.complete}/{standing.total}"]
+    words += [f"infeasible={standing.infeasible}", f"failed={standing.failed}"]
+    if standing.duplicates:
+        words.append(f"duplicates={standing.duplicates}")
+    if standing.best:
+        words.append(f"best={standing.best[0]} search_score={standing.best[1]:.4f} se={standing.best[2]:.4f}")
+    if standing.baseline:
+        words.append(f"baseline={standing.baseline[1]:.4f}")
+    if standing.front:
+        words.append("front=" + ",".join(map(str, standing.front)))
+    return " ".join(words)
+
+
+def introduction(config: StudyConfig, trials: int) -> RenderableType:
+    """What is searched, once at the start."""
+    table = Table(box=None, padding=(0, 2), title=None, show_edge=False)
+    table.add_column("setting", style="bold", no_wrap=True)
+    table.add_column("searched")
+    table.add_column("trial 0", justify="right", no_wrap=True)
+    for p in config.space:
+        table.add_row(Text(p.name), Text(clean_text(p.describe())), Text(short(config.baseline[p.name])))
+    return table
+
+
+def ratio_line(settings: int, trials: int) -> str:
+    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials per dimension"
+
+
+def summary(
+    folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
+) -> list[str]:
+    """The end of a search: best settings, score beside the untrained base's and the usual settings', files, next."""
+    from hpo.confirm.view import end_lines
+    from hpo.terminal.beside import trial_lines
+
+    lines = [f"{folder.name}: {why}"]
+    if standing.best is None or settings is None:
+        return [*lines, "no trial has a score yet", f"next: hpo status {folder.words}"]
+    number = standing.best[0]
+    trial = folder.trial(number)
+    baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
+    trouble = clean_text(standing.baseline_trouble) or figures(None)
+    said, following = end_lines(folder, number)
+    confirm = f", confirm with: {following}" if "confirm" in following else ""
+    lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
+    lines += [
+        f"search score: {figures(standing.best)}{confirm}",
+        f"  usual settings{baseline}: {figures(standing.baseline) if standing.baseline else trouble}",
+        "  untrained base: 0.0000, by definition of the scale; 1 is its prompt following",
+        "  together with the likeness of real images; ± is one standard error over prompts",
+        *(f"  beside it: {line}" for line in trial_lines(trial)),
+        *said,
+    ]
+    if standing.front:
+        lines += [
+            "Pareto front of prompt following and likeness: trials " + ", ".join(map(str, standing.front)),
+            "  none of them is beaten in both; the best above has the highest score of the two together;",
+            "  convergence is judged of one score only, so nothing is said of it here",
+        ]
+    if trial.lora.is_file():
+        lines.append(f"LoRA: {trial.lora}")
+    lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
+    if folder.alert.is_file():
+        lines.append(f"convergence: {folder.alert}")
+    return [*lines, f"next: {following}"]
+
+
+def best_line(study: optuna.Study, now: Standing) -> str:
+    """All settings of the best trial, which a narrow table cuts; on lines of 80 columns."""
+    if now.best is None:
+        return ""
+    (best,) = [t for t in study.get_trials(deepcopy=False) if t.number == now.best[0]]
+    settings = best.user_attrs.get("settings", {})
+    words = " ".join(f"{clean_text(str(name))}={short(value)}" for name, value in settings.items())
+    text = f"best: trial {best.number}  {words}"
+    return textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
+    """All trials, newest last: * the best score, + on the Pareto front of a study with two objectives."""
+    from hpo.study.standing import is_duplicate, score_of, standing
+
+    now = standing(study, 0)
+    parts = ("prompt_following", "likeness") if len(study.directions) > 1 else ()
+    table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
+    for name, width in (
+        ("trial", 6), ("state", 17), ("score", 7), ("± se", 7), *((part.split("_")[-1], 9) for part in parts),
+        ("time", 7),
+    ):  # fmt: skip
+        table.add_column(name, min_width=width, no_wrap=True)
+    table.add_column("settings", overflow="ellipsis", no_wrap=True, ratio=1)
+    trials = study.get_trials(deepcopy=False)
+    for trial in trials:
+        state = trial.user_attrs.get("outcome", trial.state.name.lower())
+        if trial.state.name == "RUNNING":
+            pid = holder(trial.number)
+            state = f"running ({pid})" if pid else "interrupted"
+        elif trial.state.name == "FAIL":
+            state = "duplicate" if is_duplicate(trial) else "failed"
+        value = score_of(trial) if state == "complete" else None
+        scored = value is not None
+        mark = "*" if now.best and trial.number == now.best[0] else ""
+        mark += "+" if trial.number in now.front else ""
+        reason = str(trial.user_attrs.get("reason", ""))
+        settings = trial.user_attrs.get("settings", {})
+        words = " ".join(f"{clean_text(str(k))}={short(v)}" for k, v in settings.items())
+        table.add_row(
+            Text(f"{trial.number}{mark}"),
+            Text(clean_text(state)),
+            Text(f"{value:.4f}" if scored else ""),
+            Text(f"{trial.user_attrs.get('se', 0.0):.4f}" if scored else ""),
+            *(Text(f"{trial.user_attrs[part]:.4f}" if scored else "") for part in parts),
+            Text(clock(trial.user_attrs["seconds"]) if "seconds" in trial.user_attrs else ""),
+            Text(f"[{clean_text(reason)}] {words}" if reason else words),
+        )
+    return table

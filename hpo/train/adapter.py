@@ -1,0 +1,111 @@
+"""Training one adapter and writing its log: what a trial and ``hpo train`` share.
+
+Owns train.jsonl and that no adapter stays in the base when something goes wrong.  The loop itself is
+``trainer.loop.loop``; what becomes of the adapter is the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import ConfigError, MachineError, first_line
+from trainer.files import append_line, read_records, write_atomic
+
+if TYPE_CHECKING:
+    from trainer.adapters.adapter import Adapter
+    from trainer.bases.base import Base
+    from trainer.config import TrainConfig
+    from trainer.data.cache import Prepared
+    from trainer.events import Event
+    from trainer.loop.ranks import Ranks
+
+
+class StepLog:
+    """train.jsonl: one line an event.  Lines beyond the checkpoint that a run goes on from are taken back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fresh = True
+
+    def write(self, event: Event) -> None:
+        values = {"event": type(event).__name__.lower(), **asdict(event)}
+        values.pop("path", None)
+        if self._fresh:
+            first = values["steps"] + 1 if values["event"] == "finished" else values["step"]
+            kept = [json.dumps(row) for row in read_records(self.path) if row.get("step", 0) < first]
+            write_atomic(self.path, "".join(line + "\n" for line in kept))
+            self._fresh = False
+        append_line(self.path, json.dumps(values))
+
+
+def train_adapter(
+    base: Base,
+    config: TrainConfig,
+    prepare: Callable[[], Prepared],
+    *,
+    checkpoints: Path,
+    log: StepLog | None,
+    on_event: Callable[[Event, Adapter], None],
+    should_stop: Callable[[], bool],
+    on_start: Callable[[Adapter, int], None] = lambda adapter, step: None,
+    validate_on: Callable[[], Prepared | None] = lambda: None,
+    rehearse: bool = False,
+    changed: frozenset[str] = frozenset(),
+    ranks: Ranks | None = None,
+) -> Adapter:
+    """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
+
+    ``on_start`` is told how many steps are behind, before the first one of this call; ``validate_on`` prepares
+    images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are ``loop.train``'s; without ``log``
+    nothing is written down.
+    """
+    from trainer.adapters import lorafile
+    from trainer.events import Rehearsed
+    from trainer.loop import checkpoint, loop
+    from trainer.loop.ranks import ALONE
+
+    adapter = lorafile.begin(base, config)
+    try:
+        prepared = prepare()
+        on_start(adapter, checkpoint.steps_behind(checkpoints))
+        for event in loop.train(
+            config,
+            base,
+            adapter,
+            prepared,
+            checkpoints=checkpoints,
+            should_stop=should_stop,
+            validate_on=validate_on(),
+            rehearse=rehearse,
+            changed=changed,
+            ranks=ranks or ALONE,
+        ):
+            if log is not None and not isinstance(event, Rehearsed):
+                log.write(event)
+            on_event(event, adapter)
+    except BaseException:
+        adapter.remove()
+        raise
+    return adapter
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, or that nothing here was made for."""
+    import torch
+
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise ConfigError(
+            f"device {device!r} is not known", "give cpu, cuda or cuda:1, or leave out --device"
+        )
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = first_line(error)
+        raise MachineError(
+            f"device {device} cannot be used: {reason}", "leave out --device, or give cpu"
+        ) from None

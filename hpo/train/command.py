@@ -1,0 +1,167 @@
+"""``hpo train``: from the command line's words to a dry run or a run.
+
+Owns which words become which settings, and the lines on settings that have no effect together.  The run is
+``hpo.train.run``'s, the dry run's words ``hpo.train.plan``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hpo.cli.export import known_family
+from hpo.train import plan as trainplan
+from hpo.train.samples import file_stem, read_sample_prompts
+from trainer.bases import families
+from trainer.bases.blockrates import BLOCKS, block_rates
+from trainer.config import TrainConfig
+from trainer.data.subsets import read_dataset_file, read_training_data
+from trainer.errors import ConfigError
+from trainer.files import clean_text
+from trainer.kohya.trainfile import TrainFile, read_train_file
+
+OUTPUT = Path("output")  # where LoRA files go if neither the command nor the file names a folder
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of ``hpo train``."""
+
+    file: Path
+    dataset: Path | None = None
+    sets: tuple[str, ...] = ()
+    output: Path | None = None
+    data: Path | None = None
+    base: str | None = None
+    device: str | None = None
+    dry_run: bool = False
+    as_json: bool = False
+
+    @property
+    def places(self) -> dict[str, Any]:
+        named = {"pretrained_model_name_or_path": self.base, "train_data_dir": self.data and str(self.data)}
+        return {name: value for name, value in named.items() if value}
+
+
+def train(request: Request, console: Console, echo: Callable[[str], None]) -> None:
+    """Do or describe the run.  Raises ToolError; of what is refused only after everything else is shown."""
+    if request.dataset and request.data:
+        raise ConfigError("--dataset and --data both say what is trained on", "give one of them")
+    file = read_train_file(request.file, dataset=request.dataset, sets=request.sets, places=request.places)
+    file = replace(file, without_effect=(*file.without_effect, *idle(file)))
+    family = known_family(file)
+    output = request.output or (Path(file.output_dir) if file.output_dir else OUTPUT)
+    _check(file.config, family)
+    if request.dry_run:
+        if family:  # a run tells it when the base is loaded
+            said = families.passed_over(file.config, family)
+            file = replace(file, without_effect=(*file.without_effect, *said))
+        data = read_training_data(file.config) if _has_data(file.config) else None
+        if request.as_json:
+            echo(json.dumps(trainplan.as_json(file, data, str(output)), indent=1))
+        else:
+            trainplan.show(console, file, data, str(output))
+        file.require_all()
+        return
+    file.require_all()
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
+        console = Console(quiet=True)
+    for title, lines in (("translated", file.translated), ("without effect here", file.without_effect)):
+        for line in lines:
+            trainplan.say(console, f"{title}: {line}")
+    from hpo.train.run import run  # loads torch
+
+    run(file.config, output, request.device, console)
+
+
+def _has_data(config: TrainConfig) -> bool:
+    """Whether the images can be counted: not where the dataset file asks for what is not built in."""
+    return not config.dataset_config or not read_dataset_file(Path(config.dataset_config)).refused
+
+
+def _check(config: TrainConfig, family: str | None) -> None:
+    """What can be known to be wrong before anything is loaded; ``family`` is None where it is not known."""
+    file_stem(config.output_name)
+    if config.sample_prompts:
+        read_sample_prompts(Path(config.sample_prompts), config)
+    if family is not None:
+        families.check(config, family, clean_text(config.pretrained_model_name_or_path))
+        block_rates(config, family)
+        return
+    errors = []
+    for either in BLOCKS:
+        try:
+            block_rates(config, either)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == len(BLOCKS):
+        raise errors[0]
+
+
+# setting → (when it acts, what it waits for)
+_WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
+    "save_last_n_epochs": (lambda c: c.save_every_n_epochs is not None, "save_every_n_epochs"),
+    "save_last_n_steps": (lambda c: c.save_every_n_steps is not None, "save_every_n_steps"),
+    "sample_prompts": (
+        lambda c: bool(c.sample_every_n_epochs or c.sample_every_n_steps or c.sample_at_first),
+        "sample_every_n_epochs, sample_every_n_steps or sample_at_first",
+    ),
+    "huber_schedule": (lambda c: c.loss_type in ("huber", "smooth_l1"), "loss_type = huber"),
+    "huber_c": (lambda c: c.loss_type in ("huber", "smooth_l1"), "loss_type = huber"),
+    "huber_scale": (lambda c: c.loss_type in ("huber", "smooth_l1"), "loss_type = huber"),
+    "multires_noise_discount": (lambda c: bool(c.multires_noise_iterations), "multires_noise_iterations"),
+    "noise_offset_random_strength": (lambda c: c.noise_offset > 0, "noise_offset"),
+    "ip_noise_gamma_random_strength": (lambda c: bool(c.ip_noise_gamma), "ip_noise_gamma"),
+    "conv_alpha": (lambda c: c.conv_dim is not None, "conv_dim"),
+    "keep_tokens": (
+        lambda c: c.shuffle_caption or c.caption_tag_dropout_rate > 0 or c.token_warmup_step > 0,
+        "shuffle_caption, caption_tag_dropout_rate or token_warmup_step",
+    ),
+    "token_warmup_min": (lambda c: c.token_warmup_step > 0, "token_warmup_step"),
+    "validation_seed": (lambda c: c.validation_split > 0, "validation_split"),
+    "factor": (lambda c: c.network_type == "LoKr", "network_type = LoKr"),
+    "prior_loss_weight": (lambda c: bool(c.reg_data_dir or c.dataset_config), "reg_data_dir"),
+    "conditioning_data_dir": (lambda c: c.masked_loss, "masked_loss"),
+    "lr_scheduler_num_cycles": (
+        lambda c: c.lr_scheduler == "cosine_with_restarts",
+        "lr_scheduler = cosine_with_restarts",
+    ),
+    "lr_scheduler_power": (lambda c: c.lr_scheduler == "polynomial", "lr_scheduler = polynomial"),
+    "lr_warmup_steps": (lambda c: c.lr_scheduler != "constant", "another lr_scheduler than constant"),
+    "checkpoint_blocks": (lambda c: c.gradient_checkpointing, "gradient_checkpointing"),
+    "cpu_offload_checkpointing": (lambda c: c.gradient_checkpointing, "gradient_checkpointing"),
+    "text_encoder_frozen": (lambda c: c.trains_text_encoder, "text encoders that are trained"),
+    "text_encoder_lr": (lambda c: not c.network_train_unet_only, "network_train_unet_only = false"),
+    "bucket_reso_steps": (lambda c: c.enable_bucket, "enable_bucket"),
+    "bucket_no_upscale": (lambda c: c.enable_bucket, "enable_bucket"),
+    "min_bucket_reso": (
+        lambda c: c.enable_bucket and not c.bucket_no_upscale,
+        "enable_bucket without bucket_no_upscale",
+    ),
+    "max_bucket_reso": (
+        lambda c: c.enable_bucket and not c.bucket_no_upscale,
+        "enable_bucket without bucket_no_upscale",
+    ),
+}
+
+
+def idle(file: TrainFile) -> list[str]:
+    """Lines on settings that were given but wait for another one, in every folder of the dataset."""
+    usual = TrainConfig().as_dict()
+    forms = [file.config]
+    if file.config.dataset_config:
+        subsets = read_dataset_file(Path(file.config.dataset_config)).subsets
+        forms += [file.config.with_values(dict(subset.own)) for subset in subsets]
+    return [
+        f"{name}: it waits for {needed}"
+        for name, (acts, needed) in _WAITS.items()
+        if name in file.origins
+        and getattr(file.config, name) not in (usual[name], 0, None, "")
+        and not any(map(acts, forms))
+    ]

@@ -1,0 +1,127 @@
+"""Keeper: what a run of ``hpo train`` saves and draws along the way, and what is written into the files' metadata.
+
+save_every_n_…, save_last_n_…, sample_every_n_…  The checkpoint that a run goes on from is the loop's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.train.folder import RunFolder
+from hpo.train.plan import count_steps
+from hpo.train.samples import draw_samples
+from trainer.config import TrainConfig
+from trainer.data.dataset import Dataset, tag_frequency
+from trainer.errors import OutOfMemory
+from trainer.events import Event, Skipped, Step
+from trainer.oom import out_of_memory_named
+
+if TYPE_CHECKING:
+    from hpo.train.placement import Place
+    from hpo.train.samples import SamplePrompt
+    from trainer.adapters.adapter import Adapter
+
+DATASET_KEY = "lora_hpo_dataset"  # Dataset.content_hash in a LoRA's metadata
+
+
+class Keeper:
+    """Saves and draws along the way: save_every_n_…, save_last_n_…, sample_every_n_…"""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: TrainConfig,
+        place: Place,
+        data: Dataset,
+        prompts: list[SamplePrompt],
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.place = place
+        self.prompts = prompts
+        self.view_say = say
+        self.steps = count_steps(config, data)
+        self.data = data
+        self._facts = data_metadata(data)
+
+    def on_start(self, adapter: Adapter, step: int) -> None:
+        """Before the first step of this call; ``step`` steps are behind."""
+        if step:
+            self.view_say(f"going on after step {step} of {self.steps.total_steps}")
+        elif self.config.sample_at_first:
+            self._draw("e000000")
+
+    def on_event(self, event: Event, adapter: Adapter) -> None:
+        if not isinstance(event, Step | Skipped):
+            return
+        step, config = event.step, self.config
+        epoch, inside = divmod(step, self.steps.steps_per_epoch)
+        last = step >= self.steps.total_steps
+        if _due(step, config.save_every_n_steps) and not last:
+            self.write(self.folder.step_file(step), adapter, step, epoch + (inside > 0))
+            if config.save_last_n_steps is not None:
+                self._drop(step - config.save_last_n_steps, step=True)
+        if inside == 0 and _due(epoch, config.save_every_n_epochs) and not last:
+            self.write(self.folder.epoch_file(epoch), adapter, step, epoch)
+            if config.save_last_n_epochs is not None:
+                assert config.save_every_n_epochs is not None
+                kept = config.save_last_n_epochs * config.save_every_n_epochs
+                self._drop(epoch - kept + 1, step=False)
+        if inside == 0 and _due(epoch, config.sample_every_n_epochs):
+            self._draw(f"e{epoch:06d}")
+        if _due(step, config.sample_every_n_steps):
+            self._draw(f"{step:06d}")
+
+    def write(self, path: Path, adapter: Adapter, step: int, epoch: int) -> None:
+        """The adapter as a LoRA file, with what is known of the run."""
+        from trainer.adapters import lorafile
+
+        extra = {**self._facts, "ss_steps": str(step), "ss_epoch": str(epoch)}
+        extra["ss_num_batches_per_epoch"] = str(self.steps.batches_per_epoch)
+        extra["ss_training_comment"] = self.config.training_comment or "None"
+        lorafile.write(path, adapter, self.place.base, self.config, extra, self.data)
+        if path != self.folder.lora:
+            self.view_say(f"saved {path.name}")
+
+    def _drop(self, first_kept: int, step: bool) -> None:
+        for number, path in self.folder.numbered(step).items():
+            if number < first_kept:
+                path.unlink(missing_ok=True)
+
+    def _draw(self, suffix: str) -> None:
+        """Samples never end a run: without memory for them they are left out, and it says so."""
+        if not self.prompts:
+            return
+        base, name = self.place.base, f"{self.folder.name}_{suffix}"
+        try:
+            with out_of_memory_named(self.config), self.place.gathered():
+                paths = draw_samples(base, self.prompts, self.config, self.folder.samples, name)
+        except OutOfMemory:
+            self.view_say(f"samples {suffix} are left out: out of memory")
+            return
+        self.view_say(f"drawn: {len(paths)} samples, {paths[0].name} …")
+
+
+def _due(number: int, every: int | None) -> bool:
+    return every is not None and number > 0 and number % every == 0
+
+
+def data_metadata(data: Dataset) -> dict[str, str]:
+    """What sd-scripts notes of a dataset: counts, folders, and how often each tag occurs (A1111 shows it)."""
+    folders: dict[str, dict[str, int]] = {}
+    for item in data.items:
+        place = item.path.parent.name
+        entry = folders.setdefault(place, {"n_repeats": item.repeats, "img_count": 0})
+        entry["img_count"] += 1
+    facts: Mapping[str, Any] = {
+        "ss_num_train_images": sum(item.repeats for item in data.items if not item.is_reg),
+        "ss_num_reg_images": sum(item.repeats for item in data.items if item.is_reg),
+        "ss_tag_frequency": json.dumps(tag_frequency(data)),
+        "ss_dataset_dirs": json.dumps(folders),
+        DATASET_KEY: data.content_hash,
+    }
+    return {name: str(value) for name, value in facts.items()}

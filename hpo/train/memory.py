@@ -1,0 +1,116 @@
+"""Memory of one run of ``hpo train``: the plan before it, what the dry step measured, and a warning.
+
+The prediction is ``trainer.memory.footprint``'s, the choice of a stack ``trainer.memory.stacks``'.  On a CPU nothing is
+planned, measured or claimed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpo.train.ladder import RunLadder
+from trainer.bases.base import Base
+from trainer.config import TrainConfig
+from trainer.errors import ToolError
+from trainer.events import Rehearsed
+from trainer.files import write_atomic
+from trainer.memory.footprint import base_facts, predict
+from trainer.memory.ladder import Rung
+from trainer.memory.stacks import choose
+from trainer.oom import CUDA_CONTEXT_BYTES
+
+# mission.md S4: above 98 % of the card, or 15.5 of 16 GB, the next allocation may fail.
+WARN_SHARE = 0.98
+WARN_OF_16_GB = 15.5 / 16
+SIXTEEN_GB = range(
+    15 * 10**9, 175 * 10**8
+)  # what cards sold as 16 GB report: 16.7 to 17.2 · 10⁹, or a little less
+
+
+def free_bytes(device: str) -> int | None:
+    """What a run may take of a card; None on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return int(min(total, free + CUDA_CONTEXT_BYTES))  # reading it has made this process's context
+
+
+def apply_plan(ladder: RunLadder, vram_bytes: int | None, step: int, say: Callable[[str], None]) -> None:
+    """Change what the planner changes to make a run fit this card, before its first step.  Each move is said;
+    they are remembered together, in one line, so that a kill never leaves half a plan.
+
+    A run that has a checkpoint keeps its settings: some of the planner's moves a checkpoint cannot follow, and
+    for a card with less free memory than before there are the dry step and the ladder.
+    """
+    if vram_bytes is None or step:
+        return
+    say(f"planning for {vram_bytes / 1e9:.1f} GB …")
+    try:
+        stack = choose(ladder.config, base_facts(_spec(ladder.config)), vram_bytes, say)
+    except ToolError as error:
+        say(f"no plan: {error}; the dry step will tell")
+        return
+    if stack.moves:
+        says = "\n".join(f"{move.key} {move.old} → {move.new}: {move.reason}" for move in stack.moves)
+        ladder.take(Rung("plan", stack.config, says), f"planned for {vram_bytes / 1e9:.1f} GB", step)
+
+
+def remember(
+    path: Path, config: TrainConfig, event: Rehearsed, base: Base, say: Callable[[str], None]
+) -> None:
+    """Write memory.json: what this process took in the dry step beside what was predicted, and the whole card."""
+    predicted = _predicted(config, event) if event.peak_bytes is not None else None
+    record: dict[str, Any] = {
+        "device": str(base.device),
+        "bucket_px": list(event.bucket_px),
+        "images_at_once": event.images,
+        "measured_bytes": event.peak_bytes,
+        "predicted_bytes": predicted,
+        "card_peak_bytes": event.card_peak_bytes,
+        "device_bytes": event.card_bytes,
+        "seconds": round(event.seconds, 3),
+    }
+    write_atomic(path, json.dumps(record, indent=1))
+    width, height = event.bucket_px
+    text = f"dry step: {event.images} × {width}×{height} px, {event.seconds:.1f} s"
+    total, in_use = event.card_bytes, event.card_peak_bytes
+    if event.peak_bytes is None or total is None or in_use is None:
+        say(text + "; memory is measured on a GPU only")
+        return
+    say(f"{text}, peak {event.peak_bytes / 1e9:.2f} GB{compared(event.peak_bytes, predicted)}")
+    if in_use > limit_bytes(total):
+        say(
+            f"warning: {in_use / 1e9:.1f} of the card's {total / 1e9:.1f} GB are used, with other programs; if it "
+            "runs out, the run goes on with less (docs/train.md)"
+        )
+
+
+def limit_bytes(total: int) -> int:
+    """Above this a card is as good as full."""
+    return int(total * (WARN_OF_16_GB if total in SIXTEEN_GB else WARN_SHARE))
+
+
+def compared(measured: int, predicted: int | None) -> str:
+    """The prediction beside the measurement, in words."""
+    if predicted is None:
+        return ""
+    return f", predicted {predicted / 1e9:.2f} GB ({measured / predicted - 1:+.0%})"
+
+
+def _predicted(config: TrainConfig, event: Rehearsed) -> int | None:
+    try:
+        return predict(config, base_facts(_spec(config)), bucket_px=event.bucket_px).peak_bytes
+    except ToolError:
+        return None
+
+
+def _spec(config: TrainConfig) -> Any:
+    """The base as ``base_facts`` takes it: a name or a path."""
+    spec = config.pretrained_model_name_or_path
+    path = Path(spec).expanduser()
+    return path if path.exists() else spec

@@ -1,0 +1,95 @@
+"""The base of one run of ``hpo train``: loaded for its settings, in 8 bits if asked, and which of its networks are
+on the device when.
+
+After the images and captions are encoded, the VAE and the text encoders are only in the way: they wait in the
+computer's memory and come back for samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from trainer.bases.base import Base, compute_type
+from trainer.bases.load import load_base
+from trainer.compute import fp8
+from trainer.config import TrainConfig
+from trainer.data.cache import Prepared
+from trainer.data.dataset import Dataset
+from trainer.loop import preflight
+from trainer.oom import release
+
+
+def own_device(device: str | None, local_rank: int = 0) -> str:
+    """The device of this process: as given, else a GPU of its own, else the CPU."""
+    return device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+
+
+def load(config: TrainConfig, data: Dataset, device: str, say: Callable[[str], None]) -> Base:
+    """The base on its device; what it does not have is refused or said."""
+    spec = config.pretrained_model_name_or_path
+    say(f"loading {spec} on {device} …")
+    base = load_base(
+        spec,
+        device=device,
+        dtype=compute_type("bf16" if config.full_bf16 else config.mixed_precision, device),
+        no_half_vae=config.no_half_vae,
+    )
+    preflight.check(
+        base, config.with_values({"fp8_base": False})
+    )  # its weights go to 8 bits in ``Place.prepare``
+    for note in preflight.notes(base, config, data):
+        say(f"note: {note}")
+    return base
+
+
+class Place:
+    """Where the networks of a base are while one LoRA is trained on it."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.device = base.device
+        self._away: list[nn.Module] = []
+
+    def prepare(self, config: TrainConfig) -> None:
+        """Before an adapter is injected: everything on the device, the U-Net in 8 bits if asked."""
+        self._bring()
+        if config.fp8_base and not fp8.holds_fp8(self.base.unet):
+            fp8.convert(self.base.unet)
+
+    def settle(self, config: TrainConfig, prepared: Prepared) -> None:
+        """After encoding: what training does not need leaves the device.  Text encoders that are neither
+        trained nor done with are kept in 8 bits as well, or compute on the CPU with cpu_offload."""
+        done = prepared.states is not None
+        if config.fp8_base and not done and not config.trains_text_encoder:
+            for encoder in self.base.text_encoders:
+                if not fp8.holds_fp8(encoder):
+                    fp8.convert(encoder)
+        self._away = [self.base.vae]
+        if done or (config.cpu_offload and not config.updates_text_encoder):
+            self._away += self.base.text_encoders
+        self._send()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Everything on the device for a while, to draw samples."""
+        away = self._away
+        self._bring()
+        try:
+            yield
+        finally:
+            self._away = away
+            self._send()
+
+    def _bring(self) -> None:
+        for network in self._away:
+            nn.Module.to(network, self.device)
+        self._away = []
+
+    def _send(self) -> None:
+        for network in self._away:
+            nn.Module.to(network, "cpu")
+        release(self.device)

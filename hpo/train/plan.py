@@ -1,0 +1,141 @@
+"""What a run of ``hpo train`` will do, before it does it: settings with their sources, and step arithmetic.
+
+Owns ``--dry-run``'s words.  Loads no torch and no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpo.terminal.live import short
+from trainer.config import SETTINGS, TrainConfig
+from trainer.data.dataset import Dataset, assign_buckets, epoch_batches
+from trainer.files import clean_text
+from trainer.kohya.trainfile import TrainFile
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Images → samples → batches → optimizer steps.  A sample is one image once; ``buckets`` counts the
+    samples of an epoch by bucket."""
+
+    images: int
+    regularisation_images: int
+    samples_per_epoch: int
+    buckets: Mapping[str, int]
+    batches_per_epoch: int
+    steps_per_epoch: int
+    epochs: int
+    total_steps: int
+    warmup_steps: int
+    samples_seen: int
+
+    def line(self, config: TrainConfig) -> str:
+        """The arithmetic in one line."""
+        accumulation = config.gradient_accumulation_steps
+        groups = f" / {accumulation} accumulated" if accumulation > 1 else ""
+        length = (
+            f"{self.steps_per_epoch} steps an epoch × {self.epochs} epochs"
+            if config.max_train_steps is None
+            else f"{self.steps_per_epoch} steps an epoch, {self.epochs} epochs begun"
+        )
+        return (
+            f"{self.samples_per_epoch} samples an epoch in batches of {config.train_batch_size} "
+            f"→ {self.batches_per_epoch} batches{groups} → {length} → {self.total_steps} steps"
+            + (f", {self.warmup_steps} of them warm-up" if self.warmup_steps else "")
+        )
+
+
+def count_steps(config: TrainConfig, data: Dataset) -> Steps:
+    """The arithmetic of ``trainer.loop.loop.plan``, with what goes into it.  Accumulation stays within an epoch."""
+    buckets = assign_buckets(data.items, config)
+    samples: Counter[str] = Counter()
+    for item in sorted(data.items, key=lambda item: buckets[item.sha256]):
+        samples[str(buckets[item.sha256])] += item.repeats
+    batches = len(epoch_batches(data, buckets, config, 0))
+    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    if config.max_train_steps is not None:
+        total, epochs = config.max_train_steps, math.ceil(config.max_train_steps / per_epoch)
+    else:
+        assert config.max_train_epochs is not None
+        total, epochs = per_epoch * config.max_train_epochs, config.max_train_epochs
+    warmup = config.lr_warmup_steps
+    whole_epoch = sum(samples.values())
+    return Steps(
+        images=sum(not item.is_reg for item in data.items),
+        regularisation_images=sum(item.is_reg for item in data.items),
+        samples_per_epoch=whole_epoch,
+        buckets=dict(samples),
+        batches_per_epoch=batches,
+        steps_per_epoch=per_epoch,
+        epochs=epochs,
+        total_steps=total,
+        warmup_steps=0
+        if config.lr_scheduler == "constant"
+        else int(warmup * total if warmup < 1 else warmup),
+        samples_seen=round(whole_epoch * total / per_epoch),
+    )
+
+
+def as_json(file: TrainFile, data: Dataset | None, output: str) -> dict[str, Any]:
+    """Everything of a dry run, for scripts."""
+    return {
+        "file": str(file.path),
+        "form": file.form,
+        "output": output,
+        "config": file.config.as_dict(),
+        "origins": {name: file.origins.get(name, file.defaults) for name in SETTINGS},
+        "translated": list(file.translated),
+        "without_effect": list(file.without_effect),
+        "refused": list(file.refused),
+        "notes": list(data.notes) if data else [],
+        "steps": asdict(count_steps(file.config, data)) if data else None,
+    }
+
+
+def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -> None:
+    """The dry run for people: every setting with its source, the arithmetic, each line on a key."""
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    for name in ("setting", "value", "from"):
+        table.add_column(name, overflow="fold")
+    for name, value in file.config.as_dict().items():
+        origin = file.origins.get(name)
+        shown = (
+            "–"
+            if value in (None, "")
+            else short(value)
+            if not isinstance(value, bool)
+            else str(value).lower()
+        )
+        table.add_row(Text(name), Text(shown), Text(origin or file.defaults), style="" if origin else "dim")
+    console.print(table)
+    say(console, f"{clean_text(str(file.path))}: {file.form}; {file.defaults} fill what it leaves out")
+    for title, lines in (
+        ("translated", file.translated),
+        ("without effect here", file.without_effect),
+        ("refused", file.refused),
+    ):
+        for line in lines:
+            say(console, f"{title}: {line}")
+    if data is not None:
+        steps = count_steps(file.config, data)
+        for note in data.notes:
+            say(console, f"note: {note}")
+        reg = f", {steps.regularisation_images} regularisation images" if steps.regularisation_images else ""
+        say(console, f"images: {steps.images}{reg}")
+        say(console, "buckets: " + ", ".join(f"{size} ({count})" for size, count in steps.buckets.items()))
+        say(console, f"steps: {steps.line(file.config)}")
+    say(console, f"output: {output}")
+
+
+def say(console: Console, text: str) -> None:
+    """One line; long ones are left to the terminal to wrap."""
+    console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)

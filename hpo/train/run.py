@@ -1,0 +1,309 @@
+"""One run of ``hpo train``: from checked settings to LoRA files in the output folder.
+
+Owns the order of a run and what becomes of errors in it.  The same command goes on with a run that was stopped,
+killed or unplugged: from the newest complete checkpoint.  With several processes (``trainer.loop.ranks``) the first
+one writes and speaks, the others train.
+
+    OUTPUT/name.safetensors               the result
+    OUTPUT/name-000002.safetensors        save_every_n_epochs
+    OUTPUT/name-step00000100.safetensors  save_every_n_steps
+    OUTPUT/sample/                        sample_every_n_…
+    OUTPUT/name.run/                      config.json, train.jsonl, ladder.jsonl, memory.json, checkpoints/, cache/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from hpo.study.locks import Lock, holder
+from hpo.terminal.stop import Stop
+from hpo.train import memory as runmemory
+from hpo.train.adapter import StepLog, check_device, train_adapter
+from hpo.train.folder import RunFolder, run_folder
+from hpo.train.keeper import DATASET_KEY, Keeper
+from hpo.train.ladder import RunLadder
+from hpo.train.placement import Place, load, own_device
+from hpo.train.plan import count_steps
+from hpo.train.samples import SamplePrompt, read_sample_prompts
+from hpo.train.view import TrainView
+from trainer.config import SETTINGS, TrainConfig
+from trainer.data.captions import read_captions
+from trainer.data.dataset import Dataset
+from trainer.data.subsets import read_training_data
+from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
+from trainer.events import Event, Rehearsed, Step, Validated
+from trainer.files import machine_error, sweep_tree, write_atomic
+from trainer.loop.checkpoint import steps_behind
+from trainer.loop.ranks import Ranks, join, launched, leave
+from trainer.oom import release
+
+if TYPE_CHECKING:
+    from trainer.adapters.adapter import Adapter
+    from trainer.bases.base import Base
+    from trainer.data.cache import Prepared
+
+
+def run(config: TrainConfig, output: Path, device: str | None, console: Console) -> Path:
+    """Train to the end and return the LoRA's path.  Raises ToolError; Interrupted if the user stopped it."""
+    ranks = launched()
+    if not ranks.is_first:
+        console = Console(quiet=True)
+    folder = run_folder(output, config)
+    prompts = read_sample_prompts(Path(config.sample_prompts), config) if config.sample_prompts else []
+    data = read_training_data(config)
+    view = TrainView(console, folder.name)
+    ladder = RunLadder(folder.ladder, config, view.say, writes=ranks.is_first)
+    if _is_done(folder, ladder.config, data):
+        view.say(f"{folder.lora} is trained already, with these settings and images")
+        return folder.lora
+    for note in data.notes:
+        view.say(f"note: {note}")
+    view.say(f"steps: {count_steps(config, data).line(config)}")
+    device = own_device(device, ranks.local)
+    check_device(device)
+    _check_parts(config, ranks, view.say)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise machine_error(error, folder.root) from error
+    with _alone(folder, ranks):
+        if ranks.is_first:
+            sweep_tree(folder.root)
+            write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
+        join(ranks, device)
+        try:
+            vram = ranks.lowest(runmemory.free_bytes(device), device)
+            runmemory.apply_plan(ladder, vram, steps_behind(folder.checkpoints), view.say)
+            place = Place(load(ladder.config, data, device, view.say))
+            _Run(folder, data, prompts, place, ladder, view, ranks).do()
+        finally:
+            leave()
+    view.say(f"LoRA: {folder.lora}")
+    view.say(f"log: {folder.steps}")
+    view.say(f"next: hpo evaluate {output}")
+    return folder.lora
+
+
+def _check_parts(config: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Several processes share the images of a step: there must be one for each."""
+    if ranks.world == 1:
+        return
+    if config.effective_batch_size < ranks.world:
+        raise ConfigError(
+            f"{ranks.world} processes share {config.effective_batch_size} images a step: some have nothing to do",
+            "raise gradient_accumulation_steps or train_batch_size, or start fewer processes",
+        )
+    say(
+        f"{ranks.world} processes share each step: the effective batch stays {config.effective_batch_size} "
+        "(sd-scripts would multiply it)"
+    )
+
+
+@dataclass
+class _Run:
+    """What belongs to one run while it is made."""
+
+    folder: RunFolder
+    data: Dataset
+    prompts: list[SamplePrompt]
+    place: Place
+    ladder: RunLadder
+    view: TrainView
+    ranks: Ranks
+
+    def do(self) -> None:
+        """Train, going down the ladder where memory runs out, and write the result."""
+        with Stop(self.view.on_ask) as stop, self.view:
+            while True:
+                try:
+                    keeper, adapter = self._attempt(stop)
+                    break
+                except OutOfMemory as error:
+                    why = error.message
+                release(self.place.device)
+                if self.ladder.step_down(why, steps_behind(self.folder.checkpoints)) is None:
+                    raise OutOfMemory(
+                        f"{why}, and there is nothing left to give up (tried: {', '.join(self.ladder.tried)})",
+                        "use a smaller resolution or network_dim, or close what else uses the card",
+                    )
+        try:
+            if self.ranks.is_first:
+                adapter.round_to(self.ladder.config.save_precision)
+                keeper.write(self.folder.lora, adapter, keeper.steps.total_steps, keeper.steps.epochs)
+        finally:
+            adapter.remove()
+        if self.ranks.is_first:
+            shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
+        self.ranks.wait()
+
+    def _attempt(self, stop: Stop) -> tuple[Keeper, Adapter]:
+        config, folder, first = self.ladder.config, self.folder, self.ranks.is_first
+        self.place.prepare(config)
+        keeper = Keeper(folder, config, self.place, self.data, self.prompts, self.view.say)
+        with _board(config, folder, self.ranks) as board:
+
+            def on_event(event: Event, adapter: Adapter) -> None:
+                if not first:
+                    return
+                self.view.on_event(event)
+                board(event)
+                if isinstance(event, Rehearsed):
+                    runmemory.remember(folder.memory, config, event, self.place.base, self.view.say)
+                keeper.on_event(event, adapter)
+
+            prepared: list[Prepared] = []
+
+            def prepare() -> Prepared:
+                prepared.append(self._prepared(stop))
+                return prepared[0]
+
+            def validate_on() -> Prepared | None:
+                split = _held_out(self.place.base, config, self.data, folder) if first else None
+                self.place.settle(config, prepared[0])
+                return split
+
+            adapter = train_adapter(
+                self.place.base,
+                config,
+                prepare,
+                checkpoints=folder.checkpoints,
+                log=StepLog(folder.steps) if first else None,
+                on_event=on_event,
+                should_stop=stop,
+                on_start=keeper.on_start if first else lambda adapter, step: None,
+                validate_on=validate_on,
+                rehearse=True,
+                changed=self.ladder.changed,
+                ranks=self.ranks,
+            )
+        return keeper, adapter
+
+    def _prepared(self, stop: Stop) -> Prepared:
+        """Images and captions, encoded: by the first process, then read by the others."""
+        from trainer.data import cache
+
+        def on_image(done: int, total: int) -> None:
+            if stop() and done < total:
+                raise Interrupted(
+                    f"stopped after encoding {done} of {total} images", "the same command goes on"
+                )
+
+        if not self.ranks.is_first:
+            self.ranks.wait()
+        while True:
+            try:
+                prepared = cache.prepare(
+                    self.place.base, self.data, self.ladder.config, self.folder.cache, on_image=on_image
+                )
+                break
+            except OutOfMemory as error:
+                why, hint = error.message, error.hint
+            release(self.place.device)
+            if self.ladder.step_down(why, steps_behind(self.folder.checkpoints), encoding=True) is None:
+                raise OutOfMemory(why, hint)
+        if self.ranks.is_first:
+            self.ranks.wait()
+        self.view.say(f"{len(prepared.latents)} latents, {prepared.encoded_images} of them encoded now")
+        return prepared
+
+
+def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder) -> Prepared | None:
+    """The images of held_out/ for the validation loss, with their captions or the subject's words."""
+    from trainer.data import cache
+
+    if not data.held_out:
+        return None
+    words = " ".join(word for word in (data.trigger, data.class_word) if word) or "a picture"
+    paths = [item.path for item in data.held_out if not item.caption]
+    captions, _ = read_captions(paths, config.caption_extension, data.root, instead=words)
+    items = tuple(replace(item, caption=item.caption or captions[item.path]) for item in data.held_out)
+    plain = config.with_values({"flip_aug": False, "alpha_mask": False})
+    return cache.prepare(base, replace(data, items=items, held_out=()), plain, folder.cache)
+
+
+def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
+    """Whether the result is there, with these settings and images.  A file of others is not replaced."""
+    if not folder.lora.exists():
+        return False
+    from trainer.adapters.lorafile import CONFIG_KEY, shared_settings
+    from trainer.bases.load import short_name
+    from trainer.loop.checkpoint import FREE_SETTINGS
+    from trainer.tensorfile import read_header
+
+    metadata = read_header(folder.lora).metadata
+    saved = json.loads(metadata.get(CONFIG_KEY, "{}"))
+    deciding = SETTINGS.keys() - (FREE_SETTINGS - {"pretrained_model_name_or_path", "save_precision"})
+    now = shared_settings(config, short_name(config.pretrained_model_name_or_path))
+    changed = [
+        name
+        for name in SETTINGS
+        if name in deciding and saved.get(name, getattr(TrainConfig(), name)) != now[name]
+    ]
+    if metadata.get(DATASET_KEY) != data.content_hash:
+        changed.append("images or captions")
+    if changed:
+        what = f"was trained with another {', '.join(changed[:5])}" if saved else "was not made by this tool"
+        raise ConfigError(
+            f"{folder.lora} {what}", "choose another --output or --set output_name=…, or move the file away"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _alone(folder: RunFolder, ranks: Ranks) -> Any:
+    """No second run trains into the same files."""
+    if not ranks.is_first:
+        yield
+        return
+    lock = Lock(folder.root / "lock")
+    if not lock.try_acquire():
+        raise MachineError(
+            f"process {holder(lock.path)} trains {folder.name} already", "wait for it, or stop that process"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _board(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> Any:
+    """What writes events to TensorBoard, if logging_dir is set."""
+    if not config.logging_dir or not ranks.is_first:
+        yield lambda event: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MachineError(
+            "logging_dir needs TensorBoard, which is not installed",
+            "pip install tensorboard, or leave logging_dir out: train.jsonl is always written",
+        ) from None
+    # what an earlier call wrote beyond the checkpoint that this one goes on from is taken back
+    again = steps_behind(folder.checkpoints) + 1
+    writer = SummaryWriter(str(Path(config.logging_dir) / folder.name), purge_step=again)
+
+    def write(event: Event) -> None:
+        if isinstance(event, Step):
+            for name, value in (
+                ("loss/current", event.loss),
+                ("lr/unet", event.learning_rate),
+                ("lr/textencoder", event.text_encoder_lr),
+                ("grad_norm", event.grad_norm),
+            ):
+                writer.add_scalar(name, value, event.step)
+        elif isinstance(event, Validated):
+            writer.add_scalar("loss/validation", event.loss, event.step)
+
+    try:
+        yield write
+    finally:
+        writer.close()

@@ -1,0 +1,96 @@
+"""What the terminal shows of ``hpo train``: a moving bar, or lines where there is no terminal.
+
+Owns wording and layout; every number comes from an event.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hpo.terminal.live import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, clock
+from trainer.events import Event, Finished, Skipped, Step, Validated
+from trainer.files import clean_text
+
+
+class TrainView:
+    """Follows one run.  As a context it shows the moving bar while it lasts."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console = console
+        self.name = name
+        self.last: Step | None = None
+        self.loss = 0.0
+        self.seconds = 0.0
+        self.skipped = 0
+        self.stopping = False
+        self._said = time.monotonic()
+        self._live = Live(
+            console=console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self.block, transient=True
+        )
+
+    def say(self, text: str) -> None:
+        """One line, above the bar; long ones are left to the terminal to wrap."""
+        self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
+
+    def on_ask(self) -> None:
+        """The user asked to stop.  Runs in a signal handler, perhaps in the middle of a print: no rich here."""
+        self.stopping = True
+        if not self.console.is_terminal:
+            os.write(2, f"{STOPPING}\n".encode())
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Step):
+            first = self.last is None
+            self.loss = event.loss if first else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss
+            self.seconds = (
+                event.seconds if first else SMOOTHING * self.seconds + (1 - SMOOTHING) * event.seconds
+            )
+            self.last = event
+        elif isinstance(event, Skipped):
+            self.skipped += 1
+            self.say(f"step {event.step} is skipped: its {event.reason} is not finite")
+        elif isinstance(event, Validated):
+            self.say(f"epoch {event.epoch}: validation loss {event.loss:.5f}")
+        elif isinstance(event, Finished):
+            self.say(f"trained {event.steps} steps, {event.skipped} of them skipped")
+        if not self.console.is_terminal and time.monotonic() - self._said >= PLAIN_SECONDS and self.last:
+            self.say(self.line())
+            self._said = time.monotonic()
+
+    def line(self) -> str:
+        """Where the run stands, in words."""
+        if self.last is None:
+            return "preparing …"
+        left = (self.last.total_steps - self.last.step) * self.seconds
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return (
+            f"step {self.last.step}/{self.last.total_steps}, epoch {self.last.epoch}/{self.last.total_epochs}, "
+            f"loss {self.loss:.4f}, rate {self.last.learning_rate:.2e}, {self.seconds:.2f} s a step{skipped}, "
+            f"about {clock(left)} left"
+        )
+
+    def block(self) -> RenderableType:
+        """The moving block."""
+        bar = Table.grid(padding=(0, 1))
+        total, done = (self.last.total_steps, self.last.step) if self.last else (1, 0)
+        bar.add_row(
+            Text(clean_text(self.name), style="bold"), ProgressBar(total=total, completed=done, width=30)
+        )
+        tail = [Text(STOPPING, style="bold")] if self.stopping else []
+        return Group(bar, Text(self.line()), *tail)
+
+    def __enter__(self) -> TrainView:
+        if self.console.is_terminal:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()

@@ -1,0 +1,228 @@
+"""``hpo transfer``: from the command line's words to a table, files and, if wanted, probes.
+
+Owns the order of things and what is printed.  Rules are ``hpo.transfer.rules``'s, files ``hpo.transfer.files``'s, probes
+``hpo.transfer.probes.run``'s; the planner of memory has the last word on how a step is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpo.study.folder import RUNS
+from hpo.train.plan import say
+from hpo.transfer import files as transferfile
+from hpo.transfer.files import Places, derived_lines, kept_line, shown
+from hpo.transfer.plan import PLANNER, Finding, Move, TransferPlan
+from hpo.transfer.profile import Profile, profiles_of, read_family, read_profile
+from hpo.transfer.rules import MAPPING_VERSION, revised, transfer
+from hpo.transfer.source import Source, dataset_figures, find_source, holding_out, read_source, with_places
+from trainer.errors import ConfigError
+from trainer.files import clean_text
+
+WIDE = 130  # columns from which the reason stands in the table's row
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of ``hpo transfer``."""
+
+    to: str
+    study: str | None = None
+    vram: float | None = None
+    profile: str | None = None
+    preset: str | None = None
+    probes: int = 0
+    design: str | None = None
+    device: str | None = None
+    runs: Path = RUNS
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A transfer on its way: where from, by what, to what."""
+
+    source: Source
+    profile: Profile
+    plan: TransferPlan
+
+
+def run(request: Request, console: Console) -> None:
+    """Map, show, write; with probes measure first.  Raises ToolError; nothing is written if it is refused."""
+    if request.design and not request.probes:
+        raise ConfigError("--design says how probes are chosen, and there are none", "give --probes 6 too")
+    profile = _profile(request)
+    folder = find_source(request.study, request.runs, profile.family)
+    source = read_source(folder)
+    if request.study is None:
+        say(console, f"study {folder.name}: the last one that can be carried over to {profile.family.title}")
+    say(console, f"from {folder.name}, {source.says}")
+    done = make(source, profile, request.preset, lambda text: say(console, text))
+    show(console, done.plan)
+    _check_refused(done.plan)
+    from hpo.transfer.probes.run import consult
+
+    places = Places(folder.root / "transfer", profile.family.name)
+    more: list[str] = []
+    if request.probes:
+        # The settings are there before hours of probes, and if they are stopped.
+        _write(done, places, request, ())
+    found = consult(done, request, console)
+    if found is not None:
+        more = list(found.lines)
+        for line in more:
+            say(console, line)
+        if found.values:
+            before = len(done.plan.moves)
+            plan = planned(with_decision(done, found.values, found.reason), profile)
+            done = dataclasses.replace(done, plan=plan)
+            show(console, plan, plan.moves[before:])
+            _check_refused(plan)
+    for line in _write(done, places, request, more):
+        say(console, line)
+    say(console, f"next: {places.train_command}")
+
+
+def _check_refused(plan: TransferPlan) -> None:
+    if refused := plan.of_level("refuse"):
+        raise ConfigError(
+            "; ".join(finding.text for finding in refused),
+            "another --profile or --vram, or search with other limits; see docs/transfer.md",
+        )
+
+
+def _profile(request: Request) -> Profile:
+    family = read_family(request.to)
+    profile = read_profile(request.profile or family.default_profile)
+    if profile.family != family:
+        known = ", ".join(profiles_of(family.name))
+        raise ConfigError(
+            f"profile {profile.name} is for {profile.family.name}, not for {family.name}", f"its are {known}"
+        )
+    return profile.with_vram(request.vram) if request.vram is not None else profile
+
+
+def make(
+    source: Source, profile: Profile, preset: str | None, told: Callable[[str], None] = lambda text: None
+) -> Transfer:
+    """The mapping of the source's best configuration, planned for the card."""
+    figures, _ = dataset_figures(source, profile.family)
+    best, name = source.best, source.folder.name
+    comment = f"{name} trial {best.number}, mapping {MAPPING_VERSION}"
+    config = holding_out(source, with_places(best.config, f"{name}_{profile.family.name}", comment))
+    return Transfer(
+        source, profile, planned(transfer(config, figures, profile, preset=preset), profile, told)
+    )
+
+
+# The planner's last word
+
+
+def planned(
+    plan: TransferPlan, profile: Profile, told: Callable[[str], None] = lambda text: None
+) -> TransferPlan:
+    """The plan with what the card's memory asks for: its changes are moves too.  ``told`` of what takes long."""
+    from trainer.memory import (
+        footprint,
+        stacks,  # they trace the base: torch and diffusers
+    )
+
+    facts = footprint.base_facts(profile.family.base)
+    try:
+        told(f"predicting the memory of a step on {profile.vram_gb:g} GB (seconds, up to a minute)")
+        stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB), say=told)
+    except ConfigError as error:
+        more = () if plan.of_level("refuse") else (Finding("refuse", "vram", error.message),)
+        return dataclasses.replace(plan, findings=(*plan.findings, *more))
+    moves = tuple(Move(m.key, m.old, m.new, PLANNER, m.reason) for m in stack.moves)
+    findings = tuple(
+        Finding("warn", f.about, f"{f.text}; the planner finds that it fits") if _is_card(f) else f
+        for f in plan.findings
+    )
+    done = revised(dataclasses.replace(plan, findings=findings), stack.config, moves, profile)
+    return dataclasses.replace(
+        done, derived=dataclasses.replace(done.derived, peak_bytes=stack.footprint.peak_bytes)
+    )
+
+
+def _is_card(finding: Finding) -> bool:
+    return finding.level == "refuse" and finding.about == "vram"
+
+
+# What the terminal shows
+
+
+def show(console: Console, plan: TransferPlan, moves: tuple[Move, ...] | None = None) -> None:
+    """The moves (unset: all) as a table, then what is kept, the figures and the remarks.  Readable at 80 columns."""
+    moves = plan.moves if moves is None else moves
+    if console.width >= WIDE:
+        console.print(_wide_table(moves))
+    else:
+        console.print(_narrow_table(moves, console.width))
+    for line in (f"kept: {kept_line(plan)}", *derived_lines(plan.derived)):
+        say(console, line)
+    for finding in plan.findings:
+        say(console, f"{finding.level}: {finding.text}")
+
+
+def _wide_table(moves: tuple[Move, ...]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    for name in ("setting", "old", "new", "rule", "reason"):
+        table.add_column(name, overflow="fold", no_wrap=name != "reason")
+    for move in moves:
+        table.add_row(*(Text(clean_text(cell)) for cell in _cells(move)))
+    return table
+
+
+def _narrow_table(moves: tuple[Move, ...], width: int) -> Text:
+    """Setting, old, new and rule in columns; the reason below them."""
+    rows = [("setting", "old", "new", "rule", "")] + [_cells(move) for move in moves]
+    widths = [min(27, max(len(row[n]) for row in rows)) for n in range(3)]
+    lines = []
+    for row in rows:
+        lines.append("  ".join(f"{row[n]:<{widths[n]}}" for n in range(3)) + f"  {row[3]}")
+        lines += textwrap.wrap(row[4], width - 1, initial_indent="    ", subsequent_indent="    ")
+    return Text("\n".join(lines))
+
+
+def _cells(move: Move) -> tuple[str, str, str, str, str]:
+    reason = f"{move.reason} ({move.evidence})" if move.evidence else move.reason
+    texts = (move.key, _end(shown(move.old)), _end(shown(move.new)), move.rule, reason)
+    key, old, new, rule, reason = (clean_text(text) for text in texts)
+    return key, old, new, rule, reason
+
+
+def _end(text: str, most: int = 16) -> str:
+    """The end of a long value, as a path is best known by."""
+    return text if len(text) <= most else "…" + text[-(most - 1) :]
+
+
+# Writing
+
+
+def _write(done: Transfer, places: Places, request: Request, more: tuple[str, ...] | list[str]) -> list[str]:
+    source = done.source
+    head = (
+        f"{done.profile.family.title}: settings of {source.folder.name}, {source.says}; mapping {MAPPING_VERSION}",
+    )
+    return transferfile.write(done.plan, places, done.profile, request.preset, head, tuple(more))
+
+
+def with_decision(done: Transfer, values: Mapping[str, Any], reason: str) -> TransferPlan:
+    """The plan with the values that probes found better, as moves."""
+    plan = done.plan
+    moves = tuple(
+        Move(key, getattr(plan.config, key), value, "probe", reason)
+        for key, value in values.items()
+        if getattr(plan.config, key) != value
+    )
+    return revised(plan, plan.config.with_values(values), moves, done.profile)

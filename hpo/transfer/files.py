@@ -1,0 +1,245 @@
+"""The files of a transfer: transfer/FAMILY.toml, kohya-FAMILY/ and plan.md in the study's folder.
+
+Owns their form.  Each is replaced whole; the settings file comes last, so that it never stands beside an older
+plan that explains something else.
+"""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from hpo.terminal.live import clock, short
+from hpo.transfer.plan import Derived, Move, TransferPlan
+from hpo.transfer.profile import PRESETS, Profile
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+from trainer.files import clean_text, machine_error, write_atomic
+from trainer.kohya import export as kohyaexport
+
+WIDTH = 110
+# Always written: what a reader looks for first.
+ALWAYS = (
+    "pretrained_model_name_or_path",
+    "train_data_dir",
+    "output_name",
+    "resolution",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "max_train_epochs",
+    "learning_rate",
+    "text_encoder_lr",
+    "lr_scheduler",
+    "optimizer_type",
+    "network_dim",
+    "network_alpha",
+    "min_snr_gamma",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a transfer's files lie."""
+
+    root: Path
+    family: str
+
+    @property
+    def settings(self) -> Path:
+        return self.root / f"{self.family}.toml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.md"
+
+    @property
+    def kohya(self) -> Path:
+        return self.root / f"kohya-{self.family}"
+
+    @property
+    def output(self) -> Path:
+        return self.root / f"output-{self.family}"
+
+    @property
+    def train_command(self) -> str:
+        return f"hpo train {shlex.quote(str(self.settings))}"
+
+
+def write(
+    plan: TransferPlan,
+    places: Places,
+    profile: Profile,
+    preset: str | None,
+    head: Sequence[str],
+    more: Sequence[str],
+) -> list[str]:
+    """Write everything; returns lines to say.  ``head`` are lines on where the settings come from, ``more``
+    paragraphs for plan.md."""
+    try:
+        places.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise machine_error(error, places.root) from error
+    said = _write_kohya(plan, places, profile, preset)
+    write_atomic(places.plan, plan_text(plan, places, profile, preset, head, (*more, *said)))
+    write_atomic(places.settings, settings_text(plan, places, head))
+    return [f"written: {places.settings}, {places.plan}, {places.kohya}/", *said]
+
+
+# transfer/sdxl.toml
+
+
+def settings_text(plan: TransferPlan, places: Places, head: Sequence[str]) -> str:
+    """The settings as a file of this tool: the reason of each change above it."""
+    usual = TrainConfig().as_dict()
+    by_key: dict[str, list[Move]] = {}
+    for move in plan.moves:
+        by_key.setdefault(move.key, []).append(move)
+    lines = [f"# {line}" for text in head for line in textwrap.wrap(clean_text(text), WIDTH - 2)]
+    lines += ["#", f"# {clean_text(places.train_command)}", ""]
+    lines += [f"output_dir = {_value(str(places.output.resolve()))}", ""]
+    for key, value in plan.config.as_dict().items():
+        moves = by_key.get(key, [])
+        if not moves and key not in ALWAYS and value == usual[key]:
+            continue
+        lines += [""] if moves else []
+        for move in moves:
+            text = f"{shown(move.old)} → {shown(move.new)}  {move.rule}: {move.reason}"
+            lines += [f"# {line}" for line in textwrap.wrap(clean_text(text), WIDTH - 2)]
+        if value is None:  # TOML has no null: what is left out is unset
+            lines.append(f"# {key}: not set")
+        elif key != "max_train_epochs" or plan.config.max_train_steps is None:
+            lines.append(f"{key} = {_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    return tomlkit.item(value).as_string()
+
+
+def shown(value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None or value == "":
+        return "–"
+    return str(value).lower() if isinstance(value, bool) else short(value)
+
+
+# kohya's pair
+
+
+def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: str | None) -> list[str]:
+    from trainer.bases.load import HUB_NAMES
+
+    base = HUB_NAMES.get(profile.family.base, profile.family.base)
+    try:
+        found = kohyaexport.export(
+            plan.config,
+            profile.family.architecture,
+            base,
+            places.kohya.resolve(),
+            str(places.output.resolve()),
+        )
+    except ConfigError as error:
+        return [f"note: no files for sd-scripts: {error.message}"]
+    extra: dict[str, Any] = dict(PRESETS[preset].kohya) if preset else {}
+    config = plan.config
+    if config.network_train_unet_only and not _captions_vary(config):
+        extra["cache_text_encoder_outputs"] = True
+    kohyaexport.write(
+        kohyaexport.Export({**found.config, **extra}, found.dataset, found.command, found.notes), places.kohya
+    )
+    said = [f"note: sd-scripts: {note}" for note in found.notes]
+    if profile.family.base.startswith("mini-"):
+        said.append(f"note: sd-scripts cannot load {profile.family.base}: set pretrained_model_name_or_path")
+    return [*said, f"sd-scripts: {found.command}"]
+
+
+def _captions_vary(config: TrainConfig) -> bool:
+    rates = (
+        config.caption_dropout_rate,
+        config.caption_tag_dropout_rate,
+        config.caption_dropout_every_n_epochs,
+    )
+    return config.shuffle_caption or config.enable_wildcard or any(rate > 0 for rate in rates)
+
+
+# plan.md
+
+
+def plan_text(
+    plan: TransferPlan,
+    places: Places,
+    profile: Profile,
+    preset: str | None,
+    head: Sequence[str],
+    more: Sequence[str],
+) -> str:
+    """The whole transfer to read: where from, each move, what is kept, figures, what to do next."""
+    wish = f", preset {preset}" if preset else ""
+    lines = [f"# Settings for {profile.family.title}", ""]
+    lines += [*(_cell(text) + "  " for text in head), f"Profile {profile.name}{wish}.", ""]
+    lines += [
+        "## Changes",
+        "",
+        "| setting | old | new | rule | reason | evidence |",
+        "|---|---|---|---|---|---|",
+    ]
+    for move in plan.moves:
+        cells = (move.key, shown(move.old), shown(move.new), move.rule, move.reason, move.evidence)
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    lines += ["", f"Kept: {_cell(kept_line(plan))}.", "", "## Figures", ""]
+    lines += [f"* {_cell(line)}" for line in derived_lines(plan.derived)]
+    if plan.findings:
+        lines += ["", "## Remarks", ""] + [f"* {f.level}: {_cell(f.text)}" for f in plan.findings]
+    lines += ["", "## Next", "", "```", clean_text(places.train_command), "```", ""]
+    lines += [_cell(text) + "\n" for text in more]
+    lines.append(
+        "The rules are a prior with named sources, not a measurement on these images; `--probes` measures. "
+        "What each rule does: docs/transfer.md."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def kept_line(plan: TransferPlan) -> str:
+    """What matters and was not changed."""
+    names = (
+        *("network_dim", "network_alpha", "min_snr_gamma", "noise_offset", "lr_scheduler"),
+        *("lr_scheduler_num_cycles", "optimizer_type", "weight_decay", "network_dropout"),
+        *("learning_rate", "text_encoder_lr", "max_train_epochs", "gradient_accumulation_steps"),
+    )
+    moved = {move.key for move in plan.moves}
+    values = {name: getattr(plan.config, name) for name in names if name not in moved}
+    if values.get("lr_scheduler") != "cosine_with_restarts":
+        values.pop("lr_scheduler_num_cycles", None)
+    return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
+
+
+def derived_lines(derived: Derived) -> list[str]:
+    """The figures beside the moves, one a line."""
+    (before, now), (first, then) = derived.effective_batch, derived.updates
+    lines = [
+        f"effective batch {before} → {now}" + ("" if now == before else f" ({now / before:.0%} of it)"),
+        f"updates {first} → {then} (× {then / first:.2f})",
+    ]
+    if derived.integrated_rate is not None:
+        lines.append(f"integrated rate × {derived.integrated_rate:.2f} (rate × updates)")
+    lines.append(f"learning_rate × √(alpha / 16) = {derived.normalised_rate:.2g}")
+    if derived.file_bytes is not None:
+        lines.append(f"LoRA file {derived.file_bytes / 1e6:.0f} MB")
+    if derived.peak_bytes is not None:
+        lines.append(f"predicted peak of GPU memory {derived.peak_bytes / 1e9:.1f} GB")
+    if derived.seconds is not None:
+        lines.append(
+            f"predicted time {clock(derived.seconds)} on the search's machine (from its seconds a sample)"
+        )
+    return lines
+
+
+def _cell(text: Any) -> str:
+    return clean_text(str(text)).replace("|", "\\|")

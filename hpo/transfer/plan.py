@@ -1,0 +1,145 @@
+"""Values of a transfer: figures in, moves, findings and derived figures out; and their arithmetic.
+
+Owns what ``hpo.transfer.rules``'s rules read and write, and what follows from any two configurations.  Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hpo.transfer.profile import Profile
+from trainer.config import TrainConfig
+
+GRID = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # at most a quarter below the exact value
+REFERENCE_ALPHA = 16.0  # of normalised rates
+CHECKPOINTING_COST = 1.25  # assumed, as docs/settings.md says
+PLANNER = "planner"  # the rule of moves that the planner of memory wants
+BYTES = {"float": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class DatasetFigures:
+    """What the rules need to know of the images.  ``samples`` of an epoch: images × repeats.
+
+    ``small_share`` are the images whose shorter side is below the family's ``small_image_px``;
+    ``seconds_per_sample`` is what the source took on this machine, if that is known.
+    """
+
+    images: int
+    samples: int
+    small_share: float = 0.0
+    seconds_per_sample: float | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """One change of one setting."""
+
+    key: str
+    old: Any
+    new: Any
+    rule: str
+    reason: str
+    evidence: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line beside the moves.  ``level`` is note, warn or refuse; ``about`` a setting or ``vram``."""
+
+    level: str
+    about: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Figures that follow from source and result; pairs are (source, result).
+
+    ``integrated_rate`` is rate × updates of the result, over the source's.  Unset: not known.
+    """
+
+    effective_batch: tuple[int, int]
+    updates: tuple[int, int]
+    integrated_rate: float | None
+    normalised_rate: float
+    file_bytes: int | None
+    seconds: float | None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """The result: settings, every change on the way, what was noticed, and derived figures."""
+
+    source: TrainConfig
+    figures: DatasetFigures
+    config: TrainConfig
+    moves: tuple[Move, ...]
+    findings: tuple[Finding, ...]
+    derived: Derived
+
+    def of_level(self, level: str) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.level == level)
+
+
+def snap_down(value: float) -> float:
+    """The largest of {1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8} × 10ⁿ that is not above ``value``."""
+    if value <= 0:
+        return value
+    power = math.floor(math.log10(value))
+    for exponent in (power + 1, power, power - 1):
+        for step in reversed(GRID):
+            candidate = float(f"{step:g}e{exponent}")
+            if candidate <= value * (1 + 1e-9):
+                return candidate
+    raise AssertionError(value)
+
+
+def two_digits(value: float) -> float:
+    return float(f"{value:.1e}")
+
+
+def updates_of(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps: epochs × ⌈⌈samples / batch⌉ / accumulation⌉.  Buckets may add a few."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    assert config.max_train_epochs is not None
+    batches = math.ceil(samples / config.train_batch_size)
+    return config.max_train_epochs * math.ceil(batches / config.gradient_accumulation_steps)
+
+
+def normalised(rate: float, alpha: float) -> float:
+    """learning_rate × √(alpha / 16): rates at different alphas on one scale."""
+    return rate * math.sqrt(alpha / REFERENCE_ALPHA)
+
+
+def derive(config: TrainConfig, result: TrainConfig, figures: DatasetFigures, profile: Profile) -> Derived:
+    """What follows from a mapping, or from any two configurations."""
+    updates = updates_of(config, figures.samples), updates_of(result, figures.samples)
+    batches = tuple(c.train_batch_size * c.gradient_accumulation_steps for c in (config, result))
+    before, now = config.effective_unet_lr, result.effective_unet_lr
+    seconds = None
+    if figures.seconds_per_sample is not None:
+        slower = CHECKPOINTING_COST if result.gradient_checkpointing > config.gradient_checkpointing else 1.0
+        seen = updates[1] * batches[1]
+        seconds = seen * figures.seconds_per_sample * profile.family.cost_of_a_sample * slower
+    return Derived(
+        effective_batch=(batches[0], batches[1]),
+        updates=updates,
+        integrated_rate=now * updates[1] / (before * updates[0]) if before > 0 else None,
+        normalised_rate=normalised(now, result.network_alpha),
+        file_bytes=_file_bytes(result, profile),
+        seconds=seconds,
+    )
+
+
+def _file_bytes(config: TrainConfig, profile: Profile) -> int | None:
+    ranks = profile.family.values_per_rank
+    if config.network_type != "LoRA" or config.conv_dim is not None or "unet" not in ranks:
+        return None
+    values = ranks["unet"] if config.trains_unet else 0
+    values += ranks.get("text_encoders", 0) if config.trains_text_encoder else 0
+    return values * config.network_dim * BYTES[config.save_precision]

@@ -1,0 +1,183 @@
+"""A study of probes as a definition: which settings its trials can have, and which trial is which probe.
+
+Owns the form of short runs, the space they lie in and the way between a probe and a proposal.  Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hpo.study.config import ELSEWHERE, StudyConfig, build_study
+from hpo.study.space import NOT_SEARCHABLE, ZERO_IS_UNSET
+from hpo.transfer.plan import normalised, updates_of
+from hpo.transfer.probes.design import TRANSFERRED, Probe, Scope
+from hpo.transfer.profile import LimitSection
+from hpo.transfer.rules import ADAM, MOST_WARMUP, RATE_FREE
+from trainer.config import SETTINGS, TrainConfig
+from trainer.errors import ConfigError
+
+FRACTION = 0.25  # of a whole run's updates: four probes cost one run
+MOST_OCTAVES = 4.0
+RATES = ("learning_rate", "text_encoder_lr")
+_SAMPLING = ("steps", "cfg", "sampler", "negative")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One base on which probes are run: complete configurations by candidate, as short runs, and their study."""
+
+    short: Mapping[str, TrainConfig]
+    study: StudyConfig
+    scope: Scope
+
+    def proposal(self, probe: Probe) -> dict[str, Any]:
+        """The probe in the study's space."""
+        values = probed(self.short[probe.candidate], probe).as_dict()
+        found = self.study.space.proposal(values)
+        return self.study.space.check(found, probe.role)
+
+    def probe_of(self, params: Mapping[str, Any], among: list[Probe]) -> Probe | None:
+        """The probe that a trial is."""
+        return next((p for p in among if _same(self.proposal(p), params)), None)
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        math.isclose(a[k], b[k], rel_tol=1e-9) if isinstance(a[k], float) else a[k] == b[k] for k in a
+    )
+
+
+def short_run(config: TrainConfig, samples: int, fraction: float = FRACTION) -> TrainConfig:
+    """The beginning of a run: a share of its updates at its full rate.
+
+    A schedule is not squeezed into them – its rates would be others – but left out; warm-up keeps its share.
+    """
+    updates = updates_of(config, samples)
+    warmup = config.lr_warmup_steps if config.lr_warmup_steps < 1 else config.lr_warmup_steps / updates
+    first, _ = config.effective_text_encoder_lrs
+    return config.with_values(
+        {
+            "lr_scheduler": "constant_with_warmup",
+            "lr_warmup_steps": round(min(warmup, MOST_WARMUP), 4),
+            "lr_scheduler_num_cycles": 1,
+            "max_train_steps": max(1, round(fraction * updates)),
+            "max_train_epochs": TrainConfig().max_train_epochs,
+            "learning_rate": config.effective_unet_lr,
+            "unet_lr": None,
+            "text_encoder_lr": first,
+            "text_encoder_lr1": None,
+            "text_encoder_lr2": None,
+            "network_train_unet_only": False,
+        }
+    )
+
+
+def probed(config: TrainConfig, probe: Probe) -> TrainConfig:
+    """The candidate's settings at the probe's rates."""
+    factor = 2**probe.octaves
+    text = config.effective_text_encoder_lr * factor if probe.text_encoder else 0.0
+    return config.with_values({"learning_rate": config.effective_unet_lr * factor, "text_encoder_lr": text})
+
+
+def octave_bounds(config: TrainConfig, limits: LimitSection) -> tuple[float, float]:
+    """How far the rate may go within a profile's limits, which are those of Adam.  0 is always within."""
+    if config.optimizer_type not in ADAM:
+        return -MOST_OCTAVES, MOST_OCTAVES
+    rate, high = config.effective_unet_lr, limits.learning_rate_high
+    if limits.normalised_refuse is not None:
+        high = min(high, limits.normalised_refuse / normalised(1.0, config.network_alpha))
+    room = 2**MOST_OCTAVES
+    low, high = max(limits.learning_rate_low / rate, 1 / room), min(high / rate, room)
+    return min(math.log2(low), 0.0), max(math.log2(high), 0.0)
+
+
+def make_side(
+    name: str,
+    whole: Mapping[str, TrainConfig],
+    samples: int,
+    budget: int,
+    bounds: tuple[float, float],
+    *,
+    sampling: Mapping[str, Any],
+    seed: int,
+    words: str,
+    fraction: float = FRACTION,
+) -> Side:
+    """The side of one base.  Candidates that cannot lie in one space with the transferred one are left out."""
+    own = whole[TRANSFERRED]
+    for config in whole.values():
+        if config.optimizer_type in RATE_FREE:
+            raise ConfigError(
+                f"{config.optimizer_type} finds its rate itself: probes of rates mean nothing",
+                "leave out --probes; compare LoRA files with hpo evaluate",
+            )
+    if not own.trains_unet:
+        raise ConfigError("the U-Net is not trained: there is no rate to probe", "leave out --probes")
+    short = {key: short_run(config, samples, fraction) for key, config in whole.items()}
+    short = {
+        key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]
+    }
+    short = {key: config for key, config in short.items() if _fits(config, short[TRANSFERRED])}
+    scope = Scope(
+        budget,
+        tuple(key for key in short if key != TRANSFERRED),
+        bounds[0],
+        bounds[1],
+        own.trains_text_encoder,
+    )
+    study = build_study(name, _sections(short, sampling, seed, words))
+    return Side(short, study, scope)
+
+
+def _fits(config: TrainConfig, own: TrainConfig) -> bool:
+    """Whether what differs can be a choice: TOML has no word for unset."""
+    for key in SETTINGS:
+        a, b = getattr(config, key), getattr(own, key)
+        if a != b and None in (a, b) and key not in ZERO_IS_UNSET:
+            return False
+        if a != b and key in NOT_SEARCHABLE and key not in ELSEWHERE:
+            return False
+    return True
+
+
+def _sections(
+    short: Mapping[str, TrainConfig], sampling: Mapping[str, Any], seed: int, words: str
+) -> dict[str, dict[str, Any]]:
+    own = short[TRANSFERRED]
+    space: dict[str, Any] = {}
+    room = 2 ** (MOST_OCTAVES + 0.01)
+    rates = [config.learning_rate for config in short.values()]
+    space["learning_rate"] = {"low": min(rates) / room, "high": min(10.0, max(rates) * room), "log": True}
+    texts = [config.effective_text_encoder_lr for config in short.values()]
+    if max(texts) > 0:
+        space["text_encoder_lr"] = {"low": 0.0, "high": min(10.0, max(texts) * room)}
+    for key in SETTINGS:
+        values = [getattr(config, key) for config in short.values()]
+        if key in RATES or key in ELSEWHERE or all(value == values[0] for value in values):
+            continue
+        options: list[Any] = []
+        for value in values:
+            value = 0 if value is None else value
+            if value not in options:
+                options.append(value)
+        space[key] = {"choices": options}
+    train = {
+        key: value
+        for key, value in own.as_dict().items()
+        if key not in ELSEWHERE and key not in space and value is not None
+    }
+    if train.get("max_train_steps") or "max_train_steps" in space:
+        train.pop("max_train_epochs", None)
+    baseline = {key: getattr(own, key) for key in space}
+    return {
+        "study": {"title": "Probes of transferred settings", "seed": seed},
+        "train": train,
+        "space": space,
+        "baseline": {key: 0 if value is None else value for key, value in baseline.items()},
+        "prompts": {"words": words},
+        "confirmation": {"words": words},
+        "sampling": {key: sampling[key] for key in _SAMPLING if key in sampling},
+    }

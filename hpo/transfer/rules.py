@@ -1,0 +1,489 @@
+"""transfer(): settings found on one base as settings for another – pure, made of named rules.
+
+Owns the rules and their order.  Their values are ``hpo.transfer.plan``'s; a family's facts and a card's wishes are
+data (``hpo.transfer.profile``); files are ``hpo.transfer.files``'s, the command ``hpo.transfer.command``'s.
+
+E is the effective batch, train_batch_size × gradient_accumulation_steps; a rate's factor is called k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hpo.transfer.plan import (
+    DatasetFigures,
+    Finding,
+    Move,
+    TransferPlan,
+    derive,
+    normalised,
+    snap_down,
+    two_digits,
+    updates_of,
+)
+from hpo.transfer.profile import PRESETS, Profile
+from trainer.bases.blockrates import block_rates
+from trainer.config import SETTINGS, TrainConfig, suggestion
+from trainer.errors import ConfigError
+
+MAPPING_VERSION = "1"  # raised whenever a rule gives another result
+RATE_FREE = ("Prodigy",)  # finds its rate itself: learning_rate stays as it is, usually 1
+ADAM = ("AdamW", "AdamW8bit")  # the published limits are theirs
+MOST_WARMUP = 0.1  # of all steps
+SMALL_SHARE = 0.3
+RATE_KEYS = ("learning_rate", "text_encoder_lr")
+LOW_RATIO, HIGH_RATIO = 0.5, 0.8  # text_encoder_lr / learning_rate in the recorded settings
+
+
+@dataclass
+class Draft:
+    """The settings while rules work on them.  ``factor`` is k once the rate rule has spoken."""
+
+    source: TrainConfig
+    figures: DatasetFigures
+    profile: Profile
+    preset: str | None
+    values: dict[str, Any]
+    factor: float = 1.0
+    text_factor: float = 1.0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def cap(self) -> int:
+        return (
+            PRESETS[self.preset].effective_batch_cap
+            if self.preset
+            else self.profile.batch.effective_batch_cap
+        )
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """E before and now."""
+        now = self.values["train_batch_size"] * self.values["gradient_accumulation_steps"]
+        return self.source.train_batch_size * self.source.gradient_accumulation_steps, now
+
+    @property
+    def finds_its_rate(self) -> bool:
+        return self.source.optimizer_type in RATE_FREE
+
+    @property
+    def rate(self) -> float:
+        """The U-Net's rate now."""
+        own = self.values["unet_lr"]
+        return self.values["learning_rate"] if own is None else own
+
+    def say(self, level: str, about: str, text: str) -> None:
+        self.findings.append(Finding(level, about, text))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a rule wants: ``transfer`` makes a Move of it if the value is another one."""
+
+    key: str
+    new: Any
+    rule: str
+    reason: str
+    evidence: str = ""
+
+
+Rule = Callable[[Draft], Iterator[Change]]
+
+
+def transfer(
+    config: TrainConfig, figures: DatasetFigures, profile: Profile, *, preset: str | None = None
+) -> TransferPlan:
+    """``config`` for the profile's family, with a Move for every difference.
+
+    What published settings speak against is a Finding of level warn or refuse: whoever uses the plan decides.
+    """
+    if preset is not None and preset not in PRESETS:
+        hint = suggestion(preset, PRESETS) or "known: " + ", ".join(PRESETS)
+        raise ConfigError(f"no preset {preset}", hint)
+    draft = Draft(config, figures, profile, preset, config.as_dict())
+    moves = []
+    for rule, _ in RULES:
+        for change in rule(draft):
+            old = draft.values[change.key]
+            if old != change.new:
+                moves.append(Move(change.key, old, change.new, change.rule, change.reason, change.evidence))
+                draft.values[change.key] = change.new
+    result = TrainConfig().with_values(draft.values)
+    draft.findings += rate_remarks(result, profile)
+    derived = derive(config, result, figures, profile)
+    return TransferPlan(config, figures, result, tuple(moves), tuple(draft.findings), derived)
+
+
+def revised(plan: TransferPlan, config: TrainConfig, moves: Sequence[Move], profile: Profile) -> TransferPlan:
+    """The plan after changes that no rule made (probes, the planner): figures and remarks on rates are made anew."""
+    findings = (*(f for f in plan.findings if f.about not in RATE_KEYS), *rate_remarks(config, profile))
+    derived = derive(plan.source, config, plan.figures, profile)
+    return replace(plan, config=config, moves=(*plan.moves, *moves), findings=findings, derived=derived)
+
+
+def _limited(key: str, value: float) -> Any:
+    """``value`` within the setting's own limits."""
+    facts = SETTINGS[key]
+    if facts.high is not None:
+        value = min(value, facts.high)
+    if facts.low is not None:
+        value = max(value, facts.low)
+    return int(value) if isinstance(value, float) and key.startswith("max_train") else value
+
+
+# Rules: what, and for how long
+
+
+def family_base(draft: Draft) -> Iterator[Change]:
+    family = draft.profile.family
+    yield Change(
+        "pretrained_model_name_or_path", family.base, "family.base", f"the settings are for {family.title}"
+    )
+
+
+def family_drops(draft: Draft) -> Iterator[Change]:
+    """What means nothing, or something else, on the new family."""
+    usual = TrainConfig().as_dict()
+    for key, reason in draft.profile.family.drops.items():
+        yield Change(key, usual[key], "family.drops", reason)
+    for key in ("down_lr_weight", "mid_lr_weight", "up_lr_weight"):
+        try:
+            block_rates(
+                TrainConfig().with_values({key: draft.values[key]}), draft.profile.family.architecture
+            )
+        except ConfigError:
+            reason = f"block rates are by block, and {draft.profile.family.title} has others"
+            yield Change(key, "", "family.drops", reason)
+
+
+def family_fixed(draft: Draft) -> Iterator[Change]:
+    """What the family needs, then what the profile, then what the preset wishes."""
+    family = draft.profile.family
+    if family.max_token_length is not None:
+        yield Change(
+            "max_token_length",
+            family.max_token_length,
+            "family.fixed",
+            "longer captions are read to their end",
+        )
+    wishes = PRESETS[draft.preset].settings if draft.preset else {}
+    for key, value in draft.profile.settings.items():
+        if key not in wishes:
+            yield Change(key, value, "profile.settings", f"profile {draft.profile.name}")
+    for key, value in wishes.items():
+        yield Change(key, value, "preset", f"preset {draft.preset}")
+    if not family.half_vae and draft.values["mixed_precision"] in ("fp16", "auto"):
+        yield Change("no_half_vae", True, "family.fixed", "its VAE overflows in fp16: black images")
+
+
+def native_resolution(draft: Draft) -> Iterator[Change]:
+    family = draft.profile.family
+    why = f"{family.title} is made for {family.native_resolution_px} px"
+    for key, value in (
+        ("resolution", family.native_resolution_px),
+        ("min_bucket_reso", family.min_bucket_reso),
+        ("max_bucket_reso", family.max_bucket_reso),
+        ("bucket_reso_steps", family.bucket_reso_steps),
+        ("bucket_no_upscale", True),
+    ):
+        yield Change(key, value, "res.native", why)
+    if draft.figures.small_share > SMALL_SHARE:
+        draft.say(
+            "warn",
+            "resolution",
+            f"{draft.figures.small_share:.0%} of the images are smaller than {family.small_image_px} px: "
+            "they teach blur; leave them out or find larger ones",
+        )
+
+
+def kept(draft: Draft) -> Iterator[Change]:
+    """Everything else stays; the family's notes tell where the same value means something else."""
+    usual = TrainConfig().as_dict()
+    for key, text in draft.profile.family.notes.items():
+        if draft.values[key] != usual[key]:
+            draft.say("note", key, f"{key} {draft.values[key]:g} is kept: {text}")
+    yield from ()
+
+
+def eight_bit(draft: Draft) -> Iterator[Change]:
+    if draft.profile.optimizer.eight_bit and draft.values["optimizer_type"] == "AdamW":
+        yield Change(
+            "optimizer_type",
+            "AdamW8bit",
+            "opt.8bit",
+            "a quarter of the optimizer's memory, same rate",
+            "8-bit state at the same rates trains alike (arXiv 2110.02861)",
+        )
+
+
+def micro_batch(draft: Draft) -> Iterator[Change]:
+    before = draft.batches[0]
+    new = min(draft.profile.micro_batch(draft.source.train_batch_size), before, draft.cap)
+    reason = f"images at once on {draft.profile.vram_gb:g} GB (profile {draft.profile.name})"
+    yield Change("train_batch_size", new, "batch.micro", reason)
+
+
+def accumulation(draft: Draft) -> Iterator[Change]:
+    """As much of the effective batch as the cap allows; never more than it was."""
+    before = draft.batches[0]
+    wanted, micro = min(before, draft.cap), draft.values["train_batch_size"]
+    steps = max(1, round(wanted / micro))
+    if steps * micro > wanted:
+        steps = max(1, wanted // micro)
+    steps = _limited("gradient_accumulation_steps", steps)
+    now = steps * micro
+    if now == before:
+        what = f"keeps the effective batch of {before}"
+    else:
+        what = (
+            f"effective batch min({before}, cap {draft.cap}) = {now}, was {before}: "
+            f"{before / now:.3g}× the updates an epoch"
+        )
+    yield Change("gradient_accumulation_steps", steps, "accum.cap_effective", what)
+
+
+def length(draft: Draft) -> Iterator[Change]:
+    factor = draft.profile.length.epochs_factor
+    if draft.source.max_train_steps is not None:
+        before, now = draft.batches
+        steps = math.ceil(draft.source.max_train_steps * before / now * factor - 1e-9)
+        reason = f"as many images as before × {factor:g}: × {before} / {now} for the effective batch"
+        yield Change("max_train_steps", _limited("max_train_steps", steps), "steps.scale", reason)
+        return
+    assert draft.source.max_train_epochs is not None
+    # 10 × 1.1 is 11.000000000000002
+    epochs = math.ceil(draft.source.max_train_epochs * factor - 1e-9)
+    yield Change(
+        "max_train_epochs", _limited("max_train_epochs", epochs), "epochs.scale", f"× {factor:g}, rounded up"
+    )
+
+
+# Rules: rates
+
+# k from E before and now, and the profile; with what is known of it
+RATES: dict[str, tuple[Callable[[int, int, Profile], float], str]] = {
+    "sqrt_batch": (
+        lambda before, now, _: math.sqrt(now / before),
+        "Adam: √batch (Malladi 2205.10287); SD1.5 at batch 1/2/4 fits √, not linear",
+    ),
+    "keep": (lambda before, now, _: 1.0, "published pairs SD1.5 / SDXL: 1.0 is the most usual factor"),
+    "factor": (lambda before, now, profile: profile.rate.factor, "recorded point A: 0.77 and 0.75"),
+    "linear_batch": (lambda before, now, _: now / before, "SGD's rule; for Adam √batch fits better"),
+}
+TEXT_EVIDENCE = "published ratios: 0, 0.1, 0.5 and 1; 0.67 is a recorded rule, measured nowhere else"
+
+
+def _rounded(draft: Draft, value: float, factor: float) -> tuple[float, str]:
+    """A derived rate as it is written, and how it came about."""
+    if factor == 1.0:
+        return value, ""
+    exact = value * factor
+    if draft.profile.rate.rule == "factor":
+        return two_digits(exact), f"{exact:.4g}, to two digits"
+    return snap_down(exact), f"{exact:.4g}, down to a round number"
+
+
+def unet_rate(draft: Draft) -> Iterator[Change]:
+    """k for all rates, applied to the U-Net's.  unet_lr, where it is given, becomes learning_rate."""
+    if draft.finds_its_rate:
+        return
+    name = draft.profile.rate.rule
+    law, evidence = RATES[name]
+    before, now = draft.batches
+    draft.factor = draft.text_factor = law(before, now, draft.profile)
+    if name == "factor":
+        draft.text_factor = draft.profile.rate.text_encoder_factor
+    alpha, new_alpha = draft.source.network_alpha, draft.values["network_alpha"]
+    scale = math.sqrt(alpha / new_alpha)
+    rate = draft.source.effective_unet_lr
+    if rate == 0:
+        return
+    if draft.source.unet_lr is not None:
+        yield Change(
+            "learning_rate", rate, "lr.fold", "unet_lr is the U-Net's rate: it is written as learning_rate"
+        )
+        yield Change("unet_lr", None, "lr.fold", "learning_rate says it")
+    formula = {"sqrt_batch": f"√({now}/{before})", "linear_batch": f"{now}/{before}"}.get(name, "k")
+    new, how = _rounded(draft, rate, draft.factor)
+    reason = f"effective batch {before} → {now}: × {formula} = {draft.factor:.3f} → {how}"
+    yield Change("learning_rate", new, f"lr.{name}", reason, evidence)
+    if scale != 1.0:
+        exact = new * scale
+        yield Change(
+            "learning_rate",
+            snap_down(exact),
+            "lr.alpha",
+            f"alpha {alpha:g} → {new_alpha:g}: × √({alpha:g}/{new_alpha:g}) = {scale:.3f} → {exact:.4g}, rounded down",
+            "LoRA's rate over rank and alpha (arXiv 2602.06204)",
+        )
+
+
+def rate_limits(draft: Draft) -> Iterator[Change]:
+    """Within the published rates; ``rate_remarks`` warns of or refuses what lies far out for its alpha."""
+    limits, rate = draft.profile.limits, draft.rate
+    if draft.values["optimizer_type"] not in ADAM or rate == 0:
+        return
+    low, high = limits.learning_rate_low, limits.learning_rate_high
+    new = min(max(rate, low), high)
+    yield Change(
+        "learning_rate",
+        new,
+        "lr.limits",
+        f"rates of this profile lie at {low:g} to {high:g}",
+        "published settings of AdamW",
+    )
+
+
+def text_encoder_rate(draft: Draft) -> Iterator[Change]:
+    """Off, or the searched ratio, or – where the search had no rate of its own – a share of the U-Net's."""
+    source, rate = draft.source, draft.rate
+    for key in ("text_encoder_lr1", "text_encoder_lr2"):
+        yield Change(key, None, "te.inherit_ratio", "one rate for all text encoders, as the search had")
+    if draft.profile.rate.text_encoder == "off" and rate > 0:
+        yield from _text_encoders_off("the profile leaves the text encoders as they are")
+        return
+    if source.network_train_unet_only:
+        return
+    given = source.text_encoder_lr if source.text_encoder_lr1 is None else source.text_encoder_lr1
+    if given is None and (source.unet_lr is not None):
+        given = source.learning_rate  # what kohya trains the text encoders at then
+    if given == 0:
+        yield from _text_encoders_off("the search trained no text encoder")
+    elif draft.finds_its_rate:
+        yield Change("text_encoder_lr", given, "te.inherit_ratio", "the optimizer finds the rate")
+    elif given is not None:
+        new, how = _rounded(draft, given, draft.text_factor)
+        ratio = f", {new / rate:.2f} of learning_rate" if rate > 0 else ""
+        reason = f"× {draft.text_factor:.3f} as learning_rate → {how or 'kept'}{ratio}"
+        yield Change("text_encoder_lr", new, "te.inherit_ratio", reason, TEXT_EVIDENCE)
+    else:
+        share = draft.profile.rate.text_encoder_ratio
+        reason = (
+            f"the search had no rate of its own: {share:g} × learning_rate = {share * rate:.4g}, rounded down"
+        )
+        yield Change("text_encoder_lr", snap_down(share * rate), "te.ratio", reason, TEXT_EVIDENCE)
+
+
+def _text_encoders_off(reason: str) -> Iterator[Change]:
+    yield Change("text_encoder_lr", 0.0, "te.off", reason)
+    yield Change("network_train_unet_only", True, "te.off", "their outputs can be cached")
+
+
+def text_encoder_limits(draft: Draft) -> Iterator[Change]:
+    rate, text = draft.rate, draft.values["text_encoder_lr"]
+    if draft.finds_its_rate or not text or draft.values["network_train_unet_only"]:
+        return
+    limits, cap = draft.profile.limits, draft.profile.rate.text_encoder_cap
+    if rate > 0 and text > cap * rate * (1 + 1e-9):
+        yield Change("text_encoder_lr", snap_down(cap * rate), "te.cap", f"at most {cap:g} × learning_rate")
+    elif rate == 0 and draft.values["optimizer_type"] in ADAM and text > limits.learning_rate_high:
+        highest = limits.learning_rate_high
+        yield Change("text_encoder_lr", highest, "te.cap", "the highest rate of this profile")
+
+
+def rate_remarks(config: TrainConfig, profile: Profile) -> Iterator[Finding]:
+    """What published settings say of the rates of a result.  Optimizers that find their rate say nothing."""
+    limits, rate, text = profile.limits, config.effective_unet_lr, config.effective_text_encoder_lr
+    if config.optimizer_type in ADAM and rate > 0:
+        value = normalised(rate, config.network_alpha)
+        words = f"learning_rate × √(alpha / 16) is {value:.2g}, published settings lie at 2.8e-5 to 2.8e-4"
+        if limits.normalised_refuse is not None and value > limits.normalised_refuse:
+            yield Finding(
+                "refuse", "learning_rate", f"{words}: above {limits.normalised_refuse:g} is refused"
+            )
+        elif limits.normalised_warn is not None and value > limits.normalised_warn:
+            most = f"the highest that goes without a word is {limits.normalised_warn:g}"
+            yield Finding("warn", "learning_rate", f"{words}, {most}")
+    if config.optimizer_type in RATE_FREE or not text or not config.trains_text_encoder:
+        return
+    if rate > 0 and text < LOW_RATIO * rate:
+        yield Finding(
+            "note",
+            "text_encoder_lr",
+            f"text_encoder_lr is {text / rate:.2f} of learning_rate; recorded settings have {LOW_RATIO} to "
+            f"{HIGH_RATIO}, sd-scripts' docs 0.1: it is not raised",
+        )
+    if limits.text_encoder_lr_warn is not None and text > limits.text_encoder_lr_warn:
+        yield Finding(
+            "warn",
+            "text_encoder_lr",
+            f"text_encoder_lr {text:g} is above {limits.text_encoder_lr_warn:g}: text encoders overcook quickly",
+        )
+
+
+def warmup(draft: Draft) -> Iterator[Change]:
+    """The same share of all steps, a tenth at most."""
+    steps = draft.source.lr_warmup_steps
+    if steps < 1:
+        new: float = min(steps, MOST_WARMUP)
+        reason = f"a share of the steps stays, at most {MOST_WARMUP:g}"
+    else:
+        before = updates_of(draft.source, draft.figures.samples)
+        now = updates_of(TrainConfig().with_values(_length_of(draft)), draft.figures.samples)
+        new = min(round(steps * now / before), int(MOST_WARMUP * now))
+        reason = f"{steps:g} of {before} steps → the same share of {now}, at most a tenth"
+    yield Change("lr_warmup_steps", float(new), "warmup.ratio", reason)
+
+
+def _length_of(draft: Draft) -> dict[str, Any]:
+    names = ("max_train_epochs", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+    return {name: draft.values[name] for name in names}
+
+
+def card(draft: Draft) -> Iterator[Change]:
+    """The decision tree's last branch; the planner may overrule it."""
+    profile = draft.profile
+    if profile.vram_gb < profile.refuse_below_gb:
+        draft.say(
+            "refuse",
+            "vram",
+            f"{profile.vram_gb:g} GB is below the {profile.refuse_below_gb:g} GB that {profile.family.title} needs",
+        )
+    yield from ()
+
+
+# In this order; the second word is for docs/transfer.md.
+RULES: tuple[tuple[Rule, str], ...] = (
+    (card, "`vram`: below the profile's `refuse_below_gb` it is refused, unless the planner finds a stack"),
+    (family_base, "`family.base`: the base of the new family"),
+    (family_drops, "`family.drops`: what means nothing there (clip_skip), block rates of other blocks"),
+    (
+        native_resolution,
+        "`res.native`: resolution and buckets of the family, no upscaling; warns of small images",
+    ),
+    (
+        family_fixed,
+        "`family.fixed`, `profile.settings`, `preset`: token length, precision, checkpointing, saving",
+    ),
+    (kept, "`keep`: what no rule names stays as searched; notes on what means something else there"),
+    (eight_bit, "`opt.8bit`: AdamW → AdamW8bit, rate unchanged"),
+    (micro_batch, "`batch.micro`: the profile's micro-batch, or half of the source's"),
+    (
+        accumulation,
+        "`accum.cap_effective`: E = b × A; E′ = min(E, cap); A′ = max(1, round(E′ / b′)); E is never raised",
+    ),
+    (length, "`epochs.scale`: ⌈epochs × factor⌉; `steps.scale` where steps decide the length"),
+    (
+        unet_rate,
+        "`lr.sqrt_batch` × √(E′/E), `lr.keep` × 1, `lr.factor` × f, `lr.linear_batch` × E′/E; `lr.alpha` × √(α/α′) "
+        "only if alpha changes",
+    ),
+    (
+        rate_limits,
+        "`lr.limits`: within the profile's rates; learning_rate × √(alpha/16) warns above 3e-4, is refused above 6e-4",
+    ),
+    (
+        text_encoder_rate,
+        "`te.inherit_ratio` × the same k; `te.ratio` 0.67 × learning_rate without a searched rate; `te.off`",
+    ),
+    (text_encoder_limits, "`te.cap`: at most 0.8 × learning_rate, never raised; warns above 1e-4"),
+    (warmup, "`warmup.ratio`: min(round(w × S′/S), S′/10)"),
+)
+
+
+def rules_table() -> str:
+    """The rules as Markdown, for docs/transfer.md."""
+    return "\n".join(f"{number}. {text}" for number, (_, text) in enumerate(RULES, 1))

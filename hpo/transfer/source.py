@@ -1,0 +1,231 @@
+"""What is carried over: a study's best configuration, what else it found, and the figures of its images.
+
+Owns which trial counts as the best one (the confirmed winner, else the best of the search) and which others are
+different enough to be probed beside it.  Reads a study and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpo.cli.export import family_of
+from hpo.study.folder import StudyFolder, database_errors, find_folder, open_study, read_json
+from hpo.study.standing import BASELINE, ROLE, is_feasible, score_of
+from hpo.transfer.plan import DatasetFigures
+from hpo.transfer.profile import Family
+from trainer.config import SETTINGS, TrainConfig
+from trainer.data.dataset import Dataset
+from trainer.data.subsets import read_training_data
+from trainer.errors import ConfigError
+from trainer.files import clean_text
+from trainer.kohya.trainfile import TrainFile
+
+SOURCE_STUDY = "source_study"  # user attribute of a study of probes: where its settings come from
+CONFIRMED = "confirmed.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scored trial of the search.  ``place`` are its searched settings, each from 0 to 1."""
+
+    number: int
+    config: TrainConfig
+    score: float
+    se: float
+    place: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A study as the transfer sees it.  ``others`` are different ones about as good as the best, farthest first."""
+
+    folder: StudyFolder
+    base: str
+    best: Candidate
+    confirmed: bool
+    baseline: Candidate | None
+    others: tuple[Candidate, ...]
+    trials: tuple[Candidate, ...]
+    says: str
+
+
+def find_source(name: str | None, runs: Path, family: Family) -> StudyFolder:
+    """The named study, or the last one that can be carried over to the family."""
+    if name is not None:
+        folder = find_folder(name, runs)
+        _check_base(folder, family)
+        return folder
+    find_folder(None, runs)  # says what to do where there is none
+    found = sorted(runs.glob("*/study.db"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        folder = StudyFolder(path.parent)
+        if kind_of_base(folder) in family.sources and not is_derived(folder):
+            return folder
+    raise ConfigError(
+        f"no study in {runs} can be carried over to {family.title}",
+        f"it takes a search on {' or '.join(family.sources)}: hpo search --base {family.sources[0]}",
+    )
+
+
+def is_derived(folder: StudyFolder) -> bool:
+    """Whether the study holds probes or a confirmation, and not a search."""
+    facts = (read_json(folder.facts) or {}).get("facts", {})
+    return SOURCE_STUDY in facts or "confirms" in facts
+
+
+def kind_of_base(folder: StudyFolder) -> str:
+    """A study's base as families name their sources: a miniature's own name, else its family."""
+    base = str((read_json(folder.facts) or {}).get("base", ""))
+    if not base or base.startswith("mini-"):
+        return base
+    try:
+        config = TrainConfig(pretrained_model_name_or_path=base)
+        return family_of(TrainFile(folder.facts, "", config, {}, ""))
+    except ConfigError:
+        return base
+
+
+def _check_base(folder: StudyFolder, family: Family) -> None:
+    kind = kind_of_base(folder)
+    if is_derived(folder):
+        raise ConfigError(
+            f"study {folder.name} holds no search of its own", "name the study that was searched"
+        )
+    if kind not in family.sources:
+        hint = f"settings for it come from a search on {' or '.join(family.sources)}"
+        if kind == "mini-sd15":
+            hint = "use --to mini-sdxl"
+        raise ConfigError(f"study {folder.name} searched on {clean_text(kind) or 'an unknown base'}: that cannot be "
+                          f"carried over to {family.title}", hint)  # fmt: skip
+
+
+def read_source(folder: StudyFolder) -> Source:
+    """The study's best configuration and its neighbours."""
+    from optuna.trial import TrialState
+
+    with database_errors(folder):
+        study = open_study(folder)
+        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials, baseline = [], None
+    for trial in done:
+        score = score_of(trial)
+        if score is None or not is_feasible(trial):
+            continue
+        config = _trained(folder, trial.number)
+        if config is None:
+            continue
+        place = {name: _unit(trial.distributions[name], value) for name, value in trial.params.items()}
+        found = Candidate(trial.number, config, score, float(trial.user_attrs.get("se", 0.0)), place)
+        trials.append(found)
+        if baseline is None and trial.user_attrs.get(ROLE) == BASELINE:
+            baseline = found
+    if not trials:
+        raise ConfigError(
+            f"study {folder.name} has no scored trial yet",
+            f"go on with its search; so far: hpo status {folder.words}",
+        )
+    trials.sort(key=lambda t: (-t.score, t.number))
+    confirmed = read_json(folder.root / CONFIRMED)
+    best, tied = trials[0], [t for t in trials if t.score >= trials[0].score - math.hypot(t.se, trials[0].se)]
+    says = f"trial {best.number}, the best of the search ({best.score:.4f}): unconfirmed, see hpo confirm"
+    if confirmed is not None:
+        by_number = {t.number: t for t in trials}
+        number = confirmed.get("winner")
+        if number not in by_number:
+            raise ConfigError(
+                f"{folder.root / CONFIRMED} names trial {number}, which the study does not have",
+                "confirm it again",
+            )
+        best = by_number[number]
+        tied = [by_number[n] for n in confirmed.get("ties", ()) if n in by_number]
+        says = f"trial {best.number}, the confirmed winner"
+    others = _diverse(best, tied) or _diverse(best, trials[: max(2, len(trials) // 4)])
+    base = str((read_json(folder.facts) or {}).get("base", best.config.pretrained_model_name_or_path))
+    return Source(folder, base, best, confirmed is not None, baseline, others, tuple(trials), says)
+
+
+def _trained(folder: StudyFolder, number: int) -> TrainConfig | None:
+    """What a trial was trained with; None if its folder is gone."""
+    values = (read_json(folder.trial(number).params) or {}).get("train")
+    if not isinstance(values, dict):
+        return None
+    return TrainConfig().with_values({name: value for name, value in values.items() if name in SETTINGS})
+
+
+def _unit(distribution: Any, value: Any) -> float:
+    from optuna.distributions import CategoricalDistribution
+
+    if isinstance(distribution, CategoricalDistribution):
+        return float(distribution.choices.index(value))
+    low, high = float(distribution.low), float(distribution.high)
+    if high == low:
+        return 0.5
+    if distribution.log:
+        return math.log(value / low) / math.log(high / low)
+    return (value - low) / (high - low)
+
+
+def distance(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+    """How different two proposals are: root mean square over the searched settings, choices count 1."""
+    names = a.keys() & b.keys()
+    return math.sqrt(sum(min(1.0, abs(a[n] - b[n])) ** 2 for n in names) / max(1, len(names)))
+
+
+def _diverse(best: Candidate, among: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Others than the best, each the one farthest from all that were taken before."""
+    taken, left = [best], [t for t in among if t.number != best.number]
+    while left:
+        farthest = max(
+            left, key=lambda t: (min(distance(t.place, other.place) for other in taken), -t.number)
+        )
+        left.remove(farthest)
+        taken.append(farthest)
+    return tuple(taken[1:])
+
+
+def with_places(config: TrainConfig, name: str, comment: str) -> TrainConfig:
+    """The trial's settings as a run of its own: whole paths, another name, where it comes from."""
+    values: dict[str, Any] = {"output_name": name, "training_comment": comment}
+    for key in ("train_data_dir", "dataset_config", "reg_data_dir", "conditioning_data_dir"):
+        if getattr(config, key):
+            values[key] = str(Path(getattr(config, key)).expanduser().resolve())
+    return config.with_values(values)
+
+
+def holding_out(source: Source, config: TrainConfig) -> TrainConfig:
+    """The settings, with the images apart that the search judged likeness with: ``hpo evaluate`` needs them unseen.
+
+    References of another folder (``--references``) are no part of the training images anyway.
+    """
+    facts = read_json(source.folder.facts) or {}
+    own = Path(str(facts.get("data", ""))).resolve()
+    references = [Path(str(path)).resolve() for path in facts.get("references", [])]
+    return config.with_values({"hold_out_references": any(path.is_relative_to(own) for path in references)})
+
+
+def dataset_figures(source: Source, family: Family) -> tuple[DatasetFigures, Dataset]:
+    """The figures of the images that the run will see, and the images."""
+    data = read_training_data(holding_out(source, source.best.config))
+    items = [item for item in data.items if not item.is_reg]
+    small = sum(min(item.width_px, item.height_px) < family.small_image_px for item in items)
+    return (
+        DatasetFigures(
+            images=len(items),
+            samples=sum(item.repeats for item in data.items),
+            small_share=small / max(1, len(items)),
+            seconds_per_sample=_seconds_per_sample(source),
+        ),
+        data,
+    )
+
+
+def _seconds_per_sample(source: Source) -> float | None:
+    result = read_json(source.folder.trial(source.best.number).result) or {}
+    seen = result.get("steps", 0) * source.best.config.train_batch_size
+    seen *= source.best.config.gradient_accumulation_steps
+    seconds = result.get("train_seconds", 0.0)
+    return seconds / seen if seen and seconds else None

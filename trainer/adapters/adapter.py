@@ -1,0 +1,473 @@
+"""Adapter: LoRA, LoCon, DoRA, LoHa or LoKr injected into a base, its weights, and its removal without a trace.
+
+Owns which modules get which rank and rate, dropout, norms, rounding and removal; PEFT does the maths of the
+forward pass, ``kinds`` says what differs between kinds.  Weights are fp32 whatever the base's type, or bf16
+with full_bf16.  Does not own files (``lorafile``) or the optimizer (``optim``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.utils import recurse_remove_peft_layers
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from trainer.adapters.kinds import KINDS, NAME, Kind, kernel_size, kind_of
+from trainer.bases.base import Base
+from trainer.bases.blockrates import BlockRates, block_rates
+from trainer.compute.fp8 import weight_of
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError, Diverged
+
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAGNITUDE = "dora_scale"
+_BLOCK = re.compile(
+    r"lora_unet_(?:(?P<old>down|up)_blocks_(?P<i>\d+)_(?P<what>resnets|attentions|downsamplers|upsamplers)_(?P<j>\d+)"
+    r"|(?P<sgm>input|middle|output)_blocks?_(?P<n>\d+)|mid_block)_"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module that gets an adapter.  ``key`` is its name in kohya's files, ``rate`` multiplies the rate of
+    its component."""
+
+    component: str
+    path: str
+    key: str
+    rank: int
+    alpha: float
+    kind: str = "LoRA"
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What is left out while training: shares of channels after lora_down, of ranks, of modules."""
+
+    network: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+    def __bool__(self) -> bool:
+        return max(self.network, self.rank, self.module) > 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One injected module: PEFT's layer around the base's, and its trainable tensors by ending."""
+
+    target: Target
+    wrapped: Any
+    weights: dict[str, nn.Parameter]
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.target.kind]
+
+    @property
+    def down(self) -> Any:
+        """LoRA's first half."""
+        return self.wrapped.lora_A[NAME]
+
+    @property
+    def up(self) -> Any:
+        """LoRA's second half."""
+        return self.wrapped.lora_B[NAME]
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """What ΔW is a product of."""
+        return [weight for ending, weight in self.weights.items() if ending != MAGNITUDE]
+
+    def delta(self) -> Tensor:
+        """ΔW (out, in·kh·kw) times alpha / rank."""
+        return self.kind.delta(self.weights) * self.wrapped.scaling[NAME]
+
+
+def targets_of(base: Base, config: TrainConfig) -> list[Target]:
+    """The modules that sd-scripts' ``networks.lora`` would train with these settings, in module order."""
+    wanted = {component for component in base.components() if _is_trained(component, config)}
+    targets = [
+        _target(base, config, component, path, key, config.network_dim, config.network_alpha)
+        for component, names in base.lora_names().items()
+        if component in wanted
+        for path, key in names.items()
+    ]
+    if config.conv_dim is not None and "unet" in wanted:
+        conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
+        for path, key in base.conv_names()["unet"].items():
+            wide = kernel_size(base.unet.get_submodule(path)) > 1
+            rank, alpha = (
+                (config.conv_dim, conv_alpha) if wide else (config.network_dim, config.network_alpha)
+            )
+            targets.append(_target(base, config, "unet", path, key, rank, alpha))
+    rates = block_rates(config, base.family)
+    if rates is None:
+        return targets
+    rated = [replace(t, rate=block_rate(rates, t.key)) if t.component == "unet" else t for t in targets]
+    return [target for target in rated if target.rate > 0]
+
+
+def count_weights(base: Base, config: TrainConfig) -> int:
+    """Numbers in an adapter of these settings, without making it."""
+    count = 0
+    for target in targets_of(base, config):
+        layer = base.components()[target.component].get_submodule(target.path)
+        count += sum(math.prod(shape) for shape in kind_of(config).shapes(layer, target.rank).values())
+        if target.kind == "DoRA":
+            count += layer.weight.shape[1]  # one magnitude per input (column_norm)
+    return count
+
+
+def block_rate(rates: BlockRates, key: str) -> float:
+    """The multiplier of a U-Net module by its kohya key (sd-scripts networks/lora.py, get_block_index).
+
+    SD1.5: down block i, layer j is number 1 + 3i + j (samplers j = 2) – number 0 is conv_in, which has no
+    LoRA – and up block i, layer j number 3i + j.  SDXL: the numbers of sgm's names.
+    """
+    found = _BLOCK.match(key)
+    assert found is not None, f"{key} lies in no block"
+    if found["sgm"]:
+        table = {"input": rates.down, "middle": rates.mid, "output": rates.up}[found["sgm"]]
+        return table[int(found["n"])]
+    if not found["old"]:
+        return rates.mid[0]
+    layer = 2 if found["what"].endswith("samplers") else int(found["j"])
+    number = 3 * int(found["i"]) + layer
+    return rates.down[1 + number] if found["old"] == "down" else rates.up[number]
+
+
+def inject(base: Base, config: TrainConfig) -> Adapter:
+    """A fresh adapter with ΔW = 0, so the base's output is unchanged at first.
+
+    Every module draws from its own generator, keyed by (seed, key): nothing else that was drawn before
+    matters.
+    """
+    targets = targets_of(base, config)
+    if not targets:
+        raise ConfigError("nothing is trained: every rate is 0", "set unet_lr or text_encoder_lr above 0")
+    weights: dict[str, Tensor] = {}
+    for target in targets:
+        layer = base.components()[target.component].get_submodule(target.path)
+        generator = keyed_generator(config.seed, target.key)
+        for ending, value in kind_of(config).start(layer, target.rank, generator).items():
+            weights[f"{target.key}.{ending}"] = value
+        if target.kind == "DoRA":
+            weights[f"{target.key}.{MAGNITUDE}"] = column_norm(weight_of(layer))
+    dropout = Dropout(config.network_dropout, config.rank_dropout, config.module_dropout)
+    kept_in = torch.bfloat16 if config.full_bf16 else torch.float32
+    return Adapter(base, targets, weights, dropout=dropout, kept_in=kept_in)
+
+
+class Adapter:
+    """What is in a base now.  ``remove`` takes it out; the base is then bitwise what it was."""
+
+    def __init__(
+        self,
+        base: Base,
+        targets: Iterable[Target],
+        weights: Mapping[str, Tensor],
+        *,
+        dropout: Dropout = Dropout(),
+        kept_in: torch.dtype = torch.float32,
+    ) -> None:
+        self.base = base
+        self.layers: list[Layer] = []
+        self._dropout = dropout
+        self._dropout_key: tuple[int, ...] | None = None
+        self._rows = (0, 0, 0)
+        by_component: dict[str, list[Target]] = {}
+        for target in targets:
+            by_component.setdefault(target.component, []).append(target)
+        try:
+            for component, chosen in by_component.items():
+                self.layers += _inject_component(base.components()[component], chosen, weights, kept_in)
+        except BaseException:
+            self.remove()
+            raise
+        for number, layer in enumerate(self.layers):
+            self._prepare(number, layer)
+
+    def parameters_by_component(self) -> dict[str, list[nn.Parameter]]:
+        """component → its trainable weights, layer by layer."""
+        parameters: dict[str, list[nn.Parameter]] = {}
+        for layer in self.layers:
+            parameters.setdefault(layer.target.component, []).extend(layer.weights.values())
+        return parameters
+
+    def trainable(self) -> list[nn.Parameter]:
+        """All trainable weights, in module order."""
+        return [weight for layer in self.layers for weight in layer.weights.values()]
+
+    def freeze_text_encoders(self) -> None:
+        """Keep the text encoders' part as it is from now on."""
+        for layer in self.layers:
+            if layer.target.component != "unet":
+                for weight in layer.weights.values():
+                    weight.requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """kohya key → tensor, fp32 copies on CPU: ``….lora_down.weight``, …, ``….alpha``."""
+        state: dict[str, Tensor] = {}
+        for layer in self.layers:
+            for ending, weight in layer.weights.items():
+                state[f"{layer.target.key}.{ending}"] = weight.detach().to("cpu", torch.float32, copy=True)
+            state[f"{layer.target.key}.alpha"] = torch.tensor(float(layer.target.alpha))
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what ``state`` gave, of the same modules and ranks; ConfigError if it is of others."""
+        own = {f"{layer.target.key}.{end}": w for layer in self.layers for end, w in layer.weights.items()}
+        alphas = {f"{layer.target.key}.alpha" for layer in self.layers}
+        others = sorted(state.keys() ^ (own.keys() | alphas))
+        others += [
+            name for name, weight in own.items() if name in state and state[name].shape != weight.shape
+        ]
+        if others:
+            raise ConfigError(
+                f"the saved weights are not of this adapter: {len(others)} tensors differ, as {others[0]}",
+                "go on with the settings that they were trained with",
+            )
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(state[name])
+
+    def fingerprint(self) -> str:
+        """sha256 over keys, shapes and values of ``state``."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.state().items()):
+            digest.update(f"{key}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def round_to(self, save_precision: str) -> None:
+        """Round every weight to the number type of the saved file, in place: what is scored is what ships.
+
+        DoRA's file holds alpha = rank, so its scale moves into lora_up first, and magnitudes stay fp32
+        (``lorafile``).
+        """
+        self.layers = [
+            _with_unit_scale(layer) if MAGNITUDE in layer.weights else layer for layer in self.layers
+        ]
+        for layer in self.layers:
+            for weight in layer.factors:
+                weight.copy_(weight.to(SAVE_DTYPES[save_precision]).float())
+            if not all(bool(weight.isfinite().all()) for weight in layer.weights.values()):
+                raise Diverged(
+                    f"the weights of {layer.target.key} are not finite as {save_precision}",
+                    "lower learning_rate, or save as float",
+                )
+
+    @torch.no_grad()
+    def limit_norms(self, max_norm: float) -> None:
+        """kohya's scale_weight_norms: where ‖ΔW · alpha / rank‖ is above, its n factors shrink by the n-th
+        root each."""
+        for layer in self.layers:
+            share = (max_norm / layer.delta().norm()).clamp(max=1.0)
+            for weight in layer.factors:
+                weight.mul_(share ** (1 / len(layer.factors)))
+
+    def apply_dropout(self, *key: int, rows: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """From now on drop what ``Dropout`` says, drawn from this key (seed, step, micro-batch).  No key: no
+        dropout.  ``rows`` (first, count, of how many): which of the micro-batch are computed, where it is cut;
+        what is dropped in them is what would be dropped if it were not."""
+        self._dropout_key = key or None
+        self._rows = rows
+        if self._dropout.module > 0:
+            for number, layer in enumerate(self.layers):
+                layer.wrapped._disable_adapters = (
+                    bool(key) and _draw(*key, number, "module") < self._dropout.module
+                )
+
+    def remove(self) -> None:
+        """Take the adapter out of the base: the same layer objects return, nothing of PEFT stays behind."""
+        for model in self.base.components().values():
+            recurse_remove_peft_layers(model)
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+        self.layers = []
+
+    def _prepare(self, number: int, layer: Layer) -> None:
+        """Hooks for DoRA's magnitude and for dropout; they go with PEFT's layer."""
+        if MAGNITUDE in layer.weights:
+            _attach_magnitude(layer)
+        if layer.target.kind in ("LoHa", "LoKr"):
+            if self._dropout.rank > 0:
+                layer.wrapped.get_delta_weight = self._row_dropout(number, layer.wrapped.get_delta_weight)
+        elif max(self._dropout.network, self._dropout.rank) > 0:
+            layer.down.register_forward_hook(self._channel_dropout(number))
+
+    def _channel_dropout(self, number: int) -> Any:
+        """kohya's network_dropout and rank_dropout: on what leaves ``lora_down``, single values and whole
+        ranks of a sample.  The masks depend only on the key and the layer, so gradient checkpointing
+        recomputes the same ones."""
+
+        def drop(_module: nn.Module, _inputs: Any, output_BR: Tensor) -> Tensor:
+            if self._dropout_key is None:
+                return output_BR
+            device = output_BR.device
+            if self._dropout.network > 0:
+                keep = 1.0 - self._dropout.network
+                generator = keyed_generator(*self._dropout_key, number, device=device)
+                output_BR = output_BR * self._kept(list(output_BR.shape), keep, generator, output_BR)
+            if self._dropout.rank > 0:
+                keep = 1.0 - self._dropout.rank
+                generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
+                rank_axis = -1 if output_BR.dim() < 4 else 1
+                shape = [1] * output_BR.dim()
+                shape[0], shape[rank_axis] = output_BR.shape[0], output_BR.shape[rank_axis]
+                output_BR = output_BR * self._kept(shape, keep, generator, output_BR)
+            return output_BR
+
+        return drop
+
+    def _kept(self, shape: list[int], keep: float, generator: torch.Generator, like: Tensor) -> Tensor:
+        """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows.  An
+        image has several rows where a long caption is read in windows."""
+        start, count, total = self._rows
+        each = shape[0] // count if 0 < count < total else 0
+        drawn = [total * each, *shape[1:]] if each else shape
+        mask = torch.empty(drawn, device=like.device, dtype=like.dtype).bernoulli_(keep, generator=generator)
+        return (mask[start * each : (start + count) * each] if each else mask).div_(keep)
+
+    def _row_dropout(self, number: int, get_delta_weight: Any) -> Any:
+        """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS
+        rank_dropout_scale)."""
+
+        def dropped(*args: Any, **options: Any) -> Tensor:
+            delta: Tensor = get_delta_weight(*args, **options)
+            if self._dropout_key is None:
+                return delta
+            keep = 1.0 - self._dropout.rank
+            generator = keyed_generator(*self._dropout_key, number, "rank", device=delta.device)
+            rows = torch.empty(
+                (delta.shape[0], *[1] * (delta.dim() - 1)), device=delta.device, dtype=delta.dtype
+            )
+            return delta * rows.bernoulli_(keep, generator=generator).div_(keep)
+
+        return dropped
+
+
+def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose stream depends on the key only: the same everywhere and in any order of use."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# DoRA's magnitude.  W' = (W + ΔW) · m / ‖W + ΔW‖, one m per input (arXiv 2402.09353 eq. 5: the norm of each
+# column) as LyCORIS does with wd_on_output = False.  That is the form which ComfyUI and A1111 both read
+# (docs/adapters.md).  Files with one m per output (LyCORIS' default, PEFT) are read too.
+
+
+def column_norm(weight: Tensor) -> Tensor:
+    """‖W‖ of each input, (1, in) or (1, in, 1, 1), fp32."""
+    ones = [1] * (weight.dim() - 2)
+    return weight.float().transpose(0, 1).flatten(1).norm(dim=1).reshape(1, weight.shape[1], *ones)
+
+
+def row_norm(weight: Tensor) -> Tensor:
+    """‖W‖ of each output, (out, 1) or (out, 1, 1, 1), fp32."""
+    return weight.float().flatten(1).norm(dim=1).reshape(weight.shape[0], *[1] * (weight.dim() - 1))
+
+
+def _attach_magnitude(layer: Layer) -> None:
+    """Scale what goes into the layer (one m per input) or what comes out of it without bias (one m per
+    output).  As in PEFT and section 4.3 of the paper the norm is taken as a constant of the gradient."""
+    magnitude = layer.weights[MAGNITUDE]
+    per_input = magnitude.shape[0] == 1
+    base_layer = layer.wrapped.base_layer
+
+    def scale() -> Tensor:
+        with torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
+            weight = weight_of(base_layer).float()
+            merged = weight + layer.delta().reshape(weight.shape)
+            norm = column_norm(merged) if per_input else row_norm(merged)
+        return magnitude / norm.clamp(min=torch.finfo(torch.float32).eps)
+
+    def scale_input(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if layer.wrapped.disable_adapters:
+            return inputs
+        return ((inputs[0] * scale()).to(inputs[0].dtype), *inputs[1:])
+
+    def scale_output(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        if layer.wrapped.disable_adapters:
+            return output
+        shape = (1, -1, 1, 1) if magnitude.dim() == 4 else (-1,)
+        factor = scale().reshape(shape)
+        if base_layer.bias is None:
+            return (output * factor).to(output.dtype)
+        bias = base_layer.bias.reshape(shape)
+        return ((output - bias) * factor + bias).to(output.dtype)
+
+    if per_input:
+        layer.wrapped.register_forward_pre_hook(scale_input)
+    else:
+        layer.wrapped.register_forward_hook(scale_output)
+
+
+def _with_unit_scale(layer: Layer) -> Layer:
+    """The same layer with alpha = rank, its scale moved into lora_up."""
+    layer.weights["lora_up.weight"].mul_(layer.wrapped.scaling[NAME])
+    layer.wrapped.scaling[NAME] = 1.0
+    return replace(layer, target=replace(layer.target, alpha=float(layer.target.rank)))
+
+
+# Injection
+
+
+def _is_trained(component: str, config: TrainConfig) -> bool:
+    if component == "unet":
+        return config.trains_unet
+    return config.effective_text_encoder_lrs[component == "text_encoder_2"] > 0
+
+
+def _target(
+    base: Base, config: TrainConfig, component: str, path: str, key: str, rank: int, alpha: float
+) -> Target:
+    layer = base.components()[component].get_submodule(path)
+    alpha = kind_of(config).alpha(layer, rank, alpha)
+    return Target(component, path, key, rank, alpha, config.network_type)
+
+
+def _inject_component(
+    model: nn.Module, targets: list[Target], weights: Mapping[str, Tensor], kept_in: torch.dtype
+) -> list[Layer]:
+    """PEFT layers around the targets of one network, holding ``weights`` on the network's device; DoRA's
+    magnitudes always in fp32."""
+    assert not hasattr(model, "peft_config"), "an adapter is in the base already: remove it first"
+    kind = KINDS[targets[0].kind]
+    inject_adapter_in_model(kind.settings(targets), model, adapter_name=NAME, low_cpu_mem_usage=True)
+    layers = []
+    for target in targets:
+        wrapped: Any = model.get_submodule(target.path)
+        device = wrapped.base_layer.weight.device
+        placed: dict[str, nn.Parameter] = {}
+        for ending in (*kind.endings, MAGNITUDE):
+            value = weights.get(f"{target.key}.{ending}")
+            if value is None:
+                continue
+            kind_of_number = torch.float32 if ending == MAGNITUDE else kept_in
+            placed[ending] = nn.Parameter(value.to(device, kind_of_number, copy=True))
+            if ending == MAGNITUDE:
+                wrapped.register_parameter(MAGNITUDE, placed[ending])
+                continue
+            shape = kind.shape(wrapped, ending)
+            assert shape is None or shape == value.shape, f"{target.key}: {value.shape} for {shape}"
+            kind.place(wrapped, ending, placed[ending])
+        wrapped.scaling[NAME] = target.alpha / target.rank
+        layers.append(Layer(target, wrapped, placed))
+    return layers
+
+
+def _draw(*key: int | str) -> float:
+    """A number from 0 to 1 that depends on the key only."""
+    return float(torch.rand((), generator=keyed_generator(*key)))

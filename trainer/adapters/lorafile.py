@@ -1,0 +1,453 @@
+"""LoRA files, of every kind of adapter: kohya's and LyCORIS' keys and metadata out; theirs and diffusers' in.
+
+Owns the file format only.  What is in the file is what was scored: the adapter is rounded to the save
+precision before, and every setting travels in the metadata.  docs/adapters.md says which program reads what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target, inject
+from trainer.adapters.kinds import KINDS
+from trainer.bases.base import Base
+from trainer.config import TrainConfig
+from trainer.data.dataset import Dataset, tag_frequency
+from trainer.errors import ConfigError, ModelFileError
+from trainer.files import clean_text, write_atomic
+from trainer.loop import optim
+from trainer.loop.loop import plan
+from trainer.tensorfile import load_tensors, read_header, to_bytes
+
+CONFIG_KEY = "lora_hpo_config"
+FOLDERS = (
+    "dataset_config",
+    "reg_data_dir",
+    "conditioning_data_dir",
+    "sample_prompts",
+    "logging_dir",
+    "network_weights",
+)
+SHOWN_KEYS = 5  # how many keys an error names
+# What a tensor's name may end in → the ending that this tool writes.
+ENDINGS = {
+    ".lora_down.weight": "lora_down.weight",
+    ".lora_up.weight": "lora_up.weight",
+    ".lora_A.weight": "lora_down.weight",
+    ".lora_B.weight": "lora_up.weight",
+    ".lora.down.weight": "lora_down.weight",
+    ".lora.up.weight": "lora_up.weight",
+    ".lora_linear_layer.down.weight": "lora_down.weight",
+    ".lora_linear_layer.up.weight": "lora_up.weight",
+    ".alpha": "alpha",
+    f".{MAGNITUDE}": MAGNITUDE,
+    **{f".{ending}": ending for kind in ("LoHa", "LoKr") for ending in KINDS[kind].endings},
+}
+EXACT = ("alpha", MAGNITUDE)  # kept in fp32: half types cannot hold every alpha, and magnitudes nearly cancel
+ALGORITHMS = {"DoRA": "lora", "LoHa": "loha", "LoKr": "lokr"}  # LyCORIS' names
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as read: its tensors under the file's own names, its metadata, and the family it is for."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    family: str
+
+
+def write(
+    path: Path,
+    adapter: Adapter,
+    base: Base,
+    config: TrainConfig,
+    extra_metadata: Mapping[str, str] | None = None,
+    dataset: Dataset | None = None,
+) -> None:
+    """Write the adapter as kohya's networks.lora or LyCORIS would, atomically.  Weights in save_precision,
+    alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time.
+    With the ``dataset`` the metadata says how long it was trained on which tags.  No path of this machine
+    gets into the file, since files are shared."""
+    dtype = SAVE_DTYPES[config.save_precision]
+    tensors = {
+        key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
+        for key, tensor in _with_unit_scales(adapter.state()).items()
+    }
+    training = {
+        **training_metadata(base, config),
+        **(dataset_metadata(config, dataset) if dataset else {}),
+        **(extra_metadata or {}),
+    }
+    metadata = {
+        **training,
+        **_file_hashes(tensors, training),
+        **_modelspec(base, config),
+        CONFIG_KEY: json.dumps(shared_settings(config, base.name)),
+        "lora_hpo_base": base.identity,
+    }
+    write_atomic(path, to_bytes(tensors, metadata))
+
+
+def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
+    """The settings as a LoRA file carries them: of this machine's folders only the names."""
+    values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
+    return values | {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
+
+
+def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
+    """sd-scripts' ss_* entries: readers choose the family by ss_base_model_version and show the rest."""
+    first_rate, second_rate = config.effective_text_encoder_lrs
+    values = {
+        "ss_v2": False,
+        "ss_base_model_version": base.kohya_base_version,
+        "ss_sd_model_name": base.name,
+        "ss_network_module": "lycoris.kohya" if config.network_type in ALGORITHMS else "networks.lora",
+        "ss_network_dim": config.network_dim,
+        "ss_network_alpha": config.network_alpha,
+        "ss_network_dropout": config.network_dropout,
+        "ss_network_args": json.dumps({name: str(value) for name, value in network_args(config).items()}),
+        "ss_output_name": config.output_name,
+        "ss_learning_rate": config.learning_rate,
+        "ss_unet_lr": config.effective_unet_lr,
+        "ss_text_encoder_lr": first_rate if first_rate == second_rate else [first_rate, second_rate],
+        "ss_optimizer": config.optimizer_type,
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_lr_warmup_steps": config.lr_warmup_steps,
+        "ss_max_train_steps": config.max_train_steps,
+        "ss_num_epochs": config.max_train_epochs,
+        "ss_batch_size_per_device": config.train_batch_size,
+        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": config.gradient_checkpointing,
+        "ss_max_grad_norm": config.max_grad_norm,
+        "ss_mixed_precision": config.mixed_precision,
+        "ss_seed": config.seed,
+        "ss_clip_skip": config.clip_skip,
+        "ss_min_snr_gamma": config.min_snr_gamma,
+        "ss_noise_offset": config.noise_offset,
+        "ss_noise_offset_random_strength": config.noise_offset_random_strength,
+        "ss_adaptive_noise_scale": config.adaptive_noise_scale,
+        "ss_multires_noise_iterations": config.multires_noise_iterations,
+        "ss_multires_noise_discount": config.multires_noise_discount,
+        "ss_ip_noise_gamma": config.ip_noise_gamma,
+        "ss_ip_noise_gamma_random_strength": config.ip_noise_gamma_random_strength,
+        "ss_debiased_estimation": config.debiased_estimation_loss,
+        "ss_loss_type": config.loss_type,
+        "ss_huber_schedule": config.huber_schedule,
+        "ss_huber_c": config.huber_c,
+        "ss_huber_scale": config.huber_scale,
+        "ss_zero_terminal_snr": config.zero_terminal_snr,
+        "ss_scale_weight_norms": config.scale_weight_norms,
+        "ss_prior_loss_weight": config.prior_loss_weight,
+        "ss_max_token_length": config.max_token_length,
+        "ss_caption_dropout_rate": config.caption_dropout_rate,
+        "ss_caption_dropout_every_n_epochs": config.caption_dropout_every_n_epochs,
+        "ss_caption_tag_dropout_rate": config.caption_tag_dropout_rate,
+        "ss_training_comment": config.training_comment,
+        "ss_resolution": f"({config.resolution}, {config.resolution})",
+        "ss_enable_bucket": config.enable_bucket,
+        "ss_shuffle_caption": config.shuffle_caption,
+        "ss_keep_tokens": config.keep_tokens,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def network_args(config: TrainConfig) -> dict[str, object]:
+    """What sd-scripts takes as network_args for these settings: of networks.lora, or of lycoris.kohya."""
+    values: dict[str, object] = {}
+    if config.network_type in ALGORITHMS:
+        values["algo"] = ALGORITHMS[config.network_type]
+    if config.network_type == "DoRA":
+        values |= {"dora_wd": True, "wd_on_output": False}
+    if config.network_type == "LoKr":
+        values["factor"] = config.factor
+    if config.conv_dim is not None:
+        conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
+        values |= {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
+    rates = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
+    names = ("rank_dropout", "module_dropout", *rates)
+    return values | {name: getattr(config, name) for name in names if getattr(config, name)}
+
+
+def dataset_metadata(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
+    """sd-scripts' ss_* entries that depend on the images: the run's length in steps, and how often each tag
+    is in the captions of a folder."""
+    length = plan(config, dataset)
+    values = {
+        "ss_num_train_images": sum(item.repeats for item in dataset.items),
+        "ss_max_train_steps": length.total_steps,
+        "ss_steps": length.total_steps,
+        "ss_num_epochs": length.total_epochs,
+        "ss_epoch": length.total_epochs,
+        "ss_lr_warmup_steps": optim.warmup_steps(config, length.total_steps),
+        "ss_tag_frequency": json.dumps(tag_frequency(dataset), sort_keys=True),
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def read(path: Path) -> LoraFile:
+    """A LoRA file of any kind, header checked first.  Anything that is not one is refused."""
+    header = read_header(path)
+    foreign = [name for name in header.shapes if _ending(name) is None]
+    if foreign or not header.shapes:
+        raise ModelFileError(
+            f"{path} holds more than a LoRA: {_listed(foreign)}" if foreign else f"{path} holds no tensors",
+            "LoRA, LoCon, DoRA, LoHa and LoKr can be attached; Tucker forms, other kinds and full models cannot",
+        )
+    tensors = load_tensors(path)
+    return LoraFile(path, tensors, header.metadata, _family(header.metadata, header.shapes))
+
+
+def attach(base: Base, file: LoraFile) -> Adapter:
+    """Put a LoRA file into a base.  Every key must fit a module of the base, complete and in its shape."""
+    if file.family != base.family:
+        raise ModelFileError(
+            f"{file.path.name} is a LoRA for {file.family}, the base {base.name} is {base.family}",
+            "use it with a base of its own family",
+        )
+    known = _known_names(base)
+    found: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for name, tensor in file.tensors.items():
+        ending = _ending(name)
+        assert ending is not None
+        module = name.removesuffix(ending)
+        if module in known:
+            if found.setdefault(module, {}).setdefault(ENDINGS[ending], tensor) is not tensor:
+                raise _damaged(file, f"it has {module} twice")
+        else:
+            unknown.append(name)
+    targets: list[Target] = []
+    weights: dict[str, Tensor] = {}
+    for module, parts in found.items():
+        component, path, key = known[module]
+        _check_numbers(file, module, parts)
+        kind = _kind(parts)
+        weight = base.components()[component].get_submodule(path).weight
+        if kind is None or not _fits(kind, parts, weight):
+            shapes = ", ".join(f"{ending} {tuple(part.shape)}" for ending, part in parts.items())
+            unknown.append(f"{module} {shapes}")
+            continue
+        if any(target.key == key for target in targets):
+            raise _damaged(file, f"it has {key} twice, under two names")
+        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        rank = KINDS[kind].rank_of(parts, alpha)
+        if alpha is None:
+            alpha = _default_alpha(file, module, rank)
+        if not math.isfinite(alpha):
+            raise _damaged(file, f"{module} has alpha {alpha}")
+        if kind == "LoKr" and "lokr_w1" in parts and "lokr_w2" in parts:
+            alpha = float(rank)
+        # alpha 0 means the rank, as in sd-scripts
+        targets.append(Target(component, path, key, rank, alpha or float(rank), kind))
+        weights |= {f"{key}.{ending}": part for ending, part in parts.items() if ending != "alpha"}
+    kinds = {target.kind for target in targets}
+    if len(kinds) > 1:
+        raise ModelFileError(
+            f"{file.path.name} mixes {', '.join(sorted(kinds))}", "a file of one kind can be attached"
+        )
+    if unknown or not targets:
+        raise ModelFileError(
+            f"{len(unknown)} entries of {file.path.name} do not fit {base.name}: {_listed(unknown)}",
+            "the file is partial, of another kind, or for another base",
+        )
+    return Adapter(base, targets, weights)
+
+
+def begin(base: Base, config: TrainConfig) -> Adapter:
+    """The adapter that training begins with: a fresh one, or the weights of network_weights.
+
+    ConfigError if the file is of other modules, ranks or alphas than the settings: nothing is padded or cut.
+    """
+    if not config.network_weights:
+        return inject(base, config)
+    name = clean_text(Path(config.network_weights).name)
+    given = attach(base, read(Path(config.network_weights)))
+    state = given.state()
+    given.remove()
+    adapter = inject(base, config)
+    try:
+        wanted = adapter.state()
+        if config.network_type == "DoRA":  # saved with alpha = rank, the rest of its scale in lora_up
+            for key in [key for key in wanted if key.endswith(".alpha") and key in state]:
+                up = key.removesuffix("alpha") + "lora_up.weight"
+                state[up] = state[up] * (state[key] / wanted[key])
+                state[key] = wanted[key]
+        other = sorted(wanted.keys() ^ state.keys())
+        if other:
+            raise ConfigError(
+                f"network_weights {name} has other tensors than these settings train: {_listed(other)}",
+                "set network_type, network_dim, conv_dim, factor … to what hpo inspect shows of it",
+            )
+        unequal = [
+            f"{key} {_size(state[key])} instead of {_size(wanted[key])}"
+            for key in wanted
+            if _size(state[key]) != _size(wanted[key])
+        ]
+        if unequal:
+            raise ConfigError(
+                f"network_weights {name} has another rank or alpha than these settings: {_listed(unequal)}",
+                "set network_dim, network_alpha, conv_dim and conv_alpha to what hpo inspect shows of it",
+            )
+        adapter.load_state(state)
+    except BaseException:
+        adapter.remove()
+        raise
+    return adapter
+
+
+def _size(tensor: Tensor) -> tuple[int, ...] | float:
+    """A weight's shape, or an alpha's value."""
+    return tuple(tensor.shape) if tensor.dim() else round(float(tensor), 4)
+
+
+def _kind(parts: Mapping[str, Tensor]) -> str | None:
+    """Which kind of adapter a module's tensors are, or None if they are of several or of none."""
+    endings = parts.keys() - {"alpha", MAGNITUDE}
+    for kind in ("LoRA", "LoHa", "LoKr"):
+        if endings and endings <= set(KINDS[kind].endings):
+            if MAGNITUDE not in parts:
+                return kind
+            return "DoRA" if kind == "LoRA" else None
+    return None
+
+
+def _fits(kind: str, parts: Mapping[str, Tensor], weight: Tensor) -> bool:
+    """Whether a module's tensors are complete and belong to a weight of this shape."""
+    if MAGNITUDE in parts:
+        ones = (1,) * (weight.dim() - 2)
+        per_input, per_output = (1, weight.shape[1], *ones), (weight.shape[0], 1, *ones)
+        if tuple(parts[MAGNITUDE].shape) not in (per_input, per_output):
+            return False
+    return KINDS[kind].fits(parts, weight)
+
+
+def _with_unit_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state whose DoRA modules have alpha = rank and their scale in lora_up: A1111 scales after the
+    magnitude, the others before it, and a scale of 1 is the same for all."""
+    tensors = dict(state)
+    for name in state:
+        if not name.endswith(f".{MAGNITUDE}"):
+            continue
+        key = name.removesuffix(f".{MAGNITUDE}")
+        rank = float(state[f"{key}.lora_down.weight"].shape[0])
+        alpha = float(state[f"{key}.alpha"])
+        if alpha != rank:
+            tensors[f"{key}.lora_up.weight"] = state[f"{key}.lora_up.weight"] * (alpha / rank)
+            tensors[f"{key}.alpha"] = torch.tensor(rank)
+    return tensors
+
+
+def _known_names(base: Base) -> dict[str, tuple[str, str, str]]:
+    """Every name a file may use for a module → (component, path, kohya key): kohya's, diffusers' with
+    underscores under kohya's prefix (some SDXL writers), and diffusers' dotted."""
+    known: dict[str, tuple[str, str, str]] = {}
+    for table in (base.lora_names(), base.conv_names()):
+        for component, names in table.items():
+            for path, key in names.items():
+                entry = (component, path, key)
+                known[f"{component}.{path}"] = entry
+                if component == "unet":
+                    known["lora_unet_" + path.replace(".", "_")] = entry
+                else:
+                    known[f"{component}.text_model.{path.removeprefix('text_model.')}"] = entry
+                known[key] = entry
+    return known
+
+
+def _ending(name: str) -> str | None:
+    """The ending of a tensor's name, or None if it has none that a LoRA of any kind has."""
+    return next((ending for ending in ENDINGS if name.endswith(ending)), None)
+
+
+def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """sd15 or sdxl: by kohya's metadata, else by names that only SDXL has, else by the text width it
+    reads."""
+    version = metadata.get("ss_base_model_version", "")
+    if version.startswith("sdxl"):
+        return "sdxl"
+    if version.startswith("sd_v1"):
+        return "sd15"
+    marks = (
+        "lora_te1_",
+        "lora_te2_",
+        "text_encoder_2.",
+        "_input_blocks_",
+        "_middle_block_",
+        "_output_blocks_",
+    )
+    if any(mark in name for name in shapes for mark in marks):
+        return "sdxl"
+    # proj_in is a convolution in SD1.5 and linear in SDXL; cross-attention reads 768 or 2048 wide states
+    readers = ("lora_down.weight", "hada_w1_b")
+    downs = {name: shape for name, shape in shapes.items() if ENDINGS.get(_ending(name) or "") in readers}
+    widths = {shape[-1] for name, shape in downs.items() if "attn2" in name and "to_k" in name and shape}
+    flat = any("proj_in" in n and len(shape) == 2 and ".hada" not in n for n, shape in downs.items())
+    return "sdxl" if flat or 2048 in widths else "sd15"
+
+
+def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> None:
+    """ModelFileError for what no module of a sound file has: empty, whole-number or non-finite tensors."""
+    for ending, part in sorted(parts.items()):
+        if ending == "alpha":
+            if part.numel() != 1:
+                raise _damaged(file, f"{module} has {part.numel()} alphas")
+        elif part.dim() < 2 or part.numel() == 0:
+            raise _damaged(file, f"{module} has {ending} of shape {tuple(part.shape)}")
+        elif not part.is_floating_point():
+            raise _damaged(file, f"{module} is not of floating-point numbers")
+        elif not bool(part.float().isfinite().all()):
+            raise _damaged(file, f"{module} is not finite")
+
+
+def _default_alpha(file: LoraFile, module: str, rank: int) -> float:
+    """Alpha of a module that has no alpha tensor: PEFT's settings in diffusers' metadata, else the rank
+    (scale 1)."""
+    try:
+        settings = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+        component, _, path = module.partition(".")
+        pattern = settings.get(f"{component}.alpha_pattern") or {}
+        return float(pattern.get(path, settings.get(f"{component}.lora_alpha", rank)))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise _damaged(file, f"its lora_adapter_metadata gives {module} no alpha") from None
+
+
+def _damaged(file: LoraFile, why: str) -> ModelFileError:
+    return ModelFileError(f"{file.path.name} cannot be attached: {why}", "make or download it again")
+
+
+def _file_hashes(tensors: dict[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
+    """sshs_model_hash over the tensors' bytes, sshs_legacy_hash over 64 KiB at 1 MiB, both of a file that
+    has only ss_* metadata (sd-scripts library/train_util.py, precalculate_safetensors_hashes)."""
+    content = to_bytes(tensors, {k: v for k, v in training.items() if k.startswith("ss_")})
+    header = int.from_bytes(content[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(content[8 + header :]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }
+
+
+def _modelspec(base: Base, config: TrainConfig) -> dict[str, str]:
+    """The entries that modelspec 1.0.1 requires, and the prediction type."""
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": base.kohya_architecture,
+        "modelspec.implementation": base.kohya_implementation,
+        "modelspec.title": config.output_name,
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else base.prediction_type,
+    }
+
+
+def _listed(names: list[str]) -> str:
+    """The first names of a list, shortened: a hostile file may hold very long ones."""
+    shown = ", ".join(clean_text(name[:120]) for name in names[:SHOWN_KEYS])
+    return shown + (" …" if len(names) > SHOWN_KEYS else "")

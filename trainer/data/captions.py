@@ -1,0 +1,250 @@
+"""Captions: the files beside the images, and what a caption becomes each time it is trained.
+
+Owns finding, decoding and checking the files, how files of a dataset are named in errors, and kohya's rules:
+prefix, dropping, wildcards, shuffled tags.  Which random numbers a draw gets is ``trainer.data.dataset``'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError, DataError
+from trainer.files import clean_text
+
+MAX_CAPTION_BYTES = 65_536  # assumed: encoders read 75 to 225 tokens, about 1 kB
+_EXTENSION = re.compile(r"\.\w[\w.-]*")
+LISTED = 5  # file names shown in an error
+
+
+def read_captions(
+    images: Sequence[Path], extension: str, root: Path, *, instead: str = "", all_lines: bool = False
+) -> tuple[dict[Path, str], list[str]]:
+    """The caption of every image, and notes.  Missing, empty or unreadable ones are errors that list the
+    files.
+
+    ``instead`` is the caption of images without a file (kohya's class_tokens).  ``all_lines`` keeps several
+    lines, of which enable_wildcard draws one; else the first is used.
+    """
+    if not _EXTENSION.fullmatch(extension):
+        raise ConfigError(f"caption_extension = {clean_text(extension)!r} is no file ending", "write .txt")
+    found = {path: caption_file(path, extension) for path in images}
+    missing = [path for path, file in found.items() if file is None]
+    if missing and not instead:
+        what = (
+            "no image has a caption"
+            if len(missing) == len(images)
+            else f"{len(missing)} images have no caption"
+        )
+        raise DataError(f"{what} ({extension}): {listed(missing)}", _other_extension_hint(missing, extension))
+    captions, empty, long = dict.fromkeys(missing, instead), [], []
+    for path, file in found.items():
+        if file is None:
+            continue
+        check_inside(file, root)
+        lines = [line.strip() for line in read_text(file).splitlines()]
+        lines = [line for line in lines if line]
+        if not lines:
+            empty.append(file)
+            continue
+        if len(lines) > 1 and not all_lines:
+            long.append(file)
+        captions[path] = "\n".join(lines) if all_lines else lines[0]
+    if empty:
+        raise DataError(f"{len(empty)} captions are empty: {listed(empty)}", "write what the images show")
+    notes = []
+    if missing:
+        notes.append(f"{len(missing)} images have no caption and get {shown(instead)!r}")
+    if long:
+        notes.append(
+            f"{len(long)} captions have several lines, the first is used, as kohya does: {listed(long)}"
+        )
+    return captions, notes
+
+
+def caption_file(image: Path, extension: str) -> Path | None:
+    """The caption beside an image: ``name.txt``, or ``name.png.txt``."""
+    for candidate in (image.with_suffix(extension), image.with_name(image.name + extension)):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _other_extension_hint(missing: Sequence[Path], extension: str) -> str:
+    for other in (".txt", ".caption"):
+        if other != extension and any(caption_file(path, other) for path in missing):
+            return f'there are {other} files: set caption_extension = "{other}"'
+    return f"put a {extension} file with the same name beside each image"
+
+
+def read_text(file: Path) -> str:
+    try:
+        size_bytes = file.stat().st_size
+        if size_bytes > MAX_CAPTION_BYTES:
+            raise DataError(
+                f"the caption {shown(file)} has {size_bytes} bytes", "a caption is one line of text"
+            )
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {shown(file)}: {error.strerror}", "check its permissions") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the caption {shown(file)} is not UTF-8: byte {data[error.start]:#04x} at {error.start}",
+            "save it as UTF-8",
+        ) from error
+    if "\0" in text:
+        raise DataError(f"the caption {shown(file)} has a NUL byte", "save it as plain UTF-8 text")
+    return text
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """Refuse a file that a link makes stand for one outside the dataset: the folder may be a stranger's."""
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{shown(path)} is a link to nowhere", "remove it or put the file there") from error
+    if not real.is_relative_to(root.resolve()):
+        raise DataError(f"{shown(path)} is a link out of the dataset folder", "copy the file into the folder")
+
+
+def listed(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
+    return ", ".join(shown(path) for path in paths[:LISTED]) + more
+
+
+def shown(path: Path | str) -> str:
+    return clean_text(os.fspath(path))
+
+
+# What a caption becomes
+
+MAX_VARIANTS = 32  # assumed: captions of an image that are encoded in advance rather than in every step
+_WILDCARD = re.compile(r"\{([^}]+)\}")
+_OPEN, _CLOSE = "\ue000", "\ue001"  # stand for {{ and }} meanwhile; private characters, in no caption
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a caption is trained: after ``step`` of the run's optimizer steps."""
+
+    step: int = 0
+    total_steps: int = 0
+
+
+START = Moment()
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """The caption settings of a run or of one of its folders (sd-scripts' process_caption)."""
+
+    shuffle_caption: bool
+    keep_tokens: int
+    keep_tokens_separator: str
+    caption_separator: str
+    secondary_separator: str
+    enable_wildcard: bool
+    caption_prefix: str
+    caption_suffix: str
+    caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    caption_tag_dropout_rate: float
+    token_warmup_min: int
+    token_warmup_step: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, own: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> CaptionRules:
+        """The rules of a run; ``own`` are settings that a folder has for itself."""
+        values = {f.name: getattr(config, f.name) for f in fields(cls)}
+        return cls(**values | {name: value for name, value in dict(own).items() if name in values})
+
+    @property
+    def draws_tags(self) -> bool:
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
+
+    def apply(self, caption: str, epoch: int, draw: random.Random, now: Moment = START) -> str:
+        """The caption as it is trained this time.  ``epoch`` counts from 0."""
+        if self.caption_dropout_rate > 0 and draw.random() < self.caption_dropout_rate:
+            return ""
+        if self.caption_dropout_every_n_epochs > 0 and (epoch + 1) % self.caption_dropout_every_n_epochs == 0:
+            return ""
+        lines = caption.split("\n")
+        text = self._framed(draw.choice(lines) if self.enable_wildcard and len(lines) > 1 else lines[0])
+        if self.enable_wildcard:
+            text = text.replace("{{", _OPEN).replace("}}", _CLOSE)
+            text = _WILDCARD.sub(lambda found: draw.choice(found[1].split("|")), text)
+            text = text.replace(_OPEN, "{").replace(_CLOSE, "}")
+        if self.draws_tags:
+            text = self._drawn(text, draw, now)
+        return self._joined(text)
+
+    def variants(self, caption: str) -> tuple[str, ...] | None:
+        """Every text that ``apply`` can make of a caption, or None if they are too many to list."""
+        if self.draws_tags:
+            return None
+        lines = caption.split("\n")
+        texts = [self._framed(lines[0])]
+        if self.enable_wildcard:
+            texts = []
+            for line in map(self._framed, lines):
+                parts = _WILDCARD.split(line.replace("{{", _OPEN).replace("}}", _CLOSE))
+                choices = [part.split("|") if odd % 2 else [part] for odd, part in enumerate(parts)]
+                combined = itertools.islice(itertools.product(*choices), MAX_VARIANTS + 1)
+                texts += ["".join(parts).replace(_OPEN, "{").replace(_CLOSE, "}") for parts in combined]
+                if len(texts) > MAX_VARIANTS:
+                    return None
+        dropped = [""] if self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0 else []
+        return tuple(dict.fromkeys([*map(self._joined, texts), *dropped]))
+
+    def _framed(self, caption: str) -> str:
+        before = f"{self.caption_prefix} " if self.caption_prefix else ""
+        after = f" {self.caption_suffix}" if self.caption_suffix else ""
+        return before + caption + after
+
+    def _joined(self, text: str) -> str:
+        """Tags that belong together become tags of their own."""
+        if not self.secondary_separator:
+            return text
+        return text.replace(self.secondary_separator, self.caption_separator)
+
+    def _drawn(self, text: str, draw: random.Random, now: Moment) -> str:
+        """Tags cut off by the warm-up, shuffled and dropped; those at fixed places stay."""
+        front, tags, back = self._parts(text)
+        tags = tags[: self._warm(len(tags), now)]
+        if self.shuffle_caption:
+            draw.shuffle(tags)
+        if self.caption_tag_dropout_rate > 0:
+            tags = [tag for tag in tags if draw.random() >= self.caption_tag_dropout_rate]
+        return ", ".join(front + tags + back)
+
+    def _warm(self, count: int, now: Moment) -> int:
+        """How many of the tags that move are in use: linear from token_warmup_min to all of them
+        (sd-scripts' process_caption)."""
+        length = self.token_warmup_step
+        if 0 < length < 1:
+            length = math.floor(length * now.total_steps)
+        if now.step >= length:
+            return count
+        return max(0, math.floor(now.step * (count - self.token_warmup_min) / length) + self.token_warmup_min)
+
+    def _parts(self, text: str) -> tuple[list[str], list[str], list[str]]:
+        """Tags that stay in front, that move, that stay behind."""
+        mark = self.keep_tokens_separator
+        if mark and mark in text:
+            front, middle, *rest = text.split(mark, 2)
+            return self._tags(front), self._tags(middle), self._tags(rest[0]) if rest else []
+        tags = [tag.strip() for tag in text.strip().split(self.caption_separator)]
+        return tags[: self.keep_tokens], tags[self.keep_tokens :], []
+
+    def _tags(self, text: str) -> list[str]:
+        return [tag.strip() for tag in text.split(self.caption_separator) if tag.strip()]

@@ -1,0 +1,440 @@
+"""Dataset: a folder of captioned images as values – items, reference images, batches.
+
+Owns what is read of a folder's images, regularisation and validation images, the split into training and
+reference images, the order of an epoch and which draw an image gets.  Kohya's folder layout is
+``trainer.data.folders``, decoding ``trainer.data.images``, bucket arithmetic ``trainer.data.buckets``, captions
+``trainer.data.captions``, dataset files ``trainer.data.subsets``.  Imports no torch until pixels are asked for.
+
+Everything drawn at random is a function of (seed, epoch, …): no state, so a resumed run sees the same
+batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.config import TrainConfig
+from trainer.data.buckets import Bucket, BucketRules, Fit
+from trainer.data.captions import START, CaptionRules, Moment, listed, read_captions, shown
+from trainer.data.folders import HELD_OUT, Part, common, images_in, parts_of, regularisation
+from trainer.data.images import IMAGE_EXTENSIONS, fit_pixels, fit_values, read_picture
+from trainer.errors import DataError
+from trainer.files import clean_text, sha256_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.bases.base import Sizes
+
+MIRRORED = ":mirrored"  # added to the sha256 of an image in the name of its mirrored view
+MAX_REFERENCES = 8
+REFERENCE_SHARE = 0.2
+_READERS = 4  # threads that decode; each holds one image
+Facts = tuple[int, int, str]  # of an image: width in px, height in px, sha256 of the file
+
+
+@dataclass(frozen=True)
+class Item:
+    """One captioned image.  Size as decoded and turned upright; sha256 of the file's bytes.
+
+    ``own`` are (setting, value) pairs that its folder has for itself (``trainer.data.subsets``); ``is_reg`` marks a
+    regularisation image, whose loss weighs prior_loss_weight; ``mask`` is the file of its mask.
+    """
+
+    path: Path
+    caption: str
+    repeats: int
+    width_px: int
+    height_px: int
+    sha256: str
+    own: tuple[tuple[str, Any], ...] = ()
+    is_reg: bool = False
+    mask: Path | None = None
+
+    def setting(self, config: TrainConfig, name: str) -> Any:
+        """A setting's value for this image."""
+        return dict(self.own).get(name, getattr(config, name))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The items of a folder, sorted by path, and what the folder says about its subject.
+
+    ``held_out`` are the images of the folder's ``held_out/``; ``notes`` is what a user should be told once.
+    """
+
+    root: Path
+    items: tuple[Item, ...]
+    trigger: str | None = None
+    class_word: str | None = None
+    held_out: tuple[Item, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 of what is trained on: every image's bytes, caption, repeats and own settings, in order.
+        Not of file names."""
+        content = [(item.sha256, item.caption, item.repeats, *_particulars(item)) for item in self.items]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _particulars(item: Item) -> list[Any]:
+    """What makes an item more than an image with a caption; nothing for most."""
+    if not (item.own or item.is_reg or item.mask):
+        return []
+    return [item.own, item.is_reg, sha256_file(item.mask) if item.mask else ""]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one bucket that are trained together: indices into ``Dataset.items``, repeats included."""
+
+    items: tuple[int, ...]
+    bucket: Bucket
+
+
+# Reading a folder
+
+
+def read_dataset(
+    folder: Path,
+    config: TrainConfig,
+    *,
+    trigger: str | None = None,
+    class_word: str | None = None,
+    default_repeats: int = 1,
+    known: Mapping[Path, Facts] | None = None,
+) -> Dataset:
+    """Read and check a dataset: kohya's layout, one ``N_trigger class`` folder, or plain images with
+    captions; and the regularisation images of reg_data_dir.
+
+    Every image is decoded once and every caption read, so that nothing can fail later.  ``trigger`` and
+    ``class_word`` replace what folder names say; ``default_repeats`` is for plain folders; images in
+    ``known`` were decoded already.  Raises DataError.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        what = (
+            f"{shown(root)} is a file"
+            if root.exists()
+            else f"the dataset folder {shown(root)} does not exist"
+        )
+        raise DataError(what, "give the folder that holds the images")
+    try:
+        parts, notes = parts_of(root, default_repeats)
+        held_paths = images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []
+        if config.reg_data_dir:
+            reg_parts, reg_notes = regularisation(Path(config.reg_data_dir))
+            parts, notes = parts + reg_parts, notes + reg_notes
+    except OSError as error:
+        raise DataError(f"cannot read {shown(root)}: {error.strerror}", "check its permissions") from error
+    found = assemble(root, parts, notes, config, held_paths, known=known)
+    return replace(
+        found,
+        trigger=trigger if trigger is not None else found.trigger,
+        class_word=class_word if class_word is not None else found.class_word,
+    )
+
+
+def assemble(
+    root: Path,
+    parts: Sequence[Part],
+    notes: Sequence[str],
+    config: TrainConfig,
+    held_paths: Sequence[Path] = (),
+    *,
+    known: Mapping[Path, Facts] | None = None,
+) -> Dataset:
+    """The dataset of some folders: captions and masks found, every image decoded."""
+    jobs = [(path, part) for part in parts for path in part.images]
+    captions: dict[tuple[Path, Part], str] = {}
+    said = list(notes)
+    for part, images in _by_captions(parts):
+        extension = part.setting(config, "caption_extension")
+        lines = part.setting(config, "enable_wildcard")
+        texts, more = read_captions(images, extension, part.root or root, instead=part.words, all_lines=lines)
+        captions |= {(path, other): texts[path] for path, other in jobs if path in texts}
+        said += more
+    with ThreadPoolExecutor(_READERS) as pool:
+        paths = [path for path, _ in jobs] + list(held_paths)
+        facts = list(pool.map(lambda path: (known or {}).get(path) or _image_facts(path), paths))
+    items = tuple(
+        Item(
+            path, captions[path, part], part.repeats, *fact, part.own, part.is_reg, _mask(path, part, config)
+        )
+        for (path, part), fact in zip(jobs, facts, strict=False)
+    )
+    held_out = tuple(
+        Item(path, "", 1, *fact) for path, fact in zip(held_paths, facts[len(jobs) :], strict=True)
+    )
+    _check_held_out(items, held_out)
+    items, apart = _validation(items, config)
+    if apart:
+        held_out += apart
+        said.append(f"{len(apart)} images are set apart for the validation loss (validation_split)")
+    items, more = _balanced(items)
+    trigger, class_word = _subject([part for part in parts if not part.is_reg])
+    return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
+
+
+def _by_captions(parts: Sequence[Part]) -> list[tuple[Part, list[Path]]]:
+    """Folders whose captions are found alike, read together: (the first of them, all their images)."""
+    groups: dict[tuple[Any, ...], tuple[Part, list[Path]]] = {}
+    for part in parts:
+        own = dict(part.own)
+        alike = (part.words, part.root, own.get("caption_extension"), own.get("enable_wildcard"))
+        groups.setdefault(alike, (part, []))[1].extend(part.images)
+    return list(groups.values())
+
+
+def _balanced(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], list[str]]:
+    """As many regularisation images as training images, repeats included: some are left out or repeated
+    more (sd-scripts' DreamBoothDataset)."""
+    regular = [item for item in items if item.is_reg]
+    if not regular:
+        return items, []
+    wanted = sum(item.repeats for item in items if not item.is_reg)
+    used: list[Item] = []
+    count = 0
+    for item in regular:
+        if count < wanted:
+            used.append(item)
+            count += item.repeats
+    more, rest = divmod(max(0, wanted - count), len(used))
+    used = [replace(item, repeats=item.repeats + more + (place < rest)) for place, item in enumerate(used)]
+    note = f"{len(used)} of {len(regular)} regularisation images, {sum(i.repeats for i in used)} with repeats"
+    return (*(item for item in items if not item.is_reg), *used), [note]
+
+
+def _validation(items: tuple[Item, ...], config: TrainConfig) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """(what is trained on, what validation_split sets apart): ⌊share⌋ of each folder's images, as sd-scripts.
+
+    Chosen by content and validation_seed, not by name or order; equal images stay together.
+    """
+    if not config.validation_split:
+        return items, ()
+    seed = config.seed if config.validation_seed is None else config.validation_seed
+    folders: dict[Path, set[str]] = {}
+    for item in items:
+        if not item.is_reg:
+            folders.setdefault(item.path.parent, set()).add(item.sha256)
+    apart: set[str] = set()
+    for contents in folders.values():
+        order = sorted(contents, key=lambda sha256: hashlib.sha256(f"{seed} {sha256}".encode()).digest())
+        apart |= set(order[math.ceil(len(order) * (1 - config.validation_split) - 1e-9) :])
+    chosen = {item.sha256: item for item in items if item.sha256 in apart and not item.is_reg}
+    if not chosen:
+        raise DataError(
+            f"validation_split = {config.validation_split:g} sets apart no image of {len(items)}",
+            "raise it, or set it to 0",
+        )
+    return tuple(item for item in items if item.sha256 not in apart), tuple(chosen.values())
+
+
+def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
+    """The mask of an image: a file of its name in conditioning_data_dir, or in a folder there that is named
+    like the image's."""
+    folder = part.setting(config, "conditioning_data_dir")
+    if not part.setting(config, "masked_loss") or not folder or part.is_reg:
+        return None
+    for place in (Path(folder), Path(folder) / image.parent.name):
+        for extension in (image.suffix, *sorted(IMAGE_EXTENSIONS)):
+            if (mask := place / f"{image.stem}{extension}").is_file():
+                return mask
+    raise DataError(f"{shown(image)} has no mask in {shown(folder)}", "masks are named like the images")
+
+
+def _subject(parts: Sequence[Part]) -> tuple[str | None, str | None]:
+    """Trigger and class word, each where all folders agree on it."""
+    return common([part.trigger for part in parts]), common([part.class_word for part in parts])
+
+
+def _image_facts(path: Path) -> Facts:
+    """Width, height and sha256 of an image, which is decoded completely."""
+    picture = read_picture(path)
+    return *picture.size_px, picture.sha256
+
+
+def _check_held_out(items: Sequence[Item], held_out: Sequence[Item]) -> None:
+    trained = {item.sha256: item.path for item in items}
+    for item in held_out:
+        if item.sha256 in trained:
+            raise DataError(
+                f"{shown(item.path)} is the same image as {shown(trained[item.sha256])}, trained on too",
+                f"remove one: images in {HELD_OUT}/ judge the result and must be new to it",
+            )
+
+
+# Reference images
+
+
+def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, Dataset]:
+    """(what is trained on, reference images that judge it).
+
+    With images in ``held_out/`` those are the references.  Else ``n`` images are set apart – min(8, 20 %) by
+    default, which is none below five images – chosen by content hash, so that file names and new images
+    change little.
+    """
+    if dataset.held_out:
+        return dataset, replace(dataset, items=dataset.held_out, held_out=())
+    distinct = sorted({item.sha256 for item in dataset.items if not item.is_reg})
+    count = min(MAX_REFERENCES, int(len(distinct) * REFERENCE_SHARE)) if n is None else n
+    if count < 0 or count >= len(distinct):
+        raise DataError(
+            f"{count} reference images cannot be set apart from {len(distinct)} images",
+            f"choose 0 to {len(distinct) - 1}",
+        )
+    chosen = set(distinct[:count])
+    return (
+        replace(dataset, items=tuple(item for item in dataset.items if item.sha256 not in chosen)),
+        replace(dataset, items=tuple(item for item in dataset.items if item.sha256 in chosen)),
+    )
+
+
+# What the loop and the cache ask for
+
+
+def assign_buckets(items: Iterable[Item], config: TrainConfig) -> dict[str, Bucket]:
+    """Item.sha256 → bucket.  DataError names images too small for any."""
+    rules = BucketRules.of(config)
+    fits = {item: rules.fit(item.width_px, item.height_px) for item in items}
+    small = [item for item, fit in fits.items() if fit is None]
+    if small:
+        first = small[0]
+        raise DataError(
+            f"{len(small)} images fill no bucket of {rules.step_px} px steps: "
+            f"{listed([item.path for item in small])} "
+            f"({first.width_px}×{first.height_px} px at resolution {rules.resolution})",
+            "lower bucket_reso_steps, set bucket_no_upscale = false, or use larger images",
+        )
+    return {item.sha256: fit.bucket for item, fit in fits.items() if fit is not None}
+
+
+def load_pixels(item: Item, config: TrainConfig) -> tuple[Tensor, Sizes]:
+    """Pixels (3, H, W) of an item in its bucket, float32 in [-1, 1], and what SDXL is told about them."""
+    import torch  # here, so that listing a dataset stays instant
+
+    picture = read_picture(item.path)
+    if picture.sha256 != item.sha256:
+        raise DataError(f"{shown(item.path)} was changed since it was read", "start again")
+    fit = BucketRules.of(config).fit(item.width_px, item.height_px)
+    assert fit is not None, "assign_buckets refuses images that fill no bucket"
+    pixels_HW3 = torch.from_numpy(fit_pixels(picture, fit).copy())
+    return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1, sizes_for(item, fit)
+
+
+def load_mask(item: Item, config: TrainConfig) -> Tensor | None:
+    """The loss weights (H, W) of an item in its bucket, 0 to 1: its mask's red channel (as sd-scripts), or how
+    opaque the image is.  None: everything counts."""
+    import torch
+
+    if item.mask is not None:
+        picture = read_picture(item.mask)
+        if picture.size_px != (item.width_px, item.height_px):
+            raise DataError(
+                f"the mask {shown(item.mask)} is not as large as {shown(item.path)}", "make them equal"
+            )
+        values = picture.pixels_HW3[..., 0]
+    elif item.setting(config, "alpha_mask"):
+        alpha = read_picture(item.path).alpha_HW
+        if alpha is None:
+            return None
+        values = alpha
+    else:
+        return None
+    fit = BucketRules.of(config).fit(item.width_px, item.height_px)
+    assert fit is not None, "assign_buckets refuses images that fill no bucket"
+    return torch.from_numpy(fit_values(values, fit).copy()).float() / 255
+
+
+def sizes_for(item: Item, fit: Fit, *, mirrored: bool = False) -> Sizes:
+    """What SDXL is told about an item.
+
+    The crop offset is where the centre crop really starts.  (sd-scripts reports the bars of a letterbox
+    instead, which differ on images that lose more than a few pixels.)
+    """
+    from trainer.bases.base import Sizes
+
+    top, left = fit.crop_top_left
+    if mirrored:
+        left = fit.resized_width_px - fit.bucket.width_px - left
+    return Sizes(
+        original_hw=(item.height_px, item.width_px),
+        crop_top_left=(top, left),
+        target_hw=(fit.bucket.height_px, fit.bucket.width_px),
+    )
+
+
+def views(item: Item, config: TrainConfig) -> tuple[str, ...]:
+    """The names of an item's latents: its sha256, and with flip_aug also of the mirrored image."""
+    return (item.sha256, item.sha256 + MIRRORED) if item.setting(config, "flip_aug") else (item.sha256,)
+
+
+def view_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> str:
+    """The view that an item is trained with the ``occurrence``-th time (from 0) in an epoch."""
+    choices = views(item, config)
+    if len(choices) == 1:
+        return choices[0]
+    return _generator("flip", config.seed, epoch, item.sha256, occurrence).choice(choices)
+
+
+def epoch_batches(
+    dataset: Dataset, buckets: Mapping[str, Bucket], config: TrainConfig, epoch: int
+) -> list[Batch]:
+    """The batches of an epoch in order: repeats duplicated, buckets and batches shuffled, partial batches
+    kept."""
+    members: dict[Bucket, list[int]] = {}
+    for index, item in enumerate(dataset.items):
+        members.setdefault(buckets[item.sha256], []).extend([index] * item.repeats)
+    draw = _generator("batches", config.seed, epoch)
+    batches = []
+    for bucket in sorted(members):
+        order = members[bucket]
+        draw.shuffle(order)
+        size = config.train_batch_size
+        batches += [Batch(tuple(order[start : start + size]), bucket) for start in range(0, len(order), size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def caption_for(item: Item, config: TrainConfig, epoch: int, occurrence: int, now: Moment = START) -> str:
+    """The caption an item is trained with the ``occurrence``-th time (from 0) in an epoch (from 0)."""
+    draw = _generator("caption", config.seed, epoch, item.sha256, occurrence)
+    return CaptionRules.of(config, item.own).apply(item.caption, epoch, draw, now)
+
+
+def caption_variants(items: Iterable[Item], config: TrainConfig) -> tuple[str, ...] | None:
+    """Every caption that ``caption_for`` can return, or None where tags are drawn or there are too many."""
+    texts: dict[str, None] = {}
+    for item in items:
+        variants = CaptionRules.of(config, item.own).variants(item.caption)
+        if variants is None:
+            return None
+        texts |= dict.fromkeys(variants)
+    return tuple(texts)
+
+
+def _generator(*key: object) -> random.Random:
+    """Random numbers that depend on nothing but the key."""
+    return random.Random(hashlib.sha256(json.dumps(key).encode()).digest())
+
+
+def tag_frequency(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """How often each tag is in the captions of a folder, regularisation images left out: sd-scripts'
+    ss_tag_frequency, which A1111 shows."""
+    tags: dict[str, Counter[str]] = {}
+    for item in dataset.items:
+        if not item.is_reg:
+            words = (clean_text(tag.strip().lower()) for tag in item.caption.replace("\n", ",").split(","))
+            tags.setdefault(item.path.parent.name, Counter()).update(word for word in words if word)
+    return {folder: dict(count) for folder, count in tags.items()}

@@ -1,0 +1,145 @@
+"""Image folders as kohya names them: which are trained on, how often, and what their names say.
+
+Owns ``N_trigger class``, ``held_out/``, regularisation folders and the words for a folder without images;
+images and captions themselves are ``trainer.data.dataset``'s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainer.config import TrainConfig
+from trainer.data.captions import check_inside, shown
+from trainer.data.images import IMAGE_EXTENSIONS
+from trainer.errors import DataError
+from trainer.files import clean_text
+
+HELD_OUT = "held_out"  # a folder of reference images inside the dataset; never trained on
+MAX_REPEATS = 10_000  # assumed: more is a year or a serial number in a folder's name
+KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder of images, what its name says, and what a dataset file says of it.
+
+    ``words`` is the caption of images that have none; ``root`` the folder that links may not lead out of
+    (unset: the dataset's).
+    """
+
+    images: tuple[Path, ...]
+    repeats: int
+    trigger: str | None = None
+    class_word: str | None = None
+    words: str = ""
+    own: tuple[tuple[str, Any], ...] = ()
+    is_reg: bool = False
+    root: Path | None = None
+
+    def setting(self, config: TrainConfig, name: str) -> Any:
+        """A setting's value for this folder."""
+        return dict(self.own).get(name, getattr(config, name))
+
+
+def regularisation(root: Path) -> tuple[list[Part], list[str]]:
+    """The folders of reg_data_dir.  Images without a caption get the words of their folder's name."""
+    if not root.is_dir():
+        raise DataError(
+            f"the folder {shown(root)} of reg_data_dir does not exist", "give the folder that holds 1_class"
+        )
+    parts, notes = parts_of(root, 1)
+    return [
+        replace(
+            part,
+            is_reg=True,
+            root=root,
+            words=" ".join(word for word in (part.trigger, part.class_word) if word),
+        )
+        for part in parts
+    ], notes
+
+
+def parts_of(root: Path, default_repeats: int) -> tuple[list[Part], list[str]]:
+    """The folders to train on, and notes about what is left out."""
+    name = KOHYA_FOLDER.fullmatch(root.resolve().name)
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = [(path, match) for path in folders if (match := KOHYA_FOLDER.fullmatch(path.name))]
+    loose = images_in(root, root)
+    notes = []
+    if named:
+        parts = []
+        for path, match in named:
+            images = images_in(path, root)
+            if int(match[1]) == 0 or not images:
+                notes.append(f"{shown(path)} is left out: {'0 repeats' if images else 'no images in it'}")
+            else:
+                parts.append(_kohya_part(path, match, images))
+        if loose:
+            notes.append(f"{len(loose)} images directly in {shown(root)} are left out, as kohya does")
+        others = [path for path in folders if not KOHYA_FOLDER.fullmatch(path.name) and path.name != HELD_OUT]
+        notes += [
+            f"{shown(path)} is left out: its name has no repeats in front, like 10_name" for path in others
+        ]
+        if not parts:
+            raise _no_images(root, folders)
+        return parts, notes
+    if not loose:
+        raise _no_images(root, folders)
+    if name:
+        return [_kohya_part(root, name, loose)], notes
+    return [Part(tuple(loose), default_repeats)], notes
+
+
+def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Part:
+    repeats = int(match[1])
+    if repeats > MAX_REPEATS:
+        raise DataError(
+            f"the folder name {shown(folder)} means {repeats} repeats",
+            f"start it with the repeats you want, for example 10_{match[2]}",
+        )
+    if repeats == 0:
+        raise DataError(
+            f"the folder name {shown(folder)} means 0 repeats", f"rename it, for example to 10_{match[2]}"
+        )
+    return Part(tuple(images), repeats, *subject_of(match[2]))
+
+
+def subject_of(name: str) -> tuple[str | None, str | None]:
+    """Trigger and class word in what follows ``10_``."""
+    words = clean_text(name).split(maxsplit=1)
+    return words[0] if words else None, words[1].strip() if len(words) > 1 else None
+
+
+def images_in(folder: Path, root: Path) -> list[Path]:
+    """Image files of a folder, sorted by name.  Hidden files are passed over; links may not lead out of
+    ``root``."""
+    images = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and not path.is_dir()
+    )
+    for path in images:
+        check_inside(path, root)
+    return images
+
+
+def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
+    """The error for a folder without images, with what the user most likely meant."""
+    hint = f"images end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
+    for path in folders:
+        children = [child for child in path.iterdir() if not child.name.startswith(".")]
+        if any(child.is_dir() and KOHYA_FOLDER.fullmatch(child.name) for child in children):
+            hint = f"did you mean {shown(path)}, which has folders like 10_name?"
+        elif path.name != HELD_OUT and any(child.suffix.lower() in IMAGE_EXTENSIONS for child in children):
+            hint = f"give {shown(path)} itself, or rename it to 10_{shown(path.name)}"
+    return DataError(f"no images to train on in {shown(root)}", hint)
+
+
+def common(words: Iterable[str | None]) -> str | None:
+    """The word that all agree on."""
+    distinct = set(words)
+    return next(iter(distinct)) if len(distinct) == 1 else None

@@ -1,0 +1,253 @@
+"""Our settings as sd-scripts' files: config.toml, dataset.toml and the command that takes both.
+
+Owns the way back from our settings to sd-scripts' keys; the way in is ``trainer.kohya.read``.  What sd-scripts
+cannot do is refused or said, never left out in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from trainer.config import SETTINGS, TrainConfig
+from trainer.data.folders import parts_of
+from trainer.data.subsets import OWN_KEYS, RUN_KEYS, Subset, read_dataset_file
+from trainer.errors import ConfigError, DataError
+from trainer.files import clean_text, write_atomic
+from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
+
+CONFIG, DATASET, COMMAND = "config.toml", "dataset.toml", "train.sh"
+SCRIPTS = {"sd15": "train_network.py", "sdxl": "sdxl_train_network.py"}
+# Settings that dataset.toml says, and those that have another form in sd-scripts.
+_IN_DATASET = (*RUN_KEYS.values(), *OWN_KEYS, "train_data_dir", "dataset_config", "reg_data_dir")
+_IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts takes them there only
+_OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
+_OPTIMIZER_ARGUMENTS = {
+    "Adafactor": ("scale_parameter=False", "relative_step=False", "warmup_init=False"),
+    "Prodigy": ("decouple=True", "use_bias_correction=False"),
+}
+_PATHS = ("sample_prompts", "logging_dir", "network_weights")
+# Settings that sd-scripts has no word for → what is different without them.
+_MISSING = {
+    "micro_batch_size": "sd-scripts computes a batch at once, which takes more memory; the result is the same",
+    "cpu_offload": "sd-scripts keeps all of it on the card, which takes more memory; the result is the same",
+    "checkpoint_blocks": "sd-scripts recomputes all blocks: slower, the result is the same",
+    "opt_channels_last": "sd-scripts has no such layout: slower, the result is the same",
+    "hold_out_references": "sd-scripts trains on these images too; to keep them out, move them to another folder",
+}
+_BUCKET_STEPS = {"sd15": 64, "sdxl": 32}  # sd-scripts stops unless they divide bucket_reso_steps
+_ALGORITHMS = {"DoRA": "locon", "LoHa": "loha", "LoKr": "lokr"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """The two tables, the command line, and lines on what differs."""
+
+    config: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    command: str
+    notes: tuple[str, ...]
+
+
+def export(config: TrainConfig, family: str, base: str, folder: Path, output: str = "output") -> Export:
+    """``config`` for sd-scripts.  ``base`` is the model as sd-scripts finds it; ``folder`` is where the files will
+    lie.  Every path is written in full, since the command is run elsewhere."""
+    folder = folder.resolve()
+    if Path(base).expanduser().exists():
+        base = str(Path(base).expanduser().resolve())
+    notes = _said(config, family)
+    table = _settings(config, notes)
+    table = {
+        "pretrained_model_name_or_path": base,
+        "output_dir": _full(output),
+        **table,
+        **_network(config, family, notes),
+    }
+    command = (
+        f"accelerate launch --num_cpu_threads_per_process 1 {SCRIPTS[family]} "
+        f"--config_file {_quoted(folder / CONFIG)} --dataset_config {_quoted(folder / DATASET)}"
+    )
+    return Export(table, _dataset(config), command, tuple(notes))
+
+
+def write(found: Export, folder: Path) -> None:
+    """Write config.toml, dataset.toml and train.sh into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / CONFIG, tomlkit.dumps(dict(found.config)))
+    write_atomic(folder / DATASET, tomlkit.dumps(dict(found.dataset)))
+    write_atomic(folder / COMMAND, f"#!/bin/sh\n# run this in the folder of sd-scripts\n{found.command}\n")
+
+
+def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
+    """Settings that sd-scripts has under the same name, where its default would be another."""
+    table: dict[str, Any] = {}
+    for name, value in config.as_dict().items():
+        if name in _IN_DATASET or name in _OTHERWISE or name in OURS_ALONE or name.startswith("pretrained"):
+            continue
+        usual = KOHYA_DEFAULTS.get(name, getattr(TrainConfig(), name))
+        if value not in (None, "") and (value != usual or name in ("output_name", "seed", "learning_rate")):
+            table[name] = _full(value) if name in _PATHS else value
+    if config.lr_warmup_steps >= 1:  # with a decimal point sd-scripts takes it for a share of all steps
+        table["lr_warmup_steps"] = int(config.lr_warmup_steps)
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16"
+        notes.append("mixed_precision = auto → bf16; write fp16 for a card without bf16")
+    length = (
+        {"max_train_steps": config.max_train_steps}
+        if config.max_train_steps is not None
+        else {"max_train_epochs": config.max_train_epochs}
+    )
+    arguments = [
+        f"weight_decay={config.weight_decay:g}",
+        *_OPTIMIZER_ARGUMENTS.get(config.optimizer_type, ()),
+    ]
+    if config.optimizer_type == "Prodigy":
+        arguments.append(
+            f"safeguard_warmup={config.lr_warmup_steps > 0 and config.lr_scheduler != 'constant'}"
+        )
+    return {
+        **table,
+        **length,
+        "mixed_precision": precision,
+        "optimizer_type": config.optimizer_type,
+        "optimizer_args": arguments,
+        "network_dim": config.network_dim,
+        "network_alpha": config.network_alpha,
+        "save_model_as": "safetensors",
+        "cache_latents": True,
+        "sdpa": True,
+    }
+
+
+def _said(config: TrainConfig, family: str) -> list[str]:
+    """Lines on what sd-scripts does not have."""
+    usual = TrainConfig()
+    lines = [
+        f"{name} is left out: {why}"
+        for name, why in _MISSING.items()
+        if getattr(config, name) != getattr(usual, name)
+    ]
+    steps = _BUCKET_STEPS[family]
+    if config.enable_bucket and config.bucket_reso_steps % steps:
+        lines.append(
+            f"bucket_reso_steps = {config.bucket_reso_steps}: sd-scripts stops here, it wants a multiple of {steps}"
+        )
+    if config.validation_split:
+        lines.append("validation_split needs sd-scripts later than v0.9.1")
+    return lines
+
+
+def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, Any]:
+    """network_module and network_args."""
+    arguments: list[str] = []
+    usual = TrainConfig()
+    for name in NETWORK_ARGUMENTS:
+        value = getattr(config, name)
+        if value not in (None, "") and value != getattr(usual, name):
+            arguments.append(f"{name}={value}")
+    if config.conv_dim is not None and config.conv_alpha is None:
+        arguments.append(f"conv_alpha={config.network_alpha:g}")  # sd-scripts would take 1
+    first, second = config.effective_text_encoder_lrs
+    if family == "sdxl" and first != second and not config.text_encoder_frozen:
+        raise ConfigError(
+            f"sd-scripts has one rate for both text encoders, here they are {first:g} and {second:g}",
+            "set text_encoder_lr1 equal to text_encoder_lr2",
+        )
+    extra: dict[str, Any] = {}
+    if config.text_encoder_lr1 is not None or config.text_encoder_lr2 is not None:
+        extra["text_encoder_lr"] = first
+    if config.text_encoder_frozen and config.trains_text_encoder:
+        extra["text_encoder_lr"] = 0.0
+        notes.append("text_encoder_frozen → text_encoder_lr = 0")
+    module = "networks.lora"
+    if config.network_type in _ALGORITHMS:
+        module = "lycoris.kohya"
+        arguments.insert(0, f"algo={_ALGORITHMS[config.network_type]}")
+        if config.network_type == "DoRA":
+            arguments += ["dora_wd=True", "wd_on_output=False"]
+        if config.conv_dim is None:
+            arguments.append("preset=attn-mlp")
+        else:
+            notes.append("LyCORIS trains conv_in, conv_out and time_embedding too, which this tool does not")
+        notes.append(f"{config.network_type} needs LyCORIS beside sd-scripts: pip install lycoris_lora")
+    extra["network_module"] = module
+    if arguments:
+        extra["network_args"] = arguments
+    return extra
+
+
+def _dataset(config: TrainConfig) -> dict[str, Any]:
+    """The dataset file: [general] with the run's settings, one dataset, one subset per folder."""
+    general: dict[str, Any] = {}
+    for key, setting in RUN_KEYS.items():
+        if (value := getattr(config, setting)) is not None:
+            general[key] = value
+    for name in OWN_KEYS:
+        value = getattr(config, name)
+        if value not in ("", None) and value != KOHYA_DEFAULTS.get(name, getattr(TrainConfig(), name)):
+            general[name] = value
+    for name in _IN_SUBSETS:
+        general.pop(name, None)
+    if not config.validation_split:  # sd-scripts up to v0.9.1 does not know the key
+        general.pop("validation_split", None)
+        general.pop("validation_seed", None)
+    subsets = [_subset(subset, config) for subset in _subsets(config)]
+    return {"general": general, "datasets": [{"subsets": subsets}]}
+
+
+def _subset(subset: Subset, config: TrainConfig) -> dict[str, Any]:
+    table: dict[str, Any] = {"image_dir": _full(subset.image_dir), "num_repeats": subset.num_repeats}
+    if subset.class_tokens:
+        table["class_tokens"] = subset.class_tokens
+    if subset.is_reg:
+        table["is_reg"] = True
+    if config.masked_loss and config.conditioning_data_dir and not subset.is_reg:
+        table["conditioning_data_dir"] = _full(config.conditioning_data_dir)
+    if config.alpha_mask:
+        table["alpha_mask"] = True
+    own = {name: value for name, value in subset.own if name in OWN_KEYS}
+    if own.get("conditioning_data_dir"):
+        own["conditioning_data_dir"] = _full(own["conditioning_data_dir"])
+    return table | own
+
+
+def _full(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _subsets(config: TrainConfig) -> list[Subset]:
+    if config.dataset_config:
+        return list(read_dataset_file(Path(config.dataset_config)).subsets)
+    if not config.train_data_dir:
+        raise ConfigError("no images are given", "set train_data_dir, or give --data FOLDER")
+    found = _folders(Path(config.train_data_dir), is_reg=False)
+    return found + (_folders(Path(config.reg_data_dir), is_reg=True) if config.reg_data_dir else [])
+
+
+def _folders(root: Path, *, is_reg: bool) -> list[Subset]:
+    if not root.is_dir():
+        raise DataError(f"the dataset folder {clean_text(str(root))} does not exist", "give it with --data")
+    parts, _ = parts_of(root, 1)
+    return [
+        Subset(
+            str(part.images[0].parent.resolve()),
+            part.repeats,
+            " ".join(word for word in (part.trigger, part.class_word) if word),
+            is_reg,
+        )
+        for part in parts
+    ]
+
+
+def _quoted(path: Path) -> str:
+    """A path as a word of a shell."""
+    text = str(path)
+    return text if all(c.isalnum() or c in "/._-" for c in text) else "'" + text.replace("'", "'\\''") + "'"
+
+
+assert set(_OTHERWISE) | set(OWN_KEYS) <= set(SETTINGS)

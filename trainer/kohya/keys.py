@@ -1,0 +1,208 @@
+"""What every key of sd-scripts' configuration files means here: tables, read by ``trainer.kohya.read``.
+
+The four classes do not overlap and together are all keys that sd-scripts (48d368f, February 2026) accepts for
+training a LoRA of SD1.5 or SDXL, and those that the graphical front end kohya_ss adds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import SCHEDULER_NAMES, SETTINGS
+
+# What sd-scripts takes for a setting that is not given, where that is not our own default.
+KOHYA_DEFAULTS: dict[str, Any] = {
+    "output_name": "last",
+    "enable_bucket": False,
+    "max_bucket_reso": 1024,
+    "bucket_no_upscale": False,
+    "caption_extension": ".caption",
+    "train_batch_size": 1,
+    "max_train_epochs": None,
+    "max_train_steps": 1600,
+    "learning_rate": 2e-6,
+    "lr_scheduler": "constant",
+    "optimizer_type": "AdamW",
+    "network_dim": 4,
+    "network_alpha": 1.0,
+    "conv_alpha": 1.0,
+    "mixed_precision": "no",
+    "save_precision": "float",
+    "cache_latents_to_disk": False,
+    "vae_batch_size": 1,
+}
+# What sd-scripts has no default for: a base must be named, the others take ours.
+NO_KOHYA_DEFAULT = ("pretrained_model_name_or_path", "resolution", "seed")
+# The libraries' own defaults, which sd-scripts leaves in place.
+WEIGHT_DECAY = {"AdamW": 0.01, "AdamW8bit": 0.01, "Lion8bit": 0.0, "Adafactor": 0.0, "Prodigy": 0.0}
+
+WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
+    "the newest complete state is kept while a run lasts, and the same command goes on from it": (
+        "save_state save_state_on_train_end save_last_n_epochs_state save_last_n_steps_state",
+    ),
+    "a LoRA is saved as .safetensors with its metadata": (
+        "save_model_as use_safetensors no_metadata output_config",
+    ),
+    "metadata is written by this tool; training_comment is kept": (
+        "metadata_title metadata_author metadata_description metadata_license metadata_tags",
+        "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase",
+        "metadata_preprocessor metadata_is_negative_embedding",
+    ),
+    "nothing is uploaded": (
+        "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token",
+        "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload",
+    ),
+    "the log is train.jsonl, and TensorBoard with logging_dir": (
+        "log_with log_prefix log_tracker_name wandb_run_name log_tracker_config",
+        "wandb_api_key log_config console_log_level console_log_file console_log_simple",
+    ),
+    "it changes speed or memory, not the result": (
+        "max_data_loader_n_workers persistent_data_loader_workers lowram highvram",
+        "dynamo_backend ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph",
+        "disable_mmap_load_safetensors tokenizer_cache_dir skip_cache_check cache_info",
+        "text_encoder_batch_size deepspeed zero_stage sdpa",
+        "offload_optimizer_device offload_optimizer_nvme_path offload_param_device",
+        "offload_param_nvme_path zero3_init_flag zero3_save_16bit_model",
+        "fp16_master_weights_and_gradients",
+    ),
+    "encoded images and captions are always cached where they can be": (
+        "cache_latents cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
+    ),
+    "it only matters together with a setting that is refused": (
+        "lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
+        "dataset_repeats base_weights_multiplier",
+    ),
+    "the validation loss is told after every epoch, over all images that are set apart": (
+        "validate_every_n_steps validate_every_n_epochs max_validation_steps",
+    ),
+    "sd-scripts does not read it; kohya_ss writes the settings that follow from it": (
+        "epoch noise_offset_type lowvram",
+    ),
+    "it belongs to other models or commands": (
+        "config_file debug_dataset weighting_scheme logit_mean logit_std mode_scale blocks_to_swap",
+        "clip_l t5xxl",
+    ),
+}
+
+LORA_PLUS = "both halves of the LoRA are trained at one rate (no LoRA+)"
+# key → (values that ask for nothing, why anything else is refused)
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "v2": ((False,), "SD 2.x bases are not supported"),
+    "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
+    "random_crop": (
+        (False,),
+        "as in sd-scripts it needs images that are encoded anew each time; here they are encoded once",
+    ),
+    "face_crop_aug_range": ((), "images are cropped around their centre"),
+    "resize_interpolation": (
+        (),
+        "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
+    ),
+    "weighted_captions": ((False,), "captions are used as they are"),
+    "in_json": ((), "captions come from files beside the images"),
+    "dataset_class": ((), "code from elsewhere is not run"),
+    "vae": ((), "the base's own VAE is used; save the base with the VAE you want"),
+    "dim_from_weights": ((False,), "set network_dim and network_alpha to those of the file (hpo inspect)"),
+    "base_weights": ((), "merge them into the base first"),
+    "resume": ((), "a state of sd-scripts cannot be resumed"),
+    "lr_scheduler_type": ((), "schedules are " + ", ".join(SCHEDULER_NAMES)),
+    "lr_scheduler_args": ((), "schedules have no further arguments"),
+    "initial_epoch": ((0, 1), "training starts at its beginning"),
+    "initial_step": ((0,), "training starts at its beginning"),
+    "skip_until_initial_step": ((False,), "training starts at its beginning"),
+    "stop_text_encoder_training": ((0,), "the text encoders are trained to the end or not at all"),
+    "train_inpainting": ((False,), "inpainting bases are not supported"),
+    "loraplus_lr_ratio": ((0,), LORA_PLUS),
+    "loraplus_unet_lr_ratio": ((0,), LORA_PLUS),
+    "loraplus_text_encoder_lr_ratio": ((0,), LORA_PLUS),
+    "fused_backward_pass": ((False,), "sd-scripts itself ignores it for LoRA; leave it out"),
+}
+
+# Optimizers that differ from ours in where their state is kept, not in what they compute.
+SAME_OPTIMIZER = {
+    "pagedadamw": "AdamW",
+    "pagedadamw8bit": "AdamW8bit",
+    "pagedlion8bit": "Lion8bit",
+    "torch.optim.adamw": "AdamW",
+    "torch.optim.adamw.adamw": "AdamW",
+    "bitsandbytes.optim.adamw8bit": "AdamW8bit",
+    "bitsandbytes.optim.pagedadamw8bit": "AdamW8bit",
+    "bitsandbytes.optim.lion8bit": "Lion8bit",
+    "bitsandbytes.optim.pagedlion8bit": "Lion8bit",
+}
+# optimizer_args that ask for what our optimizers do anyway.
+SAME_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "AdamW": {"betas": ((0.9, 0.999),), "eps": (1e-8,)},
+    "AdamW8bit": {"betas": ((0.9, 0.999),), "eps": (1e-8,)},
+    "Lion8bit": {"betas": ((0.9, 0.99),)},
+    "Adafactor": {"scale_parameter": (False,), "relative_step": (False,), "warmup_init": (False,)},
+    "Prodigy": {
+        "decouple": (True,),
+        "betas": ((0.9, 0.999),),
+        "use_bias_correction": (False,),
+        "d_coef": (1,),
+    },
+}
+
+NO_EFFECT_REASON = {
+    key: reason for reason, lines in WITHOUT_EFFECT.items() for line in lines for key in line.split()
+}
+# Keys that a method of _Reading translates.
+TRANSLATED = frozenset(
+    {
+        "caption_extention",
+        "use_8bit_adam",
+        "use_lion_optimizer",
+        "optimizer_args",
+        "network_module",
+        "network_args",
+        "full_fp16",
+        "fp8_base_unet",
+        "xformers",
+        "mem_eff_attn",
+        "network_train_text_encoder_only",
+        "output_dir",
+        "sample_sampler",
+        "save_n_epoch_ratio",
+        "datasets",
+    }
+)
+# Values of 0 that mean "not set" in sd-scripts or in its graphical front ends.
+ZERO_IS_UNSET = (
+    "min_snr_gamma scale_weight_norms multires_noise_iterations ip_noise_gamma v_pred_like_loss",
+    "adaptive_noise_scale save_every_n_epochs save_every_n_steps save_last_n_epochs save_last_n_steps",
+    "sample_every_n_epochs sample_every_n_steps",
+)
+# What sd-scripts' networks.lora takes in network_args: used under the same name here.
+NETWORK_ARGUMENTS = (
+    "conv_dim",
+    "conv_alpha",
+    "rank_dropout",
+    "module_dropout",
+    "down_lr_weight",
+    "mid_lr_weight",
+    "up_lr_weight",
+    "block_lr_zero_threshold",
+    "factor",
+)
+# LyCORIS' algo → our network_type.
+LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
+# Our settings that sd-scripts spells otherwise (inside network_args and optimizer_args) or does not have.
+OURS_ALONE = frozenset(
+    {
+        *NETWORK_ARGUMENTS,
+        "weight_decay",
+        "network_type",
+        "text_encoder_lr1",
+        "text_encoder_lr2",
+        "micro_batch_size",
+        "text_encoder_frozen",
+        "opt_channels_last",
+        "cpu_offload",
+        "checkpoint_blocks",
+        "hold_out_references",
+    }
+)
+KNOWN_KEYS = (
+    (frozenset(SETTINGS) - OURS_ALONE) | frozenset(REFUSED) | frozenset(NO_EFFECT_REASON) | TRANSLATED
+)

@@ -1,0 +1,50 @@
+"""What only shows when base, settings and images are together: call it after load_base, before any work.
+
+``check`` refuses what cannot be done; ``notes`` are lines a user should be told once.
+"""
+
+from __future__ import annotations
+
+from trainer.bases import families
+from trainer.bases.base import Base
+from trainer.compute.fp8 import holds_fp8
+from trainer.config import TrainConfig
+from trainer.data.captions import listed
+from trainer.data.dataset import Dataset
+from trainer.errors import ConfigError
+
+
+def check(base: Base, config: TrainConfig) -> None:
+    """ConfigError if the base cannot do what the settings ask for."""
+    families.check(config, base.family, base.name)
+    layers = int(base.text_encoders[0].config.num_hidden_layers)
+    if base.uses_clip_skip and config.clip_skip is not None and config.clip_skip > layers:
+        raise ConfigError(
+            f"clip_skip = {config.clip_skip}, but the text encoder of {base.name} has {layers} layers",
+            f"set it to 1 to {layers}",
+        )
+
+    if config.fp8_base and not holds_fp8(base.unet):
+        raise ConfigError(
+            "fp8_base is for hpo train: a search keeps one base for all trials, as it is",
+            "leave fp8_base out",
+        )
+
+
+def notes(base: Base, config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
+    """What this base passes over in these settings and captions."""
+    found = []
+    native_px = base.native_resolution_px
+    if 2 * config.resolution <= native_px:
+        found.append(
+            f"{base.name} is {families.KIND[base.family]} made for {native_px} px; "
+            f"these settings train {config.resolution} px"
+        )
+    found += families.passed_over(config, base.family)
+    limit = config.max_token_length or base.caption_tokens
+    long = [item.path for item in dataset.items if base.token_count(item.caption) > limit]
+    if long:
+        found.append(
+            f"{len(long)} captions are longer than {limit} tokens, the rest is not read: {listed(long)}"
+        )
+    return tuple(found)

@@ -1,0 +1,182 @@
+"""Ranks: the processes that train one LoRA together, one per GPU – or the only one.
+
+Owns how they find each other (the variables that torchrun and accelerate's launcher set) and what they tell each
+other.  Every process holds the whole adapter and makes the same update; the parts of a step are dealt out in
+turn, so the effective batch is what the settings say on any number of GPUs.  Rank 0 writes all files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer import oom as memory
+from trainer.errors import MachineError
+
+BUCKET_VALUES = 1 << 24  # gradients sent at once: 64 MiB in fp32
+COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among ``world``; ``local`` is its number on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def any(self, mine: bool, device: torch.device | str = "cpu") -> bool:
+        """Whether it is so for one of them."""
+        if self.world == 1:
+            return mine
+        flag = torch.tensor([float(mine)], device=_place(device))
+        with _together():
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def lowest(self, mine: int | None, device: torch.device | str = "cpu") -> int | None:
+        """The lowest of a number that each has; None if they have none."""
+        if self.world == 1 or mine is None:
+            return mine
+        number = torch.tensor([mine], dtype=torch.int64, device=_place(device))
+        with _together():
+            dist.all_reduce(number, dist.ReduceOp.MIN)
+        return int(number.item())
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a tensor by the sum over all."""
+        if self.world > 1:
+            with _together():
+                dist.all_reduce(tensor)
+
+    def sum_gradients_(self, weights: Sequence[torch.nn.Parameter]) -> None:
+        """Replace every gradient by the sum over all.  A weight that nobody has a gradient of keeps none.
+
+        Raises torch.OutOfMemoryError, in every process, where one of them has no room for what is sent.
+        """
+        if self.world == 1 or not weights:
+            return
+        has = torch.tensor([float(weight.grad is not None) for weight in weights], device=weights[0].device)
+        with _together():
+            dist.all_reduce(has, dist.ReduceOp.MAX)
+        with self.agreed(weights[0].device):
+            for weight, anywhere in zip(weights, has.tolist(), strict=True):
+                if anywhere and weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+            rooms = _rooms([weight.grad for weight in weights if weight.grad is not None])
+        for bucket, flat in rooms:
+            torch.cat([gradient.flatten() for gradient in bucket], out=flat)
+            with _together():
+                dist.all_reduce(flat)
+            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @contextlib.contextmanager
+    def agreed(self, device: torch.device | str = "cpu") -> Iterator[None]:
+        """If one of the processes runs out of memory here, all say so together instead of waiting for it."""
+        failure: RuntimeError | None = None
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not memory.is_out_of_memory(error):
+                raise
+            failure = error
+        if self.any(failure is not None, device):
+            raise failure or torch.OutOfMemoryError("another process ran out of memory")
+
+    def wait(self) -> None:
+        """Go on when all are here."""
+        if self.world > 1:
+            with _together():
+                dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def launched() -> Ranks:
+    """What the launcher says of this process: nothing if there is none, or for one process."""
+    if not all(name in os.environ for name in COUNTS):
+        return ALONE
+    try:
+        rank, world, local = (int(os.environ[name]) for name in COUNTS)
+    except ValueError:
+        raise MachineError(
+            "RANK, WORLD_SIZE and LOCAL_RANK are not whole numbers",
+            "start with torchrun or accelerate launch",
+        ) from None
+    return Ranks(rank, world, local) if world > 1 else ALONE
+
+
+def join(ranks: Ranks, device: str) -> None:
+    """Meet the other processes.  Returns when all are there."""
+    if ranks.world == 1 or dist.is_initialized():
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo", rank=ranks.rank, world_size=ranks.world
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MachineError(
+            f"the {ranks.world} processes do not find each other: {reason}",
+            "start them with torchrun --nproc-per-node N or accelerate launch",
+        ) from None
+
+
+def leave() -> None:
+    """Part from the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """A message to all: if one of them has died, that is the reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MachineError(
+            f"another process of this run is gone: {reason}", "its message says why; the same command goes on"
+        ) from None
+
+
+def _rooms(gradients: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """What is sent at once, each with the room it is sent in; buckets of one dtype share theirs."""
+    found: list[tuple[list[Tensor], Tensor]] = []
+    for kind in sorted({gradient.dtype for gradient in gradients}, key=str):
+        buckets = _buckets([gradient for gradient in gradients if gradient.dtype == kind])
+        sizes = [sum(gradient.numel() for gradient in bucket) for bucket in buckets]
+        room = torch.empty(max(sizes), dtype=kind, device=gradients[0].device)
+        found += [(bucket, room[:size]) for bucket, size in zip(buckets, sizes, strict=True)]
+    return found
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if tensor.numel() > room:
+            buckets.append([])
+            room = max(BUCKET_VALUES, tensor.numel())
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets
+
+
+def _place(device: torch.device | str) -> torch.device | str:
+    return device if dist.get_backend() == "nccl" else "cpu"

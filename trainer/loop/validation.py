@@ -1,0 +1,53 @@
+"""The validation loss: the same question to every adapter of a base, so that answers can be compared.
+
+Plain squared error at fixed timesteps with fixed noise on images that are not trained on: no weighting, no
+noise offset, no masks, no dropout, whatever a run trains with.  Noise depends on image, timestep and the
+number below only – not on the run's seed – and captions are as written.  sd-scripts' validation loss goes
+through the run's own weights and noise, so its values cannot be compared between settings.
+
+Shapes: B batch, C latent channels, h w latent sides.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.adapters.adapter import keyed_generator
+from trainer.bases.base import Base, Sizes
+from trainer.config import TrainConfig
+from trainer.data.cache import Prepared
+from trainer.loop import loss
+
+TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # middles of ten equal parts of 1000
+SEED = 20  # any number; part of what makes values comparable, so never changed
+
+
+@torch.no_grad()
+def validation_loss(base: Base, config: TrainConfig, split: Prepared) -> float:
+    """Mean squared error over all images of ``split`` and ``TIMESTEPS``.  Of the settings only clip_skip and
+    max_token_length matter: what the adapter is used with.  One image at a time, so batches change nothing."""
+    total = 0.0
+    items = {item.sha256: item for item in split.dataset.items}.values()
+    alphas = base.alphas_cumprod.to(base.device)
+    timesteps_B = torch.tensor(TIMESTEPS, device=base.device)
+    for item in items:
+        latent = split.latents[item.sha256].to(base.device, torch.float32) * base.latent_scale
+        latents_BCHW = latent.expand(len(TIMESTEPS), *latent.shape)
+        noise_BCHW = torch.stack(
+            [
+                torch.randn(latent.shape, generator=keyed_generator("validation", SEED, item.sha256, step))
+                for step in TIMESTEPS
+            ]
+        ).to(base.device)
+        states = base.encode_text([item.caption], config.clip_skip, config.max_token_length)
+        predicted_BCHW = base.predict(
+            loss.add_noise(latents_BCHW, noise_BCHW, timesteps_B, alphas),
+            timesteps_B,
+            states.rows([0] * len(TIMESTEPS)),
+            [Sizes(*split.sizes[item.sha256])] * len(TIMESTEPS),
+        )
+        target_BCHW = noise_BCHW
+        if base.prediction_type == "v_prediction":
+            target_BCHW = loss.velocity(latents_BCHW, noise_BCHW, timesteps_B, alphas)
+        total += float((predicted_BCHW.float() - target_BCHW).square().mean())
+    return total / len(items)

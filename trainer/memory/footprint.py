@@ -1,0 +1,400 @@
+"""predict(): the peak GPU memory of a training step, part by part, without a GPU and without weights.
+
+Owns what is on the card beside the traced step (base, adapter, gradients, optimizer state, CUDA's own memory)
+and how a step's order of allocations becomes a peak.  ``tracing`` makes that order, ``allocator`` replays it,
+``stacks`` chooses settings that fit.  All sizes in bytes; GB in texts are 10⁹ bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from trainer.bases import detect
+from trainer.bases.base import Base, Parts
+from trainer.bases.load import CONFIGS, FAMILIES, HUB_NAMES, MINIATURES, TEXT_ENCODERS, empty_network
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+from trainer.memory import tracing
+from trainer.memory.allocator import CachingAllocator
+from trainer.oom import CUDA_CONTEXT_BYTES
+from trainer.tensorfile import read_header, refuse_pickle
+
+# PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, which is counted.
+CUBLAS_BYTES = 32 * 2**20
+MIN_8BIT_ELEMENTS = 4096  # bitsandbytes' min_8bit_size: smaller tensors keep 32-bit state
+BLOCK_ELEMENTS = 256  # of bitsandbytes' blockwise state: one fp32 maximum each
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a base is made of: its family and the configurations of its networks, as JSON texts."""
+
+    name: str
+    family: str
+    configs: tuple[tuple[str, str], ...]
+
+    def config(self, component: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(dict(self.configs)[component])
+        return found
+
+    @property
+    def latent_factor_px(self) -> int:
+        return int(2 ** (len(self.config("vae")["block_out_channels"]) - 1))
+
+    @property
+    def native_resolution_px(self) -> int:
+        return int(self.config("unet")["sample_size"]) * self.latent_factor_px
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A predicted peak and what it is made of.  ``parts`` add up to ``peak_bytes`` = what nvidia-smi shows."""
+
+    parts: Mapping[str, int]
+    peak_bytes: int
+    allocated_bytes: int  # torch.cuda.max_memory_allocated
+    reserved_bytes: int  # torch.cuda.max_memory_reserved
+    bucket_px: tuple[int, int]
+    images_at_once: int
+
+
+def base_facts(spec: str | Path) -> BaseFacts:
+    """Facts of sd15, sdxl, mini-sd15, mini-sdxl, a diffusers folder or a single .safetensors file."""
+    name = str(spec)
+    if name in FAMILIES:
+        return _facts(name, name, CONFIGS / name)
+    if name in MINIATURES:
+        return _facts(name, detect.family_of_folder(MINIATURES[name]), MINIATURES[name])
+    families = {hub_name: family for family, hub_name in HUB_NAMES.items()}
+    if name in families:
+        return _facts(name, families[name], CONFIGS / families[name])
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _facts(path.name, detect.family_of_folder(path), path)
+    if path.is_file():
+        refuse_pickle(path)
+        family = detect.family_of_file(path, read_header(path))
+        return _facts(path.name, family, CONFIGS / family)
+    raise ConfigError(
+        f"there is no base {name!r} on this machine to plan for",
+        "give sdxl or sd15 (all fine-tunes need the same memory), mini-sd15, mini-sdxl, a folder or a file",
+    )
+
+
+def _facts(name: str, family: str, folder: Path) -> BaseFacts:
+    components = ("unet", "vae", *TEXT_ENCODERS[family])
+    texts = {c: json.dumps(detect.read_json(folder / c / "config.json"), sort_keys=True) for c in components}
+    return BaseFacts(name, family, tuple(texts.items()))
+
+
+def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int] | None = None) -> Footprint:
+    """The peak of a training step on a card that computes in ``mixed_precision`` (auto: bf16).
+
+    ``bucket_px`` (width, height): unset takes resolution², the largest area a bucket can have.  Latents are
+    cached; text encoders are on the card only if one of them is trained or captions vary.
+    """
+    bucket = bucket_px or (config.resolution, config.resolution)
+    found = _trace(facts, _traced_settings(config), bucket)
+    dim, conv_dim = (config.network_dim, config.conv_dim or 1)
+    if config.network_type == "LoKr":
+        dim = conv_dim = 1  # traced with its own ranks
+    shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
+    adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
+    updated = [shape for shape, is_updated in shapes if is_updated]
+    base = base_bytes(config, facts)
+    state = [optimizer_bytes(config.optimizer_type, shape) for shape in updated]
+    update = [4 * _count(shape) for shape in updated] if config.full_bf16 else []
+    if config.cpu_offload:
+        state, update = [], [*update, *state]
+    replay = _replay(found, dim, conv_dim, base, adapter, state, update, accumulates(config))
+    return _footprint(replay, base, adapter, state, bucket, config.images_at_once)
+
+
+def _footprint(
+    replay: _Replay,
+    base: Mapping[str, int],
+    adapter: list[int],
+    state: list[int],
+    bucket_px: tuple[int, int],
+    images_at_once: int,
+) -> Footprint:
+    parts = {
+        **{f"base: {name}": size for name, size in base.items()},
+        "adapter": sum(adapter),
+        "optimizer state": sum(state),
+        "gradients": replay.gradients,
+        "activations": replay.activations,
+        "workspace": replay.workspace + CUBLAS_BYTES,
+        "rounding and fragmentation": 0,
+        "CUDA context": CUDA_CONTEXT_BYTES,
+    }
+    reserved = replay.reserved + CUBLAS_BYTES
+    peak = reserved + CUDA_CONTEXT_BYTES
+    parts["rounding and fragmentation"] = peak - sum(parts.values())
+    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
+
+
+def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
+    """The same for training every weight of the U-Net itself in fp32, without an adapter.  Nothing here trains
+    so; it is shown beside what others measured."""
+    bucket = (config.resolution, config.resolution)
+    settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
+    found = _trace(facts, settings, bucket, is_full=True)
+    state = [optimizer_bytes(config.optimizer_type, shape) for shape, _ in found.shapes]
+    weights = {"unet": 4 * sum(_count(shape) for shape, _ in found.shapes)}
+    replay = _replay(found, 1, 1, weights, [], state, [], accumulates(config))
+    return _footprint(replay, weights, [], state, bucket, config.images_at_once)
+
+
+# What is on the card beside the step
+
+
+def accumulates(config: TrainConfig) -> bool:
+    """Whether gradients wait for those of another micro-batch."""
+    return config.gradient_accumulation_steps > 1 or config.images_at_once < config.train_batch_size
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """The type a card computes in; auto is bf16 here."""
+    return {"no": torch.float32, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
+
+
+def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
+    """component → bytes of the frozen networks that are on the card while training."""
+    networks = _networks(facts)
+    element = compute_dtype(config).itemsize
+    found = {"unet": sum(_weight_bytes(tensor, element, config.fp8_base) for tensor in networks["unet"])}
+    if text_encoders_stay(config):
+        for name in TEXT_ENCODERS[facts.family]:
+            found[name] = sum(_weight_bytes(tensor, element, False) for tensor in networks[name])
+    return found
+
+
+def text_encoders_stay(config: TrainConfig) -> bool:
+    """Whether captions are encoded in every step: a text encoder is trained, or captions vary each time."""
+    varied = config.shuffle_caption or config.caption_tag_dropout_rate > 0 or config.enable_wildcard
+    return config.trains_text_encoder or (varied and not config.cpu_offload)
+
+
+def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
+    """A weight's bytes; in 8 bits matrices and kernels have one fp32 scale an output (``trainer.compute.fp8``)."""
+    if is_fp8 and len(tensor) >= 2:
+        return _count(tensor) + 4 * tensor[0]
+    return element * _count(tensor)
+
+
+@lru_cache(maxsize=8)
+def _networks(facts: BaseFacts) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """component → shapes of its tensors."""
+    names = ("unet", *TEXT_ENCODERS[facts.family])
+    return {
+        name: tuple(tuple(p.shape) for p in empty_network(name, facts.config(name)).parameters())
+        for name in names
+    }
+
+
+def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an optimizer's state for one trained tensor; it sees fp32 weights, with full_bf16 too."""
+    count = _count(shape)
+    blocks = -(-count // BLOCK_ELEMENTS)
+    small = count < MIN_8BIT_ELEMENTS
+    match optimizer_type:
+        case "AdamW8bit":
+            return 2 * (4 * count if small else count + 4 * blocks)
+        case "Lion8bit":
+            return 4 * count if small else count + 4 * blocks
+        case "Adafactor":
+            if len(shape) < 2:
+                return 4 * count
+            return 4 * (_count(shape[:-1]) + _count((*shape[:-2], shape[-1])))
+        case "Prodigy":  # two moments, s and the starting point
+            return 16 * count
+    return 8 * count
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _at_rank(shape: tuple[int, ...], dim: int, conv_dim: int) -> tuple[int, ...]:
+    ranks = {tracing.DIM: dim, tracing.CONV_DIM: conv_dim}
+    return tuple(ranks.get(side, side) for side in shape)
+
+
+# Replaying a step
+
+
+@dataclass(frozen=True)
+class _Replay:
+    allocated: int
+    reserved: int
+    activations: int
+    gradients: int
+    workspace: int
+
+
+def _replay(
+    found: tracing.Trace,
+    dim: int,
+    conv_dim: int,
+    base: Mapping[str, int],
+    adapter: list[int],
+    state: list[int],
+    update: list[int],
+    is_accumulated: bool,
+) -> _Replay:
+    """Two steps through the allocator: the optimizer's state comes after the first.  With accumulation the
+    gradients of the micro-batch before are there, and new ones go once they are added.  ``update``: what is
+    there only while the optimizer works – bf16 weights and gradients as fp32, state from RAM."""
+    allocator = CachingAllocator()
+    sizes = [block.bytes_at(dim, conv_dim) for block in found.blocks]
+    for size in (*base.values(), *adapter):
+        allocator.allocate(size)
+    peak = {"activations": 0, "gradients": 0, "workspace": 0}
+    highest = 0
+    gradients: list[int] = []
+    for step in range(2):
+        if is_accumulated:
+            gradients = [
+                allocator.allocate(s) for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient
+            ]
+        kept = (
+            sum(s for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient) if is_accumulated else 0
+        )
+        live = {"activations": 0, "gradients": kept, "workspace": 0}
+        handles: dict[int, int] = {}
+        for event in found.events:
+            number = event if event >= 0 else ~event
+            block = found.blocks[number]
+            part = "gradients" if block.is_gradient else "workspace" if block.is_workspace else "activations"
+            if event >= 0:
+                handles[number] = allocator.allocate(sizes[number])
+                live[part] += sizes[number]
+                if step and allocator.allocated > highest:
+                    highest, peak = allocator.allocated, dict(live)
+                if not (is_accumulated and block.is_gradient):
+                    continue
+            if number in handles:
+                allocator.free(handles.pop(number))
+                live[part] -= sizes[number]
+        if not step:
+            for size in state:
+                allocator.allocate(size)
+        during = [allocator.allocate(size) for size in update]
+        if step and allocator.allocated > highest:
+            peak = {**live, "workspace": sum(update)}
+        for handle in (*during, *handles.values(), *gradients):
+            allocator.free(handle)
+    return _Replay(allocator.peak_allocated, allocator.reserved, **peak)
+
+
+# Traces, made once each
+
+
+_DECIDES_A_TRACE = (
+    "network_type",
+    "gradient_checkpointing",
+    "full_bf16",
+    "fp8_base",
+    "text_encoder_frozen",
+    "cpu_offload_checkpointing",
+    "clip_skip",
+    "down_lr_weight",
+    "mid_lr_weight",
+    "up_lr_weight",
+    "block_lr_zero_threshold",
+    "mixed_precision",
+)
+
+
+def _traced_settings(config: TrainConfig) -> TrainConfig:
+    """The settings that decide the order of a step's allocations; all others at one value."""
+    ranks: dict[str, Any] = {"network_dim": tracing.DIM}
+    if config.network_type == "LoKr":
+        ranks = {"network_dim": config.network_dim, "conv_dim": config.conv_dim}
+    elif config.conv_dim is not None:
+        ranks["conv_dim"] = tracing.CONV_DIM
+    values = {name: getattr(config, name) for name in _DECIDES_A_TRACE}
+    first, second = config.effective_text_encoder_lrs
+    values |= {
+        "train_batch_size": config.images_at_once,
+        "unet_lr": float(config.trains_unet),
+        "text_encoder_lr1": float(first > 0),
+        "text_encoder_lr2": float(second > 0),
+        "network_dropout": 0.5 if config.network_dropout else 0.0,
+        "rank_dropout": 0.5 if config.rank_dropout else 0.0,
+        "checkpoint_blocks": config.checkpoint_blocks if config.gradient_checkpointing else None,
+        "max_token_length": None if config.max_token_length == 75 else config.max_token_length,
+    }
+    return TrainConfig(**values, **ranks)
+
+
+# Settings that leave an injected adapter as it is, at one value.
+_SAME_ADAPTER = {
+    "train_batch_size": 1,
+    "gradient_checkpointing": False,
+    "checkpoint_blocks": None,
+    "full_bf16": False,
+    "fp8_base": False,
+    "cpu_offload_checkpointing": False,
+    "text_encoder_frozen": False,
+    "mixed_precision": "auto",
+    "max_token_length": None,
+    "clip_skip": None,
+}
+
+
+@lru_cache(maxsize=64)
+def _trace(
+    facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int], *, is_full: bool = False
+) -> tracing.Trace:
+    it = _whole(facts) if is_full else _subject(facts, config.with_values(_SAME_ADAPTER))
+    compute = compute_dtype(config)
+    for module in it.base.components().values():
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(compute)
+    it.base.compute_dtype = compute
+    try:
+        return tracing.trace(it, config, bucket_px, compute)
+    finally:
+        gc.collect()
+
+
+@lru_cache(maxsize=1)
+def _whole(facts: BaseFacts) -> tracing.Subject:
+    base = meta_base(facts)
+    base.unet.requires_grad_(True)
+    return tracing.Subject(base, None)
+
+
+@lru_cache(maxsize=1)
+def _subject(facts: BaseFacts, config: TrainConfig) -> tracing.Subject:
+    return tracing.subject(meta_base(facts), config)
+
+
+def meta_base(facts: BaseFacts) -> Base:
+    """Every module of a base, without memory for its weights."""
+    encoders = []
+    tokenizers = []
+    for name in TEXT_ENCODERS[facts.family]:
+        text = facts.config(name)
+        encoders.append(empty_network(name, text))
+        length, end = text.get("max_position_embeddings", 77), text.get("eos_token_id", 49407)
+        tokenizers.append(SimpleNamespace(model_max_length=length, eos_token_id=end, get_vocab=dict))
+    unet, vae = (empty_network(name, facts.config(name)) for name in ("unet", "vae"))
+    return FAMILIES[facts.family](
+        facts.name, "meta", Parts(unet, vae, tuple(encoders), tuple(tokenizers), {})
+    )

@@ -1,0 +1,196 @@
+"""choose(): the settings that make a run fit a card, cheapest in speed first.
+
+Owns the moves and their order.  Pure over ``footprint.predict``: what it returns is a configuration and the
+reasons; nothing is loaded or run.  The ladder after a real failure is ``ladder``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+from trainer.memory.footprint import BaseFacts, Footprint, predict, text_encoders_stay
+
+SAFE_SHARE = 15.5 / 16  # mission S4: above 15.5 of 16 GB is a warning
+SMALLER_PX = 768
+EIGHT_BIT = {"AdamW": "AdamW8bit"}
+
+
+@dataclass(frozen=True)
+class Move:
+    """One setting that was changed to fit, and why."""
+
+    key: str
+    old: Any
+    new: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Settings that fit, what was changed for it, and the predicted peak."""
+
+    config: TrainConfig
+    moves: tuple[Move, ...]
+    footprint: Footprint
+
+    @property
+    def standing(self) -> tuple[str, ...]:
+        """What saves memory in these settings without costing speed, and what could but does not."""
+        stays = text_encoders_stay(self.config)
+        return (
+            "latents cached: always; the VAE leaves the card",
+            "text states not cached: text encoders are trained, or captions vary"
+            if stays
+            else "text states cached: text encoders leave the card",
+        )
+
+
+# A move: values that may replace a configuration's, with the reason; each after the one before it failed to fit.
+Candidates = Iterator[tuple[dict[str, Any], str]]
+
+
+def _bf16(config: TrainConfig, facts: BaseFacts) -> Candidates:
+    if config.mixed_precision == "no":
+        yield {"mixed_precision": "bf16"}, "half the memory of fp32 weights and activations, and faster"
+
+
+def _eight_bit(config: TrainConfig, facts: BaseFacts) -> Candidates:
+    if config.optimizer_type in EIGHT_BIT:
+        yield (
+            {"optimizer_type": EIGHT_BIT[config.optimizer_type]},
+            "a quarter of the optimizer's state, no slower",
+        )
+
+
+def _checkpointing(config: TrainConfig, facts: BaseFacts) -> Candidates:
+    if not config.gradient_checkpointing or config.checkpoint_blocks is not None:
+        yield (
+            {"gradient_checkpointing": True, "checkpoint_blocks": None},
+            "blocks of the U-Net recompute their activations: slower, the result is the same",
+        )
+
+
+def _fp8(config: TrainConfig, facts: BaseFacts) -> Candidates:
+    if not config.fp8_base:
+        yield {"fp8_base": True}, "the frozen U-Net in 8 bits, scaled: its output changes slightly"
+
+
+def _accumulation(config: TrainConfig, facts: BaseFacts) -> Candidates:
+    """Fewer images at once at the same effective batch."""
+    at_once = config.images_at_once
+    while at_once > 1:
+        at_once //= 2
+        yield (
+            {"micro_batch_size": at_once},
+            f"{at_once} of {config.train_batch_size} images at once, the rest accumulated: same batch, slower",
+        )
+
+
+def _smaller(config: TrainConfig, facts: BaseFacts) -> Candidates:
+    if config.resolution > SMALLER_PX:
+        values = {"resolution": SMALLER_PX, "min_bucket_reso": min(config.min_bucket_reso, SMALLER_PX)}
+        yield values, "smaller buckets: details are lost"
+
+
+def _frozen_text(config: TrainConfig, facts: BaseFacts) -> Candidates:
+    if config.trains_text_encoder and config.trains_unet:
+        yield {"network_train_unet_only": True}, "text encoders frozen: their states are cached"
+
+
+def _offload(config: TrainConfig, facts: BaseFacts) -> Candidates:
+    if not (config.cpu_offload and config.cpu_offload_checkpointing):
+        yield (
+            {"cpu_offload": True, "cpu_offload_checkpointing": True},
+            "the optimizer's state and what recomputing keeps wait in the computer's memory: slowest",
+        )
+
+
+MOVES: tuple[Callable[[TrainConfig, BaseFacts], Candidates], ...] = (
+    _bf16,
+    _eight_bit,
+    _checkpointing,
+    _fp8,
+    _accumulation,
+    _smaller,
+    _frozen_text,
+    _offload,
+)
+
+
+def choose(
+    config: TrainConfig, facts: BaseFacts, vram_bytes: int, say: Callable[[str], None] = lambda text: None
+) -> Stack:
+    """The first configuration in the order of ``MOVES`` that fits into 15.5/16 of ``vram_bytes``; then as few
+    blocks recompute as still fit.
+
+    Latents are always cached, text states wherever they can be.  ``say`` is told what is tried after the settings as
+    they are: a prediction can take half a minute.  Raises ConfigError if nothing fits.
+    """
+    limit = int(vram_bytes * SAFE_SHARE)
+    start, footprint = config, predict(config, facts)
+    reasons: dict[str, str] = {}
+    checkpointed: TrainConfig | None = None  # the settings before all blocks recomputed
+    for move in MOVES:
+        for values, reason in move(config, facts):
+            if footprint.peak_bytes <= limit:
+                break
+            say(f"{footprint.peak_bytes / 1e9:.1f} GB; trying {', '.join(_words(values))} …")
+            smaller = predict(config.with_values(values), facts)
+            if smaller.peak_bytes < footprint.peak_bytes:
+                if move is _checkpointing:
+                    checkpointed = config
+                config, footprint = config.with_values(values), smaller
+                reasons |= dict.fromkeys(values, reason)
+    if footprint.peak_bytes > limit:
+        raise ConfigError(
+            f"{facts.name} does not fit into {vram_bytes / 1e9:.1f} GB at network_dim {config.network_dim}: "
+            f"with everything that saves memory the peak is {footprint.peak_bytes / 1e9:.1f} GB",
+            "lower network_dim, take a smaller base, or a larger card",
+        )
+    if checkpointed is not None:
+        config = _fewest_blocks(checkpointed, config, facts, limit, say)
+        footprint = predict(config, facts)
+    old, new = start.as_dict(), config.as_dict()
+    moves = tuple(Move(k, old[k], new[k], reasons[k]) for k in reasons if old[k] != new[k])
+    return Stack(config, moves, footprint)
+
+
+def _fewest_blocks(
+    before: TrainConfig, config: TrainConfig, facts: BaseFacts, limit: int, say: Callable[[str], None]
+) -> TrainConfig:
+    """Between the blocks that recomputed before and all of them, which fits: the fewest that do, by halving.
+    With what came after them the first may be enough again."""
+    low = (before.checkpoint_blocks or 0) if before.gradient_checkpointing else 0
+    high = block_count(facts)
+    while low < high:
+        middle = (low + high) // 2
+        tried = config.with_values(_blocks(middle))
+        say(f"trying {', '.join(_words(_blocks(middle)))} …")
+        if predict(tried, facts).peak_bytes <= limit:
+            high, config = middle, tried
+        else:
+            low = middle + 1
+    return config
+
+
+def _blocks(count: int) -> dict[str, Any]:
+    return {"gradient_checkpointing": count > 0, "checkpoint_blocks": count or None}
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    """Settings as they stand in a file."""
+    return [
+        f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in values.items()
+        if value is not None
+    ]
+
+
+def block_count(facts: BaseFacts) -> int:
+    """Blocks of the U-Net that can recompute: down, middle and up (``trainer.compute.recompute``)."""
+    unet = facts.config("unet")
+    return len(unet["down_block_types"]) + 1 + len(unet["up_block_types"])
