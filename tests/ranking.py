@@ -154,9 +154,9 @@ def noise(found: Recorded) -> statistics.Components:
 
 @dataclass(frozen=True)
 class Optimism:
-    """Means over random pairs of disjoint prompt sets of one size: what the set that selected the best trial says of
-    it, what is expected from that set alone, and what the other set says.  As either set may select, differences
-    in difficulty cancel."""
+    """Means over random pairs of disjoint prompt sets of one size: what the set that selected the best trial
+    says of it, what is expected from that set alone, and what the other set says.  As either set may select,
+    differences in difficulty cancel."""
 
     prompts: int
     said: float

@@ -111,8 +111,7 @@ def tiny_sdxl_unet(full_structure: bool) -> UNet2DConditionModel:
 
 
 def tiny_base(family: str = "sd15", *, seed: int = 0, full_structure: bool = False) -> Base:
-    """A random base of a family: 64 px (sd15) or 128 px (sdxl), fp32, CPU.  The global RNG is left as it
-    was."""
+    """A random base of a family: 64 px (sd15) or 128 px (sdxl), fp32, CPU.  The global RNG is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if family == "sd15":

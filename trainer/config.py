@@ -1,7 +1,7 @@
 """TrainConfig: every setting of a training run, once, under kohya's name.
 
-Owns the settings' names, types, units, limits and defaults, and the errors for wrong ones.  Does not own
-where values come from (kohya files: ``trainer.kohya.read``; studies: ``hpo.study.config``) and never imports torch.
+Owns the settings' names, types, units, limits and defaults, and the errors for wrong ones.  Does not own where
+values come from (kohya files: ``trainer.kohya.read``; studies: ``hpo.study.config``) and never imports torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The errors a user can cause or meet, and nothing else.
 
-Every error carries what happened and where (``message``), what to do about it (``hint``) and the exit code
-of the process.  The command line prints both lines and no traceback; anything that is not a ``ToolError`` is
-a bug and keeps its traceback.
+Every error carries what happened and where (``message``), what to do about it (``hint``) and the exit code of
+the process.  The command line prints both lines and no traceback; anything that is not a ``ToolError`` is a
+bug and keeps its traceback.
 
     ToolError                     1
     ├── ConfigError               2   a setting, a study file, a command line

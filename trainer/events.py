@@ -8,8 +8,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """The dry step before training: the largest bucket (width, height), images at once, and the peak of memory:
-    of this process, and of the whole card with other programs – None where it cannot be measured."""
+    """The dry step before training: the largest bucket (width, height), images at once, and the peak of
+    memory: of this process, and of the whole card with other programs – None where it cannot be measured."""
 
     bucket_px: tuple[int, int]
     images: int

@@ -1,12 +1,9 @@
-"""The only module that puts files in place: atomic files, atomic folders with a manifest, appended lines,
-safe names.
+"""The only module that puts files in place: atomic files, atomic folders with a manifest, appended lines, safe names.
 
-Owns the promise that after a crash a path holds the old content or the new one, never a mixture, and that
-what is half-made carries a name (``.tmp-<pid>-…``) by which ``sweep`` knows it.  Does not own what is in the
-files.
+Owns the promise that after a crash a path holds the old content or the new one, never a mixture, and that what
+is half-made carries a name (``.tmp-<pid>-…``) by which ``sweep`` knows it.  Does not own what is in the files.
 
-On disk full, missing permission and the like everything here raises MachineError and leaves no temporary
-behind.
+On disk full, missing permission and the like everything here raises MachineError and leaves no temporary behind.
 """
 
 from __future__ import annotations
@@ -161,9 +158,8 @@ def require_space(path: Path, needed_bytes: int) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes ``path`` when the block ends well, and disappears otherwise.
 
-    ``manifest.json`` (size and sha256 of every file) is written last, everything is synced, then the folder
-    is renamed.  ``path`` must not exist yet: a folder cannot be replaced in one step, so callers use new
-    names.
+    ``manifest.json`` (size and sha256 of every file) is written last, everything is synced, then the folder is
+    renamed.  ``path`` must not exist yet: a folder cannot be replaced in one step, so callers use new names.
     """
     path = Path(path)
     temporary = _temporary_beside(path)
@@ -236,8 +232,7 @@ def sweep_tree(folder: Path) -> int:
 
 
 def safe_name(text: str, what: str) -> str:
-    """``text`` if it can be a name on any disk and in any address, else ConfigError naming ``what`` it was
-    for."""
+    """``text`` if it can be a name on any disk and in any address, else ConfigError naming ``what`` it was for."""
     if not _SAFE_NAME.fullmatch(text):
         raise ConfigError(
             f"{what} {clean_text(text)[:80]!r} cannot be used as a name",
@@ -247,8 +242,7 @@ def safe_name(text: str, what: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """``text`` safe to print on one line: no control characters, no escapes, no change of writing
-    direction."""
+    """``text`` safe to print on one line: no control characters, no escapes, no change of writing direction."""
     return "".join(_shown(character) for character in text)
 
 
@@ -283,8 +277,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` last.  Some network and Windows-backed disks refuse; the rename holds
-    anyway."""
+    """Make a rename in ``folder`` last.  Some network and Windows-backed disks refuse; the rename holds anyway."""
     try:
         _sync(folder)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""A failed allocation as an error with what to change, and the peak of a device's memory.  For everything that
-runs with a trial's settings.
+"""A failed allocation as an error with what to change, and the peak of a device's memory.  For everything
+that runs with a trial's settings.
 
-Two figures of a peak: what this process takes, which can be predicted, and what the whole card holds, other programs
-included, which decides whether the next allocation fails.
+Two figures of a peak: what this process takes, which can be predicted, and what the whole card holds, other
+programs included, which decides whether the next allocation fails.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most that this process held since ``forget_peak``: its tensors and cache, and CUDA's own memory, which
-    is assumed.  None on a CPU, where nothing like it is known."""
+    """The most that this process held since ``forget_peak``: its tensors and cache, and CUDA's own memory,
+    which is assumed.  None on a CPU, where nothing like it is known."""
     if device.type != "cuda":
         return None
     return int(torch.cuda.max_memory_reserved(device)) + CUDA_CONTEXT_BYTES

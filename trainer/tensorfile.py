@@ -121,8 +121,7 @@ def with_metadata(path: Path, extra: Mapping[str, str]) -> bytes:
 
 
 def refuse_pickle(path: Path) -> None:
-    """ModelFileError for a file whose ending says pickle: loading one can run any code, so it is never
-    opened."""
+    """ModelFileError for a file whose ending says pickle: loading one can run any code, so it is never opened."""
     if path.suffix.lower() in PICKLE_ENDINGS:
         raise ModelFileError(
             f"{path.name} is a pickle ({path.suffix}): loading it could run any code, so it was not opened",

@@ -1,6 +1,7 @@
 """TOML files as a person wrote them: read, without their sections, and their values as texts to show.
 
-Owns the errors for files that cannot be read; what their keys mean is ``trainer.kohya.read``'s and ``trainer.data.subsets``'.
+Owns the errors for files that cannot be read; what their keys mean is ``trainer.kohya.read``'s and
+``trainer.data.subsets``'.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checkpoints: which of a run's saved files to keep, and what their curve says of the run's length.
 
-Owns the choice (pure: scores in, a choice and words out).  Does not draw or score (``evaluation.score.score``),
-find files or print (``hpo.judge.evaluate``).
+Owns the choice (pure: scores in, a choice and words out).  Does not draw or score
+(``evaluation.score.score``), find files or print (``hpo.judge.evaluate``).
 
 The choice is the earliest checkpoint within one standard error of the best (Breiman et al. 1984, 3.4.3): more
 training that cannot be seen is not worth its loss of prompt following and variety.  The standard error is the

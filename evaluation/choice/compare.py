@@ -2,8 +2,8 @@
 
 Owns the differences and their intervals (pure).  Does not draw or score (``evaluation.score.score``).
 
-Two bases cannot share noise (64² and 128² latents), so pictures are paired by prompt alone: each prompt's mean
-over its seeds.  A raw cosine of one base says little beside another's, since a base follows and draws in
+Two bases cannot share noise (64² and 128² latents), so pictures are paired by prompt alone: each prompt's
+mean over its seeds.  A raw cosine of one base says little beside another's, since a base follows and draws in
 its own way; so each side is anchored on its own untrained base, and the raw difference is taken apart:
 
     LoRA B − LoRA A  =  (base B − base A)  +  ((LoRA B − base B) − (LoRA A − base A))
@@ -40,8 +40,8 @@ class Side:
 @dataclass(frozen=True)
 class Comparison:
     """``anchored``: figure → B minus A, each on the scale of its own base.  ``cosines``: row → figure →
-    difference of raw cosines, in ROWS; base effect and adapter effect add up to the last row.  ``beside``: other
-    models' raw figures, "measure model" → B minus A."""
+    difference of raw cosines, in ROWS; base effect and adapter effect add up to the last row.  ``beside``:
+    other models' raw figures, "measure model" → B minus A."""
 
     anchored: Mapping[str, Difference]
     cosines: Mapping[str, Mapping[str, Difference]]

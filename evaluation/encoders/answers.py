@@ -1,15 +1,15 @@
 """Known answers: six drawn pictures and their texts, and what a scorer must say of them before it is used.
 
-Owns the drawings, the recorded cosines of weights that are known here, and the test.  Does not load models
-(``evaluation.encoders.embed``).
+Owns the drawings, the recorded cosines of weights that are known here, and the test.  Does
+not load models (``evaluation.encoders.embed``).
 
 Two tests.  Weights whose answers are recorded (by the sha256 of their file, whatever it is called) must give
 the same cosines: another activation function, another mean or standard deviation, other weights in the right
-places all move them, and none of them is noticed while loading (facts A4).  Of any other weights the
-drawings must find their own texts: a random network sees no difference between them.
+places all move them, and none of them is noticed while loading (facts A4).  Of any other weights the drawings
+must find their own texts: a random network sees no difference between them.
 
-``python -c "from evaluation.encoders.answers import *; print(cosines(load_scorer('MODEL:WEIGHTS')))"`` is how answers are
-recorded.
+``python -c "from evaluation.encoders.answers import *; print(cosines(load_scorer('MODEL:WEIGHTS')))"`` is
+how answers are recorded.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@ Owns finding the files of a scorer (short name, open_clip tag, file, folder; off
 scorer is what it claims to be, and the two encoders: open_clip (text and image) and DINOv2 (image, for
 likeness). Does not know what the vectors are used for (``evaluation.score.score``).
 
-A scorer that cannot be loaded is an error, never a zero.  Checks follow facts A4: weights absent, file cut
-off, Hugging Face layout, QuickGELU left out (open_clip says nothing when weights come from a file), text cut
-off.
+A scorer that cannot be loaded is an error, never a zero.  Checks follow facts A4: weights absent, file cut off,
+Hugging Face layout, QuickGELU left out (open_clip says nothing when weights come from a file), text cut off.
 
 Shapes: N pictures or texts, D vector width; vectors are fp32 on CPU and have length 1.
 """
@@ -316,8 +315,7 @@ def _likeness_folder(spec: str) -> Path:
 
 
 def _dinov2_preprocess(folder: Path, image_px: int) -> dict[str, Any]:
-    """From preprocessor_config.json beside the weights; without one, ImageNet's mean and std, model's
-    size."""
+    """From preprocessor_config.json beside the weights; without one, ImageNet's mean and std, model's size."""
     path = folder / "preprocessor_config.json"
     given = read_json(path) if path.is_file() else {}
     resize, crop = given.get("size", {}), given.get("crop_size", {})

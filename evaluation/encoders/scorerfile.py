@@ -1,7 +1,7 @@
 """The weights' file of a scorer: finding it offline first, and refusing one that is not what it should be.
 
-Owns open_clip's tags, the hub's cache and what a file's name and tensor names tell.  Does not build networks
-(``evaluation.encoders.embed``).
+Owns open_clip's tags, the hub's cache and what a file's name and tensor names tell.  Does
+not build networks (``evaluation.encoders.embed``).
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def tag_of_sha(model: str, sha: str) -> str | None:
 
 
 def facts_of_tag(model: str, tag: str) -> dict[str, Any]:
-    """open_clip's table of a tag (mean, std, resizing, activation), of the model or of its twin; else
-    empty."""
+    """open_clip's table of a tag (mean, std, resizing, activation), of the model or of its twin; else empty."""
     return next((facts for twin in _twins(model) if (facts := get_pretrained_cfg(twin, tag))), {})
 
 

@@ -1,10 +1,10 @@
 """StyleEncoder: how pictures are painted rather than what they show.
 
-Owns one encoder that wraps another.  A picture becomes the mean and the standard deviation of each channel over
-the wrapped encoder's patches – where a thing is in the picture falls out of both.  Matching these statistics
-is matching style (Huang & Belongie, arXiv 1703.06868; Li et al., arXiv 1701.01036, show that the Gram matrix
-is one of the same family).  The mean holds some of the content too: prompts are paired, so it cancels between
-trials, and anchors give the scale.
+Owns one encoder that wraps another.  A picture becomes the mean and the standard deviation of each channel
+over the wrapped encoder's patches – where a thing is in the picture falls out of both.  Matching these
+statistics is matching style (Huang & Belongie, arXiv 1703.06868; Li et al., arXiv 1701.01036, show that the
+Gram matrix is one of the same family).  The mean holds some of the content too: prompts are paired, so it
+cancels between trials, and anchors give the scale.
 
 Shapes: N pictures, L patches, C channels.
 """

@@ -1,7 +1,7 @@
 """Sampled images as values: the invalid-image gate, the proof that an adapter changes them, PNG and grid.
 
-Owns what is done with finished pictures.  Does not draw them (``evaluation.images.sampling``) and does not embed
-them (``evaluation.encoders.embed``).
+Owns what is done with finished pictures.  Does not draw them (``evaluation.images.sampling``) and does
+not embed them (``evaluation.encoders.embed``).
 
 Shapes: H, W pixels; 3 colour channels; uint8.
 """
@@ -96,8 +96,8 @@ def sample_grid(
 ) -> Image.Image:
     """A contact sheet: the pictures of a prompt side by side, its text under them.
 
-    ``columns``: prompts beside each other; by default the sheet comes out about square.  Of a prompt with seeds
-    of its own, as many are shown as the others have.
+    ``columns``: prompts beside each other; by default the sheet comes out about square.  Of a prompt with
+    seeds of its own, as many are shown as the others have.
     """
     seeds = len(prompts.seeds)
     by_key = {(i.prompt_id, i.seed): i.pixels_HW3 for i in images}

@@ -3,10 +3,9 @@
 Owns the noise of each image, the classifier-free-guidance loop over a base (with or without an adapter in it)
 and the resumable folder of PNGs.  Does not judge pictures (``evaluation.images.images``).
 
-Common random numbers: one CPU generator per image, seeded by (prompt id, seed), so an image depends on
-nothing but its prompt, its seed and the weights.  ODE sampler only: an ancestral one would draw more noise at
-every step. Empty negative prompts are encoded as text, as kohya, ComfyUI and A1111 do; diffusers' SDXL
-pipeline puts zeros.
+Common random numbers: one CPU generator per image, seeded by (prompt id, seed), so an image depends on nothing
+but its prompt, its seed and the weights.  ODE sampler only: an ancestral one would draw more noise at every step.
+Empty negative prompts are encoded as text, as kohya, ComfyUI and A1111 do; diffusers' SDXL pipeline puts zeros.
 
 Shapes: B images of a chunk, C latent channels, h w latent sides, H W pixels, 3 colours.
 """
@@ -116,10 +115,9 @@ def sample(
 ) -> list[SampledImage]:
     """One image per prompt and seed, prompt by prompt, from the base as it stands (adapter included).
 
-    ``folder`` keeps them as PNG; with an ``identity`` (what the weights are: base and adapter) whole chunks
-    that are already there under the same identity are taken over instead of drawn.  ``as_class`` renders the
-    scored text – the class word instead of the trigger – with the noise of the same prompts: the untrained
-    base's anchor.
+    ``folder`` keeps them as PNG; with an ``identity`` (what the weights are: base and adapter) whole chunks that
+    are already there under the same identity are taken over instead of drawn.  ``as_class`` renders the scored text
+    – the class word instead of the trigger – with the noise of the same prompts: the untrained base's anchor.
     """
     jobs = list(prompts.jobs)
     if only_first_chunk:
@@ -147,8 +145,8 @@ def _draw(
     encoded: dict[str, TextStates],
     as_class: bool,
 ) -> list[SampledImage]:
-    """The images of a chunk.  ``encoded`` gathers the texts' states: each is encoded once a call, and alone, so
-    that its numbers do not depend on which texts are beside it or which chunks were stored already."""
+    """The images of a chunk.  ``encoded`` gathers the texts' states: each is encoded once a call, and alone,
+    so that its numbers do not depend on which texts are beside it or which chunks were stored already."""
     texts = [prompt.scored_text if as_class else prompt.text for prompt, _ in chunk]
     guided = config.cfg > 1
     try:
@@ -202,8 +200,7 @@ def make_scheduler(base: Base, config: SampleConfig) -> DPMSolverMultistepSchedu
 def denoise(
     base: Base, noise_BChw: Tensor, states: TextStates, negative: TextStates | None, config: SampleConfig
 ) -> Tensor:
-    """Scaled latents (B, C, h, w) in fp32 from noise; both halves of the guidance in one call of the
-    U-Net."""
+    """Scaled latents (B, C, h, w) in fp32 from noise; both halves of the guidance in one call of the U-Net."""
     count = len(noise_BChw)
     scheduler = make_scheduler(base, config)
     latents_BChw = noise_BChw.to(base.device) * scheduler.init_noise_sigma
@@ -224,15 +221,13 @@ def denoise(
 
 
 def _key(identity: str, prompts: PromptSet, config: SampleConfig, as_class: bool) -> str:
-    """What must be equal for a stored chunk to stand for a fresh one; the batch size decides who is in a
-    chunk."""
+    """What must be equal for a stored chunk to stand for a fresh one; the batch size decides who is in a chunk."""
     parts = [identity, prompts.hash, [(prompt.id, seed) for prompt, seed in prompts.jobs], config.hash]
     return hashlib.sha256(json.dumps([*parts, config.batch_size, as_class]).encode()).hexdigest()
 
 
 class _Store:
-    """A folder of PNGs with an index that names, per finished image, its file's sha256 and its finite
-    flag."""
+    """A folder of PNGs with an index that names, per finished image, its file's sha256 and its finite flag."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder

@@ -1,12 +1,11 @@
 """Prompt sets: what is rendered, what is scored, and which seeds – fixed for a whole study.
 
-Owns the choice, the trigger → class word rule, token limits, the file form and the hash.  Does not word the
-templates (``evaluation.prompts.templates``), render (``evaluation.images.sampling``) or score (``evaluation.score.score``).
+Owns the choice, the trigger → class word rule, token limits, the file form and the hash.  Does not word the templates
+(``evaluation.prompts.templates``), render (``evaluation.images.sampling``) or score (``evaluation.score.score``).
 
 The text that is scored is derived from the text that is rendered, never written beside it, so the two cannot
 drift apart.  The trigger is replaced by the class word because a rare token has an arbitrary text embedding
-(LyCORIS, arXiv 2309.14859, D.4).  A prompt's id is the hash of its text: adding a prompt shifts no other
-image.
+(LyCORIS, arXiv 2309.14859, D.4).  A prompt's id is the hash of its text: adding a prompt shifts no other image.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class Prompt:
 
     @property
     def id(self) -> str:
-        """First 16 hex digits of the text's sha256: the noise of its images depends on it and a seed
-        alone."""
+        """First 16 hex digits of the text's sha256: the noise of its images depends on it and a seed alone."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     @property
@@ -69,8 +67,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts × seeds of a study.  ``notes`` are lines to show the user once; they are not part of the
-    hash."""
+    """Prompts × seeds of a study.  ``notes`` are lines to show the user once; they are not part of the hash."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -99,8 +96,7 @@ class PromptSet:
 
     @property
     def hash(self) -> str:
-        """sha256 of what decides the images and their score: texts, scored texts, kinds, seeds (any
-        order)."""
+        """sha256 of what decides the images and their score: texts, scored texts, kinds, seeds (any order)."""
         rows = sorted(
             [p.text, p.scored_text, p.kind, *([sorted(p.seeds)] if p.seeds else [])] for p in self.prompts
         )
@@ -128,8 +124,7 @@ class PromptSet:
 
 
 def scored_text(text: str, trigger: str | None, class_word: str | None) -> str:
-    """``text`` with the trigger replaced by the class word (``zkw girl`` and ``zkw`` both become
-    ``girl``)."""
+    """``text`` with the trigger replaced by the class word (``zkw girl`` and ``zkw`` both become ``girl``)."""
     if not trigger or not _names(trigger, text):
         return text
     if not class_word:
@@ -180,8 +175,7 @@ def make_prompt(template: str, kind: str, trigger: str | None, class_word: str |
 
 
 def shorten(text: str, count_tokens: CountTokens, limit: int = SHORT_TOKENS) -> str:
-    """``text`` cut after the last clause that ends within ``limit`` tokens; inside a clause only if it
-    must."""
+    """``text`` cut after the last clause that ends within ``limit`` tokens; inside a clause only if it must."""
     if count_tokens(text) <= limit:
         return text
     ends = [m.start() for m in re.finditer(r"[,;.:]\s", text)] or []
@@ -219,9 +213,8 @@ def generate(
 ) -> PromptSet:
     """A prompt set from the dataset's captions (train-like) and ``TEMPLATES[words]`` (the other kinds).
 
-    Captions are taken in the order of their hashes, so the choice depends on no file name.  A kind that runs
-    out is filled up from the altered templates.  Prompts of ``exclude`` are not used: a confirmation set is
-    disjoint.
+    Captions are taken in the order of their hashes, so the choice depends on no file name.  A kind that runs out
+    is filled up from the altered templates.  Prompts of ``exclude`` are not used: a confirmation set is disjoint.
     """
     used = {p.id for p in exclude.prompts} if exclude else set()
     ordered = sorted(

@@ -49,9 +49,10 @@ class References:
 class Anchors:
     """What 0 and 1 mean for one base, prompt set, way of sampling, scorer, likeness encoder, reference set.
 
-    ``*_P`` follow the order of ``prompt_ids``: raw cosines.  ``base_i_P`` of class-only prompts is the prior's
-    anchor, not likeness's; ``base_diversity`` is the base's mean Vendi (``evaluation.score.safeguards``).
-    ``untouched``: first pictures of the untrained base with the trigger; an adapter's must differ from these.
+    ``*_P`` follow the order of ``prompt_ids``: raw cosines.  ``base_i_P`` of class-only prompts is the
+    prior's anchor, not likeness's; ``base_diversity`` is the base's mean Vendi
+    (``evaluation.score.safeguards``). ``untouched``: first pictures of the untrained base with the trigger;
+    an adapter's must differ from these.
     """
 
     identity: dict[str, str]

@@ -1,7 +1,7 @@
 """Safeguards: what a score does not see – copies of training images, images all alike, a lost class word.
 
-Owns the three figures, their limits and by how much a limit is broken.  Does not decide what becomes of such a
-trial (``hpo.search.trial``), nor judge black or uniform pictures (``evaluation.images.images``).
+Owns the three figures, their limits and by how much a limit is broken.  Does not decide what becomes of such
+a trial (``hpo.search.trial``), nor judge black or uniform pictures (``evaluation.images.images``).
 
     copy rate   share of pictures nearer to a training image than half the usual (median) distance of a
                 held-out reference to its nearest training image; distance = 1 − cosine

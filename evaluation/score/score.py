@@ -1,19 +1,19 @@
 """Score: raw cosines, their anchored parts, one composite, and how sure it is.
 
 Owns the anchored parts, the score's paired differences, and the one function that samples and scores an
-adapter.  Does not own the composite (``evaluation.score.formula``), measure the anchors (``evaluation.score.anchors``), draw
-(``evaluation.images.sampling``), embed (``evaluation.encoders.embed``) or decide anything about a study.
+adapter.  Does not own the composite (``evaluation.score.formula``), measure the anchors
+(``evaluation.score.anchors``), draw (``evaluation.images.sampling``), embed (``evaluation.encoders.embed``)
+or decide anything about a study.
 
     T = mean cos(picture, its scored text)          I = mean cos(picture, every held-out reference)
     t = (T − T_chance) / (T_base − T_chance)        i = (I − I_base) / (I_real − I_base)
     score = sqrt(clip(t, 0, 1.1) · clip(i, 0, 1.1))
 
 T_base, I_base: the untrained base, same noise, the class word instead of the trigger.  T_chance: the base's
-pictures against the other prompts' texts.  I_real: every reference against the other references.  So the
-untrained base has t = 1, i = 0 and score 0, and CLIP score alone (which is highest for the untrained base)
-cannot win.  A product of two alignments is DreamBench++'s way (arXiv 2406.16855); the anchors are ours.  Raw
-cosines are stored; nothing is scaled but here and in print.  A study may weigh t and i or take their harmonic
-mean (``Formula``).
+pictures against the other prompts' texts.  I_real: every reference against the other references.  So the untrained
+base has t = 1, i = 0 and score 0, and CLIP score alone (which is highest for the untrained base) cannot win.  A
+product of two alignments is DreamBench++'s way (arXiv 2406.16855); the anchors are ours.  Raw cosines are stored;
+nothing is scaled but here and in print.  A study may weigh t and i or take their harmonic mean (``Formula``).
 
 Shapes: N pictures, P prompts, R references, D vector width, K bootstrap draws.
 """
@@ -178,8 +178,7 @@ def by_draw(one: Score, anchors: Anchors) -> np.ndarray:
 def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], anchors: Anchors) -> Difference:
     """Score of ``a`` minus score of ``b``, prompt by prompt, with a 95 % interval.
 
-    Several scores on a side (training seeds) are averaged; the interval is over prompts, not over training
-    seeds.
+    Several scores on a side (training seeds) are averaged; the interval is over prompts, not over training seeds.
     """
     sides = [[s] if isinstance(s, Score) else list(s) for s in (a, b)]
     formulas = {s.formula for side in sides for s in side}
@@ -232,8 +231,8 @@ def evaluate_adapter(
     """Sample the base with the adapter that is in it, and score: folder/samples, grid.png, metrics.json.
 
     ``identity`` names the weights (base and adapter); with it an interrupted call goes on where it stopped.
-    Raises InvalidImages for pictures that show nothing and Unchanged if they are the base's own.  A limit of the
-    safeguards that is broken is told by ``Score.safety`` and raises nothing.
+    Raises InvalidImages for pictures that show nothing and Unchanged if they are the base's own.  A limit of
+    the safeguards that is broken is told by ``Score.safety`` and raises nothing.
     """
     anchors.check(base=base.identity, sampling=config.hash)
     images = sample(base, prompts, config, folder / SAMPLES_NAME, identity=identity, on_image=on_image)

@@ -1,9 +1,8 @@
 """What a difference between scores means: noise, intervals, ranks – pure numpy, no torch, no files.
 
-Owns variance components and the difference they let one see, bootstrap draws over prompts and what is read off
-them (paired differences, P(best), who cannot be told apart), rank correlations with exact p, and
-shrinkage.  Does not know where scores come from (``evaluation.score.score``) or what is decided by
-them.
+Owns variance components and the difference they let one see, bootstrap draws over prompts and what is read
+off them (paired differences, P(best), who cannot be told apart), rank correlations with exact p, and
+shrinkage.  Does not know where scores come from (``evaluation.score.score``) or what is decided by them.
 
 Everything is drawn with fixed seeds: the same scores always give the same figures.
 
@@ -48,10 +47,10 @@ class Difference:
 class Components:
     """Standard deviations of the parts of an image's score, and the plan they were estimated with.
 
-    ``prompt``: how much harder one prompt is than another; ``seed``: images of one prompt among themselves, the
-    share ``shared`` of whose variance all configurations have in common (common random numbers);
-    ``interaction``: how differently configurations take to a prompt.  Prompts and shared seeds cancel in paired
-    differences; the rest does not.
+    ``prompt``: how much harder one prompt is than another; ``seed``: images of one prompt among themselves,
+    the share ``shared`` of whose variance all configurations have in common (common random numbers);
+    ``interaction``: how differently configurations take to a prompt.  Prompts and shared seeds cancel in
+    paired differences; the rest does not.
     """
 
     configurations: int
@@ -237,8 +236,8 @@ def tied_with_best(
 ) -> tuple[int, ...]:
     """Who cannot be told apart from the best: its index first, then the others by value.
 
-    One-sided paired bootstrap tests against the best with Holm's correction (Holm 1979): the clearest differences
-    are struck out first, as long as each is significant among those that remain.
+    One-sided paired bootstrap tests against the best with Holm's correction (Holm 1979): the clearest
+    differences are struck out first, as long as each is significant among those that remain.
     """
     order = sorted(range(len(values_C)), key=lambda c: (-values_C[c], c))
     best, others = order[0], order[1:]
@@ -262,8 +261,8 @@ def _share_not_above_zero(differences_K: np.ndarray) -> float:
 def shrunken(values_C: Sequence[float], ses_C: Sequence[float]) -> np.ndarray:
     """What the scores are worth once it is known that the best of them were selected: pulled to their mean.
 
-    Empirical Bayes with a normal prior: weight t² / (t² + se²), t² the variance of the scores less that of their
-    noise (Efron & Morris 1975, doi:10.1080/01621459.1975.10479864).
+    Empirical Bayes with a normal prior: weight t² / (t² + se²), t² the variance of the scores less that of
+    their noise (Efron & Morris 1975, doi:10.1080/01621459.1975.10479864).
     """
     values, variance = np.asarray(values_C, float), np.square(np.asarray(ses_C, float))
     if len(values) < 2:

@@ -1,7 +1,7 @@
 """``hpo inspect``: everything a LoRA file says of itself – modules, ranks, alphas, metadata.
 
-Works on files of other tools.  Reads the header and the alphas, no weights.  All text from the file is shown
-without control characters.
+Works on files of other tools.  Reads the header and the alphas, no weights.  All text from the file is
+shown without control characters.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ def status(name: str | None, runs: Path) -> None:
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help=RUNS_HELP
 )
 def confirm(yes: bool, **words: Any) -> None:
-    """Confirm a study's best trials beside trial 0: fresh training seeds, prompts that the search did not use.
-    The same command goes on with a confirmation that was stopped, killed or unplugged."""
+    """Confirm a study's best trials beside trial 0: fresh training seeds, prompts that the search did not
+    use. The same command goes on with a confirmation that was stopped, killed or unplugged."""
     calm_libraries()
     from hpo.confirm.run import confirm as run
     from hpo.confirm.wanted import Request
@@ -393,9 +393,9 @@ def evaluate(run: Path, study: str | None, **words: Any) -> None:
 def compare(
     run_a: Path, run_b: Path, study: str | None, base_b: str, data_b: Path | None, **words: Any
 ) -> None:
-    """Compare the LoRAs of two runs, perhaps on two bases, on the same prompts. RUN: as in hpo evaluate, or one
-    LoRA file; the marked checkpoint is taken, else the result. --base, --data, --trigger and --class describe
-    RUN_A, whose prompts both draw."""
+    """Compare the LoRAs of two runs, perhaps on two bases, on the same prompts. RUN: as in hpo evaluate, or
+    one LoRA file; the marked checkpoint is taken, else the result. --base, --data, --trigger and --class
+    describe RUN_A, whose prompts both draw."""
     calm_libraries()
     from hpo.judge.compare import compare as run_it
     from hpo.study.config import Inputs

@@ -1,7 +1,7 @@
 """``hpo plan``: does a training fit the card, and with which settings – on a machine without a GPU.
 
-Owns the command's words and its tables.  The prediction is ``trainer.memory.footprint``'s, the choice of a stack
-``trainer.memory.stacks``', the users' figures ``hpo.cli.plantable``'s.
+Owns the command's words and its tables.  The prediction is ``trainer.memory.footprint``'s, the choice of a
+stack ``trainer.memory.stacks``', the users' figures ``hpo.cli.plantable``'s.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``hpo evaluate``: every saved checkpoint of a run scored, one chosen, confirmed and marked.
 
 Owns the order of things, evaluation.json and best.safetensors.  Which checkpoint is chosen is
-``evaluation.choice.checkpoints``', how it is scored ``hpo.judge.judge``'s, what the terminal shows ``hpo.judge.view``'s.
-The same command goes on with a call that was stopped or killed: what is drawn is kept.
+``evaluation.choice.checkpoints``', how it is scored ``hpo.judge.judge``'s, what the terminal shows
+``hpo.judge.view``'s. The same command goes on with a call that was stopped or killed: what is drawn is kept.
 
     name.run/evaluation/evaluation.json, curve.png
     name.run/evaluation/<checkpoint>/search/, …/confirmation/     images and metrics
@@ -56,8 +56,8 @@ class Outcome:
 
 
 def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = None) -> Path:
-    """Score, choose, confirm, mark; returns the chosen file.  ``study``: by whose definition.  Raises ToolError,
-    Interrupted if stopped."""
+    """Score, choose, confirm, mark; returns the chosen file.  ``study``: by whose definition.  Raises
+    ToolError, Interrupted if stopped."""
     view = View(console)
     run = find_run(path)
     _check_mark(run)

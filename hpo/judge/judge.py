@@ -1,8 +1,8 @@
 """Judge: what scores the LoRAs of a run – base, prompts, references, scorer – loaded once for all of them.
 
-Owns the order of loading (cheap checks first), and that what is drawn is kept and not drawn again.  Which study, images
-and prompts judge a run is ``hpo.judge.standard``'s.  Does not choose between scores (``evaluation.choice.checkpoints``,
-``evaluation.choice.compare``).
+Owns the order of loading (cheap checks first), and that what is drawn is kept and not drawn
+again.  Which study, images and prompts judge a run is ``hpo.judge.standard``'s.  Does not choose
+between scores (``evaluation.choice.checkpoints``, ``evaluation.choice.compare``).
 
     EVALUATION/base/<hash>/            the untrained base on one prompt set: samples/, anchors.json
     EVALUATION/<checkpoint>/<set>/     one LoRA on one prompt set: samples/, grid.png, metrics.json, lora.json
@@ -207,8 +207,8 @@ def load(
 ) -> Judge:
     """Read and check everything that judges a run; nothing is written.
 
-    ``named``: --study.  ``like``: take prompts, references, encoders and limits from another run's judge, so that
-    two bases are compared on the same.
+    ``named``: --study.  ``like``: take prompts, references, encoders and limits from another run's judge, so
+    that two bases are compared on the same.
     """
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)

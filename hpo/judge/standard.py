@@ -1,7 +1,7 @@
 """Standard: what a run is judged by – which study's definition, which images, references and prompts.
 
-Owns where each of them comes from, for a trial, for a run whose settings a study was carried over to, and for any
-other.  Reads files and loads no model (``hpo.judge.judge``).
+Owns where each of them comes from, for a trial, for a run whose settings a study was carried over to, and for
+any other.  Reads files and loads no model (``hpo.judge.judge``).
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _TRANSFERRED = re.compile(r"(?P<study>.+) trial \d+, mapping \S+")
 
 @dataclass(frozen=True)
 class Standard:
-    """``folder``: the study that the run comes from, its trial or carried over.  ``steps_apply``: [sampling] steps
-    are this run's own, not those of a search.  ``clip``: --clip as the study was given it.  ``says``: where the
-    definition is from, where that is not plain."""
+    """``folder``: the study that the run comes from, its trial or carried over.  ``steps_apply``: [sampling]
+    steps are this run's own, not those of a search.  ``clip``: --clip as the study was given it.  ``says``:
+    where the definition is from, where that is not plain."""
 
     study: StudyConfig
     folder: StudyFolder | None
@@ -56,8 +56,8 @@ class Standard:
 
 
 def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
-    """Which prompts, encoders, formula and limits: those of --study, else of the run's own study, else those that
-    go with the base."""
+    """Which prompts, encoders, formula and limits: those of --study, else of the run's own study, else those
+    that go with the base."""
     spec = config.pretrained_model_name_or_path
     mini = spec in MINIATURE_STUDIES
     folder = run.study or _carried_over_from(run, config)
@@ -119,8 +119,8 @@ def facts(folder: StudyFolder) -> dict[str, Any]:
 
 
 def settings(run: RunFiles, inputs: Inputs, flags: str = "") -> TrainConfig:
-    """How it was trained.  A file of another program does not say on which base and images.  ``flags``: the end of
-    the options that say it (``-b``)."""
+    """How it was trained.  A file of another program does not say on which base and images.  ``flags``: the
+    end of the options that say it (``-b``)."""
     foreign = not run.own and lorafile.CONFIG_KEY not in run.metadata()
     if foreign and not inputs.base:
         raise ConfigError(

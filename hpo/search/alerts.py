@@ -1,8 +1,7 @@
 """Telling people: CONVERGENCE_ALERT.txt and notifications.
 
-Owns the alert file (written whole, withdrawn when it no longer holds) and sending through apprise.  Nothing
-here may end a trial or print a secret: a notification that fails is one warning line, after five seconds at
-most.
+Owns the alert file (written whole, withdrawn when it no longer holds) and sending through apprise.  Nothing here
+may end a trial or print a secret: a notification that fails is one warning line, after five seconds at most.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ def alert_text(
 def update_alert(folder: StudyFolder, verdict: Verdict | None, rows: Mapping[int, Row]) -> str | None:
     """Bring CONVERGENCE_ALERT.txt in line with the verdict; the new level to tell people about, or None.
 
-    An alert is told once per level.  It is withdrawn by a new best, and when the figures no longer say so; the
-    file then says why.  Once there, the file follows the figures, active or withdrawn.
+    An alert is told once per level.  It is withdrawn by a new best, and when the figures no longer say so;
+    the file then says why.  Once there, the file follows the figures, active or withdrawn.
     """
     before = read_json(folder.convergence) or {}
     told, best_then = before.get("level"), before.get("best")

@@ -1,8 +1,8 @@
 """Claiming a trial: who works on what, and what a new trial proposes.
 
-Owns adoption, asking, the sampler and its seeds, duplicates and the baseline's place in the queue – all
-under the study's lock.  A claim is a kernel lock held by the living worker: a RUNNING trial whose lock is
-free belongs to a dead process, and is adopted under its own number.
+Owns adoption, asking, the sampler and its seeds, duplicates and the baseline's place in the queue – all under
+the study's lock.  A claim is a kernel lock held by the living worker: a RUNNING trial whose lock is free
+belongs to a dead process, and is adopted under its own number.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ def startup_trials(total: int) -> int:
 def make_sampler(seed: int, number: int, total: int) -> optuna.samplers.TPESampler:
     """The sampler of trial ``number``: Optuna 5's TPE defaults made explicit.
 
-    Seeded by (study seed, number), so a resumed study proposes what an uninterrupted one would, and workers
-    differ.
+    Seeded by (study seed, number), so a resumed study proposes what an uninterrupted one would, and workers differ.
     """
     state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     return optuna.samplers.TPESampler(

@@ -1,7 +1,6 @@
 """What a trial will cost, before the first one: steps, images, seconds, bytes.
 
-Owns the average over the search space, the timing of a few real steps, and the check that the disk
-suffices.
+Owns the average over the search space, the timing of a few real steps, and the check that the disk suffices.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """What optuna-dashboard shows: each trial's sample grid and note – and the server itself.
 
-Owns uploading, notes and the real dashboard process on a study's database.  Does not compute anything it
-shows.
+Owns uploading, notes and the real dashboard process on a study's database.  Does not compute anything it shows.
 
-A trial has exactly one artifact, its grid: with SQLite the dashboard lists artifacts in random order, and
-its gallery compares one index over all trials.  Finished trials are frozen, so the grid goes up before
-Optuna is told.
+A trial has exactly one artifact, its grid: with SQLite the dashboard lists artifacts in random order, and its
+gallery compares one index over all trials.  Finished trials are frozen, so the grid goes up before Optuna is told.
 """
 
 from __future__ import annotations

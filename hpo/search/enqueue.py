@@ -1,7 +1,7 @@
 """A user's own kohya configuration as a trial: --enqueue FILE.toml.
 
-Owns the proposal that means the file, and the lines on what of the file does not apply in this study.  Reading the
-file is ``trainer.kohya.read``'s; queueing is ``hpo.search.session``'s.
+Owns the proposal that means the file, and the lines on what of the file does not apply in this study.
+Reading the file is ``trainer.kohya.read``'s; queueing is ``hpo.search.session``'s.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def as_proposal(
 ) -> tuple[dict[str, Any], list[str]]:
     """The file as a proposal of the study's space, and what to tell the user.
 
-    What the file leaves out takes kohya's defaults.  ``steps_of`` tells the optimizer steps of a run: warm-up in
-    steps becomes a share of them.  Raises ConfigError for values outside the study's ranges.
+    What the file leaves out takes kohya's defaults.  ``steps_of`` tells the optimizer steps of a run: warm-up
+    in steps becomes a share of them.  Raises ConfigError for values outside the study's ranges.
     """
     file = read_kohya(path)
     name = clean_text(path.name)

@@ -1,11 +1,11 @@
 """One trial's work: train, save, score – and the Result that is written before anyone is told.
 
-Owns the files of trial_NNNN/ and which failure means what.  Does not own proposals, storage or the order of
-trials (``hpo.search.worker``).
+Owns the files of trial_NNNN/ and which failure means what.  Does not own proposals, storage or the
+order of trials (``hpo.search.worker``).
 
-What the settings caused is *infeasible*: the sampler learns from it.  What the machine or the tool caused
-is *failed*: it says nothing about the settings.  A trial that is interrupted writes no result and goes on
-later: from its newest checkpoint, or – once its LoRA is saved – with the images that are still missing.
+What the settings caused is *infeasible*: the sampler learns from it.  What the machine or the tool caused is
+*failed*: it says nothing about the settings.  A trial that is interrupted writes no result and goes on later:
+from its newest checkpoint, or – once its LoRA is saved – with the images that are still missing.
 """
 
 from __future__ import annotations
@@ -80,11 +80,9 @@ def failed(folder: TrialFolder, config: TrainConfig, reason: str, message: str) 
 
 
 def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
-    """Do the trial's work from wherever it was left, write result.json, and clean up what only resuming
-    needs.
+    """Do the trial's work from wherever it was left, write result.json, and clean up what only resuming needs.
 
-    Raises Interrupted (work is saved) and lets errors of result.json itself through: then nothing was
-    decided.
+    Raises Interrupted (work is saved) and lets errors of result.json itself through: then nothing was decided.
     """
     sweep_tree(folder.root)
     _note(folder, "start")

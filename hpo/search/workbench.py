@@ -1,8 +1,7 @@
 """Workbench: everything that every trial of a study uses and none changes – loaded once.
 
-Owns the order of loading (cheap checks first, nothing written until all of a user's input is known to be
-good), the facts a study is frozen to, and what a trial will cost.  Does not run trials (``hpo.search.trial``) or
-propose them.
+Owns the order of loading (cheap checks first, nothing written until all of a user's input is known to be good), the
+facts a study is frozen to, and what a trial will cost.  Does not run trials (``hpo.search.trial``) or propose them.
 """
 
 from __future__ import annotations

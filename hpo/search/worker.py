@@ -1,5 +1,4 @@
-"""The search: claim or adopt a trial → train and score → result.json → tell, until the study has its
-trials.
+"""The search: claim or adopt a trial → train and score → result.json → tell, until the study has its trials.
 
 Owns the loop of one worker, telling Optuna, and when the search ends.  Does not own who works on what
 (``hpo.search.claim``), a trial's work (``hpo.search.trial``) or what is shown (``hpo.terminal.live``).

@@ -1,8 +1,8 @@
 """StudyConfig: what a study is, read from a TOML file and checked before anything is loaded.
 
 Owns the study file's sections, ``--set``, where study files are found, and the facts that must not change
-while a study goes on.  Does not own parameters (``hpo.study.space``), paths and storage (``hpo.study.folder``) or the
-work (``hpo.search.worker``).
+while a study goes on.  Does not own parameters (``hpo.study.space``), paths and storage
+(``hpo.study.folder``) or the work (``hpo.search.worker``).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A checked study definition.  ``baseline`` is trial 0 as a proposal of ``space``; ``sections`` are what it
-    was built from, ``--set`` included: ``build_study`` makes the same of them again."""
+    """A checked study definition.  ``baseline`` is trial 0 as a proposal of ``space``; ``sections`` are what
+    it was built from, ``--set`` included: ``build_study`` makes the same of them again."""
 
     name: str
     study: StudySection

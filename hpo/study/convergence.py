@@ -2,11 +2,10 @@
 
 Stagnation alone is no evidence: of n independent random trials the last m hold no new best with probability
 (n − m) / n, 0.67 for m = 10 of n = 30.  So a plateau also needs the proposals to have drawn together and the
-expected further gain to be lost in the noise, and
-``converged`` also needs the best ones to be alike within the scoring noise.  In simulation (12 parameters,
-TPE, up to 30 trials) the concentration test fires in 0–2 % of random searches; searching on to 60 trials
-still gains 0.06–0.09 of the distance between a median trial and the optimum.  Hence an alert, and a stop
-only on request.
+expected further gain to be lost in the noise, and ``converged`` also needs the best ones to be alike within
+the scoring noise.  In simulation (12 parameters, TPE, up to 30 trials) the concentration test fires in 0–2 %
+of random searches; searching on to 60 trials still gains 0.06–0.09 of the distance between a median trial and
+the optimum.  Hence an alert, and a stop only on request.
 """
 
 from __future__ import annotations
@@ -93,8 +92,7 @@ def detect(
 ) -> Verdict | None:
     """The verdict over the feasible trials so far; None before there is anything to say.
 
-    ``startup`` trials were drawn before the sampler had a model; ``running`` trials of other workers are
-    pending.
+    ``startup`` trials were drawn before the sampler had a model; ``running`` trials of other workers are pending.
     """
     if len(points) < 2:
         return None
@@ -132,11 +130,11 @@ def expected_gain(recent: np.ndarray, best: float, noise: float, trials: int) ->
     """By how much the best true score is expected to rise if ``trials`` more are like the ``recent`` ones.
 
     The expected improvement E[max(0, max Y − b)] of a batch of independent trials (Jones et al. 1998,
-    doi:10.1023/A:1008306431147, for one trial; Ginsbourger et al. 2010, doi:10.1007/978-3-642-10701-6_6, for a
-    batch), with Y ~ N(m, t²) and b from the scores themselves: m is their median, t² the mean square of those
-    above it (a bad proposal falls far, so the lower half says little about gains), with one standard error on
-    top because they are few, less the scoring variance; b is the best score shrunk towards m by
-    t² / (t² + noise²), because it was selected.  No model of the settings is needed.
+    doi:10.1023/A:1008306431147, for one trial; Ginsbourger et al. 2010, doi:10.1007/978-3-642-10701-6_6, for
+    a batch), with Y ~ N(m, t²) and b from the scores themselves: m is their median, t² the mean square of
+    those above it (a bad proposal falls far, so the lower half says little about gains), with one standard
+    error on top because they are few, less the scoring variance; b is the best score shrunk towards m by t² /
+    (t² + noise²), because it was selected.  No model of the settings is needed.
 
     In simulation (8 settings, 30 trials, scoring noise 0.01 and 0.03, 20 runs each) it says 0.009 and 0.013
     where ten more trials of TPE brought 0.010 and 0.016; for random search it says 3 to 6 times too much.

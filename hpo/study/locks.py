@@ -1,9 +1,8 @@
 """Locks that a dead process cannot hold: fcntl.lockf on files of runs/<study>/.locks.
 
 Liveness is a kernel lock, not a clock: it is free the moment its holder dies, it is not inherited by forked
-children, and a suspended holder keeps it.  A process drops such a lock if it opens and closes the same file
-again, so a lock's file is opened once, here, and whether another process holds it is asked without opening
-it for writing.
+children, and a suspended holder keeps it.  A process drops such a lock if it opens and closes the same file again,
+so a lock's file is opened once, here, and whether another process holds it is asked without opening it for writing.
 """
 
 from __future__ import annotations

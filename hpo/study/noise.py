@@ -1,7 +1,7 @@
 """How large a difference between a study's trials must be to be seen.
 
-Owns which trials the noise is estimated from, and reading their images' raw cosines from the trial folders.  The
-estimate itself is ``evaluation.score.statistics``.  Loads no torch: ``hpo status`` shows it.
+Owns which trials the noise is estimated from, and reading their images' raw cosines from the trial folders.
+The estimate itself is ``evaluation.score.statistics``.  Loads no torch: ``hpo status`` shows it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """prompts.toml and confirmation.toml of a study folder: written once, kept, and never silently replaced.
 
-Owns when one may stay, and that a study does not go on beside a prompts.toml that says what no trial drew.  Does not
-own their form (``evaluation.prompts.prompts``).
+Owns when one may stay, and that a study does not go on beside a prompts.toml that says what no trial drew.
+Does not own their form (``evaluation.prompts.prompts``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a trial came to: result.json and params.json, and what Optuna is told of them.
 
-Owns the states of a result, the settings a result belongs to, and reading and writing both files.  Does not own the
-work that leads to them (``hpo.search.trial``).
+Owns the states of a result, the settings a result belongs to, and reading and writing both files.  Does not
+own the work that leads to them (``hpo.search.trial``).
 """
 
 from __future__ import annotations

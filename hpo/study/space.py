@@ -1,13 +1,12 @@
 """The search space: which settings are searched, in which ranges, and which TrainConfig a proposal means.
 
-Owns the parameters (``Range``, ``Choice``, inactive-when), the pure mapping from a proposal to settings,
-its inverse (for the baseline and for a user's own configuration) and the check of every edge.  Does not own
-the study file (``hpo.study.config``) and never talks to a storage.
+Owns the parameters (``Range``, ``Choice``, inactive-when), the pure mapping from a proposal to settings, its
+inverse (for the baseline and for a user's own configuration) and the check of every edge.  Does not own the
+study file (``hpo.study.config``) and never talks to a storage.
 
-The space is static: every parameter is proposed in every trial, under one name; what has no effect in a
-trial is recorded as inactive and not passed on (a conditional proposal would leave TPE's joint model
-unannounced). A quantity that only means something relative to another has a parameter of its own, see
-``DERIVED``.
+The space is static: every parameter is proposed in every trial, under one name; what has no effect in a trial
+is recorded as inactive and not passed on (a conditional proposal would leave TPE's joint model unannounced).
+A quantity that only means something relative to another has a parameter of its own, see ``DERIVED``.
 """
 
 from __future__ import annotations
@@ -297,9 +296,8 @@ class Space:
         return fixed.with_values(self.settings(suggested, fixed))
 
     def place(self, suggested: Values) -> tuple[float, ...]:
-        """The proposal as numbers: 0 to 1 for a range; for a choice one number per option, 0 or 1/√2, so
-        that two
-        different options are 1 apart.  Inactive parameters stay in the middle: they make no difference."""
+        """The proposal as numbers: 0 to 1 for a range; for a choice one number per option, 0 or 1/√2, so that
+        two different options are 1 apart.  Inactive parameters stay in the middle: they make no difference."""
         off = self.inactive(suggested)
         numbers: list[float] = []
         for p in self:
@@ -360,8 +358,7 @@ class Space:
     def check_edges(self, fixed: TrainConfig, baseline: Values) -> None:
         """Every edge and choice, alone and with every other parameter's, must be a valid configuration.
 
-        The rest stays at the baseline.  TrainConfig's rules join at most two searched settings: pairs
-        suffice.
+        The rest stays at the baseline.  TrainConfig's rules join at most two searched settings: pairs suffice.
         """
         edges = [(p.name, value) for p in self for value in p.domain.edges]
         for name, value in edges:

@@ -60,9 +60,9 @@ def train_adapter(
 ) -> Adapter:
     """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
 
-    ``on_start`` is told how many steps are behind, before the first one of this call; ``validate_on`` prepares
-    images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are ``loop.train``'s; without ``log``
-    nothing is written down.
+    ``on_start`` is told how many steps are behind, before the first one of this call; ``validate_on``
+    prepares images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are ``loop.train``'s;
+    without ``log`` nothing is written down.
     """
     from trainer.adapters import lorafile
     from trainer.events import Rehearsed

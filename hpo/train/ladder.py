@@ -1,9 +1,9 @@
 """The out-of-memory ladder in a run of ``hpo train``: which rungs were taken, kept beside the run.
 
-Which rung comes next is ``trainer.memory.ladder``'s.  ladder.jsonl has a line for each: its name, what made it
-necessary, the settings it changes from and to, and the step after which it was taken.  What the planner changes
-before the first step is one line as well.  The same command goes on with the rungs that were taken; one whose
-setting the user has since changed to something else no longer counts, nor do those after it.
+Which rung comes next is ``trainer.memory.ladder``'s.  ladder.jsonl has a line for each: its name, what made
+it necessary, the settings it changes from and to, and the step after which it was taken.  What the planner
+changes before the first step is one line as well.  The same command goes on with the rungs that were taken;
+one whose setting the user has since changed to something else no longer counts, nor do those after it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from trainer.memory.ladder import Rung, encoding_rung, next_rung
 
 
 class RunLadder:
-    """The settings of a run as its rungs have left them.  ``changed``: those that a checkpoint may have been made
-    without, as the rung was taken after it."""
+    """The settings of a run as its rungs have left them.  ``changed``: those that a checkpoint may have been
+    made without, as the rung was taken after it."""
 
     def __init__(
         self, path: Path, config: TrainConfig, say: Callable[[str], None], *, writes: bool = True

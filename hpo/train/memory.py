@@ -1,7 +1,7 @@
 """Memory of one run of ``hpo train``: the plan before it, what the dry step measured, and a warning.
 
-The prediction is ``trainer.memory.footprint``'s, the choice of a stack ``trainer.memory.stacks``'.  On a CPU nothing is
-planned, measured or claimed.
+The prediction is ``trainer.memory.footprint``'s, the choice of a stack ``trainer.memory.stacks``'.  On a CPU
+nothing is planned, measured or claimed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def apply_plan(ladder: RunLadder, vram_bytes: int | None, step: int, say: Callab
     """Change what the planner changes to make a run fit this card, before its first step.  Each move is said;
     they are remembered together, in one line, so that a kill never leaves half a plan.
 
-    A run that has a checkpoint keeps its settings: some of the planner's moves a checkpoint cannot follow, and
-    for a card with less free memory than before there are the dry step and the ladder.
+    A run that has a checkpoint keeps its settings: some of the planner's moves a checkpoint cannot follow,
+    and for a card with less free memory than before there are the dry step and the ladder.
     """
     if vram_bytes is None or step:
         return

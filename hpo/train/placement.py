@@ -1,5 +1,5 @@
-"""The base of one run of ``hpo train``: loaded for its settings, in 8 bits if asked, and which of its networks are
-on the device when.
+"""The base of one run of ``hpo train``: loaded for its settings, in 8 bits if asked, and which of its
+networks are on the device when.
 
 After the images and captions are encoded, the VAE and the text encoders are only in the way: they wait in the
 computer's memory and come back for samples.

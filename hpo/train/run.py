@@ -1,8 +1,8 @@
 """One run of ``hpo train``: from checked settings to LoRA files in the output folder.
 
-Owns the order of a run and what becomes of errors in it.  The same command goes on with a run that was stopped,
-killed or unplugged: from the newest complete checkpoint.  With several processes (``trainer.loop.ranks``) the first
-one writes and speaks, the others train.
+Owns the order of a run and what becomes of errors in it.  The same command goes on with a run that was
+stopped, killed or unplugged: from the newest complete checkpoint.  With several processes
+(``trainer.loop.ranks``) the first one writes and speaks, the others train.
 
     OUTPUT/name.safetensors               the result
     OUTPUT/name-000002.safetensors        save_every_n_epochs

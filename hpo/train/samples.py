@@ -56,8 +56,8 @@ class SamplePrompt:
 
 
 def read_sample_prompts(path: Path, config: TrainConfig) -> list[SamplePrompt]:
-    """The prompts of a .txt (one a line, # is a remark), .toml ([prompt] with [[prompt.subset]]) or .json file.
-    Sizes default to the resolution, seeds to the run's.  ConfigError names what is not understood."""
+    """The prompts of a .txt (one a line, # is a remark), .toml ([prompt] with [[prompt.subset]]) or .json
+    file. Sizes default to the resolution, seeds to the run's.  ConfigError names what is not understood."""
     shown = clean_text(str(path))
     try:
         if path.stat().st_size > MAX_FILE_BYTES:

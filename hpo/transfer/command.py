@@ -1,7 +1,8 @@
 """``hpo transfer``: from the command line's words to a table, files and, if wanted, probes.
 
-Owns the order of things and what is printed.  Rules are ``hpo.transfer.rules``'s, files ``hpo.transfer.files``'s, probes
-``hpo.transfer.probes.run``'s; the planner of memory has the last word on how a step is computed.
+Owns the order of things and what is printed.  Rules are ``hpo.transfer.rules``'s, files
+``hpo.transfer.files``'s, probes ``hpo.transfer.probes.run``'s; the planner of memory has the last word on how
+a step is computed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The files of a transfer: transfer/FAMILY.toml, kohya-FAMILY/ and plan.md in the study's folder.
 
-Owns their form.  Each is replaced whole; the settings file comes last, so that it never stands beside an older
-plan that explains something else.
+Owns their form.  Each is replaced whole; the settings file comes last, so that it never stands beside an
+older plan that explains something else.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def write(
     head: Sequence[str],
     more: Sequence[str],
 ) -> list[str]:
-    """Write everything; returns lines to say.  ``head`` are lines on where the settings come from, ``more``
-    paragraphs for plan.md."""
+    """Write everything; returns lines to say.  ``head`` are lines on where the settings come from,
+    ``more`` paragraphs for plan.md."""
     try:
         places.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

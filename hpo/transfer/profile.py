@@ -1,7 +1,7 @@
 """Profile and Family: what the transfer's rules work with, read from TOML and checked wholly.
 
-Owns the files ``studies/families/NAME.toml`` (facts of a kind of base), ``studies/profiles/NAME.toml`` (what is
-wanted on a card) and the presets.  What is done with them is ``hpo.transfer.rules``'s.
+Owns the files ``studies/families/NAME.toml`` (facts of a kind of base), ``studies/profiles/NAME.toml`` (what
+is wanted on a card) and the presets.  What is done with them is ``hpo.transfer.rules``'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """transfer(): settings found on one base as settings for another – pure, made of named rules.
 
-Owns the rules and their order.  Their values are ``hpo.transfer.plan``'s; a family's facts and a card's wishes are
-data (``hpo.transfer.profile``); files are ``hpo.transfer.files``'s, the command ``hpo.transfer.command``'s.
+Owns the rules and their order.  Their values are ``hpo.transfer.plan``'s; a family's facts and a card's wishes
+are data (``hpo.transfer.profile``); files are ``hpo.transfer.files``'s, the command ``hpo.transfer.command``'s.
 
 E is the effective batch, train_batch_size × gradient_accumulation_steps; a rate's factor is called k.
 """

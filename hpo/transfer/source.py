@@ -1,7 +1,7 @@
 """What is carried over: a study's best configuration, what else it found, and the figures of its images.
 
-Owns which trial counts as the best one (the confirmed winner, else the best of the search) and which others are
-different enough to be probed beside it.  Reads a study and changes nothing.
+Owns which trial counts as the best one (the confirmed winner, else the best of the search) and which others
+are different enough to be probed beside it.  Reads a study and changes nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Peak memory and seconds a step of the 20 LoRA and LoCon cells of the users' table, on this GPU: ours, diffusers'
-way, and sd-scripts' own step where a copy is given.
+"""Peak memory and seconds a step of the 20 LoRA and LoCon cells of the users' table, on this GPU: ours,
+diffusers' way, and sd-scripts' own step where a copy is given.
 
     python -m tests.bench.bench_gpu --base sdxl --out bench/gpu [--sd-scripts DIR] [--only "dim 32"] [--steps 5]
     python -m tests.bench.bench_gpu --smoke --out bench/smoke      # tiny random base, CPU: no memory figures
@@ -149,8 +149,8 @@ def measure(
 
 
 def _measured(kind: str, base: Base, config: TrainConfig) -> list[float]:
-    """Seconds of each step.  The peak is counted from here on: what loading, encoding and 8-bit conversion left
-    in the allocator's cache is given back first."""
+    """Seconds of each step.  The peak is counted from here on: what loading, encoding and 8-bit conversion
+    left in the allocator's cache is given back first."""
     prepared = _random_images(base, config)
     for network in (base.vae, *base.text_encoders):
         torch.nn.Module.to(network, "cpu")

@@ -4,9 +4,9 @@
     python -m tests.bench.bench_probe_grid replay            # the table of docs/transfer.md, written into it
 
 ``record`` makes every missing cell – base × horizon × rate × text encoders × seed – and appends it to
-tests/data/probe_grid.jsonl; finished cells are never made again, a stopped one goes on.  ``replay`` plays both
-designs on the target's short runs (seed a), starting from a transferred rate that is off by some octaves, and
-judges what they chose by the target's whole runs of the other seed.
+tests/data/probe_grid.jsonl; finished cells are never made again, a stopped one goes on.  ``replay`` plays
+both designs on the target's short runs (seed a), starting from a transferred rate that is off by some
+octaves, and judges what they chose by the target's whole runs of the other seed.
 """
 
 from __future__ import annotations

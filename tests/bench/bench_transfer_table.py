@@ -2,9 +2,9 @@
 
     python -m tests.bench.bench_transfer_table --work DIR [--subject character] [--trials 12] [--probes 6]
 
-A row is a way to come to settings for mini-sdxl; a cell is one training with them – subject × training seed – scored
-on the confirmation prompts.  Finished cells are appended to tests/data/transfer_table.jsonl and never made again;
-searches, probes and trainings of a stopped call go on.  Missing cells are shown as missing.
+A row is a way to come to settings for mini-sdxl; a cell is one training with them – subject × training seed –
+scored on the confirmation prompts.  Finished cells are appended to tests/data/transfer_table.jsonl and never
+made again; searches, probes and trainings of a stopped call go on.  Missing cells are shown as missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """sd-scripts' own step for the GPU bench: its command, a process of its own that is watched, what came of it.
 
-The peak is what the driver shows beyond what was there before; a step's seconds are the time between two numbers of
-its progress bar – its own average has the first step in it.  Options are those of every release since 0.8.0.
+The peak is what the driver shows beyond what was there before; a step's seconds are the time between two numbers
+of its progress bar – its own average has the first step in it.  Options are those of every release since 0.8.0.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Seen:
 
 
 def watch(command: Sequence[str], folder: Path, output: Path, free: Callable[[], int]) -> Seen:
-    """Run a command and look at the card and at its progress bar until it ends.  What it says goes to a file: a
-    pipe that nobody empties would stop it."""
+    """Run a command and look at the card and at its progress bar until it ends.  What it says goes to a file:
+    a pipe that nobody empties would stop it."""
     lowest, marks, read = free(), [(0, time.perf_counter())], ""
     with output.open("wb") as words, output.open("rb") as reader:
         process = subprocess.Popen(command, cwd=folder, stdout=words, stderr=subprocess.STDOUT)

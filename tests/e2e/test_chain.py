@@ -1,8 +1,8 @@
-"""The whole chain on the miniature, by the README's own commands: search on mini-sd15, transfer, probes, one run on
-mini-sdxl, its checkpoints evaluated, both bases compared.
+"""The whole chain on the miniature, by the README's own commands: search on mini-sd15, transfer, probes, one
+run on mini-sdxl, its checkpoints evaluated, both bases compared.
 
-The small form is part of every test run; the full form (twelve trials, six probes, default prompts) is ``slow`` and
-takes the same path.
+The small form is part of every test run; the full form (twelve trials, six probes, default prompts) is
+``slow`` and takes the same path.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Full-size SDXL with random weights as one .safetensors in the original layout: it loads in bf16, trains a step on a
-CPU, is saved, and diffusers reads the LoRA to the same output.
+"""Full-size SDXL with random weights as one .safetensors in the original layout: it loads in bf16, trains a
+step on a CPU, is saved, and diffusers reads the LoRA to the same output.
 
 The file is written tensor by tensor, so writing it takes no memory; each part runs in a process of its own.
 Measured on a loaded 2-core machine: peak 8.4 GB of own memory, 24 minutes, 4.9 of them CPU time.

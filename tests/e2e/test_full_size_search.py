@@ -1,12 +1,12 @@
-"""A search on a real-sized SD1.5 (random weights, as a diffusers folder and as one original-layout file), scored by a
-real-sized ViT-B-32 from a file: on a CPU, within 12 GB, without network.
+"""A search on a real-sized SD1.5 (random weights, as a diffusers folder and as one original-layout file),
+scored by a real-sized ViT-B-32 from a file: on a CPU, within 12 GB, without network.
 
-What it proves: loading in both layouts, training, sampling, scoring by the loaded scorer, saving and the study's
-records at full size, and the memory they take.  It proves nothing about scores.  Three guards judge just what random
-weights are, so they are off here and tested elsewhere: the scorer's known answers (tests/unit/test_embed.py), anchors
-that cannot be told apart (tests/faults/test_session.py), and the limit on copies, to which a random image tower says
-yes or no by chance (tests/unit/test_limits.py).  All other checks stay on: the file's own, logit_scale, the LoRA's
-effect on the images, invalid images, the other limits.
+What it proves: loading in both layouts, training, sampling, scoring by the loaded scorer, saving and the
+study's records at full size, and the memory they take.  It proves nothing about scores.  Three guards judge
+just what random weights are, so they are off here and tested elsewhere: the scorer's known answers
+(tests/unit/test_embed.py), anchors that cannot be told apart (tests/faults/test_session.py), and the limit on
+copies, to which a random image tower says yes or no by chance (tests/unit/test_limits.py).  All other checks
+stay on: the file's own, logit_scale, the LoRA's effect on the images, invalid images, the other limits.
 """
 
 from __future__ import annotations

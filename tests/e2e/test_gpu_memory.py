@@ -1,5 +1,5 @@
-"""On a real card: the peak of the dry step is what `hpo plan` predicts, for full-size SDXL with random weights that
-were loaded there, with an image and a caption encoded before it – as in a run."""
+"""On a real card: the peak of the dry step is what `hpo plan` predicts, for full-size SDXL with random
+weights that were loaded there, with an image and a caption encoded before it – as in a run."""
 
 import pytest
 import torch

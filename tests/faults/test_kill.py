@@ -70,8 +70,8 @@ def search_killed_at(root: Path, data: Path, place: str, call: int, when: str) -
 
 
 MODULES = (
-    "hpo.study.folder", "hpo.search.worker", "hpo.search.claim", "hpo.search.trial", "hpo.search.dashboard", "tests.tiny_search",
-    "trainer.adapters.lorafile",
+    "hpo.study.folder", "hpo.search.worker", "hpo.search.claim", "hpo.search.trial", "hpo.search.dashboard",
+    "tests.tiny_search", "trainer.adapters.lorafile",
 )  # fmt: skip
 SEAMS = [
     ("hpo.study.folder.open_storage", 1, "after"),  # a database without a study

@@ -2,8 +2,8 @@
 
     python -m tests.golden.record      writes tests/golden/mini_sd15_losses.json anew
 
-Do that only when the arithmetic of training is meant to change, and say why in the commit: every trial of every study
-is compared with numbers that this arithmetic made.
+Do that only when the arithmetic of training is meant to change, and say why in the commit: every trial of
+every study is compared with numbers that this arithmetic made.
 """
 
 from __future__ import annotations

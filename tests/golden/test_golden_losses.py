@@ -1,7 +1,7 @@
 """The trainer's arithmetic stays what it was: losses of a small training against recorded ones.
 
-RELATIVE is what other processors and libraries may differ by, with a wide margin: fp32 sums in another order differ by
-about 1e-6 a step, while every setting in the recorded run changes some loss by more than 1e-3
+RELATIVE is what other processors and libraries may differ by, with a wide margin: fp32 sums in another order
+differ by about 1e-6 a step, while every setting in the recorded run changes some loss by more than 1e-3
 (test_a_changed_setting_shows).  On one machine a repeat is bitwise the same.
 """
 

@@ -1,5 +1,4 @@
-"""What an adapter promises: kohya's initial state, fp32, dropout after lora_down, and no trace after
-removal."""
+"""What an adapter promises: kohya's initial state, fp32, dropout after lora_down, and no trace after removal."""
 
 import math
 import warnings
@@ -434,8 +433,8 @@ def test_the_weights_of_every_kind_are_counted_without_making_them(kind, rank):
 
 
 def test_lokr_splits_by_the_factor_as_lycoris_does():
-    """LyCORIS factorization(dim, factor): where the factor divides a side it is one part of it, the other the
-    rest."""
+    """LyCORIS factorization(dim, factor): where the factor divides a side it is one part of it,
+    the other the rest."""
     base = tiny_base()
     config = CONFIG.with_values({"network_type": "LoKr", "network_dim": 1, "factor": 4})
     before = output(base)

@@ -127,8 +127,7 @@ def test_sdxl_reads_the_last_but_one_layer_without_final_norm_and_pools_at_the_f
 
 
 def test_an_exclamation_mark_is_a_word_even_where_it_is_the_padding():
-    """Published SDXL folders pad the second encoder with "!"; a word "!" must stay a word (sd-scripts does
-    so)."""
+    """Published SDXL folders pad the second encoder with "!"; a word "!" must stay a word (sd-scripts does so)."""
     base = tiny_base("sdxl")
     first, second = (base.token_ids(["wow!"], encoder)[0].tolist() for encoder in (0, 1))
     assert first[:6] == second[:6]
@@ -233,8 +232,7 @@ def test_the_compute_type_on_a_cpu_is_fp32_unless_named():
 
 
 def test_clips_tokenizer_is_built_from_the_installed_table():
-    """Token ids of the published tokenizer for known texts; open_clip's own tokenizer agrees
-    (tests/parity)."""
+    """Token ids of the published tokenizer for known texts; open_clip's own tokenizer agrees (tests/parity)."""
     tokenizer = clip_tokenizer()
     assert len(tokenizer) == 49_408
     assert tokenizer("a photo of a cat")["input_ids"] == [49406, 320, 1125, 539, 320, 2368, 49407]

@@ -1,5 +1,5 @@
-"""The GPU bench in its small form: the same code on a tiny base, without figures of memory; and how sd-scripts is
-started and watched, on processes that write what tqdm writes."""
+"""The GPU bench in its small form: the same code on a tiny base, without figures of memory; and how
+sd-scripts is started and watched, on processes that write what tqdm writes."""
 
 from __future__ import annotations
 

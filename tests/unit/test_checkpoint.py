@@ -103,8 +103,7 @@ def test_settings_that_do_not_change_the_result_may_differ(tmp_path):
 
 
 def test_the_optimizers_file_is_never_unpickled_freely(tmp_path):
-    """A checkpoint whose optimizer.pt would run code on loading is not loaded, even with a matching
-    manifest."""
+    """A checkpoint whose optimizer.pt would run code on loading is not loaded, even with a matching manifest."""
     run = make_run()
     path = checkpoint.save(tmp_path, run, Progress(1))
 

@@ -1,4 +1,5 @@
-"""Promises of evaluation.encoders.embed and evaluation.encoders.scorerfile, on tiny open_clip and DINOv2 models; no network."""
+"""Promises of evaluation.encoders.embed and evaluation.encoders.scorerfile, on tiny open_clip and
+DINOv2 models; no network."""
 
 import hashlib
 import json

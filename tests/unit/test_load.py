@@ -1,5 +1,4 @@
-"""What load_base promises: the same networks from a folder and from a single file, and a clear line for
-the rest."""
+"""What load_base promises: the same networks from a folder and from a single file, and a clear line for the rest."""
 
 import json
 import os
@@ -462,8 +461,7 @@ def test_the_fp16_variant_is_taken_where_there_is_no_other(folder):
 
 
 def test_older_names_in_folders_are_understood(folder):
-    """Published SD1.5 folders name the VAE's attention query/key/value/proj_attn and wrap CLIP in
-    text_model."""
+    """Published SD1.5 folders name the VAE's attention query/key/value/proj_attn and wrap CLIP in text_model."""
     vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = load_file(vae)

@@ -1,5 +1,4 @@
-"""What the training loop promises: it learns, it is exact, it goes on where it stopped, it says what went
-wrong."""
+"""What the training loop promises: it learns, it is exact, it goes on where it stopped, it says what went wrong."""
 
 from dataclasses import replace
 

@@ -311,8 +311,8 @@ def test_channels_last_and_compiled_blocks_leave_the_base_as_it_was():
 
 
 def test_sdxl_trains_with_everything_at_once(tmp_path: Path):
-    """225 tokens, both text encoders at rates of their own, bf16 all through, no_half_vae, 8-bit Adam, min-SNR,
-    noise offset, restarts, warm-up, some blocks recomputed, parts of a batch, an 8-bit base."""
+    """225 tokens, both text encoders at rates of their own, bf16 all through, no_half_vae, 8-bit Adam,
+    min-SNR, noise offset, restarts, warm-up, some blocks recomputed, parts of a batch, an 8-bit base."""
     from trainer.adapters import lorafile
     from trainer.compute import fp8
 

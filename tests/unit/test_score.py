@@ -1,4 +1,5 @@
-"""Promises of evaluation.score.anchors and evaluation.score.score: maths on fake encoders, the path on a tiny base."""
+"""Promises of evaluation.score.anchors and evaluation.score.score: maths on fake encoders, the path
+on a tiny base."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
-"""A run that is stopped or killed goes on where less memory is free than before: the plan is made once, before the
-first step, and every rung of the ladder can be followed from a checkpoint."""
+"""A run that is stopped or killed goes on where less memory is free than before: the plan is made once,
+before the first step, and every rung of the ladder can be followed from a checkpoint."""
 
 from __future__ import annotations
 

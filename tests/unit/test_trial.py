@@ -1,4 +1,5 @@
-"""A trial's own promises: remedies change no result and are remembered; a LoRA too weak to be seen is its settings'."""
+"""A trial's own promises: remedies change no result and are remembered; a LoRA too weak to be
+seen is its settings'."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class Target:
-    """One module that gets an adapter.  ``key`` is its name in kohya's files, ``rate`` multiplies the rate of
-    its component."""
+    """One module that gets an adapter.  ``key`` is its name in kohya's files, ``rate`` multiplies the
+    rate of its component."""
 
     component: str
     path: str
@@ -148,8 +148,7 @@ def block_rate(rates: BlockRates, key: str) -> float:
 def inject(base: Base, config: TrainConfig) -> Adapter:
     """A fresh adapter with ΔW = 0, so the base's output is unchanged at first.
 
-    Every module draws from its own generator, keyed by (seed, key): nothing else that was drawn before
-    matters.
+    Every module draws from its own generator, keyed by (seed, key): nothing else that was drawn before matters.
     """
     targets = targets_of(base, config)
     if not targets:
@@ -252,8 +251,8 @@ class Adapter:
     def round_to(self, save_precision: str) -> None:
         """Round every weight to the number type of the saved file, in place: what is scored is what ships.
 
-        DoRA's file holds alpha = rank, so its scale moves into lora_up first, and magnitudes stay fp32
-        (``lorafile``).
+        DoRA's file holds alpha = rank, so its scale moves into lora_up first, and
+        magnitudes stay fp32 (``lorafile``).
         """
         self.layers = [
             _with_unit_scale(layer) if MAGNITUDE in layer.weights else layer for layer in self.layers
@@ -269,8 +268,8 @@ class Adapter:
 
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> None:
-        """kohya's scale_weight_norms: where ‖ΔW · alpha / rank‖ is above, its n factors shrink by the n-th
-        root each."""
+        """kohya's scale_weight_norms: where ‖ΔW · alpha / rank‖ is above, its n factors shrink by
+        the n-th root each."""
         for layer in self.layers:
             share = (max_norm / layer.delta().norm()).clamp(max=1.0)
             for weight in layer.factors:
@@ -278,8 +277,8 @@ class Adapter:
 
     def apply_dropout(self, *key: int, rows: tuple[int, int, int] = (0, 0, 0)) -> None:
         """From now on drop what ``Dropout`` says, drawn from this key (seed, step, micro-batch).  No key: no
-        dropout.  ``rows`` (first, count, of how many): which of the micro-batch are computed, where it is cut;
-        what is dropped in them is what would be dropped if it were not."""
+        dropout.  ``rows`` (first, count, of how many): which of the micro-batch are computed, where it is
+        cut; what is dropped in them is what would be dropped if it were not."""
         self._dropout_key = key or None
         self._rows = rows
         if self._dropout.module > 0:
@@ -331,8 +330,8 @@ class Adapter:
         return drop
 
     def _kept(self, shape: list[int], keep: float, generator: torch.Generator, like: Tensor) -> Tensor:
-        """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows.  An
-        image has several rows where a long caption is read in windows."""
+        """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows.
+        An image has several rows where a long caption is read in windows."""
         start, count, total = self._rows
         each = shape[0] // count if 0 < count < total else 0
         drawn = [total * each, *shape[1:]] if each else shape
@@ -340,8 +339,7 @@ class Adapter:
         return (mask[start * each : (start + count) * each] if each else mask).div_(keep)
 
     def _row_dropout(self, number: int, get_delta_weight: Any) -> Any:
-        """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS
-        rank_dropout_scale)."""
+        """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS rank_dropout_scale)."""
 
         def dropped(*args: Any, **options: Any) -> Tensor:
             delta: Tensor = get_delta_weight(*args, **options)

@@ -74,9 +74,9 @@ def write(
     dataset: Dataset | None = None,
 ) -> None:
     """Write the adapter as kohya's networks.lora or LyCORIS would, atomically.  Weights in save_precision,
-    alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time.
-    With the ``dataset`` the metadata says how long it was trained on which tags.  No path of this machine
-    gets into the file, since files are shared."""
+    alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time. With
+    the ``dataset`` the metadata says how long it was trained on which tags.  No path of this machine gets
+    into the file, since files are shared."""
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
@@ -369,8 +369,7 @@ def _ending(name: str) -> str | None:
 
 
 def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """sd15 or sdxl: by kohya's metadata, else by names that only SDXL has, else by the text width it
-    reads."""
+    """sd15 or sdxl: by kohya's metadata, else by names that only SDXL has, else by the text width it reads."""
     version = metadata.get("ss_base_model_version", "")
     if version.startswith("sdxl"):
         return "sdxl"
@@ -409,8 +408,7 @@ def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> 
 
 
 def _default_alpha(file: LoraFile, module: str, rank: int) -> float:
-    """Alpha of a module that has no alpha tensor: PEFT's settings in diffusers' metadata, else the rank
-    (scale 1)."""
+    """Alpha of a module that has no alpha tensor: PEFT's settings in diffusers' metadata, else the rank (scale 1)."""
     try:
         settings = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
         component, _, path = module.partition(".")
@@ -425,8 +423,8 @@ def _damaged(file: LoraFile, why: str) -> ModelFileError:
 
 
 def _file_hashes(tensors: dict[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
-    """sshs_model_hash over the tensors' bytes, sshs_legacy_hash over 64 KiB at 1 MiB, both of a file that
-    has only ss_* metadata (sd-scripts library/train_util.py, precalculate_safetensors_hashes)."""
+    """sshs_model_hash over the tensors' bytes, sshs_legacy_hash over 64 KiB at 1 MiB, both of a file that has
+    only ss_* metadata (sd-scripts library/train_util.py, precalculate_safetensors_hashes)."""
     content = to_bytes(tensors, {k: v for k, v in training.items() if k.startswith("ss_")})
     header = int.from_bytes(content[:8], "little")
     return {

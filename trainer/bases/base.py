@@ -1,8 +1,8 @@
 """Base: the one interface that the training loop, the cache and the sampler see of a base model.
 
-Owns what all families share: tokenising, the VAE, the noise schedule, and which modules a kohya LoRA touches
-under which name.  Text conditioning and the U-Net's call are the families' own (``sd15``, ``sdxl``); reading
-files is ``load``'s.
+Owns what all families share: tokenising, the VAE, the noise schedule, and which modules a kohya LoRA
+touches under which name.  Text conditioning and the U-Net's call are the families' own (``sd15``,
+``sdxl``); reading files is ``load``'s.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent sides, L tokens, D text width, P pooled width.
 """
@@ -29,8 +29,7 @@ WINDOW_TOKENS = 75  # what CLIP reads at once, without start and end mark
 
 
 class Sizes(NamedTuple):
-    """What SDXL is told about an image, in px: size before resizing, crop offset, size as trained.  Rows
-    first."""
+    """What SDXL is told about an image, in px: size before resizing, crop offset, size as trained.  Rows first."""
 
     original_hw: tuple[int, int]
     crop_top_left: tuple[int, int]
@@ -155,8 +154,8 @@ class Base(ABC):
         """Token ids (B, W, L) of captions of up to ``max_token_length`` tokens, in W windows of 75 between a
         start and an end mark.
 
-        As sd-scripts cuts them (library/strategy_base.py): a window whose text goes on ends with the end mark;
-        where padding is not the end mark (SDXL's second encoder), a window of padding begins with one.
+        As sd-scripts cuts them (library/strategy_base.py): a window whose text goes on ends with the end
+        mark; where padding is not the end mark (SDXL's second encoder), a window of padding begins with one.
         """
         tokenizer = self._tokenizer(encoder)
         window = min(tokenizer.model_max_length, self.text_encoders[encoder].config.max_position_embeddings)
@@ -190,8 +189,7 @@ class Base(ABC):
 
     def _tokenizer(self, encoder: int) -> Any:
         """The tokenizer that splits text for an encoder.  Published SDXL folders declare '!' as the second
-        tokenizer's padding, which turns the word "!" into padding; with an equal vocabulary the first
-        splits."""
+        tokenizer's padding, which turns the word "!" into padding; with an equal vocabulary the first splits."""
         return self.tokenizers[0] if self._one_vocabulary else self.tokenizers[encoder]
 
     @cached_property
@@ -203,8 +201,7 @@ class Base(ABC):
     def encode_text(
         self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
     ) -> TextStates:
-        """Captions → states on the text encoders' device.  Differentiable; wrap in ``torch.no_grad`` for a
-        cache.
+        """Captions → states on the text encoders' device.  Differentiable; wrap in ``torch.no_grad`` for a cache.
 
         ``max_token_length``: 150 or 225 reads longer captions, L = 152 or 227; unset and 75 read 75, L = 77.
         """
@@ -213,8 +210,7 @@ class Base(ABC):
 
     @torch.no_grad()
     def encode_images(self, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Pixels in [-1, 1] → one unscaled VAE sample each (B, C, h, w), fp32.  One CPU generator per
-        image."""
+        """Pixels in [-1, 1] → one unscaled VAE sample each (B, C, h, w), fp32.  One CPU generator per image."""
         moments = self.vae.encode(pixels_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
         noise = torch.stack([torch.randn(moments.mean.shape[1:], generator=g) for g in generators])
         return moments.mean.float() + moments.std.float() * noise.to(moments.mean.device)
@@ -268,9 +264,8 @@ class Base(ABC):
 
 
 def text_key(prefix: str, path: str) -> str:
-    """kohya's key base of a text encoder's module.  ``text_model_`` is part of it whether or not the
-    installed transformers wraps the encoder in ``text_model`` (flattened since 5.6): ComfyUI and A1111
-    know no other name."""
+    """kohya's key base of a text encoder's module.  ``text_model_`` is part of it whether or not the installed
+    transformers wraps the encoder in ``text_model`` (flattened since 5.6): ComfyUI and A1111 know no other name."""
     return f"{prefix}_text_model_{path.removeprefix('text_model.').replace('.', '_')}"
 
 
@@ -348,8 +343,7 @@ def _bad_schedule(key: str, value: Any) -> ModelFileError:
 
 
 def last_state(encoder: Any, ids_BL: Tensor, clip_skip: int | None) -> Tensor:
-    """SD1.5's text states (B, L, D): the last layer, or layer ``clip_skip`` from the end, then the final
-    norm."""
+    """SD1.5's text states (B, L, D): the last layer, or layer ``clip_skip`` from the end, then the final norm."""
     if clip_skip is None or clip_skip == 1:
         return encoder(ids_BL).last_hidden_state
     states = encoder(ids_BL, output_hidden_states=True).hidden_states
@@ -357,8 +351,7 @@ def last_state(encoder: Any, ids_BL: Tensor, clip_skip: int | None) -> Tensor:
 
 
 def inner_encoder(encoder: Any) -> Any:
-    """The network that holds ``final_layer_norm``: transformers wraps only some encoders in
-    ``text_model``."""
+    """The network that holds ``final_layer_norm``: transformers wraps only some encoders in ``text_model``."""
     return getattr(encoder, "text_model", encoder)
 
 

@@ -1,7 +1,7 @@
 """Block-wise rates: down_lr_weight, mid_lr_weight and up_lr_weight as one multiplier per U-Net block.
 
-Owns the arithmetic of sd-scripts' networks.lora.  Which LoRA module lies in which block is the base's and
-the adapter's business.  Pure: no torch.
+Owns the arithmetic of sd-scripts' networks.lora.  Which LoRA module lies in which block is the base's and the
+adapter's business.  Pure: no torch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""CLIP's tokenizer, built from the byte-pair table that open_clip installs: no vocabulary need be shipped or
-fetched.
+"""CLIP's tokenizer, built from the byte-pair table that open_clip installs: no vocabulary need be shipped or fetched.
 
 The original single-file layout carries no tokenizer; every SD1.5 and SDXL model uses this one.
 """
@@ -29,8 +28,8 @@ def byte_letters() -> list[str]:
 
 
 def clip_tokenizer(pad_id: int | None = None) -> Any:
-    """CLIP's tokenizer, 77 tokens long.  ``pad_id`` 0 is SDXL's second encoder; otherwise it pads with the
-    end mark."""
+    """CLIP's tokenizer, 77 tokens long.  ``pad_id`` 0 is SDXL's second encoder; otherwise it pads
+    with the end mark."""
     from transformers import CLIPTokenizer
 
     merges = _merges()
@@ -50,8 +49,7 @@ def clip_tokenizer(pad_id: int | None = None) -> Any:
 
 
 def tokenizer_of(name: str) -> Any:
-    """The tokenizer of mini-sd15 or mini-sdxl, from its folder; of every other base CLIP's.  Reads no
-    weights."""
+    """The tokenizer of mini-sd15 or mini-sdxl, from its folder; of every other base CLIP's.  Reads no weights."""
     from transformers import CLIPTokenizer
 
     folder = Path(__file__).parent / "miniature" / "weights" / name / "tokenizer"

@@ -1,8 +1,7 @@
 """load_base(): a name, hub id, diffusers folder or single .safetensors → Base.
 
-Order: find the files, say what they are from headers and configurations, check every tensor's name
-and shape against the networks that the configurations describe, and only then read weights.  Nothing
-is ever unpickled.
+Order: find the files, say what they are from headers and configurations, check every tensor's name and shape
+against the networks that the configurations describe, and only then read weights.  Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -63,10 +62,9 @@ def load_base(
 ) -> Base:
     """The base that ``spec`` names, frozen, on ``device``.
 
-    ``spec``: mini-sd15, mini-sdxl, sd15, sdxl, a hub id ``org/name``, a diffusers folder, or a single
-    .safetensors in the original layout.  ``dtype``: of the weights; unset takes ``compute_type("auto",
-    device)``.  The VAE follows, except that SDXL's runs in fp32 where it would be fp16, which
-    overflows in it (sd-scripts --no_half_vae).
+    ``spec``: mini-sd15, mini-sdxl, sd15, sdxl, a hub id ``org/name``, a diffusers folder, or a single .safetensors in
+    the original layout.  ``dtype``: of the weights; unset takes ``compute_type("auto", device)``.  The VAE follows,
+    except that SDXL's runs in fp32 where it would be fp16, which overflows in it (sd-scripts --no_half_vae).
     """
     dtype = dtype or compute_type("auto", device)
     path = _locate(spec, revision)
@@ -121,9 +119,8 @@ def short_name(spec: str) -> str:
 
 
 def _identity(family: str, weight_paths: Mapping[str, Path], configs: Path, parts: Parts) -> str:
-    """sha256 over everything that decides what the networks compute – weights, configurations, noise
-    schedule, tokenizers: the same model has the same identity wherever it lies; another fine-tune has
-    another."""
+    """sha256 over everything that decides what the networks compute – weights, configurations, noise schedule,
+    tokenizers: the same model has the same identity wherever it lies; another fine-tune has another."""
     facts = {"scheduler": _deciding(parts.scheduler_config)}
     for component in ("unet", "vae", *TEXT_ENCODERS[family]):
         facts[component] = _deciding(detect.read_json(configs / component / "config.json"))
@@ -228,8 +225,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _present_name(model: nn.Module, name: str) -> str:
-    """A tensor's name as the installed libraries call it: older VAE attention, and CLIP's ``text_model.``
-    wrapper."""
+    """A tensor's name as the installed libraries call it: older VAE attention, and CLIP's ``text_model.`` wrapper."""
     for old, new in OLD_ATTENTION.items():
         if old in name and ".attentions." in name:
             name = name.replace(old, new)

@@ -69,8 +69,7 @@ class SDXL(Base):
 
 
 def sgm_path(path: str, layers_per_block: int) -> str:
-    """A diffusers module path → the same module's path in Stability's own code (which kohya's SDXL keys
-    use)."""
+    """A diffusers module path → the same module's path in Stability's own code (which kohya's SDXL keys use)."""
     for pattern, rename in _BLOCKS:
         match = re.fullmatch(pattern, path)
         if match:

@@ -1,8 +1,8 @@
 """The frozen base in 8 bits: linear and convolution weights as float8 (E4M3) with one fp32 scale per output.
 
 Owns the layers' number format and their forward and backward passes.  A weight is widened when it is used and
-thrown away again – also for the backward pass, which keeps the 8 bits only: a cast outside autograd would keep a
-wide copy of every weight alive and cost more than it saves.  Does not own when a base is converted
+thrown away again – also for the backward pass, which keeps the 8 bits only: a cast outside autograd would
+keep a wide copy of every weight alive and cost more than it saves.  Does not own when a base is converted
 (``hpo.train.placement``) or how an adapter is put on top (``adapter``).
 
 sd-scripts' fp8_base casts without a scale; most weights of a U-Net are below 2⁻⁶, where E4M3 has less than

@@ -1,8 +1,7 @@
 """Aspect buckets: which size each image is trained at, by kohya's rules.
 
-Owns the arithmetic from an image's size and the bucket settings to (bucket, size it is resized to, crop).
-Pure: no files, no pixels.  The rules are those of sd-scripts' BucketManager, so the same folder gives the
-same buckets.
+Owns the arithmetic from an image's size and the bucket settings to (bucket, size it is resized to, crop). Pure:
+no files, no pixels.  The rules are those of sd-scripts' BucketManager, so the same folder gives the same buckets.
 
 All sizes are (width, height) in px unless a name ends in ``_hw``.
 """

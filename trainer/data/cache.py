@@ -64,8 +64,7 @@ class Store:
             sweep(folder)
 
     def get(self, key: str, fits: Callable[[Tensors], bool]) -> Tensors | None:
-        """The tensors of a key, or None if there are none, the file is damaged, or they are not what
-        ``fits``."""
+        """The tensors of a key, or None if there are none, the file is damaged, or they are not what ``fits``."""
         tensors = self._memory.get(key)
         if tensors is None and self.folder is not None:
             tensors = read_tensors(self._path(key), key)
@@ -107,12 +106,11 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 @dataclass
 class Prepared:
-    """A dataset ready to train on.  Tensors are fp32 on CPU; a caption's states have the encoders' number
-    type.
+    """A dataset ready to train on.  Tensors are fp32 on CPU; a caption's states have the encoders' number type.
 
     ``latents`` (C, h, w) are unscaled VAE samples by view (``dataset.view_for``: Item.sha256, or that of the
-    mirrored image), ``sizes`` likewise.  ``masks`` (h, w) are weights of the loss, 0 to 1, for views that have
-    one.  The counters say what this call had to encode.
+    mirrored image), ``sizes`` likewise.  ``masks`` (h, w) are weights of the loss, 0 to 1, for views that
+    have one.  The counters say what this call had to encode.
     """
 
     dataset: Dataset
@@ -125,8 +123,7 @@ class Prepared:
     encoded_captions: int = 0
 
     def text(self, captions: Sequence[str]) -> TextStates | None:
-        """The states of some captions (B, L, D), (B, P) – or None where they must be encoded in every
-        step."""
+        """The states of some captions (B, L, D), (B, P) – or None where they must be encoded in every step."""
         if self.states is None:
             return None
         return TextStates.join([self.states[caption] for caption in captions])
@@ -141,8 +138,7 @@ def prepare(
     store: Store | None = None,
     on_image: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Encode what is not cached yet.  ``store`` (kept over trials) comes before ``folder`` (a store for this
-    call).
+    """Encode what is not cached yet.  ``store`` (kept over trials) comes before ``folder`` (a store for this call).
 
     ``on_image(done, total)`` is called after each group of images.  Raises DataError with the name of an
     image that the VAE cannot encode even in fp32, and OutOfMemory.
@@ -252,8 +248,8 @@ def _is_latent(tensors: Tensors, bucket: Bucket, cell_px: int) -> bool:
 def _encode(
     base: Base, group: Sequence[Item], config: TrainConfig, kind: torch.dtype, mirrored: bool
 ) -> list[Tensor]:
-    """Latents of a group.  One that is not finite in half precision – SDXL's VAE is known for it – is done in
-    fp32."""
+    """Latents of a group.  One that is not finite in half precision – SDXL's VAE is known for it –
+    is done in fp32."""
     pixels_BCHW = torch.stack([load_pixels(item, config)[0] for item in group])
     if mirrored:
         pixels_BCHW = pixels_BCHW.flip(-1)

@@ -28,8 +28,7 @@ LISTED = 5  # file names shown in an error
 def read_captions(
     images: Sequence[Path], extension: str, root: Path, *, instead: str = "", all_lines: bool = False
 ) -> tuple[dict[Path, str], list[str]]:
-    """The caption of every image, and notes.  Missing, empty or unreadable ones are errors that list the
-    files.
+    """The caption of every image, and notes.  Missing, empty or unreadable ones are errors that list the files.
 
     ``instead`` is the caption of images without a file (kohya's class_tokens).  ``all_lines`` keeps several
     lines, of which enable_wildcard draws one; else the first is used.
@@ -228,8 +227,8 @@ class CaptionRules:
         return ", ".join(front + tags + back)
 
     def _warm(self, count: int, now: Moment) -> int:
-        """How many of the tags that move are in use: linear from token_warmup_min to all of them
-        (sd-scripts' process_caption)."""
+        """How many of the tags that move are in use: linear from token_warmup_min to all of them (sd-scripts'
+        process_caption)."""
         length = self.token_warmup_step
         if 0 < length < 1:
             length = math.floor(length * now.total_steps)

@@ -5,8 +5,7 @@ reference images, the order of an epoch and which draw an image gets.  Kohya's f
 ``trainer.data.folders``, decoding ``trainer.data.images``, bucket arithmetic ``trainer.data.buckets``, captions
 ``trainer.data.captions``, dataset files ``trainer.data.subsets``.  Imports no torch until pixels are asked for.
 
-Everything drawn at random is a function of (seed, epoch, …): no state, so a resumed run sees the same
-batches.
+Everything drawn at random is a function of (seed, epoch, …): no state, so a resumed run sees the same batches.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ Facts = tuple[int, int, str]  # of an image: width in px, height in px, sha256 o
 class Item:
     """One captioned image.  Size as decoded and turned upright; sha256 of the file's bytes.
 
-    ``own`` are (setting, value) pairs that its folder has for itself (``trainer.data.subsets``); ``is_reg`` marks a
-    regularisation image, whose loss weighs prior_loss_weight; ``mask`` is the file of its mask.
+    ``own`` are (setting, value) pairs that its folder has for itself (``trainer.data.subsets``); ``is_reg``
+    marks a regularisation image, whose loss weighs prior_loss_weight; ``mask`` is the file of its mask.
     """
 
     path: Path
@@ -198,8 +197,8 @@ def _by_captions(parts: Sequence[Part]) -> list[tuple[Part, list[Path]]]:
 
 
 def _balanced(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], list[str]]:
-    """As many regularisation images as training images, repeats included: some are left out or repeated
-    more (sd-scripts' DreamBoothDataset)."""
+    """As many regularisation images as training images, repeats included: some are left out or
+    repeated more (sd-scripts' DreamBoothDataset)."""
     regular = [item for item in items if item.is_reg]
     if not regular:
         return items, []
@@ -242,8 +241,8 @@ def _validation(items: tuple[Item, ...], config: TrainConfig) -> tuple[tuple[Ite
 
 
 def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
-    """The mask of an image: a file of its name in conditioning_data_dir, or in a folder there that is named
-    like the image's."""
+    """The mask of an image: a file of its name in conditioning_data_dir, or in a folder there that is
+    named like the image's."""
     folder = part.setting(config, "conditioning_data_dir")
     if not part.setting(config, "masked_loss") or not folder or part.is_reg:
         return None
@@ -281,9 +280,8 @@ def _check_held_out(items: Sequence[Item], held_out: Sequence[Item]) -> None:
 def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, Dataset]:
     """(what is trained on, reference images that judge it).
 
-    With images in ``held_out/`` those are the references.  Else ``n`` images are set apart – min(8, 20 %) by
-    default, which is none below five images – chosen by content hash, so that file names and new images
-    change little.
+    With images in ``held_out/`` those are the references.  Else ``n`` images are set apart – min(8, 20 %) by default,
+    which is none below five images – chosen by content hash, so that file names and new images change little.
     """
     if dataset.held_out:
         return dataset, replace(dataset, items=dataset.held_out, held_out=())
@@ -334,8 +332,8 @@ def load_pixels(item: Item, config: TrainConfig) -> tuple[Tensor, Sizes]:
 
 
 def load_mask(item: Item, config: TrainConfig) -> Tensor | None:
-    """The loss weights (H, W) of an item in its bucket, 0 to 1: its mask's red channel (as sd-scripts), or how
-    opaque the image is.  None: everything counts."""
+    """The loss weights (H, W) of an item in its bucket, 0 to 1: its mask's red channel (as sd-scripts), or
+    how opaque the image is.  None: everything counts."""
     import torch
 
     if item.mask is not None:
@@ -391,8 +389,7 @@ def view_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> st
 def epoch_batches(
     dataset: Dataset, buckets: Mapping[str, Bucket], config: TrainConfig, epoch: int
 ) -> list[Batch]:
-    """The batches of an epoch in order: repeats duplicated, buckets and batches shuffled, partial batches
-    kept."""
+    """The batches of an epoch in order: repeats duplicated, buckets and batches shuffled, partial batches kept."""
     members: dict[Bucket, list[int]] = {}
     for index, item in enumerate(dataset.items):
         members.setdefault(buckets[item.sha256], []).extend([index] * item.repeats)

@@ -1,7 +1,7 @@
 """What is wrong with a dataset, and what to do about it: rules from a survey to findings.
 
-Pure: no files, no terminal.  Reading is ``trainer.data.survey``'s.  ``REFUSED`` findings are those for which training
-would stop; ``warning`` costs quality; ``note`` is what a person should know.
+Pure: no files, no terminal.  Reading is ``trainer.data.survey``'s.  ``REFUSED`` findings are those for which
+training would stop; ``warning`` costs quality; ``note`` is what a person should know.
 """
 
 from __future__ import annotations

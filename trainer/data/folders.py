@@ -27,8 +27,8 @@ KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
 class Part:
     """One folder of images, what its name says, and what a dataset file says of it.
 
-    ``words`` is the caption of images that have none; ``root`` the folder that links may not lead out of
-    (unset: the dataset's).
+    ``words`` is the caption of images that have none; ``root`` the folder that links may not lead out
+    of (unset: the dataset's).
     """
 
     images: tuple[Path, ...]
@@ -115,8 +115,7 @@ def subject_of(name: str) -> tuple[str | None, str | None]:
 
 
 def images_in(folder: Path, root: Path) -> list[Path]:
-    """Image files of a folder, sorted by name.  Hidden files are passed over; links may not lead out of
-    ``root``."""
+    """Image files of a folder, sorted by name.  Hidden files are passed over; links may not lead out of ``root``."""
     images = sorted(
         path
         for path in folder.iterdir()

@@ -111,15 +111,13 @@ def fit_values(pixels: np.ndarray, fit: Fit) -> np.ndarray:
 
 
 def shrink(pixels_HW3: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
-    """Every new pixel is the mean of the area it covers, edge pixels by their share (what cv2 calls
-    INTER_AREA)."""
+    """Every new pixel is the mean of the area it covers, edge pixels by their share (what cv2 calls INTER_AREA)."""
     rows = _area_means(pixels_HW3, height_px, axis=0)
     return np.rint(_area_means(rows, width_px, axis=1)).astype(np.uint8)
 
 
 def _area_means(values: np.ndarray, count: int, axis: int) -> np.ndarray:
-    """Means of ``values`` over ``count`` equal stretches of an axis, float32.  ``count`` ≤ the axis'
-    length."""
+    """Means of ``values`` over ``count`` equal stretches of an axis, float32.  ``count`` ≤ the axis' length."""
     length = values.shape[axis]
     if count == length:
         return values

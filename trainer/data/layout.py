@@ -1,7 +1,7 @@
 """A plain folder of images → kohya's layout: ``OUT/10_name class/`` with a ``.txt`` caption beside each image.
 
-Owns which files are copied under which names.  The source is only read; the copies are whole files of their own,
-so editing one changes nothing in the source.  The result appears in one step or not at all.
+Owns which files are copied under which names.  The source is only read; the copies are whole files of their
+own, so editing one changes nothing in the source.  The result appears in one step or not at all.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def _check_places(source: Path, out: Path) -> None:
 
 
 def _images(source: Path) -> Iterator[Path]:
-    """The images of a folder and all folders in it, sorted.  Hidden ones are passed over; links to folders
-    are not followed."""
+    """The images of a folder and all folders in it, sorted.  Hidden ones are passed over; links to
+    folders are not followed."""
     for place, folders, files in os.walk(source, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -194,8 +194,8 @@ def _stems(stem: str, above: Sequence[str]) -> Iterator[str]:
 
 
 def _set_apart(found: Sequence[Source], count: int) -> list[Source]:
-    """``count`` more images held out, chosen by content, so that names and new images change little.
-    Files with one content go together."""
+    """``count`` more images held out, chosen by content, so that names and new images change little. Files
+    with one content go together."""
     contents = sorted({entry.sha256 for entry in found if not entry.is_held_out})
     if count >= max(1, len(contents)):
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Survey: what a dataset folder really holds, read to the end whatever is wrong in it.
 
 Owns the reading: every image is decoded, every caption decoded, and what fails is kept beside what does not.
-What it means is ``trainer.data.findings``'; the reader that training uses, which stops at the first mistake, is
-``trainer.data.dataset``.  Imports no torch.
+What it means is ``trainer.data.findings``'; the reader that training uses, which stops at the first mistake,
+is ``trainer.data.dataset``.  Imports no torch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ CAPTION_EXTENSIONS = frozenset({".txt", ".caption"})
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What an image looks like, small: bits (256) of brightness rising to the right, and a thumbnail
-    (8, 8, 3)."""
+    """What an image looks like, small: bits (256) of brightness rising to the right, and a thumbnail (8, 8, 3)."""
 
     bits: np.ndarray
     thumb: np.ndarray
@@ -152,8 +151,8 @@ def _visible(folder: Path) -> Iterable[Path]:
 
 
 def _folders(root: Path, default_repeats: int) -> list[tuple[Path, int]]:
-    """The folders that training reads, by the rules of ``trainer.data.dataset.parts_of``, and held_out/
-    (0 repeats)."""
+    """The folders that training reads, by the rules of ``trainer.data.dataset.parts_of``,
+    and held_out/ (0 repeats)."""
     inside = sorted(path for path in _visible(root) if path.is_dir())
     named = [(path, match) for path in inside if (match := KOHYA_FOLDER.fullmatch(path.name))]
     found = [(path, int(match[1])) for path, match in named if int(match[1])]

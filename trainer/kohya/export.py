@@ -1,7 +1,7 @@
 """Our settings as sd-scripts' files: config.toml, dataset.toml and the command that takes both.
 
-Owns the way back from our settings to sd-scripts' keys; the way in is ``trainer.kohya.read``.  What sd-scripts
-cannot do is refused or said, never left out in silence.
+Owns the way back from our settings to sd-scripts' keys; the way in is ``trainer.kohya.read``.  What
+sd-scripts cannot do is refused or said, never left out in silence.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Export:
 
 
 def export(config: TrainConfig, family: str, base: str, folder: Path, output: str = "output") -> Export:
-    """``config`` for sd-scripts.  ``base`` is the model as sd-scripts finds it; ``folder`` is where the files will
-    lie.  Every path is written in full, since the command is run elsewhere."""
+    """``config`` for sd-scripts.  ``base`` is the model as sd-scripts finds it; ``folder`` is where the files
+    will lie.  Every path is written in full, since the command is run elsewhere."""
     folder = folder.resolve()
     if Path(base).expanduser().exists():
         base = str(Path(base).expanduser().resolve())

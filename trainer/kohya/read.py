@@ -1,5 +1,4 @@
-"""kohya's configuration files, and our own: a TOML file becomes a TrainConfig, and nothing in it is passed
-over.
+"""kohya's configuration files, and our own: a TOML file becomes a TrainConfig, and nothing in it is passed over.
 
 Owns the reading and translating; the tables of keys are ``trainer.kohya.keys``.  Each key falls into one of
 four classes: used under its own name; translated (said once); without effect here (listed once); refused,
@@ -59,8 +58,7 @@ class KohyaFile:
 
 
 def read_kohya(path: Path) -> KohyaFile:
-    """Read a file for sd-scripts' ``--config_file``.  ConfigError for unreadable files, typing errors, bad
-    values."""
+    """Read a file for sd-scripts' ``--config_file``.  ConfigError for unreadable files, typing errors, bad values."""
     return from_kohya(path, flat(path, read_table(path)))
 
 
@@ -70,8 +68,7 @@ def from_kohya(path: Path, settings: Mapping[str, Any]) -> KohyaFile:
 
 
 def read_own(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """Read our own file: (the configuration, the settings that the file decides).  Our defaults fill the
-    rest."""
+    """Read our own file: (the configuration, the settings that the file decides).  Our defaults fill the rest."""
     given = flat(path, read_table(path))
     return from_own(path, given), given
 
@@ -400,8 +397,8 @@ class _Reading:
             self._say("sample_sampler", sampler, "samples are drawn with DPM-Solver++ (2M)")
 
     def _datasets(self) -> None:
-        """sd-scripts reads ``[[datasets]]`` from its dataset_config only; whoever writes settings there wants
-        them."""
+        """sd-scripts reads ``[[datasets]]`` from its dataset_config only; whoever writes
+        settings there wants them."""
         value = self._take("datasets")
         if value is None:
             return

@@ -1,7 +1,7 @@
 """What ``hpo train`` is given – a file of ours, of sd-scripts, a dataset file, a LoRA – as settings.
 
-Owns telling the forms apart, the order in which values win (``--set``, dataset file, file, defaults) and where
-each value came from.  Reading sd-scripts' keys is ``trainer.kohya.read``'s, datasets are ``trainer.data.subsets``'.
+Owns telling the forms apart, the order in which values win (``--set``, dataset file, file, defaults) and where each
+value came from.  Reading sd-scripts' keys is ``trainer.kohya.read``'s, datasets are ``trainer.data.subsets``'.
 """
 
 from __future__ import annotations

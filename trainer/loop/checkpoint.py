@@ -1,8 +1,7 @@
 """The complete state of a training run, saved and restored exactly.
 
-A checkpoint is one atomic folder ``step-000123``: the adapter in fp32, the optimizer, and
-``state.json``.  There is no random state to save: noise, timesteps, order and dropout are functions of
-(seed, epoch, item, step).
+A checkpoint is one atomic folder ``step-000123``: the adapter in fp32, the optimizer, and ``state.json``.  There
+is no random state to save: noise, timesteps, order and dropout are functions of (seed, epoch, item, step).
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ class Run:
 
 
 def save(folder: Path, run: Run, progress: Progress) -> Path:
-    """Write ``folder/step-…``, atomically.  Older ones stay until ``drop_others``: whether these weights are any
-    good shows in the next step."""
+    """Write ``folder/step-…``, atomically.  Older ones stay until ``drop_others``: whether these weights are
+    any good shows in the next step."""
     target = folder / f"step-{progress.step:06d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -78,8 +78,8 @@ def train(
 
     With ``validate_on`` its validation loss (``trainer.loop.validation``) is told after every epoch; with
     ``rehearse`` one dry step at the largest bucket comes first, which changes nothing.  ``changed`` settings
-    may differ from the checkpoint's: the out-of-memory ladder's.  Raises Diverged after ten skipped steps in a
-    row, which are not saved; OutOfMemory, with all steps so far saved; and Interrupted once ``should_stop``
+    may differ from the checkpoint's: the out-of-memory ladder's.  Raises Diverged after ten skipped steps in
+    a row, which are not saved; OutOfMemory, with all steps so far saved; and Interrupted once ``should_stop``
     says so (the step is finished and saved first).
     """
     preflight.check(base, config)

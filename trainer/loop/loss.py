@@ -149,8 +149,8 @@ def pointwise(
     alphas_cumprod: Tensor,
     config: TrainConfig,
 ) -> Tensor:
-    """The error of every element: l2, l1, or huber 2d(√(e² + d²) − d), smooth_l1 2(√(e² + d²) − d) with d
-    from ``huber_threshold`` (sd-scripts)."""
+    """The error of every element: l2, l1, or huber 2d(√(e² + d²) − d), smooth_l1 2(√(e² + d²) − d) with
+    d from ``huber_threshold`` (sd-scripts)."""
     if config.loss_type == "l2":
         return functional.mse_loss(predicted_BCHW, target_BCHW, reduction="none")
     if config.loss_type == "l1":

@@ -68,8 +68,7 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
 
 
 def rate(config: TrainConfig, total_steps: int, step: int) -> float:
-    """Multiplier of every group's rate for step ``step``, counted from 0 (as diffusers'
-    ``get_scheduler``)."""
+    """Multiplier of every group's rate for step ``step``, counted from 0 (as diffusers' ``get_scheduler``)."""
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
         return step / warmup

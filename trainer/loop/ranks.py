@@ -1,8 +1,8 @@
 """Ranks: the processes that train one LoRA together, one per GPU – or the only one.
 
-Owns how they find each other (the variables that torchrun and accelerate's launcher set) and what they tell each
-other.  Every process holds the whole adapter and makes the same update; the parts of a step are dealt out in
-turn, so the effective batch is what the settings say on any number of GPUs.  Rank 0 writes all files.
+Owns how they find each other (the variables that torchrun and accelerate's launcher set) and what they tell
+each other.  Every process holds the whole adapter and makes the same update; the parts of a step are dealt
+out in turn, so the effective batch is what the settings say on any number of GPUs.  Rank 0 writes all files.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Stepper: one optimizer step from a group of micro-batches – forward, backward, clip, update.
 
-Owns what is drawn for a sample, how a batch is cut into parts, what is shared with other processes, and the dry
-step that shows the memory's peak.  Everything random is drawn from a generator keyed by what it is for – (seed,
-epoch, image, occurrence) for noise and timestep, (seed, step, micro-batch) for dropout.  Which samples make a
-step is ``loop``'s.
+Owns what is drawn for a sample, how a batch is cut into parts, what is shared with other processes, and the
+dry step that shows the memory's peak.  Everything random is drawn from a generator keyed by what it is for –
+(seed, epoch, image, occurrence) for noise and timestep, (seed, step, micro-batch) for dropout.  Which samples
+make a step is ``loop``'s.
 
 Shapes: B batch, C latent channels, h w latent sides.
 """
@@ -56,8 +56,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Draw:
-    """What is drawn for one sample: its timestep (), noise (C, h, w) as the target has it, and the noise that
-    its input gets."""
+    """What is drawn for one sample: its timestep (), noise (C, h, w) as the target has it, and the noise
+    that its input gets."""
 
     timestep: Tensor
     noise: Tensor

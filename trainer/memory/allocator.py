@@ -1,9 +1,9 @@
 """What PyTorch's caching allocator makes of a sequence of allocations: allocated and reserved bytes.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings: sizes in multiples of 512 B; up
-to 1 MiB from segments of 2 MiB, below 10 MiB from segments of 20 MiB, else segments rounded up to 2 MiB; the
-smallest free piece that fits is used, cut unless little would be left, and neighbours join again when freed.
-One stream; segments are not given back – the card is not full.
+The rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings: sizes in multiples of 512 B;
+up to 1 MiB from segments of 2 MiB, below 10 MiB from segments of 20 MiB, else segments rounded up to 2 MiB;
+the smallest free piece that fits is used, cut unless little would be left, and neighbours join again when
+freed. One stream; segments are not given back – the card is not full.
 """
 
 from __future__ import annotations

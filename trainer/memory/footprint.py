@@ -144,8 +144,8 @@ def _footprint(
 
 
 def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
-    """The same for training every weight of the U-Net itself in fp32, without an adapter.  Nothing here trains
-    so; it is shown beside what others measured."""
+    """The same for training every weight of the U-Net itself in fp32, without an adapter.  Nothing here
+    trains so; it is shown beside what others measured."""
     bucket = (config.resolution, config.resolution)
     settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
     found = _trace(facts, settings, bucket, is_full=True)

@@ -1,7 +1,7 @@
 """The out-of-memory ladder of ``hpo train``: what to give up next, cheapest first.
 
-Pure: a configuration and the names of the rungs taken so far → the next one.  Catching the error, saving the
-state and starting again are ``hpo.train.ladder``'s; the value-neutral remedies of a search are ``hpo.search.trial``'s.
+Pure: a configuration and the names of the rungs taken so far → the next one.  Catching the error, saving the state
+and starting again are ``hpo.train.ladder``'s; the value-neutral remedies of a search are ``hpo.search.trial``'s.
 
 No rung changes the effective batch: the batch stays what it is and is computed in smaller parts.
 """

@@ -127,8 +127,8 @@ def choose(
     """The first configuration in the order of ``MOVES`` that fits into 15.5/16 of ``vram_bytes``; then as few
     blocks recompute as still fit.
 
-    Latents are always cached, text states wherever they can be.  ``say`` is told what is tried after the settings as
-    they are: a prediction can take half a minute.  Raises ConfigError if nothing fits.
+    Latents are always cached, text states wherever they can be.  ``say`` is told what is tried after the
+    settings as they are: a prediction can take half a minute.  Raises ConfigError if nothing fits.
     """
     limit = int(vram_bytes * SAFE_SHARE)
     start, footprint = config, predict(config, facts)

@@ -5,8 +5,8 @@ the meta device, where tensors have shapes and storages but no memory.  Six func
 while tracing, because the meta device knows neither autocast nor fused attention: they allocate and save for
 backward what CUDA's kernels under autocast do.  Everything else is torch's own autograd.
 
-Owns the order and size of allocations of forward and backward.  Does not own weights, optimizer state or
-what an allocator makes of the order (``footprint``, ``allocator``).
+Owns the order and size of allocations of forward and backward.  Does not own weights, optimizer state or what
+an allocator makes of the order (``footprint``, ``allocator``).
 
 Ranks: a trace is made with prime numbers as ranks that divide no other size, so every storage is known to be
 constant, or so many bytes per network_dim or per conv_dim, and one trace serves all ranks.

@@ -1,8 +1,8 @@
 """Probes: which short target run is worth making next, and what the finished ones say – pure.
 
 Owns two designs, the rule that decides, the horizon's shift and the agreement of source and target.  Runs are
-``hpo.transfer.probes.run``'s.  Rates are octaves: log2 of the factor on the transferred rate; the text encoders' rate keeps its
-ratio, or is 0.
+``hpo.transfer.probes.run``'s.  Rates are octaves: log2 of the factor on the transferred rate; the text
+encoders' rate keeps its ratio, or is 0.
 
 ladder   the transferred settings, the target's usual ones, half and double the rate, another good configuration,
          the vertex of a parabola, text encoders off (on, where they are not trained) – each knowing the ones before

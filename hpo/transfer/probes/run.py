@@ -1,7 +1,8 @@
 """Running probes: studies of their own, NAME__FAMILY on the target and NAME__FAMILY-source for their twins.
 
-Owns their folders, resuming, what is written of the outcome (probes.json) and the lines about it.  Which probe is
-next and what the scores mean is ``hpo.transfer.probes.design``'s; a probe is trained, scored and told like any trial.
+Owns their folders, resuming, what is written of the outcome (probes.json) and the lines about it.  Which
+probe is next and what the scores mean is ``hpo.transfer.probes.design``'s; a probe is trained, scored and
+told like any trial.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rebuild every weight of the miniature from nothing: `python -m trainer.bases.miniature.build`.
 
-Owns the order of the stages and the command line; each stage module owns its network and its data. Stages save and
-resume; a finished stage is not trained again while its work file lies in the work folder.
+Owns the order of the stages and the command line; each stage module owns its network and its data. Stages
+save and resume; a finished stage is not trained again while its work file lies in the work folder.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ def _join(parts: list[str]) -> str:
 
 
 def caption(scene: Scene, seed: int | None = None, *, complete: bool = False) -> str:
-    """One wording of the scene. `seed` None: the full plain wording; else varied and, unless `complete`, sometimes
-    partial."""
+    """One wording of the scene. `seed` None: the full plain wording; else varied and,
+    unless `complete`, sometimes partial."""
     if seed is None:
         if scene.kind == "pair":
             a, b = (_article(_thing_phrase(t, "", None, 1.0, name_size=False)) for t in scene.things)

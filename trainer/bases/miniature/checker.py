@@ -1,7 +1,8 @@
 """Ground truth: reads a scene's attributes back from pixels, without any learned model.
 
-Owns the reading of background, object mask, colour, shape, place, size, pattern, relation and figure parts. It is told
-what kind of scene to look for (single, pair, figure), never the answer. Every picture is read at 64 px. numpy + Pillow.
+Owns the reading of background, object mask, colour, shape, place, size, pattern, relation and figure parts.
+It is told what kind of scene to look for (single, pair, figure), never the answer. Every picture is read at
+64 px. numpy + Pillow.
 """
 
 from __future__ import annotations
@@ -309,8 +310,8 @@ def _head_miss(
 def read(image: NDArray[np.uint8] | Image.Image, kind: str) -> dict[str, str]:
     """What a picture shows, read as a single object, a pair or a figure. Missing objects leave keys out.
 
-    A pair is read from left to right, or from top to bottom if it stands that way; its second object's keys
-    end in _2.
+    A pair is read from left to right, or from top to bottom if it stands that way; its second object's
+    keys end in _2.
     """
     pixels = at_reading_size(image)
     background = read_background(pixels)
@@ -379,8 +380,8 @@ def expected(scene: Scene) -> dict[str, str]:
 def check(image: NDArray[np.uint8] | Image.Image, scene: Scene) -> dict[str, bool]:
     """Per attribute: does the picture show what the scene says?
 
-    In a pair the objects are matched to the caption's by their looks; the relation is then right if they stand as
-    the caption says. `shape` and `colour` are right if both objects' are.
+    In a pair the objects are matched to the caption's by their looks; the relation is then right if they
+    stand as the caption says. `shape` and `colour` are right if both objects' are.
     """
     seen, want = read(image, scene.kind), expected(scene)
     if scene.kind != "pair":

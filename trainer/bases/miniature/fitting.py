@@ -1,7 +1,7 @@
 """One training loop for every network of the miniature: resumable, kill-safe, seeded.
 
-A checkpoint is one safetensors file, replaced atomically, that holds weights, averaged weights, optimizer moments and
-(in its header) the step. Randomness is keyed by step, so a resumed run continues as if nothing had happened.
+A checkpoint is one safetensors file, replaced atomically, that holds weights, averaged weights, optimizer moments
+and (in its header) the step. Randomness is keyed by step, so a resumed run continues as if nothing had happened.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Stages text and clip: the text encoders of both bases, and mini-clip (an open_clip model).
 
-Stage text trains one image tower (ModifiedResNet) and two text towers together; the text towers become the bases' text
-encoders. Stage clip goes on from there with the image tower and the first text tower alone: that is mini-clip.
+Stage text trains one image tower (ModifiedResNet) and two text towers together; the text towers become the bases'
+text encoders. Stage clip goes on from there with the image tower and the first text tower alone: that is mini-clip.
 
-Contrastive training on groups of four: a scene and three neighbours that differ from it in one attribute each.
-Small linear heads that name the attributes help the image tower to start; they are thrown away.
+Contrastive training on groups of four: a scene and three neighbours that differ from it in one attribute
+each. Small linear heads that name the attributes help the image tower to start; they are thrown away.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stage likeness: mini-likeness, a tiny Dinov2Model whose CLS embedding tells individuals apart.
 
-Supervised contrastive learning (arXiv 2004.11362) on random creatures in random colours and shapes that no caption can
-name: pictures of the same creature at other places and sizes and on other grounds belong together.
+Supervised contrastive learning (arXiv 2004.11362) on random creatures in random colours and shapes that no
+caption can name: pictures of the same creature at other places and sizes and on other grounds belong together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The miniature's tokenizer (a real CLIPTokenizer with its own small vocabulary) and its text encoders.
 
-The first text encoder is mini-clip's text tower, as SD1.5's is OpenAI CLIP's; it serves mini-sd15 and, as text encoder
-1, mini-sdxl. The second is wider, has a projection, and is trained against the same image tower (stage clip).
+The first text encoder is mini-clip's text tower, as SD1.5's is OpenAI CLIP's; it serves mini-sd15 and, as text
+encoder 1, mini-sdxl. The second is wider, has a projection, and is trained against the same image tower (stage clip).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stages vae and decoder: the autoencoder that both bases share (AutoencoderKL, factor 8, four latent channels).
 
-Stage vae trains it whole. Stage decoder goes on with the decoder alone, on slightly noisy latents: the encoder, and so
-every latent that the denoising networks learn from, stays as it is.
+Stage vae trains it whole. Stage decoder goes on with the decoder alone, on slightly noisy latents: the
+encoder, and so every latent that the denoising networks learn from, stays as it is.
 """
 
 from __future__ import annotations

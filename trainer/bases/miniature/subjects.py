@@ -1,7 +1,7 @@
 """Three demo subjects that the world never showed: a character, an object and a style.
 
-Owns how each looks, its training folder (kohya layout: `10_luca figure/` with pictures and captions, and `held_out/`
-beside it) and the ground truth of whether a picture shows it. numpy + Pillow only.
+Owns how each looks, its training folder (kohya layout: `10_luca figure/` with pictures and captions, and
+`held_out/` beside it) and the ground truth of whether a picture shows it. numpy + Pillow only.
 """
 
 from __future__ import annotations

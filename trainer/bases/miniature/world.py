@@ -1,8 +1,8 @@
 """The miniature's world: captioned scenes of a few shapes, drawn by formula.
 
-Owns the values of the world, the frozen scene dataclasses, the sampler (deterministic by seed) and the renderer
-(any square size, anti-aliased). It does not put scenes into words (captions.py) nor judge pictures (checker.py), does
-not know the demo subjects (subjects.py) and trains nothing (build.py). numpy only.
+Owns the values of the world, the frozen scene dataclasses, the sampler (deterministic by seed) and the
+renderer (any square size, anti-aliased). It does not put scenes into words (captions.py) nor judge pictures
+(checker.py), does not know the demo subjects (subjects.py) and trains nothing (build.py). numpy only.
 
 Coordinates are relative: x to the right and y down, both 0..1, so one scene is the same picture at any size.
 Array names carry shapes: H, W pixels, 3 colour channels.
