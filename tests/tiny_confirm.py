@@ -61,7 +61,8 @@ def run_confirm(
 
 def check_confirmation(folder: StudyFolder, runs: int) -> dict[tuple[int, int], float]:
     """What must hold of a finished confirmation, whatever happened to its processes: (of, seed) → score."""
-    from hpo.study.folder import open_study, read_json
+    from hpo.study.folder import read_json
+    from hpo.study.storage import open_study
 
     found = open_study(folder).get_trials(deepcopy=False)
     assert [t.number for t in found] == list(range(len(found)))

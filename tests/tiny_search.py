@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from evaluation.encoders.references import embed_references
 from evaluation.images.sampling import default_config
 from evaluation.prompts.prompts import PromptSet, make_prompt
-from evaluation.score.anchors import embed_references
 from hpo.search.workbench import Workbench
 from hpo.search.worker import Limits, Search
 from hpo.study.config import Inputs, StudyConfig, build_study
-from hpo.study.folder import TOTAL, StudyFolder, create_study, open_study, read_json
+from hpo.study.folder import TOTAL, StudyFolder, read_json
+from hpo.study.storage import create_study, open_study
 from tests.tiny import tiny_base
 from trainer.data import cache
 from trainer.data.dataset import read_dataset, split_references

@@ -19,6 +19,8 @@ bug and keeps its traceback.
 
 from __future__ import annotations
 
+from trainer.text import clean_text
+
 MAX_LENGTH = 2000  # of a message: names and values out of files can be of any length
 
 
@@ -45,7 +47,6 @@ def first_line(error: BaseException) -> str:
 
 
 def _line(text: str) -> str:
-    from trainer.files import clean_text  # here: files raises these errors
 
     shown = clean_text(text[: MAX_LENGTH + 1])
     return shown if len(text) <= MAX_LENGTH else shown[:MAX_LENGTH] + " …"

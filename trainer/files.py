@@ -17,12 +17,12 @@ import re
 import secrets
 import shutil
 import stat
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trainer.errors import ConfigError, MachineError
+from trainer.text import clean_text
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -239,20 +239,6 @@ def safe_name(text: str, what: str) -> str:
             "use 1 to 64 of a–z, 0–9, _ and -, starting with a letter or digit",
         )
     return text
-
-
-def clean_text(text: str) -> str:
-    """``text`` safe to print on one line: no control characters, no escapes, no change of writing direction."""
-    return "".join(_shown(character) for character in text)
-
-
-def _shown(character: str) -> str:
-    kind = unicodedata.category(character)
-    if character in "\t\n\r\v\f" or kind in ("Zl", "Zp"):
-        return " "
-    if kind == "Cs":  # half a surrogate pair, from a file name that is not UTF-8: cannot be printed
-        return "\ufffd"
-    return "" if kind in ("Cc", "Cf") else character
 
 
 # Helpers

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 MAX_FILE_BYTES = 1 << 20
 

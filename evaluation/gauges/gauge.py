@@ -15,10 +15,10 @@ from typing import Protocol
 import numpy as np
 
 from evaluation.encoders.embed import ImageEncoder, Scorer
+from evaluation.encoders.references import References, check_encoder
 from evaluation.encoders.vectors import Vectors
 from evaluation.images.images import SampledImage
 from evaluation.prompts.prompts import PromptSet
-from evaluation.score.anchors import References, check_encoder
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from evaluation.encoders.embed import (
     load_likeness,
     load_scorer,
 )
+from evaluation.encoders.references import embed_references
 from evaluation.gauges.gauge import Gauge, LikenessGauge, TextGauge
 from evaluation.gauges.preference import check_preference, is_preference, load_preference
-from evaluation.score.anchors import embed_references
 
 
 def check(spec: str) -> None:

@@ -23,26 +23,17 @@ import numpy as np
 from torch import Tensor
 
 from evaluation.encoders.embed import ImageEncoder, Scorer
+from evaluation.encoders.references import References, check_encoder
 from evaluation.encoders.vectors import Vectors
 from evaluation.images.images import SampledImage, invalid_reason
 from evaluation.images.sampling import OnImages, SampleConfig, sample
 from evaluation.prompts.prompts import PromptSet
 from evaluation.score.safeguards import diversity, scene_encoders
 from trainer.bases.base import Base
-from trainer.data.images import read_picture
 from trainer.errors import ConfigError, DataError, ModelFileError
 from trainer.files import write_atomic
 
 ANCHORS_NAME = "anchors.json"
-
-
-@dataclass(frozen=True)
-class References:
-    """Held-out real pictures as vectors of the likeness encoder."""
-
-    features_RD: Tensor
-    hash: str
-    encoder_sha: str
 
 
 @dataclass(frozen=True)
@@ -118,23 +109,6 @@ class Anchors:
         if self.problems:
             problem, hint = self.problems[0].split("; ", 1)
             raise DataError(f"a score would mean nothing here: {problem}", hint)
-
-
-def require_references(count: int) -> None:
-    """At least two references: one alone has nothing to be like."""
-    if count < 2:
-        raise DataError(
-            f"{count} held-out reference image(s), and likeness needs at least 2",
-            "add images to the dataset, or give a folder of others with --references",
-        )
-
-
-def embed_references(paths: Sequence[Path], likeness: ImageEncoder) -> References:
-    """Vectors of the held-out real pictures."""
-    require_references(len(paths))
-    pictures = [read_picture(path) for path in paths]
-    content = hashlib.sha256("".join(sorted(p.sha256 for p in pictures)).encode()).hexdigest()
-    return References(likeness.image_features([p.pixels_HW3 for p in pictures]), content, likeness.sha)
 
 
 def anchors_identity(
@@ -253,19 +227,6 @@ def _read_anchors(path: Path, identity: dict[str, str]) -> dict[str, Any] | None
     return {k: tuple(v) if k in tuples else v for k, v in values.items()}
 
 
-def _leave_one_out(features_RD: Tensor) -> tuple[float, float]:
-    """Mean cosine between different references, and its jackknife standard error over references."""
-    cosines_RR = _cosines(features_RD, features_RD)
-    count = len(cosines_RR)
-    total = cosines_RR.sum() - np.trace(cosines_RR)
-    mean = float(total / (count * (count - 1)))
-    if count == 2:  # one pair: no spread to see
-        return mean, 0.0
-    without_R = total - 2 * (cosines_RR.sum(1) - np.diag(cosines_RR))
-    means_R = without_R / ((count - 1) * (count - 2))
-    return mean, float(np.sqrt((count - 1) * np.mean((means_R - means_R.mean()) ** 2)))
-
-
 def raw_cosines(
     vectors: Vectors, prompts: PromptSet, references: References, scorer: Scorer, likeness: ImageEncoder
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -286,12 +247,19 @@ def _by_prompt(values_N: np.ndarray, images: Sequence[SampledImage], prompts: Pr
     return np.stack([values_N[ids == p.id].mean(axis=0) for p in prompts.prompts])
 
 
-def check_encoder(references: References, likeness: ImageEncoder) -> None:
-    """Raise ConfigError if pictures and references would be compared across two encoders."""
-    if references.encoder_sha != likeness.sha:
-        raise ConfigError("the references were embedded by another encoder", "embed them again")
-
-
 def _mean_se(values: np.ndarray) -> float:
     """Standard error of a mean of independent values; 0 for a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _leave_one_out(features_RD: Tensor) -> tuple[float, float]:
+    """Mean cosine between different references, and its jackknife standard error over references."""
+    cosines_RR = _cosines(features_RD, features_RD)
+    count = len(cosines_RR)
+    total = cosines_RR.sum() - np.trace(cosines_RR)
+    mean = float(total / (count * (count - 1)))
+    if count == 2:  # one pair: no spread to see
+        return mean, 0.0
+    without_R = total - 2 * (cosines_RR.sum(1) - np.diag(cosines_RR))
+    means_R = without_R / ((count - 1) * (count - 2))
+    return mean, float(np.sqrt((count - 1) * np.mean((means_R - means_R.mean()) ** 2)))

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.train.plan import Steps, count_steps, say
+from hpo.terminal.text import say
+from hpo.train.plan import Steps, count_steps
 from trainer.config import TrainConfig
 from trainer.data.captions import LISTED, shown
 from trainer.data.dataset import Dataset, read_dataset
@@ -26,8 +27,8 @@ from trainer.data.findings import REFUSED, WARNING, Finding, Question, findings
 from trainer.data.folders import parts_of
 from trainer.data.survey import Survey, survey
 from trainer.errors import DataError, ToolError
-from trainer.files import clean_text
 from trainer.kohya.trainfile import parse_set
+from trainer.text import clean_text
 
 # base → the settings that a check assumes; the rest are our defaults.
 ASSUMED: dict[str, dict[str, Any]] = {

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 
 from trainer.adapters.lorafile import CONFIG_KEY
 from trainer.errors import ModelFileError
-from trainer.files import clean_text, sha256_file
+from trainer.files import sha256_file
 from trainer.tensorfile import read_header
+from trainer.text import clean_text
 
 LONG = 160  # characters of a metadata value shown in the table; --json has all
 # The part of a tensor's name that tells what it is, and which kind of adapter it belongs to.

@@ -21,7 +21,7 @@ RUNS_HELP = "Folder that holds the studies."
 
 def print_error(error: ToolError) -> None:
     """What and where, and what to do: two lines, nothing in them that a terminal would act on."""
-    from trainer.files import clean_text
+    from trainer.text import clean_text
 
     if isinstance(error, Interrupted):
         what, then = "", "next: "
@@ -153,9 +153,10 @@ def search(
 def status(name: str | None, runs: Path) -> None:
     """Show a study's trials. Without NAME: the study that changed last. Works while a search runs."""
     from hpo.confirm.view import status_lines
-    from hpo.study.folder import TOTAL, database_errors, find_folder, open_study
+    from hpo.study.folder import TOTAL, find_folder
     from hpo.study.locks import holder
     from hpo.study.standing import standing
+    from hpo.study.storage import database_errors, open_study
     from hpo.terminal.live import best_line, status_table, study_line
 
     folder = find_folder(name, runs)
@@ -417,7 +418,7 @@ def kohya(source: Path, folder: Path, base: str | None, data: Path | None) -> No
     """Write FILE (TOML, LoRA, run or trial folder) as sd-scripts' config.toml and dataset.toml into OUT_DIR."""
     calm_libraries()
     from hpo.cli.export import export_kohya
-    from trainer.files import clean_text
+    from trainer.text import clean_text
 
     named = {"pretrained_model_name_or_path": base, "train_data_dir": data and str(data)}
     places = {name: value for name, value in named.items() if value}
@@ -437,7 +438,7 @@ def demo(subject: str, folder: Path) -> None:
     import shlex
 
     from trainer.bases.miniature.subjects import write_subject
-    from trainer.files import clean_text
+    from trainer.text import clean_text
 
     write_subject(subject, folder)
     place = shlex.quote(clean_text(str(folder)))

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hpo.cli import plantable
 from hpo.cli.plantable import GB, Cell
-from hpo.train.plan import say
+from hpo.terminal.text import say
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.kohya.trainfile import read_train_file

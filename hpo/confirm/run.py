@@ -42,20 +42,11 @@ from hpo.search.claim import Claim, quiet
 from hpo.search.trial import deaths_without_progress, failed, run_trial
 from hpo.search.worker import MAX_DEATHS, View, say_finished, tell
 from hpo.study.config import Inputs, build_study, check_unchanged
-from hpo.study.folder import (
-    IDENTITY,
-    TOTAL,
-    StudyFolder,
-    Use,
-    create_study,
-    database_errors,
-    in_use,
-    open_study,
-    read_json,
-)
+from hpo.study.folder import IDENTITY, TOTAL, StudyFolder, Use, in_use, read_json
 from hpo.study.noise import components
 from hpo.study.result import COMPLETE, INFEASIBLE, read_result, write_params, write_result
 from hpo.study.standing import BASELINE, ROLE, is_feasible, score_of, standing
+from hpo.study.storage import create_study, database_errors, open_study
 from hpo.terminal import live as report
 from hpo.terminal.stop import Stop
 from trainer.config import TrainConfig

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from hpo.study.folder import StudyFolder, read_json
-from hpo.terminal.live import clock, short
-from trainer.files import clean_text
+from hpo.study.folder import StudyFolder
+from hpo.terminal.confirmation import confirmed_lines
+from hpo.terminal.text import clock, short
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     import optuna
@@ -105,48 +106,3 @@ def status_lines(study: optuna.Study, folder: StudyFolder) -> list[str]:
     if best:
         lines += [f"trial {best[0]}, beside its score: {line}" for line in trial_lines(folder.trial(best[0]))]
     return [*lines, *confirmed_lines(folder)]
-
-
-def confirmed_lines(folder: StudyFolder) -> list[str]:
-    """The confirmed winner, or how to get one."""
-    found = read_json(folder.confirmed)
-    if found is None:
-        return [f"scores above are search scores; confirm with: hpo confirm {folder.words}"]
-    try:
-        low, high = found["interval"]
-        text = f"confirmed ({found['how']}): trial {found['winner']}, score {found['score']:.4f}"
-        text += f" (95 % {low:.4f} … {high:.4f})"
-        if found["beats_trial0"] is False:
-            text += "; nothing beats trial 0"
-    except (KeyError, TypeError, ValueError):
-        return [f"{folder.confirmed} is damaged; make it again: hpo confirm {folder.words}"]
-    return [clean_text(text)]
-
-
-def confirmed_trials(folder: StudyFolder) -> tuple[int, ...]:
-    """The trials that have a place in confirmed.json; empty without a sound one."""
-    found = read_json(folder.confirmed) or {}
-    try:
-        return (*(int(row["number"]) for row in found["rows"]), *map(int, found["infeasible"]))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return ()
-
-
-def end_lines(folder: StudyFolder, best: int) -> tuple[list[str], str]:
-    """What the end of a search says of its result, and the next command."""
-    known = confirmed_trials(folder)
-    if not known:
-        return [
-            "  The best of a search is optimistic, because it was selected: what it is worth",
-            "  shows only on fresh prompts and seeds. This is no result yet.",
-        ], f"hpo confirm {folder.words}"
-    lines = confirmed_lines(folder)
-    if best in known:
-        return [
-            *lines,
-            "  That is the result; search scores are optimistic.",
-        ], f"hpo dashboard {folder.words}"
-    return [
-        *lines,
-        f"  Trial {best} is better by its search score, was not part of that confirmation, and so is no result yet.",
-    ], f"hpo confirm {folder.words}"

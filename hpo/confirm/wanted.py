@@ -15,8 +15,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.confirm.outcome import RESCORED, RETRAINED
-from hpo.study.folder import IDENTITY, RUNS, TOTAL, StudyFolder, find_folder, open_study, read_json
+from hpo.study.folder import IDENTITY, RUNS, TOTAL, StudyFolder, find_folder, read_json
 from hpo.study.standing import BASELINE, ROLE, is_feasible, rank, score_of, standing
+from hpo.study.storage import open_study
 from trainer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

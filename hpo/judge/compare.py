@@ -22,8 +22,9 @@ from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.judge.view import View
 from hpo.study.config import Inputs
 from hpo.terminal.stop import Stop
-from trainer.files import clean_text, machine_error, sha256_file, write_atomic
+from trainer.files import machine_error, sha256_file, write_atomic
 from trainer.tensorfile import read_header
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from evaluation.choice.compare import Comparison, Side

@@ -14,45 +14,31 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hpo.judge.outcome import Outcome
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.judge.view import View
 from hpo.study.config import Inputs
 from hpo.study.locks import Lock, holder
-from hpo.terminal.live import clock
 from hpo.terminal.stop import Stop
+from hpo.terminal.text import clock
 from trainer.errors import ConfigError, InvalidImages, MachineError, ModelFileError
 from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
 from trainer.tensorfile import with_metadata
 
 if TYPE_CHECKING:
-    from evaluation.choice.checkpoints import Choice, Point, Verdict
+    from evaluation.choice.checkpoints import Choice, Point
     from evaluation.prompts.prompts import PromptSet
     from evaluation.score.anchors import Anchors
     from evaluation.score.score import Score
     from hpo.judge.judge import Judge
 
 SEARCH, CONFIRMATION = "search", "confirmation"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an evaluation came to.  ``final`` and ``tested`` are indices into ``points``; ``retested`` are the
-    tested ones on the confirmation prompts."""
-
-    points: Sequence[Point]
-    choice: Choice
-    verdict: Verdict
-    tested: Sequence[int]
-    retested: Sequence[Point]
-    rechoice: Choice | None
-    final: int
-    word: str
 
 
 def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = None) -> Path:

@@ -21,19 +21,20 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from evaluation.encoders import embed
+from evaluation.encoders.references import References, embed_references, require_references
 from evaluation.gauges import others
 from evaluation.gauges.gauge import Gauge
 from evaluation.images.images import SampledImage
 from evaluation.images.sampling import OnImages, SampleConfig, sample
 from evaluation.prompts.prompts import MAX_TOKENS, PromptSet
-from evaluation.score.anchors import Anchors, References, embed_references, make_anchors, require_references
+from evaluation.score.anchors import Anchors, make_anchors
 from evaluation.score.safeguards import Limits, Safeguards
 from evaluation.score.score import METRICS_NAME, Formula, Score, evaluate_adapter, read_score
 from hpo.judge import standard as standards
 from hpo.judge.runfiles import RunFiles
-from hpo.search.workbench import check_encoders, load_encoders, make_safeguards, say_notes, subject_items
 from hpo.study.config import Inputs
 from hpo.study.folder import read_json
+from hpo.study.scoring import check_encoders, load_encoders, make_safeguards, say_notes, subject_items
 from hpo.train.adapter import check_device
 from hpo.train.keeper import DATASET_KEY
 from trainer.adapters import lorafile

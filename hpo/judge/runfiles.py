@@ -19,9 +19,9 @@ from typing import Any
 from hpo.study.folder import StudyFolder
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError
-from trainer.files import clean_text
 from trainer.kohya.trainfile import RUN_CONFIG, read_train_file
 from trainer.tensorfile import read_header
+from trainer.text import clean_text
 
 MARK_KEY = "lora_hpo_best_of"  # in best.safetensors: the name of the file it is a copy of
 MARK = "best.safetensors"

@@ -16,7 +16,6 @@ from typing import Any
 from evaluation.images.sampling import SampleConfig, default_config
 from evaluation.prompts.prompts import PromptSet, no_class_word
 from hpo.judge.runfiles import RunFiles
-from hpo.search.workbench import prompt_sets, reference_paths
 from hpo.study import promptfiles
 from hpo.study.config import (
     MINIATURE_STUDIES,
@@ -28,6 +27,7 @@ from hpo.study.config import (
     read_study,
 )
 from hpo.study.folder import RUNS, StudyFolder, read_json
+from hpo.study.scoring import prompt_sets, reference_paths
 from trainer.adapters import lorafile
 from trainer.bases.base import Base
 from trainer.config import TrainConfig
@@ -35,7 +35,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.images import read_picture
 from trainer.data.subsets import read_training_data
 from trainer.errors import ConfigError, DataError
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 SWEEP_STEPS = 25  # facts A2: DPM++ 2M with 25 steps for checkpoints and comparisons, 20 in a search
 # training_comment of a transfer's settings

@@ -16,11 +16,11 @@ from rich.text import Text
 
 from hpo.terminal.live import STOPPING
 from trainer.errors import Interrupted
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from evaluation.choice.checkpoints import Point
-    from hpo.judge.evaluate import Outcome
+    from hpo.judge.outcome import Outcome
 
 TABLE_WIDTH = 132  # characters
 

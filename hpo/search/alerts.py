@@ -12,14 +12,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from hpo.study.convergence import Verdict
 from hpo.study.folder import StudyFolder, read_json
+from hpo.study.standing import Row
 from trainer.errors import ConfigError
-from trainer.files import clean_text, write_atomic
+from trainer.files import write_atomic
+from trainer.text import clean_text
 
 NOTIFY_SECONDS = 5.0
 NOTIFY_VARIABLE = "HPO_NOTIFY"
@@ -29,16 +30,6 @@ MEANING = {
     "no_signal": "the scoring noise hides the differences between trials: add prompts or seeds",
 }
 ALERTED = ("converged", "plateau")  # levels that write the file
-
-
-@dataclass(frozen=True)
-class Row:
-    """A trial of the top table."""
-
-    number: int
-    value: float
-    se: float
-    settings: Mapping[str, Any]
 
 
 def alert_text(

@@ -14,6 +14,7 @@ from hpo.search.workbench import Workbench
 from hpo.study.space import Choice
 from trainer.adapters import adapter
 from trainer.config import TrainConfig
+from trainer.data.steps import total_steps
 from trainer.errors import MachineError, OutOfMemory
 from trainer.events import Step
 from trainer.files import require_space
@@ -44,7 +45,7 @@ def estimate(bench: Workbench, *, probe: bool) -> Cost:
     """Average cost of a trial.  ``probe`` times three real steps of the baseline."""
     baseline = bench.config(bench.study.baseline, 0)
     drawn = [bench.study.config(draw) for draw in _draws(bench)]
-    steps = [loop.total_steps(config, bench.data) for config in drawn]
+    steps = [total_steps(config, bench.data) for config in drawn]
     images, seconds = bench.prompts.image_count, None
     step_seconds = _probe(bench, baseline) if probe else None
     if step_seconds is not None:

@@ -12,10 +12,11 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpo.study.folder import StudyFolder, TrialFolder, database_errors, open_storage
+from hpo.study.folder import StudyFolder, TrialFolder
+from hpo.study.storage import database_errors, open_storage
 from hpo.terminal.beside import beside_lines
 from trainer.errors import MachineError
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     import optuna

@@ -15,8 +15,8 @@ from hpo.study.config import ELSEWHERE, StudyConfig
 from hpo.study.space import settings_of
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.files import clean_text
 from trainer.kohya.read import read_kohya
+from trainer.text import clean_text
 
 # What a file means by these together are two rates, the U-Net's and the text encoders'.
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "network_train_unet_only")

@@ -17,23 +17,13 @@ from rich.console import Console
 from hpo.search import alerts
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal
+from hpo.search.summary import introduction, ratio_line, summary
 from hpo.search.worker import Limits, Search
 from hpo.study import promptfiles
 from hpo.study.config import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
-from hpo.study.folder import (
-    IDENTITY,
-    RUNS,
-    STOP,
-    TOTAL,
-    StudyFolder,
-    Use,
-    begun_study,
-    create_study,
-    database_errors,
-    in_use,
-    study_folder,
-)
+from hpo.study.folder import IDENTITY, RUNS, STOP, TOTAL, StudyFolder, Use, in_use, study_folder
 from hpo.study.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
+from hpo.study.storage import begun_study, create_study, database_errors
 from hpo.terminal import live as report
 from hpo.terminal.stop import Stop
 from trainer.errors import ConfigError, Interrupted
@@ -151,11 +141,10 @@ def _open(bench: Workbench, use: Use, say: Callable[[str], None]) -> optuna.Stud
 def _proposal(request: Request, bench: Workbench, view: report.PlainView) -> Mapping[str, Any] | None:
     if request.enqueue is None:
         return None
-    from trainer.loop import loop
 
-    proposal, notes = as_proposal(
-        request.enqueue, bench.study, lambda train: loop.total_steps(train, bench.data)
-    )
+    from trainer.data.steps import total_steps
+
+    proposal, notes = as_proposal(request.enqueue, bench.study, lambda train: total_steps(train, bench.data))
     for note in notes:
         view.say(note)
     return proposal
@@ -173,8 +162,8 @@ def _begin(
     now = standing(study, limits.trials)
     fresh = now.complete + now.running == 0
     if fresh:
-        console.print(report.introduction(bench.study, limits.trials))
-        view.say(report.ratio_line(len(bench.study.space), limits.trials))
+        console.print(introduction(bench.study, limits.trials))
+        view.say(ratio_line(len(bench.study.space), limits.trials))
     view.say(_data_line(bench))
     if now.left:
         if fresh:
@@ -233,6 +222,6 @@ def _cost_line(cost: Cost, now: Standing, limits: Limits) -> str:
 def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
     best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
     settings = best.user_attrs.get("settings", {}) if best else None
-    for line in report.summary(bench.folder, now, settings, why):
+    for line in summary(bench.folder, now, settings, why):
         view.say(line)
     view.say(report.study_line(bench.folder.name, now))

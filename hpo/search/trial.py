@@ -34,7 +34,8 @@ from hpo.study.result import (
 from hpo.train.adapter import StepLog, train_adapter
 from trainer.config import TrainConfig
 from trainer.errors import Interrupted, MachineError, ModelFileError, OutOfMemory, SettingsFailure, ToolError
-from trainer.files import append_line, clean_text, read_records, sha256_file, sweep_tree
+from trainer.files import append_line, read_records, sha256_file, sweep_tree
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from evaluation.score.safeguards import Safety

@@ -29,7 +29,8 @@ from hpo.study.space import BASELINE, DERIVED, ZERO_IS_UNSET, Space, settings_of
 from hpo.study.spacefile import read_space
 from trainer.config import SETTINGS, WITHOUT_INFLUENCE, TrainConfig, check_name, suggestion
 from trainer.errors import ConfigError
-from trainer.files import clean_text, safe_name
+from trainer.files import safe_name
+from trainer.text import clean_text
 
 DEFAULT_STUDY = "sd15-character"
 MINIATURE_STUDIES = {"mini-sd15": "mini", "mini-sdxl": "mini-sdxl"}

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.search.alerts import Row
 from hpo.study.config import StudyConfig
 from hpo.study.convergence import TOP, Point
 from hpo.study.folder import StudyFolder
@@ -176,3 +175,13 @@ def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
     for trial in done:
         if trial.number not in kept:
             folder.trial(trial.number).lora.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial of the top table."""
+
+    number: int
+    value: float
+    se: float
+    settings: Mapping[str, Any]

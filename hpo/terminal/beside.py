@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpo.study.folder import TrialFolder, read_json
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 NAMES = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino_i": "DINO-I"}
 # OpenAI's own weights are what torchmetrics' CLIPScore takes; it prints 100 times the cosine.

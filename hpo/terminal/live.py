@@ -20,14 +20,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hpo.terminal.text import clock, figures, short
 from trainer.events import Event, Skipped, Step
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     import optuna
 
-    from hpo.study.config import StudyConfig
-    from hpo.study.folder import StudyFolder
     from hpo.study.result import Result
     from hpo.study.standing import Standing
 
@@ -35,26 +34,6 @@ PLAIN_SECONDS = 10.0  # between progress lines without a terminal
 REFRESH_PER_SECOND = 4
 STOPPING = "stopping after this step; Ctrl-C once more stops at once"
 SMOOTHING = 0.9  # of the shown loss and rate
-
-
-def short(value: Any) -> str:
-    """A setting as a person reads it: three digits, no long tails."""
-    if isinstance(value, float):
-        return (
-            f"{value:.3g}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}".replace("e-0", "e-")
-        )
-    return clean_text(str(value))
-
-
-def clock(seconds: float) -> str:
-    """1:05 for 65 s, 2:00:09 for two hours and nine seconds."""
-    whole = max(0, round(seconds))
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def figures(what: tuple[int, float, float] | None) -> str:
-    return f"{what[1]:.4f} ± {what[2]:.4f}" if what else "none yet"
 
 
 @dataclass
@@ -279,60 +258,6 @@ def study_line(name: str, standing: Standing) -> str:
     if standing.front:
         words.append("front=" + ",".join(map(str, standing.front)))
     return " ".join(words)
-
-
-def introduction(config: StudyConfig, trials: int) -> RenderableType:
-    """What is searched, once at the start."""
-    table = Table(box=None, padding=(0, 2), title=None, show_edge=False)
-    table.add_column("setting", style="bold", no_wrap=True)
-    table.add_column("searched")
-    table.add_column("trial 0", justify="right", no_wrap=True)
-    for p in config.space:
-        table.add_row(Text(p.name), Text(clean_text(p.describe())), Text(short(config.baseline[p.name])))
-    return table
-
-
-def ratio_line(settings: int, trials: int) -> str:
-    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials per dimension"
-
-
-def summary(
-    folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
-) -> list[str]:
-    """The end of a search: best settings, score beside the untrained base's and the usual settings', files, next."""
-    from hpo.confirm.view import end_lines
-    from hpo.terminal.beside import trial_lines
-
-    lines = [f"{folder.name}: {why}"]
-    if standing.best is None or settings is None:
-        return [*lines, "no trial has a score yet", f"next: hpo status {folder.words}"]
-    number = standing.best[0]
-    trial = folder.trial(number)
-    baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
-    trouble = clean_text(standing.baseline_trouble) or figures(None)
-    said, following = end_lines(folder, number)
-    confirm = f", confirm with: {following}" if "confirm" in following else ""
-    lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
-    lines += [
-        f"search score: {figures(standing.best)}{confirm}",
-        f"  usual settings{baseline}: {figures(standing.baseline) if standing.baseline else trouble}",
-        "  untrained base: 0.0000, by definition of the scale; 1 is its prompt following",
-        "  together with the likeness of real images; ± is one standard error over prompts",
-        *(f"  beside it: {line}" for line in trial_lines(trial)),
-        *said,
-    ]
-    if standing.front:
-        lines += [
-            "Pareto front of prompt following and likeness: trials " + ", ".join(map(str, standing.front)),
-            "  none of them is beaten in both; the best above has the highest score of the two together;",
-            "  convergence is judged of one score only, so nothing is said of it here",
-        ]
-    if trial.lora.is_file():
-        lines.append(f"LoRA: {trial.lora}")
-    lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
-    if folder.alert.is_file():
-        lines.append(f"convergence: {folder.alert}")
-    return [*lines, f"next: {following}"]
 
 
 def best_line(study: optuna.Study, now: Standing) -> str:

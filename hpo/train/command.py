@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console
 
-from hpo.cli.export import known_family
 from hpo.train import plan as trainplan
 from hpo.train.samples import file_stem, read_sample_prompts
 from trainer.bases import families
@@ -23,8 +22,9 @@ from trainer.bases.blockrates import BLOCKS, block_rates
 from trainer.config import TrainConfig
 from trainer.data.subsets import read_dataset_file, read_training_data
 from trainer.errors import ConfigError
-from trainer.files import clean_text
+from trainer.kohya.family import known_family
 from trainer.kohya.trainfile import TrainFile, read_train_file
+from trainer.text import clean_text
 
 OUTPUT = Path("output")  # where LoRA files go if neither the command nor the file names a folder
 

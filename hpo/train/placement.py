@@ -17,9 +17,9 @@ from trainer.bases.base import Base, compute_type
 from trainer.bases.load import load_base
 from trainer.compute import fp8
 from trainer.config import TrainConfig
+from trainer.data import preflight
 from trainer.data.cache import Prepared
 from trainer.data.dataset import Dataset
-from trainer.loop import preflight
 from trainer.oom import release
 
 

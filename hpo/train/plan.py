@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.live import short
+from hpo.terminal.text import say, short
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data.dataset import Dataset, assign_buckets, epoch_batches
-from trainer.files import clean_text
 from trainer.kohya.trainfile import TrainFile
+from trainer.text import clean_text
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Steps:
 
 
 def count_steps(config: TrainConfig, data: Dataset) -> Steps:
-    """The arithmetic of ``trainer.loop.loop.plan``, with what goes into it.  Accumulation stays within an epoch."""
+    """The arithmetic of ``trainer.data.steps.plan``, with what goes into it.  Accumulation stays within an epoch."""
     buckets = assign_buckets(data.items, config)
     samples: Counter[str] = Counter()
     for item in sorted(data.items, key=lambda item: buckets[item.sha256]):
@@ -134,8 +134,3 @@ def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -
         say(console, "buckets: " + ", ".join(f"{size} ({count})" for size, count in steps.buckets.items()))
         say(console, f"steps: {steps.line(file.config)}")
     say(console, f"output: {output}")
-
-
-def say(console: Console, text: str) -> None:
-    """One line; long ones are left to the terminal to wrap."""
-    console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)

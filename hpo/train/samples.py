@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.files import clean_text, write_atomic
+from trainer.files import write_atomic
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from trainer.bases.base import Base

@@ -14,9 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.live import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, clock
+from hpo.terminal.live import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING
+from hpo.terminal.text import clock
 from trainer.events import Event, Finished, Skipped, Step, Validated
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 
 class TrainView:

@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hpo.study.folder import RUNS
-from hpo.train.plan import say
+from hpo.terminal.text import say
 from hpo.transfer import files as transferfile
 from hpo.transfer.files import Places, derived_lines, kept_line, shown
-from hpo.transfer.plan import PLANNER, Finding, Move, TransferPlan
+from hpo.transfer.mapping import Transfer, make, planned, with_decision
+from hpo.transfer.plan import Move, TransferPlan
 from hpo.transfer.profile import Profile, profiles_of, read_family, read_profile
-from hpo.transfer.rules import MAPPING_VERSION, revised, transfer
-from hpo.transfer.source import Source, dataset_figures, find_source, holding_out, read_source, with_places
+from hpo.transfer.rules import MAPPING_VERSION
+from hpo.transfer.source import find_source, read_source
 from trainer.errors import ConfigError
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 WIDE = 130  # columns from which the reason stands in the table's row
-GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,6 @@ class Request:
     design: str | None = None
     device: str | None = None
     runs: Path = RUNS
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """A transfer on its way: where from, by what, to what."""
-
-    source: Source
-    profile: Profile
-    plan: TransferPlan
 
 
 def run(request: Request, console: Console) -> None:
@@ -112,51 +101,7 @@ def _profile(request: Request) -> Profile:
     return profile.with_vram(request.vram) if request.vram is not None else profile
 
 
-def make(
-    source: Source, profile: Profile, preset: str | None, told: Callable[[str], None] = lambda text: None
-) -> Transfer:
-    """The mapping of the source's best configuration, planned for the card."""
-    figures, _ = dataset_figures(source, profile.family)
-    best, name = source.best, source.folder.name
-    comment = f"{name} trial {best.number}, mapping {MAPPING_VERSION}"
-    config = holding_out(source, with_places(best.config, f"{name}_{profile.family.name}", comment))
-    return Transfer(
-        source, profile, planned(transfer(config, figures, profile, preset=preset), profile, told)
-    )
-
-
 # The planner's last word
-
-
-def planned(
-    plan: TransferPlan, profile: Profile, told: Callable[[str], None] = lambda text: None
-) -> TransferPlan:
-    """The plan with what the card's memory asks for: its changes are moves too.  ``told`` of what takes long."""
-    from trainer.memory import (
-        footprint,
-        stacks,  # they trace the base: torch and diffusers
-    )
-
-    facts = footprint.base_facts(profile.family.base)
-    try:
-        told(f"predicting the memory of a step on {profile.vram_gb:g} GB (seconds, up to a minute)")
-        stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB), say=told)
-    except ConfigError as error:
-        more = () if plan.of_level("refuse") else (Finding("refuse", "vram", error.message),)
-        return dataclasses.replace(plan, findings=(*plan.findings, *more))
-    moves = tuple(Move(m.key, m.old, m.new, PLANNER, m.reason) for m in stack.moves)
-    findings = tuple(
-        Finding("warn", f.about, f"{f.text}; the planner finds that it fits") if _is_card(f) else f
-        for f in plan.findings
-    )
-    done = revised(dataclasses.replace(plan, findings=findings), stack.config, moves, profile)
-    return dataclasses.replace(
-        done, derived=dataclasses.replace(done.derived, peak_bytes=stack.footprint.peak_bytes)
-    )
-
-
-def _is_card(finding: Finding) -> bool:
-    return finding.level == "refuse" and finding.about == "vram"
 
 
 # What the terminal shows
@@ -216,14 +161,3 @@ def _write(done: Transfer, places: Places, request: Request, more: tuple[str, ..
         f"{done.profile.family.title}: settings of {source.folder.name}, {source.says}; mapping {MAPPING_VERSION}",
     )
     return transferfile.write(done.plan, places, done.profile, request.preset, head, tuple(more))
-
-
-def with_decision(done: Transfer, values: Mapping[str, Any], reason: str) -> TransferPlan:
-    """The plan with the values that probes found better, as moves."""
-    plan = done.plan
-    moves = tuple(
-        Move(key, getattr(plan.config, key), value, "probe", reason)
-        for key, value in values.items()
-        if getattr(plan.config, key) != value
-    )
-    return revised(plan, plan.config.with_values(values), moves, done.profile)

@@ -15,13 +15,14 @@ from typing import Any
 
 import tomlkit
 
-from hpo.terminal.live import clock, short
+from hpo.terminal.text import clock, short
 from hpo.transfer.plan import Derived, Move, TransferPlan
 from hpo.transfer.profile import PRESETS, Profile
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.files import clean_text, machine_error, write_atomic
+from trainer.files import machine_error, write_atomic
 from trainer.kohya import export as kohyaexport
+from trainer.text import clean_text
 
 WIDTH = 110
 # Always written: what a reader looks for first.

@@ -19,7 +19,7 @@ from hpo.study.config import SHIPPED
 from trainer.bases.blockrates import BLOCKS
 from trainer.config import TrainConfig, check_name, check_value, suggestion
 from trainer.errors import ConfigError
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 RATE_RULES = ("sqrt_batch", "keep", "factor", "linear_batch")
 TEXT_ENCODERS = ("inherit", "off")

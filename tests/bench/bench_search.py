@@ -34,7 +34,8 @@ from evaluation.score.score import (
 )
 from hpo.search.workbench import Inputs, Workbench, load
 from hpo.study.config import find_study, read_study
-from hpo.study.folder import StudyFolder, open_study
+from hpo.study.folder import StudyFolder
+from hpo.study.storage import open_study
 from trainer.adapters import adapter as adapters
 from trainer.config import TrainConfig
 from trainer.loop import loop

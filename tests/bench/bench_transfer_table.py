@@ -85,7 +85,7 @@ def direct_trials(source_samples: float, probes: int, target_samples: float, cos
 def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig | None]:
     """The settings of every row.  None: nothing is trained."""
     from hpo.study.folder import StudyFolder
-    from hpo.transfer.command import make
+    from hpo.transfer.mapping import make
     from hpo.transfer.source import read_source
     from trainer.kohya.trainfile import read_train_file
 

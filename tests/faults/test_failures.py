@@ -20,7 +20,8 @@ import hpo.study.result
 from hpo.search.workbench import Workbench
 from hpo.search.worker import Limits, Search
 from hpo.study.convergence import Verdict
-from hpo.study.folder import STOP, open_study, read_json
+from hpo.study.folder import STOP, read_json
+from hpo.study.storage import open_study
 from tests.faults.zygote import attempt
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench, tiny_study
 from trainer.errors import Diverged, InvalidImages, MachineError, ModelFileError, OutOfMemory, StudyStopped

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hpo.search.worker import Limits
-from hpo.study.folder import StudyFolder, open_study, read_json
+from hpo.study.folder import StudyFolder, read_json
+from hpo.study.storage import open_study
 from hpo.terminal.stop import Stop
 from tests.faults.zygote import attempt
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
@@ -70,11 +71,11 @@ def search_killed_at(root: Path, data: Path, place: str, call: int, when: str) -
 
 
 MODULES = (
-    "hpo.study.folder", "hpo.search.worker", "hpo.search.claim", "hpo.search.trial", "hpo.search.dashboard",
+    "hpo.study.storage", "hpo.search.worker", "hpo.search.claim", "hpo.search.trial", "hpo.search.dashboard",
     "tests.tiny_search", "trainer.adapters.lorafile",
 )  # fmt: skip
 SEAMS = [
-    ("hpo.study.folder.open_storage", 1, "after"),  # a database without a study
+    ("hpo.study.storage.open_storage", 1, "after"),  # a database without a study
     ("tests.tiny_search.create_study", 1, "after"),  # a study without a single trial
     ("hpo.search.claim.suggest", 1, "before"),  # the baseline is RUNNING, nothing proposed yet
     ("hpo.search.claim.suggest", 2, "after"),  # proposed, the lock not yet taken

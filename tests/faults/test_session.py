@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sqlite3
@@ -17,10 +18,11 @@ import torch
 import hpo.search.claim
 import hpo.search.session
 import hpo.search.worker
-import hpo.study.folder
+import hpo.study.storage
 from hpo.search.workbench import Workbench
 from hpo.search.worker import Limits
-from hpo.study.folder import STOP, StudyFolder, begun_study, open_study
+from hpo.study.folder import STOP, StudyFolder
+from hpo.study.storage import begun_study, open_study
 from tests.faults.zygote import attempt, finish, start
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
 from tests.tiny_session import run_session
@@ -136,7 +138,7 @@ def test_a_failing_call_leaves_its_study_to_a_worker_that_has_joined(
 
 def killed_after(place: str, root: Path, data: Path) -> None:
     module, _, name = place.rpartition(".")
-    owner = getattr(hpo, module)
+    owner = importlib.import_module(f"hpo.{module}")
     original = getattr(owner, name)
 
     def killing(*args: Any, **kwargs: Any) -> Any:
@@ -148,7 +150,13 @@ def killed_after(place: str, root: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["folder._write_ahead", "folder.open_storage", "session.create_study", "session._open"]
+    "place",
+    [
+        "study.storage._write_ahead",
+        "study.storage.open_storage",
+        "search.session.create_study",
+        "search.session._open",
+    ],
 )
 def test_a_kill_before_the_study_has_begun_does_not_block_its_name(
     root: Path, data: Path, place: str
@@ -271,7 +279,7 @@ def test_a_database_that_stays_locked_is_named(
     root: Path, data: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     run_session(root, data)
-    monkeypatch.setattr(hpo.study.folder, "LOCK_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(hpo.study.storage, "LOCK_WAIT_SECONDS", 0.01)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     blocker = sqlite3.connect(StudyFolder(root).database, isolation_level=None)
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from hpo.search.worker import Limits
-from hpo.study.folder import StudyFolder, create_study, open_study
+from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
+from hpo.study.storage import create_study, open_study
 from tests.faults.zygote import attempt, finish, start
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
 from trainer.errors import ConfigError, MachineError

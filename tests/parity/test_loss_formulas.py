@@ -9,6 +9,7 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 
 from tests.tiny import SCHEDULER
 from trainer.bases.base import alphas_cumprod
+from trainer.bases.schedule import zero_terminal_snr
 from trainer.config import TrainConfig
 from trainer.loop import loss
 
@@ -50,7 +51,7 @@ def test_the_velocity_is_ddpms():
 
 def test_zero_terminal_snr_is_diffusers_rescaling():
     reference = torch.cumprod(1 - rescale_zero_terminal_snr(scheduler().betas), dim=0)
-    ours = loss.zero_terminal_snr(ALPHAS)
+    ours = zero_terminal_snr(ALPHAS)
     torch.testing.assert_close(ours, reference, rtol=2e-4, atol=1e-6)
     assert ours[-1] == 0.0
     assert ours[0] == pytest.approx(float(ALPHAS[0]), rel=1e-6)
@@ -92,7 +93,7 @@ def test_weights_multiply_and_stay_finite_with_zero_terminal_snr():
     )
     torch.testing.assert_close(loss.timestep_weights(STEPS, ALPHAS, both), expected, **CLOSE)
     predicted, target = pair()
-    rescaled = loss.zero_terminal_snr(ALPHAS)
+    rescaled = zero_terminal_snr(ALPHAS)
     ours = loss.sample_losses(predicted, target, STEPS, rescaled, both, weights_alphas=ALPHAS)
     assert ours.isfinite().all()
 

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from hpo.search.alerts import Row, check_services, notification_urls, notify, update_alert
+from hpo.search.alerts import check_services, notification_urls, notify, update_alert
 from hpo.study.convergence import Verdict
 from hpo.study.folder import StudyFolder, read_json
+from hpo.study.standing import Row
 from trainer.errors import ConfigError
 
 CONVERGED = Verdict(

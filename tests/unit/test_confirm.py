@@ -22,9 +22,11 @@ from hpo.confirm.outcome import (
     expected_best,
     write_outcome,
 )
-from hpo.confirm.view import confirmed_lines, confirmed_trials, outcome_lines
+from hpo.confirm.view import outcome_lines
 from hpo.confirm.wanted import OF, TRAIN_SEED, fresh_seed, searched
-from hpo.study.folder import StudyFolder, open_study, read_json
+from hpo.study.folder import StudyFolder, read_json
+from hpo.study.storage import open_study
+from hpo.terminal.confirmation import confirmed_lines, confirmed_trials
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
 from tests.tiny_search import draw_images
 from trainer.config import TrainConfig

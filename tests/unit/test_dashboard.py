@@ -12,7 +12,8 @@ import optuna
 import pytest
 
 from hpo.search.dashboard import is_loopback, serve
-from hpo.study.folder import StudyFolder, create_study, open_storage
+from hpo.study.folder import StudyFolder
+from hpo.study.storage import create_study, open_storage
 from trainer.errors import MachineError
 
 

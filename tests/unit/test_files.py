@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from trainer import files
 from trainer.errors import ConfigError, MachineError
+from trainer.text import clean_text
 
 OLD, NEW = b"old " * 1000, b"new " * 2000
 
@@ -341,15 +342,15 @@ def test_names_that_could_leave_their_folder_are_refused(name: str) -> None:
 
 @given(st.text())
 def test_clean_text_has_nothing_a_terminal_would_act_on(text: str) -> None:
-    shown = files.clean_text(text)
+    shown = clean_text(text)
     assert all(ord(c) >= 32 and not 0x7F <= ord(c) < 0xA0 for c in shown)
     assert not any(c in shown for c in "\x1b\x07\r\n\x9b\u202e\u2066\u2028")
     shown.encode()  # no surrogates
 
 
 def test_clean_text_keeps_what_is_read_and_drops_what_acts() -> None:
-    assert files.clean_text("caf\u00e9 \u732b 🙂") == "caf\u00e9 \u732b 🙂"
-    assert files.clean_text("\x1b]0;title\x07a\x1b[31mb\nc\td\u202ee") == "]0;titlea[31mb c de"
+    assert clean_text("caf\u00e9 \u732b 🙂") == "caf\u00e9 \u732b 🙂"
+    assert clean_text("\x1b]0;title\x07a\x1b[31mb\nc\td\u202ee") == "]0;titlea[31mb c de"
 
 
 def test_space_is_asked_for_before_it_is_used(tmp_path: Path) -> None:

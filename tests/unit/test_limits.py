@@ -17,9 +17,10 @@ from evaluation.score.score import read_score
 from hpo.cli.main import main
 from hpo.search.workbench import Workbench
 from hpo.search.worker import Limits as Length
-from hpo.study.folder import open_study, read_json
+from hpo.study.folder import read_json
 from hpo.study.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
 from hpo.study.standing import standing
+from hpo.study.storage import open_study
 from tests.tiny_run import JUDGING, MINI_CLIP, THREE_CHECKPOINTS, loud_base
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench
 from trainer.data.images import read_picture

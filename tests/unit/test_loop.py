@@ -11,6 +11,7 @@ from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.bases.base import Parts
 from trainer.data import dataset
+from trainer.data.steps import plan, total_steps
 from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from trainer.events import Finished, Saved, Skipped, Step
 from trainer.loop import loop
@@ -89,7 +90,11 @@ def test_a_batch_of_four_equals_four_batches_of_one_accumulated(family):
         adapter.remove()
     for events, state in results[1:]:
         assert [e.loss for e in events[:-1]] == pytest.approx([e.loss for e in results[0][0][:-1]], rel=1e-4)
-        close(state, results[0][1], rtol=5e-3)
+        for key, weights in state.items():
+            # Of each tensor as a whole: AdamW divides by the root of the squared gradient, so where a gradient nearly
+            # cancels, the order of additions (it differs between processors) shows as percents of one step's rate.
+            other = results[0][1][key]
+            assert float((weights - other).norm()) <= 5e-3 * float(other.norm()) + 1e-6, key
 
 
 def test_the_last_group_of_an_epoch_is_weighted_by_its_true_count():
@@ -110,9 +115,9 @@ def test_steps_are_counted_as_kohya_counts_them():
     base = tiny_base("sd15")
     config = tiny_config(train_batch_size=2, gradient_accumulation_steps=2, max_train_epochs=3)
     prepared = tiny_prepared(base, config, images=5, repeats=2)  # 10 samples, 5 batches, 3 steps an epoch
-    assert loop.total_steps(config, prepared.dataset) == 9
-    assert loop.total_steps(replace(config, max_train_steps=4), prepared.dataset) == 4
-    assert loop.plan(replace(config, max_train_steps=4), prepared.dataset).total_epochs == 2
+    assert total_steps(config, prepared.dataset) == 9
+    assert total_steps(replace(config, max_train_steps=4), prepared.dataset) == 4
+    assert plan(replace(config, max_train_steps=4), prepared.dataset).total_epochs == 2
     events, _ = run(base, replace(config, max_train_steps=4), images=5, repeats=2)
     assert events[-1] == Finished(4, 0)
 

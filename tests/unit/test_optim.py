@@ -8,8 +8,9 @@ import torch
 from tests.tiny import tiny_base
 from trainer.adapters.adapter import inject
 from trainer.config import OPTIMIZER_NAMES, TrainConfig
+from trainer.data.steps import warmup_steps
 from trainer.errors import ConfigError
-from trainer.loop.optim import OPTIMIZERS, build_optimizer, rate, set_rate, warmup_steps
+from trainer.loop.optim import OPTIMIZERS, build_optimizer, rate, set_rate
 
 
 def config_for(name: str, **values) -> TrainConfig:

@@ -24,9 +24,9 @@ from hpo.search.claim import suggest
 from hpo.search.workbench import Workbench
 from hpo.search.worker import Limits
 from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
-from hpo.study.folder import open_study
 from hpo.study.result import FAILED
 from hpo.study.space import DERIVED
+from hpo.study.storage import open_study
 from tests.tiny import tiny_base
 from tests.tiny_search import STUDY, Recorder, draw_images, make_search, tiny_bench
 from trainer.adapters.adapter import inject

@@ -8,13 +8,14 @@ from rich.console import Console
 from hpo.confirm.view import status_lines
 from hpo.search.claim import make_sampler
 from hpo.search.session import Request, search
+from hpo.search.summary import summary
 from hpo.search.worker import Limits
 from hpo.study.config import Inputs
-from hpo.study.folder import create_study, open_study
 from hpo.study.noise import components
 from hpo.study.result import INFEASIBLE_VALUE
 from hpo.study.standing import pareto_front, score_of, standing
-from hpo.terminal.live import status_table, study_line, summary
+from hpo.study.storage import create_study, open_study
+from hpo.terminal.live import status_table, study_line
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
 from trainer.errors import ConfigError
 

@@ -6,9 +6,9 @@ import pytest
 
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject
-from trainer.data import cache
+from trainer.data import cache, preflight
 from trainer.errors import ConfigError
-from trainer.loop import loop, preflight
+from trainer.loop import loop
 
 
 def test_a_clip_skip_beyond_the_encoders_layers_is_refused_before_anything_is_done():

@@ -18,13 +18,14 @@ from evaluation.gauges.gauge import LikenessGauge
 from evaluation.score.formula import Formula, composite
 from evaluation.score.score import Score, evaluate_adapter, read_score
 from hpo.confirm.view import status_lines
+from hpo.search.summary import summary
 from hpo.search.workbench import Workbench, load
 from hpo.search.worker import Limits
 from hpo.study.config import Inputs, check_unchanged, find_study, read_study
-from hpo.study.folder import StudyFolder, open_study, read_json
+from hpo.study.folder import StudyFolder, read_json
 from hpo.study.sections import PRESETS
 from hpo.study.standing import standing
-from hpo.terminal.live import summary
+from hpo.study.storage import open_study
 from tests.tiny_search import draw_images, make_search, tiny_bench
 from trainer.bases.miniature import subjects, world
 from trainer.errors import ConfigError, ToolError

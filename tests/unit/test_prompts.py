@@ -19,8 +19,8 @@ from evaluation.prompts.prompts import (
     shorten,
 )
 from evaluation.prompts.templates import TEMPLATES
-from hpo.search.workbench import prompt_sets, say_notes, subject_items
 from hpo.study.config import SHIPPED, Inputs, read_study
+from hpo.study.scoring import prompt_sets, say_notes, subject_items
 from hpo.study.sections import PRESETS
 from tests import ranking
 from tests.tiny_search import draw_images

@@ -12,24 +12,13 @@ import pytest
 from rich.console import Console
 
 from hpo.search.dashboard import note_text
+from hpo.search.summary import introduction, ratio_line, summary
 from hpo.study.config import find_study, read_study
 from hpo.study.folder import StudyFolder
 from hpo.study.result import Result, write_result
 from hpo.study.standing import Standing
-from hpo.terminal.live import (
-    Current,
-    LiveView,
-    PlainView,
-    clock,
-    introduction,
-    live_block,
-    make_view,
-    ratio_line,
-    short,
-    study_line,
-    summary,
-    trial_line,
-)
+from hpo.terminal.live import Current, LiveView, PlainView, live_block, make_view, study_line, trial_line
+from hpo.terminal.text import clock, short
 from trainer.events import Step
 
 STANDING = Standing(30, 7, 1, 0, 1, (4, 0.61234, 0.02123), (0, 0.4, 0.03), 90.0)

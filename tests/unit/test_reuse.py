@@ -13,7 +13,8 @@ from rich.console import Console
 import hpo.search.workbench
 from hpo.search.session import Request, search
 from hpo.study.config import Inputs
-from hpo.study.folder import find_folder, open_study
+from hpo.study.folder import find_folder
+from hpo.study.storage import open_study
 from tests.tiny_search import draw_images
 from trainer.bases.base import Base
 

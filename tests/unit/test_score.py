@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evaluation.encoders.references import References, embed_references
 from evaluation.images.images import SampledImage
 from evaluation.images.sampling import SampleConfig, sample
 from evaluation.prompts.prompts import Prompt, PromptSet
-from evaluation.score.anchors import Anchors, References, embed_references, make_anchors, measure_anchors
+from evaluation.score.anchors import Anchors, make_anchors, measure_anchors
 from evaluation.score.score import Score, composite, evaluate_adapter, paired_difference, read_score, score
 from tests.tiny import tiny_base
 from trainer.adapters.adapter import inject

@@ -28,9 +28,9 @@ from trainer.adapters.adapter import inject
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
 from trainer.data.dataset import read_dataset
+from trainer.data.steps import plan
 from trainer.errors import ConfigError
 from trainer.events import Step
-from trainer.loop import loop
 
 SETTINGS = (
     TINY
@@ -165,10 +165,10 @@ def test_the_arithmetic_is_that_of_the_loop(place: Path, values: dict[str, Any])
         resolution=64, enable_bucket=False, train_batch_size=3, lr_warmup_steps=0.25, **values
     )
     data = read_dataset(place / "images", config)
-    plan = loop.plan(config, data)
+    length = plan(config, data)
     steps = count_steps(config, data)
     found = (steps.steps_per_epoch, steps.total_steps, steps.epochs)
-    assert found == (plan.steps_per_epoch, plan.total_steps, plan.total_epochs)
+    assert found == (length.steps_per_epoch, length.total_steps, length.total_epochs)
 
 
 def test_a_run_saves_along_the_way_and_can_be_trained_again_from_its_file(place: Path, base: Path) -> None:

@@ -14,9 +14,11 @@ from rich.console import Console
 from hpo.cli.main import main
 from hpo.search.workbench import write_definition
 from hpo.search.worker import Limits
-from hpo.study.folder import StudyFolder, create_study, open_study
+from hpo.study.folder import StudyFolder
 from hpo.study.standing import BASELINE, ROLE
-from hpo.transfer.command import Request, Transfer, make, with_decision
+from hpo.study.storage import create_study, open_study
+from hpo.transfer.command import Request
+from hpo.transfer.mapping import Transfer, make, with_decision
 from hpo.transfer.plan import PLANNER, Move, derive, normalised, snap_down
 from hpo.transfer.probes.design import Ladder, Outcome, Probe
 from hpo.transfer.probes.run import _probe_by_probe, _Probing, agree, identity, probe_folder

@@ -5,6 +5,7 @@ import torch
 
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject, keyed_generator
+from trainer.data.steps import Plan
 from trainer.events import Step, Validated
 from trainer.loop import loop
 from trainer.loop.loop import train
@@ -88,5 +89,5 @@ def test_training_tells_it_after_every_epoch_and_is_not_changed_by_it():
 
 
 def test_a_run_that_ends_inside_an_epoch_is_validated_at_its_end():
-    assert loop._ends_epoch(loop.Plan(4, 6, 2), 6)
-    assert [step for step in range(1, 7) if loop._ends_epoch(loop.Plan(4, 6, 2), step)] == [4, 6]
+    assert loop._ends_epoch(Plan(4, 6, 2), 6)
+    assert [step for step in range(1, 7) if loop._ends_epoch(Plan(4, 6, 2), step)] == [4, 6]

@@ -21,11 +21,11 @@ from trainer.adapters.kinds import KINDS
 from trainer.bases.base import Base
 from trainer.config import TrainConfig
 from trainer.data.dataset import Dataset, tag_frequency
+from trainer.data.steps import plan, warmup_steps
 from trainer.errors import ConfigError, ModelFileError
-from trainer.files import clean_text, write_atomic
-from trainer.loop import optim
-from trainer.loop.loop import plan
+from trainer.files import write_atomic
 from trainer.tensorfile import load_tensors, read_header, to_bytes
+from trainer.text import clean_text
 
 CONFIG_KEY = "lora_hpo_config"
 FOLDERS = (
@@ -187,7 +187,7 @@ def dataset_metadata(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
         "ss_steps": length.total_steps,
         "ss_num_epochs": length.total_epochs,
         "ss_epoch": length.total_epochs,
-        "ss_lr_warmup_steps": optim.warmup_steps(config, length.total_steps),
+        "ss_lr_warmup_steps": warmup_steps(config, length.total_steps),
         "ss_tag_frequency": json.dumps(tag_frequency(dataset), sort_keys=True),
     }
     return {name: str(value) for name, value in values.items()}

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.bases.schedule import zero_terminal_snr
 from trainer.errors import ModelFileError
-from trainer.loop.loss import zero_terminal_snr
 
 MAX_TIMESTEPS = 10_000  # assumed: published bases have 1000
 WINDOW_TOKENS = 75  # what CLIP reads at once, without start and end mark

@@ -1,7 +1,7 @@
 """What settings mean on a family of bases, before a base is loaded.
 
 Owns which settings belong to one family only; whether a loaded base can do what is asked is
-``trainer.loop.preflight``'s.
+``trainer.data.preflight``'s.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from torch import Tensor
 from trainer.bases.base import WINDOW_TOKENS, Base, Sizes, TextStates
 from trainer.compute.fp8 import holds_fp8
 from trainer.config import TrainConfig
+from trainer.data import preflight
 from trainer.data.buckets import Bucket, BucketRules, Fit
 from trainer.data.dataset import (
     MIRRORED,
@@ -39,9 +40,9 @@ from trainer.data.dataset import (
     views,
 )
 from trainer.errors import DataError, OutOfMemory
-from trainer.files import clean_text, machine_error, sweep, write_atomic
-from trainer.loop import preflight
+from trainer.files import machine_error, sweep, write_atomic
 from trainer.oom import out_of_memory_named
+from trainer.text import clean_text
 
 FORMAT = 1  # raised when pixels or encoding change, so that old files are not found
 Tensors = dict[str, Tensor]

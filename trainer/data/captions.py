@@ -18,7 +18,7 @@ from typing import Any
 
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, DataError
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 MAX_CAPTION_BYTES = 65_536  # assumed: encoders read 75 to 225 tokens, about 1 kB
 _EXTENSION = re.compile(r"\.\w[\w.-]*")

@@ -28,7 +28,8 @@ from trainer.data.captions import START, CaptionRules, Moment, listed, read_capt
 from trainer.data.folders import HELD_OUT, Part, common, images_in, parts_of, regularisation
 from trainer.data.images import IMAGE_EXTENSIONS, fit_pixels, fit_values, read_picture
 from trainer.errors import DataError
-from trainer.files import clean_text, sha256_file
+from trainer.files import sha256_file
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from trainer.config import TrainConfig
 from trainer.data.captions import check_inside, shown
 from trainer.data.images import IMAGE_EXTENSIONS
 from trainer.errors import DataError
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 HELD_OUT = "held_out"  # a folder of reference images inside the dataset; never trained on
 MAX_REPEATS = 10_000  # assumed: more is a year or a serial number in a folder's name

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from trainer.data.buckets import Fit
 from trainer.errors import DataError
-from trainer.files import clean_text
+from trainer.text import clean_text
 
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 # Recognised by content, whatever the extension says; no format that runs other programs (EPS) or has no end

@@ -20,7 +20,8 @@ from trainer.data.folders import HELD_OUT, MAX_REPEATS
 from trainer.data.images import read_picture
 from trainer.data.survey import CAPTION_EXTENSIONS, OTHER_PICTURES, READERS, is_image
 from trainer.errors import ConfigError, DataError
-from trainer.files import atomic_folder, clean_text, machine_error, require_space, sweep
+from trainer.files import atomic_folder, machine_error, require_space, sweep
+from trainer.text import clean_text
 
 CAPTION = ".txt"
 _NAME = re.compile(r"[^\s/\\\x00-\x1f\x7f.][^\s/\\\x00-\x1f\x7f]{0,63}")

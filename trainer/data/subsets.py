@@ -18,7 +18,7 @@ from trainer.data.captions import shown
 from trainer.data.dataset import Dataset, assemble, read_dataset, split_references
 from trainer.data.folders import HELD_OUT, MAX_REPEATS, Part, images_in
 from trainer.errors import ConfigError, DataError
-from trainer.files import clean_text
+from trainer.text import clean_text
 from trainer.tomlfile import as_text, read_table
 
 # Keys of a dataset that are settings of the whole run here: all datasets of a file must agree on them.

@@ -17,8 +17,9 @@ from trainer.config import SETTINGS, TrainConfig
 from trainer.data.folders import parts_of
 from trainer.data.subsets import OWN_KEYS, RUN_KEYS, Subset, read_dataset_file
 from trainer.errors import ConfigError, DataError
-from trainer.files import clean_text, write_atomic
+from trainer.files import write_atomic
 from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
+from trainer.text import clean_text
 
 CONFIG, DATASET, COMMAND = "config.toml", "dataset.toml", "train.sh"
 SCRIPTS = {"sd15": "train_network.py", "sdxl": "sdxl_train_network.py"}

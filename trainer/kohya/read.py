@@ -18,7 +18,6 @@ from typing import Any
 
 from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TrainConfig, check_value, suggestion
 from trainer.errors import ConfigError
-from trainer.files import clean_text
 from trainer.kohya.keys import (
     KNOWN_KEYS,
     KOHYA_DEFAULTS,
@@ -31,6 +30,7 @@ from trainer.kohya.keys import (
     WEIGHT_DECAY,
     ZERO_IS_UNSET,
 )
+from trainer.text import clean_text
 from trainer.tomlfile import as_text, flat, read_table
 
 

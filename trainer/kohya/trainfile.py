@@ -18,9 +18,9 @@ from typing import Any
 from trainer.config import SETTINGS, TrainConfig, check_name
 from trainer.data.subsets import is_dataset_table, read_dataset_file
 from trainer.errors import ConfigError, ModelFileError
-from trainer.files import clean_text
 from trainer.kohya.keys import NO_KOHYA_DEFAULT
 from trainer.kohya.read import KohyaFile, from_kohya, from_own, is_kohya
+from trainer.text import clean_text
 from trainer.tomlfile import flat, read_table
 
 RUN_CONFIG = "config.json"  # the settings in a run's folder

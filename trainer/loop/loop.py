@@ -7,57 +7,30 @@ depend on how samples are batched or dealt to GPUs, and a resumed run is the sam
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from trainer.adapters.adapter import Adapter
 from trainer.bases.base import Base
 from trainer.compute.recompute import recomputing
 from trainer.compute.speed import faster
 from trainer.config import TrainConfig
-from trainer.data import dataset
+from trainer.data import dataset, preflight
 from trainer.data.cache import Prepared
 from trainer.data.captions import Moment
+from trainer.data.steps import Plan, plan
 from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
-from trainer.loop import checkpoint, optim, preflight
+from trainer.loop import checkpoint, optim
 from trainer.loop.ranks import ALONE, Ranks
 from trainer.loop.stepper import MicroBatch, Outcome, Sample, Stepper
 from trainer.oom import out_of_memory_named
 
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is.  A step is an optimizer step."""
-
-    steps_per_epoch: int
-    total_steps: int
-    total_epochs: int
-
-
-def plan(config: TrainConfig, images: dataset.Dataset, buckets: Any = None) -> Plan:
-    """Steps and epochs of a run.  Accumulation stays within an epoch: its last group may be smaller."""
-    if buckets is None:
-        buckets = dataset.assign_buckets(images.items, config)
-    batches = len(dataset.epoch_batches(images, buckets, config, 0))
-    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-    if config.max_train_steps is not None:
-        return Plan(per_epoch, config.max_train_steps, math.ceil(config.max_train_steps / per_epoch))
-    assert config.max_train_epochs is not None
-    return Plan(per_epoch, per_epoch * config.max_train_epochs, config.max_train_epochs)
-
-
-def total_steps(config: TrainConfig, images: dataset.Dataset) -> int:
-    """Optimizer steps of a run: ⌈batches per epoch / accumulation⌉ × epochs, or max_train_steps."""
-    return plan(config, images).total_steps
 
 
 def train(

@@ -37,12 +37,6 @@ def velocity(latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor, alph
     return alpha_B111.sqrt() * noise_BCHW - (1 - alpha_B111).sqrt() * latents_BCHW
 
 
-def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """ᾱ with √ᾱ shifted and scaled so that the last is 0 and the first stays (arXiv 2305.08891 alg. 1)."""
-    root_T = alphas_cumprod.sqrt()
-    return ((root_T - root_T[-1]) * (root_T[0] / (root_T[0] - root_T[-1]))) ** 2
-
-
 def offset_noise(noise_BCHW: Tensor, draw_BC11: Tensor, noise_offset: float | Tensor) -> Tensor:
     """Noise with a random brightness per channel; the offset noise is also the target (sd-scripts;
     crosslabs.org "Diffusion with Offset Noise")."""

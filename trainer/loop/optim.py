@@ -15,6 +15,7 @@ import torch
 
 from trainer.adapters.adapter import Adapter
 from trainer.config import TrainConfig
+from trainer.data.steps import warmup_steps
 from trainer.errors import ConfigError, MachineError
 
 POLYNOMIAL_END = 1e-7  # the rate that polynomial ends at, as in diffusers
@@ -57,14 +58,6 @@ SCHEDULES: dict[str, Callable[[TrainConfig, float], float]] = {
     "cosine_with_restarts": _cosine_with_restarts,
     "polynomial": _polynomial,
 }
-
-
-def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Optimizer steps of warm-up: as given, or a share of all steps if below 1.  constant has none."""
-    if config.lr_scheduler == "constant":
-        return 0
-    given = config.lr_warmup_steps
-    return int(given * total_steps) if given < 1 else int(given)
 
 
 def rate(config: TrainConfig, total_steps: int, step: int) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 from trainer import oom as memory
 from trainer.adapters.adapter import Adapter, keyed_generator
 from trainer.bases.base import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod
+from trainer.bases.schedule import zero_terminal_snr
 from trainer.config import TrainConfig
 from trainer.data import dataset
 from trainer.data.cache import Prepared
@@ -101,7 +102,7 @@ class Stepper:
         self._remembered: dict[str, TextStates] = {}
         _check_prediction(config, base)
         plain = plain_alphas_cumprod(base.scheduler_config)
-        noised = loss.zero_terminal_snr(plain) if config.zero_terminal_snr else plain
+        noised = zero_terminal_snr(plain) if config.zero_terminal_snr else plain
         self.plain_alphas = plain.to(base.device)  # for weights over timesteps
         self.alphas_cumprod = noised.to(base.device)  # for noise and target
         self.steps = range(config.first_timestep, min(config.end_timestep, len(plain)))

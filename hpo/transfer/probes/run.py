@@ -19,7 +19,7 @@ from rich.console import Console
 
 from hpo.study.folder import StudyFolder, in_use, read_json
 from hpo.study.locks import Lock, holder
-from hpo.train.plan import say
+from hpo.terminal.text import say
 from hpo.transfer.plan import PLANNER, snap_down, two_digits
 from hpo.transfer.probes.design import (
     DEFAULT,
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     import optuna
 
     from hpo.study.config import Inputs
-    from hpo.transfer.command import Request, Transfer
+    from hpo.transfer.command import Request
+    from hpo.transfer.mapping import Transfer
 
 FILE = "probes.json"
 LEAST = 3  # with fewer, nothing can be decided
@@ -329,7 +330,8 @@ def run_side(
 ) -> list[Outcome]:
     """Probes until ``choose`` wants no more.  A probe that was killed goes on; one that failed stops the call."""
     from hpo.search import workbench
-    from hpo.study.folder import TOTAL, database_errors
+    from hpo.study.folder import TOTAL
+    from hpo.study.storage import database_errors
     from hpo.terminal import live as report
     from hpo.terminal.stop import Stop
 
@@ -374,7 +376,8 @@ def _open(bench: Any, facts: Mapping[str, str], use: Any) -> optuna.Study:
     """The study of probes, created or found unchanged, with where its settings come from."""
     from hpo.search.workbench import write_definition
     from hpo.study.config import check_unchanged
-    from hpo.study.folder import IDENTITY, begun_study, create_study
+    from hpo.study.folder import IDENTITY
+    from hpo.study.storage import begun_study, create_study
 
     folder = bench.folder
     try:

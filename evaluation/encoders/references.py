@@ -1,0 +1,49 @@
+"""The reference images: held out of training, and what the likeness encoder sees in them.
+
+Shapes: R references, D vector width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from evaluation.encoders.embed import ImageEncoder
+from trainer.data.images import read_picture
+from trainer.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class References:
+    """Held-out real pictures as vectors of the likeness encoder."""
+
+    features_RD: Tensor
+    hash: str
+    encoder_sha: str
+
+
+def require_references(count: int) -> None:
+    """At least two references: one alone has nothing to be like."""
+    if count < 2:
+        raise DataError(
+            f"{count} held-out reference image(s), and likeness needs at least 2",
+            "add images to the dataset, or give a folder of others with --references",
+        )
+
+
+def embed_references(paths: Sequence[Path], likeness: ImageEncoder) -> References:
+    """Vectors of the held-out real pictures."""
+    require_references(len(paths))
+    pictures = [read_picture(path) for path in paths]
+    content = hashlib.sha256("".join(sorted(p.sha256 for p in pictures)).encode()).hexdigest()
+    return References(likeness.image_features([p.pixels_HW3 for p in pictures]), content, likeness.sha)
+
+
+def check_encoder(references: References, likeness: ImageEncoder) -> None:
+    """Raise ConfigError if pictures and references would be compared across two encoders."""
+    if references.encoder_sha != likeness.sha:
+        raise ConfigError("the references were embedded by another encoder", "embed them again")

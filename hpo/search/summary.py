@@ -1,0 +1,72 @@
+"""What a search says at its start and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hpo.terminal.text import figures, short
+from trainer.text import clean_text
+
+if TYPE_CHECKING:
+    from hpo.study.config import StudyConfig
+    from hpo.study.folder import StudyFolder
+    from hpo.study.standing import Standing
+
+
+def introduction(config: StudyConfig, trials: int) -> RenderableType:
+    """What is searched, once at the start."""
+    table = Table(box=None, padding=(0, 2), title=None, show_edge=False)
+    table.add_column("setting", style="bold", no_wrap=True)
+    table.add_column("searched")
+    table.add_column("trial 0", justify="right", no_wrap=True)
+    for p in config.space:
+        table.add_row(Text(p.name), Text(clean_text(p.describe())), Text(short(config.baseline[p.name])))
+    return table
+
+
+def ratio_line(settings: int, trials: int) -> str:
+    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials per dimension"
+
+
+def summary(
+    folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
+) -> list[str]:
+    """The end of a search: best settings, score beside the untrained base's and the usual settings', files, next."""
+    from hpo.terminal.beside import trial_lines
+    from hpo.terminal.confirmation import end_lines
+
+    lines = [f"{folder.name}: {why}"]
+    if standing.best is None or settings is None:
+        return [*lines, "no trial has a score yet", f"next: hpo status {folder.words}"]
+    number = standing.best[0]
+    trial = folder.trial(number)
+    baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
+    trouble = clean_text(standing.baseline_trouble) or figures(None)
+    said, following = end_lines(folder, number)
+    confirm = f", confirm with: {following}" if "confirm" in following else ""
+    lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
+    lines += [
+        f"search score: {figures(standing.best)}{confirm}",
+        f"  usual settings{baseline}: {figures(standing.baseline) if standing.baseline else trouble}",
+        "  untrained base: 0.0000, by definition of the scale; 1 is its prompt following",
+        "  together with the likeness of real images; ± is one standard error over prompts",
+        *(f"  beside it: {line}" for line in trial_lines(trial)),
+        *said,
+    ]
+    if standing.front:
+        lines += [
+            "Pareto front of prompt following and likeness: trials " + ", ".join(map(str, standing.front)),
+            "  none of them is beaten in both; the best above has the highest score of the two together;",
+            "  convergence is judged of one score only, so nothing is said of it here",
+        ]
+    if trial.lora.is_file():
+        lines.append(f"LoRA: {trial.lora}")
+    lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
+    if folder.alert.is_file():
+        lines.append(f"convergence: {folder.alert}")
+    return [*lines, f"next: {following}"]

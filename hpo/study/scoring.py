@@ -1,0 +1,121 @@
+"""What scores a study's trials, read from its definition: prompts, references, encoders, safeguards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from evaluation.encoders import embed
+from evaluation.encoders.answers import self_test
+from evaluation.encoders.style import PatchEncoder, StyleEncoder
+from evaluation.gauges import others
+from evaluation.prompts.prompts import (
+    CONFIRM_SEEDS,
+    SEARCH_SEEDS,
+    CountTokens,
+    PromptSet,
+    generate,
+    load_prompts,
+)
+from evaluation.score.safeguards import Limits, Safeguards, embed_copies, scene_encoders
+from hpo.study.config import Inputs, StudyConfig
+from trainer.data.dataset import Dataset, Item
+from trainer.data.images import IMAGE_EXTENSIONS, read_picture
+from trainer.errors import DataError
+
+Say = Callable[[str], None]
+
+
+def check_encoders(study: StudyConfig, scorer: str, likeness: str) -> None:
+    """Raise ToolError for an encoder that cannot be loaded, as far as this shows without loading it."""
+    embed.check_scorer(scorer)
+    embed.check_likeness(likeness)
+    for spec in study.study.also:
+        others.check(spec)
+
+
+def load_encoders(
+    study: StudyConfig, scorer_spec: str, likeness_spec: str, device: str, say: Say
+) -> tuple[embed.Scorer, embed.ImageEncoder]:
+    """The scorer, with its known answers asked, and what sees likeness – for the style preset, in patches."""
+    scorer = embed.load_scorer(scorer_spec, device)
+    plain = embed.load_likeness(likeness_spec, scorer, device)
+    self_test(scorer, say)
+    return scorer, StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
+
+
+def make_safeguards(
+    data: Dataset,
+    references: Sequence[Path],
+    scorer: embed.Scorer,
+    likeness: embed.ImageEncoder,
+    limits: Limits,
+) -> Safeguards:
+    """Copies are those of images that show the subject."""
+    encoders = scene_encoders(scorer, likeness)
+    copies = embed_copies([item.path for item in subject_items(data)], references, encoders)
+    return Safeguards(encoders, copies, limits)
+
+
+def prompt_sets(
+    inputs: Inputs, study: StudyConfig, data: Dataset, count_tokens: CountTokens
+) -> tuple[PromptSet, PromptSet | None]:
+    """The search set and the disjoint confirmation set (None if a hand-written set needs no class word)."""
+    plan, later = study.prompts, study.confirmation
+    make = partial(
+        generate,
+        [item.caption for item in subject_items(data)],
+        trigger=data.trigger,
+        class_word=data.class_word,
+        count_tokens=count_tokens,
+        words=plan.words,
+    )
+    if inputs.prompts:
+        chosen = load_prompts(
+            inputs.prompts, trigger=data.trigger, class_word=data.class_word, count_tokens=count_tokens
+        )
+        if not data.class_word:
+            return chosen, None
+    else:
+        chosen = make(counts=plan.counts or study.preset.counts, seeds=plan.seeds or SEARCH_SEEDS)
+    confirmation = make(
+        counts=later.counts or study.preset.confirm_counts, seeds=later.seeds or CONFIRM_SEEDS, exclude=chosen
+    )
+    return chosen, confirmation
+
+
+def subject_items(data: Dataset) -> tuple[Item, ...]:
+    """What shows the subject: regularisation images show its class, without the trigger in their captions."""
+    return tuple(item for item in data.items if not item.is_reg)
+
+
+def say_notes(prompts: PromptSet, confirmation: PromptSet | None, say: Say) -> None:
+    """What a user should know of generated sets, once."""
+    for note in prompts.notes:
+        say(note)
+    for note in confirmation.notes if confirmation else ():
+        say(f"confirmation prompts: {note}")
+
+
+def reference_paths(folder: Path, data: Dataset) -> list[Path]:
+    """The images of --references, each of them sound.
+
+    None may be trained on: likeness would be memory.
+    """
+    try:
+        if not folder.is_dir():
+            raise DataError(f"no folder {folder}", "give --references the folder of the reference images")
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and not p.is_dir())
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror}", "check its permissions") from None
+    if len(found) < 2:
+        raise DataError(f"{folder} holds {len(found)} images", "likeness needs at least 2 references")
+    trained = {item.sha256 for item in data.items}
+    for path in found:
+        if read_picture(path).sha256 in trained:
+            raise DataError(
+                f"{path} is trained on too", "references must be images that training does not see"
+            )
+    return found

@@ -1,0 +1,38 @@
+"""Words for a terminal: values, times and lines of text as a person reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from trainer.text import clean_text
+
+if TYPE_CHECKING:
+    pass
+
+
+def short(value: Any) -> str:
+    """A setting as a person reads it: three digits, no long tails."""
+    if isinstance(value, float):
+        return (
+            f"{value:.3g}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}".replace("e-0", "e-")
+        )
+    return clean_text(str(value))
+
+
+def clock(seconds: float) -> str:
+    """1:05 for 65 s, 2:00:09 for two hours and nine seconds."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def figures(what: tuple[int, float, float] | None) -> str:
+    return f"{what[1]:.4f} ± {what[2]:.4f}" if what else "none yet"
+
+
+def say(console: Console, text: str) -> None:
+    """One line; long ones are left to the terminal to wrap."""
+    console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)

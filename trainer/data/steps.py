@@ -1,0 +1,44 @@
+"""How long a run is: steps and epochs, from images, buckets and batches.  A step is an optimizer step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config import TrainConfig
+from trainer.data import dataset
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is.  A step is an optimizer step."""
+
+    steps_per_epoch: int
+    total_steps: int
+    total_epochs: int
+
+
+def plan(config: TrainConfig, images: dataset.Dataset, buckets: Any = None) -> Plan:
+    """Steps and epochs of a run.  Accumulation stays within an epoch: its last group may be smaller."""
+    if buckets is None:
+        buckets = dataset.assign_buckets(images.items, config)
+    batches = len(dataset.epoch_batches(images, buckets, config, 0))
+    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    if config.max_train_steps is not None:
+        return Plan(per_epoch, config.max_train_steps, math.ceil(config.max_train_steps / per_epoch))
+    assert config.max_train_epochs is not None
+    return Plan(per_epoch, per_epoch * config.max_train_epochs, config.max_train_epochs)
+
+
+def total_steps(config: TrainConfig, images: dataset.Dataset) -> int:
+    """Optimizer steps of a run: ⌈batches per epoch / accumulation⌉ × epochs, or max_train_steps."""
+    return plan(config, images).total_steps
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Optimizer steps of warm-up: as given, or a share of all steps if below 1.  constant has none."""
+    if config.lr_scheduler == "constant":
+        return 0
+    given = config.lr_warmup_steps
+    return int(given * total_steps) if given < 1 else int(given)
