@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.score.anchors import Anchors
-from evaluation.score.score import Difference, Score, paired_difference
+from evaluation.score import Anchors, Difference, Score, paired_difference
 from trainer.errors import ModelFileError
 
 FINALISTS = 3  # measured anew on the confirmation prompts (facts A2: the top 3)

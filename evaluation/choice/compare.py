@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.gauges.gauge import Beside
-from evaluation.score.anchors import Anchors
-from evaluation.score.score import Difference, Score, anchored, composite, prompt_draws
+from evaluation.gauges import Beside
+from evaluation.score import Anchors, Difference, Score, anchored, composite, prompt_draws
 from trainer.errors import ConfigError
 
 COSINES = ("prompt following", "likeness")

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.choice.checkpoints import Point
-from evaluation.images.images import SampledImage
-from evaluation.prompts.prompts import PromptSet
+from evaluation.images import SampledImage
+from evaluation.prompts import PromptSet
 
 SMOOTH = 2  # drawn at this size and shrunk, so that lines are smooth
 WIDTH_PX, HEIGHT_PX = 900, 520

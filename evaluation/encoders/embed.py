@@ -38,7 +38,7 @@ from evaluation.encoders.scorerfile import (
     tag_of_sha,
     tags_shown,
 )
-from trainer.bases.load import MINIATURES
+from trainer.bases import MINIATURES
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import sha256_file
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from evaluation.encoders.embed import ImageEncoder
-from trainer.data.images import read_picture
+from trainer.data import read_picture
 from trainer.errors import ConfigError, DataError
 
 

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError, safe_open
 
-from trainer.bases.hub import require_network, without_login
+from trainer.bases import require_network, without_login
 from trainer.errors import ModelFileError
 
 TAGS_SHOWN = 8

@@ -14,11 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from evaluation.encoders.embed import ImageEncoder, Scorer
-from evaluation.encoders.references import References, check_encoder
-from evaluation.encoders.vectors import Vectors
-from evaluation.images.images import SampledImage
-from evaluation.prompts.prompts import PromptSet
+from evaluation.encoders import ImageEncoder, References, Scorer, Vectors, check_encoder
+from evaluation.images import SampledImage
+from evaluation.prompts import PromptSet
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from evaluation.encoders.answers import self_test
-from evaluation.encoders.embed import (
+from evaluation.encoders import (
     Dinov2Encoder,
     ImageEncoder,
     Scorer,
     check_likeness,
     check_scorer,
+    embed_references,
     is_likeness,
     load_likeness,
     load_scorer,
+    self_test,
 )
-from evaluation.encoders.references import embed_references
 from evaluation.gauges.gauge import Gauge, LikenessGauge, TextGauge
 from evaluation.gauges.preference import check_preference, is_preference, load_preference
 

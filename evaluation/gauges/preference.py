@@ -27,12 +27,20 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel
 
-from evaluation.encoders.embed import CLIP_MEAN, CLIP_STD, FEATURE_BATCH, load_scorer, open_clip_tokenizer
-from evaluation.encoders.scorerfile import check_safetensors, model_folder, read_json
-from evaluation.encoders.vectors import Vectors
+from evaluation.encoders import (
+    CLIP_MEAN,
+    CLIP_STD,
+    FEATURE_BATCH,
+    Vectors,
+    check_safetensors,
+    load_scorer,
+    model_folder,
+    open_clip_tokenizer,
+    read_json,
+)
 from evaluation.gauges.gauge import Gauge, TextGauge
-from evaluation.images.images import SampledImage
-from evaluation.prompts.prompts import PromptSet
+from evaluation.images import SampledImage
+from evaluation.prompts import PromptSet
 from trainer.errors import MachineError, ModelFileError
 from trainer.files import sha256_file
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.prompts.prompts import PromptSet
+from evaluation.prompts import PromptSet
 from trainer.errors import InvalidImages, ModelFileError
 
 BLACK_LEVEL = 10  # assumed: brightest value of a picture that counts as black (0-255)

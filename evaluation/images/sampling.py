@@ -28,8 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.images.images import SampledImage, png_bytes
-from evaluation.prompts.prompts import Prompt, PromptSet
-from trainer.bases.base import Base, Sizes, TextStates
+from evaluation.prompts import Prompt, PromptSet
+from trainer.bases import Base, Sizes, TextStates
 from trainer.errors import ConfigError, OutOfMemory
 from trainer.files import machine_error, write_atomic
 

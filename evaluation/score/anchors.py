@@ -22,14 +22,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from evaluation.encoders.embed import ImageEncoder, Scorer
-from evaluation.encoders.references import References, check_encoder
-from evaluation.encoders.vectors import Vectors
-from evaluation.images.images import SampledImage, invalid_reason
-from evaluation.images.sampling import OnImages, SampleConfig, sample
-from evaluation.prompts.prompts import PromptSet
+from evaluation.encoders import ImageEncoder, References, Scorer, Vectors, check_encoder
+from evaluation.images import OnImages, SampleConfig, SampledImage, invalid_reason, sample
+from evaluation.prompts import PromptSet
 from evaluation.score.safeguards import diversity, scene_encoders
-from trainer.bases.base import Base
+from trainer.bases import Base
 from trainer.errors import ConfigError, DataError, ModelFileError
 from trainer.files import write_atomic
 

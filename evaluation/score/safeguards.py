@@ -26,12 +26,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from evaluation.encoders.embed import ImageEncoder
-from evaluation.encoders.style import scene_of
-from evaluation.encoders.vectors import Vectors
-from evaluation.images.images import SampledImage
-from evaluation.prompts.prompts import PromptSet
-from trainer.data.images import read_picture
+from evaluation.encoders import ImageEncoder, Vectors, scene_of
+from evaluation.images import SampledImage
+from evaluation.prompts import PromptSet
+from trainer.data import read_picture
 
 NEAR = 0.5  # assumed: a copy is nearer than this part of a held-out reference's usual distance
 

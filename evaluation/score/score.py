@@ -28,21 +28,26 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.encoders.embed import ImageEncoder, Scorer
-from evaluation.encoders.references import References, check_encoder
-from evaluation.encoders.vectors import Vectors
+from evaluation.encoders import ImageEncoder, References, Scorer, Vectors, check_encoder
+from evaluation.gauges import Beside, Gauge
 from evaluation.gauges import gauge as beside
-from evaluation.gauges.gauge import Beside, Gauge
-from evaluation.images.images import SampledImage, check_valid, png_bytes, prove_applied, sample_grid
-from evaluation.images.sampling import OnImages, SampleConfig, sample
-from evaluation.prompts.prompts import PromptSet
+from evaluation.images import (
+    OnImages,
+    SampleConfig,
+    SampledImage,
+    check_valid,
+    png_bytes,
+    prove_applied,
+    sample,
+    sample_grid,
+)
+from evaluation.prompts import PromptSet
 from evaluation.score.anchors import Anchors, raw_cosines
 from evaluation.score.formula import USUAL, Formula, composite
 from evaluation.score.safeguards import Safeguards, Safety
-from evaluation.score.statistics import Difference as Difference
-from evaluation.score.statistics import interval
+from evaluation.score.statistics import Difference, interval
 from evaluation.score.statistics import prompt_draws as prompt_draws
-from trainer.bases.base import Base
+from trainer.bases import Base
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomic
 

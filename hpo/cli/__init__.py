@@ -1,0 +1,9 @@
+"""The command line: options in, one call, lines out.
+
+Owns the options and their help, exit codes, and the small commands that belong to no other room (plan, inspect,
+export, dataset, status).  Does not search, train, transfer or score.  Importing it loads neither torch nor Optuna.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

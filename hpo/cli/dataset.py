@@ -18,16 +18,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.text import say
-from hpo.train.plan import Steps, count_steps
+from hpo.terminal import say
+from hpo.train import Steps, count_steps
 from trainer.config import TrainConfig
-from trainer.data.captions import LISTED, shown
-from trainer.data.dataset import Dataset, read_dataset
-from trainer.data.findings import REFUSED, WARNING, Finding, Question, findings
-from trainer.data.folders import parts_of
-from trainer.data.survey import Survey, survey
+from trainer.data import (
+    LISTED,
+    REFUSED,
+    WARNING,
+    Dataset,
+    Finding,
+    Question,
+    Survey,
+    findings,
+    parts_of,
+    read_dataset,
+    shown,
+    survey,
+)
 from trainer.errors import DataError, ToolError
-from trainer.kohya.trainfile import parse_set
+from trainer.kohya import parse_set
 from trainer.text import clean_text
 
 # base → the settings that a check assumes; the rest are our defaults.
@@ -125,7 +134,7 @@ def _counter(base: str) -> Callable[[str], int]:
 
     @cache
     def tokenizer() -> Any:
-        from trainer.bases.clipbpe import tokenizer_of
+        from trainer.bases import tokenizer_of
 
         return tokenizer_of(base)
 
@@ -134,7 +143,7 @@ def _counter(base: str) -> Callable[[str], int]:
 
 def _steps(seen: Survey, config: TrainConfig) -> Steps | None:
     """The arithmetic with the images that fit a bucket."""
-    from trainer.data.buckets import BucketRules
+    from trainer.data import BucketRules
 
     rules = BucketRules.of(config)
     items = tuple(p.item for p in seen.trained if rules.fit(p.width_px, p.height_px))
@@ -229,7 +238,7 @@ def prepare(
     echo: Callable[[str], None],
 ) -> None:
     """Build the layout and say what was done and what comes next."""
-    from trainer.data.layout import Wish, build
+    from trainer.data import Wish, build
 
     wish = Wish(name, class_word or "", repeats, held_out, skip_corrupt)
     built = build(source, folder, wish)

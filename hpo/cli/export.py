@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.kohya import FAMILIES, family_of, read_train_file
 from trainer.kohya import export as kohyaexport
-from trainer.kohya.family import FAMILIES, family_of
-from trainer.kohya.trainfile import read_train_file
 
 
 def export_kohya(source: Path, folder: Path, places: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -20,7 +19,7 @@ def export_kohya(source: Path, folder: Path, places: dict[str, Any], say: Callab
     spec = file.config.pretrained_model_name_or_path
     family, base = family_of(file), spec
     if spec in ("sd15", "sdxl"):
-        from trainer.bases.load import HUB_NAMES
+        from trainer.bases import HUB_NAMES
 
         base = HUB_NAMES[spec]
     elif spec in FAMILIES:
@@ -29,7 +28,7 @@ def export_kohya(source: Path, folder: Path, places: dict[str, Any], say: Callab
         )
     if family == "sdxl" and file.config.clip_skip is not None:
         say("note: sd-scripts ignores clip_skip on SDXL, as this tool does")
-    found = kohyaexport.export(file.config, family, base, folder, file.output_dir or "output")
+    found = kohyaexport.to_kohya(file.config, family, base, folder, file.output_dir or "output")
     kohyaexport.write(found, folder)
     for note in found.notes:
         say(f"note: {note}")

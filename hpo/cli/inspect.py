@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
-from trainer.adapters.lorafile import CONFIG_KEY
+from trainer.adapters import CONFIG_KEY
 from trainer.errors import ModelFileError
 from trainer.files import sha256_file
 from trainer.tensorfile import read_header

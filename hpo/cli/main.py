@@ -137,9 +137,9 @@ def search(
 ) -> None:
     """Search LoRA settings. The same command goes on with a study that was stopped, killed or unplugged."""
     calm_libraries()
-    from hpo.search.session import Request
-    from hpo.search.session import search as run
-    from hpo.study.config import Inputs
+    from hpo.search import Request
+    from hpo.search import search as run
+    from hpo.study import Inputs
 
     inputs = Inputs(base, data, clip, prompts, references, trigger, class_word, device)
     run(Request(inputs, **words), console())
@@ -152,12 +152,9 @@ def search(
 )
 def status(name: str | None, runs: Path) -> None:
     """Show a study's trials. Without NAME: the study that changed last. Works while a search runs."""
-    from hpo.confirm.view import status_lines
-    from hpo.study.folder import TOTAL, find_folder
-    from hpo.study.locks import holder
-    from hpo.study.standing import standing
-    from hpo.study.storage import database_errors, open_study
-    from hpo.terminal.live import best_line, status_table, study_line
+    from hpo.confirm import status_lines
+    from hpo.study import TOTAL, database_errors, find_folder, holder, open_study, standing
+    from hpo.terminal import best_line, status_table, study_line
 
     folder = find_folder(name, runs)
     with database_errors(folder):
@@ -189,8 +186,8 @@ def confirm(yes: bool, **words: Any) -> None:
     """Confirm a study's best trials beside trial 0: fresh training seeds, prompts that the search did not
     use. The same command goes on with a confirmation that was stopped, killed or unplugged."""
     calm_libraries()
-    from hpo.confirm.run import confirm as run
-    from hpo.confirm.wanted import Request
+    from hpo.confirm import Request
+    from hpo.confirm import confirm as run
 
     def ask() -> bool:
         return yes or not sys.stdin.isatty() or click.confirm("go on?", default=True)
@@ -209,8 +206,8 @@ def confirm(yes: bool, **words: Any) -> None:
 )
 def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     """Open optuna-dashboard on a study, with every trial's images. Works while a search runs."""
-    from hpo.search.dashboard import serve
-    from hpo.study.folder import find_folder
+    from hpo.search import serve
+    from hpo.study import find_folder
 
     try:
         serve(find_folder(name, runs), host, port, lambda text: click.echo(text))
@@ -274,8 +271,8 @@ def train(file: Path, **words: Any) -> None:
     """Train one LoRA from FILE: settings of this tool or of sd-scripts (TOML), a dataset file, a LoRA, or the
     folder of a run or trial. The same command goes on with a run that was stopped, killed or unplugged."""
     calm_libraries()
-    from hpo.train.command import Request
-    from hpo.train.command import train as run
+    from hpo.train import Request
+    from hpo.train import train as run
 
     if words["as_json"] and not words["dry_run"]:
         raise click.UsageError("--json goes with --dry-run")
@@ -316,7 +313,7 @@ def transfer(**words: Any) -> None:
     """Carry a study's best settings over to SDXL: a table of what changes and why, and the files of the run.
     With --probes the same command goes on with probes that were stopped."""
     calm_libraries()
-    from hpo.transfer.command import Request, run
+    from hpo.transfer import Request, run
 
     run(Request(**words), console())
 
@@ -377,8 +374,8 @@ def evaluate(run: Path, study: str | None, **words: Any) -> None:
     RUN: the output folder of hpo train, OUTPUT/name, a trial's folder, or a folder of LoRA files. The same
     command goes on with an evaluation that was stopped, killed or unplugged."""
     calm_libraries()
-    from hpo.judge.evaluate import evaluate as run_it
-    from hpo.study.config import Inputs
+    from hpo.judge import evaluate as run_it
+    from hpo.study import Inputs
 
     run_it(run, Inputs(**words), console(), study)
 
@@ -398,8 +395,8 @@ def compare(
     one LoRA file; the marked checkpoint is taken, else the result. --base, --data, --trigger and --class
     describe RUN_A, whose prompts both draw."""
     calm_libraries()
-    from hpo.judge.compare import compare as run_it
-    from hpo.study.config import Inputs
+    from hpo.judge import compare as run_it
+    from hpo.study import Inputs
 
     run_it((run_a, run_b), Inputs(**words), console(), study, base_b, data_b)
 
@@ -437,7 +434,7 @@ def demo(subject: str, folder: Path) -> None:
     """Write a demo subject for the miniature bases into DIR: 24 training images and 8 held out, 24 of the style."""
     import shlex
 
-    from trainer.bases.miniature.subjects import write_subject
+    from trainer.bases import write_subject
     from trainer.text import clean_text
 
     write_subject(subject, folder)

@@ -18,14 +18,13 @@ from rich.text import Text
 
 from hpo.cli import plantable
 from hpo.cli.plantable import GB, Cell
-from hpo.terminal.text import say
+from hpo.terminal import say
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.kohya.trainfile import read_train_file
+from trainer.kohya import read_train_file
 
 if TYPE_CHECKING:
-    from trainer.memory.footprint import BaseFacts, Footprint
-    from trainer.memory.stacks import Stack
+    from trainer.memory import BaseFacts, Footprint, Stack
 
 # What a prediction cannot know or leaves out; shown under every plan.
 SAYS = (
@@ -79,7 +78,7 @@ def _config(request: Request) -> TrainConfig:
         return read_train_file(request.file, sets=request.sets, places=places).require_all().config
     if not request.base:
         raise ConfigError("neither a base nor a file of settings is named", "hpo plan --base sdxl")
-    from trainer.kohya.trainfile import parse_set
+    from trainer.kohya import parse_set
 
     return TrainConfig().with_values({**places, **dict(map(parse_set, request.sets))})
 

@@ -85,7 +85,7 @@ FULL_ROWS = tuple(row for row in ROWS if row.is_full)
 
 def predicted_cells(rows: tuple[Row, ...] = ROWS) -> Iterator[Cell]:
     """Every cell, predicted one after the other: about ten seconds each on one core."""
-    from trainer.memory.footprint import base_facts, predict, predict_full
+    from trainer.memory import base_facts, predict, predict_full
 
     facts = base_facts("sdxl")
     for row in rows:

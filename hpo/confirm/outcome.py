@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.score.statistics import (
+from evaluation.score import (
     Difference,
     difference,
     interval,
@@ -28,7 +28,7 @@ from evaluation.score.statistics import (
     tied_with_best,
     with_repeat_noise,
 )
-from hpo.study.folder import StudyFolder, read_json
+from hpo.study import StudyFolder, read_json
 from trainer.files import write_atomic
 
 RETRAINED, RESCORED = "retrained", "rescored"

@@ -38,23 +38,50 @@ from hpo.confirm.wanted import (
     source_of,
     wanted_runs,
 )
-from hpo.search.claim import Claim, quiet
-from hpo.search.trial import deaths_without_progress, failed, run_trial
-from hpo.search.worker import MAX_DEATHS, View, say_finished, tell
-from hpo.study.config import Inputs, build_study, check_unchanged
-from hpo.study.folder import IDENTITY, TOTAL, StudyFolder, Use, in_use, read_json
-from hpo.study.noise import components
-from hpo.study.result import COMPLETE, INFEASIBLE, read_result, write_params, write_result
-from hpo.study.standing import BASELINE, ROLE, is_feasible, score_of, standing
-from hpo.study.storage import create_study, database_errors, open_study
+from hpo.search import (
+    MAX_DEATHS,
+    Claim,
+    View,
+    deaths_without_progress,
+    failed,
+    quiet,
+    run_trial,
+    say_finished,
+    tell,
+)
+from hpo.study import (
+    BASELINE,
+    COMPLETE,
+    IDENTITY,
+    INFEASIBLE,
+    ROLE,
+    TOTAL,
+    Inputs,
+    StudyFolder,
+    Use,
+    build_study,
+    check_unchanged,
+    components,
+    create_study,
+    database_errors,
+    in_use,
+    is_feasible,
+    open_study,
+    read_json,
+    read_result,
+    score_of,
+    standing,
+    write_params,
+    write_result,
+)
+from hpo.terminal import Stop
 from hpo.terminal import live as report
-from hpo.terminal.stop import Stop
 from trainer.config import TrainConfig
 from trainer.errors import DataError, Interrupted, MachineError, ModelFileError
 from trainer.files import machine_error, sha256_file, sweep_tree, write_atomic
 
 if TYPE_CHECKING:
-    from hpo.search.workbench import Workbench
+    from hpo.search import Workbench
 
 
 def confirm(request: Request, console: Console, ask: Callable[[], bool]) -> Outcome | None:
@@ -147,7 +174,7 @@ def _confirm(
 
 def _open(bench: Workbench, source: StudyFolder, use: Use, total: int) -> optuna.Study:
     """The confirmation's study, created or found unchanged."""
-    from hpo.search.workbench import write_definition
+    from hpo.search import write_definition
 
     folder, facts = bench.folder, {**bench.facts(), "confirms": source.name}
     try:
@@ -335,7 +362,7 @@ class Confirmation:
         return found
 
     def _candidate(self, number: int) -> Candidate:
-        from evaluation.score.score import by_draw, read_score
+        from evaluation.score import by_draw, read_score
 
         searched_trial, repeats, trouble = self.chosen[number], [], ""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):

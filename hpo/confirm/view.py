@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from hpo.study.folder import StudyFolder
-from hpo.terminal.confirmation import confirmed_lines
-from hpo.terminal.text import clock, short
+from hpo.study import StudyFolder
+from hpo.terminal import clock, confirmed_lines, short
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
     import optuna
 
-    from evaluation.score.statistics import Difference
+    from evaluation.score import Difference
     from hpo.confirm.outcome import Outcome
 
 
@@ -93,9 +92,8 @@ def _against_trial0(outcome: Outcome) -> str:
 def status_lines(study: optuna.Study, folder: StudyFolder) -> list[str]:
     """What a score of this study can and cannot say: the noise, and what is confirmed."""
     from hpo.confirm.wanted import searched
-    from hpo.study.noise import components
-    from hpo.study.standing import standing
-    from hpo.terminal.beside import trial_lines
+    from hpo.study import components, standing
+    from hpo.terminal import trial_lines
 
     if (name := searched(folder.name)) is not None:
         return [

@@ -15,13 +15,25 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.confirm.outcome import RESCORED, RETRAINED
-from hpo.study.folder import IDENTITY, RUNS, TOTAL, StudyFolder, find_folder, read_json
-from hpo.study.standing import BASELINE, ROLE, is_feasible, rank, score_of, standing
-from hpo.study.storage import open_study
+from hpo.study import (
+    BASELINE,
+    IDENTITY,
+    ROLE,
+    RUNS,
+    TOTAL,
+    StudyFolder,
+    find_folder,
+    is_feasible,
+    open_study,
+    rank,
+    read_json,
+    score_of,
+    standing,
+)
 from trainer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from evaluation.prompts.prompts import PromptSet
+    from evaluation.prompts import PromptSet
 
 SUFFIX = {RETRAINED: "__confirm", RESCORED: "__rescore"}
 OF, TRAIN_SEED = "of", "train_seed"  # a run's parameters
@@ -125,7 +137,7 @@ def confirmation_prompts(
     source: StudyFolder, count_tokens: Callable[[str], int] = lambda text: 0
 ) -> PromptSet:
     """The study's confirmation set."""
-    from hpo.study.promptfiles import read
+    from hpo.study import read
 
     if not source.confirmation.is_file():
         raise ConfigError(

@@ -20,17 +20,17 @@ from rich.text import Text
 from hpo.judge.evaluate import CONFIRMATION, alone, beside_values
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
 from hpo.judge.view import View
-from hpo.study.config import Inputs
-from hpo.terminal.stop import Stop
+from hpo.study import Inputs
+from hpo.terminal import Stop
 from trainer.files import machine_error, sha256_file, write_atomic
 from trainer.tensorfile import read_header
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    from evaluation.choice.compare import Comparison, Side
-    from evaluation.images.images import SampledImage
-    from evaluation.prompts.prompts import PromptSet
-    from evaluation.score.score import Difference
+    from evaluation.choice import Comparison, Side
+    from evaluation.images import SampledImage
+    from evaluation.prompts import PromptSet
+    from evaluation.score import Difference
     from hpo.judge.judge import Judge
 
 
@@ -75,7 +75,7 @@ def compare(
         second = judges.load(runs[1], own, view.say, named=study, like=first)
         b = _measure(runs[1], files[1], second, prompts, view)
         second.free()
-    from evaluation.choice.compare import compare as difference
+    from evaluation.choice import compare as difference
 
     found = difference(a.side, b.side)
     folder = runs[1].evaluation / "compare" / f"{files[0].name}-{sha256_file(files[0].path)[:8]}"
@@ -99,7 +99,7 @@ def _file(path: Path, run: RunFiles) -> Checkpoint:
 
 
 def _measure(run: RunFiles, file: Checkpoint, judge: Judge, prompts: PromptSet, view: View) -> Measured:
-    from evaluation.choice.compare import Side
+    from evaluation.choice import Side
 
     try:
         judge.check(file.path)
@@ -141,8 +141,8 @@ def _write(
 ) -> None:
     import numpy as np
 
-    from evaluation.choice.pictures import Column, contact_sheet
-    from evaluation.images.images import png_bytes
+    from evaluation.choice import Column, contact_sheet
+    from evaluation.images import png_bytes
 
     columns = []
     for side, file in zip(sides, files, strict=True):
@@ -192,7 +192,7 @@ def _show(
     sides: tuple[Measured, Measured],
     found: Comparison,
 ) -> None:
-    from evaluation.choice.compare import ANCHORED, COSINES, told_apart
+    from evaluation.choice import ANCHORED, COSINES, told_apart
 
     for letter, file, side in zip("AB", files, sides, strict=True):
         view.say(f"{letter}: {file.path.name} on {side.base}, {side.size}")

@@ -23,19 +23,16 @@ from rich.console import Console
 from hpo.judge.outcome import Outcome
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.judge.view import View
-from hpo.study.config import Inputs
-from hpo.study.locks import Lock, holder
-from hpo.terminal.stop import Stop
-from hpo.terminal.text import clock
+from hpo.study import Inputs, Lock, holder
+from hpo.terminal import Stop, clock
 from trainer.errors import ConfigError, InvalidImages, MachineError, ModelFileError
 from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
 from trainer.tensorfile import with_metadata
 
 if TYPE_CHECKING:
-    from evaluation.choice.checkpoints import Choice, Point
-    from evaluation.prompts.prompts import PromptSet
-    from evaluation.score.anchors import Anchors
-    from evaluation.score.score import Score
+    from evaluation.choice import Choice, Point
+    from evaluation.prompts import PromptSet
+    from evaluation.score import Anchors, Score
     from hpo.judge.judge import Judge
 
 SEARCH, CONFIRMATION = "search", "confirmation"
@@ -125,8 +122,8 @@ def _point(
     damaged: Mapping[str, str],
     view: View,
 ) -> Point:
-    from evaluation.choice.checkpoints import SPOILED, UNCHANGED, Point
-    from evaluation.images.images import Unchanged
+    from evaluation.choice import SPOILED, UNCHANGED, Point
+    from evaluation.images import Unchanged
 
     place = checkpoint.name, checkpoint.epoch, checkpoint.step
     if checkpoint.name in damaged:
@@ -200,8 +197,8 @@ def _mark(run: RunFiles, chosen: Checkpoint, outcome: Outcome) -> None:
 def _write(run: RunFiles, judge: Judge, outcome: Outcome) -> None:
     import numpy as np
 
-    from evaluation.choice.pictures import curve_picture
-    from evaluation.images.images import png_bytes
+    from evaluation.choice import curve_picture
+    from evaluation.images import png_bytes
 
     write_atomic(run.evaluation / "evaluation.json", json.dumps(_values(run, judge, outcome), indent=1))
     picture = curve_picture(

@@ -20,32 +20,41 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from evaluation.encoders import embed
-from evaluation.encoders.references import References, embed_references, require_references
-from evaluation.gauges import others
-from evaluation.gauges.gauge import Gauge
-from evaluation.images.images import SampledImage
-from evaluation.images.sampling import OnImages, SampleConfig, sample
-from evaluation.prompts.prompts import MAX_TOKENS, PromptSet
-from evaluation.score.anchors import Anchors, make_anchors
-from evaluation.score.safeguards import Limits, Safeguards
-from evaluation.score.score import METRICS_NAME, Formula, Score, evaluate_adapter, read_score
+from evaluation.encoders import References, embed, embed_references, require_references
+from evaluation.gauges import Gauge, others
+from evaluation.images import OnImages, SampleConfig, SampledImage, sample
+from evaluation.prompts import MAX_TOKENS, PromptSet
+from evaluation.score import (
+    METRICS_NAME,
+    Anchors,
+    Formula,
+    Limits,
+    Safeguards,
+    Score,
+    evaluate_adapter,
+    make_anchors,
+    read_score,
+)
 from hpo.judge import standard as standards
 from hpo.judge.runfiles import RunFiles
-from hpo.study.config import Inputs
-from hpo.study.folder import read_json
-from hpo.study.scoring import check_encoders, load_encoders, make_safeguards, say_notes, subject_items
-from hpo.train.adapter import check_device
-from hpo.train.keeper import DATASET_KEY
+from hpo.study import (
+    Inputs,
+    check_encoders,
+    load_encoders,
+    make_safeguards,
+    read_json,
+    say_notes,
+    subject_items,
+)
+from hpo.train import DATASET_KEY, check_device
 from trainer.adapters import lorafile
-from trainer.bases.base import Base, compute_type
-from trainer.bases.load import load_base
-from trainer.data.dataset import Dataset
+from trainer.bases import Base, compute_type, load_base
+from trainer.data import Dataset
 from trainer.errors import ConfigError, DataError, OutOfMemory
 from trainer.files import machine_error, sha256_file, write_atomic
 
 if TYPE_CHECKING:
-    from hpo.search.workbench import Say
+    from hpo.search import Say
 
 LORA_NAME = "lora.json"  # which LoRA the figures beside it are of, and by which limits, copies and gauges
 T = TypeVar("T")

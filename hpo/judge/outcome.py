@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evaluation.choice.checkpoints import Choice, Point, Verdict
+    from evaluation.choice import Choice, Point, Verdict
 
 
 @dataclass(frozen=True)

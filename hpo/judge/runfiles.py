@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.study.folder import StudyFolder
+from hpo.study import StudyFolder
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError
-from trainer.kohya.trainfile import RUN_CONFIG, read_train_file
+from trainer.kohya import RUN_CONFIG, read_train_file
 from trainer.tensorfile import read_header
 from trainer.text import clean_text
 

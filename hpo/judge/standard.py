@@ -13,27 +13,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.images.sampling import SampleConfig, default_config
-from evaluation.prompts.prompts import PromptSet, no_class_word
+from evaluation.images import SampleConfig, default_config
+from evaluation.prompts import PromptSet, no_class_word
 from hpo.judge.runfiles import RunFiles
-from hpo.study import promptfiles
-from hpo.study.config import (
+from hpo.study import (
     MINIATURE_STUDIES,
+    RUNS,
     SHIPPED,
     Inputs,
     StudyConfig,
+    StudyFolder,
     build_study,
     find_study,
+    prompt_sets,
+    promptfiles,
+    read_json,
     read_study,
+    reference_paths,
 )
-from hpo.study.folder import RUNS, StudyFolder, read_json
-from hpo.study.scoring import prompt_sets, reference_paths
 from trainer.adapters import lorafile
-from trainer.bases.base import Base
+from trainer.bases import Base
 from trainer.config import TrainConfig
-from trainer.data.dataset import Dataset
-from trainer.data.images import read_picture
-from trainer.data.subsets import read_training_data
+from trainer.data import Dataset, read_picture, read_training_data
 from trainer.errors import ConfigError, DataError
 from trainer.text import clean_text
 

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.live import STOPPING
+from hpo.terminal import STOPPING
 from trainer.errors import Interrupted
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    from evaluation.choice.checkpoints import Point
+    from evaluation.choice import Point
     from hpo.judge.outcome import Outcome
 
 TABLE_WIDTH = 132  # characters
@@ -152,7 +152,7 @@ def _choice_lines(outcome: Outcome) -> list[str]:
 
 
 def _se(lead: Any) -> float:
-    from evaluation.choice.checkpoints import standard_error
+    from evaluation.choice import standard_error
 
     return standard_error(lead)
 

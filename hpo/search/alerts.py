@@ -15,9 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from hpo.study.convergence import Verdict
-from hpo.study.folder import StudyFolder, read_json
-from hpo.study.standing import Row
+from hpo.study import Row, StudyFolder, Verdict, read_json
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
 from trainer.text import clean_text

@@ -18,11 +18,18 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import dashboard
-from hpo.study.config import StudyConfig
-from hpo.study.folder import STOP, StudyFolder
-from hpo.study.locks import Lock
-from hpo.study.result import Result, read_result
-from hpo.study.standing import BASELINE, DUPLICATE, ROLE, is_duplicate
+from hpo.study import (
+    BASELINE,
+    DUPLICATE,
+    ROLE,
+    STOP,
+    Lock,
+    Result,
+    StudyConfig,
+    StudyFolder,
+    is_duplicate,
+    read_result,
+)
 from trainer.files import sweep_tree
 
 if TYPE_CHECKING:

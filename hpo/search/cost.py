@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from hpo.search.workbench import Workbench
-from hpo.study.space import Choice
+from hpo.study import Choice
 from trainer.adapters import adapter
 from trainer.config import TrainConfig
-from trainer.data.steps import total_steps
+from trainer.data import total_steps
 from trainer.errors import MachineError, OutOfMemory
 from trainer.events import Step
 from trainer.files import require_space

@@ -12,16 +12,15 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpo.study.folder import StudyFolder, TrialFolder
-from hpo.study.storage import database_errors, open_storage
-from hpo.terminal.beside import beside_lines
+from hpo.study import StudyFolder, TrialFolder, database_errors, open_storage
+from hpo.terminal import beside_lines
 from trainer.errors import MachineError
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
     import optuna
 
-    from hpo.study.result import Result
+    from hpo.study import Result
 
 ARTIFACT_PREFIX = "artifacts:"  # Optuna's own, in a trial's system attributes
 LEGACY_CONSTRAINTS = (

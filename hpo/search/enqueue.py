@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpo.study.config import ELSEWHERE, StudyConfig
-from hpo.study.space import settings_of
+from hpo.study import ELSEWHERE, StudyConfig, settings_of
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.kohya.read import read_kohya
+from trainer.kohya import read_kohya
 from trainer.text import clean_text
 
 # What a file means by these together are two rates, the U-Net's and the text encoders'.

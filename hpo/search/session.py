@@ -19,16 +19,36 @@ from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal
 from hpo.search.summary import introduction, ratio_line, summary
 from hpo.search.worker import Limits, Search
-from hpo.study import promptfiles
-from hpo.study.config import Inputs, StudyConfig, check_unchanged, find_study, read_study, study_name
-from hpo.study.folder import IDENTITY, RUNS, STOP, TOTAL, StudyFolder, Use, in_use, study_folder
-from hpo.study.standing import BASELINE, ENQUEUED, ROLE, Standing, standing
-from hpo.study.storage import begun_study, create_study, database_errors
+from hpo.study import (
+    BASELINE,
+    ENQUEUED,
+    IDENTITY,
+    ROLE,
+    RUNS,
+    STOP,
+    TOTAL,
+    Inputs,
+    Standing,
+    StudyConfig,
+    StudyFolder,
+    Use,
+    begun_study,
+    check_unchanged,
+    create_study,
+    database_errors,
+    find_study,
+    in_use,
+    promptfiles,
+    read_study,
+    standing,
+    study_folder,
+    study_name,
+)
+from hpo.terminal import Stop
 from hpo.terminal import live as report
-from hpo.terminal.stop import Stop
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
-from trainer.kohya.read import read_kohya
+from trainer.kohya import read_kohya
 
 if TYPE_CHECKING:
     from hpo.search.cost import Cost
@@ -142,7 +162,7 @@ def _proposal(request: Request, bench: Workbench, view: report.PlainView) -> Map
     if request.enqueue is None:
         return None
 
-    from trainer.data.steps import total_steps
+    from trainer.data import total_steps
 
     proposal, notes = as_proposal(request.enqueue, bench.study, lambda train: total_steps(train, bench.data))
     for note in notes:

@@ -9,13 +9,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.text import figures, short
+from hpo.terminal import figures, short
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    from hpo.study.config import StudyConfig
-    from hpo.study.folder import StudyFolder
-    from hpo.study.standing import Standing
+    from hpo.study import Standing, StudyConfig, StudyFolder
 
 
 def introduction(config: StudyConfig, trials: int) -> RenderableType:
@@ -37,8 +35,7 @@ def summary(
     folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
 ) -> list[str]:
     """The end of a search: best settings, score beside the untrained base's and the usual settings', files, next."""
-    from hpo.terminal.beside import trial_lines
-    from hpo.terminal.confirmation import end_lines
+    from hpo.terminal import end_lines, trial_lines
 
     lines = [f"{folder.name}: {why}"]
     if standing.best is None or settings is None:

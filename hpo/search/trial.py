@@ -20,29 +20,28 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpo.study.folder import TrialFolder
-from hpo.study.result import (
+from hpo.study import (
     COMPLETE,
     FAILED,
     INFEASIBLE,
     INFEASIBLE_VALUE,
     Result,
+    TrialFolder,
     config_sha256,
     deciding,
     write_result,
 )
-from hpo.train.adapter import StepLog, train_adapter
+from hpo.train import StepLog, train_adapter
 from trainer.config import TrainConfig
 from trainer.errors import Interrupted, MachineError, ModelFileError, OutOfMemory, SettingsFailure, ToolError
 from trainer.files import append_line, read_records, sha256_file, sweep_tree
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    from evaluation.score.safeguards import Safety
-    from evaluation.score.score import Score
+    from evaluation.score import Safety, Score
     from hpo.search.workbench import Workbench
-    from trainer.adapters.adapter import Adapter
-    from trainer.bases.base import Base
+    from trainer.adapters import Adapter
+    from trainer.bases import Base
     from trainer.events import Event
 
 # What is tried when the memory does not suffice, once each and in this order.  Neither changes a result.
@@ -259,8 +258,8 @@ def one_by_one(base: Base, wanted: bool) -> Iterator[None]:
 def _scored(
     bench: Workbench, folder: TrialFolder, adapter: Adapter, config: TrainConfig, watch: Watch
 ) -> Score:
-    from evaluation.images.images import Unchanged
-    from evaluation.score.score import evaluate_adapter
+    from evaluation.images import Unchanged
+    from evaluation.score import evaluate_adapter
 
     def on_image(done: int, total: int) -> None:
         watch.on_image(done, total)
@@ -297,7 +296,7 @@ def _scored(
 
 def _is_in_place(adapter: Adapter, config: TrainConfig) -> bool:
     """Whether every module of these settings has its LoRA, switched on and finite, in the base."""
-    from trainer.adapters.adapter import NAME, targets_of
+    from trainer.adapters import NAME, targets_of
 
     wanted = {target.key for target in targets_of(adapter.base, config)}
     for layer in adapter.layers:

@@ -17,41 +17,35 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evaluation.encoders import embed
-from evaluation.encoders.references import References, embed_references, require_references
+from evaluation.encoders import References, embed, embed_references, require_references
 from evaluation.gauges import others
-from evaluation.images.sampling import SampleConfig, default_config
-from evaluation.prompts.prompts import (
-    PromptSet,
-    no_class_word,
-)
-from evaluation.score.anchors import Anchors, make_anchors
-from evaluation.score.safeguards import Limits, Safeguards
-from evaluation.score.score import Formula
-from hpo.study import promptfiles
-from hpo.study.config import MINIATURE_STUDIES, Inputs, StudyConfig
-from hpo.study.folder import StudyFolder
-from hpo.study.scoring import (
+from evaluation.images import SampleConfig, default_config
+from evaluation.prompts import PromptSet, no_class_word
+from evaluation.score import Anchors, Formula, Limits, Safeguards, make_anchors
+from hpo.study import (
+    MINIATURE_STUDIES,
+    Inputs,
     Say,
+    StudyConfig,
+    StudyFolder,
     check_encoders,
     load_encoders,
     make_safeguards,
     prompt_sets,
+    promptfiles,
     reference_paths,
     say_notes,
 )
-from hpo.train.adapter import check_device
-from trainer.bases.base import compute_type
-from trainer.bases.load import load_base
+from hpo.train import check_device
+from trainer.bases import compute_type, load_base
 from trainer.config import TrainConfig
-from trainer.data import cache, preflight
-from trainer.data.dataset import Dataset, read_dataset, split_references
+from trainer.data import Dataset, cache, preflight, read_dataset, split_references
 from trainer.errors import ConfigError, MachineError
 from trainer.files import atomic_folder, machine_error, write_atomic
 
 if TYPE_CHECKING:
-    from evaluation.gauges.gauge import Gauge
-    from trainer.bases.base import Base
+    from evaluation.gauges import Gauge
+    from trainer.bases import Base
 
 
 @dataclass
@@ -225,7 +219,7 @@ def demo_data(base: str, folder: StudyFolder) -> Path:
             "no images are given", "add --data FOLDER (kohya folders, or images with .txt captions)"
         )
     if not folder.data.is_dir():
-        from trainer.bases.miniature.subjects import write_subject
+        from trainer.bases import write_subject
 
         try:
             folder.root.mkdir(parents=True, exist_ok=True)

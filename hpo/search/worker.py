@@ -19,20 +19,25 @@ from optuna.trial import TrialState
 from hpo.search import alerts, dashboard
 from hpo.search.claim import MAX_DUPLICATES, Claim, Claims, startup_trials
 from hpo.search.trial import Watch, deaths_without_progress, failed, run_trial
-from hpo.study import convergence
-from hpo.study.folder import STOP, StudyFolder
-from hpo.study.locks import holder
-from hpo.study.result import (
+from hpo.study import (
     COMPLETE,
     FAILED,
     INFEASIBLE_REASONS,
+    SCORE,
+    STOP,
     Result,
+    Standing,
+    StudyFolder,
+    convergence,
+    drop_files,
+    history,
+    holder,
     objective_values,
+    searched_settings,
+    standing,
     write_params,
     write_result,
 )
-from hpo.study.sections import SCORE
-from hpo.study.standing import Standing, drop_files, history, searched_settings, standing
 from trainer.errors import Interrupted, StudyStopped
 from trainer.files import sweep_tree
 

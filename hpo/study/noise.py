@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.trial import TrialState
 
-from evaluation.score.formula import Formula
-from evaluation.score.statistics import Components, Scale, image_scores, variance_components
+from evaluation.score import Components, Formula, Scale, image_scores, variance_components
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.standing import is_feasible, rank, score_of
 from trainer.errors import ConfigError

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluation.prompts.prompts import CountTokens, PromptSet, load_prompts, save_prompts
+from evaluation.prompts import CountTokens, PromptSet, load_prompts, save_prompts
 from hpo.study.folder import StudyFolder
 from trainer.errors import ConfigError
 

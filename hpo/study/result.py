@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from evaluation.score.formula import CEILING
+from evaluation.score import CEILING
 from hpo.study.folder import TrialFolder, read_json
 from hpo.study.sections import FOLLOWING, LIKENESS, SCORE
 from trainer.config import TrainConfig

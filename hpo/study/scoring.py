@@ -7,22 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from evaluation.encoders import embed
-from evaluation.encoders.answers import self_test
-from evaluation.encoders.style import PatchEncoder, StyleEncoder
+from evaluation.encoders import PatchEncoder, StyleEncoder, embed, self_test
 from evaluation.gauges import others
-from evaluation.prompts.prompts import (
-    CONFIRM_SEEDS,
-    SEARCH_SEEDS,
-    CountTokens,
-    PromptSet,
-    generate,
-    load_prompts,
-)
-from evaluation.score.safeguards import Limits, Safeguards, embed_copies, scene_encoders
+from evaluation.prompts import CONFIRM_SEEDS, SEARCH_SEEDS, CountTokens, PromptSet, generate, load_prompts
+from evaluation.score import Limits, Safeguards, embed_copies, scene_encoders
 from hpo.study.config import Inputs, StudyConfig
-from trainer.data.dataset import Dataset, Item
-from trainer.data.images import IMAGE_EXTENSIONS, read_picture
+from trainer.data import IMAGE_EXTENSIONS, Dataset, Item, read_picture
 from trainer.errors import DataError
 
 Say = Callable[[str], None]

@@ -22,7 +22,7 @@ from trainer.errors import DataError
 if TYPE_CHECKING:
     import optuna
 
-    from evaluation.score.anchors import Anchors
+    from evaluation.score import Anchors
 
 ROLE, BASELINE, ENQUEUED = "role", "baseline", "enqueued"  # a trial's user attribute and its values
 DUPLICATE = "duplicate"  # how the reason of a proposal that was tried already begins
@@ -145,7 +145,7 @@ def history(
 def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
     """A trial's score prompt by prompt, where the subject is asked for; empty without its metrics.json."""
     # Here, not above: it loads torch, which a status table does not need.
-    from evaluation.score.score import anchored, composite, read_score
+    from evaluation.score import anchored, composite, read_score
 
     try:
         score = read_score(metrics)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpo.study.folder import TrialFolder, read_json
+from hpo.study import TrialFolder, read_json
 from trainer.text import clean_text
 
 NAMES = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino_i": "DINO-I"}

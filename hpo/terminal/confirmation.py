@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hpo.study.folder import StudyFolder, read_json
+from hpo.study import StudyFolder, read_json
 from trainer.text import clean_text
 
 if TYPE_CHECKING:

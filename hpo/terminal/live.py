@@ -27,8 +27,7 @@ from trainer.text import clean_text
 if TYPE_CHECKING:
     import optuna
 
-    from hpo.study.result import Result
-    from hpo.study.standing import Standing
+    from hpo.study import Result, Standing
 
 PLAIN_SECONDS = 10.0  # between progress lines without a terminal
 REFRESH_PER_SECOND = 4
@@ -273,7 +272,7 @@ def best_line(study: optuna.Study, now: Standing) -> str:
 
 def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
     """All trials, newest last: * the best score, + on the Pareto front of a study with two objectives."""
-    from hpo.study.standing import is_duplicate, score_of, standing
+    from hpo.study import is_duplicate, score_of, standing
 
     now = standing(study, 0)
     parts = ("prompt_following", "likeness") if len(study.directions) > 1 else ()

@@ -17,12 +17,12 @@ from trainer.errors import ConfigError, MachineError, first_line
 from trainer.files import append_line, read_records, write_atomic
 
 if TYPE_CHECKING:
-    from trainer.adapters.adapter import Adapter
-    from trainer.bases.base import Base
+    from trainer.adapters import Adapter
+    from trainer.bases import Base
     from trainer.config import TrainConfig
-    from trainer.data.cache import Prepared
+    from trainer.data import Prepared
     from trainer.events import Event
-    from trainer.loop.ranks import Ranks
+    from trainer.loop import Ranks
 
 
 class StepLog:
@@ -66,8 +66,7 @@ def train_adapter(
     """
     from trainer.adapters import lorafile
     from trainer.events import Rehearsed
-    from trainer.loop import checkpoint, loop
-    from trainer.loop.ranks import ALONE
+    from trainer.loop import ALONE, checkpoint, loop
 
     adapter = lorafile.begin(base, config)
     try:

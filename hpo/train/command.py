@@ -17,13 +17,11 @@ from rich.console import Console
 
 from hpo.train import plan as trainplan
 from hpo.train.samples import file_stem, read_sample_prompts
-from trainer.bases import families
-from trainer.bases.blockrates import BLOCKS, block_rates
+from trainer.bases import BLOCKS, block_rates, families
 from trainer.config import TrainConfig
-from trainer.data.subsets import read_dataset_file, read_training_data
+from trainer.data import read_dataset_file, read_training_data
 from trainer.errors import ConfigError
-from trainer.kohya.family import known_family
-from trainer.kohya.trainfile import TrainFile, read_train_file
+from trainer.kohya import TrainFile, known_family, read_train_file
 from trainer.text import clean_text
 
 OUTPUT = Path("output")  # where LoRA files go if neither the command nor the file names a folder

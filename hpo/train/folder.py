@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpo.train.samples import file_stem
 from trainer.config import TrainConfig
-from trainer.kohya.trainfile import RUN_CONFIG
+from trainer.kohya import RUN_CONFIG
 
 
 @dataclass(frozen=True)

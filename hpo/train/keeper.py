@@ -14,7 +14,7 @@ from hpo.train.folder import RunFolder
 from hpo.train.plan import count_steps
 from hpo.train.samples import draw_samples
 from trainer.config import TrainConfig
-from trainer.data.dataset import Dataset, tag_frequency
+from trainer.data import Dataset, tag_frequency
 from trainer.errors import OutOfMemory
 from trainer.events import Event, Skipped, Step
 from trainer.oom import out_of_memory_named
@@ -22,7 +22,7 @@ from trainer.oom import out_of_memory_named
 if TYPE_CHECKING:
     from hpo.train.placement import Place
     from hpo.train.samples import SamplePrompt
-    from trainer.adapters.adapter import Adapter
+    from trainer.adapters import Adapter
 
 DATASET_KEY = "lora_hpo_dataset"  # Dataset.content_hash in a LoRA's metadata
 

@@ -17,7 +17,7 @@ from typing import Any
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 from trainer.files import append_line, read_records
-from trainer.memory.ladder import Rung, encoding_rung, next_rung
+from trainer.memory import Rung, encoding_rung, next_rung
 
 
 class RunLadder:

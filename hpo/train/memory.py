@@ -14,14 +14,12 @@ from typing import Any
 import torch
 
 from hpo.train.ladder import RunLadder
-from trainer.bases.base import Base
+from trainer.bases import Base
 from trainer.config import TrainConfig
 from trainer.errors import ToolError
 from trainer.events import Rehearsed
 from trainer.files import write_atomic
-from trainer.memory.footprint import base_facts, predict
-from trainer.memory.ladder import Rung
-from trainer.memory.stacks import choose
+from trainer.memory import Rung, base_facts, choose, predict
 from trainer.oom import CUDA_CONTEXT_BYTES
 
 # mission.md S4: above 98 % of the card, or 15.5 of 16 GB, the next allocation may fail.

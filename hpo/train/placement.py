@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from trainer.bases.base import Base, compute_type
-from trainer.bases.load import load_base
+from trainer.bases import Base, compute_type, load_base
 from trainer.compute import fp8
 from trainer.config import TrainConfig
-from trainer.data import preflight
-from trainer.data.cache import Prepared
-from trainer.data.dataset import Dataset
+from trainer.data import Dataset, Prepared, preflight
 from trainer.oom import release
 
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.text import say, short
+from hpo.terminal import say, short
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data.dataset import Dataset, assign_buckets, epoch_batches
-from trainer.kohya.trainfile import TrainFile
+from trainer.data import Dataset, assign_buckets, epoch_batches
+from trainer.kohya import TrainFile
 from trainer.text import clean_text
 
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study.locks import Lock, holder
-from hpo.terminal.stop import Stop
+from hpo.study import Lock, holder
+from hpo.terminal import Stop
 from hpo.train import memory as runmemory
 from hpo.train.adapter import StepLog, check_device, train_adapter
 from hpo.train.folder import RunFolder, run_folder
@@ -35,20 +35,17 @@ from hpo.train.plan import count_steps
 from hpo.train.samples import SamplePrompt, read_sample_prompts
 from hpo.train.view import TrainView
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data.captions import read_captions
-from trainer.data.dataset import Dataset
-from trainer.data.subsets import read_training_data
+from trainer.data import Dataset, read_captions, read_training_data
 from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
 from trainer.events import Event, Rehearsed, Step, Validated
 from trainer.files import machine_error, sweep_tree, write_atomic
-from trainer.loop.checkpoint import steps_behind
-from trainer.loop.ranks import Ranks, join, launched, leave
+from trainer.loop import Ranks, join, launched, leave, steps_behind
 from trainer.oom import release
 
 if TYPE_CHECKING:
-    from trainer.adapters.adapter import Adapter
-    from trainer.bases.base import Base
-    from trainer.data.cache import Prepared
+    from trainer.adapters import Adapter
+    from trainer.bases import Base
+    from trainer.data import Prepared
 
 
 def run(config: TrainConfig, output: Path, device: str | None, console: Console) -> Path:
@@ -233,9 +230,9 @@ def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
     """Whether the result is there, with these settings and images.  A file of others is not replaced."""
     if not folder.lora.exists():
         return False
-    from trainer.adapters.lorafile import CONFIG_KEY, shared_settings
-    from trainer.bases.load import short_name
-    from trainer.loop.checkpoint import FREE_SETTINGS
+    from trainer.adapters import CONFIG_KEY, shared_settings
+    from trainer.bases import short_name
+    from trainer.loop import FREE_SETTINGS
     from trainer.tensorfile import read_header
 
     metadata = read_header(folder.lora).metadata

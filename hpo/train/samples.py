@@ -19,7 +19,7 @@ from trainer.files import write_atomic
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    from trainer.bases.base import Base
+    from trainer.bases import Base
 
 STEPS, SCALE = 30, 7.5  # sd-scripts' own, where a prompt names none
 MAX_FILE_BYTES = 1 << 20
@@ -142,9 +142,8 @@ def draw_samples(
     """Draw every prompt with the base as it stands, adapter included; PNG files ``name_00_seed.png``."""
     import torch
 
-    from evaluation.images.images import png_bytes
-    from evaluation.images.sampling import SampleConfig, denoise, initial_noise
-    from evaluation.prompts.prompts import Prompt
+    from evaluation.images import SampleConfig, denoise, initial_noise, png_bytes
+    from evaluation.prompts import Prompt
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

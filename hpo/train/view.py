@@ -14,8 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.live import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING
-from hpo.terminal.text import clock
+from hpo.terminal import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, clock
 from trainer.events import Event, Finished, Skipped, Step, Validated
 from trainer.text import clean_text
 

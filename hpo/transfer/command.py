@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.study.folder import RUNS
-from hpo.terminal.text import say
+from hpo.study import RUNS
+from hpo.terminal import say
 from hpo.transfer import files as transferfile
 from hpo.transfer.files import Places, derived_lines, kept_line, shown
 from hpo.transfer.mapping import Transfer, make, planned, with_decision
@@ -59,7 +59,7 @@ def run(request: Request, console: Console) -> None:
     done = make(source, profile, request.preset, lambda text: say(console, text))
     show(console, done.plan)
     _check_refused(done.plan)
-    from hpo.transfer.probes.run import consult
+    from hpo.transfer.probes import consult
 
     places = Places(folder.root / "transfer", profile.family.name)
     more: list[str] = []

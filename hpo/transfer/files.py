@@ -15,7 +15,7 @@ from typing import Any
 
 import tomlkit
 
-from hpo.terminal.text import clock, short
+from hpo.terminal import clock, short
 from hpo.transfer.plan import Derived, Move, TransferPlan
 from hpo.transfer.profile import PRESETS, Profile
 from trainer.config import TrainConfig
@@ -135,11 +135,11 @@ def shown(value: Any) -> str:
 
 
 def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: str | None) -> list[str]:
-    from trainer.bases.load import HUB_NAMES
+    from trainer.bases import HUB_NAMES
 
     base = HUB_NAMES.get(profile.family.base, profile.family.base)
     try:
-        found = kohyaexport.export(
+        found = kohyaexport.to_kohya(
             plan.config,
             profile.family.architecture,
             base,

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from hpo.study.config import SHIPPED
-from trainer.bases.blockrates import BLOCKS
+from hpo.study import SHIPPED
+from trainer.bases import BLOCKS
 from trainer.config import TrainConfig, check_name, check_value, suggestion
 from trainer.errors import ConfigError
 from trainer.text import clean_text

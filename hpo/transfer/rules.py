@@ -25,7 +25,7 @@ from hpo.transfer.plan import (
     updates_of,
 )
 from hpo.transfer.profile import PRESETS, Profile
-from trainer.bases.blockrates import block_rates
+from trainer.bases import block_rates
 from trainer.config import SETTINGS, TrainConfig, suggestion
 from trainer.errors import ConfigError
 

@@ -12,17 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.study.folder import StudyFolder, find_folder, read_json
-from hpo.study.standing import BASELINE, ROLE, is_feasible, score_of
-from hpo.study.storage import database_errors, open_study
+from hpo.study import (
+    BASELINE,
+    ROLE,
+    StudyFolder,
+    database_errors,
+    find_folder,
+    is_feasible,
+    open_study,
+    read_json,
+    score_of,
+)
 from hpo.transfer.plan import DatasetFigures
 from hpo.transfer.profile import Family
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data.dataset import Dataset
-from trainer.data.subsets import read_training_data
+from trainer.data import Dataset, read_training_data
 from trainer.errors import ConfigError
-from trainer.kohya.family import family_of
-from trainer.kohya.trainfile import TrainFile
+from trainer.kohya import TrainFile, family_of
 from trainer.text import clean_text
 
 SOURCE_STUDY = "source_study"  # user attribute of a study of probes: where its settings come from

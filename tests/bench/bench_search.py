@@ -24,7 +24,6 @@ import numpy as np
 
 from evaluation.score.anchors import Anchors, make_anchors
 from evaluation.score.score import (
-    Difference,
     Score,
     _values,
     evaluate_adapter,
@@ -32,6 +31,7 @@ from evaluation.score.score import (
     prompt_draws,
     read_score,
 )
+from evaluation.score.statistics import Difference
 from hpo.search.workbench import Inputs, Workbench, load
 from hpo.study.config import find_study, read_study
 from hpo.study.folder import StudyFolder

@@ -242,7 +242,7 @@ def test_what_is_exported_means_the_same_when_it_is_read_back(
     tmp_path: Path, data: Path, values: dict[str, Any]
 ) -> None:
     config = TrainConfig(train_data_dir=str(data), mixed_precision="bf16").with_values(values)
-    found = kohyaexport.export(config, "sdxl", "sdxl", tmp_path)
+    found = kohyaexport.to_kohya(config, "sdxl", "sdxl", tmp_path)
     kohyaexport.write(found, tmp_path)
     assert set(found.config) <= KNOWN_KEYS - OURS_ALONE
     again = read_train_file(tmp_path / "config.toml", dataset=tmp_path / "dataset.toml").require_all().config
@@ -286,7 +286,7 @@ def test_an_exported_number_has_the_type_that_sd_scripts_acts_on(
     }
     more = {"multires_noise_iterations": 6, "lr_scheduler_num_cycles": 3, "max_token_length": 150}
     config = TrainConfig(train_data_dir=str(data), lr_warmup_steps=warmup, **steps, **more)  # type: ignore[arg-type]
-    kohyaexport.write(kohyaexport.export(config, "sd15", "sd15", tmp_path), tmp_path)
+    kohyaexport.write(kohyaexport.to_kohya(config, "sd15", "sd15", tmp_path), tmp_path)
     table = tomllib.loads((tmp_path / "config.toml").read_text())
     assert type(table["lr_warmup_steps"]) is kind and table["lr_warmup_steps"] == warmup
     types = get_type_hints(TrainConfig)
@@ -303,16 +303,16 @@ def test_what_sd_scripts_does_not_have_is_said(tmp_path: Path, data: Path) -> No
         train_data_dir=str(data), hold_out_references=True, text_encoder_frozen=True, micro_batch_size=1,
         bucket_reso_steps=32, validation_split=0.2,
     )  # fmt: skip
-    found = kohyaexport.export(config, "sd15", "sd15", tmp_path)
+    found = kohyaexport.to_kohya(config, "sd15", "sd15", tmp_path)
     said = "\n".join(found.notes)
     for part in ("hold_out_references is left out", "micro_batch_size is left out", "bucket_reso_steps = 32",
                  "text_encoder_frozen → text_encoder_lr = 0", "validation_split needs"):  # fmt: skip
         assert part in said
     assert found.config["text_encoder_lr"] == 0.0 and found.dataset["general"]["validation_split"] == 0.2
-    plain = kohyaexport.export(TrainConfig(train_data_dir=str(data)), "sdxl", "sdxl", tmp_path)
+    plain = kohyaexport.to_kohya(TrainConfig(train_data_dir=str(data)), "sdxl", "sdxl", tmp_path)
     assert not any("left out" in note or "bucket" in note for note in plain.notes)
     assert "validation_split" not in plain.dataset["general"]
-    of_sdxl = kohyaexport.export(config, "sdxl", "sdxl", tmp_path).notes
+    of_sdxl = kohyaexport.to_kohya(config, "sdxl", "sdxl", tmp_path).notes
     assert not any("bucket_reso_steps" in note for note in of_sdxl)
 
 
@@ -320,7 +320,7 @@ def test_prodigy_is_exported_as_it_runs_here(tmp_path: Path, data: Path) -> None
     for warmup, schedule in ((0, "cosine"), (10, "cosine"), (10, "constant")):
         values = {"optimizer_type": "Prodigy", "learning_rate": 1.0, "lr_warmup_steps": warmup}
         config = TrainConfig(train_data_dir=str(data), lr_scheduler=schedule, **values)  # type: ignore[arg-type]
-        found = kohyaexport.export(config, "sd15", "sd15", tmp_path)
+        found = kohyaexport.to_kohya(config, "sd15", "sd15", tmp_path)
         groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}]
         ours = OPTIMIZERS["Prodigy"](groups, config).defaults["safeguard_warmup"]
         assert f"safeguard_warmup={ours}" in found.config["optimizer_args"]
@@ -343,7 +343,7 @@ def test_every_exported_path_is_found_from_another_folder(
     }
     for source in ({"dataset_config": "set.toml"}, {"train_data_dir": str(relative)}):
         config = TrainConfig(**source, **values)  # type: ignore[arg-type]
-        found = kohyaexport.export(config, "sd15", "base", Path("here"))
+        found = kohyaexport.to_kohya(config, "sd15", "base", Path("here"))
         names = (
             "pretrained_model_name_or_path",
             "output_dir",
@@ -356,7 +356,7 @@ def test_every_exported_path_is_found_from_another_folder(
         assert all(Path(path).is_absolute() for path in paths), paths
         assert f"--config_file {tmp_path}/here/config.toml" in found.command
     assert (
-        kohyaexport.export(config, "sd15", "a/b", Path("here")).config["pretrained_model_name_or_path"]
+        kohyaexport.to_kohya(config, "sd15", "a/b", Path("here")).config["pretrained_model_name_or_path"]
         == "a/b"
     )
 
@@ -396,7 +396,7 @@ def test_samples_whose_prompts_are_not_here_are_left_out_and_said(tmp_path: Path
 def test_two_text_encoder_rates_cannot_be_exported(tmp_path: Path, data: Path) -> None:
     config = TrainConfig(train_data_dir=str(data), text_encoder_lr1=1e-5, text_encoder_lr2=2e-5)
     with pytest.raises(ConfigError, match="one rate for both text encoders"):
-        kohyaexport.export(config, "sdxl", "x", tmp_path)
+        kohyaexport.to_kohya(config, "sdxl", "x", tmp_path)
 
 
 @pytest.mark.parametrize(

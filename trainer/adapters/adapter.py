@@ -20,9 +20,8 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from trainer.adapters.kinds import KINDS, NAME, Kind, kernel_size, kind_of
-from trainer.bases.base import Base
-from trainer.bases.blockrates import BlockRates, block_rates
-from trainer.compute.fp8 import weight_of
+from trainer.bases import Base, BlockRates, block_rates
+from trainer.compute import weight_of
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged
 

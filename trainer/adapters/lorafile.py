@@ -18,10 +18,9 @@ from torch import Tensor
 
 from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target, inject
 from trainer.adapters.kinds import KINDS
-from trainer.bases.base import Base
+from trainer.bases import Base
 from trainer.config import TrainConfig
-from trainer.data.dataset import Dataset, tag_frequency
-from trainer.data.steps import plan, warmup_steps
+from trainer.data import Dataset, plan, tag_frequency, warmup_steps
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import write_atomic
 from trainer.tensorfile import load_tensors, read_header, to_bytes

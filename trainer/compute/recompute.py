@@ -15,7 +15,7 @@ import torch
 import torch.utils.checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trainer.bases.base import Base
+from trainer.bases import Base
 from trainer.config import TrainConfig
 
 

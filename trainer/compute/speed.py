@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from trainer.bases.base import Base
+from trainer.bases import Base
 from trainer.config import TrainConfig
 
 COMPILED = ("BasicTransformerBlock",)  # repeated up to 70 times in SDXL: compiled once, used everywhere

@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.bases.base import WINDOW_TOKENS, Base, Sizes, TextStates
-from trainer.compute.fp8 import holds_fp8
+from trainer.bases import WINDOW_TOKENS, Base, Sizes, TextStates
+from trainer.compute import holds_fp8
 from trainer.config import TrainConfig
 from trainer.data import preflight
 from trainer.data.buckets import Bucket, BucketRules, Fit

@@ -34,7 +34,7 @@ from trainer.text import clean_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.bases.base import Sizes
+    from trainer.bases import Sizes
 
 MIRRORED = ":mirrored"  # added to the sha256 of an image in the name of its mirrored view
 MAX_REFERENCES = 8
@@ -362,7 +362,7 @@ def sizes_for(item: Item, fit: Fit, *, mirrored: bool = False) -> Sizes:
     The crop offset is where the centre crop really starts.  (sd-scripts reports the bars of a letterbox
     instead, which differ on images that lose more than a few pixels.)
     """
-    from trainer.bases.base import Sizes
+    from trainer.bases import Sizes
 
     top, left = fit.crop_top_left
     if mirrored:

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from trainer.bases import families
-from trainer.bases.base import Base
-from trainer.compute.fp8 import holds_fp8
+from trainer.bases import Base, families
+from trainer.compute import holds_fp8
 from trainer.config import TrainConfig
 from trainer.data.captions import listed
 from trainer.data.dataset import Dataset

@@ -14,8 +14,7 @@ from typing import Any
 import tomlkit
 
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data.folders import parts_of
-from trainer.data.subsets import OWN_KEYS, RUN_KEYS, Subset, read_dataset_file
+from trainer.data import OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomic
 from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
@@ -54,7 +53,7 @@ class Export:
     notes: tuple[str, ...]
 
 
-def export(config: TrainConfig, family: str, base: str, folder: Path, output: str = "output") -> Export:
+def to_kohya(config: TrainConfig, family: str, base: str, folder: Path, output: str = "output") -> Export:
     """``config`` for sd-scripts.  ``base`` is the model as sd-scripts finds it; ``folder`` is where the files
     will lie.  Every path is written in full, since the command is run elsewhere."""
     folder = folder.resolve()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import SETTINGS, TrainConfig, check_name
-from trainer.data.subsets import is_dataset_table, read_dataset_file
+from trainer.data import is_dataset_table, read_dataset_file
 from trainer.errors import ConfigError, ModelFileError
 from trainer.kohya.keys import NO_KOHYA_DEFAULT
 from trainer.kohya.read import KohyaFile, from_kohya, from_own, is_kohya
@@ -317,7 +317,7 @@ _TEXTS = frozenset({"output_name", "network_module", "lr_scheduler", "mixed_prec
 
 def _read_lora(path: Path) -> TrainFile:
     """The settings in a LoRA's metadata: ours if they are there, else sd-scripts'."""
-    from trainer.adapters.lorafile import CONFIG_KEY  # loads torch
+    from trainer.adapters import CONFIG_KEY  # loads torch
     from trainer.tensorfile import read_header
 
     metadata = read_header(path).metadata

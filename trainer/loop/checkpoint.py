@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from trainer.adapters.adapter import Adapter
+from trainer.adapters import Adapter
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError
 from trainer.files import MANIFEST, atomic_folder, machine_error, sweep, verify_folder

@@ -14,15 +14,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.adapters.adapter import Adapter
-from trainer.bases.base import Base
-from trainer.compute.recompute import recomputing
-from trainer.compute.speed import faster
+from trainer.adapters import Adapter
+from trainer.bases import Base
+from trainer.compute import faster, recomputing
 from trainer.config import TrainConfig
-from trainer.data import dataset, preflight
-from trainer.data.cache import Prepared
-from trainer.data.captions import Moment
-from trainer.data.steps import Plan, plan
+from trainer.data import Moment, Plan, Prepared, dataset, plan, preflight
 from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.loop import checkpoint, optim

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from trainer.adapters.adapter import Adapter
+from trainer.adapters import Adapter
 from trainer.config import TrainConfig
-from trainer.data.steps import warmup_steps
+from trainer.data import warmup_steps
 from trainer.errors import ConfigError, MachineError
 
 POLYNOMIAL_END = 1e-7  # the rate that polynomial ends at, as in diffusers

@@ -19,13 +19,10 @@ import torch
 from torch import Tensor
 
 from trainer import oom as memory
-from trainer.adapters.adapter import Adapter, keyed_generator
-from trainer.bases.base import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod
-from trainer.bases.schedule import zero_terminal_snr
+from trainer.adapters import Adapter, keyed_generator
+from trainer.bases import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod, zero_terminal_snr
 from trainer.config import TrainConfig
-from trainer.data import dataset
-from trainer.data.cache import Prepared
-from trainer.data.captions import START, Moment
+from trainer.data import START, Moment, Prepared, dataset
 from trainer.errors import ConfigError
 from trainer.events import Rehearsed
 from trainer.loop import loss, optim, validation

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from trainer.adapters.adapter import keyed_generator
-from trainer.bases.base import Base, Sizes
+from trainer.adapters import keyed_generator
+from trainer.bases import Base, Sizes
 from trainer.config import TrainConfig
-from trainer.data.cache import Prepared
+from trainer.data import Prepared
 from trainer.loop import loss
 
 TIMESTEPS = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950)  # middles of ten equal parts of 1000

@@ -18,9 +18,17 @@ from typing import Any
 
 import torch
 
-from trainer.bases import detect
-from trainer.bases.base import Base, Parts
-from trainer.bases.load import CONFIGS, FAMILIES, HUB_NAMES, MINIATURES, TEXT_ENCODERS, empty_network
+from trainer.bases import (
+    CONFIGS,
+    FAMILIES,
+    HUB_NAMES,
+    MINIATURES,
+    TEXT_ENCODERS,
+    Base,
+    Parts,
+    detect,
+    empty_network,
+)
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory import tracing

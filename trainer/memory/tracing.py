@@ -27,9 +27,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer.adapters import KINDS
 from trainer.adapters import adapter as adapters
-from trainer.adapters.kinds import KINDS
-from trainer.bases.base import Base, Sizes, TextStates
+from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
 from trainer.config import TrainConfig
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from evaluation.score.statistics import BOOTSTRAP_SEED, Correlation, kendall, spearman
+from evaluation.score import BOOTSTRAP_SEED, Correlation, kendall, spearman
 
 TRANSFERRED, DEFAULT = "transferred", "default"
 TEXT_ON = "text encoders on"  # a candidate where the transferred settings leave them as they are

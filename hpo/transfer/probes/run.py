@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study.folder import StudyFolder, in_use, read_json
-from hpo.study.locks import Lock, holder
-from hpo.terminal.text import say
-from hpo.transfer.plan import PLANNER, snap_down, two_digits
+from hpo.study import Lock, StudyFolder, holder, in_use, read_json
+from hpo.terminal import say
+from hpo.transfer import MAPPING_VERSION, PLANNER, SOURCE_STUDY, Candidate, snap_down, transfer, two_digits
 from hpo.transfer.probes.design import (
     DEFAULT,
     DEFAULT_DESIGN,
@@ -37,8 +36,6 @@ from hpo.transfer.probes.design import (
     search_is_better,
 )
 from hpo.transfer.probes.side import FRACTION, Side, make_side, octave_bounds
-from hpo.transfer.rules import MAPPING_VERSION, transfer
-from hpo.transfer.source import SOURCE_STUDY, Candidate
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError, Interrupted, MachineError, StudyStopped
 from trainer.files import machine_error, write_atomic
@@ -46,9 +43,8 @@ from trainer.files import machine_error, write_atomic
 if TYPE_CHECKING:
     import optuna
 
-    from hpo.study.config import Inputs
-    from hpo.transfer.command import Request
-    from hpo.transfer.mapping import Transfer
+    from hpo.study import Inputs
+    from hpo.transfer import Request, Transfer
 
 FILE = "probes.json"
 LEAST = 3  # with fewer, nothing can be decided
@@ -227,7 +223,7 @@ class _Probing:
 
     def _inputs(self, base: str) -> Inputs:
         """The search's images, prompts and references, on a base."""
-        from hpo.study.config import Inputs
+        from hpo.study import Inputs
 
         source = self.done.source
         data = Path(source.best.config.train_data_dir)
@@ -330,10 +326,9 @@ def run_side(
 ) -> list[Outcome]:
     """Probes until ``choose`` wants no more.  A probe that was killed goes on; one that failed stops the call."""
     from hpo.search import workbench
-    from hpo.study.folder import TOTAL
-    from hpo.study.storage import database_errors
+    from hpo.study import TOTAL, database_errors
+    from hpo.terminal import Stop
     from hpo.terminal import live as report
-    from hpo.terminal.stop import Stop
 
     view = report.make_view(
         console, lambda suggested: side.study.space.settings(suggested, side.study.train), folder.name
@@ -374,10 +369,8 @@ class _Held:
 
 def _open(bench: Any, facts: Mapping[str, str], use: Any) -> optuna.Study:
     """The study of probes, created or found unchanged, with where its settings come from."""
-    from hpo.search.workbench import write_definition
-    from hpo.study.config import check_unchanged
-    from hpo.study.folder import IDENTITY
-    from hpo.study.storage import begun_study, create_study
+    from hpo.search import write_definition
+    from hpo.study import IDENTITY, begun_study, check_unchanged, create_study
 
     folder = bench.folder
     try:
@@ -399,9 +392,8 @@ def _probe_by_probe(
 ) -> list[Outcome]:
     from optuna.trial import TrialState
 
-    from hpo.search.claim import quiet
-    from hpo.search.worker import Limits
-    from hpo.study.standing import BASELINE, ROLE
+    from hpo.search import Limits, quiet
+    from hpo.study import BASELINE, ROLE
 
     probes: list[Probe] = []
     while True:
@@ -431,7 +423,7 @@ def _outcomes(
     """The finished probes in the order of the design, which asks for one after the other."""
     from optuna.trial import TrialState
 
-    from hpo.study.standing import by_prompt
+    from hpo.study import by_prompt
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     found: list[Outcome] = []
@@ -446,8 +438,8 @@ def _outcomes(
 
 def make_worker(study: optuna.Study, bench: Any, limits: Any, view: Any) -> Any:
     """A worker of the search that proposes nothing of its own: what fails stops the call."""
-    from hpo.search.worker import Search
-    from hpo.study.result import FAILED, Result
+    from hpo.search import Search
+    from hpo.study import FAILED, Result
 
     class ProbeWorker(Search):
         def _after(self, result: Result) -> None:

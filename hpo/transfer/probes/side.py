@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.study.config import ELSEWHERE, StudyConfig, build_study
-from hpo.study.space import NOT_SEARCHABLE, ZERO_IS_UNSET
-from hpo.transfer.plan import normalised, updates_of
+from hpo.study import ELSEWHERE, NOT_SEARCHABLE, ZERO_IS_UNSET, StudyConfig, build_study
+from hpo.transfer import ADAM, MOST_WARMUP, RATE_FREE, LimitSection, normalised, updates_of
 from hpo.transfer.probes.design import TRANSFERRED, Probe, Scope
-from hpo.transfer.profile import LimitSection
-from hpo.transfer.rules import ADAM, MOST_WARMUP, RATE_FREE
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 

@@ -1,0 +1,16 @@
+from . import checkpoints as checkpoints
+from .checkpoints import SPOILED as SPOILED
+from .checkpoints import UNCHANGED as UNCHANGED
+from .checkpoints import Choice as Choice
+from .checkpoints import Point as Point
+from .checkpoints import Verdict as Verdict
+from .checkpoints import standard_error as standard_error
+from .compare import ANCHORED as ANCHORED
+from .compare import COSINES as COSINES
+from .compare import Comparison as Comparison
+from .compare import Side as Side
+from .compare import compare as compare
+from .compare import told_apart as told_apart
+from .pictures import Column as Column
+from .pictures import contact_sheet as contact_sheet
+from .pictures import curve_picture as curve_picture

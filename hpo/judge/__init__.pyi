@@ -1,0 +1,2 @@
+from .compare import compare as compare
+from .evaluate import evaluate as evaluate

@@ -1,0 +1,17 @@
+from . import live as live
+from .beside import beside_lines as beside_lines
+from .beside import trial_lines as trial_lines
+from .confirmation import confirmed_lines as confirmed_lines
+from .confirmation import end_lines as end_lines
+from .live import PLAIN_SECONDS as PLAIN_SECONDS
+from .live import REFRESH_PER_SECOND as REFRESH_PER_SECOND
+from .live import SMOOTHING as SMOOTHING
+from .live import STOPPING as STOPPING
+from .live import best_line as best_line
+from .live import status_table as status_table
+from .live import study_line as study_line
+from .stop import Stop as Stop
+from .text import clock as clock
+from .text import figures as figures
+from .text import say as say
+from .text import short as short

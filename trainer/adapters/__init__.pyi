@@ -1,0 +1,9 @@
+from . import adapter as adapter
+from . import lorafile as lorafile
+from .adapter import Adapter as Adapter
+from .adapter import keyed_generator as keyed_generator
+from .adapter import targets_of as targets_of
+from .kinds import KINDS as KINDS
+from .kinds import NAME as NAME
+from .lorafile import CONFIG_KEY as CONFIG_KEY
+from .lorafile import shared_settings as shared_settings

@@ -1,0 +1,9 @@
+from . import checkpoint as checkpoint
+from . import loop as loop
+from .checkpoint import FREE_SETTINGS as FREE_SETTINGS
+from .checkpoint import steps_behind as steps_behind
+from .ranks import ALONE as ALONE
+from .ranks import Ranks as Ranks
+from .ranks import join as join
+from .ranks import launched as launched
+from .ranks import leave as leave
