@@ -1,7 +1,7 @@
 """The score of one adapter: anchored parts, their composite, its standard error and its safeguards.
 
-Owns anchors, formula, safeguards and statistics.  Decides nothing about a study (``hpo``) or a run
-(``evaluation.choice``).
+Owns anchors, formula, safeguards and statistics.  Decides nothing about a study (``hpo``)
+or a run (``evaluation.choice``).
 """
 
 import lazy_loader

@@ -1,7 +1,7 @@
 """Judging finished runs: every checkpoint scored, one chosen; two runs compared on the same prompts.
 
-Owns by which standard a run is judged, its files, ``evaluation.json`` and the mark on the best checkpoint.  Scores are
-``evaluation.score``'s, the choice ``evaluation.choice``'s.
+Owns by which standard a run is judged, its files, ``evaluation.json`` and the mark on the best checkpoint.
+Scores are ``evaluation.score``'s, the choice ``evaluation.choice``'s.
 """
 
 import lazy_loader

@@ -1,7 +1,7 @@
 """A user's own kohya configuration as a trial: --enqueue FILE.toml.
 
-Owns the proposal that means the file, and the lines on what of the file does not apply in this study.
-Reading the file is ``trainer.kohya.read``'s; queueing is ``hpo.search.session``'s.
+Owns the proposal that means the file, and the lines on what of the file does not apply in this study. Reading
+the file is ``trainer.kohya.read``'s; queueing is ``hpo.search.session``'s.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class Workbench:
 
 
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
-    """Read and check everything.  Only demo data is written (see ``hpo.study.folder.in_use``)."""
+    """Read and check everything.  Only demo data is written (see ``hpo.study.use.in_use``)."""
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     train = study.train

@@ -17,9 +17,7 @@ from .folder import STOP as STOP
 from .folder import TOTAL as TOTAL
 from .folder import StudyFolder as StudyFolder
 from .folder import TrialFolder as TrialFolder
-from .folder import Use as Use
 from .folder import find_folder as find_folder
-from .folder import in_use as in_use
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
 from .locks import Lock as Lock
@@ -71,3 +69,5 @@ from .storage import create_study as create_study
 from .storage import database_errors as database_errors
 from .storage import open_storage as open_storage
 from .storage import open_study as open_study
+from .use import Use as Use
+from .use import in_use as in_use

@@ -39,7 +39,7 @@ class Lock:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and attempt:
-                    continue  # its folder was taken back this moment (hpo.study.folder.in_use)
+                    continue  # its folder was taken back this moment (hpo.study.use.in_use)
                 raise machine_error(error, self.path) from error
             try:
                 taken = self._lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
 """What a terminal shows, and how it asks to stop.
 
-Owns the live view of a study, plain lines, wording of values and times, Ctrl-C.  Computes nothing but rates and times;
-what a single command prints beyond that stays in that command's room.
+Owns the live view of a study, plain lines, wording of values and times, Ctrl-C.  Computes nothing but rates
+and times; what a single command prints beyond that stays in that command's room.
 """
 
 import lazy_loader

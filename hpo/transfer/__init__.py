@@ -1,7 +1,7 @@
 """Transfer: the best SD1.5 settings mapped onto SDXL by named rules.
 
-Owns the rules, families and profiles, the source of the settings and the files that are written.  Does not train
-(``hpo.train``); short runs on the target are ``hpo.transfer.probes``'.
+Owns the rules, families and profiles, the source of the settings and the files that are written.  Does not
+train (``hpo.train``); short runs on the target are ``hpo.transfer.probes``'.
 """
 
 import lazy_loader

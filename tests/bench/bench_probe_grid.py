@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from hpo.transfer.probes.design import DESIGNS, Design, Outcome, Probe, Scope, horizon_shift
+from tests.places import ROOT
 from trainer.files import append_line, read_records, write_atomic
 
 GRID = Path(__file__).parent.parent / "data" / "probe_grid.jsonl"
-DOCS = Path(__file__).parent.parent.parent / "docs" / "transfer.md"
+DOCS = ROOT / "docs" / "transfer.md"
 BEGIN, END = "<!-- probe designs: begin -->", "<!-- probe designs: end -->"
 BASES = {"mini-sd15": "source", "mini-sdxl": "target"}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

@@ -1,4 +1,4 @@
-"""Does the score rank as the ground truth does?  Records the study that tests/unit/test_ranking.py reads.
+"""Does the score rank as the ground truth does?  Records the study that test_ranking.py reads.
 
     python -m tests.bench.bench_ranking record                  # ~20 minutes on one core; resumable
     python -m tests.bench.bench_ranking tables                  # the tables of docs/evaluation.md

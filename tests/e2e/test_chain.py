@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from hpo.study.folder import StudyFolder
+from tests.places import ROOT
 from tests.tiny_search import check_study
 from trainer.adapters.lorafile import read
 
@@ -47,7 +48,7 @@ FULL = Form(trials=12, probes=6)
 
 def hpo(place: Path, *words: str) -> str:
     """What the command says; it must succeed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("OMP_NUM_THREADS", None)  # the chain has the machine to itself, as a user's would
     done = subprocess.run(
         [sys.executable, "-c", "from hpo.cli import main; main()", *words],

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fullsize import random_base
+from tests.places import ROOT
 from tests.singlefile import save_single_file
 from tests.tiny import save_folder
 from trainer.tensorfile import read_header
@@ -76,7 +77,7 @@ def train_one_step(base: Path, out: Path) -> dict:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin", "HOME": str(out.parent)},
     )
     assert result.returncode == 0, result.stderr[-2000:]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.fullsize import meta_base
+from tests.places import ROOT
 from tests.singlefile import single_file_tensors
 from trainer.tensorfile import read_header
 
@@ -121,7 +122,7 @@ def process(code: str, *words: str) -> dict:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin", "HOME": str(Path(words[1]).parent)},
     )
     assert result.returncode == 0, result.stderr[-2000:]

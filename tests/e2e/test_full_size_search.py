@@ -4,9 +4,10 @@ scored by a real-sized ViT-B-32 from a file: on a CPU, within 12 GB, without net
 What it proves: loading in both layouts, training, sampling, scoring by the loaded scorer, saving and the
 study's records at full size, and the memory they take.  It proves nothing about scores.  Three guards judge
 just what random weights are, so they are off here and tested elsewhere: the scorer's known answers
-(tests/unit/test_embed.py), anchors that cannot be told apart (tests/faults/test_session.py), and the limit on
-copies, to which a random image tower says yes or no by chance (tests/unit/test_limits.py).  All other checks
-stay on: the file's own, logit_scale, the LoRA's effect on the images, invalid images, the other limits.
+(tests/unit/evaluation/encoders/test_embed.py), anchors that cannot be told apart
+(tests/faults/hpo/search/test_session.py), and the limit on copies, to which a random image tower says yes or
+no by chance (tests/unit/hpo/search/test_limits.py).  All other checks stay on: the file's own, logit_scale,
+the LoRA's effect on the images, invalid images, the other limits.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 from hpo.study.folder import StudyFolder
 from tests.fullsize import random_base
+from tests.places import ROOT
 from tests.singlefile import save_single_file
 from tests.tiny import save_folder
 from tests.tiny_search import check_study, draw_images
@@ -84,7 +86,7 @@ def search(place: Path, base: Path) -> tuple[str, int]:
         words += ["--set", setting]
     words += ["--set", "learning_rate=0.05", "--set", "sampling.steps=2", "--set", "optimizer_type=AdamW"]
     words += ["--set", "limits.copy_rate=1.0"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *words], cwd=place, capture_output=True, text=True, env=environment
     )

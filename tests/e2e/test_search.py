@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.places import ROOT
+
 HPO = [sys.executable, "-c", "from hpo.cli import main; main()"]
 SHORT = ["--set", "max_train_steps=4", "--set", "sampling.steps=2"]
 
 
 def environment() -> dict[str, str]:
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     return {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 

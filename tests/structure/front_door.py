@@ -1,7 +1,7 @@
 """An import-linter contract: a room is entered by its front door.
 
-A room is a package.  Its ``__init__.pyi`` names what other rooms may use, and modules outside the room import that from
-the package itself.  A module of another room is imported only if the front door names the module as a whole.
+A room is a package.  Its ``__init__.pyi`` names what other rooms may use, and modules outside the room import that
+from the package itself.  A module of another room is imported only if the front door names the module as a whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FrontDoor(Contract):
 
 
 def named_modules(room: str) -> set[str]:
-    """The modules that a front door hands on as a whole (``from . import module as module``), inner rooms' doors included.
+    """The modules that a front door hands on as a whole (``from . import module as module``), or an inner room.
 
     A function that has its module's name counts too: in ``from room import name`` the two look alike.
     """

@@ -329,8 +329,8 @@ class Adapter:
         return drop
 
     def _kept(self, shape: list[int], keep: float, generator: torch.Generator, like: Tensor) -> Tensor:
-        """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows.
-        An image has several rows where a long caption is read in windows."""
+        """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows. An
+        image has several rows where a long caption is read in windows."""
         start, count, total = self._rows
         each = shape[0] // count if 0 < count < total else 0
         drawn = [total * each, *shape[1:]] if each else shape

@@ -23,7 +23,9 @@ from trainer.data.survey import Photo, Survey
 REFUSED, WARNING, NOTE = "refused", "warning", "note"
 SHORT_SIDE_PX = 768  # SDXL: more than SHORT_SHARE of the images shorter than this is worth a warning
 SHORT_SHARE = 0.3
-NEAR_BITS = 20  # of 256; assumed: a JPEG and a smaller copy stay below it (tests/unit/test_dataset_check.py)
+NEAR_BITS = (
+    20  # of 256; assumed: a JPEG and a smaller copy stay below it (tests/unit/hpo/cli/test_dataset_check.py)
+)
 NEAR_LEVELS = 6.0  # of 255, mean over the thumbnail
 BUCKET_SLACK = 1.06  # buckets of up to 3:1 have 0.91 to 1 of the resolution's area; a side is its root
 MIN_CAPTIONS = 4  # assumed: in fewer, every tag is in all of them by chance

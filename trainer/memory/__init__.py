@@ -1,7 +1,7 @@
 """Memory: the peak of a step predicted without a GPU, and the settings that fit a card.
 
-Owns tracing, the allocator's rules, the parts of the peak, the cheapest stack and the order of remedies.  Trains
-nothing.
+Owns tracing, the allocator's rules, the parts of the peak, the cheapest stack and the order
+of remedies.  Trains nothing.
 """
 
 import lazy_loader

@@ -1,6 +1,7 @@
 """The faults of the pipeline this project replaces: one test each, which fails if the fault comes back.
 
-That only the final epoch was scored is tested with the choice of a checkpoint (tests/unit/test_checkpoints.py).
+That only the final epoch was scored is tested with the choice of a checkpoint
+(tests/unit/evaluation/choice/test_checkpoints.py).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpo.study.folder import StudyFolder
+from tests.places import ROOT
 from tests.tiny_search import check_study
 
 pytestmark = pytest.mark.faults
@@ -23,7 +24,7 @@ COMMAND = [
 
 def run_until(line: str, number: int, here: Path) -> tuple[int, str]:
     """The command, sent a signal once it prints a line that begins so: its exit code and all it said."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         COMMAND, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )

@@ -84,7 +84,8 @@ def test_a_clear_best_is_chosen_though_the_error_bars_overlap() -> None:
 
 @pytest.mark.parametrize("best", [0, 1, 2])
 def test_every_checkpoint_counts_not_only_the_last(best: int) -> None:
-    """A fault of the origin pipeline (tests/unit/test_origin_faults.py): only the final epoch was scored."""
+    """A fault of the origin pipeline (tests/unit/hpo/search/test_origin_faults.py): only the
+    final epoch was scored."""
     points = curve(*(0.6 if n == best else 0.4 for n in range(3)))
     choice = choose(points, anchors())
     assert choice.best == choice.chosen == best

@@ -23,6 +23,7 @@ from hpo.study.config import SHIPPED, Inputs, read_study
 from hpo.study.scoring import prompt_sets, say_notes, subject_items
 from hpo.study.sections import PRESETS
 from tests import ranking
+from tests.places import ROOT
 from tests.tiny_search import draw_images
 from trainer.bases.miniature import subjects
 from trainer.data.dataset import Dataset, Item, read_dataset
@@ -313,7 +314,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
 
 
 def test_the_example_in_the_documentation_is_a_prompt_file(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     examples = [part.partition("```")[0] for part in page.split("```toml\n")[1:]]
     example = next(text for text in examples if "[[prompts]]" in text)
     found = load(tmp_path / "p.toml", example, trigger=None, class_word=None)

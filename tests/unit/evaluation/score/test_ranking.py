@@ -12,6 +12,7 @@ from evaluation.score.anchors import anchors_identity
 from evaluation.score.statistics import lead, prompt_draws, spearman, spearman_rows
 from tests import ranking
 from tests.bench.bench_ranking import Recording, bench_in, proposals
+from tests.places import ROOT
 from tests.ranking import SEARCH, Measured, Recorded
 from trainer.bases.miniature import subjects
 from trainer.files import read_records
@@ -123,7 +124,7 @@ def test_a_score_that_is_another_formula_would_be_noticed(
 
 
 def test_the_page_and_the_figure_show_this_recording(found: Recorded) -> None:
-    docs = Path(__file__).parents[2] / "docs"
+    docs = ROOT / "docs"
     page = (docs / "evaluation.md").read_text(encoding="utf-8")
     for line in ranking.tables(found).splitlines():
         if line.startswith("| "):

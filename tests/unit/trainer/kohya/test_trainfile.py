@@ -12,6 +12,7 @@ import pytest
 import tomlkit
 import torch
 
+from tests.places import ROOT
 from tests.tiny_search import draw_images
 from trainer.bases.blockrates import block_rates
 from trainer.config import SETTINGS, TrainConfig
@@ -420,6 +421,6 @@ def test_block_rates_that_do_not_fit_the_base_are_refused(
 
 def test_the_settings_page_is_what_the_code_says() -> None:
     made = settingsdoc.page()
-    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    page = ROOT / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == made, "python -m trainer.kohya.settingsdoc > docs/settings.md"
     assert all(f"`{name}`" in made for name in {*SETTINGS, *KNOWN_KEYS})

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hpo.cli.main import main
-from tests.unit.test_dataset import add
+from tests.unit.trainer.data.test_dataset import add
 from trainer.config import TrainConfig
 from trainer.data.dataset import read_dataset
 

@@ -2,7 +2,6 @@
 
 import json
 from io import StringIO
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +10,7 @@ from rich.console import Console
 from hpo.cli.main import main
 from hpo.cli.plan import table_of
 from hpo.cli.plantable import ADAPTER_ROWS, FULL_ROWS, ROWS, Cell, predicted_cells
+from tests.places import ROOT
 from tests.tiny import save_folder, tiny_base
 
 # Three rows that share no trace, one for each way to save: CI predicts these, `pytest -m slow` all of them.
@@ -33,7 +33,7 @@ def test_the_table_has_the_users_twenty_cells():
 
 
 def test_the_page_lists_every_row_with_the_users_figures():
-    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     for row in ROWS:
         (line,) = (line for line in page.splitlines() if line.startswith(f"| {row.name} |"))
         assert all(f"/ {measured_gb:g}" in line for measured_gb in row.measured_gb.values())

@@ -1,8 +1,8 @@
 """A LoRA file loads in diffusers and draws what the adapter drew that was scored; names are
 kohya's, letter by letter.
 
-The names are asserted literally elsewhere too (tests/unit/test_bases.py): diffusers also accepts names that
-ComfyUI and A1111 do not know, so that it loads proves nothing about them.
+The names are asserted literally elsewhere too (tests/unit/trainer/bases/test_bases.py): diffusers also
+accepts names that ComfyUI and A1111 do not know, so that it loads proves nothing about them.
 """
 
 import re

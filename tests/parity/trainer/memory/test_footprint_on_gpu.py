@@ -1,5 +1,5 @@
 """Predicted against measured memory on a CUDA card: full-size SDXL with random weights, the real loop.  Needs
-a card; the checks that need none are in tests/unit/test_footprint.py."""
+a card; the checks that need none are in tests/unit/trainer/memory/test_footprint.py."""
 
 import gc
 from pathlib import Path

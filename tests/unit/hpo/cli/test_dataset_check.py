@@ -14,7 +14,7 @@ from PIL import Image
 
 from hpo.cli.dataset import Request, examine
 from hpo.cli.main import main
-from tests.unit.test_dataset import add, picture
+from tests.unit.trainer.data.test_dataset import add, picture
 from trainer.data.dataset import assign_buckets, read_dataset
 from trainer.errors import ToolError
 

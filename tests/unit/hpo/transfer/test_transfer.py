@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from hpo.transfer.plan import GRID, DatasetFigures, TransferPlan, snap_down
 from hpo.transfer.profile import PRESETS, Profile, profiles_of, read_profile
 from hpo.transfer.rules import rules_table, transfer
+from tests.places import ROOT
 from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TOKEN_LENGTHS, TrainConfig
 from trainer.errors import ConfigError
 
@@ -323,6 +323,6 @@ def test_rates_snap_down_to_the_grid_by_a_quarter_at_most(value: float) -> None:
 
 
 def test_the_docs_describe_every_rule() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "transfer.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
     shown = text.split("<!-- rules: begin -->")[1].split("<!-- rules: end -->")[0]
     assert shown.strip() == rules_table()
