@@ -11,10 +11,10 @@ from rich.console import Console
 
 import hpo.confirm.run
 import hpo.search.workbench
-from hpo.confirm.outcome import Outcome
-from hpo.confirm.wanted import Request
+from hpo.confirm.outcome import Confirmed
+from hpo.confirm.wanted import ConfirmRequest
 from hpo.search.workbench import Workbench, write_definition
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from hpo.study.config import Inputs
 from hpo.study.folder import StudyFolder
 from hpo.terminal.live import PlainView
@@ -24,7 +24,7 @@ from tests.tiny_search import make_search, tiny_bench
 def searched_study(root: Path, data: Path, trials: int = 3) -> StudyFolder:
     """A finished search."""
     bench = tiny_bench(root, data)
-    make_search(bench, Limits(trials)).run()
+    make_search(bench, SearchLimits(trials)).run()
     write_definition(bench, bench.facts())
     return bench.folder
 
@@ -35,7 +35,7 @@ def run_confirm(
     change: Callable[[PlainView], None] = lambda view: None,
     loaded: Callable[[Workbench], None] = lambda bench: None,
     **words: Any,
-) -> tuple[Outcome | None, str]:
+) -> tuple[Confirmed | None, str]:
     """The command on a study; what it found and printed.  ``change`` may interfere with its view."""
 
     def load(inputs: Inputs, study: Any, folder: StudyFolder, say: Any) -> Workbench:
@@ -52,7 +52,7 @@ def run_confirm(
     screen, before, view_before = io.StringIO(), hpo.search.workbench.load, hpo.terminal.live.make_view
     hpo.search.workbench.load, hpo.terminal.live.make_view = load, make_view
     try:
-        request = Request(source.name, runs=source.root.parent, **{"top": 2, **words})
+        request = ConfirmRequest(source.name, runs=source.root.parent, **{"top": 2, **words})
         found = hpo.confirm.run.confirm(request, Console(file=screen, width=160), lambda: True)
     finally:
         hpo.search.workbench.load, hpo.terminal.live.make_view = before, view_before

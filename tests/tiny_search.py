@@ -20,7 +20,7 @@ from evaluation.encoders.references import embed_references
 from evaluation.images.sampling import default_config
 from evaluation.prompts.prompts import PromptSet, make_prompt
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Limits, Search
+from hpo.search.worker import Search, SearchLimits
 from hpo.study.config import Inputs, StudyConfig, build_study
 from hpo.study.folder import TOTAL, StudyFolder, read_json
 from hpo.study.storage import create_study, open_study
@@ -149,7 +149,7 @@ class Recorder:
         self.results.append(result)
 
 
-def make_search(bench: Workbench, limits: Limits, view: Recorder | None = None) -> Search:
+def make_search(bench: Workbench, limits: SearchLimits, view: Recorder | None = None) -> Search:
     """A worker on the bench's study, created if need be, anchors measured."""
     folder = bench.folder
     folder.locks.mkdir(parents=True, exist_ok=True)

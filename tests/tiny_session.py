@@ -12,7 +12,7 @@ from rich.console import Console
 
 import hpo.search.workbench
 from evaluation.score.anchors import Anchors
-from hpo.search.session import Request, search
+from hpo.search.session import SearchRequest, search
 from hpo.search.workbench import Workbench
 from hpo.study.config import Inputs
 from hpo.study.folder import StudyFolder
@@ -44,7 +44,7 @@ def run_session(
     if not guarded:
         Anchors.require_separable = lambda anchors: None  # type: ignore[method-assign]
     try:
-        request = Request(
+        request = SearchRequest(
             Inputs("tiny", data), trials, study=str(definition), name=root.name, runs=root.parent, **words
         )
         search(request, Console(file=screen, width=200))

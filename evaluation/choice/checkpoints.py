@@ -29,7 +29,7 @@ SPOILED = "spoiled"  # its pictures show nothing, or are copies, or are all alik
 
 
 @dataclass(frozen=True)
-class Point:
+class CheckpointPoint:
     """One checkpoint on the curve.  Without a score: ``reason`` says why it can not be chosen, ``cause`` is
     UNCHANGED, SPOILED, or empty where it says nothing of the training (a damaged file)."""
 
@@ -42,7 +42,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Choice:
+class CheckpointChoice:
     """Indices into the points, in the order of training.
 
     ``lead[n]`` is the best's score minus point n's, paired by prompt; None where n has no score or is the
@@ -56,7 +56,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckpointVerdict:
     """One word on the run's length, why, and what to do about it."""
 
     word: str
@@ -64,7 +64,7 @@ class Verdict:
     advice: str
 
 
-def choose(points: Sequence[Point], anchors: Anchors) -> Choice:
+def choose(points: Sequence[CheckpointPoint], anchors: Anchors) -> CheckpointChoice:
     """The best point, and the earliest within one paired standard error of it.
 
     Raises ModelFileError if no point has a score.
@@ -82,7 +82,7 @@ def choose(points: Sequence[Point], anchors: Anchors) -> Choice:
         for n in range(len(points))
     )
     within = tuple(n for n in scored if n == best or _is_within(lead[n]))
-    return Choice(best, min(within), within, lead)
+    return CheckpointChoice(best, min(within), within, lead)
 
 
 def standard_error(difference: Difference) -> float:
@@ -94,7 +94,9 @@ def _is_within(difference: Difference | None) -> bool:
     return difference is not None and difference.mean <= standard_error(difference)
 
 
-def finalists(points: Sequence[Point], choice: Choice, count: int = FINALISTS) -> tuple[int, ...]:
+def finalists(
+    points: Sequence[CheckpointPoint], choice: CheckpointChoice, count: int = FINALISTS
+) -> tuple[int, ...]:
     """Who is measured anew, in the order of training: the choice, the best, and the next best."""
     scored = [n for n, point in enumerate(points) if point.score is not None]
     by_value = sorted(scored, key=lambda n: -_value(points[n]))
@@ -102,24 +104,26 @@ def finalists(points: Sequence[Point], choice: Choice, count: int = FINALISTS) -
     return tuple(sorted(list(ranked)[:count]))
 
 
-def _value(point: Point) -> float:
+def _value(point: CheckpointPoint) -> float:
     assert point.score is not None
     return point.score.value
 
 
-def verdict(points: Sequence[Point], choice: Choice, *, finished: bool = True) -> Verdict:
+def verdict(
+    points: Sequence[CheckpointPoint], choice: CheckpointChoice, *, finished: bool = True
+) -> CheckpointVerdict:
     """Whether the run was too short or too long, by where on the curve the best lies.
 
     First and last are those that the curve knows: a damaged file is no part of it.
     """
     if len(points) == 1:
-        return Verdict(
+        return CheckpointVerdict(
             SINGLE,
             "the run saved one checkpoint, so there is no curve",
             "train with save_every_n_epochs, for example --set save_every_n_epochs=2",
         )
     if _value(points[choice.best]) <= 0:
-        return Verdict(
+        return CheckpointVerdict(
             NO_BETTER,
             "no checkpoint scores above the untrained base, which has 0",
             "look at the images: a lower learning_rate if they are broken, a higher one if they look untrained",
@@ -129,13 +133,13 @@ def verdict(points: Sequence[Point], choice: Choice, *, finished: bool = True) -
     first, last = known[0], known[-1]
     spoiled = next((p for p in points[choice.best + 1 :] if p.cause == SPOILED), None)
     if choice.best == last and spoiled:
-        return Verdict(
+        return CheckpointVerdict(
             OVERTRAINED,
             f"{best} is the best, and after it there is no result: {spoiled.name}: {spoiled.reason}",
             "halve learning_rate (assumed) or train fewer epochs",
         )
     if len(known) == 1:
-        return Verdict(
+        return CheckpointVerdict(
             SINGLE,
             f"only {best} can be scored, so there is no curve",
             "train the others again if their length is in question",
@@ -144,7 +148,7 @@ def verdict(points: Sequence[Point], choice: Choice, *, finished: bool = True) -
         return _at_the_end(points, choice, _place("last", last == len(points) - 1), finished)
     if choice.best == first:
         return _at_the_start(points, choice, _place("first", first == 0), last)
-    return Verdict(
+    return CheckpointVerdict(
         BETWEEN,
         f"{best} is the best, and neither the first nor the last",
         "the length is right for this learning_rate",
@@ -155,42 +159,48 @@ def _place(which: str, of_all: bool) -> str:
     return f"the {which} checkpoint" + ("" if of_all else " that can be scored")
 
 
-def _at_the_end(points: Sequence[Point], choice: Choice, place: str, finished: bool) -> Verdict:
+def _at_the_end(
+    points: Sequence[CheckpointPoint], choice: CheckpointChoice, place: str, finished: bool
+) -> CheckpointVerdict:
     best = points[choice.best].name
     if not finished:
-        return Verdict(
+        return CheckpointVerdict(
             UNDERTRAINED, f"the newest checkpoint, {best}, is the best", "let the training go on to its end"
         )
     why = f"{place}, {best}, is the best"
     if choice.chosen != choice.best:
-        return Verdict(
+        return CheckpointVerdict(
             UNDERTRAINED,
             f"{why}, though {points[choice.chosen].name} cannot be told apart from it",
             "the curve is nearly flat at its end: more epochs would gain little",
         )
-    return Verdict(
+    return CheckpointVerdict(
         UNDERTRAINED,
         why,
         "raise max_train_epochs by half (assumed), or learning_rate; the curve still rises",
     )
 
 
-def _at_the_start(points: Sequence[Point], choice: Choice, place: str, last: int) -> Verdict:
+def _at_the_start(
+    points: Sequence[CheckpointPoint], choice: CheckpointChoice, place: str, last: int
+) -> CheckpointVerdict:
     why = f"{place}, {points[choice.best].name}, is the best"
     if last in choice.within:
-        return Verdict(
+        return CheckpointVerdict(
             OVERTRAINED,
             f"{why}, though {points[last].name} cannot be told apart from it",
             "the curve is flat: what was trained after it changed nothing that can be seen",
         )
-    return Verdict(
+    return CheckpointVerdict(
         OVERTRAINED,
         why,
         "halve learning_rate (assumed) or train fewer epochs, and save more often: save_every_n_epochs = 1",
     )
 
 
-def confirmed(search: Choice, tested: Sequence[int], confirmation: Choice) -> tuple[int, str]:
+def confirmed(
+    search: CheckpointChoice, tested: Sequence[int], confirmation: CheckpointChoice
+) -> tuple[int, str]:
     """The final choice as an index into all points, and what the confirmation says of the first choice.
 
     ``confirmation`` chose among ``tested`` by the same rule, on prompts that had no part in the first choice.

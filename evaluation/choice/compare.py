@@ -29,7 +29,7 @@ ROWS = ("base effect", "LoRA A − its base", "LoRA B − its base", "adapter ef
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedSide:
     """One LoRA's score on a prompt set, and its base's anchors on the same."""
 
     score: Score
@@ -47,7 +47,7 @@ class Comparison:
     beside: Mapping[str, Difference]
 
 
-def compare(a: Side, b: Side) -> Comparison:
+def compare(a: ComparedSide, b: ComparedSide) -> Comparison:
     """B minus A with 95 % intervals from a bootstrap over prompts, the same draws on both sides."""
     _check_same(a, b)
     prompts = a.anchors.prompt_ids
@@ -59,7 +59,7 @@ def compare(a: Side, b: Side) -> Comparison:
     return Comparison(own, cosines, _beside(a, b, prompts, weights_KP))
 
 
-def _check_same(a: Side, b: Side) -> None:
+def _check_same(a: ComparedSide, b: ComparedSide) -> None:
     for what in ("prompts", "scorer", "likeness", "references"):
         if a.anchors.identity[what] != b.anchors.identity[what]:
             raise ConfigError(f"the two sides were measured with other {what}", "compare them on the same")
@@ -70,7 +70,7 @@ def _check_same(a: Side, b: Side) -> None:
             raise ConfigError("a score and its anchors are of different scales", "score it again")
 
 
-def _means(side: Side, prompts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _means(side: ComparedSide, prompts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(t_P, i_P): raw cosines of each prompt, its seeds together."""
     rows = side.score.per_image
     return tuple(  # type: ignore[return-value]
@@ -79,7 +79,7 @@ def _means(side: Side, prompts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray
     )
 
 
-def _anchored(side: Side, prompts: tuple[str, ...], weights_KP: np.ndarray) -> dict[str, np.ndarray]:
+def _anchored(side: ComparedSide, prompts: tuple[str, ...], weights_KP: np.ndarray) -> dict[str, np.ndarray]:
     t_P, i_P = _means(side, prompts)
     order = [side.anchors.prompt_ids.index(p) for p in prompts]
     assert order == sorted(order), "prompts of both sides are in one order"
@@ -92,7 +92,7 @@ def _anchored(side: Side, prompts: tuple[str, ...], weights_KP: np.ndarray) -> d
 
 
 def _raw(
-    a: Side, b: Side, prompts: tuple[str, ...], name: str, weights_KP: np.ndarray
+    a: ComparedSide, b: ComparedSide, prompts: tuple[str, ...], name: str, weights_KP: np.ndarray
 ) -> dict[str, Difference]:
     """The raw difference taken apart.  Likeness leaves class-only prompts out."""
     number = COSINES.index(name)
@@ -111,7 +111,9 @@ def _raw(
     return {row: _over_prompts(value, used_KP) for row, value in zip(ROWS, values, strict=True)}
 
 
-def _beside(a: Side, b: Side, prompts: tuple[str, ...], weights_KP: np.ndarray) -> dict[str, Difference]:
+def _beside(
+    a: ComparedSide, b: ComparedSide, prompts: tuple[str, ...], weights_KP: np.ndarray
+) -> dict[str, Difference]:
     """Other models' figures that both sides have.  A prompt that a figure does not ask is left out of it."""
     found = {}
     theirs = {(f.measure, f.model, f.sha): f for f in b.score.beside}

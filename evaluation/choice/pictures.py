@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.choice.checkpoints import Point
+from evaluation.choice.checkpoints import CheckpointPoint
 from evaluation.images import SampledImage
 from evaluation.prompts import PromptSet
 
@@ -46,7 +46,7 @@ class _Frame:
 
 
 def curve_picture(
-    points: Sequence[Point], best: int, chosen: int, retested: Sequence[Point], title: str
+    points: Sequence[CheckpointPoint], best: int, chosen: int, retested: Sequence[CheckpointPoint], title: str
 ) -> Image.Image:
     """Prompt following, likeness and score over the run with one standard error on each side, from the
     untrained base (1, 0, 0 by definition) on; circles are scores on the confirmation prompts."""
@@ -71,7 +71,7 @@ def curve_picture(
     return picture.resize((WIDTH_PX, HEIGHT_PX), Image.Resampling.LANCZOS)
 
 
-def _places(points: Sequence[Point]) -> tuple[list[float], str]:
+def _places(points: Sequence[CheckpointPoint]) -> tuple[list[float], str]:
     """Where each point lies along the run: by steps if all are known, else by epochs, else by number."""
     for axis in ("step", "epoch"):
         found = [getattr(point, axis) for point in points]
@@ -80,7 +80,7 @@ def _places(points: Sequence[Point]) -> tuple[list[float], str]:
     return [float(number + 1) for number in range(len(points))], "checkpoint"
 
 
-def _row(points: Sequence[Point], name: str) -> list[tuple[float, float] | None]:
+def _row(points: Sequence[CheckpointPoint], name: str) -> list[tuple[float, float] | None]:
     field = {"prompt following": "prompt_following", "likeness": "likeness", "score": "value"}[name]
     error = "se" if name == "score" else f"{field}_se"
     return [
@@ -95,7 +95,7 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _grid(
     picture: Image.Image,
     frame: _Frame,
-    points: Sequence[Point],
+    points: Sequence[CheckpointPoint],
     places: Sequence[float],
     axis: str,
     title: str,
@@ -153,7 +153,7 @@ def _whisker(draw: ImageDraw.ImageDraw, frame: _Frame, place: float, value: floa
 def _marks(
     draw: ImageDraw.ImageDraw,
     frame: _Frame,
-    points: Sequence[Point],
+    points: Sequence[CheckpointPoint],
     places: Sequence[float],
     best: int,
     chosen: int,

@@ -35,7 +35,7 @@ NEAR = 0.5  # assumed: a copy is nearer than this part of a held-out reference's
 
 
 @dataclass(frozen=True)
-class Limits:
+class SafeguardLimits:
     """Where a result stops being one.  0.05 and 0.6 are facts A3's; the prior's is lenient, as a LoRA trained
     without class images takes part of its class word with it (DreamBooth, table 3)."""
 
@@ -97,7 +97,7 @@ class Safeguards:
 
     encoders: tuple[ImageEncoder, ...]
     copies: Copies
-    limits: Limits = Limits()
+    limits: SafeguardLimits = SafeguardLimits()
 
     def measure(
         self,

@@ -26,7 +26,7 @@ from trainer.data import (
     REFUSED,
     WARNING,
     Dataset,
-    Finding,
+    DatasetFinding,
     Question,
     Survey,
     findings,
@@ -52,7 +52,7 @@ NAMED = 20  # files of a refused finding that the table names; --json names all
 
 
 @dataclass(frozen=True)
-class Request:
+class DatasetRequest:
     """The words of ``hpo dataset check``."""
 
     folder: Path
@@ -77,7 +77,7 @@ class Report:
 
     survey: Survey
     config: TrainConfig
-    findings: tuple[Finding, ...]
+    findings: tuple[DatasetFinding, ...]
     steps: Steps | None
     trigger: str | None
     class_word: str | None
@@ -87,7 +87,7 @@ class Report:
         return not any(finding.severity == REFUSED for finding in self.findings)
 
 
-def check(request: Request, console: Console, echo: Callable[[str], None]) -> None:
+def check(request: DatasetRequest, console: Console, echo: Callable[[str], None]) -> None:
     """Print the report.  Raises DataError after it if training would refuse the folder."""
     report = examine(request)
     if request.as_json:
@@ -103,7 +103,7 @@ def check(request: Request, console: Console, echo: Callable[[str], None]) -> No
         )
 
 
-def examine(request: Request) -> Report:
+def examine(request: DatasetRequest) -> Report:
     """Everything that is found, and whether training itself would take the folder."""
     config, root = request.config, request.folder
     seen = survey(root, config)
@@ -124,8 +124,10 @@ def examine(request: Request) -> Report:
         except ToolError as error:
             trouble = error
     if trouble and not (refused and any(b.error.message == trouble.message for b in seen.broken)):
-        found.insert(0, Finding("folder", REFUSED, trouble.message, trouble.hint))
-    found += [Finding("folder", "note", note, "rename or move it if it should be used") for note in notes]
+        found.insert(0, DatasetFinding("folder", REFUSED, trouble.message, trouble.hint))
+    found += [
+        DatasetFinding("folder", "note", note, "rename or move it if it should be used") for note in notes
+    ]
     return Report(seen, config, tuple(found), _steps(seen, config), trigger, class_word)
 
 
@@ -150,7 +152,7 @@ def _steps(seen: Survey, config: TrainConfig) -> Steps | None:
     return count_steps(config, Dataset(seen.root, items)) if items else None
 
 
-def as_json(request: Request, report: Report) -> dict[str, Any]:
+def as_json(request: DatasetRequest, report: Report) -> dict[str, Any]:
     """The report for scripts."""
     return {
         "folder": shown(request.folder),
@@ -165,7 +167,7 @@ def as_json(request: Request, report: Report) -> dict[str, Any]:
     }
 
 
-def show(console: Console, request: Request, report: Report) -> None:
+def show(console: Console, request: DatasetRequest, report: Report) -> None:
     """The report for people."""
     seen, config = report.survey, report.config
     held_out = f", {len(seen.held_out)} held out" if seen.held_out else ""
@@ -186,7 +188,7 @@ def show(console: Console, request: Request, report: Report) -> None:
         say(console, f"next: hpo {command} --base {request.base} --data {shlex.quote(shown(request.folder))}")
 
 
-def _findings_table(found: tuple[Finding, ...]) -> Table:
+def _findings_table(found: tuple[DatasetFinding, ...]) -> Table:
     table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
     table.add_column("", no_wrap=True)
     table.add_column("found", overflow="fold", ratio=5)

@@ -137,12 +137,12 @@ def search(
 ) -> None:
     """Search LoRA settings. The same command goes on with a study that was stopped, killed or unplugged."""
     calm_libraries()
-    from hpo.search import Request
+    from hpo.search import SearchRequest
     from hpo.search import search as run
     from hpo.study import Inputs
 
     inputs = Inputs(base, data, clip, prompts, references, trigger, class_word, device)
-    run(Request(inputs, **words), console())
+    run(SearchRequest(inputs, **words), console())
 
 
 @main.command()
@@ -186,13 +186,13 @@ def confirm(yes: bool, **words: Any) -> None:
     """Confirm a study's best trials beside trial 0: fresh training seeds, prompts that the search did not
     use. The same command goes on with a confirmation that was stopped, killed or unplugged."""
     calm_libraries()
-    from hpo.confirm import Request
+    from hpo.confirm import ConfirmRequest
     from hpo.confirm import confirm as run
 
     def ask() -> bool:
         return yes or not sys.stdin.isatty() or click.confirm("go on?", default=True)
 
-    run(Request(**words), console(), ask)
+    run(ConfirmRequest(**words), console(), ask)
 
 
 @main.command()
@@ -235,10 +235,10 @@ def plan(file: Path | None, **words: Any) -> None:
     """Predict the peak GPU memory of training with FILE's settings, and what makes it fit. Needs no GPU, no
     weights and no images."""
     calm_libraries()
-    from hpo.cli.plan import Request
+    from hpo.cli.plan import PlanRequest
     from hpo.cli.plan import plan as run
 
-    run(Request(file, **words), console(), click.echo)
+    run(PlanRequest(file, **words), console(), click.echo)
 
 
 @main.command()
@@ -271,12 +271,12 @@ def train(file: Path, **words: Any) -> None:
     """Train one LoRA from FILE: settings of this tool or of sd-scripts (TOML), a dataset file, a LoRA, or the
     folder of a run or trial. The same command goes on with a run that was stopped, killed or unplugged."""
     calm_libraries()
-    from hpo.train import Request
+    from hpo.train import TrainRequest
     from hpo.train import train as run
 
     if words["as_json"] and not words["dry_run"]:
         raise click.UsageError("--json goes with --dry-run")
-    run(Request(file, **words), console(), click.echo)
+    run(TrainRequest(file, **words), console(), click.echo)
 
 
 @main.command()
@@ -313,9 +313,9 @@ def transfer(**words: Any) -> None:
     """Carry a study's best settings over to SDXL: a table of what changes and why, and the files of the run.
     With --probes the same command goes on with probes that were stopped."""
     calm_libraries()
-    from hpo.transfer import Request, run
+    from hpo.transfer import TransferRequest, run
 
-    run(Request(**words), console())
+    run(TransferRequest(**words), console())
 
 
 @main.command()
@@ -461,10 +461,10 @@ def check(folder: Path, **words: Any) -> None:
 
     Ends with 0 if DIR can be trained on, with 3 if not."""
     calm_libraries()
-    from hpo.cli.dataset import Request
+    from hpo.cli.dataset import DatasetRequest
     from hpo.cli.dataset import check as run
 
-    run(Request(folder, **words), console(), click.echo)
+    run(DatasetRequest(folder, **words), console(), click.echo)
 
 
 @dataset.command()

@@ -34,7 +34,7 @@ SAYS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """The words of ``hpo plan``."""
 
     file: Path | None = None
@@ -45,7 +45,7 @@ class Request:
     as_json: bool = False
 
 
-def plan(request: Request, console: Console, echo: Callable[[str], None]) -> None:
+def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) -> None:
     """Print the prediction and the stack.  Raises ConfigError if nothing fits, after the prediction."""
     if request.table:
         _table(request, console, echo)
@@ -72,7 +72,7 @@ def plan(request: Request, console: Console, echo: Callable[[str], None]) -> Non
         show_stack(console, request.vram, given, stack)
 
 
-def _config(request: Request) -> TrainConfig:
+def _config(request: PlanRequest) -> TrainConfig:
     places = {"pretrained_model_name_or_path": request.base} if request.base else {}
     if request.file is not None:
         return read_train_file(request.file, sets=request.sets, places=places).require_all().config
@@ -83,7 +83,7 @@ def _config(request: Request) -> TrainConfig:
     return TrainConfig().with_values({**places, **dict(map(parse_set, request.sets))})
 
 
-def as_json(request: Request, facts: BaseFacts, given: Footprint, stack: Stack) -> dict[str, Any]:
+def as_json(request: PlanRequest, facts: BaseFacts, given: Footprint, stack: Stack) -> dict[str, Any]:
     """Everything of a plan, for scripts."""
     return {
         "base": facts.name,
@@ -149,7 +149,7 @@ def _shown(value: Any) -> str:
 # The users' table
 
 
-def _table(request: Request, console: Console, echo: Callable[[str], None]) -> None:
+def _table(request: PlanRequest, console: Console, echo: Callable[[str], None]) -> None:
     cells = []
     for cell in plantable.predicted_cells():
         cells.append(cell)

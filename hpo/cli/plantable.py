@@ -25,7 +25,7 @@ ASSUMED_FULL = "U-Net only, fp32 weights under bf16 autocast, 8-bit Adam, cached
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One way of training; ``measured_gb`` by batch size.  ``is_full``: every weight is trained, no adapter."""
 
     name: str
@@ -45,7 +45,7 @@ class Row:
 class Cell:
     """A prediction beside the users' figure."""
 
-    row: Row
+    row: TableRow
     batch: int
     measured_gb: float
     predicted_bytes: int
@@ -62,28 +62,28 @@ _LOCON = {"network_type": "LoCon", "network_dim": 64, "conv_dim": 32}
 _BF16, _CHECKPOINTING, _FP8 = {"full_bf16": True}, {"gradient_checkpointing": True}, {"fp8_base": True}
 
 ROWS = (
-    Row("full fine-tune", {}, {1: 38.5, 2: 44.0}, is_full=True),
-    Row("full fine-tune, checkpointing", _CHECKPOINTING, {1: 34.4, 2: 35.2, 8: 40.5}, is_full=True),
-    Row("LoRA dim 32", _LORA32, {1: 17.4, 4: 47.7}),
-    Row("LoRA dim 32, full bf16", _LORA32 | _BF16, {1: 16.7}),
-    Row("LoRA dim 32, checkpointing", _LORA32 | _CHECKPOINTING, {1: 9.4, 2: 13.1}),
-    Row("LoRA dim 32, full bf16, checkpointing", _LORA32 | _BF16 | _CHECKPOINTING, {1: 9.1}),
-    Row("LoRA dim 32, fp8 base, checkpointing", _LORA32 | _FP8 | _CHECKPOINTING, {1: 6.4}),
-    Row("LoRA dim 128", _LORA128, {1: 20.5, 3: 41.7}),
-    Row("LoRA dim 128, full bf16", _LORA128 | _BF16, {1: 18.3, 4: 47.8}),
-    Row("LoRA dim 128, checkpointing", _LORA128 | _CHECKPOINTING, {1: 12.0}),
-    Row("LoRA dim 128, full bf16, checkpointing", _LORA128 | _BF16 | _CHECKPOINTING, {1: 10.3, 4: 15.0}),
-    Row("LoRA dim 128, fp8 base, checkpointing", _LORA128 | _FP8 | _CHECKPOINTING, {1: 9.9}),
-    Row("LoCon dim 64 + conv 32", _LOCON, {1: 18.6, 2: 30.4}),
-    Row("LoCon 64+32, checkpointing", _LOCON | _CHECKPOINTING, {1: 10.6}),
-    Row("LoCon 64+32, full bf16, checkpointing", _LOCON | _BF16 | _CHECKPOINTING, {1: 9.7}),
-    Row("LoCon 64+32, fp8 base, checkpointing", _LOCON | _FP8 | _CHECKPOINTING, {1: 7.2}),
+    TableRow("full fine-tune", {}, {1: 38.5, 2: 44.0}, is_full=True),
+    TableRow("full fine-tune, checkpointing", _CHECKPOINTING, {1: 34.4, 2: 35.2, 8: 40.5}, is_full=True),
+    TableRow("LoRA dim 32", _LORA32, {1: 17.4, 4: 47.7}),
+    TableRow("LoRA dim 32, full bf16", _LORA32 | _BF16, {1: 16.7}),
+    TableRow("LoRA dim 32, checkpointing", _LORA32 | _CHECKPOINTING, {1: 9.4, 2: 13.1}),
+    TableRow("LoRA dim 32, full bf16, checkpointing", _LORA32 | _BF16 | _CHECKPOINTING, {1: 9.1}),
+    TableRow("LoRA dim 32, fp8 base, checkpointing", _LORA32 | _FP8 | _CHECKPOINTING, {1: 6.4}),
+    TableRow("LoRA dim 128", _LORA128, {1: 20.5, 3: 41.7}),
+    TableRow("LoRA dim 128, full bf16", _LORA128 | _BF16, {1: 18.3, 4: 47.8}),
+    TableRow("LoRA dim 128, checkpointing", _LORA128 | _CHECKPOINTING, {1: 12.0}),
+    TableRow("LoRA dim 128, full bf16, checkpointing", _LORA128 | _BF16 | _CHECKPOINTING, {1: 10.3, 4: 15.0}),
+    TableRow("LoRA dim 128, fp8 base, checkpointing", _LORA128 | _FP8 | _CHECKPOINTING, {1: 9.9}),
+    TableRow("LoCon dim 64 + conv 32", _LOCON, {1: 18.6, 2: 30.4}),
+    TableRow("LoCon 64+32, checkpointing", _LOCON | _CHECKPOINTING, {1: 10.6}),
+    TableRow("LoCon 64+32, full bf16, checkpointing", _LOCON | _BF16 | _CHECKPOINTING, {1: 9.7}),
+    TableRow("LoCon 64+32, fp8 base, checkpointing", _LOCON | _FP8 | _CHECKPOINTING, {1: 7.2}),
 )
 ADAPTER_ROWS = tuple(row for row in ROWS if not row.is_full)
 FULL_ROWS = tuple(row for row in ROWS if row.is_full)
 
 
-def predicted_cells(rows: tuple[Row, ...] = ROWS) -> Iterator[Cell]:
+def predicted_cells(rows: tuple[TableRow, ...] = ROWS) -> Iterator[Cell]:
     """Every cell, predicted one after the other: about ten seconds each on one core."""
     from trainer.memory import base_facts, predict, predict_full
 

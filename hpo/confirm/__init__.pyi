@@ -1,3 +1,3 @@
 from .run import confirm as confirm
 from .view import status_lines as status_lines
-from .wanted import Request as Request
+from .wanted import ConfirmRequest as ConfirmRequest

@@ -47,7 +47,7 @@ class Repeat:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ConfirmCandidate:
     """A trial of the search with its repeats.  ``trouble``: why it has no score, if a repeat was infeasible."""
 
     number: int
@@ -70,7 +70,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Row:
+class ConfirmedRow:
     """One configuration in the outcome."""
 
     number: int
@@ -89,13 +89,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Confirmed:
     """What the confirmation says.  ``beats_trial0`` is None without a score of trial 0."""
 
     how: str
     winner: int
     config: Mapping[str, Any]
-    rows: tuple[Row, ...]  # best first
+    rows: tuple[ConfirmedRow, ...]  # best first
     ties: tuple[int, ...]
     beats_trial0: bool | None
     trial0: int | None
@@ -108,20 +108,20 @@ class Outcome:
     troubles: Mapping[int, str]
 
     @property
-    def won(self) -> Row:
+    def won(self) -> ConfirmedRow:
         return self.row(self.winner)
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> ConfirmedRow:
         return next(row for row in self.rows if row.number == number)
 
 
 def decide(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[ConfirmCandidate],
     trial0: int | None,
     how: str,
     searched: Sequence[float] = (),
     own_se: float = 0.0,
-) -> Outcome | None:
+) -> Confirmed | None:
     """The outcome; None if no configuration has a score.
 
     ``searched``: scores of the search's trials; ``own_se``: their noise that other trials do not share.
@@ -157,7 +157,7 @@ def decide(
     for k in sorted(range(len(sound)), key=lambda k: (-values[k], sound[k].number)):
         c = sound[k]
         rows.append(
-            Row(
+            ConfirmedRow(
                 c.number,
                 c.settings,
                 values[k],
@@ -173,7 +173,7 @@ def decide(
             )
         )
     falls = [c.search_score - c.score for c in sound if c.number != trial0]
-    return Outcome(
+    return Confirmed(
         how=how,
         winner=winner.number,
         config=winner.config,
@@ -198,7 +198,7 @@ def expected_best(searched: Sequence[float], noise: float) -> float | None:
     return float(shrunken(better, [noise] * len(better))[0]) if len(better) >= 3 else None
 
 
-def write_outcome(folder: StudyFolder, outcome: Outcome, facts: Mapping[str, Any]) -> bool:
+def write_outcome(folder: StudyFolder, outcome: Confirmed, facts: Mapping[str, Any]) -> bool:
     """confirmed.json in the searched study's folder.  Rescoring never replaces a retrained confirmation."""
     before = read_json(folder.confirmed)
     if outcome.how == RESCORED and before is not None and before.get("how") == RETRAINED:

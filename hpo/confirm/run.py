@@ -22,14 +22,22 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from hpo.confirm import view as confirmview
-from hpo.confirm.outcome import RESCORED, RETRAINED, Candidate, Outcome, Repeat, decide, write_outcome
+from hpo.confirm.outcome import (
+    RESCORED,
+    RETRAINED,
+    ConfirmCandidate,
+    Confirmed,
+    Repeat,
+    decide,
+    write_outcome,
+)
 from hpo.confirm.wanted import (
     CONFIRMS,
     DISTRIBUTIONS,
     OF,
     SUFFIX,
     TRAIN_SEED,
-    Request,
+    ConfirmRequest,
     Wanted,
     chosen_trials,
     confirmation_prompts,
@@ -41,7 +49,7 @@ from hpo.confirm.wanted import (
 from hpo.search import (
     MAX_DEATHS,
     Claim,
-    View,
+    SearchView,
     deaths_without_progress,
     failed,
     quiet,
@@ -84,7 +92,7 @@ if TYPE_CHECKING:
     from hpo.search import Workbench
 
 
-def confirm(request: Request, console: Console, ask: Callable[[], bool]) -> Outcome | None:
+def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) -> Confirmed | None:
     """Confirm to the end.  None if the user did not want to after seeing the cost.  Raises ToolError."""
     source = source_of(request)
     how = RESCORED if request.rescore_only else RETRAINED
@@ -144,7 +152,7 @@ def _confirm(
     how: str,
     view: report.PlainView,
     console: Console,
-) -> Outcome:
+) -> Confirmed:
     """The part that reads models and writes files."""
     bench = load(source, use.folder, view.say)
     study = _open(bench, source, use, len(wanted))
@@ -201,7 +209,7 @@ class Confirmation:
         chosen: list[FrozenTrial],
         wanted: list[Wanted],
         how: str,
-        view: View,
+        view: SearchView,
     ) -> None:
         self.study, self.bench, self.source, self.how, self.view = study, bench, source, how, view
         self.folder: StudyFolder = bench.folder
@@ -343,7 +351,7 @@ class Confirmation:
 
     # The outcome
 
-    def outcome(self, searched_study: optuna.Study) -> Outcome:
+    def outcome(self, searched_study: optuna.Study) -> Confirmed:
         """What all complete runs of the wanted trials say.  Raises DataError if none of them has a score."""
         zero = next((n for n, t in self.chosen.items() if t.user_attrs.get(ROLE) == BASELINE), None)
         scored = [
@@ -361,7 +369,7 @@ class Confirmation:
             )
         return found
 
-    def _candidate(self, number: int) -> Candidate:
+    def _candidate(self, number: int) -> ConfirmCandidate:
         from evaluation.score import by_draw, read_score
 
         searched_trial, repeats, trouble = self.chosen[number], [], ""
@@ -389,7 +397,7 @@ class Confirmation:
                 )
             )
         params = read_json(self.source.trial(number).params) or {}
-        return Candidate(
+        return ConfirmCandidate(
             number,
             params.get("train", {}),
             searched_trial.user_attrs.get("settings", {}),

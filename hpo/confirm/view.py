@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import optuna
 
     from evaluation.score import Difference
-    from hpo.confirm.outcome import Outcome
+    from hpo.confirm.outcome import Confirmed
 
 
-def outcome_table(outcome: Outcome) -> Table:
+def outcome_table(outcome: Confirmed) -> Table:
     """One row a configuration, best first, within 80 columns.  ``cost``: minutes of training a run."""
     table = Table(box=None, padding=(0, 1, 0, 0), show_edge=False)
     for name in ("trial", "search", "confirmed", "95 %", "over trial 0", "P(best)", "cost", ""):
@@ -44,7 +44,7 @@ def signed(what: Difference, digits: int = 3) -> str:
     return f"{what.mean:+.{digits}f} ({what.low:+.{digits}f} … {what.high:+.{digits}f})"
 
 
-def outcome_lines(outcome: Outcome, source: StudyFolder, target: StudyFolder, *, kept: bool) -> list[str]:
+def outcome_lines(outcome: Confirmed, source: StudyFolder, target: StudyFolder, *, kept: bool) -> list[str]:
     """What was found, in sentences."""
     won = outcome.won
     lines = [f"trial {n}: infeasible when confirmed: {why}" for n, why in outcome.troubles.items()]
@@ -80,7 +80,7 @@ def outcome_lines(outcome: Outcome, source: StudyFolder, target: StudyFolder, *,
     return [*lines, f"next: hpo dashboard {target.words}"]
 
 
-def _against_trial0(outcome: Outcome) -> str:
+def _against_trial0(outcome: Confirmed) -> str:
     if outcome.beats_trial0 is None:
         return "trial 0 has no confirmed score: whether the search was worth it is not known"
     if not outcome.beats_trial0:

@@ -46,7 +46,7 @@ STREAM = 1  # of training seeds: none of them is the search's
 
 
 @dataclass(frozen=True)
-class Request:
+class ConfirmRequest:
     """The words of ``hpo confirm``."""
 
     name: str | None
@@ -79,7 +79,7 @@ def fresh_seed(study_seed: int, repeat: int) -> int:
     return int(state) & 0x7FFFFFFF
 
 
-def source_of(request: Request) -> StudyFolder:
+def source_of(request: ConfirmRequest) -> StudyFolder:
     """The searched study: the named one or the one that changed last, whichever of its folders that is."""
     found = find_folder(request.name, request.runs)
     name = searched(found.name)
@@ -87,7 +87,7 @@ def source_of(request: Request) -> StudyFolder:
 
 
 def chosen_trials(
-    study: optuna.Study, source: StudyFolder, request: Request
+    study: optuna.Study, source: StudyFolder, request: ConfirmRequest
 ) -> tuple[list[FrozenTrial], list[str]]:
     """Trial 0 and the best few others, and what is to be said about the choice."""
     done = [
@@ -125,7 +125,7 @@ def chosen_trials(
     return chosen, notes
 
 
-def wanted_runs(chosen: list[FrozenTrial], study: optuna.Study, request: Request) -> list[Wanted]:
+def wanted_runs(chosen: list[FrozenTrial], study: optuna.Study, request: ConfirmRequest) -> list[Wanted]:
     """Every run, repeat by repeat: an interrupted confirmation has compared what it has."""
     seed = int(study.user_attrs.get(IDENTITY, {}).get("seed", 0))
     if request.rescore_only:

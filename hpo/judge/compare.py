@@ -19,7 +19,7 @@ from rich.text import Text
 
 from hpo.judge.evaluate import CONFIRMATION, alone, beside_values
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
-from hpo.judge.view import View
+from hpo.judge.view import JudgeView
 from hpo.study import Inputs
 from hpo.terminal import Stop
 from trainer.files import machine_error, sha256_file, write_atomic
@@ -27,7 +27,7 @@ from trainer.tensorfile import read_header
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    from evaluation.choice import Comparison, Side
+    from evaluation.choice import ComparedSide, Comparison
     from evaluation.images import SampledImage
     from evaluation.prompts import PromptSet
     from evaluation.score import Difference
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Measured:
     """One side: its scores and the pictures that the sheet shows."""
 
-    side: Side
+    side: ComparedSide
     base: str
     base_identity: str
     size: str
@@ -55,7 +55,7 @@ def compare(
     data_b: Path | None = None,
 ) -> Path:
     """Compare two runs; returns the folder with compare.json and sheet.png.  ``study``: by whose definition."""
-    view = View(console)
+    view = JudgeView(console)
     runs = find_run(paths[0]), find_run(paths[1])
     files = _file(paths[0], runs[0]), _file(paths[1], runs[1])
     from hpo.judge import judge as judges  # loads torch
@@ -98,8 +98,8 @@ def _file(path: Path, run: RunFiles) -> Checkpoint:
     return run.checkpoints[-1]
 
 
-def _measure(run: RunFiles, file: Checkpoint, judge: Judge, prompts: PromptSet, view: View) -> Measured:
-    from evaluation.choice import Side
+def _measure(run: RunFiles, file: Checkpoint, judge: Judge, prompts: PromptSet, view: JudgeView) -> Measured:
+    from evaluation.choice import ComparedSide
 
     try:
         judge.check(file.path)
@@ -118,7 +118,7 @@ def _measure(run: RunFiles, file: Checkpoint, judge: Judge, prompts: PromptSet, 
         view.say(f"warning: {judge.base.name}: {problem}")
     size = f"{judge.sampling.width_px}×{judge.sampling.height_px} px"
     return Measured(
-        Side(score, replace(anchors, untouched=())),
+        ComparedSide(score, replace(anchors, untouched=())),
         judge.base.name,
         judge.base.identity,
         size,
@@ -187,7 +187,7 @@ def _values(
 
 
 def _show(
-    view: View,
+    view: JudgeView,
     files: tuple[Checkpoint, Checkpoint],
     sides: tuple[Measured, Measured],
     found: Comparison,

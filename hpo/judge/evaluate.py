@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.judge.outcome import Outcome
+from hpo.judge.outcome import Evaluated
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
-from hpo.judge.view import View
+from hpo.judge.view import JudgeView
 from hpo.study import Inputs, Lock, holder
 from hpo.terminal import Stop, clock
 from trainer.errors import ConfigError, InvalidImages, MachineError, ModelFileError
@@ -30,7 +30,7 @@ from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
 from trainer.tensorfile import with_metadata
 
 if TYPE_CHECKING:
-    from evaluation.choice import Choice, Point
+    from evaluation.choice import CheckpointChoice, CheckpointPoint
     from evaluation.prompts import PromptSet
     from evaluation.score import Anchors, Score
     from hpo.judge.judge import Judge
@@ -41,7 +41,7 @@ SEARCH, CONFIRMATION = "search", "confirmation"
 def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = None) -> Path:
     """Score, choose, confirm, mark; returns the chosen file.  ``study``: by whose definition.  Raises
     ToolError, Interrupted if stopped."""
-    view = View(console)
+    view = JudgeView(console)
     run = find_run(path)
     _check_mark(run)
     from hpo.judge import judge as judges  # loads torch: after everything that can be checked without it
@@ -61,7 +61,7 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
     return chosen.path
 
 
-def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: View) -> Outcome:
+def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: JudgeView) -> Evaluated:
     from evaluation.choice import checkpoints
 
     anchors = _anchors(judge, judge.prompts, run, view)
@@ -79,7 +79,7 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: View)
     tested = checkpoints.finalists(points, choice)
     if judge.confirmation is None or len(tested) < 2:
         word = "unconfirmed" if len(tested) > 1 else "only"
-        return Outcome(points, choice, verdict, tested, (), None, choice.chosen, word)
+        return Evaluated(points, choice, verdict, tested, (), None, choice.chosen, word)
     view.say(f"confirming {len(tested)} of them on {judge.confirmation.image_count} other images each")
     fresh = _anchors(judge, judge.confirmation, run, view)
     retested = [
@@ -88,7 +88,7 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: View)
     ]
     rechoice = checkpoints.choose(retested, fresh)
     final, word = checkpoints.confirmed(choice, tested, rechoice)
-    return Outcome(points, choice, verdict, tested, retested, rechoice, final, word)
+    return Evaluated(points, choice, verdict, tested, retested, rechoice, final, word)
 
 
 def _unfit(run: RunFiles, judge: Judge) -> dict[str, str]:
@@ -104,7 +104,7 @@ def _unfit(run: RunFiles, judge: Judge) -> dict[str, str]:
     return {name: error.message for name, error in found.items()}
 
 
-def _anchors(judge: Judge, prompts: PromptSet, run: RunFiles, view: View) -> Anchors:
+def _anchors(judge: Judge, prompts: PromptSet, run: RunFiles, view: JudgeView) -> Anchors:
     with view.drawing(f"untrained {judge.base.name}") as on_image:
         anchors = judge.anchors(prompts, run.evaluation, on_image)
     for problem in anchors.problems:
@@ -120,29 +120,31 @@ def _point(
     anchors: Anchors,
     name: str,
     damaged: Mapping[str, str],
-    view: View,
-) -> Point:
-    from evaluation.choice import SPOILED, UNCHANGED, Point
+    view: JudgeView,
+) -> CheckpointPoint:
+    from evaluation.choice import SPOILED, UNCHANGED, CheckpointPoint
     from evaluation.images import Unchanged
 
     place = checkpoint.name, checkpoint.epoch, checkpoint.step
     if checkpoint.name in damaged:
-        return Point(*place, None, damaged[checkpoint.name])
+        return CheckpointPoint(*place, None, damaged[checkpoint.name])
     started = time.monotonic()
     try:
         with view.drawing(checkpoint.name) as on_image:
             folder = run.evaluation / checkpoint.name / name
             score = judge.score(checkpoint.path, prompts, anchors, folder, on_image)
     except InvalidImages as error:
-        point = Point(*place, None, error.message, SPOILED)
+        point = CheckpointPoint(*place, None, error.message, SPOILED)
     except Unchanged:
-        point = Point(*place, None, "it changes nothing: its images are the untrained base's", UNCHANGED)
+        point = CheckpointPoint(
+            *place, None, "it changes nothing: its images are the untrained base's", UNCHANGED
+        )
     else:
         safety = score.safety
         if safety and safety.broken:  # copied or collapsed pictures are no result, however they score
-            point = Point(*place, None, "; ".join(map(safety.says, safety.broken)), SPOILED)
+            point = CheckpointPoint(*place, None, "; ".join(map(safety.says, safety.broken)), SPOILED)
         else:
-            point = Point(*place, score)
+            point = CheckpointPoint(*place, score)
     said = point.reason or f"score {score.value:.4f} ± {score.se:.4f}"
     view.say(f"{checkpoint.name} ({name}): {said}, {clock(time.monotonic() - started)}")
     return point
@@ -175,7 +177,7 @@ def _check_mark(run: RunFiles) -> None:
         )
 
 
-def _mark(run: RunFiles, chosen: Checkpoint, outcome: Outcome) -> None:
+def _mark(run: RunFiles, chosen: Checkpoint, outcome: Evaluated) -> None:
     """A copy of the chosen file under the name best.safetensors, its source in the metadata."""
     point = outcome.points[outcome.final]
     assert point.score is not None
@@ -194,7 +196,7 @@ def _mark(run: RunFiles, chosen: Checkpoint, outcome: Outcome) -> None:
 # evaluation.json
 
 
-def _write(run: RunFiles, judge: Judge, outcome: Outcome) -> None:
+def _write(run: RunFiles, judge: Judge, outcome: Evaluated) -> None:
     import numpy as np
 
     from evaluation.choice import curve_picture
@@ -211,7 +213,7 @@ def _write(run: RunFiles, judge: Judge, outcome: Outcome) -> None:
     write_atomic(run.evaluation / "curve.png", png_bytes(np.asarray(picture)))
 
 
-def _values(run: RunFiles, judge: Judge, outcome: Outcome) -> dict[str, Any]:
+def _values(run: RunFiles, judge: Judge, outcome: Evaluated) -> dict[str, Any]:
     names = [point.name for point in outcome.points]
     return {
         "run": run.name,
@@ -234,7 +236,7 @@ def _values(run: RunFiles, judge: Judge, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _curve(points: Sequence[Point], choice: Choice) -> dict[str, Any]:
+def _curve(points: Sequence[CheckpointPoint], choice: CheckpointChoice) -> dict[str, Any]:
     rows = []
     for number, point in enumerate(points):
         lead = choice.lead[number]

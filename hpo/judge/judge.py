@@ -28,7 +28,7 @@ from evaluation.score import (
     METRICS_NAME,
     Anchors,
     Formula,
-    Limits,
+    SafeguardLimits,
     Safeguards,
     Score,
     evaluate_adapter,
@@ -54,7 +54,7 @@ from trainer.errors import ConfigError, DataError, OutOfMemory
 from trainer.files import machine_error, sha256_file, write_atomic
 
 if TYPE_CHECKING:
-    from hpo.search import Say
+    from hpo.study import Say
 
 LORA_NAME = "lora.json"  # which LoRA the figures beside it are of, and by which limits, copies and gauges
 T = TypeVar("T")
@@ -249,7 +249,7 @@ def load(
         prompts, confirmation = standards.sets(run, inputs, study, data, base.token_count)
         scorer, likeness = load_encoders(study, scorer_spec, likeness_spec, device, say)
         formula = Formula(**dataclasses.asdict(study.score))
-        limits = Limits(**dataclasses.asdict(study.limits))
+        limits = SafeguardLimits(**dataclasses.asdict(study.limits))
         references = embed_references(paths, likeness)
         gauges = others.gauges(study.study.also, scorer, likeness, paths, device)
         say_notes(prompts, confirmation, say)

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from evaluation.choice import Choice, Point, Verdict
+    from evaluation.choice import CheckpointChoice, CheckpointPoint, CheckpointVerdict
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Evaluated:
     """What an evaluation came to.  ``final`` and ``tested`` are indices into ``points``; ``retested`` are the
     tested ones on the confirmation prompts."""
 
-    points: Sequence[Point]
-    choice: Choice
-    verdict: Verdict
+    points: Sequence[CheckpointPoint]
+    choice: CheckpointChoice
+    verdict: CheckpointVerdict
     tested: Sequence[int]
-    retested: Sequence[Point]
-    rechoice: Choice | None
+    retested: Sequence[CheckpointPoint]
+    rechoice: CheckpointChoice | None
     final: int
     word: str

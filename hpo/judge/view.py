@@ -19,13 +19,13 @@ from trainer.errors import Interrupted
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    from evaluation.choice import Point
-    from hpo.judge.outcome import Outcome
+    from evaluation.choice import CheckpointPoint
+    from hpo.judge.outcome import Evaluated
 
 TABLE_WIDTH = 132  # characters
 
 
-class View:
+class JudgeView:
     """Lines, a bar where there is a terminal, and the table at the end."""
 
     def __init__(self, console: Console) -> None:
@@ -69,7 +69,7 @@ class View:
             )
         screen.print(table)
 
-    def show(self, outcome: Outcome) -> None:
+    def show(self, outcome: Evaluated) -> None:
         """The curve as a table, the verdict and the choice."""
         self.table(_table(outcome))
         if beside := _beside_table(outcome.points):
@@ -80,7 +80,7 @@ class View:
             self.say(line)
 
 
-def _table(outcome: Outcome) -> Table:
+def _table(outcome: Evaluated) -> Table:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for name in ("checkpoint", "epoch", "step", "prompt following", "likeness", "score", "best − this", ""):
         table.add_column(name, justify="left" if name in ("checkpoint", "") else "right", no_wrap=name != "")
@@ -105,7 +105,7 @@ def _table(outcome: Outcome) -> Table:
     return table
 
 
-def _beside_table(points: Sequence[Point]) -> Table | None:
+def _beside_table(points: Sequence[CheckpointPoint]) -> Table | None:
     """Other models' raw figures, a column each; none of them is part of the score."""
     scored = [(point.name, point.score.beside) for point in points if point.score and point.score.beside]
     if not scored:
@@ -119,7 +119,7 @@ def _beside_table(points: Sequence[Point]) -> Table | None:
     return table
 
 
-def _words(outcome: Outcome, number: int) -> list[str]:
+def _words(outcome: Evaluated, number: int) -> list[str]:
     words = []
     if number == outcome.choice.best:
         words.append("best")
@@ -130,7 +130,7 @@ def _words(outcome: Outcome, number: int) -> list[str]:
     return words
 
 
-def _choice_lines(outcome: Outcome) -> list[str]:
+def _choice_lines(outcome: Evaluated) -> list[str]:
     final = outcome.points[outcome.final].name
     first = outcome.points[outcome.choice.chosen].name
     if outcome.word == "only":

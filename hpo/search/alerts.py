@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from hpo.study import Row, StudyFolder, Verdict, read_json
+from hpo.study import ConvergenceVerdict, StudyFolder, TrialRow, read_json
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
 from trainer.text import clean_text
@@ -31,7 +31,12 @@ ALERTED = ("converged", "plateau")  # levels that write the file
 
 
 def alert_text(
-    folder: StudyFolder, verdict: Verdict, top: Sequence[Row], best: Row, *, withdrawn: str = ""
+    folder: StudyFolder,
+    verdict: ConvergenceVerdict,
+    top: Sequence[TrialRow],
+    best: TrialRow,
+    *,
+    withdrawn: str = "",
 ) -> str:
     """The file's text.  ``grep "Best trial:"`` gives the line that scripts read, and that ``hpo status`` shows."""
     state = "withdrawn" if withdrawn else verdict.level
@@ -60,7 +65,9 @@ def alert_text(
     return "\n".join(lines) + "\n"
 
 
-def update_alert(folder: StudyFolder, verdict: Verdict | None, rows: Mapping[int, Row]) -> str | None:
+def update_alert(
+    folder: StudyFolder, verdict: ConvergenceVerdict | None, rows: Mapping[int, TrialRow]
+) -> str | None:
     """Bring CONVERGENCE_ALERT.txt in line with the verdict; the new level to tell people about, or None.
 
     An alert is told once per level.  It is withdrawn by a new best, and when the figures no longer say so;

@@ -18,7 +18,7 @@ from hpo.search import alerts
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal
 from hpo.search.summary import introduction, ratio_line, summary
-from hpo.search.worker import Limits, Search
+from hpo.search.worker import Search, SearchLimits
 from hpo.study import (
     BASELINE,
     ENQUEUED,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
+class SearchRequest:
     """The words of ``hpo search``."""
 
     inputs: Inputs
@@ -73,7 +73,7 @@ class Request:
     runs: Path = RUNS
 
 
-def search(request: Request, console: Console) -> None:
+def search(request: SearchRequest, console: Console) -> None:
     """Run the search to its end.  Raises ToolError; Interrupted if the user stopped it."""
     config = read_study(find_study(request.study, request.inputs.base), sets=request.sets, seed=request.seed)
     if request.stop_when_converged and len(config.objectives) > 1:
@@ -83,7 +83,7 @@ def search(request: Request, console: Console) -> None:
         )
     name = study_name(request.name, config.name, request.inputs.base, request.inputs.data)
     folder = study_folder(name, request.runs)
-    limits = Limits(
+    limits = SearchLimits(
         trials=request.trials,
         max_hours=request.max_hours,
         keep_best=request.keep_best,
@@ -101,7 +101,12 @@ def search(request: Request, console: Console) -> None:
 
 
 def _search(
-    request: Request, config: StudyConfig, use: Use, limits: Limits, view: report.PlainView, console: Console
+    request: SearchRequest,
+    config: StudyConfig,
+    use: Use,
+    limits: SearchLimits,
+    view: report.PlainView,
+    console: Console,
 ) -> None:
     """The part that reads models and writes files."""
     from hpo.search import workbench  # loads torch: after everything that can be checked without it
@@ -158,7 +163,7 @@ def _open(bench: Workbench, use: Use, say: Callable[[str], None]) -> optuna.Stud
     return study
 
 
-def _proposal(request: Request, bench: Workbench, view: report.PlainView) -> Mapping[str, Any] | None:
+def _proposal(request: SearchRequest, bench: Workbench, view: report.PlainView) -> Mapping[str, Any] | None:
     if request.enqueue is None:
         return None
 
@@ -173,7 +178,7 @@ def _proposal(request: Request, bench: Workbench, view: report.PlainView) -> Map
 def _begin(
     study: optuna.Study,
     bench: Workbench,
-    limits: Limits,
+    limits: SearchLimits,
     proposal: Mapping[str, Any] | None,
     view: report.PlainView,
     console: Console,
@@ -225,7 +230,7 @@ def _data_line(bench: Workbench) -> str:
     )
 
 
-def _cost_line(cost: Cost, now: Standing, limits: Limits) -> str:
+def _cost_line(cost: Cost, now: Standing, limits: SearchLimits) -> str:
     seconds = now.mean_seconds if now.mean_seconds is not None else cost.trial_seconds
     about = (
         f"about {report.clock(seconds)} a trial, {report.clock(seconds * now.left)} in all"

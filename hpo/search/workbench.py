@@ -21,7 +21,7 @@ from evaluation.encoders import References, embed, embed_references, require_ref
 from evaluation.gauges import others
 from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
-from evaluation.score import Anchors, Formula, Limits, Safeguards, make_anchors
+from evaluation.score import Anchors, Formula, SafeguardLimits, Safeguards, make_anchors
 from hpo.study import (
     MINIATURE_STUDIES,
     Inputs,
@@ -207,7 +207,9 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         base_spec=inputs.base,
         store=cache.Store(folder.cache),
         inputs=inputs,
-        safeguards=make_safeguards(data, paths, scorer, likeness, Limits(**dataclasses.asdict(study.limits))),
+        safeguards=make_safeguards(
+            data, paths, scorer, likeness, SafeguardLimits(**dataclasses.asdict(study.limits))
+        ),
         gauges=others.gauges(study.study.also, scorer, likeness, paths, device, say),
     )
 

@@ -48,7 +48,7 @@ EQUAL_FAILURES = 3  # in a row, then the study stops itself
 MAX_DEATHS = 5  # processes that died in one trial with nothing more saved
 
 
-class View(Watch, Protocol):
+class SearchView(Watch, Protocol):
     """Who shows the search."""
 
     def say(self, text: str) -> None: ...
@@ -59,7 +59,7 @@ class View(Watch, Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SearchLimits:
     """When the search ends, and what is kept."""
 
     trials: int
@@ -72,7 +72,7 @@ class Limits:
 class Search:
     """One worker of a study."""
 
-    def __init__(self, study: optuna.Study, bench: Workbench, limits: Limits, view: View) -> None:
+    def __init__(self, study: optuna.Study, bench: Workbench, limits: SearchLimits, view: SearchView) -> None:
         self.study = study
         self.bench = bench
         self.folder: StudyFolder = bench.folder

@@ -10,7 +10,7 @@ from .config import check_unchanged as check_unchanged
 from .config import find_study as find_study
 from .config import read_study as read_study
 from .config import study_name as study_name
-from .convergence import Verdict as Verdict
+from .convergence import ConvergenceVerdict as ConvergenceVerdict
 from .folder import IDENTITY as IDENTITY
 from .folder import RUNS as RUNS
 from .folder import STOP as STOP
@@ -53,8 +53,8 @@ from .standing import BASELINE as BASELINE
 from .standing import DUPLICATE as DUPLICATE
 from .standing import ENQUEUED as ENQUEUED
 from .standing import ROLE as ROLE
-from .standing import Row as Row
 from .standing import Standing as Standing
+from .standing import TrialRow as TrialRow
 from .standing import by_prompt as by_prompt
 from .standing import drop_files as drop_files
 from .standing import history as history

@@ -17,9 +17,9 @@ from typing import Any
 from hpo.study.sections import (
     PRESETS,
     LimitSection,
-    Preset,
     PromptSection,
     SamplingSection,
+    ScorePreset,
     ScoreSection,
     StudySection,
     check_keys,
@@ -81,7 +81,7 @@ class StudyConfig:
     sections: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
-    def preset(self) -> Preset:
+    def preset(self) -> ScorePreset:
         return PRESETS[self.study.preset]
 
     @property

@@ -33,7 +33,7 @@ LEVELS = ("none", "no_signal", "plateau", "converged")
 
 
 @dataclass(frozen=True)
-class Point:
+class TrialPoint:
     """One feasible finished trial, in the order of the trials.
 
     ``place`` is the proposal on the unit scale of each parameter; a choice is one number per option (0 or
@@ -48,7 +48,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ConvergenceVerdict:
     """What the figures say.  ``level`` is one of LEVELS; the rest is what it was decided from."""
 
     level: str
@@ -88,8 +88,8 @@ class Verdict:
 
 
 def detect(
-    points: Sequence[Point], *, dimensions: int, startup: int, min_delta: float = 0.0, running: int = 0
-) -> Verdict | None:
+    points: Sequence[TrialPoint], *, dimensions: int, startup: int, min_delta: float = 0.0, running: int = 0
+) -> ConvergenceVerdict | None:
     """The verdict over the feasible trials so far; None before there is anything to say.
 
     ``startup`` trials were drawn before the sampler had a model; ``running`` trials of other workers are pending.
@@ -120,7 +120,7 @@ def detect(
         settled = alike
         level = "converged" if settled and running == 0 else "plateau"
     best = top[0]
-    return Verdict(
+    return ConvergenceVerdict(
         level, n, dimensions, window, best.number, best.value, best.se, gain, smallest, noise, ratio, top_sd,
         tuple(p.number for p in top), alike, further, settled,
     )  # fmt: skip
@@ -154,7 +154,7 @@ def expected_gain(recent: np.ndarray, best: float, noise: float, trials: int) ->
     return scale * float(np.trapezoid(1.0 - below**trials, steps))  # ∫ P(max Y > x) dx from b
 
 
-def _spread(points: Sequence[Point]) -> float:
+def _spread(points: Sequence[TrialPoint]) -> float:
     """Median distance between pairs of proposals."""
     if len(points) < 2:
         return 0.0
@@ -163,7 +163,7 @@ def _spread(points: Sequence[Point]) -> float:
     return float(np.median(distances[np.triu_indices(len(points), k=1)]))
 
 
-def _alike(top: Sequence[Point], noise: float) -> bool:
+def _alike(top: Sequence[TrialPoint], noise: float) -> bool:
     """Whether the top trials cannot be told from the best: paired over prompts, else by their spread."""
     best, others = top[0], top[1:]
     prompts = len(best.per_prompt)

@@ -10,7 +10,7 @@ from typing import cast
 from evaluation.encoders import PatchEncoder, StyleEncoder, embed, self_test
 from evaluation.gauges import others
 from evaluation.prompts import CONFIRM_SEEDS, SEARCH_SEEDS, CountTokens, PromptSet, generate, load_prompts
-from evaluation.score import Limits, Safeguards, embed_copies, scene_encoders
+from evaluation.score import SafeguardLimits, Safeguards, embed_copies, scene_encoders
 from hpo.study.config import Inputs, StudyConfig
 from trainer.data import IMAGE_EXTENSIONS, Dataset, Item, read_picture
 from trainer.errors import DataError
@@ -41,7 +41,7 @@ def make_safeguards(
     references: Sequence[Path],
     scorer: embed.Scorer,
     likeness: embed.ImageEncoder,
-    limits: Limits,
+    limits: SafeguardLimits,
 ) -> Safeguards:
     """Copies are those of images that show the subject."""
     encoders = scene_encoders(scorer, likeness)

@@ -16,7 +16,7 @@ from trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Preset:
+class ScorePreset:
     """What a subject of this kind is scored by: its style or itself, and how many prompts of each kind."""
 
     style: bool
@@ -26,17 +26,17 @@ class Preset:
 
 # A style is not asked for in another style; a thing has no poses, so it is asked for in more places.
 PRESETS = {
-    "character": Preset(
+    "character": ScorePreset(
         False,
         {"train-like": 6, "altered": 6, "style": 3, "class-only": 1},
         {"train-like": 9, "altered": 9, "style": 4, "class-only": 2},
     ),
-    "object": Preset(
+    "object": ScorePreset(
         False,
         {"train-like": 5, "altered": 8, "style": 2, "class-only": 1},
         {"train-like": 7, "altered": 11, "style": 4, "class-only": 2},
     ),
-    "style": Preset(
+    "style": ScorePreset(
         True,
         {"train-like": 6, "altered": 9, "class-only": 1},
         {"train-like": 9, "altered": 13, "class-only": 2},
@@ -74,7 +74,7 @@ class ScoreSection:
 
 @dataclass(frozen=True)
 class LimitSection:
-    """[limits]: beyond these a trial is infeasible, whatever it scores (``evaluation.score.safeguards.Limits``)."""
+    """[limits]: beyond these a trial is infeasible, whatever it scores (``evaluation.score.SafeguardLimits``)."""
 
     copy_rate: float = 0.05
     diversity: float = 0.6

@@ -14,7 +14,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.study.config import StudyConfig
-from hpo.study.convergence import TOP, Point
+from hpo.study.convergence import TOP, TrialPoint
 from hpo.study.folder import StudyFolder
 from hpo.study.sections import SCORE
 from trainer.errors import DataError
@@ -123,7 +123,7 @@ def _figures(trial: FrozenTrial | None) -> tuple[int, float, float] | None:
 
 def history(
     study: optuna.Study, config: StudyConfig, folder: StudyFolder, anchors: Anchors
-) -> tuple[list[Point], dict[int, Row]]:
+) -> tuple[list[TrialPoint], dict[int, TrialRow]]:
     """The feasible trials as the detector wants them, and as rows for the alert."""
     trials = [
         t
@@ -137,8 +137,8 @@ def history(
         assert value is not None
         se = float(t.user_attrs.get("se", 0.0))
         prompts = by_prompt(folder.trial(t.number).metrics, anchors) if t in compared else ()
-        points.append(Point(t.number, value, se, config.space.place(t.params), prompts))
-        rows[t.number] = Row(t.number, value, se, searched_settings(config, t.params))
+        points.append(TrialPoint(t.number, value, se, config.space.place(t.params), prompts))
+        rows[t.number] = TrialRow(t.number, value, se, searched_settings(config, t.params))
     return points, rows
 
 
@@ -178,7 +178,7 @@ def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """A trial of the top table."""
 
     number: int

@@ -1,7 +1,7 @@
 from .adapter import StepLog as StepLog
 from .adapter import check_device as check_device
 from .adapter import train_adapter as train_adapter
-from .command import Request as Request
+from .command import TrainRequest as TrainRequest
 from .command import train as train
 from .keeper import DATASET_KEY as DATASET_KEY
 from .plan import Steps as Steps

@@ -28,7 +28,7 @@ OUTPUT = Path("output")  # where LoRA files go if neither the command nor the fi
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainRequest:
     """The words of ``hpo train``."""
 
     file: Path
@@ -47,7 +47,7 @@ class Request:
         return {name: value for name, value in named.items() if value}
 
 
-def train(request: Request, console: Console, echo: Callable[[str], None]) -> None:
+def train(request: TrainRequest, console: Console, echo: Callable[[str], None]) -> None:
     """Do or describe the run.  Raises ToolError; of what is refused only after everything else is shown."""
     if request.dataset and request.data:
         raise ConfigError("--dataset and --data both say what is trained on", "give one of them")

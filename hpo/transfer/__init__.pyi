@@ -1,4 +1,4 @@
-from .command import Request as Request
+from .command import TransferRequest as TransferRequest
 from .command import run as run
 from .mapping import Transfer as Transfer
 from .plan import PLANNER as PLANNER
@@ -6,11 +6,11 @@ from .plan import normalised as normalised
 from .plan import snap_down as snap_down
 from .plan import two_digits as two_digits
 from .plan import updates_of as updates_of
-from .profile import LimitSection as LimitSection
+from .profile import ProfileLimits as ProfileLimits
 from .rules import ADAM as ADAM
 from .rules import MAPPING_VERSION as MAPPING_VERSION
 from .rules import MOST_WARMUP as MOST_WARMUP
 from .rules import RATE_FREE as RATE_FREE
 from .rules import transfer as transfer
 from .source import SOURCE_STUDY as SOURCE_STUDY
-from .source import Candidate as Candidate
+from .source import SourceCandidate as SourceCandidate

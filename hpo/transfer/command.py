@@ -21,7 +21,7 @@ from hpo.terminal import say
 from hpo.transfer import files as transferfile
 from hpo.transfer.files import Places, derived_lines, kept_line, shown
 from hpo.transfer.mapping import Transfer, make, planned, with_decision
-from hpo.transfer.plan import Move, TransferPlan
+from hpo.transfer.plan import SettingMove, TransferPlan
 from hpo.transfer.profile import Profile, profiles_of, read_family, read_profile
 from hpo.transfer.rules import MAPPING_VERSION
 from hpo.transfer.source import find_source, read_source
@@ -32,7 +32,7 @@ WIDE = 130  # columns from which the reason stands in the table's row
 
 
 @dataclass(frozen=True)
-class Request:
+class TransferRequest:
     """The words of ``hpo transfer``."""
 
     to: str
@@ -46,7 +46,7 @@ class Request:
     runs: Path = RUNS
 
 
-def run(request: Request, console: Console) -> None:
+def run(request: TransferRequest, console: Console) -> None:
     """Map, show, write; with probes measure first.  Raises ToolError; nothing is written if it is refused."""
     if request.design and not request.probes:
         raise ConfigError("--design says how probes are chosen, and there are none", "give --probes 6 too")
@@ -90,7 +90,7 @@ def _check_refused(plan: TransferPlan) -> None:
         )
 
 
-def _profile(request: Request) -> Profile:
+def _profile(request: TransferRequest) -> Profile:
     family = read_family(request.to)
     profile = read_profile(request.profile or family.default_profile)
     if profile.family != family:
@@ -107,7 +107,7 @@ def _profile(request: Request) -> Profile:
 # What the terminal shows
 
 
-def show(console: Console, plan: TransferPlan, moves: tuple[Move, ...] | None = None) -> None:
+def show(console: Console, plan: TransferPlan, moves: tuple[SettingMove, ...] | None = None) -> None:
     """The moves (unset: all) as a table, then what is kept, the figures and the remarks.  Readable at 80 columns."""
     moves = plan.moves if moves is None else moves
     if console.width >= WIDE:
@@ -120,7 +120,7 @@ def show(console: Console, plan: TransferPlan, moves: tuple[Move, ...] | None = 
         say(console, f"{finding.level}: {finding.text}")
 
 
-def _wide_table(moves: tuple[Move, ...]) -> Table:
+def _wide_table(moves: tuple[SettingMove, ...]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
     for name in ("setting", "old", "new", "rule", "reason"):
         table.add_column(name, overflow="fold", no_wrap=name != "reason")
@@ -129,7 +129,7 @@ def _wide_table(moves: tuple[Move, ...]) -> Table:
     return table
 
 
-def _narrow_table(moves: tuple[Move, ...], width: int) -> Text:
+def _narrow_table(moves: tuple[SettingMove, ...], width: int) -> Text:
     """Setting, old, new and rule in columns; the reason below them."""
     rows = [("setting", "old", "new", "rule", "")] + [_cells(move) for move in moves]
     widths = [min(27, max(len(row[n]) for row in rows)) for n in range(3)]
@@ -140,7 +140,7 @@ def _narrow_table(moves: tuple[Move, ...], width: int) -> Text:
     return Text("\n".join(lines))
 
 
-def _cells(move: Move) -> tuple[str, str, str, str, str]:
+def _cells(move: SettingMove) -> tuple[str, str, str, str, str]:
     reason = f"{move.reason} ({move.evidence})" if move.evidence else move.reason
     texts = (move.key, _end(shown(move.old)), _end(shown(move.new)), move.rule, reason)
     key, old, new, rule, reason = (clean_text(text) for text in texts)
@@ -155,7 +155,9 @@ def _end(text: str, most: int = 16) -> str:
 # Writing
 
 
-def _write(done: Transfer, places: Places, request: Request, more: tuple[str, ...] | list[str]) -> list[str]:
+def _write(
+    done: Transfer, places: Places, request: TransferRequest, more: tuple[str, ...] | list[str]
+) -> list[str]:
     source = done.source
     head = (
         f"{done.profile.family.title}: settings of {source.folder.name}, {source.says}; mapping {MAPPING_VERSION}",

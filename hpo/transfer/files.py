@@ -16,7 +16,7 @@ from typing import Any
 import tomlkit
 
 from hpo.terminal import clock, short
-from hpo.transfer.plan import Derived, Move, TransferPlan
+from hpo.transfer.plan import Derived, SettingMove, TransferPlan
 from hpo.transfer.profile import PRESETS, Profile
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
@@ -99,7 +99,7 @@ def write(
 def settings_text(plan: TransferPlan, places: Places, head: Sequence[str]) -> str:
     """The settings as a file of this tool: the reason of each change above it."""
     usual = TrainConfig().as_dict()
-    by_key: dict[str, list[Move]] = {}
+    by_key: dict[str, list[SettingMove]] = {}
     for move in plan.moves:
         by_key.setdefault(move.key, []).append(move)
     lines = [f"# {line}" for text in head for line in textwrap.wrap(clean_text(text), WIDTH - 2)]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.transfer.plan import PLANNER, Finding, Move, TransferPlan
+from hpo.transfer.plan import PLANNER, SettingMove, TransferFinding, TransferPlan
 from hpo.transfer.profile import Profile
 from hpo.transfer.rules import MAPPING_VERSION, revised, transfer
-from hpo.transfer.source import Source, dataset_figures, holding_out, with_places
+from hpo.transfer.source import TransferSource, dataset_figures, holding_out, with_places
 from trainer.errors import ConfigError
 
 GB = 10**9
@@ -20,13 +20,16 @@ GB = 10**9
 class Transfer:
     """A transfer on its way: where from, by what, to what."""
 
-    source: Source
+    source: TransferSource
     profile: Profile
     plan: TransferPlan
 
 
 def make(
-    source: Source, profile: Profile, preset: str | None, told: Callable[[str], None] = lambda text: None
+    source: TransferSource,
+    profile: Profile,
+    preset: str | None,
+    told: Callable[[str], None] = lambda text: None,
 ) -> Transfer:
     """The mapping of the source's best configuration, planned for the card."""
     figures, _ = dataset_figures(source, profile.family)
@@ -49,11 +52,11 @@ def planned(
         told(f"predicting the memory of a step on {profile.vram_gb:g} GB (seconds, up to a minute)")
         stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB), say=told)
     except ConfigError as error:
-        more = () if plan.of_level("refuse") else (Finding("refuse", "vram", error.message),)
+        more = () if plan.of_level("refuse") else (TransferFinding("refuse", "vram", error.message),)
         return dataclasses.replace(plan, findings=(*plan.findings, *more))
-    moves = tuple(Move(m.key, m.old, m.new, PLANNER, m.reason) for m in stack.moves)
+    moves = tuple(SettingMove(m.key, m.old, m.new, PLANNER, m.reason) for m in stack.moves)
     findings = tuple(
-        Finding("warn", f.about, f"{f.text}; the planner finds that it fits") if _is_card(f) else f
+        TransferFinding("warn", f.about, f"{f.text}; the planner finds that it fits") if _is_card(f) else f
         for f in plan.findings
     )
     done = revised(dataclasses.replace(plan, findings=findings), stack.config, moves, profile)
@@ -62,7 +65,7 @@ def planned(
     )
 
 
-def _is_card(finding: Finding) -> bool:
+def _is_card(finding: TransferFinding) -> bool:
     return finding.level == "refuse" and finding.about == "vram"
 
 
@@ -70,7 +73,7 @@ def with_decision(done: Transfer, values: Mapping[str, Any], reason: str) -> Tra
     """The plan with the values that probes found better, as moves."""
     plan = done.plan
     moves = tuple(
-        Move(key, getattr(plan.config, key), value, "probe", reason)
+        SettingMove(key, getattr(plan.config, key), value, "probe", reason)
         for key, value in values.items()
         if getattr(plan.config, key) != value
     )

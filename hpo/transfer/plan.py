@@ -34,7 +34,7 @@ class DatasetFigures:
 
 
 @dataclass(frozen=True)
-class Move:
+class SettingMove:
     """One change of one setting."""
 
     key: str
@@ -46,7 +46,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Finding:
+class TransferFinding:
     """A line beside the moves.  ``level`` is note, warn or refuse; ``about`` a setting or ``vram``."""
 
     level: str
@@ -77,11 +77,11 @@ class TransferPlan:
     source: TrainConfig
     figures: DatasetFigures
     config: TrainConfig
-    moves: tuple[Move, ...]
-    findings: tuple[Finding, ...]
+    moves: tuple[SettingMove, ...]
+    findings: tuple[TransferFinding, ...]
     derived: Derived
 
-    def of_level(self, level: str) -> tuple[Finding, ...]:
+    def of_level(self, level: str) -> tuple[TransferFinding, ...]:
         return tuple(f for f in self.findings if f.level == level)
 
 

@@ -57,7 +57,7 @@ def _word(default: str, choices: tuple[str, ...] = ()) -> Any:
 
 
 @dataclass(frozen=True)
-class Step:
+class BatchRule:
     """[batch] at: another micro-batch from, or below, an amount of GPU memory."""
 
     train_batch_size: int = _number(1, 1, 1024)
@@ -76,7 +76,7 @@ class BatchSection:
 
     train_batch_size: int = _number(1, 0, 1024)
     effective_batch_cap: int = _number(8, 1, 100_000)
-    at: tuple[Step, ...] = ()
+    at: tuple[BatchRule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class OptimizerSection:
 
 
 @dataclass(frozen=True)
-class LimitSection:
+class ProfileLimits:
     """[limits] of AdamW's rates.  Normalised: learning_rate × √(alpha / 16).  Unset: no such limit."""
 
     learning_rate_low: float = _number(1e-8, 0, 10)
@@ -155,7 +155,7 @@ class Profile:
     length: LengthSection = LengthSection()
     optimizer: OptimizerSection = OptimizerSection()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    limits: LimitSection = LimitSection()
+    limits: ProfileLimits = ProfileLimits()
 
     def with_vram(self, vram_gb: float) -> Profile:
         """The same wishes on a card of another size."""
@@ -170,7 +170,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Preset:
+class LoaderPreset:
     """A named set of wishes (mission S3).  ``kohya`` are keys that only sd-scripts has."""
 
     effective_batch_cap: int
@@ -178,17 +178,19 @@ class Preset:
     kohya: Mapping[str, Any]
 
 
-def _preset(cap: int, vae: int, workers: int, persistent: bool, lowram: bool, checkpointing: bool) -> Preset:
+def _preset(
+    cap: int, vae: int, workers: int, persistent: bool, lowram: bool, checkpointing: bool
+) -> LoaderPreset:
     loader = {
         "max_data_loader_n_workers": workers,
         "persistent_data_loader_workers": persistent,
         "lowram": lowram,
     }
-    return Preset(cap, {"vae_batch_size": vae, "gradient_checkpointing": checkpointing}, loader)
+    return LoaderPreset(cap, {"vae_batch_size": vae, "gradient_checkpointing": checkpointing}, loader)
 
 
 # The users' table of presets: accumulation at micro-batch 1, VAE batch, workers, persistent, lowram, checkpointing.
-PRESETS: Mapping[str, Preset] = MappingProxyType(
+PRESETS: Mapping[str, LoaderPreset] = MappingProxyType(
     {
         "conservative": _preset(4, 1, 1, False, True, False),
         "balanced": _preset(6, 2, 2, True, False, False),
@@ -285,7 +287,7 @@ def _profile(name: str, table: Mapping[str, Any]) -> Profile:
         "rate": _section(RateSection, body.pop("rate", {}), "rate"),
         "length": _section(LengthSection, body.pop("length", {}), "length"),
         "optimizer": _section(OptimizerSection, body.pop("optimizer", {}), "optimizer"),
-        "limits": _section(LimitSection, body.pop("limits", {}), "limits"),
+        "limits": _section(ProfileLimits, body.pop("limits", {}), "limits"),
         "settings": _settings(body.pop("settings", {}), "settings"),
         "batch": _batch(body.pop("batch", {})),
         "family": read_family(family),
@@ -294,7 +296,7 @@ def _profile(name: str, table: Mapping[str, Any]) -> Profile:
         if setting in RULED:
             raise ConfigError(f"{setting} in [settings] is decided by the rules", "leave it out")
     _valid_together(sections["settings"])
-    limits: LimitSection = sections["limits"]
+    limits: ProfileLimits = sections["limits"]
     pairs = (
         ("learning_rate_low", limits.learning_rate_low, "learning_rate_high", limits.learning_rate_high),
         ("normalised_warn", limits.normalised_warn, "normalised_refuse", limits.normalised_refuse),
@@ -312,7 +314,7 @@ def _batch(body: Any) -> BatchSection:
         raise ConfigError("[batch] at is not a list", "write at = [{ below_gb = 16, train_batch_size = 2 }]")
     steps = []
     for row in rows:
-        step = _section(Step, row, "batch.at")
+        step = _section(BatchRule, row, "batch.at")
         if step.from_gb is None and step.below_gb is None:
             raise ConfigError("[batch] at has a row without from_gb and below_gb", "give one of both")
         steps.append(step)

@@ -15,8 +15,8 @@ from typing import Any
 
 from hpo.transfer.plan import (
     DatasetFigures,
-    Finding,
-    Move,
+    SettingMove,
+    TransferFinding,
     TransferPlan,
     derive,
     normalised,
@@ -49,7 +49,7 @@ class Draft:
     values: dict[str, Any]
     factor: float = 1.0
     text_factor: float = 1.0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[TransferFinding] = field(default_factory=list)
 
     @property
     def cap(self) -> int:
@@ -76,7 +76,7 @@ class Draft:
         return self.values["learning_rate"] if own is None else own
 
     def say(self, level: str, about: str, text: str) -> None:
-        self.findings.append(Finding(level, about, text))
+        self.findings.append(TransferFinding(level, about, text))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ def transfer(
         for change in rule(draft):
             old = draft.values[change.key]
             if old != change.new:
-                moves.append(Move(change.key, old, change.new, change.rule, change.reason, change.evidence))
+                moves.append(
+                    SettingMove(change.key, old, change.new, change.rule, change.reason, change.evidence)
+                )
                 draft.values[change.key] = change.new
     result = TrainConfig().with_values(draft.values)
     draft.findings += rate_remarks(result, profile)
@@ -117,7 +119,9 @@ def transfer(
     return TransferPlan(config, figures, result, tuple(moves), tuple(draft.findings), derived)
 
 
-def revised(plan: TransferPlan, config: TrainConfig, moves: Sequence[Move], profile: Profile) -> TransferPlan:
+def revised(
+    plan: TransferPlan, config: TrainConfig, moves: Sequence[SettingMove], profile: Profile
+) -> TransferPlan:
     """The plan after changes that no rule made (probes, the planner): figures and remarks on rates are made anew."""
     findings = (*(f for f in plan.findings if f.about not in RATE_KEYS), *rate_remarks(config, profile))
     derived = derive(plan.source, config, plan.figures, profile)
@@ -384,30 +388,30 @@ def text_encoder_limits(draft: Draft) -> Iterator[Change]:
         yield Change("text_encoder_lr", highest, "te.cap", "the highest rate of this profile")
 
 
-def rate_remarks(config: TrainConfig, profile: Profile) -> Iterator[Finding]:
+def rate_remarks(config: TrainConfig, profile: Profile) -> Iterator[TransferFinding]:
     """What published settings say of the rates of a result.  Optimizers that find their rate say nothing."""
     limits, rate, text = profile.limits, config.effective_unet_lr, config.effective_text_encoder_lr
     if config.optimizer_type in ADAM and rate > 0:
         value = normalised(rate, config.network_alpha)
         words = f"learning_rate × √(alpha / 16) is {value:.2g}, published settings lie at 2.8e-5 to 2.8e-4"
         if limits.normalised_refuse is not None and value > limits.normalised_refuse:
-            yield Finding(
+            yield TransferFinding(
                 "refuse", "learning_rate", f"{words}: above {limits.normalised_refuse:g} is refused"
             )
         elif limits.normalised_warn is not None and value > limits.normalised_warn:
             most = f"the highest that goes without a word is {limits.normalised_warn:g}"
-            yield Finding("warn", "learning_rate", f"{words}, {most}")
+            yield TransferFinding("warn", "learning_rate", f"{words}, {most}")
     if config.optimizer_type in RATE_FREE or not text or not config.trains_text_encoder:
         return
     if rate > 0 and text < LOW_RATIO * rate:
-        yield Finding(
+        yield TransferFinding(
             "note",
             "text_encoder_lr",
             f"text_encoder_lr is {text / rate:.2f} of learning_rate; recorded settings have {LOW_RATIO} to "
             f"{HIGH_RATIO}, sd-scripts' docs 0.1: it is not raised",
         )
     if limits.text_encoder_lr_warn is not None and text > limits.text_encoder_lr_warn:
-        yield Finding(
+        yield TransferFinding(
             "warn",
             "text_encoder_lr",
             f"text_encoder_lr {text:g} is above {limits.text_encoder_lr_warn:g}: text encoders overcook quickly",

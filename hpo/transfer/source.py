@@ -36,7 +36,7 @@ CONFIRMED = "confirmed.json"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SourceCandidate:
     """A scored trial of the search.  ``place`` are its searched settings, each from 0 to 1."""
 
     number: int
@@ -47,16 +47,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Source:
+class TransferSource:
     """A study as the transfer sees it.  ``others`` are different ones about as good as the best, farthest first."""
 
     folder: StudyFolder
     base: str
-    best: Candidate
+    best: SourceCandidate
     confirmed: bool
-    baseline: Candidate | None
-    others: tuple[Candidate, ...]
-    trials: tuple[Candidate, ...]
+    baseline: SourceCandidate | None
+    others: tuple[SourceCandidate, ...]
+    trials: tuple[SourceCandidate, ...]
     says: str
 
 
@@ -110,7 +110,7 @@ def _check_base(folder: StudyFolder, family: Family) -> None:
                           f"carried over to {family.title}", hint)  # fmt: skip
 
 
-def read_source(folder: StudyFolder) -> Source:
+def read_source(folder: StudyFolder) -> TransferSource:
     """The study's best configuration and its neighbours."""
     from optuna.trial import TrialState
 
@@ -126,7 +126,7 @@ def read_source(folder: StudyFolder) -> Source:
         if config is None:
             continue
         place = {name: _unit(trial.distributions[name], value) for name, value in trial.params.items()}
-        found = Candidate(trial.number, config, score, float(trial.user_attrs.get("se", 0.0)), place)
+        found = SourceCandidate(trial.number, config, score, float(trial.user_attrs.get("se", 0.0)), place)
         trials.append(found)
         if baseline is None and trial.user_attrs.get(ROLE) == BASELINE:
             baseline = found
@@ -152,7 +152,7 @@ def read_source(folder: StudyFolder) -> Source:
         says = f"trial {best.number}, the confirmed winner"
     others = _diverse(best, tied) or _diverse(best, trials[: max(2, len(trials) // 4)])
     base = str((read_json(folder.facts) or {}).get("base", best.config.pretrained_model_name_or_path))
-    return Source(folder, base, best, confirmed is not None, baseline, others, tuple(trials), says)
+    return TransferSource(folder, base, best, confirmed is not None, baseline, others, tuple(trials), says)
 
 
 def _trained(folder: StudyFolder, number: int) -> TrainConfig | None:
@@ -182,7 +182,7 @@ def distance(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     return math.sqrt(sum(min(1.0, abs(a[n] - b[n])) ** 2 for n in names) / max(1, len(names)))
 
 
-def _diverse(best: Candidate, among: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def _diverse(best: SourceCandidate, among: Sequence[SourceCandidate]) -> tuple[SourceCandidate, ...]:
     """Others than the best, each the one farthest from all that were taken before."""
     taken, left = [best], [t for t in among if t.number != best.number]
     while left:
@@ -203,7 +203,7 @@ def with_places(config: TrainConfig, name: str, comment: str) -> TrainConfig:
     return config.with_values(values)
 
 
-def holding_out(source: Source, config: TrainConfig) -> TrainConfig:
+def holding_out(source: TransferSource, config: TrainConfig) -> TrainConfig:
     """The settings, with the images apart that the search judged likeness with: ``hpo evaluate`` needs them unseen.
 
     References of another folder (``--references``) are no part of the training images anyway.
@@ -214,7 +214,7 @@ def holding_out(source: Source, config: TrainConfig) -> TrainConfig:
     return config.with_values({"hold_out_references": any(path.is_relative_to(own) for path in references)})
 
 
-def dataset_figures(source: Source, family: Family) -> tuple[DatasetFigures, Dataset]:
+def dataset_figures(source: TransferSource, family: Family) -> tuple[DatasetFigures, Dataset]:
     """The figures of the images that the run will see, and the images."""
     data = read_training_data(holding_out(source, source.best.config))
     items = [item for item in data.items if not item.is_reg]
@@ -230,7 +230,7 @@ def dataset_figures(source: Source, family: Family) -> tuple[DatasetFigures, Dat
     )
 
 
-def _seconds_per_sample(source: Source) -> float | None:
+def _seconds_per_sample(source: TransferSource) -> float | None:
     result = read_json(source.folder.trial(source.best.number).result) or {}
     seen = result.get("steps", 0) * source.best.config.train_batch_size
     seen *= source.best.config.gradient_accumulation_steps

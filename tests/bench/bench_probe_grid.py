@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hpo.transfer.probes.design import DESIGNS, Design, Outcome, Probe, Scope, horizon_shift
+from hpo.transfer.probes.design import DESIGNS, Design, Probe, ProbeScore, Scope, horizon_shift
 from tests.places import ROOT
 from trainer.files import append_line, read_records, write_atomic
 
@@ -158,10 +158,10 @@ class Curves:
         ]
         return max(own)
 
-    def outcome(self, probe: Probe, rate: float) -> Outcome:
+    def outcome(self, probe: Probe, rate: float) -> ProbeScore:
         found = self.at(rate * 2**probe.octaves, probe.text_encoder)
         spread = float(np.std(found.prompts, ddof=1) / np.sqrt(len(found.prompts)))
-        return Outcome(probe, found.score, spread, found.prompts)
+        return ProbeScore(probe, found.score, spread, found.prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +190,7 @@ def replay(cells: Mapping[Cell, Scored], design: Design | None, budget: int, *, 
             decided, made = Probe(), 0
             if design is not None:
                 scope = Scope(budget)
-                outcomes: list[Outcome] = []
+                outcomes: list[ProbeScore] = []
                 while (probe := design.next(outcomes, scope)) is not None:
                     outcomes.append(short.outcome(probe, rate))
                 shift = _shift(cells, seed, design, scope) if horizon else None
@@ -208,9 +208,9 @@ def _shift(cells: Mapping[Cell, Scored], seed: int, design: Design, scope: Scope
     """The horizon's shift, measured on the source around its own best rate."""
     curves = [Curves(cells, "mini-sd15", horizon, seed) for horizon in HORIZONS]
     rate = 2 ** curves[1].best()[1]
-    both: list[list[Outcome]] = []
+    both: list[list[ProbeScore]] = []
     for curve in curves:
-        outcomes: list[Outcome] = []
+        outcomes: list[ProbeScore] = []
         while (probe := design.next(outcomes, scope)) is not None:
             outcomes.append(curve.outcome(probe, rate))
         both.append(outcomes)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from tests.tiny_search import draw_images, make_search, tiny_bench
 
 BROWSER = shutil.which("chromium")
@@ -23,7 +23,7 @@ BROWSER = shutil.which("chromium")
 @pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
 def test_a_browser_shows_the_grid_and_the_note_of_a_trial(tmp_path: Path) -> None:
     bench = tiny_bench(tmp_path / "runs" / "seen", draw_images(tmp_path / "images"))
-    make_search(bench, Limits(2)).run()
+    make_search(bench, SearchLimits(2)).run()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     dashboard = subprocess.Popen(

@@ -18,7 +18,7 @@ from .dataset import split_references as split_references
 from .dataset import tag_frequency as tag_frequency
 from .findings import REFUSED as REFUSED
 from .findings import WARNING as WARNING
-from .findings import Finding as Finding
+from .findings import DatasetFinding as DatasetFinding
 from .findings import Question as Question
 from .findings import findings as findings
 from .folders import parts_of as parts_of

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import TrainConfig
 from trainer.data.buckets import Bucket, BucketRules, Fit
 from trainer.data.captions import START, CaptionRules, Moment, listed, read_captions, shown
-from trainer.data.folders import HELD_OUT, Part, common, images_in, parts_of, regularisation
+from trainer.data.folders import HELD_OUT, FolderPart, common, images_in, parts_of, regularisation
 from trainer.data.images import IMAGE_EXTENSIONS, fit_pixels, fit_values, read_picture
 from trainer.errors import DataError
 from trainer.files import sha256_file
@@ -148,7 +148,7 @@ def read_dataset(
 
 def assemble(
     root: Path,
-    parts: Sequence[Part],
+    parts: Sequence[FolderPart],
     notes: Sequence[str],
     config: TrainConfig,
     held_paths: Sequence[Path] = (),
@@ -157,7 +157,7 @@ def assemble(
 ) -> Dataset:
     """The dataset of some folders: captions and masks found, every image decoded."""
     jobs = [(path, part) for part in parts for path in part.images]
-    captions: dict[tuple[Path, Part], str] = {}
+    captions: dict[tuple[Path, FolderPart], str] = {}
     said = list(notes)
     for part, images in _by_captions(parts):
         extension = part.setting(config, "caption_extension")
@@ -187,9 +187,9 @@ def assemble(
     return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
 
 
-def _by_captions(parts: Sequence[Part]) -> list[tuple[Part, list[Path]]]:
+def _by_captions(parts: Sequence[FolderPart]) -> list[tuple[FolderPart, list[Path]]]:
     """Folders whose captions are found alike, read together: (the first of them, all their images)."""
-    groups: dict[tuple[Any, ...], tuple[Part, list[Path]]] = {}
+    groups: dict[tuple[Any, ...], tuple[FolderPart, list[Path]]] = {}
     for part in parts:
         own = dict(part.own)
         alike = (part.words, part.root, own.get("caption_extension"), own.get("enable_wildcard"))
@@ -241,7 +241,7 @@ def _validation(items: tuple[Item, ...], config: TrainConfig) -> tuple[tuple[Ite
     return tuple(item for item in items if item.sha256 not in apart), tuple(chosen.values())
 
 
-def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
+def _mask(image: Path, part: FolderPart, config: TrainConfig) -> Path | None:
     """The mask of an image: a file of its name in conditioning_data_dir, or in a folder there that is
     named like the image's."""
     folder = part.setting(config, "conditioning_data_dir")
@@ -254,7 +254,7 @@ def _mask(image: Path, part: Part, config: TrainConfig) -> Path | None:
     raise DataError(f"{shown(image)} has no mask in {shown(folder)}", "masks are named like the images")
 
 
-def _subject(parts: Sequence[Part]) -> tuple[str | None, str | None]:
+def _subject(parts: Sequence[FolderPart]) -> tuple[str | None, str | None]:
     """Trigger and class word, each where all folders agree on it."""
     return common([part.trigger for part in parts]), common([part.class_word for part in parts])
 

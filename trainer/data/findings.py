@@ -44,7 +44,7 @@ _ODD_MODES = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class DatasetFinding:
     """One thing found: what is so, in which files, and what to do."""
 
     kind: str
@@ -65,10 +65,10 @@ class Question:
     class_word: str | None = None
 
 
-Rule = Callable[[Survey, Question], Iterator[Finding]]
+Rule = Callable[[Survey, Question], Iterator[DatasetFinding]]
 
 
-def findings(survey: Survey, question: Question) -> tuple[Finding, ...]:
+def findings(survey: Survey, question: Question) -> tuple[DatasetFinding, ...]:
     """Everything that the rules find, what training refuses first."""
     found = [finding for rule in RULES for finding in rule(survey, question)]
     order = (REFUSED, WARNING, NOTE)
@@ -86,33 +86,33 @@ def _count(items: Sequence[object], noun: str, nouns: str = "") -> str:
 # Images
 
 
-def _broken(survey: Survey, question: Question) -> Iterator[Finding]:
+def _broken(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     for broken in survey.broken:
         what = broken.error.message.replace(shown(broken.path), shown(broken.path.name))
-        yield Finding("corrupt", REFUSED, what, broken.error.hint, _files([broken.path]))
+        yield DatasetFinding("corrupt", REFUSED, what, broken.error.hint, _files([broken.path]))
 
 
-def _other_formats(survey: Survey, question: Question) -> Iterator[Finding]:
+def _other_formats(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     if survey.other:
         endings = ", ".join(sorted({path.suffix.lower() for path in survey.other}))
         what = f"{_count(survey.other, 'picture')} of a format that is not read ({endings})"
-        yield Finding("format", WARNING, what, "convert them to PNG or JPEG", _files(survey.other))
+        yield DatasetFinding("format", WARNING, what, "convert them to PNG or JPEG", _files(survey.other))
 
 
-def _size(survey: Survey, question: Question) -> Iterator[Finding]:
+def _size(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     """Too small for a bucket, enlarged or trained small, and SDXL's short sides."""
     config = question.config
     rules = BucketRules.of(config)
     unfit = [p for p in survey.trained if rules.fit(p.width_px, p.height_px) is None]
     if unfit:
         what = f"{_count(unfit, 'image')} too small or narrow for any bucket"
-        yield Finding("unfit", REFUSED, what, "remove them or use larger versions", _files(unfit))
+        yield DatasetFinding("unfit", REFUSED, what, "remove them or use larger versions", _files(unfit))
     small = [p for p in survey.trained if p not in unfit and _is_small(p, config)]
     half = [p for p in small if _enlargement(p, config) >= 2]
     if half:
         what = f"{_count(half, 'image')} less than half as large as {config.resolution}² px"
         do = "find larger versions or leave them out: detail that is not there cannot be learnt"
-        yield Finding("small", WARNING, what, do, _files(half))
+        yield DatasetFinding("small", WARNING, what, do, _files(half))
     rest = [p for p in small if p not in half]
     if rest:
         what = f"{_count(rest, 'image')} smaller than {config.resolution}² px: "
@@ -123,7 +123,7 @@ def _size(survey: Survey, question: Question) -> Iterator[Finding]:
             largest = max(_enlargement(photo, config) for photo in rest)
             what += f"enlarged up to {largest:.1f} times"
             do = "use larger versions, or set bucket_no_upscale = true to train them at their own size"
-        yield Finding("upscaled", WARNING, what, do, _files(rest))
+        yield DatasetFinding("upscaled", WARNING, what, do, _files(rest))
     short = [p for p in survey.trained if p.short_px < SHORT_SIDE_PX]
     if (
         question.family == "sdxl"
@@ -133,7 +133,7 @@ def _size(survey: Survey, question: Question) -> Iterator[Finding]:
         share = len(short) / len(survey.trained)
         what = f"{share:.0%} of the images have a side below {SHORT_SIDE_PX} px; SDXL wants 1024 px and more"
         do = f"collect larger images until fewer than {SHORT_SHARE:.0%} are this small, or train SD1.5"
-        yield Finding("short-side", WARNING, what, do, _files(short))
+        yield DatasetFinding("short-side", WARNING, what, do, _files(short))
 
 
 def _is_small(photo: Photo, config: TrainConfig) -> bool:
@@ -150,7 +150,7 @@ def _enlargement(photo: Photo, config: TrainConfig) -> float:
     return fit.resized_width_px / photo.width_px
 
 
-def _modes(survey: Survey, question: Question) -> Iterator[Finding]:
+def _modes(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     groups: dict[tuple[str, str, str], list[Photo]] = defaultdict(list)
     for photo in survey.trained:
         mode = "I" if photo.mode.startswith("I") else photo.mode
@@ -166,10 +166,10 @@ def _modes(survey: Survey, question: Question) -> Iterator[Finding]:
             do = "only the first frame is used: save the frames you want as images"
             groups[(NOTE, "animated", do)].append(photo)
     for (severity, name, do), photos in groups.items():
-        yield Finding("mode", severity, f"{_count(photos, 'image')}: {name}", do, _files(photos))
+        yield DatasetFinding("mode", severity, f"{_count(photos, 'image')}: {name}", do, _files(photos))
 
 
-def _duplicates(survey: Survey, question: Question) -> Iterator[Finding]:
+def _duplicates(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     same: dict[str, list[Photo]] = defaultdict(list)
     for photo in survey.trained:
         same[photo.sha256].append(photo)
@@ -177,24 +177,24 @@ def _duplicates(survey: Survey, question: Question) -> Iterator[Finding]:
         if len(photos) > 1:
             what = f"{len(photos)} files are the same image"
             do = "keep one; to show it more often, give it a folder with more repeats"
-            yield Finding("duplicate", WARNING, what, do, _files(photos))
+            yield DatasetFinding("duplicate", WARNING, what, do, _files(photos))
     distinct = [photos[0] for photos in same.values()]
     for group in near_groups(distinct):
         what = f"{len(group)} images look the same"
         do = "keep the best: near copies make the LoRA repeat this picture"
-        yield Finding("near-duplicate", WARNING, what, do, _files(group))
+        yield DatasetFinding("near-duplicate", WARNING, what, do, _files(group))
     trained = same.keys()
     leaked = [photo for photo in survey.held_out if photo.sha256 in trained]
     if leaked:
         what = f"{_count(leaked, 'image')} in held_out/ trained on too"
         do = "remove them from one place: held-out images must be new to the result"
-        yield Finding("held-out", REFUSED, what, do, _files(leaked))
+        yield DatasetFinding("held-out", REFUSED, what, do, _files(leaked))
     fresh = [photo for photo in survey.held_out if photo.sha256 not in trained]
     close = [photo for photo in fresh if any(are_near(photo, other) for other in distinct)]
     if close:
         what = f"{_count(close, 'image')} in held_out/ almost the same as one that is trained on"
         do = "replace them: the result would look better than it is"
-        yield Finding("held-out", WARNING, what, do, _files(close))
+        yield DatasetFinding("held-out", WARNING, what, do, _files(close))
 
 
 def are_near(first: Photo, second: Photo) -> bool:
@@ -224,7 +224,7 @@ def near_groups(photos: Sequence[Photo]) -> list[list[Photo]]:
 # Captions
 
 
-def _caption_files(survey: Survey, question: Question) -> Iterator[Finding]:
+def _caption_files(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     extension = question.config.caption_extension
     if survey.uncaptioned:
         what = f"{_count(survey.uncaptioned, 'image')} without a caption ({extension})"
@@ -233,19 +233,21 @@ def _caption_files(survey: Survey, question: Question) -> Iterator[Finding]:
         found = [e for e in others if any(p.with_suffix(e).is_file() for p in survey.uncaptioned)]
         if found:
             do = f'there are {found[0]} files: set caption_extension = "{found[0]}"'
-        yield Finding("caption-missing", REFUSED, what, do, _files(survey.uncaptioned))
+        yield DatasetFinding("caption-missing", REFUSED, what, do, _files(survey.uncaptioned))
     if survey.empty_captions:
         what = f"{_count(survey.empty_captions, 'caption')} empty"
-        yield Finding(
+        yield DatasetFinding(
             "caption-empty", REFUSED, what, "write what the images show", _files(survey.empty_captions)
         )
     for broken in survey.broken_captions:
-        yield Finding(
+        yield DatasetFinding(
             "caption-broken", REFUSED, broken.error.message, broken.error.hint, _files([broken.path])
         )
     if survey.orphans:
         what = f"{_count(survey.orphans, 'caption')} without an image"
-        yield Finding("orphan", NOTE, what, "remove or rename: they are not used", _files(survey.orphans))
+        yield DatasetFinding(
+            "orphan", NOTE, what, "remove or rename: they are not used", _files(survey.orphans)
+        )
     stems = Counter(photo.path.with_suffix("") for photo in survey.trained)
     shared = [
         photo
@@ -255,26 +257,30 @@ def _caption_files(survey: Survey, question: Question) -> Iterator[Finding]:
     ]
     if len(shared) > 1:
         what = f"{len(shared)} images share a caption file with another of the same name"
-        yield Finding("shared-caption", WARNING, what, "rename one of each, with its caption", _files(shared))
+        yield DatasetFinding(
+            "shared-caption", WARNING, what, "rename one of each, with its caption", _files(shared)
+        )
 
 
-def _length(survey: Survey, question: Question) -> Iterator[Finding]:
+def _length(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     limit = question.config.max_token_length or TOKEN_LENGTHS[0]
     counts = {p: question.count_tokens(p.caption) for p in survey.trained if p.caption}
     beyond = [photo for photo, count in counts.items() if count > TOKEN_LENGTHS[-1]]
     cut = [photo for photo, count in counts.items() if limit < count <= TOKEN_LENGTHS[-1]]
     if beyond:
         what = f"{_count(beyond, 'caption')} longer than {TOKEN_LENGTHS[-1]} tokens, the most that is read"
-        yield Finding("caption-long", WARNING, what, "shorten them: the rest is never read", _files(beyond))
+        yield DatasetFinding(
+            "caption-long", WARNING, what, "shorten them: the rest is never read", _files(beyond)
+        )
     if cut:
         longest = max(counts[photo] for photo in cut)
         enough = next(length for length in TOKEN_LENGTHS if length >= longest)
         what = f"{_count(cut, 'caption')} longer than {limit} tokens (up to {longest}): the rest is not read"
         do = f"set max_token_length = {enough}, or shorten them"
-        yield Finding("caption-long", WARNING, what, do, _files(cut))
+        yield DatasetFinding("caption-long", WARNING, what, do, _files(cut))
 
 
-def _words(survey: Survey, question: Question) -> Iterator[Finding]:
+def _words(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     """The trigger, and tags that are everywhere."""
     config, trigger = question.config, question.trigger
     captioned = [photo for photo in survey.trained if photo.caption]
@@ -282,14 +288,14 @@ def _words(survey: Survey, question: Question) -> Iterator[Finding]:
         return
     if trigger is None:
         what, do = "no trigger word is known", "name the folder like 10_trigger class, or give --trigger"
-        yield Finding("trigger", NOTE, what, do)
+        yield DatasetFinding("trigger", NOTE, what, do)
     else:
         frame = f"{config.caption_prefix} {config.caption_suffix}"
         without = [p for p in captioned if not _says(f"{frame} {p.caption}", trigger)]
         if without:
             what = f"{len(without)} of {len(captioned)} captions without the trigger word {shown(trigger)!r}"
             do = "put it first in each caption, or set caption_prefix to it"
-            yield Finding("trigger", WARNING, what, do, _files(without))
+            yield DatasetFinding("trigger", WARNING, what, do, _files(without))
     if len(captioned) < MIN_CAPTIONS:
         return
     tags = Counter(tag for p in captioned for tag in set(_tags(p.caption or "", config.caption_separator)))
@@ -302,7 +308,7 @@ def _words(survey: Survey, question: Question) -> Iterator[Finding]:
     if everywhere:
         what = "in every caption: " + ", ".join(shown(tag)[:40] for tag in sorted(everywhere)[:8])
         do = "remove a tag that is the subject itself; else it works like a second trigger"
-        yield Finding("tag-everywhere", NOTE, what, do)
+        yield DatasetFinding("tag-everywhere", NOTE, what, do)
 
 
 def _says(text: str, word: str) -> bool:

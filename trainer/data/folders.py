@@ -24,7 +24,7 @@ KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Part:
+class FolderPart:
     """One folder of images, what its name says, and what a dataset file says of it.
 
     ``words`` is the caption of images that have none; ``root`` the folder that links may not lead out
@@ -45,7 +45,7 @@ class Part:
         return dict(self.own).get(name, getattr(config, name))
 
 
-def regularisation(root: Path) -> tuple[list[Part], list[str]]:
+def regularisation(root: Path) -> tuple[list[FolderPart], list[str]]:
     """The folders of reg_data_dir.  Images without a caption get the words of their folder's name."""
     if not root.is_dir():
         raise DataError(
@@ -63,7 +63,7 @@ def regularisation(root: Path) -> tuple[list[Part], list[str]]:
     ], notes
 
 
-def parts_of(root: Path, default_repeats: int) -> tuple[list[Part], list[str]]:
+def parts_of(root: Path, default_repeats: int) -> tuple[list[FolderPart], list[str]]:
     """The folders to train on, and notes about what is left out."""
     name = KOHYA_FOLDER.fullmatch(root.resolve().name)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -91,10 +91,10 @@ def parts_of(root: Path, default_repeats: int) -> tuple[list[Part], list[str]]:
         raise _no_images(root, folders)
     if name:
         return [_kohya_part(root, name, loose)], notes
-    return [Part(tuple(loose), default_repeats)], notes
+    return [FolderPart(tuple(loose), default_repeats)], notes
 
 
-def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Part:
+def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> FolderPart:
     repeats = int(match[1])
     if repeats > MAX_REPEATS:
         raise DataError(
@@ -105,7 +105,7 @@ def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Part:
         raise DataError(
             f"the folder name {shown(folder)} means 0 repeats", f"rename it, for example to 10_{match[2]}"
         )
-    return Part(tuple(images), repeats, *subject_of(match[2]))
+    return FolderPart(tuple(images), repeats, *subject_of(match[2]))
 
 
 def subject_of(name: str) -> tuple[str | None, str | None]:

@@ -63,7 +63,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Source:
+class LayoutSource:
     """One image to copy: its caption's text (None: it has none), its content, its name in the layout."""
 
     path: Path
@@ -144,11 +144,11 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _read(paths: Sequence[Path], source: Path, wish: Wish) -> tuple[list[Source], list[str]]:
+def _read(paths: Sequence[Path], source: Path, wish: Wish) -> tuple[list[LayoutSource], list[str]]:
     """Every image decoded and its caption read; DataError names all that fail."""
     with ThreadPoolExecutor(READERS) as pool:
         read = list(pool.map(lambda path: _source(path, source), paths))
-    images = [entry for entry in read if isinstance(entry, Source)]
+    images = [entry for entry in read if isinstance(entry, LayoutSource)]
     broken = [entry for entry in read if isinstance(entry, DataError)]
     if broken and not wish.skip_corrupt:
         raise DataError(
@@ -159,7 +159,7 @@ def _read(paths: Sequence[Path], source: Path, wish: Wish) -> tuple[list[Source]
     return images, [f"left out: {error.message}" for error in broken]
 
 
-def _source(path: Path, root: Path) -> Source | DataError:
+def _source(path: Path, root: Path) -> LayoutSource | DataError:
     try:
         check_inside(path, root)
         sha256 = read_picture(path).sha256
@@ -171,10 +171,10 @@ def _source(path: Path, root: Path) -> Source | DataError:
     except DataError as error:
         return error
     is_held_out = HELD_OUT in path.relative_to(root).parts[:-1]
-    return Source(path, text, sha256, path.stem, is_held_out)
+    return LayoutSource(path, text, sha256, path.stem, is_held_out)
 
 
-def _named(found: Sequence[Source], root: Path) -> list[Source]:
+def _named(found: Sequence[LayoutSource], root: Path) -> list[LayoutSource]:
     """Stems that are unique without regard to case: two images of one stem would share a caption."""
     taken: set[str] = set()
     named = []
@@ -194,7 +194,7 @@ def _stems(stem: str, above: Sequence[str]) -> Iterator[str]:
         yield f"{stem}-{number}"
 
 
-def _set_apart(found: Sequence[Source], count: int) -> list[Source]:
+def _set_apart(found: Sequence[LayoutSource], count: int) -> list[LayoutSource]:
     """``count`` more images held out, chosen by content, so that names and new images change little. Files
     with one content go together."""
     contents = sorted({entry.sha256 for entry in found if not entry.is_held_out})
@@ -206,7 +206,7 @@ def _set_apart(found: Sequence[Source], count: int) -> list[Source]:
     return [replace(e, is_held_out=e.is_held_out or e.sha256 in chosen) for e in found]
 
 
-def _notes(found: Sequence[Source], source: Path, wish: Wish) -> list[str]:
+def _notes(found: Sequence[LayoutSource], source: Path, wish: Wish) -> list[str]:
     notes = []
     bare = [entry.path for entry in found if entry.caption is None or not entry.caption.strip()]
     if bare:
@@ -229,7 +229,7 @@ def _notes(found: Sequence[Source], source: Path, wish: Wish) -> list[str]:
     return notes
 
 
-def _copy(entry: Source, folder: Path, wish: Wish) -> None:
+def _copy(entry: LayoutSource, folder: Path, wish: Wish) -> None:
     folder.mkdir(exist_ok=True)
     target = folder / f"{entry.stem}{entry.path.suffix}"
     shutil.copyfile(entry.path, target)

@@ -16,7 +16,7 @@ from typing import Any
 from trainer.config import TrainConfig, check_value, suggestion
 from trainer.data.captions import shown
 from trainer.data.dataset import Dataset, assemble, read_dataset, split_references
-from trainer.data.folders import HELD_OUT, MAX_REPEATS, Part, images_in
+from trainer.data.folders import HELD_OUT, MAX_REPEATS, FolderPart, images_in
 from trainer.errors import ConfigError, DataError
 from trainer.text import clean_text
 from trainer.tomlfile import as_text, read_table
@@ -115,7 +115,7 @@ def is_dataset_table(table: Mapping[str, Any]) -> bool:
 
 def read_dataset_file(path: Path) -> DatasetFile:
     """Read a dataset file.  ConfigError for typing errors, bad values, and what cannot be told apart."""
-    return _Reading(Path(path), read_table(path)).result()
+    return _DatasetReading(Path(path), read_table(path)).result()
 
 
 def read_training_data(
@@ -155,7 +155,7 @@ def _all_images(
     return replace(found, trigger=trigger or found.trigger, class_word=class_word or found.class_word)
 
 
-def _part(subset: Subset) -> Part:
+def _part(subset: Subset) -> FolderPart:
     folder = Path(subset.image_dir)
     if not folder.is_dir():
         raise DataError(f"the folder {shown(folder)} does not exist", "correct image_dir in the dataset file")
@@ -172,7 +172,7 @@ def _part(subset: Subset) -> Part:
         )
         raise DataError(f"no images in {shown(folder)}", hint)
     words = subset.class_tokens.split(maxsplit=1)
-    return Part(
+    return FolderPart(
         tuple(images),
         subset.num_repeats,
         trigger=words[0] if words else None,
@@ -185,7 +185,7 @@ def _part(subset: Subset) -> Part:
 
 
 @dataclass
-class _Reading:
+class _DatasetReading:
     """One dataset file on its way to a DatasetFile."""
 
     path: Path

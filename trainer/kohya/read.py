@@ -64,7 +64,7 @@ def read_kohya(path: Path) -> KohyaFile:
 
 def from_kohya(path: Path, settings: Mapping[str, Any]) -> KohyaFile:
     """What sd-scripts' own settings mean; ``path`` is where they stand."""
-    return _Reading(Path(path), settings).result()
+    return _SettingsReading(Path(path), settings).result()
 
 
 def read_own(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -92,7 +92,7 @@ def _check_names(path: Path, given: Iterable[str], known: Collection[str], other
             raise ConfigError(f"unknown setting {clean_text(name)[:80]} in {clean_text(str(path))}", hint)
 
 
-class _Reading:
+class _SettingsReading:
     """One kohya file on its way to a TrainConfig: each method handles a family of keys and removes them."""
 
     def __init__(self, path: Path, table: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.loop import checkpoint, optim
 from trainer.loop.ranks import ALONE, Ranks
-from trainer.loop.stepper import MicroBatch, Outcome, Sample, Stepper
+from trainer.loop.stepper import MicroBatch, Sample, StepOutcome, Stepper
 from trainer.oom import out_of_memory_named
 
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
@@ -166,7 +166,7 @@ def _remaining(
 
 
 def _event(
-    length: Plan, step: int, epoch: int, rates: Mapping[str, float], outcome: Outcome, seconds: float
+    length: Plan, step: int, epoch: int, rates: Mapping[str, float], outcome: StepOutcome, seconds: float
 ) -> Event:
     if outcome.skipped:
         return Skipped(step, outcome.skipped)
@@ -192,7 +192,7 @@ def _ends_epoch(length: Plan, step: int) -> bool:
     return step % length.steps_per_epoch == 0 or step == length.total_steps
 
 
-def _advance(progress: checkpoint.Progress, outcome: Outcome) -> checkpoint.Progress:
+def _advance(progress: checkpoint.Progress, outcome: StepOutcome) -> checkpoint.Progress:
     if outcome.skipped:
         return replace(
             progress, step=progress.step + 1, skipped=progress.skipped + 1, in_a_row=progress.in_a_row + 1

@@ -43,7 +43,7 @@ MicroBatch = list[Sample]
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """What is computed at once: a micro-batch, or some rows of one from ``start`` on of ``total``."""
 
     number: int
@@ -63,7 +63,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """What one step came to.  ``skipped`` names what was not finite, or is empty."""
 
     loss: float
@@ -112,7 +112,7 @@ class Stepper:
         self.adapter.apply_dropout()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self, group: Sequence[MicroBatch], epoch: int, step: int) -> Outcome:
+    def step(self, group: Sequence[MicroBatch], epoch: int, step: int) -> StepOutcome:
         """Forward, backward, clip, update.  Every sample of the group weighs the same, however it is cut."""
         self.is_untouched = True
         self.now = replace(self.now, step=step)
@@ -124,11 +124,11 @@ class Stepper:
             outcome = self._make_update(loss_sum, step)
         return outcome
 
-    def _make_update(self, loss_sum: Tensor, step: int) -> Outcome:
+    def _make_update(self, loss_sum: Tensor, step: int) -> StepOutcome:
         """Clip and update, if loss and gradients are finite."""
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         if not gradients:  # module_dropout left every module out
-            return Outcome(loss_sum.item(), 0.0)
+            return StepOutcome(loss_sum.item(), 0.0)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         mean_loss, grad_norm = torch.stack([loss_sum, norm.float()]).tolist()  # the step's only wait
@@ -142,7 +142,7 @@ class Stepper:
             self._update(step)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(mean_loss, grad_norm, skipped)
+        return StepOutcome(mean_loss, grad_norm, skipped)
 
     def rehearse(self, micro: MicroBatch) -> Rehearsed:
         """A dry step with this micro-batch, as often as a step can have it in memory: weights, optimizer and
@@ -303,12 +303,12 @@ class Stepper:
         return self.base.encode_text(captions, self.config.clip_skip, self.config.max_token_length)
 
 
-def cut(group: Sequence[MicroBatch], at_once: int, world: int) -> list[Part]:
+def cut(group: Sequence[MicroBatch], at_once: int, world: int) -> list[StepPart]:
     """A step's micro-batches as parts of at most ``at_once`` images, at least one for each process where
     there are images enough."""
     while True:
         parts = [
-            Part(number, micro[start : start + at_once], start, len(micro))
+            StepPart(number, micro[start : start + at_once], start, len(micro))
             for number, micro in enumerate(group)
             for start in range(0, len(micro), at_once)
         ]

@@ -20,7 +20,7 @@ EIGHT_BIT = {"AdamW": "AdamW8bit"}
 
 
 @dataclass(frozen=True)
-class Move:
+class StackMove:
     """One setting that was changed to fit, and why."""
 
     key: str
@@ -34,7 +34,7 @@ class Stack:
     """Settings that fit, what was changed for it, and the predicted peak."""
 
     config: TrainConfig
-    moves: tuple[Move, ...]
+    moves: tuple[StackMove, ...]
     footprint: Footprint
 
     @property
@@ -155,7 +155,7 @@ def choose(
         config = _fewest_blocks(checkpointed, config, facts, limit, say)
         footprint = predict(config, facts)
     old, new = start.as_dict(), config.as_dict()
-    moves = tuple(Move(k, old[k], new[k], reasons[k]) for k in reasons if old[k] != new[k])
+    moves = tuple(StackMove(k, old[k], new[k], reasons[k]) for k in reasons if old[k] != new[k])
     return Stack(config, moves, footprint)
 
 

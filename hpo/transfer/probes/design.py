@@ -49,7 +49,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProbeScore:
     """A finished probe.  ``prompts`` are its scores prompt by prompt, in the same order for all; may be empty."""
 
     probe: Probe
@@ -97,11 +97,13 @@ class Design(Protocol):
     @property
     def name(self) -> str: ...
 
-    def next(self, outcomes: Sequence[Outcome], scope: Scope) -> Probe | None: ...
-    def decide(self, outcomes: Sequence[Outcome], scope: Scope, shift: float | None = None) -> Decision: ...
+    def next(self, outcomes: Sequence[ProbeScore], scope: Scope) -> Probe | None: ...
+    def decide(
+        self, outcomes: Sequence[ProbeScore], scope: Scope, shift: float | None = None
+    ) -> Decision: ...
 
 
-def find(outcomes: Sequence[Outcome], probe: Probe) -> Outcome | None:
+def find(outcomes: Sequence[ProbeScore], probe: Probe) -> ProbeScore | None:
     for outcome in outcomes:
         same = outcome.probe.candidate == probe.candidate and outcome.probe.text_encoder == probe.text_encoder
         if same and abs(outcome.probe.octaves - probe.octaves) < 1e-6:
@@ -109,7 +111,7 @@ def find(outcomes: Sequence[Outcome], probe: Probe) -> Outcome | None:
     return None
 
 
-def gain_se(a: Outcome, b: Outcome) -> float:
+def gain_se(a: ProbeScore, b: ProbeScore) -> float:
     """Standard error of a − b: prompt by prompt where both have them, so that hard prompts cancel."""
     if a.prompts and len(a.prompts) == len(b.prompts) > 1:
         return float(np.std(np.subtract(a.prompts, b.prompts), ddof=1) / math.sqrt(len(a.prompts)))
@@ -129,7 +131,7 @@ class Ladder:
     name: str = "ladder"
     errors: float = 1.96  # how many standard errors a gain must exceed
 
-    def next(self, outcomes: Sequence[Outcome], scope: Scope) -> Probe | None:
+    def next(self, outcomes: Sequence[ProbeScore], scope: Scope) -> Probe | None:
         if len(outcomes) >= scope.budget:
             return None
         for step in self._steps(scope):
@@ -138,7 +140,7 @@ class Ladder:
                 return probe
         return None
 
-    def _steps(self, scope: Scope) -> list[Callable[[Sequence[Outcome]], Probe | None]]:
+    def _steps(self, scope: Scope) -> list[Callable[[Sequence[ProbeScore]], Probe | None]]:
         default = (DEFAULT,) if DEFAULT in scope.candidates else ()
         others = [name for name in scope.candidates if name not in (DEFAULT, TEXT_ON)]
         fixed = [
@@ -150,14 +152,14 @@ class Ladder:
         ]
         more = [*map(Probe, others[1:])]
 
-        def always(probe: Probe) -> Callable[[Sequence[Outcome]], Probe | None]:
+        def always(probe: Probe) -> Callable[[Sequence[ProbeScore]], Probe | None]:
             return lambda outcomes: probe
 
         switch = _text_encoders_off if scope.trains_text_encoder else always(Probe(TEXT_ON))
         steps = [*map(always, fixed), lambda outcomes: _vertex(outcomes, scope), switch, *map(always, more)]
         return [*steps, lambda outcomes: _vertex(outcomes, scope)]
 
-    def decide(self, outcomes: Sequence[Outcome], scope: Scope, shift: float | None = None) -> Decision:
+    def decide(self, outcomes: Sequence[ProbeScore], scope: Scope, shift: float | None = None) -> Decision:
         """The horizon's shift is not used: the ladder takes what was measured."""
         own = find(outcomes, Probe())
         if own is None:
@@ -182,12 +184,12 @@ class Grid:
             first += [Probe(octaves=p.octaves, text_encoder=False) for p in first]
         return [probe for probe in first if scope.holds(probe)]
 
-    def next(self, outcomes: Sequence[Outcome], scope: Scope) -> Probe | None:
+    def next(self, outcomes: Sequence[ProbeScore], scope: Scope) -> Probe | None:
         if len(outcomes) >= scope.budget:
             return None
         return next((p for p in self.points(scope) if find(outcomes, p) is None), None)
 
-    def decide(self, outcomes: Sequence[Outcome], scope: Scope, shift: float | None = None) -> Decision:
+    def decide(self, outcomes: Sequence[ProbeScore], scope: Scope, shift: float | None = None) -> Decision:
         used = [o for o in outcomes if o.probe.candidate == TRANSFERRED]
         rates = sorted({round(o.probe.octaves, 6) for o in used})
         if len(rates) < 3 or find(used, Probe()) is None:
@@ -214,7 +216,7 @@ class Grid:
         return _weighed(Probe(octaves=round(moved, 6), text_encoder=text), gain, se, self.errors)
 
     def _se(
-        self, used: Sequence[Outcome], design_NB: np.ndarray, y_N: np.ndarray, contrast_B: np.ndarray
+        self, used: Sequence[ProbeScore], design_NB: np.ndarray, y_N: np.ndarray, contrast_B: np.ndarray
     ) -> float:
         """Of a contrast of the fit: the larger of what prompts and what the fit's residuals say."""
         solve_BN = np.linalg.pinv(design_NB)
@@ -253,11 +255,11 @@ def _weighed(probe: Probe, gain: float, se: float, errors: float) -> Decision:
     )
 
 
-def _rates_of(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def _rates_of(outcomes: Sequence[ProbeScore]) -> list[ProbeScore]:
     return [o for o in outcomes if o.probe.candidate == TRANSFERRED and o.probe.text_encoder]
 
 
-def _vertex(outcomes: Sequence[Outcome], scope: Scope) -> Probe | None:
+def _vertex(outcomes: Sequence[ProbeScore], scope: Scope) -> Probe | None:
     """The parabola's top between the probed rates; else an octave beyond the better end.  None: nothing new."""
     known = _rates_of(outcomes)
     rates = [o.probe.octaves for o in known]
@@ -274,7 +276,7 @@ def _vertex(outcomes: Sequence[Outcome], scope: Scope) -> Probe | None:
     return None if min(abs(top - x) for x in rates) < NEAR else Probe(octaves=top)
 
 
-def _text_encoders_off(outcomes: Sequence[Outcome]) -> Probe | None:
+def _text_encoders_off(outcomes: Sequence[ProbeScore]) -> Probe | None:
     known = _rates_of(outcomes)
     best = max(known, key=lambda o: o.score).probe.octaves if known else 0.0
     return Probe(octaves=best, text_encoder=False)
@@ -289,7 +291,7 @@ def _curve_top(fit_B: np.ndarray, rates: Sequence[float], shift: float, scope: S
     return min(max(top - shift, scope.low), scope.high)
 
 
-def horizon_shift(short: Sequence[Outcome], whole: Sequence[Outcome]) -> float | None:
+def horizon_shift(short: Sequence[ProbeScore], whole: Sequence[ProbeScore]) -> float | None:
     """Octaves by which the best rate of short runs lies above that of whole ones; None if one has no top."""
     tops = []
     for outcomes in (short, whole):
@@ -338,7 +340,7 @@ def agreement(source: Sequence[float], target: Sequence[float]) -> Agreement | N
     return Agreement(spearman(source, target), kendall(source, target))
 
 
-def search_is_better(outcomes: Sequence[Outcome], found: Agreement | None) -> str | None:
+def search_is_better(outcomes: Sequence[ProbeScore], found: Agreement | None) -> str | None:
     """Why a direct search on the target would be the better use of the night; None if nothing speaks for it."""
     own, usual = find(outcomes, Probe()), find(outcomes, Probe(DEFAULT))
     if own and usual and usual.score - own.score > 1.96 * gain_se(usual, own):

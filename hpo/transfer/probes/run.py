@@ -19,7 +19,15 @@ from rich.console import Console
 
 from hpo.study import Lock, StudyFolder, holder, in_use, read_json
 from hpo.terminal import say
-from hpo.transfer import MAPPING_VERSION, PLANNER, SOURCE_STUDY, Candidate, snap_down, transfer, two_digits
+from hpo.transfer import (
+    MAPPING_VERSION,
+    PLANNER,
+    SOURCE_STUDY,
+    SourceCandidate,
+    snap_down,
+    transfer,
+    two_digits,
+)
 from hpo.transfer.probes.design import (
     DEFAULT,
     DEFAULT_DESIGN,
@@ -28,14 +36,14 @@ from hpo.transfer.probes.design import (
     TRANSFERRED,
     Agreement,
     Decision,
-    Outcome,
     Probe,
+    ProbeScore,
     agreement,
     find,
     horizon_shift,
     search_is_better,
 )
-from hpo.transfer.probes.side import FRACTION, Side, make_side, octave_bounds
+from hpo.transfer.probes.side import FRACTION, ProbeSide, make_side, octave_bounds
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError, Interrupted, MachineError, StudyStopped
 from trainer.files import machine_error, write_atomic
@@ -44,7 +52,7 @@ if TYPE_CHECKING:
     import optuna
 
     from hpo.study import Inputs
-    from hpo.transfer import Request, Transfer
+    from hpo.transfer import Transfer, TransferRequest
 
 FILE = "probes.json"
 LEAST = 3  # with fewer, nothing can be decided
@@ -62,7 +70,7 @@ class Found:
     lines: tuple[str, ...]
 
 
-def consult(done: Transfer, request: Request, console: Console) -> Found | None:
+def consult(done: Transfer, request: TransferRequest, console: Console) -> Found | None:
     """Make the probes that are asked for; else what earlier ones of these settings found.  None: there are none."""
     folder = probe_folder(done)
     saved = read_json(folder.root / FILE)
@@ -105,13 +113,13 @@ class _Probing:
     """One call: target probes one by one, their twins on the source, the decision."""
 
     def __init__(
-        self, done: Transfer, request: Request, folder: StudyFolder, design: str, console: Console
+        self, done: Transfer, request: TransferRequest, folder: StudyFolder, design: str, console: Console
     ) -> None:
         self.done, self.request, self.folder, self.console = done, request, folder, console
         self.design_name, self.design = design, DESIGNS[design]
         facts = read_json(done.source.folder.facts) or {}
         self.facts: Mapping[str, Any] = facts
-        self.others: dict[str, Candidate] = {}
+        self.others: dict[str, SourceCandidate] = {}
         for number, candidate in enumerate(done.source.others[:2], 1):
             self.others[f"{DIVERSE} {number}"] = candidate
 
@@ -146,14 +154,14 @@ class _Probing:
 
     # Both sides
 
-    def _mapped(self, candidate: Candidate) -> TrainConfig:
+    def _mapped(self, candidate: SourceCandidate) -> TrainConfig:
         """A candidate by the same rules, computed as the planner wants the transferred settings computed."""
         plan, profile = self.done.plan, self.done.profile
         found = transfer(candidate.config, plan.figures, profile, preset=self.request.preset).config
         computed = {m.key: getattr(plan.config, m.key) for m in plan.moves if m.rule == PLANNER}
         return found.with_values(computed)
 
-    def _target(self) -> Side:
+    def _target(self) -> ProbeSide:
         own = self.done.plan.config
         usual = {
             "text_encoder_lr1": None,
@@ -184,7 +192,7 @@ class _Probing:
 
     def _side(
         self, name: str, whole: Mapping[str, TrainConfig], bounds: tuple[float, float], fraction: float
-    ) -> Side:
+    ) -> ProbeSide:
         miniature = self.done.profile.family.base.startswith("mini-")
         return make_side(
             name,
@@ -198,14 +206,14 @@ class _Probing:
             fraction=fraction,
         )
 
-    def _twins(self, probes: list[Probe]) -> tuple[list[Outcome], float | None]:
+    def _twins(self, probes: list[Probe]) -> tuple[list[ProbeScore], float | None]:
         """The same probes on the source's base, for the rank agreement; the grid also wants whole runs of them."""
         source = self.done.source
         whole = {TRANSFERRED: source.best.config} | {name: c.config for name, c in self.others.items()}
         if source.baseline is not None:
             whole[DEFAULT] = source.baseline.config
         endings = {"source": FRACTION} | ({"source-whole": 1.0} if self.design_name == "grid" else {})
-        found: list[list[Outcome]] = []
+        found: list[list[ProbeScore]] = []
         for ending, fraction in endings.items():
             folder = StudyFolder(self.folder.root.with_name(f"{self.folder.name}-{ending}"))
             side = self._side(folder.name, whole, (-8.0, 8.0), fraction)
@@ -256,7 +264,7 @@ class _Probing:
 
     # What it came to
 
-    def _values(self, decision: Decision, target: Side) -> dict[str, Any]:
+    def _values(self, decision: Decision, target: ProbeSide) -> dict[str, Any]:
         """The settings of the whole run that the decision changes."""
         if decision.keeps:
             return {}
@@ -279,7 +287,11 @@ class _Probing:
         return values
 
     def _lines(
-        self, outcomes: Sequence[Outcome], twins: Sequence[Outcome], decision: Decision, shift: float | None
+        self,
+        outcomes: Sequence[ProbeScore],
+        twins: Sequence[ProbeScore],
+        decision: Decision,
+        shift: float | None,
     ) -> list[str]:
         lines = [f"probe {o.probe.role}: {o.score:.4f} ± {o.se:.4f}" for o in outcomes]
         lines.append(f"decision: {decision.reason}")
@@ -302,12 +314,12 @@ class _Probing:
         return lines
 
 
-def in_order(probes: Sequence[Probe]) -> Callable[[list[Outcome]], Probe | None]:
+def in_order(probes: Sequence[Probe]) -> Callable[[list[ProbeScore]], Probe | None]:
     """A choice that was made before: one probe after the other."""
     return lambda known: next((p for p in probes if find(known, p) is None), None)
 
 
-def agree(outcomes: Sequence[Outcome], twins: Sequence[Outcome]) -> Agreement | None:
+def agree(outcomes: Sequence[ProbeScore], twins: Sequence[ProbeScore]) -> Agreement | None:
     """Rank agreement over the probes that both sides have."""
     pairs = [(twin.score, o.score) for o in outcomes if (twin := find(twins, o.probe)) is not None]
     return agreement([a for a, _ in pairs], [b for _, b in pairs])
@@ -318,12 +330,12 @@ def agree(outcomes: Sequence[Outcome], twins: Sequence[Outcome]) -> Agreement | 
 
 def run_side(
     folder: StudyFolder,
-    side: Side,
-    choose: Callable[[list[Outcome]], Probe | None],
+    side: ProbeSide,
+    choose: Callable[[list[ProbeScore]], Probe | None],
     inputs: Inputs,
     provenance: Mapping[str, str],
     console: Console,
-) -> list[Outcome]:
+) -> list[ProbeScore]:
     """Probes until ``choose`` wants no more.  A probe that was killed goes on; one that failed stops the call."""
     from hpo.search import workbench
     from hpo.study import TOTAL, database_errors
@@ -388,11 +400,15 @@ def _open(bench: Any, facts: Mapping[str, str], use: Any) -> optuna.Study:
 
 
 def _probe_by_probe(
-    study: optuna.Study, bench: Any, side: Side, choose: Callable[[list[Outcome]], Probe | None], view: Any
-) -> list[Outcome]:
+    study: optuna.Study,
+    bench: Any,
+    side: ProbeSide,
+    choose: Callable[[list[ProbeScore]], Probe | None],
+    view: Any,
+) -> list[ProbeScore]:
     from optuna.trial import TrialState
 
-    from hpo.search import Limits, quiet
+    from hpo.search import SearchLimits, quiet
     from hpo.study import BASELINE, ROLE
 
     probes: list[Probe] = []
@@ -410,29 +426,29 @@ def _probe_by_probe(
                 study.enqueue_trial(proposal, user_attrs={ROLE: role})
         view.say(f"probe {len(outcomes) + 1} of {side.scope.budget}: {probe.role}")
         complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-        make_worker(study, bench, Limits(trials=complete + 1), view).run()
+        make_worker(study, bench, SearchLimits(trials=complete + 1), view).run()
 
 
 def _outcomes(
     study: optuna.Study,
     bench: Any,
-    side: Side,
+    side: ProbeSide,
     known: list[Probe],
-    choose: Callable[[list[Outcome]], Probe | None],
-) -> list[Outcome]:
+    choose: Callable[[list[ProbeScore]], Probe | None],
+) -> list[ProbeScore]:
     """The finished probes in the order of the design, which asks for one after the other."""
     from optuna.trial import TrialState
 
     from hpo.study import by_prompt
 
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    found: list[Outcome] = []
+    found: list[ProbeScore] = []
     while (probe := choose(found)) is not None:
         trial = next((t for t in done if side.probe_of(t.params, [probe]) is not None), None)
         if trial is None or trial.value is None:
             break
         prompts = by_prompt(bench.folder.trial(trial.number).metrics, bench.anchors)
-        found.append(Outcome(probe, trial.value, float(trial.user_attrs.get("se", 0.0)), prompts))
+        found.append(ProbeScore(probe, trial.value, float(trial.user_attrs.get("se", 0.0)), prompts))
     return found
 
 

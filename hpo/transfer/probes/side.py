@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo.study import ELSEWHERE, NOT_SEARCHABLE, ZERO_IS_UNSET, StudyConfig, build_study
-from hpo.transfer import ADAM, MOST_WARMUP, RATE_FREE, LimitSection, normalised, updates_of
+from hpo.transfer import ADAM, MOST_WARMUP, RATE_FREE, ProfileLimits, normalised, updates_of
 from hpo.transfer.probes.design import TRANSFERRED, Probe, Scope
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
@@ -23,7 +23,7 @@ _SAMPLING = ("steps", "cfg", "sampler", "negative")
 
 
 @dataclass(frozen=True)
-class Side:
+class ProbeSide:
     """One base on which probes are run: complete configurations by candidate, as short runs, and their study."""
 
     short: Mapping[str, TrainConfig]
@@ -79,7 +79,7 @@ def probed(config: TrainConfig, probe: Probe) -> TrainConfig:
     return config.with_values({"learning_rate": config.effective_unet_lr * factor, "text_encoder_lr": text})
 
 
-def octave_bounds(config: TrainConfig, limits: LimitSection) -> tuple[float, float]:
+def octave_bounds(config: TrainConfig, limits: ProfileLimits) -> tuple[float, float]:
     """How far the rate may go within a profile's limits, which are those of Adam.  0 is always within."""
     if config.optimizer_type not in ADAM:
         return -MOST_OCTAVES, MOST_OCTAVES
@@ -102,7 +102,7 @@ def make_side(
     seed: int,
     words: str,
     fraction: float = FRACTION,
-) -> Side:
+) -> ProbeSide:
     """The side of one base.  Candidates that cannot lie in one space with the transferred one are left out."""
     own = whole[TRANSFERRED]
     for config in whole.values():
@@ -126,7 +126,7 @@ def make_side(
         own.trains_text_encoder,
     )
     study = build_study(name, _sections(short, sampling, seed, words))
-    return Side(short, study, scope)
+    return ProbeSide(short, study, scope)
 
 
 def _fits(config: TrainConfig, own: TrainConfig) -> bool:

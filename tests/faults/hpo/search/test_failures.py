@@ -18,8 +18,8 @@ import hpo.search.trial
 import hpo.search.worker
 import hpo.study.result
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Limits, Search
-from hpo.study.convergence import Verdict
+from hpo.search.worker import Search, SearchLimits
+from hpo.study.convergence import ConvergenceVerdict
 from hpo.study.folder import STOP, read_json
 from hpo.study.storage import open_study
 from tests.faults.zygote import attempt
@@ -61,7 +61,7 @@ def test_what_settings_cause_is_complete_violated_and_finite(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     fail_on(monkeypatch, lambda number: number == 1, error)
-    search = make_search(bench, Limits(3))
+    search = make_search(bench, SearchLimits(3))
     search.run()
     trials = search.study.get_trials(deepcopy=False)
     assert [t.state.name for t in trials] == ["COMPLETE"] * 3  # it counts
@@ -81,7 +81,7 @@ def test_invalid_images_are_the_settings_fault(bench: Workbench, monkeypatch: py
     def black(*args: Any, **kwargs: Any) -> None:
         raise InvalidImages("12 of 16 images are black")
 
-    search = make_search(bench, Limits(1))
+    search = make_search(bench, SearchLimits(1))
     monkeypatch.setattr(evaluation.score.score, "evaluate_adapter", black)
     search.run()
     (trial,) = search.study.get_trials(deepcopy=False)
@@ -100,7 +100,7 @@ def test_out_of_memory_is_first_tried_with_checkpointing_which_changes_no_result
         yield from train(config, *args, **kwargs)
 
     monkeypatch.setattr(loop, "train", small_card)
-    search = make_search(bench, Limits(1))
+    search = make_search(bench, SearchLimits(1))
     search.run()
     (trial,) = search.study.get_trials(deepcopy=False)
     assert trial.state.name == "COMPLETE" and all(c <= 0 for c in trial.constraints.values())
@@ -114,7 +114,7 @@ def test_what_the_machine_causes_does_not_count_and_the_study_goes_on(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_on(monkeypatch, lambda number: number in (1, 2), MachineError("the disk is slow", "wait"))
-    search = make_search(bench, Limits(2))
+    search = make_search(bench, SearchLimits(2))
     search.run()
     states = [t.state.name for t in search.study.get_trials(deepcopy=False)]
     assert states == ["COMPLETE", "FAIL", "FAIL", "COMPLETE"]
@@ -128,7 +128,7 @@ def test_three_equal_failures_in_a_row_stop_the_study(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_on(monkeypatch, lambda number: number > 0, ModelFileError("a key does not match"))
-    search = make_search(bench, Limits(9))
+    search = make_search(bench, SearchLimits(9))
     with pytest.raises(StudyStopped, match="a key does not match"):
         search.run()
     assert len(search.study.get_trials(deepcopy=False)) == 4
@@ -138,7 +138,7 @@ def test_a_bug_is_a_failed_trial_with_its_traceback_in_the_log(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_on(monkeypatch, lambda number: number == 1, ZeroDivisionError("division by zero"))
-    search = make_search(bench, Limits(2))
+    search = make_search(bench, SearchLimits(2))
     search.run()
     assert search.study.get_trials(deepcopy=False)[1].user_attrs["reason"] == "crash:ZeroDivisionError"
     assert "Traceback" in bench.folder.trial(1).log.read_text(encoding="utf-8")
@@ -146,7 +146,7 @@ def test_a_bug_is_a_failed_trial_with_its_traceback_in_the_log(
 
 def test_a_failed_baseline_is_tried_again(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_on(monkeypatch, lambda number: number == 0, MachineError("no luck"))
-    search = make_search(bench, Limits(2))
+    search = make_search(bench, SearchLimits(2))
     search.run()
     trials = search.study.get_trials(deepcopy=False)
     assert [t.state.name for t in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
@@ -162,7 +162,7 @@ def test_a_score_that_is_not_a_number_never_reaches_the_sampler(
     def broken(*args: Any, **kwargs: Any) -> Any:
         return replace(original(*args, **kwargs), value=math.nan)
 
-    search = make_search(bench, Limits(1))
+    search = make_search(bench, SearchLimits(1))
     monkeypatch.setattr(evaluation.score.score, "evaluate_adapter", broken)
     with pytest.raises(StudyStopped):
         search.run()
@@ -172,7 +172,7 @@ def test_a_score_that_is_not_a_number_never_reaches_the_sampler(
 def test_a_disk_that_fills_before_the_result_leaves_the_trial_to_the_next_call(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = make_search(bench, Limits(1))
+    search = make_search(bench, SearchLimits(1))
     with monkeypatch.context() as patch:
 
         def full(*args: Any) -> None:
@@ -182,13 +182,13 @@ def test_a_disk_that_fills_before_the_result_leaves_the_trial_to_the_next_call(
         with pytest.raises(MachineError, match="disk full"):
             search.run()
     assert [t.state.name for t in search.study.get_trials(deepcopy=False)] == ["RUNNING"]
-    make_search(bench, Limits(1)).run()
+    make_search(bench, SearchLimits(1)).run()
     check_study(bench.folder, 1)
 
 
 def test_a_trial_finished_by_hand_in_the_dashboard_does_not_end_the_search(bench: Workbench) -> None:
     view = Recorder()
-    search = make_search(bench, Limits(2), view)
+    search = make_search(bench, SearchLimits(2), view)
     other = open_study(bench.folder)
 
     def finish(event: Any) -> None:
@@ -207,14 +207,14 @@ def test_the_same_settings_are_not_trained_twice_and_a_used_up_space_ends_the_se
     table = {"network_dim_log2": {"low": 1, "high": 1}, "network_alpha_ratio": {"low": 1.0, "high": 1.0}}
     study = tiny_study({"space": {**changes["space"], **table, "max_train_epochs": {"low": 1, "high": 2}}})
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "images"), study)
-    search = make_search(bench, Limits(9))
+    search = make_search(bench, SearchLimits(9))
     why = search.run()
     assert "used up" in why and "a new --name" in why
     trials = search.study.get_trials(deepcopy=False)
     assert search.standing().failed == 0 and search.standing().duplicates == len(trials) - 2 == 20
     last = optuna.trial.Trial(search.study, trials[-1]._trial_id)
     assert "duplicate of trial" in optuna_dashboard.get_note(last)
-    assert "used up" in make_search(bench, Limits(9)).run()  # a call later adds nothing to them
+    assert "used up" in make_search(bench, SearchLimits(9)).run()  # a call later adds nothing to them
     assert len(search.study.get_trials(deepcopy=False)) == len(trials)
     trained = [t for t in search.study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
     assert sorted(t.params["max_train_epochs"] for t in trained) == [1, 2]
@@ -222,7 +222,7 @@ def test_the_same_settings_are_not_trained_twice_and_a_used_up_space_ends_the_se
 
 
 def test_keep_best_keeps_the_best_lora_files_and_everything_else(bench: Workbench) -> None:
-    search = make_search(bench, Limits(3, keep_best=1))
+    search = make_search(bench, SearchLimits(3, keep_best=1))
     search.run()
     best = search.standing().best
     assert best is not None
@@ -233,7 +233,7 @@ def test_keep_best_keeps_the_best_lora_files_and_everything_else(bench: Workbenc
 
 
 def test_no_trial_begins_after_max_hours(bench: Workbench) -> None:
-    search = make_search(bench, Limits(9, max_hours=0.0))
+    search = make_search(bench, SearchLimits(9, max_hours=0.0))
     assert "--max-hours" in search.run()
     assert search.standing().complete == 0
 
@@ -243,12 +243,12 @@ def pretend(
 ) -> None:
     """The detector finds the study converged, but for running trials, when ``settled`` says so."""
 
-    def detect(points: Any, *, running: int, **_: Any) -> Verdict | None:
+    def detect(points: Any, *, running: int, **_: Any) -> ConvergenceVerdict | None:
         if len(points) < 2:
             return None
         here, top = settled(len(points)), (points[0].number, points[1].number)
         level = ("plateau" if running else "converged") if here else "none"
-        return Verdict(
+        return ConvergenceVerdict(
             level, 2, 4, 8, 0, points[0].value, 0.1, 0.0, 0.1, 0.1, 0.1, 0.0, top, True, 0.0, here
         )  # fmt: skip
 
@@ -260,19 +260,19 @@ def test_stop_when_converged_ends_the_search_and_leaves_the_alert(
 ) -> None:
     pretend(monkeypatch)
     view = Recorder()
-    search = make_search(bench, Limits(9, stop_when_converged=True), view)
+    search = make_search(bench, SearchLimits(9, stop_when_converged=True), view)
     assert "converged" in search.run()
     assert search.standing().complete == 2
     assert "Best trial: Trial 0" in bench.folder.alert.read_text(encoding="utf-8")
     assert any("CONVERGENCE_ALERT.txt" in line for line in view.lines)
     assert "Best trial: Trial 0" in optuna_dashboard.get_note(search.study)
-    again = make_search(bench, Limits(9, stop_when_converged=True))
+    again = make_search(bench, SearchLimits(9, stop_when_converged=True))
     assert "converged" in again.run() and again.standing().complete == 2
 
 
 def stopped_worker(root: Path, data: Path) -> None:
     view = Recorder()
-    why = make_search(tiny_bench(root, data), Limits(9), view).run()
+    why = make_search(tiny_bench(root, data), SearchLimits(9), view).run()
     assert "converged" in why and "in other hands: trial 2" in why and view.started == []
 
 
@@ -281,7 +281,7 @@ def test_a_stop_holds_for_every_worker_and_the_trial_that_still_runs_has_the_las
 ) -> None:
     pretend(monkeypatch, lambda trials: trials == 4)
     view = Recorder()
-    search = make_search(bench, Limits(9, stop_when_converged=True), view)
+    search = make_search(bench, SearchLimits(9, stop_when_converged=True), view)
     codes = []
 
     def stop_meanwhile(event: Any) -> None:
@@ -297,10 +297,10 @@ def test_a_stop_holds_for_every_worker_and_the_trial_that_still_runs_has_the_las
 
 def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path) -> None:
     images = draw_images(tmp_path / "images")
-    whole = make_search(tiny_bench(tmp_path / "whole", images), Limits(7))
+    whole = make_search(tiny_bench(tmp_path / "whole", images), SearchLimits(7))
     whole.run()
     for trials in (2, 5, 7):
-        parts: Search = make_search(tiny_bench(tmp_path / "parts", images), Limits(trials))
+        parts: Search = make_search(tiny_bench(tmp_path / "parts", images), SearchLimits(trials))
         parts.run()
     proposals = [[t.params for t in s.study.get_trials(deepcopy=False)] for s in (whole, parts)]
     assert proposals[0] == proposals[1]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from hpo.terminal.stop import Stop
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(tmp_path_factory: pytest.TempPathFactory, data: Path) -> StudyFolder:
     """The same study, never interrupted.  It also loads everything that the forks then share."""
     bench = tiny_bench(tmp_path_factory.mktemp("reference") / "study", data)
-    make_search(bench, Limits(TRIALS)).run()
+    make_search(bench, SearchLimits(TRIALS)).run()
     check_study(bench.folder, TRIALS)
     return bench.folder
 
@@ -44,7 +44,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, data: Path) -> StudyFold
 def search(root: Path, data: Path, change: Callable[[Recorder], None] = lambda view: None) -> None:
     view = Recorder()
     change(view)
-    make_search(tiny_bench(root, data), Limits(TRIALS), view).run()
+    make_search(tiny_bench(root, data), SearchLimits(TRIALS), view).run()
 
 
 def search_killed_at(root: Path, data: Path, place: str, call: int, when: str) -> None:
@@ -129,7 +129,7 @@ def interrupted(root: Path, data: Path, number: int, times: int) -> None:
     """The search as the command runs it, with a real signal after the first step; exits as the command does."""
     view = Recorder()
     bench = tiny_bench(root, data)
-    worker = make_search(bench, Limits(TRIALS), view)
+    worker = make_search(bench, SearchLimits(TRIALS), view)
     with Stop(lambda: view.lines.append("stopping")) as stop:
         view.should_stop = stop  # type: ignore[method-assign]
 

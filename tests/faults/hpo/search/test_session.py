@@ -20,7 +20,7 @@ import hpo.search.session
 import hpo.search.worker
 import hpo.study.storage
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from hpo.study.folder import STOP, StudyFolder
 from hpo.study.storage import begun_study, open_study
 from tests.faults.zygote import attempt, finish, start
@@ -227,7 +227,7 @@ def test_an_edited_confirmation_set_is_kept_and_said(root: Path, data: Path) -> 
 def kill_in_trial_1(root: Path, data: Path) -> None:
     view = Recorder()
     view.event_hook = lambda e: os.kill(os.getpid(), signal.SIGKILL) if view.started[-1][0] == 1 else None
-    make_search(tiny_bench(root, data), Limits(3), view).run()
+    make_search(tiny_bench(root, data), SearchLimits(3), view).run()
 
 
 def test_an_orphan_beyond_a_lowered_total_is_left_and_finished_once_it_is_raised(
@@ -296,7 +296,7 @@ def test_a_database_that_stays_locked_is_named(
 
 def test_a_study_deleted_in_the_dashboard_ends_the_search_by_name(root: Path, data: Path) -> None:
     view = Recorder()
-    search = make_search(tiny_bench(root, data), Limits(3), view)
+    search = make_search(tiny_bench(root, data), SearchLimits(3), view)
     other = open_study(StudyFolder(root))
 
     def delete(event: Any) -> None:
@@ -313,7 +313,7 @@ def test_a_trial_finished_by_hand_while_it_is_told_is_left_as_it_is(
     root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = Recorder()
-    search = make_search(tiny_bench(root, data), Limits(2), view)
+    search = make_search(tiny_bench(root, data), SearchLimits(2), view)
     other, publish = open_study(StudyFolder(root)), hpo.search.dashboard.publish
 
     def finished_by_hand(trial: optuna.Trial, *args: Any) -> None:

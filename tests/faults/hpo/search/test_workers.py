@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
 from hpo.study.storage import create_study, open_study
@@ -29,14 +29,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, and everything imported and run once before the first fork."""
     torch.set_num_threads(1)
     images = draw_images(tmp_path_factory.mktemp("data") / "images")
-    make_search(tiny_bench(tmp_path_factory.mktemp("warm") / "study", images), Limits(1)).run()
+    make_search(tiny_bench(tmp_path_factory.mktemp("warm") / "study", images), SearchLimits(1)).run()
     return images
 
 
 def search(root: Path, data: Path, trials: int, delay_seconds: float = 0.0) -> None:
     view = Recorder()
     view.event_hook = lambda event: time.sleep(delay_seconds)
-    make_search(tiny_bench(root, data), Limits(trials), view).run()
+    make_search(tiny_bench(root, data), SearchLimits(trials), view).run()
 
 
 def test_two_workers_run_each_trial_once(tmp_path: Path, data: Path) -> None:

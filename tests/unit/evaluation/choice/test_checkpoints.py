@@ -10,14 +10,14 @@ import pytest
 from evaluation.choice.checkpoints import (
     SPOILED,
     UNCHANGED,
-    Point,
+    CheckpointPoint,
     choose,
     confirmed,
     finalists,
     standard_error,
     verdict,
 )
-from evaluation.choice.compare import Side, compare, told_apart
+from evaluation.choice.compare import ComparedSide, compare, told_apart
 from evaluation.choice.pictures import CELL_PX, Column, contact_sheet, curve_picture
 from evaluation.images.images import SampledImage
 from evaluation.prompts.prompts import Prompt, PromptSet
@@ -64,11 +64,13 @@ EASY_AND_HARD = np.linspace(-0.3, 0.3, PROMPTS)  # prompts differ much more than
 WOBBLE = np.array([0.01, -0.01] * (PROMPTS // 2))
 
 
-def curve(*means: float, wobble: float = 1.0) -> list[Point]:
+def curve(*means: float, wobble: float = 1.0) -> list[CheckpointPoint]:
     """Checkpoints whose likeness has these means; prompts vary a lot, differences between checkpoints little."""
     scale = anchors()
     return [
-        Point(f"zed-{n:06d}", n, 10 * n, scored(mean + EASY_AND_HARD + wobble * WOBBLE * (n % 3), scale))
+        CheckpointPoint(
+            f"zed-{n:06d}", n, 10 * n, scored(mean + EASY_AND_HARD + wobble * WOBBLE * (n % 3), scale)
+        )
         for n, mean in enumerate(means, 1)
     ]
 
@@ -153,8 +155,8 @@ def test_the_choice_the_best_and_the_next_best_are_measured_anew() -> None:
 
 def test_a_difference_of_bases_is_told_from_one_of_adapters() -> None:
     small, large = anchors("small", t=0.3, i=0.1), anchors("large", t=0.4, i=0.2)
-    a = Side(scored(np.full(PROMPTS, 0.5) + EASY_AND_HARD, small), small)
-    b = Side(scored(np.full(PROMPTS, 0.5) + EASY_AND_HARD, large, t=0.4), large)
+    a = ComparedSide(scored(np.full(PROMPTS, 0.5) + EASY_AND_HARD, small), small)
+    b = ComparedSide(scored(np.full(PROMPTS, 0.5) + EASY_AND_HARD, large, t=0.4), large)
     found = compare(a, b)
     assert abs(found.anchored["score"].mean) < 1e-9, "each LoRA does the same for its own base"
     raw = found.cosines
@@ -167,12 +169,12 @@ def test_a_difference_of_bases_is_told_from_one_of_adapters() -> None:
 
 def test_the_interval_of_a_comparison_is_paired_by_prompt() -> None:
     small, large = anchors("small"), anchors("large")
-    a = Side(scored(0.5 + EASY_AND_HARD, small), small)
-    b = Side(scored(0.55 + EASY_AND_HARD + WOBBLE, large), large)
+    a = ComparedSide(scored(0.5 + EASY_AND_HARD, small), small)
+    b = ComparedSide(scored(0.55 + EASY_AND_HARD + WOBBLE, large), large)
     found = compare(a, b).anchored["likeness"]
     assert found.mean == pytest.approx(0.05) and found.high - found.low < 0.04 and told_apart(found)
     assert not told_apart(
-        compare(a, Side(scored(0.5 + EASY_AND_HARD + WOBBLE, large), large)).anchored["likeness"]
+        compare(a, ComparedSide(scored(0.5 + EASY_AND_HARD + WOBBLE, large), large)).anchored["likeness"]
     )
 
 
@@ -181,7 +183,7 @@ def test_sides_measured_on_other_prompts_are_refused() -> None:
     other = replace(scale, identity={**scale.identity, "prompts": "q"})
     one = scored(EASY_AND_HARD + 0.5, scale)
     with pytest.raises(ConfigError, match="other prompts"):
-        compare(Side(one, scale), Side(replace(one, anchors_key=other.key), other))
+        compare(ComparedSide(one, scale), ComparedSide(replace(one, anchors_key=other.key), other))
 
 
 def test_the_curve_is_drawn_with_its_band_and_its_choice() -> None:
@@ -216,7 +218,7 @@ def test_a_prompt_with_seeds_of_its_own_is_on_the_sheet_with_its_first() -> None
     assert int((sheet == (0, 0, 255)).all(axis=2).sum()) == 2 * CELL_PX**2
 
 
-def without(points: list[Point], causes: dict[int, tuple[str, str]]) -> list[Point]:
+def without(points: list[CheckpointPoint], causes: dict[int, tuple[str, str]]) -> list[CheckpointPoint]:
     """The curve with these points unscored: number → (cause, reason)."""
     return [
         replace(p, score=None, cause=causes[n][0], reason=causes[n][1]) if n in causes else p

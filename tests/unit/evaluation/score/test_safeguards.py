@@ -14,7 +14,7 @@ from evaluation.images.images import SampledImage
 from evaluation.prompts.prompts import Prompt, PromptSet
 from evaluation.score.safeguards import (
     Copies,
-    Limits,
+    SafeguardLimits,
     Safeguards,
     diversity,
     embed_copies,
@@ -73,7 +73,7 @@ def test_each_limit_is_broken_by_its_own_fault_only() -> None:
         ("prior_lost",): (own, other, 0.95),
     }
     for broken, (features, training, prior_i) in faults.items():
-        guards = Safeguards((Same(features),), Copies(training, 0.1), Limits())
+        guards = Safeguards((Same(features),), Copies(training, 0.1), SafeguardLimits())
         found = guards.measure(
             Vectors([i.pixels_HW3 for i in IMAGES]), IMAGES, PROMPTS, prior_i, 0.2, 0.9, base_diversity=4.0
         )
@@ -83,7 +83,7 @@ def test_each_limit_is_broken_by_its_own_fault_only() -> None:
 
 
 def test_prompts_without_class_only_ones_set_no_prior_limit() -> None:
-    guards = Safeguards((Same(torch.eye(6)),), Copies(torch.eye(6)[:1], 0.0), Limits())
+    guards = Safeguards((Same(torch.eye(6)),), Copies(torch.eye(6)[:1], 0.0), SafeguardLimits())
     found = guards.measure(Vectors([]), IMAGES, PROMPTS, None, None, 0.9, None)
     assert found.prior is None and found.amounts.keys() == {"copied"}
 

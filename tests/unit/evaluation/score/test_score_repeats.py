@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from evaluation.score.formula import Formula
-from evaluation.score.safeguards import Limits
+from evaluation.score.safeguards import SafeguardLimits
 from evaluation.score.score import Score, evaluate_adapter
 from hpo.search.workbench import Workbench, load
 from hpo.study.config import Inputs, find_study, read_study
@@ -95,7 +95,7 @@ def test_what_is_loaded_has_the_studys_formula_limits_and_training_images(traine
     t, i = trained.first.prompt_following, trained.first.likeness
     assert trained.first.value == pytest.approx((t * i**2) ** (1 / 3))
     guards = bench.safeguards
-    assert guards is not None and guards.limits == Limits(0.125, bench.study.limits.diversity, 1.0)
+    assert guards is not None and guards.limits == SafeguardLimits(0.125, bench.study.limits.diversity, 1.0)
     assert len(guards.copies.features_TD) == len(bench.data.items) == subjects.TRAINING_IMAGES
     assert trained.first.safety is not None
     assert trained.first.safety.amounts["copied"] == trained.first.safety.copy_rate - 0.125

@@ -212,11 +212,11 @@ def test_the_command_to_go_on_with_can_be_pasted(place: Path) -> None:
 @pytest.fixture
 def study(place: Path) -> Path:
     """A finished tiny study under runs/."""
-    from hpo.search.worker import Limits
+    from hpo.search.worker import SearchLimits
     from tests.tiny_search import make_search, tiny_bench
 
     bench = tiny_bench(place / "runs" / "tiny", place.parent / "images")
-    make_search(bench, Limits(2)).run()
+    make_search(bench, SearchLimits(2)).run()
     return bench.folder.root
 
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from hpo.cli.dataset import Request, examine
+from hpo.cli.dataset import DatasetRequest, examine
 from hpo.cli.main import main
 from tests.unit.trainer.data.test_dataset import add, picture
 from trainer.data.dataset import assign_buckets, read_dataset
@@ -233,7 +233,7 @@ def test_the_check_refuses_exactly_what_training_refuses(tmp_path: Path, seed: i
         (place / "bad.png").write_bytes(b"x")
     if draw.random() < 0.2:
         (place / "link.png").symlink_to("/nowhere")
-    request = Request(root, "mini-sd15")
+    request = DatasetRequest(root, "mini-sd15")
     try:
         assign_buckets(read_dataset(root, request.config).items, request.config)
         taken = True

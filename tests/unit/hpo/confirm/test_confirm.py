@@ -15,8 +15,8 @@ from evaluation.score.statistics import prompt_draws
 from hpo.confirm.outcome import (
     RESCORED,
     RETRAINED,
-    Candidate,
-    Outcome,
+    ConfirmCandidate,
+    Confirmed,
     Repeat,
     decide,
     expected_best,
@@ -45,7 +45,7 @@ def candidate(
     repeats: int = 2,
     noise: float = 0.02,
     **more: object,
-) -> Candidate:
+) -> ConfirmCandidate:
     """A trial whose score on 24 prompts is ``mean``, prompt difficulty shared by all."""
     difficulty = np.random.default_rng(99).normal(0, 0.2, P)
     rows = []
@@ -56,10 +56,10 @@ def candidate(
             Repeat(10 * number + n, n, float(scores_P.mean()), prompt_draws(P) @ scores_P / P, 60.0, images)
         )
     values = {"config": {"network_dim": 8}, "settings": {"learning_rate": 1e-3}, "search_se": 0.03, **more}
-    return Candidate(number, search_score=mean + 0.05, repeats=tuple(rows), **values)  # type: ignore[arg-type]
+    return ConfirmCandidate(number, search_score=mean + 0.05, repeats=tuple(rows), **values)  # type: ignore[arg-type]
 
 
-def decided(*candidates: Candidate, trial0: int | None = 0, how: str = RETRAINED) -> Outcome:
+def decided(*candidates: ConfirmCandidate, trial0: int | None = 0, how: str = RETRAINED) -> Confirmed:
     found = decide(candidates, trial0, how)
     assert found is not None
     return found
@@ -285,8 +285,8 @@ def test_saying_no_to_the_cost_leaves_everything_as_it_was(source: StudyFolder, 
     from rich.console import Console
 
     from hpo.confirm.run import confirm
-    from hpo.confirm.wanted import Request
+    from hpo.confirm.wanted import ConfirmRequest
 
     screen = Console(file=io.StringIO(), width=160)
-    assert confirm(Request("study", runs=source.root.parent), screen, lambda: False) is None
+    assert confirm(ConfirmRequest("study", runs=source.root.parent), screen, lambda: False) is None
     assert not source.root.with_name("study__confirm").exists()

@@ -308,7 +308,7 @@ def test_limits_that_changed_judge_what_is_drawn_already(
 ) -> None:
     from dataclasses import replace
 
-    from evaluation.score.safeguards import Limits
+    from evaluation.score.safeguards import SafeguardLimits
 
     first, _ = judge("out15")
     lora, folder = place / "out15" / "zkw.safetensors", place / "scored"
@@ -317,7 +317,9 @@ def test_limits_that_changed_judge_what_is_drawn_already(
     assert not before.safety.broken
     monkeypatch.setattr(sampling, "_draw", None)  # whatever is drawn from here on fails
     for changed in (
-        replace(first, safeguards=replace(first.safeguards, limits=Limits(copy_rate=-1.0, diversity=0.0))),
+        replace(
+            first, safeguards=replace(first.safeguards, limits=SafeguardLimits(copy_rate=-1.0, diversity=0.0))
+        ),
         replace(first, data=replace(first.data, items=first.data.items[:1])),
         replace(first, gauges=()),
     ):

@@ -13,17 +13,17 @@ from typing import Any, ClassVar
 import pytest
 
 from hpo.search.alerts import check_services, notification_urls, notify, update_alert
-from hpo.study.convergence import Verdict
+from hpo.study.convergence import ConvergenceVerdict
 from hpo.study.folder import StudyFolder, read_json
-from hpo.study.standing import Row
+from hpo.study.standing import TrialRow
 from trainer.errors import ConfigError
 
-CONVERGED = Verdict(
+CONVERGED = ConvergenceVerdict(
     level="converged", n=30, dimensions=6, window=10, best=25, best_value=0.61, best_se=0.02,
     gain_in_window=0.001, smallest_gain=0.02, noise_se=0.02, spread_ratio=0.4, top_sd=0.004,
     top=(25, 21, 18), alike=True, expected_gain=0.0012, settled=True,
 )  # fmt: skip
-ROWS = {n: Row(n, 0.61 - n / 1e4, 0.02, {"learning_rate": 1e-4}) for n in range(31)}
+ROWS = {n: TrialRow(n, 0.61 - n / 1e4, 0.02, {"learning_rate": 1e-4}) for n in range(31)}
 
 
 @pytest.fixture

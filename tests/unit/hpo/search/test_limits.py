@@ -12,11 +12,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from evaluation.prompts.prompts import PromptSet, make_prompt
-from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, Limits, Safeguards
+from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, SafeguardLimits, Safeguards
 from evaluation.score.score import read_score
 from hpo.cli.main import main
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Limits as Length
+from hpo.search.worker import SearchLimits as Length
 from hpo.study.folder import read_json
 from hpo.study.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
 from hpo.study.standing import standing
@@ -38,7 +38,7 @@ PROMPTS = PromptSet(
 FAR, EXACT = -1.0, 1e-5  # 1 − cosine: nothing is as near; the same picture is
 
 
-def guarded(root: Path, data: Path, pictures: list[Path], near: float, limits: Limits) -> Workbench:
+def guarded(root: Path, data: Path, pictures: list[Path], near: float, limits: SafeguardLimits) -> Workbench:
     """A tiny bench whose training images are said to be these pictures."""
     bench = replace(tiny_bench(root, data), prompts=PROMPTS)
     features_TD = bench.scorer.image_features([read_picture(path).pixels_HW3 for path in pictures])
@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
     """The pictures of trial 0, which no limit stops: 3 prompts × 2 seeds."""
     pictures = sorted(data.glob("*.png"))
-    lenient = Limits(1.0, 0.0, 1e9)
+    lenient = SafeguardLimits(1.0, 0.0, 1e9)
     bench = guarded(tmp_path_factory.mktemp("drawn") / "study", data, pictures, FAR, lenient)
     make_search(bench, Length(1)).run()
     (trial,) = open_study(bench.folder).get_trials(deepcopy=False)
@@ -68,13 +68,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("reason", "near", "limits", "says"),
     [
-        (COPIED, EXACT, Limits(0.05, 0.0, 1e9), "100% of the images repeat a training image"),
-        (COLLAPSED, FAR, Limits(0.05, 50.0, 1e9), "the images of one prompt are all alike"),
-        (PRIOR_LOST, FAR, Limits(0.05, 0.0, 0.5), "the class word alone draws the subject"),
+        (COPIED, EXACT, SafeguardLimits(0.05, 0.0, 1e9), "100% of the images repeat a training image"),
+        (COLLAPSED, FAR, SafeguardLimits(0.05, 50.0, 1e9), "the images of one prompt are all alike"),
+        (PRIOR_LOST, FAR, SafeguardLimits(0.05, 0.0, 0.5), "the class word alone draws the subject"),
     ],
 )
 def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
-    tmp_path: Path, data: Path, drawn: list[Path], reason: str, near: float, limits: Limits, says: str
+    tmp_path: Path,
+    data: Path,
+    drawn: list[Path],
+    reason: str,
+    near: float,
+    limits: SafeguardLimits,
+    says: str,
 ) -> None:
     bench, view = guarded(tmp_path / "study", data, drawn, near, limits), Recorder()
     search = make_search(bench, Length(1), view)

@@ -23,7 +23,7 @@ from evaluation.prompts.prompts import SEARCH_SEEDS, Prompt, PromptSet, generate
 from evaluation.score.score import Score, composite, evaluate_adapter
 from hpo.search.claim import suggest
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
 from hpo.study.result import FAILED
 from hpo.study.space import DERIVED
@@ -176,7 +176,7 @@ def test_what_was_suggested_is_what_ran(tmp_path: Path, monkeypatch: pytest.Monk
     for name, make in optim.OPTIMIZERS.items():
         noting = lambda *given, name=name, make=make: (made.append(name), make(*given))[1]  # noqa: E731
         monkeypatch.setitem(optim.OPTIMIZERS, name, noting)
-    make_search(bench, Limits(4), Recorder()).run()
+    make_search(bench, SearchLimits(4), Recorder()).run()
     found = open_study(bench.folder).get_trials(deepcopy=False)
     assert len({(t.params["optimizer_type"], t.params["gradient_accumulation_steps"]) for t in found}) >= 3
     assert made == [t.params["optimizer_type"] for t in found]
@@ -194,7 +194,7 @@ def test_what_was_suggested_is_what_ran(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_failure_is_a_failure_and_nothing_is_pruned(tmp_path: Path) -> None:
     """Failures were raised as TrialPruned, and a scorer's missing package was a score of 0."""
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"))
-    search = make_search(bench, Limits(1), Recorder())
+    search = make_search(bench, SearchLimits(1), Recorder())
 
     def broken(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'lpips'")

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import hpo.search.workbench
-from hpo.search.session import Request, search
+from hpo.search.session import SearchRequest, search
 from hpo.study.config import Inputs
 from hpo.study.folder import find_folder
 from hpo.study.storage import open_study
@@ -68,7 +68,7 @@ def test_in_a_study_of_twelve_trials_the_base_is_loaded_once_and_each_image_enco
     monkeypatch.setattr(hpo.search.workbench, "load_base", counted_load)
     monkeypatch.setattr(Base, "encode_images", counted_encode)
     inputs = Inputs("mini-sd15", data, prompts=tmp_path / "prompts.txt", device="cpu")
-    request = Request(
+    request = SearchRequest(
         inputs, TRIALS, study=str(tmp_path / "small.toml"), name="reuse", runs=tmp_path / "runs"
     )
     search(request, Console(file=io.StringIO()))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpo.study.convergence import Point, _alike, detect, expected_gain, signed_rank_p
+from hpo.study.convergence import TrialPoint, _alike, detect, expected_gain, signed_rank_p
 
 NOISE = 0.02
 
 
-def points(values: list[float], places: np.ndarray, se: float = NOISE) -> list[Point]:
-    return [Point(k, v, se, tuple(p)) for k, (v, p) in enumerate(zip(values, places, strict=True))]
+def points(values: list[float], places: np.ndarray, se: float = NOISE) -> list[TrialPoint]:
+    return [TrialPoint(k, v, se, tuple(p)) for k, (v, p) in enumerate(zip(values, places, strict=True))]
 
 
 def random_places(n: int, seed: int = 0) -> np.ndarray:
@@ -80,7 +80,8 @@ def test_winners_that_differ_prompt_by_prompt_are_not_alike() -> None:
     found = points(rising(30), narrowing_places(30))
     values = sorted((p.value for p in found), reverse=True)
     paired = [
-        Point(p.number, p.value, p.se, p.place, tuple(base - 0.05 * (p.value < values[0]))) for p in found
+        TrialPoint(p.number, p.value, p.se, p.place, tuple(base - 0.05 * (p.value < values[0])))
+        for p in found
     ]
     verdict = detect(paired, dimensions=6, startup=10)
     assert verdict is not None and not verdict.alike and verdict.level == "plateau"
@@ -92,8 +93,8 @@ def test_holm_steps_down_one_winner_that_differs_is_enough_and_none_is_not() -> 
     shift = np.where(np.arange(16) < 12, 0.05, -0.05)
 
     def alike(differences: list[np.ndarray]) -> bool:
-        top = [Point(0, 0.6, NOISE, (), tuple(base))]
-        top += [Point(k, 0.59, NOISE, (), tuple(base - d)) for k, d in enumerate(differences, 1)]
+        top = [TrialPoint(0, 0.6, NOISE, (), tuple(base))]
+        top += [TrialPoint(k, 0.59, NOISE, (), tuple(base - d)) for k, d in enumerate(differences, 1)]
         return _alike(top, NOISE)
 
     chance = signed_rank_p(shift)

@@ -7,9 +7,9 @@ from rich.console import Console
 
 from hpo.confirm.view import status_lines
 from hpo.search.claim import make_sampler
-from hpo.search.session import Request, search
+from hpo.search.session import SearchRequest, search
 from hpo.search.summary import summary
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from hpo.study.config import Inputs
 from hpo.study.noise import components
 from hpo.study.result import INFEASIBLE_VALUE
@@ -25,10 +25,10 @@ BOTH = {"study": {"objectives": ["prompt_following", "likeness"]}}
 def test_a_study_with_two_objectives_runs_resumes_and_has_a_front(tmp_path: Path) -> None:
     data = draw_images(tmp_path / "data")
     bench = tiny_bench(tmp_path / "study", data, tiny_study(BOTH))
-    make_search(bench, Limits(2)).run()
+    make_search(bench, SearchLimits(2)).run()
     again = tiny_bench(tmp_path / "study", data, tiny_study(BOTH))
     view = Recorder()
-    make_search(again, Limits(3), view).run()
+    make_search(again, SearchLimits(3), view).run()
     study = open_study(bench.folder)
     trials = study.get_trials(deepcopy=False)
     assert [number for number, _ in view.started] == [2] and len(trials) == 3
@@ -58,7 +58,7 @@ def test_an_infeasible_trial_is_below_every_measured_one_and_not_on_the_front(tm
         draw_images(tmp_path / "data"),
         tiny_study({**BOTH, "baseline": {"learning_rate": 1e-4, "network_dim": 1, "network_alpha": 1}}),
     )
-    runner = make_search(bench, Limits(1))
+    runner = make_search(bench, SearchLimits(1))
     study = runner.study
     study.sampler = make_sampler(1, 0, 3)
     for values, broken in (
@@ -76,7 +76,7 @@ def test_an_infeasible_trial_is_below_every_measured_one_and_not_on_the_front(tm
 
 
 def test_convergence_is_refused_where_it_has_no_meaning(tmp_path: Path) -> None:
-    request = Request(
+    request = SearchRequest(
         Inputs("mini-sd15"), 2, sets=('study.objectives=["prompt_following", "likeness"]',),
         stop_when_converged=True, runs=tmp_path,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from evaluation.score.score import Score, evaluate_adapter, read_score
 from hpo.confirm.view import status_lines
 from hpo.search.summary import summary
 from hpo.search.workbench import Workbench, load
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from hpo.study.config import Inputs, check_unchanged, find_study, read_study
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.sections import PRESETS
@@ -239,7 +239,7 @@ def test_what_is_asked_for_beside_the_score_and_missing_stops_the_study(tmp_path
 def test_a_trials_figures_beside_its_score_reach_its_note_the_status_and_the_end(tmp_path: Path) -> None:
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"))
     bench = replace(bench, gauges=(LikenessGauge("clip_i", bench.scorer, bench.references),))
-    make_search(bench, Limits(1)).run()
+    make_search(bench, SearchLimits(1)).run()
     study, trial = open_study(bench.folder), bench.folder.trial(0)
     (figure,) = read_score(trial.metrics).beside
     assert (read_json(trial.result) or {})["beside"] == [

@@ -13,17 +13,17 @@ from rich.console import Console
 
 from hpo.cli.main import main
 from hpo.search.workbench import write_definition
-from hpo.search.worker import Limits
+from hpo.search.worker import SearchLimits
 from hpo.study.folder import StudyFolder
 from hpo.study.standing import BASELINE, ROLE
 from hpo.study.storage import create_study, open_study
-from hpo.transfer.command import Request
+from hpo.transfer.command import TransferRequest
 from hpo.transfer.mapping import Transfer, make, with_decision
-from hpo.transfer.plan import PLANNER, Move, derive, normalised, snap_down
-from hpo.transfer.probes.design import Ladder, Outcome, Probe
+from hpo.transfer.plan import PLANNER, SettingMove, derive, normalised, snap_down
+from hpo.transfer.probes.design import Ladder, Probe, ProbeScore
 from hpo.transfer.probes.run import _probe_by_probe, _Probing, agree, identity, probe_folder
 from hpo.transfer.probes.side import MOST_OCTAVES, make_side, octave_bounds
-from hpo.transfer.profile import LimitSection, read_family, read_profile
+from hpo.transfer.profile import ProfileLimits, read_family, read_profile
 from hpo.transfer.rules import revised
 from hpo.transfer.source import find_source, read_source
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
@@ -41,7 +41,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = draw_images(root / "10_zkw figure")
     bench = tiny_bench(root / "runs" / "s", data, tiny_study(QUICK))
     bench = dataclasses.replace(bench, base_spec="mini-sd15")
-    make_search(bench, Limits(trials=3)).run()
+    make_search(bench, SearchLimits(trials=3)).run()
     write_definition(bench, bench.facts())
     return root / "runs"
 
@@ -166,10 +166,10 @@ def test_figures_and_remarks_follow_a_decision(searched: Path) -> None:
 def test_a_candidate_is_computed_as_the_planner_wants_the_transferred_settings(searched: Path) -> None:
     done = transferred(searched)
     changed = done.plan.config.with_values({"gradient_checkpointing": True, "network_train_unet_only": True})
-    move = Move("gradient_checkpointing", False, True, PLANNER, "it would not fit")
+    move = SettingMove("gradient_checkpointing", False, True, PLANNER, "it would not fit")
     plan = revised(done.plan, changed, (move,), done.profile)
     done = dataclasses.replace(done, plan=plan)
-    probing = _Probing(done, Request("mini-sdxl"), probe_folder(done), "ladder", Console())
+    probing = _Probing(done, TransferRequest("mini-sdxl"), probe_folder(done), "ladder", Console())
     mapped = probing._mapped(done.source.best)
     assert mapped.gradient_checkpointing and not mapped.network_train_unet_only
     on = probing._text_encoders_on()
@@ -183,7 +183,7 @@ def test_a_design_without_probes_is_said_to_mean_nothing(searched: Path) -> None
 
 def test_probed_rates_stay_below_what_the_rules_refuse() -> None:
     config = TrainConfig(learning_rate=1e-4, network_dim=16, network_alpha=16)
-    limits = LimitSection(0.0, 1e-2, normalised_refuse=2e-4)
+    limits = ProfileLimits(0.0, 1e-2, normalised_refuse=2e-4)
     assert octave_bounds(config, limits) == (-MOST_OCTAVES, pytest.approx(1.0))
     assert octave_bounds(config.with_values({"learning_rate": 1e-3}), limits) == (pytest.approx(-4), 0.0)
     lion = config.with_values({"optimizer_type": "Lion8bit"})
@@ -208,7 +208,7 @@ def side_of(bench_study: Any, data: Path, budget: int = 4) -> Any:
         train_data_dir=str(data),
     )
     whole = {"transferred": own, "default": own.with_values({"learning_rate": 1e-3, "network_dim": 1})}
-    bounds = octave_bounds(own, LimitSection(1e-6, 1e-1))
+    bounds = octave_bounds(own, ProfileLimits(1e-6, 1e-1))
     return make_side(
         "s__tiny", whole, 8, budget, bounds, sampling={"steps": 2, "cfg": 1.0}, seed=7, words="natural"
     )
@@ -239,7 +239,7 @@ def test_probes_are_an_ordinary_study_that_goes_on_after_a_stop(tmp_path: Path) 
     data = draw_images(tmp_path / "data")
     side, bench, study = begin(tmp_path / "s__tiny", data)
 
-    def choose(found: list[Outcome]) -> Probe | None:
+    def choose(found: list[ProbeScore]) -> Probe | None:
         return Ladder().next(found, side.scope)
 
     view = Recorder()
@@ -323,8 +323,8 @@ def test_what_probes_found_holds_for_the_next_call(searched: Path) -> None:
 
 
 def test_only_what_both_sides_have_is_compared() -> None:
-    target = [Outcome(Probe(octaves=x), x, 0.1) for x in (0.0, 1.0, -1.0)]
-    twins = [Outcome(Probe(octaves=x), 2 * x, 0.1) for x in (0.0, 1.0, -1.0)]
+    target = [ProbeScore(Probe(octaves=x), x, 0.1) for x in (0.0, 1.0, -1.0)]
+    twins = [ProbeScore(Probe(octaves=x), 2 * x, 0.1) for x in (0.0, 1.0, -1.0)]
     found = agree(target, twins)
     assert found is not None and found.spearman.value == pytest.approx(1.0) and not found.conclusive
     assert agree(target, twins[:1]) is None
@@ -338,4 +338,4 @@ def test_a_rate_that_the_optimizer_finds_is_not_probed(tmp_path: Path) -> None:
 
 def test_the_request_has_the_words_of_the_command() -> None:
     words = {option.name for option in main.commands["transfer"].params}
-    assert words == {f.name for f in dataclasses.fields(Request)}
+    assert words == {f.name for f in dataclasses.fields(TransferRequest)}

@@ -16,8 +16,8 @@ from hpo.transfer.probes.design import (
     Design,
     Grid,
     Ladder,
-    Outcome,
     Probe,
+    ProbeScore,
     Scope,
     agreement,
     find,
@@ -40,18 +40,18 @@ def curve(
     return score
 
 
-def measured(probe: Probe, score: Callable[[Probe], float], noise: float = 0.0, seed: int = 0) -> Outcome:
+def measured(probe: Probe, score: Callable[[Probe], float], noise: float = 0.0, seed: int = 0) -> ProbeScore:
     """An outcome with scores by prompt; ``noise`` is a prompt's own, in this probe only."""
     key = zlib.crc32(f"{seed} {probe.octaves:.3f} {probe.text_encoder} {probe.candidate}".encode())
     extra = np.random.default_rng(key).normal(0, noise, len(PROMPTS))
     prompts = tuple(float(v) for v in score(probe) + PROMPTS + extra)
-    return Outcome(probe, float(np.mean(prompts)), 0.05, prompts)
+    return ProbeScore(probe, float(np.mean(prompts)), 0.05, prompts)
 
 
 def played(
     design: Design, scope: Scope, score: Callable[[Probe], float], noise: float = 0.0
-) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+) -> list[ProbeScore]:
+    outcomes: list[ProbeScore] = []
     while (probe := design.next(outcomes, scope)) is not None:
         assert find(outcomes, probe) is None, "a probe is never made twice"
         outcomes.append(measured(probe, score, noise))
