@@ -29,6 +29,8 @@ from trainer.data import (
     DatasetFinding,
     Question,
     Survey,
+    Wish,
+    build,
     findings,
     parts_of,
     read_dataset,
@@ -228,21 +230,8 @@ def arithmetic(steps: Steps, config: TrainConfig, repeats: set[int]) -> list[str
     ]
 
 
-def prepare(
-    source: Path,
-    folder: Path,
-    *,
-    repeats: int,
-    name: str,
-    class_word: str | None,
-    held_out: int,
-    skip_corrupt: bool,
-    echo: Callable[[str], None],
-) -> None:
+def prepare(source: Path, folder: Path, wish: Wish, echo: Callable[[str], None]) -> None:
     """Build the layout and say what was done and what comes next."""
-    from trainer.data import Wish, build
-
-    wish = Wish(name, class_word or "", repeats, held_out, skip_corrupt)
     built = build(source, folder, wish)
     for note in built.notes:
         echo(clean_text(f"note: {note}"))
