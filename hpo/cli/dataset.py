@@ -38,7 +38,7 @@ from trainer.data import (
     survey,
 )
 from trainer.errors import DataError, ToolError
-from trainer.kohya import parse_set
+from trainer.overrides import read_setting
 from trainer.text import clean_text
 
 # base → the settings that a check assumes; the rest are our defaults.
@@ -66,7 +66,7 @@ class DatasetRequest:
 
     @property
     def config(self) -> TrainConfig:
-        return TrainConfig().with_values(ASSUMED[self.base] | dict(map(parse_set, self.sets)))
+        return TrainConfig().with_values(ASSUMED[self.base] | dict(map(read_setting, self.sets)))
 
     @property
     def family(self) -> str:
