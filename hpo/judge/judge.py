@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from evaluation.images import OnImages, SampleConfig, SampledImage, sample
+from evaluation.images import OnImages, SampledImage, sample
 from evaluation.prompts import MAX_TOKENS, PromptSet
 from evaluation.score import (
     METRICS_NAME,
@@ -38,7 +38,7 @@ from hpo.judge.runfiles import RunFiles
 from hpo.study import (
     Inputs,
     make_evaluator,
-    make_safeguards,
+    on_another_base,
     plan_scoring,
     read_json,
     say_notes,
@@ -223,15 +223,8 @@ def load(
             say(
                 f"warning: {run.name} was trained with {words} of {like.name}: it may not know what it is asked for"
             )
-        evaluator = _on_another_base(like, base, sampling, data)
+        evaluator = on_another_base(like.evaluator, base, sampling, data, paths)
     return Judge(run.name, data, evaluator, confirmation, tuple(paths), say)
-
-
-def _on_another_base(like: Judge, base: Base, sampling: SampleConfig, data: Dataset) -> Evaluator:
-    """What judges is ``like``'s; the base, its size and the images that may not be repeated are the run's own."""
-    by = like.evaluator
-    own = make_safeguards(data, like.reference_files, by.scorer, by.likeness, like.safeguards.limits)
-    return replace(by, base=base, sampling=sampling, safeguards=own, anchors=None)
 
 
 def _say_changes(run: RunFiles, base: Base, data: Dataset, say: Say) -> None:

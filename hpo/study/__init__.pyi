@@ -38,7 +38,7 @@ from .result import write_params as write_params
 from .result import write_result as write_result
 from .scoring import Say as Say
 from .scoring import make_evaluator as make_evaluator
-from .scoring import make_safeguards as make_safeguards
+from .scoring import on_another_base as on_another_base
 from .scoring import plan_scoring as plan_scoring
 from .scoring import prompt_sets as prompt_sets
 from .scoring import reference_paths as reference_paths

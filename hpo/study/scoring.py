@@ -7,7 +7,7 @@ and then the value.  Does not choose the definition or the images (``hpo.search.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -76,7 +76,7 @@ def make_evaluator(
         scorer=scorer,
         likeness=likeness,
         formula=Formula(**asdict(plan.study.score)),
-        safeguards=make_safeguards(
+        safeguards=_safeguards(
             plan.data, plan.references, scorer, likeness, SafeguardLimits(**asdict(plan.study.limits))
         ),
         gauges=(
@@ -84,6 +84,16 @@ def make_evaluator(
             *others.also(also, scorer, plan.references, base.device, say),
         ),
     )
+
+
+def on_another_base(
+    evaluator: Evaluator, base: Base, sampling: SampleConfig, data: Dataset, references: Sequence[Path]
+) -> Evaluator:
+    """The same prompts and models for LoRAs of another base, which were trained on ``data``."""
+    assert evaluator.safeguards is not None, "make_evaluator makes them"
+    limits = evaluator.safeguards.limits
+    own = _safeguards(data, references, evaluator.scorer, evaluator.likeness, limits)
+    return replace(evaluator, base=base, sampling=sampling, safeguards=own, anchors=None)
 
 
 def _load_encoders(
@@ -96,7 +106,7 @@ def _load_encoders(
     return scorer, StyleEncoder(cast(PatchEncoder, plain)) if plan.study.preset.style else plain
 
 
-def make_safeguards(
+def _safeguards(
     data: Dataset,
     references: Sequence[Path],
     scorer: embed.Scorer,
