@@ -336,6 +336,17 @@ def test_limits_that_changed_judge_what_is_drawn_already(
     assert metrics.stat().st_mtime_ns == written, "nothing has changed: read, not measured"
 
 
+def test_what_had_to_be_assumed_of_another_model_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a search says it: both make what scores by one function."""
+    from evaluation.gauges import others
+
+    monkeypatch.setattr(others, "self_test", lambda other, say: say(f"warning: {other.name}: assumed"))
+    _, said = judge("out15")
+    assert f"warning: {MINI_CLIP.name}: assumed" in said
+
+
 def test_a_study_can_be_named_to_judge_by(place: Path) -> None:
     (place / "own.toml").write_text(HARMONIC)
     found, said = judge("out15", study="own.toml")
