@@ -1,7 +1,6 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
 from .config import ELSEWHERE as ELSEWHERE
-from .config import MINIATURE_STUDIES as MINIATURE_STUDIES
 from .config import SHIPPED as SHIPPED
 from .config import Inputs as Inputs
 from .config import StudyConfig as StudyConfig
