@@ -1,9 +1,9 @@
 from .prompts import CONFIRM_SEEDS as CONFIRM_SEEDS
-from .prompts import CountTokens as CountTokens
 from .prompts import MAX_TOKENS as MAX_TOKENS
+from .prompts import SEARCH_SEEDS as SEARCH_SEEDS
+from .prompts import CountTokens as CountTokens
 from .prompts import Prompt as Prompt
 from .prompts import PromptSet as PromptSet
-from .prompts import SEARCH_SEEDS as SEARCH_SEEDS
 from .prompts import generate as generate
 from .prompts import load_prompts as load_prompts
 from .prompts import no_class_word as no_class_word

@@ -1,9 +1,8 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
 from .config import ELSEWHERE as ELSEWHERE
-from .config import Inputs as Inputs
-from .config import MINIATURE_STUDIES as MINIATURE_STUDIES
 from .config import SHIPPED as SHIPPED
+from .config import Inputs as Inputs
 from .config import StudyConfig as StudyConfig
 from .config import build_study as build_study
 from .config import check_unchanged as check_unchanged
@@ -14,8 +13,8 @@ from .convergence import ConvergenceVerdict as ConvergenceVerdict
 from .folder import IDENTITY as IDENTITY
 from .folder import RUNS as RUNS
 from .folder import STOP as STOP
-from .folder import StudyFolder as StudyFolder
 from .folder import TOTAL as TOTAL
+from .folder import StudyFolder as StudyFolder
 from .folder import TrialFolder as TrialFolder
 from .folder import find_folder as find_folder
 from .folder import read_json as read_json
@@ -45,9 +44,9 @@ from .scoring import reference_paths as reference_paths
 from .scoring import say_notes as say_notes
 from .scoring import subject_items as subject_items
 from .sections import SCORE as SCORE
-from .space import Choice as Choice
 from .space import NOT_SEARCHABLE as NOT_SEARCHABLE
 from .space import ZERO_IS_UNSET as ZERO_IS_UNSET
+from .space import Choice as Choice
 from .space import settings_of as settings_of
 from .standing import BASELINE as BASELINE
 from .standing import DUPLICATE as DUPLICATE

@@ -44,6 +44,7 @@ from hpo.transfer.probes.design import (
     search_is_better,
 )
 from hpo.transfer.probes.side import FRACTION, ProbeSide, make_side, octave_bounds
+from trainer.bases import is_miniature
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 from trainer.errors import ConfigError, Interrupted, MachineError, StudyStopped
 from trainer.files import machine_error, write_atomic
@@ -193,7 +194,7 @@ class _Probing:
     def _side(
         self, name: str, whole: Mapping[str, TrainConfig], bounds: tuple[float, float], fraction: float
     ) -> ProbeSide:
-        miniature = self.done.profile.family.base.startswith("mini-")
+        miniature = is_miniature(self.done.profile.family.base)
         return make_side(
             name,
             whole,
