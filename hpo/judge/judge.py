@@ -51,7 +51,7 @@ from trainer.adapters import lorafile
 from trainer.bases import Base, compute_type, load_base
 from trainer.data import Dataset
 from trainer.errors import ConfigError, DataError, OutOfMemory
-from trainer.files import machine_error, sha256_file, write_atomic
+from trainer.files import make_folder, sha256_file, write_atomic
 
 if TYPE_CHECKING:
     from hpo.study import Say
@@ -106,7 +106,7 @@ class Judge:
                 on_image=on_image,
             )
 
-        _make(folder)
+        make_folder(folder)
         return self._within_memory(measure)
 
     def untrained_images(self, prompts: PromptSet, evaluation: Path) -> list[SampledImage]:
@@ -129,7 +129,7 @@ class Judge:
         found = self._stored(lora, anchors, folder)
         if found is not None:
             return found
-        _make(folder)
+        make_folder(folder)
         adapter = lorafile.attach(self.base, lorafile.read(lora))
         try:
             identity = f"{self.base.identity}:{adapter.fingerprint()}"
@@ -300,10 +300,3 @@ def _check_readable(base: Base, prompts: PromptSet) -> None:
                 f"{base.name} would cut the prompt {prompt.text[:40]!r}… ({tokens} of {MAX_TOKENS} tokens)",
                 "give shorter ones with --prompts",
             )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, folder) from error

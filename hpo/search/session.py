@@ -6,7 +6,7 @@ mistake is found before anything is written, or what was written is taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ from rich.console import Console
 from hpo.search import alerts
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal
+from hpo.search.opening import opened
+from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.summary import introduction, ratio_line, summary
-from hpo.search.worker import Search, SearchLimits
+from hpo.search.worker import Worker
 from hpo.study import (
     BASELINE,
     ENQUEUED,
@@ -34,7 +36,6 @@ from hpo.study import (
     Use,
     begun_study,
     check_unchanged,
-    create_study,
     database_errors,
     find_study,
     in_use,
@@ -112,11 +113,11 @@ def _search(
     from hpo.search import workbench  # loads torch: after everything that can be checked without it
 
     bench = workbench.load(request.inputs, config, use.folder, view.say)
-    study = _open(bench, use, view.say)
+    study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
     proposal = _proposal(request, bench, view)
     _begin(study, bench, limits, proposal, view, console)
     use.begun = True
-    worker = Search(study, bench, limits, view)
+    worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say), view)
     with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop
         try:
@@ -143,24 +144,6 @@ def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
             check_unchanged(known, config.frozen(), folder.name)
         if "prompts" in before:
             promptfiles.check_unedited(folder, before["prompts"])
-
-
-def _open(bench: Workbench, use: Use, say: Callable[[str], None]) -> optuna.Study:
-    """The study in its folder, created or found unchanged."""
-    from hpo.search.workbench import write_definition
-
-    folder, facts = bench.folder, bench.facts()
-    try:
-        folder.artifacts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, folder.artifacts) from error
-    with folder.study_lock().held():
-        found = begun_study(folder)
-        use.made_study = found is None or IDENTITY not in found.user_attrs
-        study = create_study(folder, facts, bench.study.objectives)
-        check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
-        write_definition(bench, facts, say)
-    return study
 
 
 def _proposal(request: SearchRequest, bench: Workbench, view: report.PlainView) -> Mapping[str, Any] | None:

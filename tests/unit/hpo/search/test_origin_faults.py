@@ -21,9 +21,8 @@ from evaluation.gauges.preference import check_preference
 from evaluation.images.sampling import SampleConfig, initial_noise, sample
 from evaluation.prompts.prompts import SEARCH_SEEDS, Prompt, PromptSet, generate, make_prompt
 from evaluation.score.score import Score, composite, evaluate_adapter
-from hpo.search.claim import suggest
+from hpo.search.sampled import SearchLimits, suggest
 from hpo.search.workbench import Workbench
-from hpo.search.worker import SearchLimits
 from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
 from hpo.study.result import FAILED
 from hpo.study.space import DERIVED
