@@ -98,7 +98,7 @@ def search(request: SearchRequest, console: Console) -> None:
         if request.enqueue:
             read_kohya(request.enqueue)  # a mistake in it is found before anything is loaded
         with in_use(folder) as use:
-            _search(request, config, use, limits, view, console)
+            _search(request, config, use, limits, view)
 
 
 def _search(
@@ -107,7 +107,6 @@ def _search(
     use: Use,
     limits: SearchLimits,
     view: report.PlainView,
-    console: Console,
 ) -> None:
     """The part that reads models and writes files."""
     from hpo.search import workbench  # loads torch: after everything that can be checked without it
@@ -115,7 +114,7 @@ def _search(
     bench = workbench.load(request.inputs, config, use.folder, view.say)
     study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
     proposal = _proposal(request, bench, view)
-    _begin(study, bench, limits, proposal, view, console)
+    _begin(study, bench, limits, proposal, view)
     use.begun = True
     worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say), view)
     with Stop(view.on_ask) as stop:
@@ -164,13 +163,12 @@ def _begin(
     limits: SearchLimits,
     proposal: Mapping[str, Any] | None,
     view: report.PlainView,
-    console: Console,
 ) -> None:
     """Say what will happen, measure the untrained base, check the disk, queue trial 0 and the user's own."""
     now = standing(study, limits.trials)
     fresh = now.complete + now.running == 0
     if fresh:
-        console.print(introduction(bench.study, limits.trials))
+        view.console.print(introduction(bench.study, limits.trials))
         view.say(ratio_line(len(bench.study.space), limits.trials))
     view.say(_data_line(bench))
     if now.left:
