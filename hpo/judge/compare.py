@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.judge.evaluate import CONFIRMATION, alone, beside_values
+from hpo.judge.evaluate import CONFIRMATION, beside_values, drawing_alone
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
 from hpo.judge.view import JudgeView
 from hpo.study import Inputs
 from hpo.terminal import Stop
-from trainer.files import machine_error, sha256_file, write_atomic
+from trainer.files import make_folder, sha256_file, write_atomic
 from trainer.tensorfile import read_header
 from trainer.text import clean_text
 
@@ -106,7 +106,7 @@ def _measure(run: RunFiles, file: Checkpoint, judge: Judge, view: JudgeView) -> 
     base = judge.evaluator.base
     try:
         judge.check(file.path)
-        with alone(run):
+        with drawing_alone(run):
             with view.drawing(f"untrained {base.name}") as on_image:
                 anchors = judge.measure_anchors(run.evaluation, on_image)
             folder = run.evaluation / file.name / _set_name(judge)
@@ -156,10 +156,7 @@ def _write(
             Column(f"{side.base}, {file.name}", side.images),
         ]
     sheet = contact_sheet(columns, prompts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, folder) from error
+    make_folder(folder)
     write_atomic(folder / "compare.json", json.dumps(_values(files, prompts, sides, found), indent=1))
     write_atomic(folder / "sheet.png", png_bytes(np.asarray(sheet)))
 

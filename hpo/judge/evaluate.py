@@ -23,9 +23,9 @@ from rich.console import Console
 from hpo.judge.outcome import Evaluated
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.judge.view import JudgeView
-from hpo.study import Inputs, Lock, holder
+from hpo.study import Inputs, alone
 from hpo.terminal import Stop, clock
-from trainer.errors import ConfigError, InvalidImages, MachineError, ModelFileError
+from trainer.errors import ConfigError, InvalidImages, ModelFileError
 from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
 from trainer.tensorfile import with_metadata
 
@@ -47,7 +47,7 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
 
     judge = judges.load(run, inputs, view.say, named=study)
     damaged = _unfit(run, judge)
-    with alone(run), Stop(view.on_ask) as stop:
+    with drawing_alone(run), Stop(view.on_ask) as stop:
         view.should_stop = stop
         outcome = _judged(run, judge, damaged, view)
         _write(run, judge, outcome)
@@ -146,18 +146,11 @@ def _point(
 
 
 @contextlib.contextmanager
-def alone(run: RunFiles) -> Iterator[None]:
+def drawing_alone(run: RunFiles) -> Iterator[None]:
     """No second process draws into the same folder; what a killed one left half-made goes."""
-    lock = Lock(run.evaluation / "lock")
-    if not lock.try_acquire():
-        raise MachineError(
-            f"process {holder(lock.path)} evaluates {run.name} already", "wait for it, or stop that process"
-        )
-    try:
+    with alone(run.evaluation / "lock", f"evaluates {run.name}"):
         sweep_tree(run.evaluation)
         yield
-    finally:
-        lock.release()
 
 
 # best.safetensors

@@ -49,7 +49,7 @@ from trainer.adapters import lorafile
 from trainer.bases import Base, compute_type, load_base
 from trainer.data import Dataset
 from trainer.errors import ConfigError, DataError, OutOfMemory
-from trainer.files import machine_error, sha256_file, write_atomic
+from trainer.files import make_folder, sha256_file, write_atomic
 
 if TYPE_CHECKING:
     from hpo.study import Say
@@ -92,7 +92,7 @@ class Judge:
     def measure_anchors(self, evaluation: Path, on_image: OnImages | None = None) -> Anchors:
         """The untrained base on the prompts; measured once, then read."""
         folder = self._base_folder(evaluation)
-        _make(folder)
+        make_folder(folder)
         anchors = self._within_memory(lambda: make_anchors(self.evaluator, folder, on_image))
         self.evaluator = self.evaluator.with_anchors(anchors)
         return anchors
@@ -109,7 +109,7 @@ class Judge:
         found = self._stored(lora, folder)
         if found is not None:
             return found
-        _make(folder)
+        make_folder(folder)
         with self._applied(lora) as identity:
             result = self._within_memory(
                 lambda: evaluate_adapter(self.evaluator, folder, identity=identity, on_image=on_image)
@@ -247,10 +247,3 @@ def _check_readable(base: Base, prompts: PromptSet) -> None:
                 f"{base.name} would cut the prompt {prompt.text[:40]!r}… ({tokens} of {MAX_TOKENS} tokens)",
                 "give shorter ones with --prompts",
             )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, folder) from error

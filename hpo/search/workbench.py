@@ -37,7 +37,7 @@ from trainer.bases import compute_type, is_miniature, load_base
 from trainer.config import TrainConfig
 from trainer.data import Dataset, cache, preflight, read_dataset, split_references
 from trainer.errors import ConfigError, MachineError
-from trainer.files import atomic_folder, machine_error, write_atomic
+from trainer.files import atomic_folder, make_folder, write_atomic
 
 if TYPE_CHECKING:
     from trainer.bases import Base
@@ -190,10 +190,7 @@ def demo_data(base: str, folder: StudyFolder) -> Path:
     if not folder.data.is_dir():
         from trainer.bases import write_subject
 
-        try:
-            folder.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise machine_error(error, folder.root) from None
+        make_folder(folder.root)
         try:
             with atomic_folder(folder.data) as temporary:
                 write_subject("character", temporary)

@@ -19,8 +19,11 @@ from .folder import find_folder as find_folder
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
 from .locks import Lock as Lock
+from .locks import alone as alone
 from .locks import holder as holder
 from .noise import components as components
+from .optunaparts import set_system_attribute as set_system_attribute
+from .optunaparts import take_up as take_up
 from .promptfiles import read as read
 from .result import COMPLETE as COMPLETE
 from .result import FAILED as FAILED

@@ -21,7 +21,7 @@ from hpo.transfer.profile import PRESETS, Profile
 from trainer.bases import is_miniature, published_name
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.files import machine_error, write_atomic
+from trainer.files import make_folder, write_atomic
 from trainer.kohya import export as kohyaexport
 from trainer.text import clean_text
 
@@ -84,10 +84,7 @@ def write(
 ) -> list[str]:
     """Write everything; returns lines to say.  ``head`` are lines on where the settings come from,
     ``more`` paragraphs for plan.md."""
-    try:
-        places.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, places.root) from error
+    make_folder(places.root)
     said = _write_kohya(plan, places, profile, preset)
     write_atomic(places.plan, plan_text(plan, places, profile, preset, head, (*more, *said)))
     write_atomic(places.settings, settings_text(plan, places, head))

@@ -23,9 +23,8 @@ from evaluation.images.settings import SampleConfig
 from evaluation.prompts.kinds import SEARCH_SEEDS
 from evaluation.prompts.prompts import Prompt, PromptSet, generate, make_prompt
 from evaluation.score.score import Score, composite, evaluate_adapter
-from hpo.search.claim import suggest
+from hpo.search.sampled import SearchLimits, suggest
 from hpo.search.workbench import Workbench
-from hpo.search.worker import SearchLimits
 from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
 from hpo.study.derived import DERIVED
 from hpo.study.result import FAILED
