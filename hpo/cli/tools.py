@@ -9,6 +9,7 @@ import click
 from hpo.cli import options
 from hpo.cli.options import PATH
 from hpo.cli.start import calm_libraries, console
+from trainer.bases import KNOWN_BASES
 
 
 @click.command()
@@ -74,7 +75,7 @@ def demo(subject: str, folder: Path) -> None:
 @click.option(
     "--for",
     "base",
-    type=click.Choice(["sd15", "sdxl", "mini-sd15", "mini-sdxl"]),
+    type=click.Choice(list(KNOWN_BASES)),
     default="sd15",
     show_default=True,
     help="What will be trained: decides size and tokens.",

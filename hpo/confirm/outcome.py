@@ -1,7 +1,7 @@
 """What a confirmation found: means, intervals, ties, the winner – and confirmed.json.
 
 Owns the rule that decides, and the file that transfer and reports read.  Pure values in the middle: runs are
-the caller's (``hpo.confirm.run``), statistics ``evaluation.score.statistics``'s, words ``hpo.confirm.view``'s.
+``hpo.confirm.repeats``'s, statistics ``evaluation.score.statistics``'s, words ``hpo.confirm.view``'s.
 
 The winner is the cheapest configuration among those that cannot be told apart from the best one and – where
 any does – beat trial 0.

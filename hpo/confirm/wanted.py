@@ -5,7 +5,7 @@ Owns the request, the choice and the names; running them is ``hpo.confirm.run``'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,31 @@ class Wanted:
     @property
     def suggested(self) -> dict[str, Any]:
         return {OF: self.of, TRAIN_SEED: self.train_seed}
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What one call confirms: the runs that are wanted of a study's trials, and how a run is made."""
+
+    source: StudyFolder
+    chosen: Mapping[int, FrozenTrial]  # of the search, by number
+    wanted: tuple[Wanted, ...]
+    how: str
+
+    @property
+    def target(self) -> StudyFolder:
+        """The study that the runs are trials of."""
+        return StudyFolder(self.source.root.with_name(self.source.name + SUFFIX[self.how]))
+
+    @property
+    def trial0(self) -> int | None:
+        """The usual settings' trial, if it is among them."""
+        return next((n for n, t in self.chosen.items() if t.user_attrs.get(ROLE) == BASELINE), None)
+
+
+def run_of(params: Mapping[str, Any]) -> Wanted:
+    """The run that a trial with these parameters is; one that nobody wants if it has none yet."""
+    return Wanted(params.get(OF, -1), params.get(TRAIN_SEED, -1))
 
 
 def searched(name: str) -> str | None:
@@ -147,26 +172,25 @@ def confirmation_prompts(
     return read(source.confirmation, count_tokens)
 
 
-def cost_line(
-    source: StudyFolder, target: StudyFolder, chosen: list[FrozenTrial], wanted: list[Wanted], how: str
-) -> str:
+def cost_line(asked: Confirmation) -> str:
     """What is still to be done and how long it takes, by the times that the search took."""
-    images = confirmation_prompts(source).image_count
-    done = done_runs(target)
-    pending = [w for w in wanted if w not in done]
+    images = confirmation_prompts(asked.source).image_count
+    done = done_runs(asked.target)
+    pending = [w for w in asked.wanted if w not in done]
     seconds, known = 0.0, True
     for run in pending:
-        result = read_json(source.trial(run.of).result) or {}
+        result = read_json(asked.source.trial(run.of).result) or {}
         if not result.get("n_images"):
             known = False
             continue
         each = result["score_seconds"] / result["n_images"]
-        seconds += each * images + (result["train_seconds"] if how == RETRAINED else 0.0)
-    if known and pending and not target.anchors.is_file():
+        seconds += each * images + (result["train_seconds"] if asked.how == RETRAINED else 0.0)
+    if known and pending and not asked.target.anchors.is_file():
         seconds += each * images
     about = f"about {seconds / 60:.1f} minutes by the search's times" if known else "time unknown"
-    what = "trainings with fresh seeds, each with" if how == RETRAINED else "saved LoRA files, each with"
-    numbers = ", ".join(str(t.number) for t in chosen)
+    retrained = asked.how == RETRAINED
+    what = "trainings with fresh seeds, each with" if retrained else "saved LoRA files, each with"
+    numbers = ", ".join(map(str, asked.chosen))
     return f"cost: {len(pending)} {what} {images} images of the confirmation set: {about} (trials {numbers})"
 
 
@@ -174,4 +198,4 @@ def done_runs(target: StudyFolder) -> set[Wanted]:
     if not target.database.is_file():
         return set()
     trials = open_study(target).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return {Wanted(t.params[OF], t.params[TRAIN_SEED]) for t in trials}
+    return {run_of(t.params) for t in trials}

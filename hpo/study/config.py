@@ -1,8 +1,8 @@
 """StudyConfig: what a study is, read from a TOML file and checked before anything is loaded.
 
-Owns what the sections mean together, and where study files are found.  Does not own what ``--set`` does to them
-(``hpo.study.overrides``), parameters (``hpo.study.space``), paths and storage (``hpo.study.folder``) or the work
-(``hpo.search.worker``).
+Owns what the sections mean together, and where study files are found.  Does not own what ``--set`` does to
+them (``hpo.study.overrides``), parameters (``hpo.study.space.space``), paths and storage
+(``hpo.study.folder``) or the work (``hpo.search.worker``).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 from evaluation.score import Formula, SafeguardLimits
 from hpo.study.overrides import override, shadows
 from hpo.study.sections import PRESETS, PromptSection, SamplingSection, ScorePreset, StudySection
-from hpo.study.space import BASELINE, ELSEWHERE, Space, settings_of
-from hpo.study.spacefile import read_space
+from hpo.study.space.file import read_space
+from hpo.study.space.space import BASELINE, ELSEWHERE, Space, settings_of
 from trainer import checks
+from trainer.bases import KNOWN_BASES, is_miniature
 from trainer.checks import check_known, check_whole, read, suggestion
 from trainer.config import SETTINGS, TrainConfig, check_name
 from trainer.errors import ConfigError
@@ -28,7 +29,6 @@ from trainer.overrides import unset
 from trainer.text import clean_text
 
 DEFAULT_STUDY = "sd15-character"
-MINIATURE_STUDIES = {"mini-sd15": "mini", "mini-sdxl": "mini-sdxl"}
 SHIPPED = Path(__file__).parent.parent.parent / "studies"
 NEUTRAL_SETTINGS = (*ELSEWHERE, "gradient_checkpointing", "cache_latents_to_disk", "vae_batch_size")
 
@@ -185,7 +185,7 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
 def find_study(spec: str | None, base: str) -> Path:
     """The study file of ``--study``, a path or a name.  The current folder wins over what is shipped."""
     if spec is None:
-        spec = MINIATURE_STUDIES.get(base, DEFAULT_STUDY)
+        spec = (base in KNOWN_BASES and KNOWN_BASES[base].study) or DEFAULT_STUDY
     path = Path(spec)
     if path.suffix == ".toml" and path.is_file():
         return path
@@ -206,8 +206,8 @@ def study_name(given: str | None, definition: str, base: str, data: Path | None)
     """The folder's name under runs/: ``--name``, or one that the same command finds again."""
     if given is not None:
         return safe_name(given, "study name")
-    parts = [base] if base in MINIATURE_STUDIES else []
-    if definition != MINIATURE_STUDIES.get(base):
+    parts = [base] if is_miniature(base) else []
+    if not parts or definition != KNOWN_BASES[base].study:
         parts.append(definition)
     if data is not None:
         parts.append(data.resolve().name)

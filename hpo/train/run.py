@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study import Lock, holder
+from hpo.study import alone
 from hpo.terminal import Stop
 from hpo.train import memory as runmemory
 from hpo.train.adapter import StepLog, check_device, train_adapter
@@ -38,7 +38,7 @@ from trainer.config import SETTINGS, TrainConfig
 from trainer.data import Dataset, read_captions, read_training_data
 from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
 from trainer.events import Event, Rehearsed, Step, Validated
-from trainer.files import machine_error, sweep_tree, write_atomic
+from trainer.files import make_folder, sweep_tree, write_atomic
 from trainer.loop import Ranks, join, launched, leave, steps_behind
 from trainer.oom import release
 
@@ -67,11 +67,9 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     device = own_device(device, ranks.local)
     check_device(device)
     _check_parts(config, ranks, view.say)
-    try:
-        folder.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, folder.root) from error
-    with _alone(folder, ranks):
+    make_folder(folder.root)
+    # no second run trains into the same files; a run's other processes share its first one's place
+    with alone(folder.root / "lock", f"trains {folder.name}") if ranks.is_first else contextlib.nullcontext():
         if ranks.is_first:
             sweep_tree(folder.root)
             write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
@@ -252,23 +250,6 @@ def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
             f"{folder.lora} {what}", "choose another --output or --set output_name=…, or move the file away"
         )
     return True
-
-
-@contextlib.contextmanager
-def _alone(folder: RunFolder, ranks: Ranks) -> Any:
-    """No second run trains into the same files."""
-    if not ranks.is_first:
-        yield
-        return
-    lock = Lock(folder.root / "lock")
-    if not lock.try_acquire():
-        raise MachineError(
-            f"process {holder(lock.path)} trains {folder.name} already", "wait for it, or stop that process"
-        )
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

@@ -18,9 +18,10 @@ import tomlkit
 from hpo.terminal import clock, short
 from hpo.transfer.plan import Derived, SettingMove, TransferPlan
 from hpo.transfer.profile import PRESETS, Profile
+from trainer.bases import is_miniature, published_name
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.files import machine_error, write_atomic
+from trainer.files import make_folder, write_atomic
 from trainer.kohya import export as kohyaexport
 from trainer.text import clean_text
 
@@ -83,10 +84,7 @@ def write(
 ) -> list[str]:
     """Write everything; returns lines to say.  ``head`` are lines on where the settings come from,
     ``more`` paragraphs for plan.md."""
-    try:
-        places.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, places.root) from error
+    make_folder(places.root)
     said = _write_kohya(plan, places, profile, preset)
     write_atomic(places.plan, plan_text(plan, places, profile, preset, head, (*more, *said)))
     write_atomic(places.settings, settings_text(plan, places, head))
@@ -135,9 +133,7 @@ def shown(value: Any) -> str:
 
 
 def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: str | None) -> list[str]:
-    from trainer.bases import HUB_NAMES
-
-    base = HUB_NAMES.get(profile.family.base, profile.family.base)
+    base = published_name(profile.family.base)
     try:
         found = kohyaexport.to_kohya(
             plan.config,
@@ -156,7 +152,7 @@ def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: s
         kohyaexport.Export({**found.config, **extra}, found.dataset, found.command, found.notes), places.kohya
     )
     said = [f"note: sd-scripts: {note}" for note in found.notes]
-    if profile.family.base.startswith("mini-"):
+    if is_miniature(profile.family.base):
         said.append(f"note: sd-scripts cannot load {profile.family.base}: set pretrained_model_name_or_path")
     return [*said, f"sd-scripts: {found.command}"]
 

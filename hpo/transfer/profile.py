@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hpo.study import SHIPPED
-from trainer.bases import BLOCKS
+from trainer.bases import FAMILIES
 from trainer.checks import read, section, setting, suggestion
 from trainer.config import SETTINGS, TrainConfig, check_value
 from trainer.errors import ConfigError
@@ -115,7 +115,7 @@ class Family:
     name: str
     title: str = setting("")
     base: str = setting("")
-    architecture: str = setting("sdxl", choices=tuple(BLOCKS))
+    architecture: str = setting("sdxl", choices=tuple(FAMILIES))
     sources: tuple[str, ...] = setting((), example='["sd15"]')
     default_profile: str = setting("")
     native_resolution_px: int = setting(1024, low=16, high=4096)
@@ -194,6 +194,12 @@ def read_family(name: str) -> Family:
     path = _find("families", name, "family", "--to")
     table = _table(path)
     return _checked(path, lambda: _family(path.stem, table))
+
+
+def families_from(source: str) -> list[str]:
+    """The shipped families that settings found on ``source`` can be carried over to."""
+    found = sorted((SHIPPED / "families").glob("*.toml"))
+    return [path.stem for path in found if source in _table(path).get("sources", ())]
 
 
 def read_profile(spec: str) -> Profile:

@@ -40,7 +40,7 @@ from trainer.data.dataset import (
     views,
 )
 from trainer.errors import DataError, OutOfMemory
-from trainer.files import machine_error, sweep, write_atomic
+from trainer.files import make_folder, sweep, write_atomic
 from trainer.oom import out_of_memory_named
 from trainer.text import clean_text
 
@@ -58,10 +58,7 @@ class Store:
         self.folder = folder
         self._memory: dict[str, Tensors] = {}
         if folder is not None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise machine_error(error, folder) from error
+            make_folder(folder)
             sweep(folder)
 
     def get(self, key: str, fits: Callable[[Tensors], bool]) -> Tensors | None:

@@ -23,6 +23,21 @@ _SAMPLING = ("steps", "cfg", "sampler", "negative")
 
 
 @dataclass(frozen=True)
+class ShortRuns:
+    """How every probe of a side is trained and drawn.
+
+    ``samples``: images an epoch sees; ``sampling``, ``words``: as in a study's sections; ``fraction``: of
+    a whole run's updates.
+    """
+
+    samples: int
+    sampling: Mapping[str, Any]
+    seed: int
+    words: str
+    fraction: float = FRACTION
+
+
+@dataclass(frozen=True)
 class ProbeSide:
     """One base on which probes are run: complete configurations by candidate, as short runs, and their study."""
 
@@ -36,9 +51,9 @@ class ProbeSide:
         found = self.study.space.proposal(values)
         return self.study.space.check(found, probe.role)
 
-    def probe_of(self, params: Mapping[str, Any], among: list[Probe]) -> Probe | None:
-        """The probe that a trial is."""
-        return next((p for p in among if _same(self.proposal(p), params)), None)
+    def is_probe(self, params: Mapping[str, Any], probe: Probe) -> bool:
+        """Whether a trial with these parameters is the probe."""
+        return _same(self.proposal(probe), params)
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -92,16 +107,7 @@ def octave_bounds(config: TrainConfig, limits: ProfileLimits) -> tuple[float, fl
 
 
 def make_side(
-    name: str,
-    whole: Mapping[str, TrainConfig],
-    samples: int,
-    budget: int,
-    bounds: tuple[float, float],
-    *,
-    sampling: Mapping[str, Any],
-    seed: int,
-    words: str,
-    fraction: float = FRACTION,
+    name: str, whole: Mapping[str, TrainConfig], runs: ShortRuns, budget: int, bounds: tuple[float, float]
 ) -> ProbeSide:
     """The side of one base.  Candidates that cannot lie in one space with the transferred one are left out."""
     own = whole[TRANSFERRED]
@@ -113,7 +119,7 @@ def make_side(
             )
     if not own.trains_unet:
         raise ConfigError("the U-Net is not trained: there is no rate to probe", "leave out --probes")
-    short = {key: short_run(config, samples, fraction) for key, config in whole.items()}
+    short = {key: short_run(config, runs.samples, runs.fraction) for key, config in whole.items()}
     short = {
         key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]
     }
@@ -125,7 +131,7 @@ def make_side(
         bounds[1],
         own.trains_text_encoder,
     )
-    study = build_study(name, _sections(short, sampling, seed, words))
+    study = build_study(name, _sections(short, runs))
     return ProbeSide(short, study, scope)
 
 
@@ -140,9 +146,7 @@ def _fits(config: TrainConfig, own: TrainConfig) -> bool:
     return True
 
 
-def _sections(
-    short: Mapping[str, TrainConfig], sampling: Mapping[str, Any], seed: int, words: str
-) -> dict[str, dict[str, Any]]:
+def _sections(short: Mapping[str, TrainConfig], runs: ShortRuns) -> dict[str, dict[str, Any]]:
     own = short[TRANSFERRED]
     space: dict[str, Any] = {}
     room = 2 ** (MOST_OCTAVES + 0.01)
@@ -170,11 +174,11 @@ def _sections(
         train.pop("max_train_epochs", None)
     baseline = {key: getattr(own, key) for key in space}
     return {
-        "study": {"title": "Probes of transferred settings", "seed": seed},
+        "study": {"title": "Probes of transferred settings", "seed": runs.seed},
         "train": train,
         "space": space,
         "baseline": {key: 0 if value is None else value for key, value in baseline.items()},
-        "prompts": {"words": words},
-        "confirmation": {"words": words},
-        "sampling": {key: sampling[key] for key in _SAMPLING if key in sampling},
+        "prompts": {"words": runs.words},
+        "confirmation": {"words": runs.words},
+        "sampling": {key: runs.sampling[key] for key in _SAMPLING if key in runs.sampling},
     }

@@ -71,9 +71,9 @@ def confirm_killed_at(source: StudyFolder, data: Path, place: str, call: int, wh
 
 
 SEAMS = [
-    ("hpo.confirm.run.create_study", 1, "after"),  # a study without a run
-    ("hpo.confirm.run._suggested", 1, "before"),  # asked, its parameters not yet known
-    ("hpo.confirm.run.write_params", 2, "before"),
+    ("hpo.search.opening.create_study", 1, "after"),  # a study without a run
+    ("hpo.confirm.proposals.suggested_run", 1, "before"),  # asked, its parameters not yet known
+    ("hpo.search.worker.write_params", 2, "before"),
     ("hpo.search.trial.write_result", 2, "after"),  # the result is on disk, Optuna does not know
     ("hpo.confirm.run.write_outcome", 1, "before"),  # everything but the decision
 ]

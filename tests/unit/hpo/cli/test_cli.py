@@ -240,7 +240,7 @@ def test_the_command_to_go_on_with_can_be_pasted(place: Path) -> None:
 @pytest.fixture
 def study(place: Path) -> Path:
     """A finished tiny study under runs/."""
-    from hpo.search.worker import SearchLimits
+    from hpo.search.sampled import SearchLimits
     from tests.tiny_search import make_search, tiny_bench
 
     bench = tiny_bench(place / "runs" / "tiny", place.parent / "images")
