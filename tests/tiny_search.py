@@ -9,6 +9,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from PIL import Image
 from evaluation.encoders.references import embed_references
 from evaluation.images.sampling import default_config
 from evaluation.prompts.prompts import PromptSet, make_prompt
+from evaluation.score.evaluator import Evaluator
+from evaluation.score.formula import Formula
 from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.workbench import Workbench
 from hpo.search.worker import Worker
@@ -104,15 +107,18 @@ def tiny_bench(root: Path, data: Path, study: StudyConfig | None = None) -> Work
     return Workbench(
         study=study,
         folder=folder,
-        base=base,
+        evaluator=Evaluator(
+            base=base,
+            prompts=prompts,
+            sampling=default_config(base, **study.sample_values(), batch_size=1),
+            references=embed_references([item.path for item in held_out.items], scorer),
+            scorer=scorer,
+            likeness=scorer,
+            formula=Formula(**asdict(study.score)),
+        ),
         data=images,
         reference_items=tuple(str(item.path) for item in held_out.items),
-        references=embed_references([item.path for item in held_out.items], scorer),
-        prompts=prompts,
         confirmation=confirmation,
-        sampling=default_config(base, **study.sample_values(), batch_size=1),
-        scorer=scorer,
-        likeness=scorer,
         data_folder=data,
         base_spec="tiny",
         store=cache.Store(folder.cache),

@@ -1,5 +1,6 @@
 from .anchors import Anchors as Anchors
-from .anchors import make_anchors as make_anchors
+from .evaluator import Evaluator as Evaluator
+from .evaluator import make_anchors as make_anchors
 from .formula import CEILING as CEILING
 from .formula import Formula as Formula
 from .formula import composite as composite
@@ -9,6 +10,7 @@ from .safeguards import Safety as Safety
 from .safeguards import embed_copies as embed_copies
 from .safeguards import scene_encoders as scene_encoders
 from .score import METRICS_NAME as METRICS_NAME
+from .score import SAMPLES_NAME as SAMPLES_NAME
 from .score import Score as Score
 from .score import anchored as anchored
 from .score import by_draw as by_draw

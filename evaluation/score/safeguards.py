@@ -29,6 +29,7 @@ from torch import Tensor
 from evaluation.encoders import ImageEncoder, Vectors, scene_of
 from evaluation.images import SampledImage
 from evaluation.prompts import PromptSet
+from evaluation.score.anchors import Anchors
 from trainer.data import read_picture
 
 NEAR = 0.5  # assumed: a copy is nearer than this part of a held-out reference's usual distance
@@ -105,16 +106,15 @@ class Safeguards:
         images: Sequence[SampledImage],
         prompts: PromptSet,
         prior_i: float | None,
-        base_prior_i: float | None,
-        real_i: float,
-        base_diversity: float | None,
+        anchors: Anchors,
     ) -> Safety:
         """The figures of pictures.  ``prior_i``: mean raw likeness of the class-only ones, None without any."""
+        base_prior_i, base_diversity = anchors.base_prior_i, anchors.base_diversity
         copy_rate = self.copies.rate(vectors, self.encoders)
         own = diversity(vectors.joint(self.encoders), images, prompts)
         prior = None
-        if prior_i is not None and base_prior_i is not None and real_i > base_prior_i:
-            prior = (prior_i - base_prior_i) / (real_i - base_prior_i)
+        if prior_i is not None and base_prior_i is not None and anchors.real_i > base_prior_i:
+            prior = (prior_i - base_prior_i) / (anchors.real_i - base_prior_i)
         amounts = {COPIED: copy_rate - self.limits.copy_rate}
         if own is not None and base_diversity is not None:
             amounts[COLLAPSED] = self.limits.diversity - own / base_diversity

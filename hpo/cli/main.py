@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpo.cli.finite import Finite
+from trainer.bases import KNOWN_BASES
 from trainer.errors import Interrupted, ToolError
 
 if TYPE_CHECKING:
@@ -447,7 +448,7 @@ def demo(subject: str, folder: Path) -> None:
 @click.option(
     "--for",
     "base",
-    type=click.Choice(["sd15", "sdxl", "mini-sd15", "mini-sdxl"]),
+    type=click.Choice(list(KNOWN_BASES)),
     default="sd15",
     show_default=True,
     help="What will be trained: decides size and tokens.",

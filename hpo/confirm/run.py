@@ -99,7 +99,7 @@ def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -
     return dataclasses.replace(
         bench,
         folder=target,
-        prompts=confirmation_prompts(source, bench.base.token_count),
+        evaluator=bench.evaluator.on(confirmation_prompts(source, bench.base.token_count)),
         confirmation=None,
         store=cache.Store(source.cache),
         image_seconds=None,

@@ -63,17 +63,19 @@ def compare(
     with Stop(view.on_ask) as stop:
         view.should_stop = stop
         first = judges.load(runs[0], inputs, view.say, named=study)
-        prompts = first.confirmation or first.prompts
+        if first.confirmation:
+            first = first.on(first.confirmation)
+        prompts = first.evaluator.prompts
         view.say(
             f"{files[0].path.name} against {files[1].path.name}: {prompts.image_count} images each "
-            f"({prompts.size}), {first.scorer.name}"
+            f"({prompts.size}), {first.evaluator.scorer.name}"
         )
-        a = _measure(runs[0], files[0], first, prompts, view)
+        a = _measure(runs[0], files[0], first, view)
         first.free()
         # the second side's own folder, base and trigger are its own; what judges is the first's
         own = replace(inputs, base=base_b, data=data_b, trigger=None, class_word=None)
         second = judges.load(runs[1], own, view.say, named=study, like=first)
-        b = _measure(runs[1], files[1], second, prompts, view)
+        b = _measure(runs[1], files[1], second, view)
         second.free()
     from evaluation.choice import compare as difference
 
@@ -98,37 +100,40 @@ def _file(path: Path, run: RunFiles) -> Checkpoint:
     return run.checkpoints[-1]
 
 
-def _measure(run: RunFiles, file: Checkpoint, judge: Judge, prompts: PromptSet, view: JudgeView) -> Measured:
+def _measure(run: RunFiles, file: Checkpoint, judge: Judge, view: JudgeView) -> Measured:
     from evaluation.choice import ComparedSide
 
+    base = judge.evaluator.base
     try:
         judge.check(file.path)
         with drawing_alone(run):
-            with view.drawing(f"untrained {judge.base.name}") as on_image:
-                anchors = judge.anchors(prompts, run.evaluation, on_image)
-            folder = run.evaluation / file.name / _set_name(judge, prompts)
+            with view.drawing(f"untrained {base.name}") as on_image:
+                anchors = judge.measure_anchors(run.evaluation, on_image)
+            folder = run.evaluation / file.name / _set_name(judge)
             with view.drawing(file.name) as on_image:
-                score = judge.score(file.path, prompts, anchors, folder, on_image)
-            untrained = judge.untrained_images(prompts, run.evaluation)
-            images = judge.images(file.path, prompts, folder)
+                score = judge.score(file.path, folder, on_image)
+            untrained = judge.untrained_images(run.evaluation)
+            images = judge.images(file.path, folder)
     except BaseException:
         judge.free()
         raise
     for problem in anchors.problems:
-        view.say(f"warning: {judge.base.name}: {problem}")
-    size = f"{judge.sampling.width_px}×{judge.sampling.height_px} px"
+        view.say(f"warning: {base.name}: {problem}")
+    sampling = judge.evaluator.sampling
+    size = f"{sampling.width_px}×{sampling.height_px} px"
     return Measured(
         ComparedSide(score, replace(anchors, untouched=())),
-        judge.base.name,
-        judge.base.identity,
+        base.name,
+        base.identity,
         size,
         untrained,
         images,
     )
 
 
-def _set_name(judge: Judge, prompts: PromptSet) -> str:
+def _set_name(judge: Judge) -> str:
     """Pictures that ``hpo evaluate`` drew are taken over; others have a folder of their own."""
+    prompts = judge.evaluator.prompts
     return CONFIRMATION if prompts is judge.confirmation else f"compare-{prompts.hash[:8]}"
 
 

@@ -14,7 +14,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ from trainer.tensorfile import with_metadata
 
 if TYPE_CHECKING:
     from evaluation.choice import CheckpointChoice, CheckpointPoint
-    from evaluation.prompts import PromptSet
     from evaluation.score import Anchors, Score
     from hpo.judge.judge import Judge
 
@@ -64,14 +63,16 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
 def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: JudgeView) -> Evaluated:
     from evaluation.choice import checkpoints
 
-    anchors = _anchors(judge, judge.prompts, run, view)
-    count = len(run.checkpoints) - len(damaged)
+    anchors = _anchors(judge, run, view)
+    count, prompts = len(run.checkpoints) - len(damaged), judge.evaluator.prompts
     view.say(
-        f"{count} checkpoint{'' if count == 1 else 's'} × {judge.prompts.image_count} images ({judge.prompts.size}), "
-        f"{len(judge.reference_files)} references, {judge.scorer.name}"
+        f"{count} checkpoint{'' if count == 1 else 's'} × {prompts.image_count} images ({prompts.size}), "
+        f"{len(judge.reference_files)} references, {judge.evaluator.scorer.name}"
     )
     points = [
-        _point(run, checkpoint, judge, judge.prompts, anchors, SEARCH, damaged, view)
+        _unscored(checkpoint, damaged[checkpoint.name])
+        if checkpoint.name in damaged
+        else _point(run, checkpoint, judge, SEARCH, view)
         for checkpoint in run.checkpoints
     ]
     choice = checkpoints.choose(points, anchors)
@@ -81,11 +82,10 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: Judge
         word = "unconfirmed" if len(tested) > 1 else "only"
         return Evaluated(points, choice, verdict, tested, (), None, choice.chosen, word)
     view.say(f"confirming {len(tested)} of them on {judge.confirmation.image_count} other images each")
-    fresh = _anchors(judge, judge.confirmation, run, view)
-    retested = [
-        _point(run, run.checkpoints[n], judge, judge.confirmation, fresh, CONFIRMATION, damaged, view)
-        for n in tested
-    ]
+    later = judge.on(judge.confirmation)
+    fresh = _anchors(later, run, view)
+    retested = [_point(run, run.checkpoints[n], later, CONFIRMATION, view) for n in tested]
+    judge.evaluator = replace(judge.evaluator, sampling=later.evaluator.sampling)  # as the memory allowed it
     rechoice = checkpoints.choose(retested, fresh)
     final, word = checkpoints.confirmed(choice, tested, rechoice)
     return Evaluated(points, choice, verdict, tested, retested, rechoice, final, word)
@@ -104,47 +104,42 @@ def _unfit(run: RunFiles, judge: Judge) -> dict[str, str]:
     return {name: error.message for name, error in found.items()}
 
 
-def _anchors(judge: Judge, prompts: PromptSet, run: RunFiles, view: JudgeView) -> Anchors:
-    with view.drawing(f"untrained {judge.base.name}") as on_image:
-        anchors = judge.anchors(prompts, run.evaluation, on_image)
+def _anchors(judge: Judge, run: RunFiles, view: JudgeView) -> Anchors:
+    with view.drawing(f"untrained {judge.evaluator.base.name}") as on_image:
+        anchors = judge.measure_anchors(run.evaluation, on_image)
     for problem in anchors.problems:
         view.say(f"warning: {problem}")
     return anchors
 
 
+def _unscored(checkpoint: Checkpoint, reason: str, cause: str = "") -> CheckpointPoint:
+    from evaluation.choice import CheckpointPoint
+
+    return CheckpointPoint(checkpoint.name, checkpoint.epoch, checkpoint.step, None, reason, cause)
+
+
 def _point(
-    run: RunFiles,
-    checkpoint: Checkpoint,
-    judge: Judge,
-    prompts: PromptSet,
-    anchors: Anchors,
-    name: str,
-    damaged: Mapping[str, str],
-    view: JudgeView,
+    run: RunFiles, checkpoint: Checkpoint, judge: Judge, name: str, view: JudgeView
 ) -> CheckpointPoint:
+    """A checkpoint on the judge's prompts, which are kept under a name."""
     from evaluation.choice import SPOILED, UNCHANGED, CheckpointPoint
     from evaluation.images import Unchanged
 
-    place = checkpoint.name, checkpoint.epoch, checkpoint.step
-    if checkpoint.name in damaged:
-        return CheckpointPoint(*place, None, damaged[checkpoint.name])
     started = time.monotonic()
     try:
         with view.drawing(checkpoint.name) as on_image:
             folder = run.evaluation / checkpoint.name / name
-            score = judge.score(checkpoint.path, prompts, anchors, folder, on_image)
+            score = judge.score(checkpoint.path, folder, on_image)
     except InvalidImages as error:
-        point = CheckpointPoint(*place, None, error.message, SPOILED)
+        point = _unscored(checkpoint, error.message, SPOILED)
     except Unchanged:
-        point = CheckpointPoint(
-            *place, None, "it changes nothing: its images are the untrained base's", UNCHANGED
-        )
+        point = _unscored(checkpoint, "it changes nothing: its images are the untrained base's", UNCHANGED)
     else:
         safety = score.safety
         if safety and safety.broken:  # copied or collapsed pictures are no result, however they score
-            point = CheckpointPoint(*place, None, "; ".join(map(safety.says, safety.broken)), SPOILED)
+            point = _unscored(checkpoint, "; ".join(map(safety.says, safety.broken)), SPOILED)
         else:
-            point = CheckpointPoint(*place, score)
+            point = CheckpointPoint(checkpoint.name, checkpoint.epoch, checkpoint.step, score)
     said = point.reason or f"score {score.value:.4f} ± {score.se:.4f}"
     view.say(f"{checkpoint.name} ({name}): {said}, {clock(time.monotonic() - started)}")
     return point
@@ -201,23 +196,23 @@ def _write(run: RunFiles, judge: Judge, outcome: Evaluated) -> None:
         outcome.choice.best,
         outcome.final,
         outcome.retested,
-        f"{run.name} on {judge.base.name}",
+        f"{run.name} on {judge.evaluator.base.name}",
     )
     write_atomic(run.evaluation / "curve.png", png_bytes(np.asarray(picture)))
 
 
 def _values(run: RunFiles, judge: Judge, outcome: Evaluated) -> dict[str, Any]:
-    names = [point.name for point in outcome.points]
+    names, by = [point.name for point in outcome.points], judge.evaluator
     return {
         "run": run.name,
-        "base": {"name": judge.base.name, "identity": judge.base.identity},
-        "sampling": asdict(judge.sampling),
-        "scorer": {"name": judge.scorer.name, "sha256": judge.scorer.sha},
-        "likeness": {"name": judge.likeness.name, "sha256": judge.likeness.sha},
-        "formula": asdict(judge.formula),
+        "base": {"name": by.base.name, "identity": by.base.identity},
+        "sampling": asdict(by.sampling),
+        "scorer": {"name": by.scorer.name, "sha256": by.scorer.sha},
+        "likeness": {"name": by.likeness.name, "sha256": by.likeness.sha},
+        "formula": asdict(by.formula),
         "limits": asdict(judge.safeguards.limits),
         "references": [str(path) for path in judge.reference_files],
-        SEARCH: {"prompts": judge.prompts.hash, **_curve(outcome.points, outcome.choice)},
+        SEARCH: {"prompts": by.prompts.hash, **_curve(outcome.points, outcome.choice)},
         CONFIRMATION: {
             "prompts": judge.confirmation.hash if judge.confirmation else None,
             **(_curve(outcome.retested, outcome.rechoice) if outcome.rechoice else {}),

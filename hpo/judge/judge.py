@@ -10,25 +10,23 @@ between scores (``evaluation.choice.checkpoints``, ``evaluation.choice.compare``
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from evaluation.encoders import References, embed, embed_references, require_references
-from evaluation.gauges import Gauge, others
-from evaluation.images import OnImages, SampleConfig, SampledImage, sample
+from evaluation.images import OnImages, SampledImage, sample
 from evaluation.prompts import MAX_TOKENS, PromptSet
 from evaluation.score import (
     METRICS_NAME,
+    SAMPLES_NAME,
     Anchors,
-    Formula,
-    SafeguardLimits,
+    Evaluator,
     Safeguards,
     Score,
     evaluate_adapter,
@@ -39,9 +37,9 @@ from hpo.judge import standard as standards
 from hpo.judge.runfiles import RunFiles
 from hpo.study import (
     Inputs,
-    check_encoders,
-    load_encoders,
-    make_safeguards,
+    make_evaluator,
+    on_another_base,
+    plan_scoring,
     read_json,
     say_notes,
     subject_items,
@@ -65,128 +63,95 @@ class Judge:
     """Everything that every LoRA of a run is scored with.  ``name``: the run's."""
 
     name: str
-    base: Base
     data: Dataset
-    prompts: PromptSet
+    evaluator: Evaluator
     confirmation: PromptSet | None
-    sampling: SampleConfig
     reference_files: tuple[Path, ...]
-    references: References
-    scorer: embed.Scorer
-    likeness: embed.ImageEncoder
-    formula: Formula
-    safeguards: Safeguards
-    gauges: tuple[Gauge, ...]
     say: Say
+
+    @property
+    def safeguards(self) -> Safeguards:
+        assert self.evaluator.safeguards is not None, "load makes them"
+        return self.evaluator.safeguards
 
     @property
     def watch(self) -> str:
         """Hash of what is told beside the score: limits, the images that may not be repeated, other models."""
         parts = (
-            dataclasses.asdict(self.safeguards.limits),
+            asdict(self.safeguards.limits),
             sorted({item.sha256 for item in subject_items(self.data)}),
             [encoder.sha for encoder in self.safeguards.encoders],
-            [(gauge.measure, gauge.model, gauge.sha) for gauge in self.gauges],
+            [(gauge.measure, gauge.model, gauge.sha) for gauge in self.evaluator.gauges],
         )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def anchors(self, prompts: PromptSet, evaluation: Path, on_image: OnImages | None = None) -> Anchors:
-        """The untrained base on a prompt set; measured once, then read."""
-        folder = self._base_folder(prompts, evaluation)
+    def on(self, prompts: PromptSet) -> Judge:
+        """The same on other prompts.  Their anchors are still to be measured."""
+        return replace(self, evaluator=self.evaluator.on(prompts))
 
-        def measure() -> Anchors:
-            return make_anchors(
-                self.base,
-                prompts,
-                self.sampling,
-                self.references,
-                self.scorer,
-                self.likeness,
-                folder,
-                on_image=on_image,
-            )
-
+    def measure_anchors(self, evaluation: Path, on_image: OnImages | None = None) -> Anchors:
+        """The untrained base on the prompts; measured once, then read."""
+        folder = self._base_folder(evaluation)
         make_folder(folder)
-        return self._within_memory(measure)
+        anchors = self._within_memory(lambda: make_anchors(self.evaluator, folder, on_image))
+        self.evaluator = self.evaluator.with_anchors(anchors)
+        return anchors
 
-    def untrained_images(self, prompts: PromptSet, evaluation: Path) -> list[SampledImage]:
+    def untrained_images(self, evaluation: Path) -> list[SampledImage]:
         """The pictures that the anchors were measured on: the class word instead of the trigger."""
-        folder = self._base_folder(prompts, evaluation) / "samples"
-        return sample(self.base, prompts, self.sampling, folder, identity=self.base.identity, as_class=True)
+        return self._draw(self._base_folder(evaluation), self.evaluator.base.identity, as_class=True)
 
-    def score(
-        self,
-        lora: Path,
-        prompts: PromptSet,
-        anchors: Anchors,
-        folder: Path,
-        on_image: OnImages | None = None,
-    ) -> Score:
+    def score(self, lora: Path, folder: Path, on_image: OnImages | None = None) -> Score:
         """The score of a LoRA file: from ``folder`` if it is there, else drawn, from where it was left.
 
         Under other limits, training images or gauges than before it is measured anew on the pictures that are there.
         """
-        found = self._stored(lora, anchors, folder)
+        found = self._stored(lora, folder)
         if found is not None:
             return found
         make_folder(folder)
-        adapter = lorafile.attach(self.base, lorafile.read(lora))
-        try:
-            identity = f"{self.base.identity}:{adapter.fingerprint()}"
-
-            def draw() -> Score:
-                return evaluate_adapter(
-                    self.base,
-                    prompts,
-                    self.sampling,
-                    self.references,
-                    self.scorer,
-                    self.likeness,
-                    anchors,
-                    folder,
-                    identity=identity,
-                    on_image=on_image,
-                    formula=self.formula,
-                    safeguards=self.safeguards,
-                    gauges=self.gauges,
-                )
-
-            result = self._within_memory(draw)
-        finally:
-            adapter.remove()
+        with self._applied(lora) as identity:
+            result = self._within_memory(
+                lambda: evaluate_adapter(self.evaluator, folder, identity=identity, on_image=on_image)
+            )
         note = {"file": lora.name, "sha256": sha256_file(lora), "watch": self.watch}
         write_atomic(folder / LORA_NAME, json.dumps(note))
         return result
 
-    def images(self, lora: Path, prompts: PromptSet, folder: Path) -> list[SampledImage]:
+    def images(self, lora: Path, folder: Path) -> list[SampledImage]:
         """The pictures behind a score that ``score`` returned."""
-        adapter = lorafile.attach(self.base, lorafile.read(lora))
-        try:
-            identity = f"{self.base.identity}:{adapter.fingerprint()}"
-            return sample(self.base, prompts, self.sampling, folder / "samples", identity=identity)
-        finally:
-            adapter.remove()
+        with self._applied(lora) as identity:
+            return self._draw(folder, identity)
 
     def check(self, lora: Path) -> None:
         """Raise ModelFileError unless a file can be put into the base."""
-        lorafile.attach(self.base, lorafile.read(lora)).remove()
+        lorafile.attach(self.evaluator.base, lorafile.read(lora)).remove()
 
     def free(self) -> None:
         """Give the base's memory back.  The judge is unusable after."""
-        self.base.free()
+        self.evaluator.base.free()
 
-    def _base_folder(self, prompts: PromptSet, evaluation: Path) -> Path:
-        parts = (
-            self.base.identity,
-            prompts.hash,
-            self.sampling.hash,
-            self.scorer.sha,
-            self.likeness.sha,
-            self.references.hash,
-        )
+    @contextmanager
+    def _applied(self, lora: Path) -> Iterator[str]:
+        """With the LoRA in the base; yields what names the two."""
+        base = self.evaluator.base
+        adapter = lorafile.attach(base, lorafile.read(lora))
+        try:
+            yield f"{base.identity}:{adapter.fingerprint()}"
+        finally:
+            adapter.remove()
+
+    def _draw(self, folder: Path, identity: str, *, as_class: bool = False) -> list[SampledImage]:
+        """The prompts' pictures, from the base as it stands; those that are there already are read."""
+        by = self.evaluator
+        samples = folder / SAMPLES_NAME
+        return sample(by.base, by.prompts, by.sampling, samples, identity=identity, as_class=as_class)
+
+    def _base_folder(self, evaluation: Path) -> Path:
+        parts = list(self.evaluator.identity.values())
         return evaluation / "base" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def _stored(self, lora: Path, anchors: Anchors, folder: Path) -> Score | None:
+    def _stored(self, lora: Path, folder: Path) -> Score | None:
         """A finished score of this very file on this scale, with the same told beside it."""
         note = read_json(folder / LORA_NAME)
         if note is None or note.get("sha256") != sha256_file(lora) or note.get("watch") != self.watch:
@@ -195,7 +160,8 @@ class Judge:
             found = read_score(folder / METRICS_NAME)
         except DataError:
             return None
-        return found if found.anchors_key == anchors.key and found.formula == self.formula else None
+        by = self.evaluator
+        return found if found.anchors_key == by.scale.key and found.formula == by.formula else None
 
     def _within_memory(self, work: Callable[[], T]) -> T:
         """``work``, with half as many images at once as long as the memory does not suffice."""
@@ -203,12 +169,13 @@ class Judge:
             try:
                 return work()
             except OutOfMemory:
-                size = self.sampling.batch_size // 2
+                sampling = self.evaluator.sampling
+                size = sampling.batch_size // 2
                 if size < 1:
                     raise
-                self.sampling = replace(self.sampling, batch_size=size)
+                self.evaluator = replace(self.evaluator, sampling=replace(sampling, batch_size=size))
                 self.say(f"out of memory: drawing {size} images at once from here on")
-                if self.base.device.type == "cuda":
+                if self.evaluator.base.device.type == "cuda":
                     torch.cuda.empty_cache()
 
 
@@ -229,11 +196,9 @@ def load(
     data = standards.training_data(run, config, inputs, known)
     paths = list(like.reference_files) if like else standards.references(run, inputs, data, known)
     standards.check_unseen(run, paths, data)
-    require_references(len(paths))
-    scorer_spec = inputs.clip or known.clip or study.study.clip or embed.default_scorer(spec)
-    likeness_spec = study.study.likeness or embed.default_likeness(spec)
+    plan = None
     if like is None:
-        check_encoders(study, scorer_spec, likeness_spec)
+        plan = plan_scoring(study, data, paths, spec, inputs.clip or known.clip)
         standards.sets(run, inputs, study, data, lambda text: 0)
         if known.says:
             say(known.says)
@@ -245,39 +210,21 @@ def load(
         no_half_vae=config.no_half_vae,
     )
     _say_changes(run, base, data, say)
-    if like is None:
+    sampling = standards.sampling(run, known, config, base)
+    if plan is not None:
         prompts, confirmation = standards.sets(run, inputs, study, data, base.token_count)
-        scorer, likeness = load_encoders(study, scorer_spec, likeness_spec, device, say)
-        formula = Formula(**dataclasses.asdict(study.score))
-        limits = SafeguardLimits(**dataclasses.asdict(study.limits))
-        references = embed_references(paths, likeness)
-        gauges = others.gauges(study.study.also, scorer, likeness, paths, device)
+        evaluator = make_evaluator(plan, base, prompts, sampling, say)
         say_notes(prompts, confirmation, say)
     else:
-        prompts, confirmation, references = like.prompts, like.confirmation, like.references
-        scorer, likeness, formula = like.scorer, like.likeness, like.formula
-        limits, gauges = like.safeguards.limits, like.gauges
-        _check_readable(base, confirmation or prompts)
-        for words in standards.other_words(data, prompts):
+        assert like is not None
+        confirmation = like.confirmation
+        _check_readable(base, confirmation or like.evaluator.prompts)
+        for words in standards.other_words(data, like.evaluator.prompts):
             say(
                 f"warning: {run.name} was trained with {words} of {like.name}: it may not know what it is asked for"
             )
-    return Judge(
-        run.name,
-        base,
-        data,
-        prompts,
-        confirmation,
-        standards.sampling(run, known, config, base),
-        tuple(paths),
-        references,
-        scorer,
-        likeness,
-        formula,
-        make_safeguards(data, paths, scorer, likeness, limits),
-        gauges,
-        say,
-    )
+        evaluator = on_another_base(like.evaluator, base, sampling, data, paths)
+    return Judge(run.name, data, evaluator, confirmation, tuple(paths), say)
 
 
 def _say_changes(run: RunFiles, base: Base, data: Dataset, say: Say) -> None:

@@ -17,7 +17,6 @@ from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
 from hpo.judge.runfiles import RunFiles
 from hpo.study import (
-    MINIATURE_STUDIES,
     RUNS,
     SHIPPED,
     Inputs,
@@ -32,7 +31,7 @@ from hpo.study import (
     reference_paths,
 )
 from trainer.adapters import lorafile
-from trainer.bases import Base
+from trainer.bases import Base, is_miniature
 from trainer.config import TrainConfig
 from trainer.data import Dataset, read_picture, read_training_data
 from trainer.errors import ConfigError, DataError
@@ -60,7 +59,7 @@ def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
     """Which prompts, encoders, formula and limits: those of --study, else of the run's own study, else those
     that go with the base."""
     spec = config.pretrained_model_name_or_path
-    mini = spec in MINIATURE_STUDIES
+    mini = is_miniature(spec)
     folder = run.study or _carried_over_from(run, config)
     if named is not None:
         place = StudyFolder(Path(named))

@@ -207,7 +207,7 @@ def _data_line(bench: Workbench) -> str:
     return (
         f"{len(bench.data.items) - regular} training images{beside}{trigger}{word}; "
         f"{len(bench.reference_items)} references; {bench.prompts.image_count} images a trial "
-        f"({bench.prompts.size}), scored by {bench.scorer.name}"
+        f"({bench.prompts.size}), scored by {bench.evaluator.scorer.name}"
     )
 
 

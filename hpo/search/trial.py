@@ -271,17 +271,10 @@ def _scored(
 
     try:
         return evaluate_adapter(
-            bench.base,
-            bench.prompts,
-            bench.sampling,
-            bench.references,
-            bench.scorer,
-            bench.likeness,
-            bench.anchors,
+            bench.evaluator,
             folder.root,
             identity=f"{bench.base.identity}:{adapter.fingerprint()}",
             on_image=on_image,
-            **bench.scoring,
         )
     except Unchanged:
         if _is_in_place(adapter, config):
@@ -291,7 +284,7 @@ def _scored(
             ) from None
         raise
     except OutOfMemory as error:  # every trial draws the same images: not this trial's settings
-        hint = f"--set sampling.batch_size={max(1, bench.sampling.batch_size // 2)}"
+        hint = f"--set sampling.batch_size={max(1, bench.evaluator.sampling.batch_size // 2)}"
         raise MachineError(error.message, hint) from None
 
 

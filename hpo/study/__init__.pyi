@@ -1,7 +1,6 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
 from .config import ELSEWHERE as ELSEWHERE
-from .config import MINIATURE_STUDIES as MINIATURE_STUDIES
 from .config import SHIPPED as SHIPPED
 from .config import Inputs as Inputs
 from .config import StudyConfig as StudyConfig
@@ -40,9 +39,9 @@ from .result import read_result as read_result
 from .result import write_params as write_params
 from .result import write_result as write_result
 from .scoring import Say as Say
-from .scoring import check_encoders as check_encoders
-from .scoring import load_encoders as load_encoders
-from .scoring import make_safeguards as make_safeguards
+from .scoring import make_evaluator as make_evaluator
+from .scoring import on_another_base as on_another_base
+from .scoring import plan_scoring as plan_scoring
 from .scoring import prompt_sets as prompt_sets
 from .scoring import reference_paths as reference_paths
 from .scoring import say_notes as say_notes

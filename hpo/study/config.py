@@ -27,13 +27,13 @@ from hpo.study.sections import (
 )
 from hpo.study.space import BASELINE, DERIVED, ZERO_IS_UNSET, Space, settings_of
 from hpo.study.spacefile import read_space
+from trainer.bases import KNOWN_BASES, is_miniature
 from trainer.config import SETTINGS, WITHOUT_INFLUENCE, TrainConfig, check_name, suggestion
 from trainer.errors import ConfigError
 from trainer.files import safe_name
 from trainer.text import clean_text
 
 DEFAULT_STUDY = "sd15-character"
-MINIATURE_STUDIES = {"mini-sd15": "mini", "mini-sdxl": "mini-sdxl"}
 SHIPPED = Path(__file__).parent.parent.parent / "studies"
 # Settings that a study decides elsewhere, and the ones that change no result: not frozen with a study.
 ELSEWHERE = {
@@ -227,7 +227,7 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
 def find_study(spec: str | None, base: str) -> Path:
     """The study file of ``--study``, a path or a name.  The current folder wins over what is shipped."""
     if spec is None:
-        spec = MINIATURE_STUDIES.get(base, DEFAULT_STUDY)
+        spec = (base in KNOWN_BASES and KNOWN_BASES[base].study) or DEFAULT_STUDY
     path = Path(spec)
     if path.suffix == ".toml" and path.is_file():
         return path
@@ -248,8 +248,8 @@ def study_name(given: str | None, definition: str, base: str, data: Path | None)
     """The folder's name under runs/: ``--name``, or one that the same command finds again."""
     if given is not None:
         return safe_name(given, "study name")
-    parts = [base] if base in MINIATURE_STUDIES else []
-    if definition != MINIATURE_STUDIES.get(base):
+    parts = [base] if is_miniature(base) else []
+    if not parts or definition != KNOWN_BASES[base].study:
         parts.append(definition)
     if data is not None:
         parts.append(data.resolve().name)

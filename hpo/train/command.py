@@ -17,7 +17,7 @@ from rich.console import Console
 
 from hpo.train import plan as trainplan
 from hpo.train.samples import file_stem, read_sample_prompts
-from trainer.bases import BLOCKS, block_rates, families
+from trainer.bases import FAMILIES, block_rates, families
 from trainer.config import TrainConfig
 from trainer.data import read_dataset_file, read_training_data
 from trainer.errors import ConfigError
@@ -93,12 +93,12 @@ def _check(config: TrainConfig, family: str | None) -> None:
         block_rates(config, family)
         return
     errors = []
-    for either in BLOCKS:
+    for either in FAMILIES:
         try:
             block_rates(config, either)
         except ConfigError as error:
             errors.append(error)
-    if len(errors) == len(BLOCKS):
+    if len(errors) == len(FAMILIES):
         raise errors[0]
 
 

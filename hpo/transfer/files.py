@@ -18,6 +18,7 @@ import tomlkit
 from hpo.terminal import clock, short
 from hpo.transfer.plan import Derived, SettingMove, TransferPlan
 from hpo.transfer.profile import PRESETS, Profile
+from trainer.bases import is_miniature, published_name
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.files import make_folder, write_atomic
@@ -132,9 +133,7 @@ def shown(value: Any) -> str:
 
 
 def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: str | None) -> list[str]:
-    from trainer.bases import HUB_NAMES
-
-    base = HUB_NAMES.get(profile.family.base, profile.family.base)
+    base = published_name(profile.family.base)
     try:
         found = kohyaexport.to_kohya(
             plan.config,
@@ -153,7 +152,7 @@ def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: s
         kohyaexport.Export({**found.config, **extra}, found.dataset, found.command, found.notes), places.kohya
     )
     said = [f"note: sd-scripts: {note}" for note in found.notes]
-    if profile.family.base.startswith("mini-"):
+    if is_miniature(profile.family.base):
         said.append(f"note: sd-scripts cannot load {profile.family.base}: set pretrained_model_name_or_path")
     return [*said, f"sd-scripts: {found.command}"]
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hpo.study import SHIPPED
-from trainer.bases import BLOCKS
+from trainer.bases import FAMILIES
 from trainer.config import TrainConfig, check_name, check_value, suggestion
 from trainer.errors import ConfigError
 from trainer.text import clean_text
@@ -123,7 +123,7 @@ class Family:
     name: str
     title: str = _word("")
     base: str = _word("")
-    architecture: str = _word("sdxl", tuple(BLOCKS))
+    architecture: str = _word("sdxl", tuple(FAMILIES))
     sources: tuple[str, ...] = ()
     default_profile: str = _word("")
     native_resolution_px: int = _number(1024, 16, 4096)
@@ -204,6 +204,12 @@ def read_family(name: str) -> Family:
     path = _find("families", name, "family", "--to")
     table = _table(path)
     return _checked(path, lambda: _family(path.stem, table))
+
+
+def families_from(source: str) -> list[str]:
+    """The shipped families that settings found on ``source`` can be carried over to."""
+    found = sorted((SHIPPED / "families").glob("*.toml"))
+    return [path.stem for path in found if source in _table(path).get("sources", ())]
 
 
 def read_profile(spec: str) -> Profile:

@@ -24,11 +24,11 @@ from hpo.study import (
     score_of,
 )
 from hpo.transfer.plan import DatasetFigures
-from hpo.transfer.profile import Family
+from hpo.transfer.profile import Family, families_from
+from trainer.bases import detect, is_miniature
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import Dataset, read_training_data
 from trainer.errors import ConfigError
-from trainer.kohya import TrainFile, family_of
 from trainer.text import clean_text
 
 SOURCE_STUDY = "source_study"  # user attribute of a study of probes: where its settings come from
@@ -87,13 +87,9 @@ def is_derived(folder: StudyFolder) -> bool:
 def kind_of_base(folder: StudyFolder) -> str:
     """A study's base as families name their sources: a miniature's own name, else its family."""
     base = str((read_json(folder.facts) or {}).get("base", ""))
-    if not base or base.startswith("mini-"):
+    if not base or is_miniature(base):
         return base
-    try:
-        config = TrainConfig(pretrained_model_name_or_path=base)
-        return family_of(TrainFile(folder.facts, "", config, {}, ""))
-    except ConfigError:
-        return base
+    return detect.family_of_spec(base) or base
 
 
 def _check_base(folder: StudyFolder, family: Family) -> None:
@@ -104,8 +100,8 @@ def _check_base(folder: StudyFolder, family: Family) -> None:
         )
     if kind not in family.sources:
         hint = f"settings for it come from a search on {' or '.join(family.sources)}"
-        if kind == "mini-sd15":
-            hint = "use --to mini-sdxl"
+        if is_miniature(kind) and (targets := families_from(kind)):
+            hint = f"use --to {' or '.join(targets)}"
         raise ConfigError(f"study {folder.name} searched on {clean_text(kind) or 'an unknown base'}: that cannot be "
                           f"carried over to {family.title}", hint)  # fmt: skip
 

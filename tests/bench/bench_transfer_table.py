@@ -143,7 +143,7 @@ def fill(args: argparse.Namespace) -> None:
     folder = StudyFolder(args.work / f"table-{args.subject}")
     bench = load(Inputs("mini-sdxl", args.work / f"data-{args.subject}"), study, folder, print)
     assert bench.confirmation is not None
-    bench = dataclasses.replace(bench, prompts=bench.confirmation)
+    bench.evaluator = bench.evaluator.on(bench.confirmation)
     bench.measure_anchors(print)
     if not any(r["row"] == SCALE and r["subject"] == args.subject for r in read_records(args.file)):
         scale = {key: getattr(bench.anchors, key) for key in ANCHORS}

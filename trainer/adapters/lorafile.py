@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target, inject
 from trainer.adapters.kinds import KINDS
-from trainer.bases import Base
+from trainer.bases import Base, detect
 from trainer.config import TrainConfig
 from trainer.data import Dataset, plan, tag_frequency, warmup_steps
 from trainer.errors import ConfigError, ModelFileError
@@ -107,7 +107,7 @@ def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
     first_rate, second_rate = config.effective_text_encoder_lrs
     values = {
         "ss_v2": False,
-        "ss_base_model_version": base.kohya_base_version,
+        "ss_base_model_version": base.facts.kohya_version,
         "ss_sd_model_name": base.name,
         "ss_network_module": "lycoris.kohya" if config.network_type in ALGORITHMS else "networks.lora",
         "ss_network_dim": config.network_dim,
@@ -202,7 +202,7 @@ def read(path: Path) -> LoraFile:
             "LoRA, LoCon, DoRA, LoHa and LoKr can be attached; Tucker forms, other kinds and full models cannot",
         )
     tensors = load_tensors(path)
-    return LoraFile(path, tensors, header.metadata, _family(header.metadata, header.shapes))
+    return LoraFile(path, tensors, header.metadata, family_of(header.metadata, header.shapes))
 
 
 def attach(base: Base, file: LoraFile) -> Adapter:
@@ -367,29 +367,11 @@ def _ending(name: str) -> str | None:
     return next((ending for ending in ENDINGS if name.endswith(ending)), None)
 
 
-def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """sd15 or sdxl: by kohya's metadata, else by names that only SDXL has, else by the text width it reads."""
-    version = metadata.get("ss_base_model_version", "")
-    if version.startswith("sdxl"):
-        return "sdxl"
-    if version.startswith("sd_v1"):
-        return "sd15"
-    marks = (
-        "lora_te1_",
-        "lora_te2_",
-        "text_encoder_2.",
-        "_input_blocks_",
-        "_middle_block_",
-        "_output_blocks_",
-    )
-    if any(mark in name for name in shapes for mark in marks):
-        return "sdxl"
-    # proj_in is a convolution in SD1.5 and linear in SDXL; cross-attention reads 768 or 2048 wide states
-    readers = ("lora_down.weight", "hada_w1_b")
-    downs = {name: shape for name, shape in shapes.items() if ENDINGS.get(_ending(name) or "") in readers}
-    widths = {shape[-1] for name, shape in downs.items() if "attn2" in name and "to_k" in name and shape}
-    flat = any("proj_in" in n and len(shape) == 2 and ".hada" not in n for n, shape in downs.items())
-    return "sdxl" if flat or 2048 in widths else "sd15"
+def family_of(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The family that a LoRA is for (``detect.family_of_lora``)."""
+    endings = ("lora_down.weight", "hada_w1_b")
+    readers = [name for name in shapes if ENDINGS.get(_ending(name) or "") in endings]
+    return detect.family_of_lora(metadata, shapes, readers)
 
 
 def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> None:
@@ -436,8 +418,8 @@ def _modelspec(base: Base, config: TrainConfig) -> dict[str, str]:
     """The entries that modelspec 1.0.1 requires, and the prediction type."""
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": base.kohya_architecture,
-        "modelspec.implementation": base.kohya_implementation,
+        "modelspec.architecture": base.facts.kohya_architecture,
+        "modelspec.implementation": base.facts.kohya_implementation,
         "modelspec.title": config.output_name,
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else base.prediction_type,

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.bases import FAMILIES
 from trainer.config import TOKEN_LENGTHS, TrainConfig
 from trainer.data.buckets import BucketRules
 from trainer.data.captions import shown
 from trainer.data.survey import Photo, Survey
 
 REFUSED, WARNING, NOTE = "refused", "warning", "note"
-SHORT_SIDE_PX = 768  # SDXL: more than SHORT_SHARE of the images shorter than this is worth a warning
-SHORT_SHARE = 0.3
+SHORT_SHARE = 0.3  # of the images below the family's short_side_px: more of them are worth a warning
 NEAR_BITS = (
     20  # of 256; assumed: a JPEG and a smaller copy stay below it (tests/unit/hpo/cli/test_dataset_check.py)
 )
@@ -58,7 +58,7 @@ class DatasetFinding:
 class Question:
     """What a dataset is checked for.  ``count_tokens`` is the base's tokenizer."""
 
-    family: str  # sd15 or sdxl
+    family: str
     config: TrainConfig
     count_tokens: Callable[[str], int]
     trigger: str | None = None
@@ -124,14 +124,17 @@ def _size(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
             what += f"enlarged up to {largest:.1f} times"
             do = "use larger versions, or set bucket_no_upscale = true to train them at their own size"
         yield DatasetFinding("upscaled", WARNING, what, do, _files(rest))
-    short = [p for p in survey.trained if p.short_px < SHORT_SIDE_PX]
+    facts = FAMILIES[question.family]
+    short_px = facts.short_side_px
+    short = [p for p in survey.trained if short_px and p.short_px < short_px]
     if (
-        question.family == "sdxl"
-        and config.resolution >= 1024
+        short_px is not None
+        and config.resolution >= facts.resolution_px
         and len(short) > SHORT_SHARE * len(survey.trained)
     ):
         share = len(short) / len(survey.trained)
-        what = f"{share:.0%} of the images have a side below {SHORT_SIDE_PX} px; SDXL wants 1024 px and more"
+        what = f"{share:.0%} of the images have a side below {short_px} px; "
+        what += f"{facts.title} wants {facts.resolution_px} px and more"
         do = f"collect larger images until fewer than {SHORT_SHARE:.0%} are this small, or train SD1.5"
         yield DatasetFinding("short-side", WARNING, what, do, _files(short))
 

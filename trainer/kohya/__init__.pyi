@@ -1,5 +1,4 @@
 from . import export as export
-from .family import FAMILIES as FAMILIES
 from .family import family_of as family_of
 from .family import known_family as known_family
 from .read import read_kohya as read_kohya

@@ -30,6 +30,7 @@ from hpo.transfer.probes.design import (
 from hpo.transfer.probes.findings import Findings, Found, read_saved, write_saved
 from hpo.transfer.probes.side import FRACTION, ProbeSide, ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import SideStudy
+from trainer.bases import is_miniature
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, MachineError
 
@@ -131,7 +132,7 @@ class _Probing:
     def _side(
         self, name: str, whole: Mapping[str, TrainConfig], bounds: tuple[float, float], fraction: float
     ) -> ProbeSide:
-        miniature = self.done.profile.family.base.startswith("mini-")
+        miniature = is_miniature(self.done.profile.family.base)
         runs = ShortRuns(
             samples=self.done.plan.figures.samples,
             sampling=self.facts.get("sampling", {}),

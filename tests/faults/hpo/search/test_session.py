@@ -184,7 +184,8 @@ def test_a_deleted_study_is_not_begun_anew_over_its_trials(root: Path, data: Pat
 
 def replaced_prompt(bench: Workbench) -> None:
     first, *rest = bench.prompts.prompts
-    bench.prompts = replace(bench.prompts, prompts=(replace(first, text=first.text + " at night"), *rest))
+    changed = (replace(first, text=first.text + " at night"), *rest)
+    bench.evaluator = bench.evaluator.on(replace(bench.prompts, prompts=changed))
 
 
 def test_a_study_refuses_to_go_on_under_another_prompt_hash(root: Path, data: Path) -> None:

@@ -254,7 +254,7 @@ def test_a_lora_file_that_changed_since_the_search_is_not_rescored(source: Study
 
 def test_other_data_than_the_searchs_is_refused_and_leaves_nothing(source: StudyFolder, data: Path) -> None:
     def other(bench: object) -> None:
-        bench.scorer.sha = "1" * 64  # type: ignore[attr-defined]
+        bench.evaluator.scorer.sha = "1" * 64  # type: ignore[attr-defined]
 
     with pytest.raises(ConfigError, match="began with something else: scorer"):
         run_confirm(source, data, loaded=other)

@@ -298,7 +298,10 @@ def test_regularisation_images_make_no_prompts_and_are_no_training_images_of_the
     (place / "out15/zkw.run/config.json").write_text(json.dumps({**settings, "reg_data_dir": "class"}))
     with_class, _ = judge("out15")
     assert sum(item.is_reg for item in with_class.data.items) > 0
-    assert with_class.prompts == plain.prompts and with_class.confirmation == plain.confirmation
+    assert (
+        with_class.evaluator.prompts == plain.evaluator.prompts
+        and with_class.confirmation == plain.confirmation
+    )
     assert with_class.safeguards.copies.features_TD.equal(plain.safeguards.copies.features_TD)
     assert with_class.watch == plain.watch
 
@@ -312,36 +315,49 @@ def test_limits_that_changed_judge_what_is_drawn_already(
 
     first, _ = judge("out15")
     lora, folder = place / "out15" / "zkw.safetensors", place / "scored"
-    anchors = first.anchors(first.prompts, place / "evaluation")
-    before = first.score(lora, first.prompts, anchors, folder)
+    first.measure_anchors(place / "evaluation")
+    before, by = first.score(lora, folder), first.evaluator
     assert not before.safety.broken
     monkeypatch.setattr(sampling, "_draw", None)  # whatever is drawn from here on fails
+    strict = SafeguardLimits(copy_rate=-1.0, diversity=0.0)
     for changed in (
-        replace(
-            first, safeguards=replace(first.safeguards, limits=SafeguardLimits(copy_rate=-1.0, diversity=0.0))
-        ),
+        replace(first, evaluator=replace(by, safeguards=replace(first.safeguards, limits=strict))),
         replace(first, data=replace(first.data, items=first.data.items[:1])),
-        replace(first, gauges=()),
+        replace(first, evaluator=replace(by, gauges=())),
     ):
-        again = changed.score(lora, changed.prompts, anchors, folder)
+        again = changed.score(lora, folder)
         assert again.value == before.value
         assert again.safety.broken == (("copied",) if changed.safeguards != first.safeguards else ())
-        assert len(again.beside) == len(changed.gauges)
+        assert len(again.beside) == len(changed.evaluator.gauges)
         assert read(folder / "lora.json")["watch"] == changed.watch != first.watch
     metrics = folder / "metrics.json"
     written = metrics.stat().st_mtime_ns
-    assert changed.score(lora, changed.prompts, anchors, folder) == again
+    assert changed.score(lora, folder) == again
     assert metrics.stat().st_mtime_ns == written, "nothing has changed: read, not measured"
+
+
+def test_what_had_to_be_assumed_of_another_model_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a search says it: both make what scores by one function."""
+    from evaluation.gauges import others
+
+    monkeypatch.setattr(others, "self_test", lambda other, say: say(f"warning: {other.name}: assumed"))
+    _, said = judge("out15")
+    assert f"warning: {MINI_CLIP.name}: assumed" in said
 
 
 def test_a_study_can_be_named_to_judge_by(place: Path) -> None:
     (place / "own.toml").write_text(HARMONIC)
     found, said = judge("out15", study="own.toml")
-    assert found.formula.mean == "harmonic" and "judged as own.toml says" in said
-    assert found.sampling.steps == 2, "its own [sampling]"
+    assert found.evaluator.formula.mean == "harmonic" and "judged as own.toml says" in said
+    assert found.evaluator.sampling.steps == 2, "its own [sampling]"
     style, said = judge("out15", study="sd15-style")
-    assert style.formula.mean == "geometric" and "judged as sd15-style says" in said
-    assert style.sampling.steps == 25 and style.likeness.name != found.likeness.name
+    assert style.evaluator.formula.mean == "geometric" and "judged as sd15-style says" in said
+    assert (
+        style.evaluator.sampling.steps == 25
+        and style.evaluator.likeness.name != found.evaluator.likeness.name
+    )
     assert len(style.confirmation.prompts) == 24
     (place / "greedy.toml").write_text(
         STUDY.replace(
@@ -374,11 +390,11 @@ def carried_over(place: Path, output: Path) -> None:
 def test_a_run_with_settings_of_a_study_is_judged_as_the_study_says(place: Path, output: str) -> None:
     carried_over(place, place / output)
     found, said = judge(output)
-    assert found.formula.mean == "harmonic"
+    assert found.evaluator.formula.mean == "harmonic"
     assert "judged as study s, whose settings were carried over to it" in said
-    assert found.safeguards.limits.prior == 100 and len(found.prompts.prompts) == 4
+    assert found.safeguards.limits.prior == 100 and len(found.evaluator.prompts.prompts) == 4
     named, said = judge("out15", study="runs/s")
-    assert named.formula.mean == "harmonic" and "judged as study s" in said
+    assert named.evaluator.formula.mean == "harmonic" and "judged as study s" in said
 
 
 def test_a_second_run_with_another_trigger_is_warned_of(place: Path) -> None:

@@ -40,9 +40,11 @@ FAR, EXACT = -1.0, 1e-5  # 1 − cosine: nothing is as near; the same picture is
 
 def guarded(root: Path, data: Path, pictures: list[Path], near: float, limits: SafeguardLimits) -> Workbench:
     """A tiny bench whose training images are said to be these pictures."""
-    bench = replace(tiny_bench(root, data), prompts=PROMPTS)
-    features_TD = bench.scorer.image_features([read_picture(path).pixels_HW3 for path in pictures])
-    return replace(bench, safeguards=Safeguards((bench.scorer,), Copies(features_TD, near), limits))
+    bench = tiny_bench(root, data)
+    scorer = bench.evaluator.scorer
+    features_TD = scorer.image_features([read_picture(path).pixels_HW3 for path in pictures])
+    safeguards = Safeguards((scorer,), Copies(features_TD, near), limits)
+    return replace(bench, evaluator=replace(bench.evaluator.on(PROMPTS), safeguards=safeguards))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,8 @@ def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
         base_i_P = [
             i if asks else -1.0 for i, asks in zip(bench.anchors.base_i_P, (True, True, False), strict=True)
         ]
-        bench._anchors = replace(bench.anchors, base_i_P=tuple(base_i_P), real_i=-0.5)
+        lower = replace(bench.anchors, base_i_P=tuple(base_i_P), real_i=-0.5)
+        bench.evaluator = bench.evaluator.with_anchors(lower)
     search.run()
     study, folder = open_study(bench.folder), bench.folder.trial(0)
     (trial,) = study.get_trials(deepcopy=False)

@@ -43,10 +43,7 @@ CONFIG = SampleConfig(width_px=64, height_px=64, steps=1, batch_size=2, cfg=1.0)
 
 def evaluate(bench: Workbench, folder: Path) -> Score:
     """What a trial does once it is trained."""
-    return evaluate_adapter(
-        bench.base, bench.prompts, bench.sampling, bench.references, bench.scorer, bench.likeness,
-        bench.anchors, folder, **bench.scoring,
-    )  # fmt: skip
+    return evaluate_adapter(bench.evaluator, folder)
 
 
 def listen(what: Any, method: str) -> list[str]:
@@ -98,7 +95,7 @@ def test_the_scored_text_is_derived_from_the_rendered_one(tmp_path: Path) -> Non
     assert other.hash != same.hash, "a study's scored texts cannot be exchanged unnoticed"
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"))
     bench.measure_anchors(lambda text: None)
-    rendered, scored = listen(bench.base, "encode_text"), listen(bench.scorer, "text_features")
+    rendered, scored = listen(bench.base, "encode_text"), listen(bench.evaluator.scorer, "text_features")
     bench.base.unet.conv_out.weight.data.mul_(1.5)
     evaluate(bench, tmp_path / "trial")
     wanted = [p.text for p in bench.prompts.prompts]
@@ -198,7 +195,7 @@ def test_a_failure_is_a_failure_and_nothing_is_pruned(tmp_path: Path) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'lpips'")
 
-    vars(bench.scorer)["image_features"] = broken
+    vars(bench.evaluator.scorer)["image_features"] = broken
     with pytest.raises(ToolError, match="three trials in a row failed alike"):
         search.run()
     found = open_study(bench.folder).get_trials(deepcopy=False)
