@@ -30,6 +30,8 @@ from trainer.data import (
     DatasetFinding,
     Question,
     Survey,
+    Wish,
+    build,
     findings,
     parts_of,
     read_dataset,
@@ -37,7 +39,7 @@ from trainer.data import (
     survey,
 )
 from trainer.errors import DataError, ToolError
-from trainer.kohya import parse_set
+from trainer.overrides import read_setting
 from trainer.text import clean_text
 
 STYLES = {REFUSED: "bold red", WARNING: "yellow"}
@@ -59,7 +61,7 @@ class DatasetRequest:
     @property
     def config(self) -> TrainConfig:
         return TrainConfig().with_values(
-            {**KNOWN_BASES[self.base].settings, **dict(map(parse_set, self.sets))}
+            {**KNOWN_BASES[self.base].settings, **dict(map(read_setting, self.sets))}
         )
 
     @property
@@ -224,21 +226,8 @@ def arithmetic(steps: Steps, config: TrainConfig, repeats: set[int]) -> list[str
     ]
 
 
-def prepare(
-    source: Path,
-    folder: Path,
-    *,
-    repeats: int,
-    name: str,
-    class_word: str | None,
-    held_out: int,
-    skip_corrupt: bool,
-    echo: Callable[[str], None],
-) -> None:
+def prepare(source: Path, folder: Path, wish: Wish, echo: Callable[[str], None]) -> None:
     """Build the layout and say what was done and what comes next."""
-    from trainer.data import Wish, build
-
-    wish = Wish(name, class_word or "", repeats, held_out, skip_corrupt)
     built = build(source, folder, wish)
     for note in built.notes:
         echo(clean_text(f"note: {note}"))

@@ -1,15 +1,14 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
-from .config import ELSEWHERE as ELSEWHERE
 from .config import SHIPPED as SHIPPED
 from .config import Inputs as Inputs
 from .config import StudyConfig as StudyConfig
 from .config import build_study as build_study
-from .config import check_unchanged as check_unchanged
 from .config import find_study as find_study
 from .config import read_study as read_study
 from .config import study_name as study_name
 from .convergence import ConvergenceVerdict as ConvergenceVerdict
+from .domain import Choice as Choice
 from .folder import IDENTITY as IDENTITY
 from .folder import RUNS as RUNS
 from .folder import STOP as STOP
@@ -47,9 +46,8 @@ from .scoring import reference_paths as reference_paths
 from .scoring import say_notes as say_notes
 from .scoring import subject_items as subject_items
 from .sections import SCORE as SCORE
+from .space import ELSEWHERE as ELSEWHERE
 from .space import NOT_SEARCHABLE as NOT_SEARCHABLE
-from .space import ZERO_IS_UNSET as ZERO_IS_UNSET
-from .space import Choice as Choice
 from .space import settings_of as settings_of
 from .standing import BASELINE as BASELINE
 from .standing import DUPLICATE as DUPLICATE
@@ -71,5 +69,6 @@ from .storage import create_study as create_study
 from .storage import database_errors as database_errors
 from .storage import open_storage as open_storage
 from .storage import open_study as open_study
+from .unchanged import check_unchanged as check_unchanged
 from .use import Use as Use
 from .use import in_use as in_use

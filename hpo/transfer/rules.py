@@ -26,7 +26,8 @@ from hpo.transfer.plan import (
 )
 from hpo.transfer.profile import PRESETS, Profile
 from trainer.bases import block_rates
-from trainer.config import SETTINGS, TrainConfig, suggestion
+from trainer.checks import suggestion
+from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 
 MAPPING_VERSION = "1"  # raised whenever a rule gives another result

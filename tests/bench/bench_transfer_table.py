@@ -73,7 +73,9 @@ def wanted(subjects: Sequence[str] = SUBJECTS) -> list[Cell]:
 
 def hpo(work: Path, *words: str) -> None:
     print("hpo " + " ".join(words), flush=True)
-    subprocess.run([sys.executable, "-c", "from hpo.cli import main; main()", *words], cwd=work, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "from hpo.cli.main import main; main()", *words], cwd=work, check=True
+    )
 
 
 def direct_trials(source_samples: float, probes: int, target_samples: float, cost: float) -> int:

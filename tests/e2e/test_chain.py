@@ -51,7 +51,7 @@ def hpo(place: Path, *words: str) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("OMP_NUM_THREADS", None)  # the chain has the machine to itself, as a user's would
     done = subprocess.run(
-        [sys.executable, "-c", "from hpo.cli import main; main()", *words],
+        [sys.executable, "-c", "from hpo.cli.main import main; main()", *words],
         cwd=place,
         capture_output=True,
         text=True,

@@ -32,7 +32,7 @@ from trainer.bases.families import (
 from trainer.bases.hub import hub_folder
 from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
-from trainer.config import suggestion
+from trainer.checks import suggestion
 from trainer.errors import ModelFileError, first_line
 from trainer.files import sha256_file
 from trainer.tensorfile import PICKLE_ENDINGS, load_tensors, read_header, refuse_pickle

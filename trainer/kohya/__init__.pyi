@@ -4,5 +4,4 @@ from .family import known_family as known_family
 from .read import read_kohya as read_kohya
 from .trainfile import RUN_CONFIG as RUN_CONFIG
 from .trainfile import TrainFile as TrainFile
-from .trainfile import parse_set as parse_set
 from .trainfile import read_train_file as read_train_file

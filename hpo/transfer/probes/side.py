@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.study import ELSEWHERE, NOT_SEARCHABLE, ZERO_IS_UNSET, StudyConfig, build_study
+from hpo.study import ELSEWHERE, NOT_SEARCHABLE, StudyConfig, build_study
 from hpo.transfer import ADAM, MOST_WARMUP, RATE_FREE, ProfileLimits, normalised, updates_of
 from hpo.transfer.probes.design import TRANSFERRED, Probe, Scope
-from trainer.config import SETTINGS, TrainConfig
+from trainer.config import SETTINGS, ZERO_IS_UNSET, TrainConfig
 from trainer.errors import ConfigError
 
 FRACTION = 0.25  # of a whole run's updates: four probes cost one run

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from evaluation.score.formula import Formula
-from evaluation.score.safeguards import SafeguardLimits
+from evaluation.score.limits import SafeguardLimits
 from evaluation.score.score import Score, evaluate_adapter
 from hpo.search.workbench import Workbench, load
 from hpo.study.config import Inputs, find_study, read_study

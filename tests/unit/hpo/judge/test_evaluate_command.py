@@ -311,7 +311,7 @@ def test_limits_that_changed_judge_what_is_drawn_already(
 ) -> None:
     from dataclasses import replace
 
-    from evaluation.score.safeguards import SafeguardLimits
+    from evaluation.score.limits import SafeguardLimits
 
     first, _ = judge("out15")
     lora, folder = place / "out15" / "zkw.safetensors", place / "scored"

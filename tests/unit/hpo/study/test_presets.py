@@ -21,11 +21,12 @@ from hpo.confirm.view import status_lines
 from hpo.search.sampled import SearchLimits
 from hpo.search.summary import summary
 from hpo.search.workbench import Workbench, load
-from hpo.study.config import Inputs, check_unchanged, find_study, read_study
+from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.sections import PRESETS
 from hpo.study.standing import standing
 from hpo.study.storage import open_study
+from hpo.study.unchanged import check_unchanged
 from tests.tiny_search import draw_images, make_search, tiny_bench
 from trainer.bases.miniature import subjects, world
 from trainer.errors import ConfigError, ToolError

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpo.study.space import Choice, Range, Space
+from hpo.study.domain import Choice, Range
+from hpo.study.space import Space
 from hpo.study.spacefile import read_space
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
