@@ -1,8 +1,8 @@
 """Values out of files and command lines, checked: type, range, choice, name – once for everything that is read.
 
-Owns ``Rule``, what it says of a value, and the messages: each gives the value, the rule and what to do.  What a value
-is for, its default and its limits stand where its field is declared (``setting``); what values mean together is said
-by whoever reads them.
+Owns ``Rule``, what it says of a value, and the messages: each gives the value, the rule and what to do.  What
+a value is for, its default and its limits stand where its field is declared (``setting``); what values mean
+together is said by whoever reads them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _WORDS = {
 class Rule:
     """What is known of a value beside its type and default: carried in the dataclass field's metadata.
 
-    Of a list or a table, ``low`` and ``high`` hold for each entry, ``least`` for how many there are, and ``choices``
-    are the whole lists, or the names in a table, that are possible.
+    Of a list or a table, ``low`` and ``high`` hold for each entry, ``least`` for how many there are, and
+    ``choices`` are the whole lists, or the names in a table, that are possible.
     """
 
     doc: str = ""
@@ -121,8 +121,8 @@ def section(body: Any, where: str) -> Mapping[str, Any]:
 
 
 def check(name: str, value: Any, kind: Any, rule: Rule = Rule(), where: str = "") -> Any:
-    """``value`` as its type, or ConfigError with the rule.  A whole float becomes an int where that is wanted, a list
-    a tuple; a whole number stays one where any number will do.
+    """``value`` as its type, or ConfigError with the rule.  A whole float becomes an int where that is
+    wanted, a list a tuple; a whole number stays one where any number will do.
 
     ``kind``: bool, str, int, float, one of them | None, tuple[one of them, ...] or Mapping[str, one of them].
     """

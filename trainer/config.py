@@ -1,7 +1,7 @@
 """TrainConfig: the settings of one training run, possible together, and what follows from them.
 
-Owns the rules that join settings, and derived quantities (whose rate, which timesteps, how many images at once).  The
-settings themselves are ``trainer.settings``'; does not own where values come from (kohya files:
+Owns the rules that join settings, and derived quantities (whose rate, which timesteps, how many images at
+once).  The settings themselves are ``trainer.settings``'; does not own where values come from (kohya files:
 ``trainer.kohya.read``; studies: ``hpo.study.config``) and never imports torch.
 """
 

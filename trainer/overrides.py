@@ -1,8 +1,8 @@
 """``--set KEY=VALUE``: one grammar for every command that takes settings from the command line.
 
-VALUE is written as in TOML: a number, true or false, a "text", a [list] or a {table}; any other word is a text as it
-stands, and ``none`` or nothing leaves the setting unset.  A KEY with a dot (sampling.steps) is a section's, where there
-are any: in a study.  Owns the grammar; what becomes of a value is its command's.
+VALUE is written as in TOML: a number, true or false, a "text", a [list] or a {table}; any other word is a
+text as it stands, and ``none`` or nothing leaves the setting unset.  A KEY with a dot (sampling.steps) is a
+section's, where there are any: in a study.  Owns the grammar; what becomes of a value is its command's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ USUAL = TrainConfig()
 
 
 def read_override(text: str) -> tuple[str, Any]:
-    """KEY and value of ``KEY=VALUE``: None for an unset one, "" for a text setting that is unset.  ConfigError if it
-    has no value, or none that TOML could hold."""
+    """KEY and value of ``KEY=VALUE``: None for an unset one, "" for a text setting that is unset.
+    ConfigError if it has no value, or none that TOML could hold."""
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not key:

@@ -1,7 +1,7 @@
 """Every setting of a training run, once, under kohya's name: type, default, limits and what it is for.
 
-Owns the table.  What settings mean together, and what follows from them, is ``trainer.config``'s; how a value is
-checked against its rule, ``trainer.checks``'.  Never imports torch.
+Owns the table.  What settings mean together, and what follows from them, is ``trainer.config``'s; how a value
+is checked against its rule, ``trainer.checks``'.  Never imports torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SampleConfig: how scored images are drawn.
 
-Owns the values, their defaults and limits, and which samplers there are.  Drawing is ``evaluation.images.sampling``'s;
-nothing of it is loaded here.
+Owns the values, their defaults and limits, and which samplers there are.  Drawing is
+``evaluation.images.sampling``'s; nothing of it is loaded here.
 """
 
 from __future__ import annotations

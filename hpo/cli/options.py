@@ -1,7 +1,7 @@
 """The options that several commands share, each declared once, and the types of their values.
 
-Owns names, types and the help that is the same everywhere; an option whose help differs takes it as an argument.
-Options of one command stand at that command.
+Owns names, types and the help that is the same everywhere; an option whose help differs takes it as an
+argument. Options of one command stand at that command.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A confirmation's proposals: the wanted runs, one after the other, each a searched trial with a seed of its own.
 
-Owns a run's settings and, with ``--rescore-only``, the copy of the searched trial's LoRA file.  Which runs are
-wanted is ``hpo.confirm.wanted``'s.
+Owns a run's settings and, with ``--rescore-only``, the copy of the searched trial's LoRA file.  Which runs
+are wanted is ``hpo.confirm.wanted``'s.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``hpo confirm``: the best few trials once more, with fresh seeds, on the held-out confirmation set.
 
 Owns the study ``NAME__confirm`` beside the search's own folder, and the order of things.  Does not own which
-runs are wanted (``hpo.confirm.wanted``), what a run is (``hpo.confirm.proposals``), its work (``hpo.search``),
-the decision (``hpo.confirm.outcome``) or its words (``hpo.confirm.view``).
+runs are wanted (``hpo.confirm.wanted``), what a run is (``hpo.confirm.proposals``), its work
+(``hpo.search``), the decision (``hpo.confirm.outcome``) or its words (``hpo.confirm.view``).
 
 A run is an ordinary trial of an ordinary Optuna study, so that it is resumed, shown and locked like one; its
 parameters are the searched trial it repeats and its training seed.  No score of the search enters that study.

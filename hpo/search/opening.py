@@ -1,7 +1,7 @@
 """A study in its folder, created or found unchanged, for whoever runs trials there.
 
-Owns the order: folders, database, the facts that must not change, the definition that readers need.  Does not
-own what is written (``hpo.search.workbench``, ``hpo.study.storage``) or what an error takes back (``hpo.study.use``).
+Owns the order: folders, database, the facts that must not change, the definition that readers need.  Does not own
+what is written (``hpo.search.workbench``, ``hpo.study.storage``) or what an error takes back (``hpo.study.use``).
 """
 
 from __future__ import annotations

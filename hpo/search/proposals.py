@@ -29,8 +29,8 @@ class Proposal:
 class Proposals(Protocol):
     """A study's next trial, its settings, and what follows from its result.
 
-    What has an answer here is what most commands answer.  Everything up to ``refusal`` is asked with the study's
-    lock held.
+    What has an answer here is what most commands answer.  Everything up to ``refusal`` is asked with
+    the study's lock held.
     """
 
     noun: str = "trial"  # what the user's lines call one

@@ -1,8 +1,8 @@
 """StudyConfig: what a study is, read from a TOML file and checked before anything is loaded.
 
-Owns what the sections mean together, and where study files are found.  Does not own what ``--set`` does to them
-(``hpo.study.overrides``), parameters (``hpo.study.space``), paths and storage (``hpo.study.folder``) or the work
-(``hpo.search.worker``).
+Owns what the sections mean together, and where study files are found.  Does not own what ``--set`` does to
+them (``hpo.study.overrides``), parameters (``hpo.study.space.space``), paths and storage
+(``hpo.study.folder``) or the work (``hpo.search.worker``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from evaluation.score import Formula, SafeguardLimits
 from hpo.study.overrides import override, shadows
 from hpo.study.sections import PRESETS, PromptSection, SamplingSection, ScorePreset, StudySection
-from hpo.study.space import BASELINE, ELSEWHERE, Space, settings_of
-from hpo.study.spacefile import read_space
+from hpo.study.space.file import read_space
+from hpo.study.space.space import BASELINE, ELSEWHERE, Space, settings_of
 from trainer import checks
 from trainer.bases import KNOWN_BASES, is_miniature
 from trainer.checks import check_known, check_whole, read, suggestion

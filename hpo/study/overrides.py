@@ -1,7 +1,7 @@
 """``--set`` on a study's sections: what it fixes, searches or changes, and what that takes out of the search.
 
-Owns the effect of a value on the sections; the grammar is ``trainer.overrides``', the sections' own checks come after
-(``hpo.study.config``).
+Owns the effect of a value on the sections; the grammar is ``trainer.overrides``', the sections' own
+checks come after (``hpo.study.config``).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from hpo.study.derived import DERIVED
-from hpo.study.space import ELSEWHERE, settings_of
+from hpo.study.space.derived import DERIVED
+from hpo.study.space.space import ELSEWHERE, settings_of
 from trainer.checks import suggestion
 from trainer.config import SETTINGS, TrainConfig, check_name
 from trainer.errors import ConfigError

@@ -1,8 +1,8 @@
 """The sections of a study file that are not settings: what scores a study, its prompts, sampling and limits.
 
 Owns their keys and the presets.  Defaults and limits stand where a value acts: [score] is ``evaluation.score``'s
-Formula, [limits] its SafeguardLimits, [sampling] follows ``evaluation.images``' SampleConfig.  Does not own [train],
-[space] and [baseline] (``hpo.study.config``), nor how a value is checked (``trainer.checks``).
+Formula, [limits] its SafeguardLimits, [sampling] follows ``evaluation.images``' SampleConfig.  Does not own
+[train], [space] and [baseline] (``hpo.study.config``), nor how a value is checked (``trainer.checks``).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Which family a model or a LoRA belongs to, from names, shapes, metadata and configurations – before anything is
-loaded.  The one place that tells; what it is told by are facts of ``families``.
+"""Which family a model or a LoRA belongs to, from names, shapes, metadata and configurations – before
+anything is loaded.  The one place that tells; what it is told by are facts of ``families``.
 
 An unsupported kind is refused by its name; "it did not load" is no answer to a person.
 """
@@ -75,8 +75,8 @@ def configs_of(spec: str) -> BaseConfigs | None:
 
 
 def family_of_spec(spec: str, metadata: Mapping[str, str] = MappingProxyType({})) -> str | None:
-    """The family of a base that may not be here: by its short name, else its files, else the metadata of a LoRA
-    that was trained on it, else what its name is like.  None if nothing tells."""
+    """The family of a base that may not be here: by its short name, else its files, else the metadata of a
+    LoRA that was trained on it, else what its name is like.  None if nothing tells."""
     if spec in KNOWN_BASES:
         return KNOWN_BASES[spec].family
     path = Path(spec).expanduser()

@@ -18,14 +18,7 @@ from typing import Any
 
 import torch
 
-from trainer.bases import (
-    CLASSES,
-    FAMILIES,
-    Base,
-    Parts,
-    detect,
-    empty_network,
-)
+from trainer.bases import CLASSES, FAMILIES, Base, Parts, detect, empty_network
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory import tracing

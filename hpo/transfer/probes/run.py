@@ -19,14 +19,7 @@ from hpo.study import Inputs, StudyFolder, read_json
 from hpo.terminal import say
 from hpo.transfer import MAPPING_VERSION, SOURCE_STUDY
 from hpo.transfer.probes.candidates import NAMES, Candidates
-from hpo.transfer.probes.design import (
-    DEFAULT_DESIGN,
-    DESIGNS,
-    Probe,
-    ProbeScore,
-    find,
-    horizon_shift,
-)
+from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS, Probe, ProbeScore, find, horizon_shift
 from hpo.transfer.probes.findings import Findings, Found, read_saved, write_saved
 from hpo.transfer.probes.side import FRACTION, ProbeSide, ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import SideStudy

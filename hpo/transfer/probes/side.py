@@ -26,8 +26,8 @@ _SAMPLING = ("steps", "cfg", "sampler", "negative")
 class ShortRuns:
     """How every probe of a side is trained and drawn.
 
-    ``samples``: images an epoch sees; ``sampling``, ``words``: as in a study's sections; ``fraction``: of a
-    whole run's updates.
+    ``samples``: images an epoch sees; ``sampling``, ``words``: as in a study's sections; ``fraction``: of
+    a whole run's updates.
     """
 
     samples: int

@@ -26,8 +26,8 @@ from evaluation.score.score import Score, composite, evaluate_adapter
 from hpo.search.sampled import SearchLimits, suggest
 from hpo.search.workbench import Workbench
 from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
-from hpo.study.derived import DERIVED
 from hpo.study.result import FAILED
+from hpo.study.space.derived import DERIVED
 from hpo.study.storage import open_study
 from tests.tiny import tiny_base
 from tests.tiny_search import STUDY, Recorder, draw_images, make_search, tiny_bench

@@ -24,8 +24,8 @@ ASKS = ("startswith", "endswith", "removeprefix", "removesuffix", "find", "get",
 
 
 def asked_words(tree: ast.AST) -> Iterator[int]:
-    """Lines where a family's name decides something: compared, the key of a table, in a list, or a name for one.  As
-    an argument, a default or a word in a text it only names a base to somebody who asks the facts."""
+    """Lines where a family's name decides something: compared, the key of a table, in a list, or a name for
+    one.  As an argument, a default or a word in a text it only names a base to somebody who asks the facts."""
     for node in ast.walk(tree):
         asked: list[ast.AST | None] = []
         match node:

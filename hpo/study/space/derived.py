@@ -1,6 +1,7 @@
 """Derived parameters: quantities that only mean something relative to another setting, and how they become settings.
 
-Owns the mapping there and back, and the limits of each.  Which of them a study searches is ``hpo.study.space``'s.
+Owns the mapping there and back, and the limits of each.  Which of them a study searches is
+``hpo.study.space.space``'s.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.study.domain import Values
+from hpo.study.space.domain import Values
 from trainer.errors import ConfigError
 
 

@@ -1,9 +1,9 @@
 """The search space: which settings are searched, in which ranges, and which TrainConfig a proposal means.
 
-Owns the parameters, the pure mapping from a proposal to settings, its inverse (for the baseline and for a user's own
-configuration) and the check of every edge.  Does not own what a parameter ranges over (``hpo.study.domain``), how a
-relative one becomes a setting (``hpo.study.derived``) or the study file (``hpo.study.config``), and never talks to a
-storage.
+Owns the parameters, the pure mapping from a proposal to settings, its inverse (for the baseline and for a
+user's own configuration) and the check of every edge.  Does not own what a parameter ranges over
+(``hpo.study.space.domain``), how a relative one becomes a setting (``hpo.study.space.derived``) or the study
+file (``hpo.study.config``), and never talks to a storage.
 
 The space is static: every parameter is proposed in every trial, under one name; what has no effect in a trial
 is recorded as inactive and not passed on (a conditional proposal would leave TPE's joint model unannounced).
@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hpo.study.derived import DERIVED
-from hpo.study.domain import Choice, Range, Values
+from hpo.study.space.derived import DERIVED
+from hpo.study.space.domain import Choice, Range, Values
 from trainer.checks import suggestion
 from trainer.config import SETTINGS, WITHOUT_INFLUENCE, ZERO_IS_UNSET, TrainConfig
 from trainer.errors import ConfigError

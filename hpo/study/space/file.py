@@ -1,6 +1,6 @@
 """Reading a study file's [space] section: ranges and choices, each mistake named with what to do about it.
 
-Owns the form of the section.  What parameters mean, and whether their edges are valid, is ``hpo.study.space``.
+Owns the form of the section.  What parameters mean, and whether their edges are valid, is ``hpo.study.space.space``.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpo.study.derived import DERIVED
-from hpo.study.domain import BIG, Choice, Range, Values
-from hpo.study.space import Parameter, Space
+from hpo.study.space.derived import DERIVED
+from hpo.study.space.domain import BIG, Choice, Range, Values
+from hpo.study.space.space import Parameter, Space
 from trainer.checks import Rule, check, suggestion
 from trainer.config import SETTINGS, ZERO_IS_UNSET, check_value
 from trainer.errors import ConfigError

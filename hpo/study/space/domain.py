@@ -1,7 +1,7 @@
 """Domain of a searched quantity: a range of numbers, or a few values that have no order.
 
-Owns what lies in it, its edges, a value's place between them and its form in Optuna.  Which quantity it is of, and
-whether its edges are valid settings, is ``hpo.study.space``'s.
+Owns what lies in it, its edges, a value's place between them and its form in Optuna.  Which quantity it is
+of, and whether its edges are valid settings, is ``hpo.study.space.space``'s.
 """
 
 from __future__ import annotations
