@@ -5,8 +5,8 @@ from . import subsets as subsets
 from .buckets import BucketRules as BucketRules
 from .cache import Prepared as Prepared
 from .captions import LISTED as LISTED
-from .captions import START as START
 from .captions import Moment as Moment
+from .captions import START as START
 from .captions import read_captions as read_captions
 from .captions import shown as shown
 from .dataset import Dataset as Dataset
@@ -16,10 +16,10 @@ from .dataset import epoch_batches as epoch_batches
 from .dataset import read_dataset as read_dataset
 from .dataset import split_references as split_references
 from .dataset import tag_frequency as tag_frequency
-from .findings import REFUSED as REFUSED
-from .findings import WARNING as WARNING
 from .findings import DatasetFinding as DatasetFinding
 from .findings import Question as Question
+from .findings import REFUSED as REFUSED
+from .findings import WARNING as WARNING
 from .findings import findings as findings
 from .folders import parts_of as parts_of
 from .images import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
