@@ -31,6 +31,7 @@ from hpo.study import (
     write_result,
 )
 from hpo.train import StepLog, train_adapter
+from trainer.adapters import COMMENT, CONFIG_KEY, dataset_metadata
 from trainer.config import TrainConfig
 from trainer.errors import Interrupted, MachineError, ModelFileError, OutOfMemory, SettingsFailure, ToolError
 from trainer.files import append_line, read_records, sha256_file, sweep_tree
@@ -137,7 +138,7 @@ def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: 
 
     if folder.lora.is_file():  # trained before, interrupted while scoring
         file = lorafile.read(folder.lora)
-        remedy = _saved_remedy(folder, config, json.loads(file.metadata[lorafile.CONFIG_KEY]))
+        remedy = _saved_remedy(folder, config, json.loads(file.metadata[CONFIG_KEY]))
         return lorafile.attach(bench.base, file), remedy
     remedies = _remedies(folder)  # of a process that was killed: without them it would run out again
     while True:
@@ -205,14 +206,8 @@ def _train(
     )
     try:
         adapter.round_to(config.save_precision)
-        lorafile.write(
-            folder.lora,
-            adapter,
-            bench.base,
-            config,
-            {"ss_training_comment": f"trial {folder.number}"},
-            dataset=bench.data,
-        )
+        known = dataset_metadata(config, bench.data) | {COMMENT: f"trial {folder.number}"}
+        lorafile.write(folder.lora, adapter, config, known)
     except BaseException:
         adapter.remove()
         raise
