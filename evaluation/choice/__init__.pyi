@@ -1,9 +1,9 @@
 from . import checkpoints as checkpoints
+from .checkpoints import SPOILED as SPOILED
+from .checkpoints import UNCHANGED as UNCHANGED
 from .checkpoints import CheckpointChoice as CheckpointChoice
 from .checkpoints import CheckpointPoint as CheckpointPoint
 from .checkpoints import CheckpointVerdict as CheckpointVerdict
-from .checkpoints import SPOILED as SPOILED
-from .checkpoints import UNCHANGED as UNCHANGED
 from .checkpoints import standard_error as standard_error
 from .compare import ANCHORED as ANCHORED
 from .compare import COSINES as COSINES

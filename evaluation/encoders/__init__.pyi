@@ -2,8 +2,8 @@ from . import embed as embed
 from .answers import self_test as self_test
 from .embed import CLIP_MEAN as CLIP_MEAN
 from .embed import CLIP_STD as CLIP_STD
-from .embed import Dinov2Encoder as Dinov2Encoder
 from .embed import FEATURE_BATCH as FEATURE_BATCH
+from .embed import Dinov2Encoder as Dinov2Encoder
 from .embed import ImageEncoder as ImageEncoder
 from .embed import Scorer as Scorer
 from .embed import check_likeness as check_likeness

@@ -3,8 +3,8 @@ from .kinds import CONFIRM_SEEDS as CONFIRM_SEEDS
 from .kinds import KINDS as KINDS
 from .kinds import SEARCH_COUNTS as SEARCH_COUNTS
 from .kinds import SEARCH_SEEDS as SEARCH_SEEDS
-from .prompts import CountTokens as CountTokens
 from .prompts import MAX_TOKENS as MAX_TOKENS
+from .prompts import CountTokens as CountTokens
 from .prompts import Prompt as Prompt
 from .prompts import PromptSet as PromptSet
 from .prompts import generate as generate

@@ -44,8 +44,8 @@ from hpo.study import (
     say_notes,
     subject_items,
 )
-from hpo.train import DATASET_KEY, check_device
-from trainer.adapters import lorafile
+from hpo.train import check_device
+from trainer.adapters import DATASET_KEY, lorafile
 from trainer.bases import Base, compute_type, load_base
 from trainer.data import Dataset
 from trainer.errors import ConfigError, DataError, OutOfMemory

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.study import StudyFolder
+from trainer.adapters import EPOCH, STEPS
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError
 from trainer.kohya import RUN_CONFIG, read_train_file
@@ -192,8 +193,8 @@ def _checkpoint(path: Path) -> Checkpoint:
         metadata = {}
     return Checkpoint(
         path,
-        _whole(named["epoch"] or metadata.get("ss_epoch")),
-        _whole(named["step"] or metadata.get("ss_steps")),
+        _whole(named["epoch"] or metadata.get(EPOCH)),
+        _whole(named["step"] or metadata.get(STEPS)),
         not (named["epoch"] or named["step"]),
     )
 

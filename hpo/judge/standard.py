@@ -30,7 +30,7 @@ from hpo.study import (
     read_study,
     reference_paths,
 )
-from trainer.adapters import lorafile
+from trainer.adapters import CONFIG_KEY, RESOLUTION
 from trainer.bases import Base, is_miniature
 from trainer.config import TrainConfig
 from trainer.data import Dataset, read_picture, read_training_data
@@ -121,7 +121,7 @@ def facts(folder: StudyFolder) -> dict[str, Any]:
 def settings(run: RunFiles, inputs: Inputs, flags: str = "") -> TrainConfig:
     """How it was trained.  A file of another program does not say on which base and images.  ``flags``: the
     end of the options that say it (``-b``)."""
-    foreign = not run.own and lorafile.CONFIG_KEY not in run.metadata()
+    foreign = not run.own and CONFIG_KEY not in run.metadata()
     if foreign and not inputs.base:
         raise ConfigError(
             f"{run.settings} does not say which base model it is for",
@@ -210,7 +210,7 @@ def sampling(run: RunFiles, known: Standard, config: TrainConfig, base: Base) ->
         fields = {f.name for f in dataclasses.fields(SampleConfig)}
         stored = facts(run.study)["sampling"]
         return SampleConfig(**{name: value for name, value in stored.items() if name in fields})
-    said = run.own or not {lorafile.CONFIG_KEY, "ss_resolution"}.isdisjoint(run.metadata())
+    said = run.own or not {CONFIG_KEY, RESOLUTION}.isdisjoint(run.metadata())
     side_px = config.resolution // 8 * 8 if said else base.native_resolution_px
     values = known.study.sample_values() | {"width_px": side_px, "height_px": side_px}
     if not known.steps_apply:

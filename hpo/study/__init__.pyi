@@ -1,7 +1,7 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
-from .config import Inputs as Inputs
 from .config import SHIPPED as SHIPPED
+from .config import Inputs as Inputs
 from .config import StudyConfig as StudyConfig
 from .config import build_study as build_study
 from .config import find_study as find_study
@@ -11,8 +11,8 @@ from .convergence import ConvergenceVerdict as ConvergenceVerdict
 from .folder import IDENTITY as IDENTITY
 from .folder import RUNS as RUNS
 from .folder import STOP as STOP
-from .folder import StudyFolder as StudyFolder
 from .folder import TOTAL as TOTAL
+from .folder import StudyFolder as StudyFolder
 from .folder import TrialFolder as TrialFolder
 from .folder import find_folder as find_folder
 from .folder import read_json as read_json

@@ -28,7 +28,7 @@ from hpo.terminal import Stop
 from hpo.train import memory as runmemory
 from hpo.train.adapter import StepLog, check_device, train_adapter
 from hpo.train.folder import RunFolder, run_folder
-from hpo.train.keeper import DATASET_KEY, Keeper
+from hpo.train.keeper import Keeper
 from hpo.train.ladder import RunLadder
 from hpo.train.placement import Place, load, own_device
 from hpo.train.plan import count_steps
@@ -228,7 +228,7 @@ def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
     """Whether the result is there, with these settings and images.  A file of others is not replaced."""
     if not folder.lora.exists():
         return False
-    from trainer.adapters import CONFIG_KEY, shared_settings
+    from trainer.adapters import CONFIG_KEY, DATASET_KEY, shared_settings
     from trainer.bases import short_name
     from trainer.loop import FREE_SETTINGS
     from trainer.tensorfile import read_header

@@ -11,6 +11,7 @@ from typing import Any
 
 from hpo.transfer.profile import Profile
 from trainer.config import TrainConfig
+from trainer.data import length_of
 
 GRID = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # at most a quarter below the exact value
 REFERENCE_ALPHA = 16.0  # of normalised rates
@@ -103,12 +104,8 @@ def two_digits(value: float) -> float:
 
 
 def updates_of(config: TrainConfig, samples: int) -> int:
-    """Optimizer steps: epochs × ⌈⌈samples / batch⌉ / accumulation⌉.  Buckets may add a few."""
-    if config.max_train_steps is not None:
-        return config.max_train_steps
-    assert config.max_train_epochs is not None
-    batches = math.ceil(samples / config.train_batch_size)
-    return config.max_train_epochs * math.ceil(batches / config.gradient_accumulation_steps)
+    """Optimizer steps, as if all images were of one bucket.  Several may add a few."""
+    return length_of(config, math.ceil(samples / config.train_batch_size)).total_steps
 
 
 def normalised(rate: float, alpha: float) -> float:
@@ -119,7 +116,7 @@ def normalised(rate: float, alpha: float) -> float:
 def derive(config: TrainConfig, result: TrainConfig, figures: DatasetFigures, profile: Profile) -> Derived:
     """What follows from a mapping, or from any two configurations."""
     updates = updates_of(config, figures.samples), updates_of(result, figures.samples)
-    batches = tuple(c.train_batch_size * c.gradient_accumulation_steps for c in (config, result))
+    batches = config.effective_batch_size, result.effective_batch_size
     before, now = config.effective_unet_lr, result.effective_unet_lr
     seconds = None
     if figures.seconds_per_sample is not None:

@@ -1,10 +1,10 @@
 from . import detect as detect
 from . import families as families
+from .base import WINDOW_TOKENS as WINDOW_TOKENS
 from .base import Base as Base
 from .base import Parts as Parts
 from .base import Sizes as Sizes
 from .base import TextStates as TextStates
-from .base import WINDOW_TOKENS as WINDOW_TOKENS
 from .base import compute_type as compute_type
 from .base import plain_alphas_cumprod as plain_alphas_cumprod
 from .blockrates import BlockRates as BlockRates

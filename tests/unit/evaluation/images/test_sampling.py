@@ -210,7 +210,7 @@ def test_the_live_adapter_and_its_file_draw_the_same_bytes(
     rough = sample(base, PROMPTS, CONFIG)
     adapter.round_to(precision)
     live = sample(base, PROMPTS, CONFIG)
-    lorafile.write(tmp_path / "l.safetensors", adapter, base, config)
+    lorafile.write(tmp_path / "l.safetensors", adapter, config)
     adapter.remove()
     attached = lorafile.attach(base, lorafile.read(tmp_path / "l.safetensors"))
     stored = sample(base, PROMPTS, CONFIG)

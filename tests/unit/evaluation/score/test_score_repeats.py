@@ -22,6 +22,7 @@ from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder
 from trainer.adapters import adapter as adapters
 from trainer.adapters import lorafile
+from trainer.adapters.metadata import dataset_metadata
 from trainer.bases.miniature import subjects
 from trainer.loop import loop
 
@@ -73,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         pass
     lora.round_to(config.save_precision)
     file = folder / "lora.safetensors"
-    lorafile.write(file, lora, bench.base, config, {}, dataset=bench.data)
+    lorafile.write(file, lora, config, dataset_metadata(config, bench.data))
     lora.remove()
     unscored = Trained(bench, file, None, folder)  # type: ignore[arg-type]
     yield replace(unscored, first=unscored.score("first", 4))

@@ -32,7 +32,7 @@ from hpo.study.storage import open_study
 from tests.tiny import tiny_base
 from tests.tiny_search import STUDY, Recorder, draw_images, make_search, tiny_bench
 from trainer.adapters.adapter import inject
-from trainer.adapters.lorafile import CONFIG_KEY
+from trainer.adapters.metadata import CONFIG_KEY
 from trainer.config import TrainConfig
 from trainer.errors import InvalidImages, ModelFileError, ToolError
 from trainer.files import read_records
