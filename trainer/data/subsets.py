@@ -59,9 +59,8 @@ WITHOUT_EFFECT = {
     "cache_info": "images are read anew, which is quick",
     "custom_attributes": "sd-scripts hands it to other models only",
 }
-# key → (values that ask for nothing, why anything else is refused)
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "metadata_file": ((), "captions come from files beside the images"),
+# key → (values that ask for nothing, why anything else is refused); sd-scripts takes these in both of its files
+PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
     "random_crop": (
         (False,),
@@ -72,6 +71,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (),
         "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
     ),
+}
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "metadata_file": ((), "captions come from files beside the images"),
+    **PIXELS_REFUSED,
     "network_multiplier": ((1,), "the LoRA is trained at full strength"),
 }
 REPEATS = Rule(low=1, high=MAX_REPEATS)
