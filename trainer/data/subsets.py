@@ -1,8 +1,8 @@
 """Datasets described in a file, in the form of sd-scripts' ``--dataset_config``: general, datasets, subsets.
 
-Owns which of its keys are used, translated, without effect or refused, and the folders it describes.  A
-value is looked up in the subset, then its dataset, then [general], then the run's settings.  Reading images
-and captions is ``trainer.data.dataset``'s.
+Owns which of its keys are used, translated, ignored or refused, and the folders it describes.  A value is
+looked up in the subset, then its dataset, then [general], then the run's settings.  ``trainer.data.dataset``
+reads images and captions.
 """
 
 from __future__ import annotations
