@@ -163,7 +163,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class LoaderPreset:
-    """A named set of wishes (mission S3).  ``kohya`` are keys that only sd-scripts has."""
+    """A named set of memory and data loader settings. ``kohya`` are keys that only sd-scripts has."""
 
     effective_batch_cap: int
     settings: Mapping[str, Any]
@@ -172,7 +172,8 @@ class LoaderPreset:
 
 # What only sd-scripts has, of each preset.
 _LOADER = ("max_data_loader_n_workers", "persistent_data_loader_workers", "lowram")
-# The users' table of presets: accumulation at micro-batch 1, VAE batch, checkpointing; workers, persistent, lowram.
+# Presets for SDXL on 16 GB (assumed): accumulation at micro-batch 1, VAE batch, checkpointing; workers, persistent,
+# lowram.
 PRESETS: Mapping[str, LoaderPreset] = MappingProxyType(
     {
         name: LoaderPreset(
