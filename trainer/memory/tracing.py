@@ -1,15 +1,15 @@
-"""One training step without data: what is allocated and freed, in order, as a CUDA card would do it.
+"""Trace one training step without data: allocations and frees in the order in which CUDA would make them.
 
 The networks are the real ones (diffusers, transformers, PEFT's layers, our adapter and checkpointing code) on
 the meta device, where tensors have shapes and storages but no memory.  Six functions of torch are replaced
-while tracing, because the meta device knows neither autocast nor fused attention: they allocate and save for
-backward what CUDA's kernels under autocast do.  Everything else is torch's own autograd.
+while tracing, because the meta device supports neither autocast nor fused attention. The replacements allocate
+and save for backward what the CUDA kernels under autocast would. Everything else is torch's autograd.
 
-Owns the order and size of allocations of forward and backward.  Does not own weights, optimizer state or what
-an allocator makes of the order (``footprint``, ``allocator``).
+Owns the order and size of allocations of forward and backward.  Does not own weights and optimizer state
+(``footprint``) or the allocator (``allocator``).
 
-Ranks: a trace is made with prime numbers as ranks that divide no other size, so every storage is known to be
-constant, or so many bytes per network_dim or per conv_dim, and one trace serves all ranks.
+Ranks: a trace uses prime numbers as ranks that divide no other size. So the size of every storage is known to
+be constant or proportional to network_dim or conv_dim, and one trace works for all ranks.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
 from trainer.config import TrainConfig
 
-DIM, CONV_DIM = 257, 263  # primes above every latent side and text length, in no channel count
+DIM, CONV_DIM = 257, 263  # primes above every latent side and text length that divide no channel count
 CONSTANT, PER_DIM, PER_CONV_DIM = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Block:
-    """One allocation: ``size_bytes`` as a whole, or per unit of a rank."""
+    """One allocation: ``size_bytes`` in total, or per unit of rank."""
 
     size_bytes: int
     scales_with: int
@@ -52,8 +52,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Trace:
-    """``events``: n ≥ 0 allocates block n, ~n frees it.  ``shapes``: of the adapter's tensors, and whether
-    each got a gradient."""
+    """``events``: n ≥ 0 allocates block n, ~n frees it. ``shapes``: the shapes of the adapter's tensors, and
+    whether each has a gradient."""
 
     blocks: tuple[Block, ...]
     events: tuple[int, ...]
@@ -61,7 +61,7 @@ class Trace:
 
 
 class Recorder(TorchDispatchMode):
-    """Follows every storage from its first tensor to its last."""
+    """Tracks every storage from its first tensor to its last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def see(self, tensor: Tensor, *, is_new: bool = True) -> None:
-        """A tensor exists.  ``is_new = False``: it was there before the step and is not counted."""
+        """Register a tensor. ``is_new = False``: it existed before the step and is not counted."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.known:
@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):
         self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
 
     def workspace(self, size_bytes: int) -> None:
-        """Memory that a kernel uses while it runs."""
+        """Record memory that a kernel uses while it runs."""
         self.events.append(~self._allocate(size_bytes, 1, is_workspace=True))
 
     def _allocate(self, size_bytes: int, element_bytes: int, *, is_workspace: bool = False) -> int:
@@ -117,7 +117,7 @@ def _block(size_bytes: int, elements: int, is_workspace: bool, is_gradient: bool
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """``owner.name`` is ``stand_in`` for a while."""
+    """Temporarily replace ``owner.name`` by ``stand_in``."""
     own = vars(owner).get(name)
     setattr(owner, name, stand_in)
     try:
@@ -126,13 +126,13 @@ def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
         setattr(owner, name, own) if own is not None else delattr(owner, name)
 
 
-# What CUDA's kernels allocate and save.
+# What CUDA kernels allocate and save.
 
 
 class _Product(torch.autograd.Function):
-    """Linear layers and convolutions: saves the input for a trained weight, the weight for an input that
-    needs a gradient.  Convolutions save both whatever is trained (one formula for all gradients in torch's
-    derivatives.yaml), except those of ``trainer.compute.fp8``."""
+    """Linear layers and convolutions: saves the input if the weight is trained, and the weight if the input
+    needs a gradient. Convolutions always save both (torch's derivatives.yaml has one formula for all
+    gradients), except those of ``trainer.compute.fp8``."""
 
     @staticmethod
     def forward(
@@ -170,13 +170,13 @@ class _Product(torch.autograd.Function):
 
 
 def _widened(weight: Tensor, recorder: Recorder) -> Tensor:
-    """An 8-bit weight for one use: twice in fp32 on the way (``trainer.compute.fp8.widened``)."""
+    """An fp8 weight, widened for one use: two fp32 copies exist temporarily (``trainer.compute.fp8.widened``)."""
     recorder.workspace(8 * weight.numel())
     return weight.new_empty(weight.shape)
 
 
 class _Norm(torch.autograd.Function):
-    """Layer and group norm in fp32: saves the input and the two statistics of each row."""
+    """Layer and group norm in fp32: saves the input and two statistics per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: int, weight: Tensor | None) -> Tensor:
@@ -189,8 +189,8 @@ class _Norm(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """FlashAttention 2 (arXiv 2307.08691): saves q, k, v, the output and one fp32 number a row; no L×L
-    matrix.  Backward sums dq in fp32."""
+    """FlashAttention 2 (arXiv 2307.08691): saves q, k, v, the output and one fp32 number per row, but no L×L
+    matrix. Backward accumulates dq in fp32."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: Any) -> Tensor:
@@ -208,8 +208,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _Kernels:
-    """The replaced functions.  ``low``: the autocast type, or None where everything is fp32.  ``fp8``: ids of
-    weights that are kept in 8 bits."""
+    """The replaced functions.  ``low``: the autocast dtype, or None for fp32. ``fp8``: ids of the weights
+    that are stored in fp8."""
 
     def __init__(self, recorder: Recorder, low: torch.dtype | None, fp8: frozenset[int]) -> None:
         self.recorder, self.low, self.fp8 = recorder, low, fp8
@@ -220,7 +220,7 @@ class _Kernels:
             yield name, getattr(self, name)
 
     def end_autocast(self) -> None:
-        """Forward is over: kept casts go, and backward's recomputation keeps none."""
+        """End of the forward pass: cached casts are freed, and recomputation in backward caches none."""
         self.casts = None
 
     def _low(self, tensor: Tensor | None) -> Any:
@@ -278,7 +278,7 @@ class _Kernels:
         return self._norm(x, x.shape[0] * groups, weight)
 
     def _norm(self, x: Tensor, rows: int, weight: Tensor | None) -> Tensor:
-        """CUDA's autocast runs norms in fp32 and leaves their output so (torch docs, amp op reference)."""
+        """CUDA's autocast runs norms in fp32 and returns fp32 (torch docs, amp op reference)."""
         return _Norm.apply(x.float(), rows, None if weight is None else weight.float())
 
     def scaled_dot_product_attention(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -290,7 +290,7 @@ def _axis(value: Any, axis: int) -> int:
 
 
 def _inputs_elsewhere(module: Any, *inputs: Any) -> Any:
-    """``trainer.compute.recompute._with_inputs_in_ram``: what waits there is not on the card."""
+    """Stands in for ``trainer.compute.recompute._with_inputs_in_ram``: the inputs are not on the GPU."""
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (tensor.shape, tensor.dtype),
         lambda facts: torch.empty(facts[0], dtype=facts[1], device="meta"),
@@ -303,7 +303,7 @@ def _inputs_elsewhere(module: Any, *inputs: Any) -> Any:
 
 @dataclass
 class Subject:
-    """A base on the meta device with an adapter in it; without one the U-Net itself is trained."""
+    """A base on the meta device with an injected adapter; without one, the U-Net itself is trained."""
 
     base: Base
     adapter: adapters.Adapter | None
@@ -313,7 +313,7 @@ class Subject:
 
 
 def subject(base: Base, config: TrainConfig) -> Subject:
-    """The adapter of these settings in a base on the meta device."""
+    """A base on the meta device with the adapter of these settings."""
     targets = adapters.targets_of(base, config)
     weights: dict[str, Tensor] = {}
     with torch.device("meta"):
@@ -377,7 +377,7 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
 
 
 def _set_kind(it: Subject, kind: torch.dtype) -> None:
-    """Trained weights as a number type, without gradients; DoRA's magnitudes are always fp32."""
+    """Convert trained weights to a dtype and drop gradients; DoRA magnitudes always stay fp32."""
     fp32 = (
         [] if it.adapter is None else [layer.weights.get(adapters.MAGNITUDE) for layer in it.adapter.layers]
     )
@@ -389,7 +389,7 @@ def _set_kind(it: Subject, kind: torch.dtype) -> None:
 
 
 def text_states(base: Base, config: TrainConfig, batch: int) -> TextStates:
-    """Cached states as they come to the card, or the encoders' own if one of them is trained."""
+    """Cached text states as copied to the GPU, or states from the encoders if one of them is trained."""
     windows = (config.max_token_length or 75) // 75
     if config.trains_text_encoder:
         ids_BWL = torch.zeros((batch, windows, base.caption_tokens + 2), dtype=torch.long)
