@@ -16,7 +16,7 @@ from trainer.bases import KNOWN_BASES
 @click.argument("file", type=PATH)
 @options.as_json("Print JSON, with the full metadata.")
 def inspect(file: Path, as_json: bool) -> None:
-    """Show what a LoRA file contains: kind, modules, ranks, alphas, settings, metadata. Works with
+    """Show what a LoRA file contains. Prints kind, modules, ranks, alphas, settings and metadata. Works with
     files from any tool."""
     calm_libraries()
     import json
