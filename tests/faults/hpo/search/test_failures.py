@@ -13,7 +13,7 @@ import optuna_dashboard
 import pytest
 import torch
 
-import evaluation.score.score
+import evaluation.score
 import hpo.search.trial
 import hpo.search.worker
 import hpo.study.result
@@ -82,7 +82,7 @@ def test_invalid_images_are_the_settings_fault(bench: Workbench, monkeypatch: py
         raise InvalidImages("12 of 16 images are black")
 
     search = make_search(bench, SearchLimits(1))
-    monkeypatch.setattr(evaluation.score.score, "evaluate_adapter", black)
+    monkeypatch.setattr(evaluation.score, "evaluate_adapter", black)
     search.run()
     (trial,) = search.study.get_trials(deepcopy=False)
     assert trial.state.name == "COMPLETE" and trial.constraints["invalid_images"] == 1.0
@@ -157,13 +157,13 @@ def test_a_failed_baseline_is_tried_again(bench: Workbench, monkeypatch: pytest.
 def test_a_score_that_is_not_a_number_never_reaches_the_sampler(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = evaluation.score.score.evaluate_adapter
+    original = evaluation.score.evaluate_adapter
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         return replace(original(*args, **kwargs), value=math.nan)
 
     search = make_search(bench, SearchLimits(1))
-    monkeypatch.setattr(evaluation.score.score, "evaluate_adapter", broken)
+    monkeypatch.setattr(evaluation.score, "evaluate_adapter", broken)
     with pytest.raises(StudyStopped):
         search.run()
     assert {t.state.name for t in search.study.get_trials(deepcopy=False)} == {"FAIL"}
