@@ -22,8 +22,9 @@ from evaluation.images.sampling import default_config
 from evaluation.prompts.prompts import PromptSet, make_prompt
 from evaluation.score.evaluator import Evaluator
 from evaluation.score.formula import Formula
+from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Search, SearchLimits
+from hpo.search.worker import Worker
 from hpo.study.config import Inputs, StudyConfig, build_study
 from hpo.study.folder import TOTAL, StudyFolder, read_json
 from hpo.study.storage import create_study, open_study
@@ -155,7 +156,7 @@ class Recorder:
         self.results.append(result)
 
 
-def make_search(bench: Workbench, limits: SearchLimits, view: Recorder | None = None) -> Search:
+def make_search(bench: Workbench, limits: SearchLimits, view: Recorder | None = None) -> Worker:
     """A worker on the bench's study, created if need be, anchors measured."""
     folder = bench.folder
     folder.locks.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,8 @@ def make_search(bench: Workbench, limits: SearchLimits, view: Recorder | None = 
         study = create_study(folder, bench.facts(), bench.study.objectives)
         study.set_user_attr(TOTAL, limits.trials)
     bench.measure_anchors(lambda text: None)
-    return Search(study, bench, limits, view or Recorder())  # type: ignore[arg-type]
+    view = view or Recorder()
+    return Worker(study, bench, SearchProposals(study, bench, limits, view.say), view)
 
 
 def table(folder: StudyFolder) -> dict[int, tuple[dict[str, Any], float | None]]:

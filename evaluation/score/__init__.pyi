@@ -4,7 +4,7 @@ from .evaluator import make_anchors as make_anchors
 from .formula import CEILING as CEILING
 from .formula import Formula as Formula
 from .formula import composite as composite
-from .safeguards import SafeguardLimits as SafeguardLimits
+from .limits import SafeguardLimits as SafeguardLimits
 from .safeguards import Safeguards as Safeguards
 from .safeguards import Safety as Safety
 from .safeguards import embed_copies as embed_copies

@@ -1,7 +1,7 @@
 """Evaluator: everything that every adapter of a study or a run is sampled and scored with, as one value.
 
-Owns the value, and the measurement that completes it: the anchors, once, on the untrained base.  Does not score
-adapters (``evaluation.score.score``) or say what the anchors mean (``evaluation.score.anchors``).
+Owns the value, and the measurement that completes it: the anchors, once, on the untrained base.  Does not
+score adapters (``evaluation.score.score``) or say what the anchors mean (``evaluation.score.anchors``).
 
 Shapes: N pictures, P prompts, R references, D vector width.
 """
@@ -30,8 +30,8 @@ from trainer.errors import ConfigError, ModelFileError
 class Evaluator:
     """What is sampled, how it is judged, and – once they are measured – the anchors of both.
 
-    ``safeguards`` and ``gauges`` are told beside the score and are no part of it.  An adapter is injected into
-    ``base`` by whoever has it scored, and removed after.
+    ``safeguards`` and ``gauges`` are told beside the score and are no part of it.  An adapter is injected
+    into ``base`` by whoever has it scored, and removed after.
     """
 
     base: Base

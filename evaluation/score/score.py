@@ -93,8 +93,8 @@ class Score:
     beside: tuple[Beside, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """As metrics.json has it.  ``invalid`` is what older versions wrote and ask for; always 0, as pictures
-        that show nothing have no score."""
+        """As metrics.json has it.  ``invalid`` is what older versions wrote and ask for; always 0, as
+        pictures that show nothing have no score."""
         values: dict[str, Any] = {}
         for name, value in asdict(self).items():
             values[name] = value

@@ -15,8 +15,8 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +32,7 @@ from hpo.study import (
     write_result,
 )
 from hpo.train import StepLog, train_adapter
+from trainer.adapters import COMMENT, CONFIG_KEY, dataset_metadata
 from trainer.config import TrainConfig
 from trainer.errors import Interrupted, MachineError, ModelFileError, OutOfMemory, SettingsFailure, ToolError
 from trainer.files import append_line, read_records, sha256_file, sweep_tree
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from evaluation.score import Safety, Score
     from hpo.search.workbench import Workbench
     from trainer.adapters import Adapter
-    from trainer.bases import Base
     from trainer.events import Event
 
 # What is tried when the memory does not suffice, once each and in this order.  Neither changes a result.
@@ -76,7 +76,7 @@ class Watch(Protocol):
 
 def failed(folder: TrialFolder, config: TrainConfig, reason: str, message: str) -> Result:
     """The result of a trial that tells nothing about its settings."""
-    return _result(folder, config, FAILED, None, reason=reason, message=message)
+    return _result(folder, config, _Ending(FAILED, None, reason=reason, message=message))
 
 
 def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
@@ -93,9 +93,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
         raise
     except SettingsFailure as error:
         _log(folder, f"infeasible: {error.reason}: {error}")
-        result = _result(
-            folder,
-            config,
+        ending = _Ending(
             INFEASIBLE,
             INFEASIBLE_VALUE,
             reason=error.reason,
@@ -103,6 +101,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
             remedy=", ".join(_remedies(folder)),
             score=error.score if isinstance(error, BeyondLimit) else None,
         )
+        result = _result(folder, config, ending)
     except ToolError as error:
         _log(folder, f"failed: {error}")
         result = failed(folder, config, type(error).__name__, str(error))
@@ -127,7 +126,8 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
         adapter.remove()
     if not (math.isfinite(score.value) and math.isfinite(score.se)):
         raise ModelFileError(f"the score of trial {folder.number} is {score.value}", "see its metrics.json")
-    result = _result(folder, config, COMPLETE, score.value, score=score, score_seconds=seconds, remedy=remedy)
+    ending = _Ending(COMPLETE, score.value, score=score, score_seconds=seconds, remedy=remedy)
+    result = _result(folder, config, ending)
     _log(folder, f"score {score.value:.6f} ± {score.se:.6f}")
     return result
 
@@ -139,7 +139,7 @@ def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: 
 
     if folder.lora.is_file():  # trained before, interrupted while scoring
         file = lorafile.read(folder.lora)
-        remedy = _saved_remedy(folder, config, json.loads(file.metadata[lorafile.CONFIG_KEY]))
+        remedy = _saved_remedy(folder, config, json.loads(file.metadata[CONFIG_KEY]))
         return lorafile.attach(bench.base, file), remedy
     remedies = _remedies(folder)  # of a process that was killed: without them it would run out again
     while True:
@@ -149,8 +149,6 @@ def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: 
         except OutOfMemory as error:
             another = _next_remedy(config, remedies)
             if another is None:
-                if config.train_batch_size > 1 and config.network_dropout > 0:
-                    _log(folder, "dropout is drawn for a micro-batch as a whole, so it cannot be split")
                 raise
             _log(folder, f"{error}; once more with {another}, which changes no result")
         remedies = (*remedies, another)
@@ -159,13 +157,10 @@ def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: 
 
 
 def _next_remedy(config: TrainConfig, tried: tuple[str, ...]) -> str | None:
-    """What else may be tried without changing the result.
-
-    Dropout is drawn for a micro-batch as a whole: cut, it would be other dropout.
-    """
+    """What else may be tried without changing the result."""
     possible = {
         CHECKPOINTING: not config.gradient_checkpointing,
-        SPLIT: config.train_batch_size > 1 and config.network_dropout == 0,
+        SPLIT: config.images_at_once > 1,
     }
     return next((remedy for remedy, fits in possible.items() if fits and remedy not in tried), None)
 
@@ -199,60 +194,26 @@ def _train(
         if watch.should_stop() and done < total:
             raise Interrupted(f"stopped after encoding image {done} of {total}", "the same command goes on")
 
-    with one_by_one(bench.base, SPLIT in remedies):
-        adapter = train_adapter(
-            bench.base,
-            config,
-            lambda: bench.prepared(config, on_encoded),
-            checkpoints=folder.checkpoints,
-            log=StepLog(folder.steps),
-            on_event=lambda event, _: watch.on_event(event),
-            should_stop=watch.should_stop,
-        )
+    # the batches stay what they are: each is computed in parts of one image (``trainer.loop.stepper``)
+    parts = config.with_values({"micro_batch_size": 1}) if SPLIT in remedies else config
+    adapter = train_adapter(
+        bench.base,
+        parts,
+        lambda: bench.prepared(config, on_encoded),
+        checkpoints=folder.checkpoints,
+        log=StepLog(folder.steps),
+        on_event=lambda event, _: watch.on_event(event),
+        should_stop=watch.should_stop,
+    )
     try:
         adapter.round_to(config.save_precision)
-        lorafile.write(
-            folder.lora,
-            adapter,
-            bench.base,
-            config,
-            {"ss_training_comment": f"trial {folder.number}"},
-            dataset=bench.data,
-        )
+        known = dataset_metadata(config, bench.data) | {COMMENT: f"trial {folder.number}"}
+        lorafile.write(folder.lora, adapter, config, known)
     except BaseException:
         adapter.remove()
         raise
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return adapter
-
-
-@contextmanager
-def one_by_one(base: Base, wanted: bool) -> Iterator[None]:
-    """While training, the U-Net sees one image after another; a micro-batch is otherwise as it was.
-
-    Each image's activations are computed anew when its gradient is, so the memory of one is all that is
-    needed. Cutting the batches themselves would shuffle other samples into each step.
-    """
-    if not wanted:
-        yield
-        return
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    whole = base.predict
-
-    def predict(noisy_BCHW: Any, timesteps_B: Any, states: Any, sizes: Any) -> Any:
-        parts = []
-        for n in range(len(noisy_BCHW)):
-            row = (noisy_BCHW[n : n + 1], timesteps_B[n : n + 1], states.rows([n]), sizes[n : n + 1])
-            parts.append(checkpoint(whole, *row, use_reentrant=False))
-        return torch.cat(parts)
-
-    vars(base)["predict"] = predict
-    try:
-        yield
-    finally:
-        del vars(base)["predict"]
 
 
 def _scored(
@@ -340,28 +301,31 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _result(
-    folder: TrialFolder,
-    config: TrainConfig,
-    state: str,
-    value: float | None,
-    *,
-    score: Score | None = None,
-    score_seconds: float = 0.0,
-    reason: str = "",
-    message: str = "",
-    remedy: str = "",
-) -> Result:
+@dataclass(frozen=True)
+class _Ending:
+    """How a trial's work ended: the state, what Optuna is to be told, and what led there."""
+
+    state: str
+    value: float | None
+    score: Score | None = None
+    score_seconds: float = 0.0
+    reason: str = ""
+    message: str = ""
+    remedy: str = ""
+
+
+def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result:
     rows = list(read_records(folder.steps))
     kept = folder.lora.is_file()
+    score = ending.score
     safety = score.safety if score else None
     return Result(
         number=folder.number,
-        state=state,
-        value=value,
-        se=score.se if score and state == COMPLETE else None,
-        reason=reason,
-        message=clean_text(message),
+        state=ending.state,
+        value=ending.value,
+        se=score.se if score and ending.state == COMPLETE else None,
+        reason=ending.reason,
+        message=clean_text(ending.message),
         config_sha256=config_sha256(config),
         lora=folder.lora.name if kept else "",
         lora_sha256=sha256_file(folder.lora) if kept else "",
@@ -373,8 +337,8 @@ def _result(
         steps=max((row["step"] for row in rows if row.get("event") in ("step", "skipped")), default=0),
         skipped_steps=sum(row.get("event") == "skipped" for row in rows),
         train_seconds=round(sum(row.get("seconds", 0.0) for row in rows), 3),
-        score_seconds=round(score_seconds, 3),
-        remedy=remedy,
+        score_seconds=round(ending.score_seconds, 3),
+        remedy=ending.remedy,
         time_utc=_now(),
         copy_rate=safety.copy_rate if safety else None,
         diversity=safety.diversity if safety else None,

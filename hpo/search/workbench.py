@@ -21,7 +21,6 @@ from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
 from evaluation.score import Anchors, Evaluator, make_anchors
 from hpo.study import (
-    MINIATURE_STUDIES,
     Inputs,
     Say,
     StudyConfig,
@@ -34,11 +33,11 @@ from hpo.study import (
     say_notes,
 )
 from hpo.train import check_device
-from trainer.bases import compute_type, load_base
+from trainer.bases import compute_type, is_miniature, load_base
 from trainer.config import TrainConfig
 from trainer.data import Dataset, cache, preflight, read_dataset, split_references
 from trainer.errors import ConfigError, MachineError
-from trainer.files import atomic_folder, machine_error, write_atomic
+from trainer.files import atomic_folder, make_folder, write_atomic
 
 if TYPE_CHECKING:
     from trainer.bases import Base
@@ -154,7 +153,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     # Up to here everything is cheap; a base can be a download of gigabytes.
     dtype = compute_type(train.mixed_precision, device)
     base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae)
-    if base.native_resolution_px < train.resolution and inputs.base in MINIATURE_STUDIES:
+    if base.native_resolution_px < train.resolution and is_miniature(inputs.base):
         raise ConfigError(
             f"{inputs.base} draws {base.native_resolution_px} px, resolution is {train.resolution}",
             f"use --set resolution={base.native_resolution_px}, or leave out --study",
@@ -184,17 +183,14 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
 
 def demo_data(base: str, folder: StudyFolder) -> Path:
     """The miniature's demo character, for those who bring no images."""
-    if base not in MINIATURE_STUDIES:
+    if not is_miniature(base):
         raise ConfigError(
             "no images are given", "add --data FOLDER (kohya folders, or images with .txt captions)"
         )
     if not folder.data.is_dir():
         from trainer.bases import write_subject
 
-        try:
-            folder.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise machine_error(error, folder.root) from None
+        make_folder(folder.root)
         try:
             with atomic_folder(folder.data) as temporary:
                 write_subject("character", temporary)

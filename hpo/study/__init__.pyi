@@ -1,12 +1,9 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
-from .config import ELSEWHERE as ELSEWHERE
-from .config import MINIATURE_STUDIES as MINIATURE_STUDIES
 from .config import SHIPPED as SHIPPED
 from .config import Inputs as Inputs
 from .config import StudyConfig as StudyConfig
 from .config import build_study as build_study
-from .config import check_unchanged as check_unchanged
 from .config import find_study as find_study
 from .config import read_study as read_study
 from .config import study_name as study_name
@@ -21,8 +18,11 @@ from .folder import find_folder as find_folder
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
 from .locks import Lock as Lock
+from .locks import alone as alone
 from .locks import holder as holder
 from .noise import components as components
+from .optunaparts import set_system_attribute as set_system_attribute
+from .optunaparts import take_up as take_up
 from .promptfiles import read as read
 from .result import COMPLETE as COMPLETE
 from .result import FAILED as FAILED
@@ -45,10 +45,10 @@ from .scoring import reference_paths as reference_paths
 from .scoring import say_notes as say_notes
 from .scoring import subject_items as subject_items
 from .sections import SCORE as SCORE
-from .space import NOT_SEARCHABLE as NOT_SEARCHABLE
-from .space import ZERO_IS_UNSET as ZERO_IS_UNSET
-from .space import Choice as Choice
-from .space import settings_of as settings_of
+from .space.domain import Choice as Choice
+from .space.space import ELSEWHERE as ELSEWHERE
+from .space.space import NOT_SEARCHABLE as NOT_SEARCHABLE
+from .space.space import settings_of as settings_of
 from .standing import BASELINE as BASELINE
 from .standing import DUPLICATE as DUPLICATE
 from .standing import ENQUEUED as ENQUEUED
@@ -69,5 +69,6 @@ from .storage import create_study as create_study
 from .storage import database_errors as database_errors
 from .storage import open_storage as open_storage
 from .storage import open_study as open_study
+from .unchanged import check_unchanged as check_unchanged
 from .use import Use as Use
 from .use import in_use as in_use

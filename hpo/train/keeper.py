@@ -1,20 +1,20 @@
-"""Keeper: what a run of ``hpo train`` saves and draws along the way, and what is written into the files' metadata.
+"""Keeper: what a run of ``hpo train`` saves and samples while it trains.
 
-save_every_n_…, save_last_n_…, sample_every_n_…  The checkpoint that a run goes on from is the loop's.
+save_every_n_…, save_last_n_…, sample_every_n_…  The checkpoint that a run resumes from belongs to the loop.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpo.train.folder import RunFolder
 from hpo.train.plan import count_steps
 from hpo.train.samples import draw_samples
+from trainer.adapters import Saved, dataset_metadata
 from trainer.config import TrainConfig
-from trainer.data import Dataset, tag_frequency
+from trainer.data import Dataset
 from trainer.errors import OutOfMemory
 from trainer.events import Event, Skipped, Step
 from trainer.oom import out_of_memory_named
@@ -24,11 +24,9 @@ if TYPE_CHECKING:
     from hpo.train.samples import SamplePrompt
     from trainer.adapters import Adapter
 
-DATASET_KEY = "lora_hpo_dataset"  # Dataset.content_hash in a LoRA's metadata
-
 
 class Keeper:
-    """Saves and draws along the way: save_every_n_…, save_last_n_…, sample_every_n_…"""
+    """Saves and samples during training: save_every_n_…, save_last_n_…, sample_every_n_…"""
 
     def __init__(
         self,
@@ -46,10 +44,9 @@ class Keeper:
         self.view_say = say
         self.steps = count_steps(config, data)
         self.data = data
-        self._facts = data_metadata(data)
 
     def on_start(self, adapter: Adapter, step: int) -> None:
-        """Before the first step of this call; ``step`` steps are behind."""
+        """Called before the first step of this call; ``step`` steps are done."""
         if step:
             self.view_say(f"going on after step {step} of {self.steps.total_steps}")
         elif self.config.sample_at_first:
@@ -77,13 +74,11 @@ class Keeper:
             self._draw(f"{step:06d}")
 
     def write(self, path: Path, adapter: Adapter, step: int, epoch: int) -> None:
-        """The adapter as a LoRA file, with what is known of the run."""
+        """Save the adapter as a LoRA file with the run's metadata."""
         from trainer.adapters import lorafile
 
-        extra = {**self._facts, "ss_steps": str(step), "ss_epoch": str(epoch)}
-        extra["ss_num_batches_per_epoch"] = str(self.steps.batches_per_epoch)
-        extra["ss_training_comment"] = self.config.training_comment or "None"
-        lorafile.write(path, adapter, self.place.base, self.config, extra, self.data)
+        known = dataset_metadata(self.config, self.data, Saved(step, epoch))
+        lorafile.write(path, adapter, self.config, known)
         if path != self.folder.lora:
             self.view_say(f"saved {path.name}")
 
@@ -93,7 +88,7 @@ class Keeper:
                 path.unlink(missing_ok=True)
 
     def _draw(self, suffix: str) -> None:
-        """Samples never end a run: without memory for them they are left out, and it says so."""
+        """Sampling never ends a run: if memory is not enough for it, samples are skipped with a message."""
         if not self.prompts:
             return
         base, name = self.place.base, f"{self.folder.name}_{suffix}"
@@ -108,20 +103,3 @@ class Keeper:
 
 def _due(number: int, every: int | None) -> bool:
     return every is not None and number > 0 and number % every == 0
-
-
-def data_metadata(data: Dataset) -> dict[str, str]:
-    """What sd-scripts notes of a dataset: counts, folders, and how often each tag occurs (A1111 shows it)."""
-    folders: dict[str, dict[str, int]] = {}
-    for item in data.items:
-        place = item.path.parent.name
-        entry = folders.setdefault(place, {"n_repeats": item.repeats, "img_count": 0})
-        entry["img_count"] += 1
-    facts: Mapping[str, Any] = {
-        "ss_num_train_images": sum(item.repeats for item in data.items if not item.is_reg),
-        "ss_num_reg_images": sum(item.repeats for item in data.items if item.is_reg),
-        "ss_tag_frequency": json.dumps(tag_frequency(data)),
-        "ss_dataset_dirs": json.dumps(folders),
-        DATASET_KEY: data.content_hash,
-    }
-    return {name: str(value) for name, value in facts.items()}

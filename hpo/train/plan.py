@@ -1,11 +1,10 @@
 """What a run of ``hpo train`` will do, before it does it: settings with their sources, and step arithmetic.
 
-Owns ``--dry-run``'s words.  Loads no torch and no weights.
+Owns the text of ``--dry-run``. Loads no torch and no weights.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,15 +16,15 @@ from rich.text import Text
 
 from hpo.terminal import say, short
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import Dataset, assign_buckets, epoch_batches
+from trainer.data import Dataset, assign_buckets, batches_per_epoch, length_of, warmup_steps
 from trainer.kohya import TrainFile
 from trainer.text import clean_text
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Images → samples → batches → optimizer steps.  A sample is one image once; ``buckets`` counts the
-    samples of an epoch by bucket."""
+    """Images → samples → batches → optimizer steps.  A sample is one image, shown once; ``buckets`` counts
+    the samples of an epoch by bucket."""
 
     images: int
     regularisation_images: int
@@ -55,19 +54,13 @@ class Steps:
 
 
 def count_steps(config: TrainConfig, data: Dataset) -> Steps:
-    """The arithmetic of ``trainer.data.steps.plan``, with what goes into it.  Accumulation stays within an epoch."""
+    """The length of a run (``trainer.data.steps``), with what goes into it."""
     buckets = assign_buckets(data.items, config)
     samples: Counter[str] = Counter()
     for item in sorted(data.items, key=lambda item: buckets[item.sha256]):
         samples[str(buckets[item.sha256])] += item.repeats
-    batches = len(epoch_batches(data, buckets, config, 0))
-    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-    if config.max_train_steps is not None:
-        total, epochs = config.max_train_steps, math.ceil(config.max_train_steps / per_epoch)
-    else:
-        assert config.max_train_epochs is not None
-        total, epochs = per_epoch * config.max_train_epochs, config.max_train_epochs
-    warmup = config.lr_warmup_steps
+    batches = batches_per_epoch(config, data, buckets)
+    run = length_of(config, batches)
     whole_epoch = sum(samples.values())
     return Steps(
         images=sum(not item.is_reg for item in data.items),
@@ -75,13 +68,11 @@ def count_steps(config: TrainConfig, data: Dataset) -> Steps:
         samples_per_epoch=whole_epoch,
         buckets=dict(samples),
         batches_per_epoch=batches,
-        steps_per_epoch=per_epoch,
-        epochs=epochs,
-        total_steps=total,
-        warmup_steps=0
-        if config.lr_scheduler == "constant"
-        else int(warmup * total if warmup < 1 else warmup),
-        samples_seen=round(whole_epoch * total / per_epoch),
+        steps_per_epoch=run.steps_per_epoch,
+        epochs=run.total_epochs,
+        total_steps=run.total_steps,
+        warmup_steps=warmup_steps(config, run.total_steps),
+        samples_seen=round(whole_epoch * run.total_steps / run.steps_per_epoch),
     )
 
 
@@ -102,7 +93,7 @@ def as_json(file: TrainFile, data: Dataset | None, output: str) -> dict[str, Any
 
 
 def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -> None:
-    """The dry run for people: every setting with its source, the arithmetic, each line on a key."""
+    """The dry run for people: every setting with its source, the step arithmetic, and a note per key."""
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for name in ("setting", "value", "from"):
         table.add_column(name, overflow="fold")

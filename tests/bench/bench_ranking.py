@@ -33,7 +33,7 @@ from evaluation.score.evaluator import make_anchors
 from hpo.search.workbench import Workbench, load
 from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder
-from hpo.study.space import Choice
+from hpo.study.space.space import Choice
 from tests import ranking
 from trainer.adapters import adapter as adapters
 from trainer.bases.miniature import captions, checker, subjects

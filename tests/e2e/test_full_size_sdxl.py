@@ -67,7 +67,7 @@ config = TrainConfig(resolution=64, enable_bucket=False, network_dim=8, network_
 adapter = inject(base, config)
 events = list(train(config, base, adapter, tiny_prepared(base, config, images=1)))
 adapter.round_to("bf16")
-lorafile.write(Path(out), adapter, base, config)
+lorafile.write(Path(out), adapter, config)
 ours = predicted()
 torch.save({"plain": plain, "ours": ours}, out + ".pt")
 print(json.dumps({

@@ -36,7 +36,8 @@ LIMIT_BYTES = 12 * 10**9
 # scorer's known answers, and anchors that can be told apart.
 MEASURED = """
 import resource, sys
-from hpo.cli import calm_libraries, main
+from hpo.cli.main import main
+from hpo.cli.start import calm_libraries
 calm_libraries()
 from evaluation.anchors import Anchors
 from hpo import workbench

@@ -5,5 +5,15 @@ from .adapter import keyed_generator as keyed_generator
 from .adapter import targets_of as targets_of
 from .kinds import KINDS as KINDS
 from .kinds import NAME as NAME
-from .lorafile import CONFIG_KEY as CONFIG_KEY
-from .lorafile import shared_settings as shared_settings
+from .metadata import BASE_NAME as BASE_NAME
+from .metadata import COMMENT as COMMENT
+from .metadata import CONFIG_KEY as CONFIG_KEY
+from .metadata import DATASET_KEY as DATASET_KEY
+from .metadata import EPOCH as EPOCH
+from .metadata import RESOLUTION as RESOLUTION
+from .metadata import STEPS as STEPS
+from .metadata import Saved as Saved
+from .metadata import dataset_metadata as dataset_metadata
+from .metadata import kohya_settings as kohya_settings
+from .metadata import shared_settings as shared_settings
+from .metadata import tells_training as tells_training

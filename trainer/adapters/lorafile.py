@@ -1,7 +1,7 @@
-"""LoRA files, of every kind of adapter: kohya's and LyCORIS' keys and metadata out; theirs and diffusers' in.
+"""LoRA files, of every kind of adapter: kohya's and LyCORIS' keys out; theirs and diffusers' in.
 
-Owns the file format only.  What is in the file is what was scored: the adapter is rounded to the save
-precision before, and every setting travels in the metadata.  docs/adapters.md says which program reads what.
+Owns the file format only; see ``metadata`` for the metadata. The file holds what was scored, since the
+adapter is rounded to the save precision first.  docs/adapters.md says which program reads what.
 """
 
 from __future__ import annotations
@@ -18,23 +18,14 @@ from torch import Tensor
 
 from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target, inject
 from trainer.adapters.kinds import KINDS
-from trainer.bases import Base
+from trainer.adapters.metadata import own_metadata, training_metadata
+from trainer.bases import Base, detect
 from trainer.config import TrainConfig
-from trainer.data import Dataset, plan, tag_frequency, warmup_steps
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import write_atomic
 from trainer.tensorfile import load_tensors, read_header, to_bytes
 from trainer.text import clean_text
 
-CONFIG_KEY = "lora_hpo_config"
-FOLDERS = (
-    "dataset_config",
-    "reg_data_dir",
-    "conditioning_data_dir",
-    "sample_prompts",
-    "logging_dir",
-    "network_weights",
-)
 SHOWN_KEYS = 5  # how many keys an error names
 # What a tensor's name may end in → the ending that this tool writes.
 ENDINGS = {
@@ -51,7 +42,6 @@ ENDINGS = {
     **{f".{ending}": ending for kind in ("LoHa", "LoKr") for ending in KINDS[kind].endings},
 }
 EXACT = ("alpha", MAGNITUDE)  # kept in fp32: half types cannot hold every alpha, and magnitudes nearly cancel
-ALGORITHMS = {"DoRA": "lora", "LoHa": "loha", "LoKr": "lokr"}  # LyCORIS' names
 
 
 @dataclass(frozen=True)
@@ -64,136 +54,23 @@ class LoraFile:
     family: str
 
 
-def write(
-    path: Path,
-    adapter: Adapter,
-    base: Base,
-    config: TrainConfig,
-    extra_metadata: Mapping[str, str] | None = None,
-    dataset: Dataset | None = None,
-) -> None:
+def write(path: Path, adapter: Adapter, config: TrainConfig, more: Mapping[str, str] | None = None) -> None:
     """Write the adapter as kohya's networks.lora or LyCORIS would, atomically.  Weights in save_precision,
-    alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time. With
-    the ``dataset`` the metadata says how long it was trained on which tags.  No path of this machine gets
-    into the file, since files are shared."""
+    alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time.
+    ``more`` is metadata beside the settings, as ``dataset_metadata``.  No path of this machine gets into the
+    file, since files are shared."""
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
         for key, tensor in _with_unit_scales(adapter.state()).items()
     }
-    training = {
-        **training_metadata(base, config),
-        **(dataset_metadata(config, dataset) if dataset else {}),
-        **(extra_metadata or {}),
-    }
-    metadata = {
-        **training,
-        **_file_hashes(tensors, training),
-        **_modelspec(base, config),
-        CONFIG_KEY: json.dumps(shared_settings(config, base.name)),
-        "lora_hpo_base": base.identity,
-    }
-    write_atomic(path, to_bytes(tensors, metadata))
-
-
-def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
-    """The settings as a LoRA file carries them: of this machine's folders only the names."""
-    values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
-    return values | {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
-
-
-def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
-    """sd-scripts' ss_* entries: readers choose the family by ss_base_model_version and show the rest."""
-    first_rate, second_rate = config.effective_text_encoder_lrs
-    values = {
-        "ss_v2": False,
-        "ss_base_model_version": base.kohya_base_version,
-        "ss_sd_model_name": base.name,
-        "ss_network_module": "lycoris.kohya" if config.network_type in ALGORITHMS else "networks.lora",
-        "ss_network_dim": config.network_dim,
-        "ss_network_alpha": config.network_alpha,
-        "ss_network_dropout": config.network_dropout,
-        "ss_network_args": json.dumps({name: str(value) for name, value in network_args(config).items()}),
-        "ss_output_name": config.output_name,
-        "ss_learning_rate": config.learning_rate,
-        "ss_unet_lr": config.effective_unet_lr,
-        "ss_text_encoder_lr": first_rate if first_rate == second_rate else [first_rate, second_rate],
-        "ss_optimizer": config.optimizer_type,
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_lr_warmup_steps": config.lr_warmup_steps,
-        "ss_max_train_steps": config.max_train_steps,
-        "ss_num_epochs": config.max_train_epochs,
-        "ss_batch_size_per_device": config.train_batch_size,
-        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "ss_gradient_checkpointing": config.gradient_checkpointing,
-        "ss_max_grad_norm": config.max_grad_norm,
-        "ss_mixed_precision": config.mixed_precision,
-        "ss_seed": config.seed,
-        "ss_clip_skip": config.clip_skip,
-        "ss_min_snr_gamma": config.min_snr_gamma,
-        "ss_noise_offset": config.noise_offset,
-        "ss_noise_offset_random_strength": config.noise_offset_random_strength,
-        "ss_adaptive_noise_scale": config.adaptive_noise_scale,
-        "ss_multires_noise_iterations": config.multires_noise_iterations,
-        "ss_multires_noise_discount": config.multires_noise_discount,
-        "ss_ip_noise_gamma": config.ip_noise_gamma,
-        "ss_ip_noise_gamma_random_strength": config.ip_noise_gamma_random_strength,
-        "ss_debiased_estimation": config.debiased_estimation_loss,
-        "ss_loss_type": config.loss_type,
-        "ss_huber_schedule": config.huber_schedule,
-        "ss_huber_c": config.huber_c,
-        "ss_huber_scale": config.huber_scale,
-        "ss_zero_terminal_snr": config.zero_terminal_snr,
-        "ss_scale_weight_norms": config.scale_weight_norms,
-        "ss_prior_loss_weight": config.prior_loss_weight,
-        "ss_max_token_length": config.max_token_length,
-        "ss_caption_dropout_rate": config.caption_dropout_rate,
-        "ss_caption_dropout_every_n_epochs": config.caption_dropout_every_n_epochs,
-        "ss_caption_tag_dropout_rate": config.caption_tag_dropout_rate,
-        "ss_training_comment": config.training_comment,
-        "ss_resolution": f"({config.resolution}, {config.resolution})",
-        "ss_enable_bucket": config.enable_bucket,
-        "ss_shuffle_caption": config.shuffle_caption,
-        "ss_keep_tokens": config.keep_tokens,
-    }
-    return {name: str(value) for name, value in values.items()}
-
-
-def network_args(config: TrainConfig) -> dict[str, object]:
-    """What sd-scripts takes as network_args for these settings: of networks.lora, or of lycoris.kohya."""
-    values: dict[str, object] = {}
-    if config.network_type in ALGORITHMS:
-        values["algo"] = ALGORITHMS[config.network_type]
-    if config.network_type == "DoRA":
-        values |= {"dora_wd": True, "wd_on_output": False}
-    if config.network_type == "LoKr":
-        values["factor"] = config.factor
-    if config.conv_dim is not None:
-        conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
-        values |= {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
-    rates = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
-    names = ("rank_dropout", "module_dropout", *rates)
-    return values | {name: getattr(config, name) for name in names if getattr(config, name)}
-
-
-def dataset_metadata(config: TrainConfig, dataset: Dataset) -> dict[str, str]:
-    """sd-scripts' ss_* entries that depend on the images: the run's length in steps, and how often each tag
-    is in the captions of a folder."""
-    length = plan(config, dataset)
-    values = {
-        "ss_num_train_images": sum(item.repeats for item in dataset.items),
-        "ss_max_train_steps": length.total_steps,
-        "ss_steps": length.total_steps,
-        "ss_num_epochs": length.total_epochs,
-        "ss_epoch": length.total_epochs,
-        "ss_lr_warmup_steps": warmup_steps(config, length.total_steps),
-        "ss_tag_frequency": json.dumps(tag_frequency(dataset), sort_keys=True),
-    }
-    return {name: str(value) for name, value in values.items()}
+    training = {**training_metadata(adapter.base, config), **(more or {})}
+    hashes = _file_hashes(tensors, training)
+    write_atomic(path, to_bytes(tensors, {**training, **hashes, **own_metadata(adapter.base, config)}))
 
 
 def read(path: Path) -> LoraFile:
-    """A LoRA file of any kind, header checked first.  Anything that is not one is refused."""
+    """Read a LoRA file of any kind, checking the header first. Anything else is refused."""
     header = read_header(path)
     foreign = [name for name in header.shapes if _ending(name) is None]
     if foreign or not header.shapes:
@@ -202,7 +79,7 @@ def read(path: Path) -> LoraFile:
             "LoRA, LoCon, DoRA, LoHa and LoKr can be attached; Tucker forms, other kinds and full models cannot",
         )
     tensors = load_tensors(path)
-    return LoraFile(path, tensors, header.metadata, _family(header.metadata, header.shapes))
+    return LoraFile(path, tensors, header.metadata, family_of(header.metadata, header.shapes))
 
 
 def attach(base: Base, file: LoraFile) -> Adapter:
@@ -264,7 +141,7 @@ def attach(base: Base, file: LoraFile) -> Adapter:
 def begin(base: Base, config: TrainConfig) -> Adapter:
     """The adapter that training begins with: a fresh one, or the weights of network_weights.
 
-    ConfigError if the file is of other modules, ranks or alphas than the settings: nothing is padded or cut.
+    Raises ConfigError if the file has other modules, ranks or alphas than the settings. Nothing is padded or cut.
     """
     if not config.network_weights:
         return inject(base, config)
@@ -367,29 +244,11 @@ def _ending(name: str) -> str | None:
     return next((ending for ending in ENDINGS if name.endswith(ending)), None)
 
 
-def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """sd15 or sdxl: by kohya's metadata, else by names that only SDXL has, else by the text width it reads."""
-    version = metadata.get("ss_base_model_version", "")
-    if version.startswith("sdxl"):
-        return "sdxl"
-    if version.startswith("sd_v1"):
-        return "sd15"
-    marks = (
-        "lora_te1_",
-        "lora_te2_",
-        "text_encoder_2.",
-        "_input_blocks_",
-        "_middle_block_",
-        "_output_blocks_",
-    )
-    if any(mark in name for name in shapes for mark in marks):
-        return "sdxl"
-    # proj_in is a convolution in SD1.5 and linear in SDXL; cross-attention reads 768 or 2048 wide states
-    readers = ("lora_down.weight", "hada_w1_b")
-    downs = {name: shape for name, shape in shapes.items() if ENDINGS.get(_ending(name) or "") in readers}
-    widths = {shape[-1] for name, shape in downs.items() if "attn2" in name and "to_k" in name and shape}
-    flat = any("proj_in" in n and len(shape) == 2 and ".hada" not in n for n, shape in downs.items())
-    return "sdxl" if flat or 2048 in widths else "sd15"
+def family_of(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The family that a LoRA is for (``detect.family_of_lora``)."""
+    endings = ("lora_down.weight", "hada_w1_b")
+    readers = [name for name in shapes if ENDINGS.get(_ending(name) or "") in endings]
+    return detect.family_of_lora(metadata, shapes, readers)
 
 
 def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> None:
@@ -429,18 +288,6 @@ def _file_hashes(tensors: dict[str, Tensor], training: Mapping[str, str]) -> dic
     return {
         "sshs_model_hash": hashlib.sha256(content[8 + header :]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }
-
-
-def _modelspec(base: Base, config: TrainConfig) -> dict[str, str]:
-    """The entries that modelspec 1.0.1 requires, and the prediction type."""
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": base.kohya_architecture,
-        "modelspec.implementation": base.kohya_implementation,
-        "modelspec.title": config.output_name,
-        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
-        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else base.prediction_type,
     }
 
 

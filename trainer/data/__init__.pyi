@@ -12,7 +12,6 @@ from .captions import shown as shown
 from .dataset import Dataset as Dataset
 from .dataset import Item as Item
 from .dataset import assign_buckets as assign_buckets
-from .dataset import epoch_batches as epoch_batches
 from .dataset import read_dataset as read_dataset
 from .dataset import split_references as split_references
 from .dataset import tag_frequency as tag_frequency
@@ -27,10 +26,13 @@ from .images import read_picture as read_picture
 from .layout import Wish as Wish
 from .layout import build as build
 from .steps import Plan as Plan
+from .steps import batches_per_epoch as batches_per_epoch
+from .steps import length_of as length_of
 from .steps import plan as plan
 from .steps import total_steps as total_steps
 from .steps import warmup_steps as warmup_steps
 from .subsets import OWN_KEYS as OWN_KEYS
+from .subsets import PIXELS_REFUSED as PIXELS_REFUSED
 from .subsets import RUN_KEYS as RUN_KEYS
 from .subsets import Subset as Subset
 from .subsets import is_dataset_table as is_dataset_table

@@ -20,10 +20,20 @@ class Plan:
 
 
 def plan(config: TrainConfig, images: dataset.Dataset, buckets: Any = None) -> Plan:
-    """Steps and epochs of a run.  Accumulation stays within an epoch: its last group may be smaller."""
+    """Steps and epochs of a run."""
+    return length_of(config, batches_per_epoch(config, images, buckets))
+
+
+def batches_per_epoch(config: TrainConfig, images: dataset.Dataset, buckets: Any = None) -> int:
+    """Batches of an epoch: each is of one bucket, so the last of a bucket may be smaller."""
     if buckets is None:
         buckets = dataset.assign_buckets(images.items, config)
-    batches = len(dataset.epoch_batches(images, buckets, config, 0))
+    return len(dataset.epoch_batches(images, buckets, config, 0))
+
+
+def length_of(config: TrainConfig, batches: int) -> Plan:
+    """Steps and epochs of a run with so many batches an epoch: ⌈batches / accumulation⌉ steps each, or
+    max_train_steps in all.  Accumulation stays within an epoch: its last group may be smaller."""
     per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     if config.max_train_steps is not None:
         return Plan(per_epoch, config.max_train_steps, math.ceil(config.max_train_steps / per_epoch))

@@ -6,20 +6,19 @@ value came from.  Reading sd-scripts' keys is ``trainer.kohya.read``'s, datasets
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.config import SETTINGS, TrainConfig, check_name
+from trainer.adapters import BASE_NAME, CONFIG_KEY, kohya_settings, tells_training
+from trainer.config import SETTINGS, TrainConfig
 from trainer.data import is_dataset_table, read_dataset_file
 from trainer.errors import ConfigError, ModelFileError
 from trainer.kohya.keys import NO_KOHYA_DEFAULT
 from trainer.kohya.read import KohyaFile, from_kohya, from_own, is_kohya
+from trainer.overrides import read_setting
 from trainer.text import clean_text
 from trainer.tomlfile import flat, read_table
 
@@ -73,26 +72,9 @@ def read_train_file(
     dataset_path = dataset or (Path(file.config.dataset_config) if file.config.dataset_config else None)
     if dataset_path and "train_data_dir" not in (places or {}):
         file = _with_dataset(file, dataset_path)
-    given = {name: (value, "--set") for name, value in map(parse_set, sets)}
+    given = {name: (value, "--set") for name, value in map(read_setting, sets)}
     given |= {name: (value, "command line") for name, value in (places or {}).items()}
     return _without_lost_prompts(_filled(_with_values(file, given)))
-
-
-def parse_set(text: str) -> tuple[str, Any]:
-    """``key=value`` with the value as in TOML; what is no TOML is a text.  ConfigError for unknown names."""
-    name, equals, raw = text.partition("=")
-    name, raw = name.strip(), raw.strip()
-    if not equals or not name:
-        raise ConfigError(
-            f"--set {clean_text(text)!r} has no value", "write --set key=value, as --set network_dim=16"
-        )
-    check_name(name)
-    if raw in ("", "none", "None"):
-        return name, "" if isinstance(getattr(TrainConfig(), name), str) else None
-    try:
-        return name, tomllib.loads(f"value = {raw}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return name, raw
 
 
 def _read(path: Path) -> TrainFile:
@@ -244,81 +226,10 @@ def _without_lost_prompts(file: TrainFile) -> TrainFile:
 
 # LoRA files
 
-# kohya's metadata → the key of a configuration file.
-_METADATA = {
-    "ss_output_name": "output_name",
-    "ss_learning_rate": "learning_rate",
-    "ss_unet_lr": "unet_lr",
-    "ss_text_encoder_lr": "text_encoder_lr",
-    "ss_gradient_checkpointing": "gradient_checkpointing",
-    "ss_gradient_accumulation_steps": "gradient_accumulation_steps",
-    "ss_lr_warmup_steps": "lr_warmup_steps",
-    "ss_lr_scheduler": "lr_scheduler",
-    "ss_network_module": "network_module",
-    "ss_network_dim": "network_dim",
-    "ss_network_alpha": "network_alpha",
-    "ss_network_dropout": "network_dropout",
-    "ss_mixed_precision": "mixed_precision",
-    "ss_full_fp16": "full_fp16",
-    "ss_v2": "v2",
-    "ss_clip_skip": "clip_skip",
-    "ss_max_token_length": "max_token_length",
-    "ss_seed": "seed",
-    "ss_lowram": "lowram",
-    "ss_cache_latents": "cache_latents",
-    "ss_noise_offset": "noise_offset",
-    "ss_noise_offset_random_strength": "noise_offset_random_strength",
-    "ss_multires_noise_iterations": "multires_noise_iterations",
-    "ss_multires_noise_discount": "multires_noise_discount",
-    "ss_adaptive_noise_scale": "adaptive_noise_scale",
-    "ss_zero_terminal_snr": "zero_terminal_snr",
-    "ss_max_grad_norm": "max_grad_norm",
-    "ss_caption_dropout_rate": "caption_dropout_rate",
-    "ss_caption_dropout_every_n_epochs": "caption_dropout_every_n_epochs",
-    "ss_caption_tag_dropout_rate": "caption_tag_dropout_rate",
-    "ss_face_crop_aug_range": "face_crop_aug_range",
-    "ss_prior_loss_weight": "prior_loss_weight",
-    "ss_min_snr_gamma": "min_snr_gamma",
-    "ss_scale_weight_norms": "scale_weight_norms",
-    "ss_ip_noise_gamma": "ip_noise_gamma",
-    "ss_ip_noise_gamma_random_strength": "ip_noise_gamma_random_strength",
-    "ss_debiased_estimation": "debiased_estimation_loss",
-    "ss_loss_type": "loss_type",
-    "ss_huber_schedule": "huber_schedule",
-    "ss_huber_scale": "huber_scale",
-    "ss_huber_c": "huber_c",
-    "ss_fp8_base": "fp8_base",
-    "ss_fp8_base_unet": "fp8_base_unet",
-    "ss_training_comment": "training_comment",
-    "ss_batch_size_per_device": "train_batch_size",
-    "ss_resolution": "resolution",
-    "ss_enable_bucket": "enable_bucket",
-    "ss_min_bucket_reso": "min_bucket_reso",
-    "ss_max_bucket_reso": "max_bucket_reso",
-    "ss_bucket_no_upscale": "bucket_no_upscale",
-    "ss_keep_tokens": "keep_tokens",
-    "ss_keep_tokens_separator": "keep_tokens_separator",
-    "ss_shuffle_caption": "shuffle_caption",
-    "ss_color_aug": "color_aug",
-    "ss_flip_aug": "flip_aug",
-    "ss_random_crop": "random_crop",
-}
-# Entries of a dataset in ss_datasets → the key of a configuration file.
-_DATASET_METADATA = {
-    "batch_size_per_device": "train_batch_size",
-    "resolution": "resolution",
-    "enable_bucket": "enable_bucket",
-    "min_bucket_reso": "min_bucket_reso",
-    "max_bucket_reso": "max_bucket_reso",
-}
-_SUBSET_METADATA = ("shuffle_caption", "keep_tokens", "color_aug", "flip_aug", "random_crop")
-_TEXTS = frozenset({"output_name", "network_module", "lr_scheduler", "mixed_precision", "training_comment"})
-
 
 def _read_lora(path: Path) -> TrainFile:
     """The settings in a LoRA's metadata: ours if they are there, else sd-scripts'."""
-    from trainer.adapters import CONFIG_KEY  # loads torch
-    from trainer.tensorfile import read_header
+    from trainer.tensorfile import read_header  # loads torch
 
     metadata = read_header(path).metadata
     if CONFIG_KEY in metadata:
@@ -327,7 +238,7 @@ def _read_lora(path: Path) -> TrainFile:
         except ValueError:
             raise ModelFileError(f"the settings in {path} are damaged", "give a TOML file") from None
         return _from_saved(path, "a LoRA of this tool", values)
-    if not any(name in metadata for name in _METADATA):
+    if not tells_training(metadata):
         raise ModelFileError(
             f"{path} does not say how it was trained", "its metadata was removed; write a TOML file instead"
         )
@@ -337,76 +248,7 @@ def _read_lora(path: Path) -> TrainFile:
         f"{name}: the metadata does not tell it"
         for name in ("train_data_dir", "caption_extension", "save_precision")
     ]
-    base = metadata.get("ss_sd_model_name", "None")
+    base = metadata.get(BASE_NAME, "None")
     if base != "None":
         notes.append(f"{ITS_BASE} {clean_text(base)[:80]}: name it with --base")
     return replace(file, without_effect=(*file.without_effect, *notes))
-
-
-def kohya_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """sd-scripts' metadata as the keys of its configuration file."""
-    settings: dict[str, Any] = {}
-    for name, key in _METADATA.items():
-        if name in metadata:
-            settings[key] = metadata[name] if key in _TEXTS else _value(metadata[name])
-    settings |= _dataset_settings(metadata.get("ss_datasets", ""))
-    settings |= _length(metadata)
-    settings["optimizer_type"], arguments = _optimizer(metadata.get("ss_optimizer", ""))
-    if arguments:
-        settings["optimizer_args"] = arguments
-    settings["network_args"] = [f"{k}={v}" for k, v in _json(metadata.get("ss_network_args", "")).items()]
-    side = settings.get("resolution")
-    if isinstance(side, tuple | list):
-        settings["resolution"] = ",".join(str(part) for part in side)
-    if settings.get("text_encoder_lr") == []:
-        settings["text_encoder_lr"] = None
-    return {name: value for name, value in settings.items() if value not in (None, "None", "")}
-
-
-def _length(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The steps that were asked for; sd-scripts keeps the epochs they came to beside them."""
-    steps = _value(metadata.get("ss_max_train_steps", "None"))
-    if steps is not None:
-        return {"max_train_steps": steps}
-    return {"max_train_epochs": _value(metadata.get("ss_num_epochs", "None"))}
-
-
-def _dataset_settings(text: str) -> dict[str, Any]:
-    """Settings of the first dataset in ss_datasets."""
-    try:
-        datasets = json.loads(text) if text else []
-    except ValueError:
-        datasets = []
-    if not isinstance(datasets, list) or not datasets or not isinstance(datasets[0], dict):
-        return {}
-    first = datasets[0]
-    found = {key: first[name] for name, key in _DATASET_METADATA.items() if name in first}
-    subsets = first.get("subsets")
-    if isinstance(subsets, list) and subsets and isinstance(subsets[0], dict):
-        found |= {name: subsets[0][name] for name in _SUBSET_METADATA if name in subsets[0]}
-    return found
-
-
-def _optimizer(text: str) -> tuple[str | None, list[str]]:
-    """``bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1,betas=(0.9, 0.99))`` → its name and arguments."""
-    match = re.fullmatch(r"([\w.]+)(?:\((.*)\))?", text.strip(), re.DOTALL)
-    if match is None:
-        return None, []
-    arguments = re.findall(r"(\w+)=((?:\([^)]*\)|\[[^]]*\]|[^,()])+)", match[2] or "")
-    return match[1].rpartition(".")[2], [f"{name}={value.strip()}" for name, value in arguments]
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if text and text != "None" else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _value(text: str) -> Any:
-    """A value as sd-scripts writes it into metadata: Python's own text form."""
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text

@@ -17,8 +17,9 @@ import evaluation.score
 import hpo.search.trial
 import hpo.search.worker
 import hpo.study.result
+from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Search, SearchLimits
+from hpo.search.worker import Worker
 from hpo.study.convergence import ConvergenceVerdict
 from hpo.study.folder import STOP, read_json
 from hpo.study.storage import open_study
@@ -252,7 +253,7 @@ def pretend(
             level, 2, 4, 8, 0, points[0].value, 0.1, 0.0, 0.1, 0.1, 0.1, 0.0, top, True, 0.0, here
         )  # fmt: skip
 
-    monkeypatch.setattr(hpo.search.worker.convergence, "detect", detect)
+    monkeypatch.setattr(hpo.search.sampled.convergence, "detect", detect)
 
 
 def test_stop_when_converged_ends_the_search_and_leaves_the_alert(
@@ -300,7 +301,7 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path
     whole = make_search(tiny_bench(tmp_path / "whole", images), SearchLimits(7))
     whole.run()
     for trials in (2, 5, 7):
-        parts: Search = make_search(tiny_bench(tmp_path / "parts", images), SearchLimits(trials))
+        parts: Worker = make_search(tiny_bench(tmp_path / "parts", images), SearchLimits(trials))
         parts.run()
     proposals = [[t.params for t in s.study.get_trials(deepcopy=False)] for s in (whole, parts)]
     assert proposals[0] == proposals[1]

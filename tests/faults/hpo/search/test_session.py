@@ -19,8 +19,8 @@ import hpo.search.claim
 import hpo.search.session
 import hpo.search.worker
 import hpo.study.storage
+from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import Workbench
-from hpo.search.worker import SearchLimits
 from hpo.study.folder import STOP, StudyFolder
 from hpo.study.storage import begun_study, open_study
 from tests.faults.zygote import attempt, finish, start
@@ -154,8 +154,8 @@ def killed_after(place: str, root: Path, data: Path) -> None:
     [
         "study.storage._write_ahead",
         "study.storage.open_storage",
-        "search.session.create_study",
-        "search.session._open",
+        "search.opening.create_study",
+        "search.session.opened",
     ],
 )
 def test_a_kill_before_the_study_has_begun_does_not_block_its_name(

@@ -53,7 +53,7 @@ def written(base, path, kind, **values):
     randomise(adapter)
     adapter.round_to(config.save_precision)
     predicted, state = prediction(base), adapter.state()
-    lorafile.write(path, adapter, base, config)
+    lorafile.write(path, adapter, config)
     adapter.remove()
     return predicted, state
 

@@ -50,7 +50,7 @@ def exported(base, tmp_path, **values):
     adapter.round_to(config.save_precision)
     states, predicted = prediction(base)
     path = tmp_path / "lora.safetensors"
-    lorafile.write(path, adapter, base, config)
+    lorafile.write(path, adapter, config)
     adapter.remove()
     return path, states, predicted
 

@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from evaluation.images.images import SampledImage, invalid_reason
-from evaluation.images.sampling import (
-    SampleConfig,
-    chunk_size,
-    default_config,
-    file_name,
-    generator,
-    initial_noise,
-    sample,
-)
+from evaluation.images.sampling import chunk_size, default_config, file_name, generator, initial_noise, sample
+from evaluation.images.settings import SampleConfig
 from evaluation.prompts.prompts import Prompt, PromptSet
 from tests.tiny import tiny_base, tiny_config
 from trainer.adapters import lorafile
@@ -217,7 +210,7 @@ def test_the_live_adapter_and_its_file_draw_the_same_bytes(
     rough = sample(base, PROMPTS, CONFIG)
     adapter.round_to(precision)
     live = sample(base, PROMPTS, CONFIG)
-    lorafile.write(tmp_path / "l.safetensors", adapter, base, config)
+    lorafile.write(tmp_path / "l.safetensors", adapter, config)
     adapter.remove()
     attached = lorafile.attach(base, lorafile.read(tmp_path / "l.safetensors"))
     stored = sample(base, PROMPTS, CONFIG)

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.prompts.kinds import CONFIRM_COUNTS, CONFIRM_SEEDS, SEARCH_COUNTS
 from evaluation.prompts.prompts import (
-    CONFIRM_COUNTS,
-    CONFIRM_SEEDS,
-    SEARCH_COUNTS,
     Prompt,
     PromptSet,
     generate,

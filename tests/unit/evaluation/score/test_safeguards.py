@@ -13,15 +13,8 @@ from evaluation.encoders.vectors import Vectors
 from evaluation.images.images import SampledImage
 from evaluation.prompts.prompts import Prompt, PromptSet
 from evaluation.score.anchors import Anchors
-from evaluation.score.safeguards import (
-    Copies,
-    SafeguardLimits,
-    Safeguards,
-    diversity,
-    embed_copies,
-    scene_encoders,
-    vendi,
-)
+from evaluation.score.limits import SafeguardLimits
+from evaluation.score.safeguards import Copies, Safeguards, diversity, embed_copies, scene_encoders, vendi
 from tests.tiny_search import tiny_study
 from trainer.bases.miniature.subjects import write_subject
 from trainer.data.images import read_picture

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from evaluation.encoders.references import References, embed_references
 from evaluation.images.images import SampledImage
-from evaluation.images.sampling import SampleConfig, sample
+from evaluation.images.sampling import sample
+from evaluation.images.settings import SampleConfig
 from evaluation.prompts.prompts import Prompt, PromptSet
 from evaluation.score.anchors import Anchors
 from evaluation.score.evaluator import Evaluator, make_anchors, measure_anchors

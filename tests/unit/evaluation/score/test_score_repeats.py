@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 from evaluation.score.formula import Formula
-from evaluation.score.safeguards import SafeguardLimits
+from evaluation.score.limits import SafeguardLimits
 from evaluation.score.score import Score, evaluate_adapter
 from hpo.search.workbench import Workbench, load
 from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder
 from trainer.adapters import adapter as adapters
 from trainer.adapters import lorafile
+from trainer.adapters.metadata import dataset_metadata
 from trainer.bases.miniature import subjects
 from trainer.loop import loop
 
@@ -73,7 +74,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         pass
     lora.round_to(config.save_precision)
     file = folder / "lora.safetensors"
-    lorafile.write(file, lora, bench.base, config, {}, dataset=bench.data)
+    lorafile.write(file, lora, config, dataset_metadata(config, bench.data))
     lora.remove()
     unscored = Trained(bench, file, None, folder)  # type: ignore[arg-type]
     yield replace(unscored, first=unscored.score("first", 4))

@@ -12,11 +12,12 @@ import torch
 from click.testing import CliRunner, Result
 
 from evaluation.prompts.prompts import PromptSet, make_prompt
-from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, SafeguardLimits, Safeguards
+from evaluation.score.limits import SafeguardLimits
+from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, Safeguards
 from evaluation.score.score import read_score
 from hpo.cli.main import main
+from hpo.search.sampled import SearchLimits as Length
 from hpo.search.workbench import Workbench
-from hpo.search.worker import SearchLimits as Length
 from hpo.study.folder import read_json
 from hpo.study.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
 from hpo.study.standing import standing

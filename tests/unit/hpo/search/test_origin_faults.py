@@ -18,20 +18,21 @@ import torch
 
 from evaluation.encoders.embed import default_scorer, load_scorer
 from evaluation.gauges.preference import check_preference
-from evaluation.images.sampling import SampleConfig, initial_noise, sample
-from evaluation.prompts.prompts import SEARCH_SEEDS, Prompt, PromptSet, generate, make_prompt
+from evaluation.images.sampling import initial_noise, sample
+from evaluation.images.settings import SampleConfig
+from evaluation.prompts.kinds import SEARCH_SEEDS
+from evaluation.prompts.prompts import Prompt, PromptSet, generate, make_prompt
 from evaluation.score.score import Score, composite, evaluate_adapter
-from hpo.search.claim import suggest
+from hpo.search.sampled import SearchLimits, suggest
 from hpo.search.workbench import Workbench
-from hpo.search.worker import SearchLimits
 from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
 from hpo.study.result import FAILED
-from hpo.study.space import DERIVED
+from hpo.study.space.derived import DERIVED
 from hpo.study.storage import open_study
 from tests.tiny import tiny_base
 from tests.tiny_search import STUDY, Recorder, draw_images, make_search, tiny_bench
 from trainer.adapters.adapter import inject
-from trainer.adapters.lorafile import CONFIG_KEY
+from trainer.adapters.metadata import CONFIG_KEY
 from trainer.config import TrainConfig
 from trainer.errors import InvalidImages, ModelFileError, ToolError
 from trainer.files import read_records

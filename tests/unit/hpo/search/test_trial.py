@@ -3,24 +3,25 @@ seen is its settings'."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from evaluation.images import images
 from evaluation.images.images import Unchanged
-from hpo.search.trial import one_by_one, run_trial
+from hpo.search.trial import run_trial
 from hpo.search.workbench import Workbench
 from hpo.study.result import write_params
 from tests.tiny_search import Recorder, draw_images, tiny_bench, tiny_study
 from trainer.adapters import adapter as adapters
 from trainer.config import TrainConfig
 from trainer.errors import Interrupted, MachineError
-from trainer.files import read_records
-from trainer.loop import loop
+from trainer.files import append_line, read_records
 
 
 @pytest.fixture
@@ -37,41 +38,46 @@ def settings(bench: Workbench, **values: Any) -> TrainConfig:
 
 
 class SmallCard:
-    """Refuses to train more than one image at once."""
+    """Refuses to train more than one image at once, or even one."""
 
-    def __init__(self, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, bench: Workbench, monkeypatch: pytest.MonkeyPatch, fits: int = 1) -> None:
         forward = bench.base.unet.forward
 
         def limited(sample: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(sample) > 1 and torch.is_grad_enabled():
+            if len(sample) > fits and torch.is_grad_enabled():
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return forward(sample, *args, **kwargs)
 
         monkeypatch.setattr(bench.base.unet, "forward", limited)
 
 
-def trained(bench: Workbench, config: TrainConfig, split: bool) -> dict[str, torch.Tensor]:
-    adapter = adapters.inject(bench.base, config)
-    try:
-        with one_by_one(bench.base, split):
-            for _ in loop.train(config, bench.base, adapter, bench.prepared(config)):
-                pass
-        return adapter.state()
-    finally:
-        adapter.remove()
+def lora_of(bench: Workbench, number: int, config: TrainConfig) -> tuple[str, dict[str, torch.Tensor]]:
+    """(the remedy that a trial needed, the weights in its LoRA)."""
+    folder = bench.folder.trial(number)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    result = run_trial(bench, folder, config, Recorder())
+    assert result.state == "complete"
+    return result.remedy, load_file(folder.lora)
 
 
-def test_image_by_image_the_same_weights_are_trained(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "dropout", [{}, {"network_dropout": 0.3}, {"rank_dropout": 0.3, "module_dropout": 0.1}]
+)
+def test_image_by_image_the_same_lora_is_trained(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, dropout: dict[str, float]
 ) -> None:
-    config = settings(bench, gradient_accumulation_steps=2)
-    whole = trained(bench, config, split=False)
+    bench.measure_anchors(lambda text: None)
+    config = settings(bench, gradient_accumulation_steps=2, save_precision="float", **dropout)
+    remedy, whole = lora_of(bench, 0, config)
+    assert remedy == ""
     SmallCard(bench, monkeypatch)
-    for recompute in (False, True):
-        split = trained(bench, config.with_values({"gradient_checkpointing": recompute}), split=True)
+    recomputing = config.with_values({"gradient_checkpointing": True})
+    for number, settled in ((1, config), (2, recomputing)):
+        remedy, split = lora_of(bench, number, settled)
+        assert remedy.endswith("single images")
+        assert split.keys() == whole.keys()
         for key, weight in whole.items():
             torch.testing.assert_close(split[key], weight, rtol=1e-3, atol=1e-5)
-    assert "predict" not in vars(bench.base)
 
 
 def test_out_of_memory_is_tried_with_checkpointing_then_image_by_image(
@@ -83,13 +89,11 @@ def test_out_of_memory_is_tried_with_checkpointing_then_image_by_image(
     assert (result.state, result.remedy) == ("complete", "gradient_checkpointing, single images")
 
 
-def test_dropout_is_never_split_and_the_remedy_of_an_infeasible_trial_is_kept(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    SmallCard(bench, monkeypatch)
-    result = run_trial(bench, bench.folder.trial(0), settings(bench, network_dropout=0.1), Recorder())
+def test_the_remedy_of_an_infeasible_trial_is_kept(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    SmallCard(bench, monkeypatch, fits=0)
+    result = run_trial(bench, bench.folder.trial(0), settings(bench), Recorder())
     assert (result.state, result.reason, result.remedy) == (
-        "infeasible", "out_of_memory", "gradient_checkpointing",
+        "infeasible", "out_of_memory", "gradient_checkpointing, single images",
     )  # fmt: skip
 
 
@@ -111,6 +115,24 @@ def test_an_interrupted_trial_goes_on_with_the_remedy_that_it_needed(
     assert len(after) == before == 2  # it did not run out of memory again
     steps = [row["step"] for row in read_records(folder.steps) if row["event"] == "step"]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_checkpoint_of_whole_batches_goes_on_image_by_image(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.measure_anchors(lambda text: None)
+    view, folder = Recorder(), bench.folder.trial(0)
+    view.stop = True
+    with pytest.raises(Interrupted):
+        run_trial(bench, folder, settings(bench), view)
+    remedies = ["gradient_checkpointing", "single images"]
+    append_line(folder.starts, json.dumps({"event": "remedy", "remedies": remedies}))
+    SmallCard(bench, monkeypatch)
+    view.stop = False
+    result = run_trial(bench, folder, settings(bench), view)
+    assert (result.state, result.remedy) == ("complete", ", ".join(remedies))
+    steps = [row["step"] for row in read_records(folder.steps) if row["event"] == "step"]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 1
 
 
 @pytest.fixture

@@ -18,14 +18,15 @@ from evaluation.gauges.gauge import LikenessGauge
 from evaluation.score.formula import Formula, composite
 from evaluation.score.score import Score, evaluate_adapter, read_score
 from hpo.confirm.view import status_lines
+from hpo.search.sampled import SearchLimits
 from hpo.search.summary import summary
 from hpo.search.workbench import Workbench, load
-from hpo.search.worker import SearchLimits
-from hpo.study.config import Inputs, check_unchanged, find_study, read_study
+from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.sections import PRESETS
 from hpo.study.standing import standing
 from hpo.study.storage import open_study
+from hpo.study.unchanged import check_unchanged
 from tests.tiny_search import draw_images, make_search, tiny_bench
 from trainer.bases.miniature import subjects, world
 from trainer.errors import ConfigError, ToolError

@@ -11,6 +11,10 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer.adapters import lorafile
 from trainer.adapters.adapter import inject
+from trainer.adapters.metadata import (
+    CONFIG_KEY,
+    dataset_metadata,
+)
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError
 from trainer.tensorfile import to_bytes
@@ -29,7 +33,7 @@ def written(base, path, **values):
     adapter = inject(base, config)
     randomise(adapter)
     adapter.round_to(config.save_precision)
-    lorafile.write(path, adapter, base, config, {"ss_tag_frequency": "{}"})
+    lorafile.write(path, adapter, config, {"ss_tag_frequency": "{}"})
     state = adapter.state()
     adapter.remove()
     return state, config
@@ -94,7 +98,7 @@ def test_the_metadata_is_what_kohyas_readers_look_for(family, version, architect
     required = {"sai_model_spec", "architecture", "implementation", "title", "resolution"}
     assert required <= {name.removeprefix("modelspec.") for name in found if name.startswith("modelspec.")}
     shared = {"pretrained_model_name_or_path": base.name, "train_data_dir": ""}
-    assert TrainConfig(**json.loads(found[lorafile.CONFIG_KEY])) == config.with_values(shared)
+    assert TrainConfig(**json.loads(found[CONFIG_KEY])) == config.with_values(shared)
 
 
 def test_no_path_of_this_machine_gets_into_the_file(tmp_path):
@@ -109,7 +113,7 @@ def test_the_metadata_says_how_long_it_was_trained_on_which_tags(tmp_path):
     config = tiny_config(conv_dim=2, lr_warmup_steps=0.5)
     adapter = inject(base, config)
     dataset = tiny_prepared(base, config, images=4, repeats=3).dataset
-    lorafile.write(tmp_path / "a.safetensors", adapter, base, config, dataset=dataset)
+    lorafile.write(tmp_path / "a.safetensors", adapter, config, dataset_metadata(config, dataset))
     found = metadata(tmp_path / "a.safetensors")
     assert found["ss_num_train_images"] == "12"
     assert found["ss_max_train_steps"] == found["ss_steps"] == "12"
@@ -289,7 +293,7 @@ def test_training_can_begin_with_the_weights_of_a_file(kind, tmp_path):
             weight.add_(0.01 * (number % 7 + 1))
     first.round_to("float")
     path = tmp_path / "first.safetensors"
-    lorafile.write(path, first, base, config)
+    lorafile.write(path, first, config)
     deltas = {layer.target.key: layer.delta().detach().clone() for layer in first.layers}
     first.remove()
     again = lorafile.begin(base, config.with_values({"network_weights": str(path), "seed": 4}))

@@ -95,7 +95,7 @@ def test_a_lora_on_an_8_bit_base_learns_and_its_file_is_an_ordinary_one(kind, ow
         prepared = tiny_prepared(base, config)
         events = list(train(config.with_values({"fp8_base": eight_bit}), base, adapter, prepared))
         assert all(event.grad_norm > 0 for event in events if isinstance(event, Step))
-        lorafile.write(tmp_path / f"{eight_bit}.safetensors", adapter, base, config)
+        lorafile.write(tmp_path / f"{eight_bit}.safetensors", adapter, config)
         states.append(adapter.state())
         adapter.remove()
     plain, eight = (lorafile.read(tmp_path / f"{name}.safetensors") for name in (False, True))

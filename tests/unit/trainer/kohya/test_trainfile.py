@@ -14,6 +14,7 @@ import torch
 
 from tests.places import ROOT
 from tests.tiny_search import draw_images
+from trainer.adapters.metadata import kohya_settings
 from trainer.bases.blockrates import block_rates
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import subsets
@@ -22,7 +23,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.kohya import export as kohyaexport
 from trainer.kohya import settingsdoc
 from trainer.kohya.keys import KNOWN_KEYS, OURS_ALONE
-from trainer.kohya.trainfile import TrainFile, kohya_settings, read_train_file
+from trainer.kohya.trainfile import TrainFile, read_train_file
 from trainer.loop.optim import OPTIMIZERS
 
 KOHYA = """

@@ -353,6 +353,6 @@ def test_sdxl_trains_with_everything_at_once(tmp_path: Path):
         assert any(key.startswith(prefix) for key in moved), prefix
     path = tmp_path / "lora.safetensors"
     adapter.round_to("bf16")
-    lorafile.write(path, adapter, base, config)
+    lorafile.write(path, adapter, config)
     adapter.remove()
     assert len(lorafile.attach(tiny_base("sdxl"), lorafile.read(path)).layers) > 0
