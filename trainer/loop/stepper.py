@@ -77,14 +77,13 @@ class Stepper:
     def __init__(
         self,
         config: TrainConfig,
-        base: Base,
         adapter: Adapter,
         prepared: Prepared,
         ranks: Ranks = ALONE,
         begun: Moment = START,
     ) -> None:
         self.config = config
-        self.base = base
+        self.base = base = adapter.base
         self.adapter = adapter
         self.prepared = prepared
         self.ranks = ranks
