@@ -1,8 +1,8 @@
 """predict(): the peak GPU memory of a training step, part by part, without a GPU and without weights.
 
-Owns what is on the card beside the traced step (base, adapter, gradients, optimizer state, CUDA's own memory)
-and how a step's order of allocations becomes a peak.  ``tracing`` makes that order, ``allocator`` replays it,
-``stacks`` chooses settings that fit.  All sizes in bytes; GB in texts are 10⁹ bytes.
+Owns what is on the card beside the traced step (base, adapter, gradients, optimizer state, CUDA's own memory).
+``tracing`` makes the order of allocations, ``replay`` makes a peak of it, ``stacks`` chooses settings that fit.
+All sizes in bytes; GB in texts are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from trainer.bases import (
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory import tracing
-from trainer.memory.allocator import CachingAllocator
+from trainer.memory.recorder import CONV_DIM, DIM
+from trainer.memory.replay import Held, Peak, replay
 from trainer.oom import CUDA_CONTEXT_BYTES
 from trainer.tensorfile import read_header, refuse_pickle
 
@@ -118,37 +119,29 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
     adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
     updated = [shape for shape, is_updated in shapes if is_updated]
-    base = base_bytes(config, facts)
     state = [optimizer_bytes(config.optimizer_type, shape) for shape in updated]
     update = [4 * _count(shape) for shape in updated] if config.full_bf16 else []
     if config.cpu_offload:
         state, update = [], [*update, *state]
-    replay = _replay(found, dim, conv_dim, base, adapter, state, update, accumulates(config))
-    return _footprint(replay, base, adapter, state, bucket, config.images_at_once)
+    held = Held(base_bytes(config, facts), adapter, state, update, accumulates(config))
+    return _footprint(replay(found, (dim, conv_dim), held), held, bucket, config.images_at_once)
 
 
-def _footprint(
-    replay: _Replay,
-    base: Mapping[str, int],
-    adapter: list[int],
-    state: list[int],
-    bucket_px: tuple[int, int],
-    images_at_once: int,
-) -> Footprint:
+def _footprint(peak: Peak, held: Held, bucket_px: tuple[int, int], images_at_once: int) -> Footprint:
     parts = {
-        **{f"base: {name}": size for name, size in base.items()},
-        "adapter": sum(adapter),
-        "optimizer state": sum(state),
-        "gradients": replay.gradients,
-        "activations": replay.activations,
-        "workspace": replay.workspace + CUBLAS_BYTES,
+        **{f"base: {name}": size for name, size in held.base.items()},
+        "adapter": sum(held.adapter),
+        "optimizer state": sum(held.state),
+        "gradients": peak.gradients,
+        "activations": peak.activations,
+        "workspace": peak.workspace + CUBLAS_BYTES,
         "rounding and fragmentation": 0,
         "CUDA context": CUDA_CONTEXT_BYTES,
     }
-    reserved = replay.reserved + CUBLAS_BYTES
-    peak = reserved + CUDA_CONTEXT_BYTES
-    parts["rounding and fragmentation"] = peak - sum(parts.values())
-    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
+    reserved = peak.reserved + CUBLAS_BYTES
+    whole = reserved + CUDA_CONTEXT_BYTES
+    parts["rounding and fragmentation"] = whole - sum(parts.values())
+    return Footprint(parts, whole, peak.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
 
 
 def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
@@ -159,8 +152,8 @@ def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
     found = _trace(facts, settings, bucket, is_full=True)
     state = [optimizer_bytes(config.optimizer_type, shape) for shape, _ in found.shapes]
     weights = {"unet": 4 * sum(_count(shape) for shape, _ in found.shapes)}
-    replay = _replay(found, 1, 1, weights, [], state, [], accumulates(config))
-    return _footprint(replay, weights, [], state, bucket, config.images_at_once)
+    held = Held(weights, [], state, [], accumulates(config))
+    return _footprint(replay(found, (1, 1), held), held, bucket, config.images_at_once)
 
 
 # What is on the card beside the step
@@ -237,75 +230,8 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _at_rank(shape: tuple[int, ...], dim: int, conv_dim: int) -> tuple[int, ...]:
-    ranks = {tracing.DIM: dim, tracing.CONV_DIM: conv_dim}
+    ranks = {DIM: dim, CONV_DIM: conv_dim}
     return tuple(ranks.get(side, side) for side in shape)
-
-
-# Replaying a step
-
-
-@dataclass(frozen=True)
-class _Replay:
-    allocated: int
-    reserved: int
-    activations: int
-    gradients: int
-    workspace: int
-
-
-def _replay(
-    found: tracing.Trace,
-    dim: int,
-    conv_dim: int,
-    base: Mapping[str, int],
-    adapter: list[int],
-    state: list[int],
-    update: list[int],
-    is_accumulated: bool,
-) -> _Replay:
-    """Two steps through the allocator: the optimizer's state comes after the first.  With accumulation the
-    gradients of the micro-batch before are there, and new ones go once they are added.  ``update``: what is
-    there only while the optimizer works – bf16 weights and gradients as fp32, state from RAM."""
-    allocator = CachingAllocator()
-    sizes = [block.bytes_at(dim, conv_dim) for block in found.blocks]
-    for size in (*base.values(), *adapter):
-        allocator.allocate(size)
-    peak = {"activations": 0, "gradients": 0, "workspace": 0}
-    highest = 0
-    gradients: list[int] = []
-    for step in range(2):
-        if is_accumulated:
-            gradients = [
-                allocator.allocate(s) for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient
-            ]
-        kept = (
-            sum(s for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient) if is_accumulated else 0
-        )
-        live = {"activations": 0, "gradients": kept, "workspace": 0}
-        handles: dict[int, int] = {}
-        for event in found.events:
-            number = event if event >= 0 else ~event
-            block = found.blocks[number]
-            part = "gradients" if block.is_gradient else "workspace" if block.is_workspace else "activations"
-            if event >= 0:
-                handles[number] = allocator.allocate(sizes[number])
-                live[part] += sizes[number]
-                if step and allocator.allocated > highest:
-                    highest, peak = allocator.allocated, dict(live)
-                if not (is_accumulated and block.is_gradient):
-                    continue
-            if number in handles:
-                allocator.free(handles.pop(number))
-                live[part] -= sizes[number]
-        if not step:
-            for size in state:
-                allocator.allocate(size)
-        during = [allocator.allocate(size) for size in update]
-        if step and allocator.allocated > highest:
-            peak = {**live, "workspace": sum(update)}
-        for handle in (*during, *handles.values(), *gradients):
-            allocator.free(handle)
-    return _Replay(allocator.peak_allocated, allocator.reserved, **peak)
 
 
 # Traces, made once each
@@ -329,11 +255,11 @@ _DECIDES_A_TRACE = (
 
 def _traced_settings(config: TrainConfig) -> TrainConfig:
     """The settings that decide the order of a step's allocations; all others at one value."""
-    ranks: dict[str, Any] = {"network_dim": tracing.DIM}
+    ranks: dict[str, Any] = {"network_dim": DIM}
     if config.network_type == "LoKr":
         ranks = {"network_dim": config.network_dim, "conv_dim": config.conv_dim}
     elif config.conv_dim is not None:
-        ranks["conv_dim"] = tracing.CONV_DIM
+        ranks["conv_dim"] = CONV_DIM
     values = {name: getattr(config, name) for name in _DECIDES_A_TRACE}
     first, second = config.effective_text_encoder_lrs
     values |= {
