@@ -10,23 +10,24 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from trainer.bases import detect
 from trainer.bases.base import Base, Parts
 from trainer.bases.clipbpe import clip_tokenizer
-from trainer.bases.load import CONFIGS, FAMILIES, TEXT_ENCODERS
+from trainer.bases.families import FAMILIES
+from trainer.bases.load import CLASSES
 
 
 def meta_base(family: str) -> Base:
     """Every module of the published base, on the meta device."""
-    config = {path.parent.name: detect.read_json(path) for path in (CONFIGS / family).glob("*/*.json")}
+    config = {path.parent.name: detect.read_json(path) for path in FAMILIES[family].configs.glob("*/*.json")}
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     with init_empty_weights():
         encoders = tuple(
             kind(CLIPTextConfig.from_dict(config[name]))
-            for kind, name in zip(kinds, TEXT_ENCODERS[family], strict=False)
+            for kind, name in zip(kinds, FAMILIES[family].text_encoders, strict=False)
         )
         unet = UNet2DConditionModel.from_config(config["unet"])
         vae = AutoencoderKL.from_config(config["vae"])
     tokenizer = clip_tokenizer()
     parts = Parts(unet, vae, encoders, (tokenizer,) * len(encoders), config["scheduler"])
-    return FAMILIES[family](family, "meta", parts)
+    return CLASSES[family](family, "meta", parts)
 
 
 def random_base(family: str) -> Base:

@@ -13,8 +13,8 @@ import hpo.confirm.run
 import hpo.search.workbench
 from hpo.confirm.outcome import Confirmed
 from hpo.confirm.wanted import ConfirmRequest
+from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import Workbench, write_definition
-from hpo.search.worker import SearchLimits
 from hpo.study.config import Inputs
 from hpo.study.folder import StudyFolder
 from hpo.terminal.live import PlainView

@@ -9,6 +9,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from PIL import Image
 from evaluation.encoders.references import embed_references
 from evaluation.images.sampling import default_config
 from evaluation.prompts.prompts import PromptSet, make_prompt
+from evaluation.score.evaluator import Evaluator
+from evaluation.score.formula import Formula
+from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Search, SearchLimits
+from hpo.search.worker import Worker
 from hpo.study.config import Inputs, StudyConfig, build_study
 from hpo.study.folder import TOTAL, StudyFolder, read_json
 from hpo.study.storage import create_study, open_study
@@ -103,15 +107,18 @@ def tiny_bench(root: Path, data: Path, study: StudyConfig | None = None) -> Work
     return Workbench(
         study=study,
         folder=folder,
-        base=base,
+        evaluator=Evaluator(
+            base=base,
+            prompts=prompts,
+            sampling=default_config(base, **study.sample_values(), batch_size=1),
+            references=embed_references([item.path for item in held_out.items], scorer),
+            scorer=scorer,
+            likeness=scorer,
+            formula=Formula(**asdict(study.score)),
+        ),
         data=images,
         reference_items=tuple(str(item.path) for item in held_out.items),
-        references=embed_references([item.path for item in held_out.items], scorer),
-        prompts=prompts,
         confirmation=confirmation,
-        sampling=default_config(base, **study.sample_values(), batch_size=1),
-        scorer=scorer,
-        likeness=scorer,
         data_folder=data,
         base_spec="tiny",
         store=cache.Store(folder.cache),
@@ -149,7 +156,7 @@ class Recorder:
         self.results.append(result)
 
 
-def make_search(bench: Workbench, limits: SearchLimits, view: Recorder | None = None) -> Search:
+def make_search(bench: Workbench, limits: SearchLimits, view: Recorder | None = None) -> Worker:
     """A worker on the bench's study, created if need be, anchors measured."""
     folder = bench.folder
     folder.locks.mkdir(parents=True, exist_ok=True)
@@ -157,7 +164,8 @@ def make_search(bench: Workbench, limits: SearchLimits, view: Recorder | None = 
         study = create_study(folder, bench.facts(), bench.study.objectives)
         study.set_user_attr(TOTAL, limits.trials)
     bench.measure_anchors(lambda text: None)
-    return Search(study, bench, limits, view or Recorder())  # type: ignore[arg-type]
+    view = view or Recorder()
+    return Worker(study, bench, SearchProposals(study, bench, limits, view.say), view)
 
 
 def table(folder: StudyFolder) -> dict[int, tuple[dict[str, Any], float | None]]:

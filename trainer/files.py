@@ -154,6 +154,14 @@ def require_space(path: Path, needed_bytes: int) -> None:
 # Folders
 
 
+def make_folder(path: Path) -> None:
+    """The folder and those above it, where they are missing."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise machine_error(error, path) from error
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill, which becomes ``path`` when the block ends well, and disappears otherwise.

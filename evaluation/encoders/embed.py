@@ -38,18 +38,15 @@ from evaluation.encoders.scorerfile import (
     tag_of_sha,
     tags_shown,
 )
-from trainer.bases import MINIATURES
+from trainer.bases import KNOWN_BASES, MINIATURE_LIKENESS, MINIATURE_SCORER, MINIATURE_WEIGHTS
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import sha256_file
 
-MINIATURE = Path(__file__).parent.parent.parent / "trainer" / "bases" / "miniature" / "weights"
 # Real bases: small enough for a CPU (0.17 s an image on 2 cores), and trained on other data than the text
 # encoders of SD1.5 and SDXL-1 (OpenAI's): OpenAI's own CLIP would share its text tower with the generator
 # (facts A1, 8).
 DEFAULT_WEIGHTS = {"ViT-B-32": "laion2b_s34b_b79k"}
 DEFAULT_SCORER = "ViT-B-32:laion2b_s34b_b79k"
-MINIATURE_SCORER = "mini-clip"
-MINIATURE_LIKENESS = "mini-likeness"
 FEATURE_BATCH = 32
 CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 LIKENESS_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
@@ -80,12 +77,12 @@ class Scorer(ImageEncoder, Protocol):
 
 def default_scorer(base: str) -> str:
     """The scorer of a base (as ``load_base`` is told it) unless the user names one; the same on every device."""
-    return MINIATURE_SCORER if base in MINIATURES else DEFAULT_SCORER
+    return (base in KNOWN_BASES and KNOWN_BASES[base].scorer) or DEFAULT_SCORER
 
 
 def default_likeness(base: str) -> str:
     """The likeness encoder of a base unless the user names one."""
-    return MINIATURE_LIKENESS if base in MINIATURES else "clip"
+    return (base in KNOWN_BASES and KNOWN_BASES[base].likeness) or "clip"
 
 
 class OpenClipScorer:
@@ -214,7 +211,7 @@ def load_scorer(spec: str, device: str | torch.device = "cpu") -> OpenClipScorer
     """
     check_scorer(spec)
     if spec == MINIATURE_SCORER:
-        return _load_folder(MINIATURE / MINIATURE_SCORER, spec, device)
+        return _load_folder(MINIATURE_WEIGHTS / MINIATURE_SCORER, spec, device)
     model, _, weights = spec.partition(":")
     if model in open_clip.list_models():
         return _load_named(model, weights or _default_weights(model), device)
@@ -311,7 +308,7 @@ def _is_hub_name(spec: str) -> bool:
 
 
 def _likeness_folder(spec: str) -> Path:
-    return MINIATURE / MINIATURE_LIKENESS if spec == MINIATURE_LIKENESS else Path(spec).expanduser()
+    return MINIATURE_WEIGHTS / MINIATURE_LIKENESS if spec == MINIATURE_LIKENESS else Path(spec).expanduser()
 
 
 def _dinov2_preprocess(folder: Path, image_px: int) -> dict[str, Any]:

@@ -40,21 +40,26 @@ def check(spec: str) -> None:
         check_scorer(spec)
 
 
-def gauges(
-    specs: Sequence[str],
-    scorer: Scorer,
-    likeness: ImageEncoder,
-    references: Sequence[Path],
-    device: str | torch.device = "cpu",
-    say: Callable[[str], None] = lambda text: None,
-) -> tuple[Gauge, ...]:
-    """The figures beside the score: CLIP-I where likeness is measured by another encoder, then ``specs``."""
+def usual(scorer: Scorer, likeness: ImageEncoder, references: Sequence[Path]) -> tuple[Gauge, ...]:
+    """What every study has: CLIP-I where likeness is measured by another encoder, and what a style looks through."""
     found: list[Gauge] = []
     if likeness is not scorer:
         found.append(LikenessGauge("clip_i", scorer, embed_references(references, scorer)))
     scene = getattr(likeness, "scene", None)
     if isinstance(scene, Dinov2Encoder):
         found.append(LikenessGauge("dino_i", scene, embed_references(references, scene)))
+    return tuple(found)
+
+
+def also(
+    specs: Sequence[str],
+    scorer: Scorer,
+    references: Sequence[Path],
+    device: str | torch.device,
+    say: Callable[[str], None],
+) -> tuple[Gauge, ...]:
+    """The figures that a study asks for."""
+    found: list[Gauge] = []
     for spec in specs:
         if is_preference(spec):
             found.append(load_preference(spec, device))

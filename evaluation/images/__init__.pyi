@@ -6,8 +6,8 @@ from .images import png_bytes as png_bytes
 from .images import prove_applied as prove_applied
 from .images import sample_grid as sample_grid
 from .sampling import OnImages as OnImages
-from .sampling import SampleConfig as SampleConfig
 from .sampling import default_config as default_config
 from .sampling import denoise as denoise
 from .sampling import initial_noise as initial_noise
 from .sampling import sample as sample
+from .settings import SampleConfig as SampleConfig

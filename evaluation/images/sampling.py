@@ -17,7 +17,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +27,18 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.images.images import SampledImage, png_bytes
+from evaluation.images.settings import SAMPLERS, SampleConfig
 from evaluation.prompts import Prompt, PromptSet
 from trainer.bases import Base, Sizes, TextStates
 from trainer.errors import ConfigError, OutOfMemory
 from trainer.files import machine_error, write_atomic
 
-# DPM-Solver++(2M) is an ODE sampler: "20 steps high quality, quite good even in 10" (diffusers docs).
-# Timesteps are spaced as in A1111 and ComfyUI: from pure noise at 999 downwards.
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spacing": "linspace"},
-}
 INDEX_NAME = "samples.json"
 BATCH_PIXELS = 8 * 64 * 64  # assumed: latent cells of a chunk that fit 16 GB beside SD1.5 (8 images of 512²)
 BATCH_CARD_BYTES = 16e9  # the card of that assumption; a larger one draws as many times more at once
 MAX_BATCH = 32
 
 OnImages = Callable[[int, int], None]  # (images done, images in all)
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How images are drawn.  Part of a score's identity, all but ``batch_size``."""
-
-    width_px: int
-    height_px: int
-    steps: int = 20
-    cfg: float = 7.0
-    sampler: str = "dpmpp_2m"
-    negative: str = ""
-    clip_skip: int | None = None
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ConfigError(f"sampler {self.sampler!r} is not known", "use one of " + ", ".join(SAMPLERS))
-        if self.steps < 1 or self.batch_size < 1 or self.cfg < 1:
-            raise ConfigError("steps, batch size and cfg must be at least 1", "usual: 20 steps, cfg 7")
-        if self.width_px < 8 or self.height_px < 8 or self.width_px % 8 or self.height_px % 8:
-            raise ConfigError(f"image size {self.width_px}×{self.height_px} px", "give multiples of 8")
-
-    @property
-    def hash(self) -> str:
-        """sha256 of what decides the images; the batch size does not (to 1/255)."""
-        values = {k: v for k, v in asdict(self).items() if k != "batch_size"}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def default_config(base: Base, **changes: Any) -> SampleConfig:

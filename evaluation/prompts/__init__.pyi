@@ -1,6 +1,9 @@
-from .prompts import CONFIRM_SEEDS as CONFIRM_SEEDS
+from .kinds import CONFIRM_COUNTS as CONFIRM_COUNTS
+from .kinds import CONFIRM_SEEDS as CONFIRM_SEEDS
+from .kinds import KINDS as KINDS
+from .kinds import SEARCH_COUNTS as SEARCH_COUNTS
+from .kinds import SEARCH_SEEDS as SEARCH_SEEDS
 from .prompts import MAX_TOKENS as MAX_TOKENS
-from .prompts import SEARCH_SEEDS as SEARCH_SEEDS
 from .prompts import CountTokens as CountTokens
 from .prompts import Prompt as Prompt
 from .prompts import PromptSet as PromptSet
@@ -8,3 +11,4 @@ from .prompts import generate as generate
 from .prompts import load_prompts as load_prompts
 from .prompts import no_class_word as no_class_word
 from .prompts import save_prompts as save_prompts
+from .templates import TEMPLATES as TEMPLATES

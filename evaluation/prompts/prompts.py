@@ -23,21 +23,14 @@ from typing import Any
 
 import tomlkit
 
+from evaluation.prompts.kinds import CLASS_SEEDS, KINDS, SEARCH_COUNTS, SEARCH_SEEDS
 from evaluation.prompts.templates import TEMPLATES
-from trainer.config import suggestion
+from trainer.checks import suggestion
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
 
-KINDS = ("train-like", "altered", "style", "class-only")
 MAX_TOKENS = 75  # CLIP's 77 without begin and end; what lies beyond is cut off unseen
 SHORT_TOKENS = 40  # generated prompts: CLIP weighs late tokens little (facts: "about 20 effective tokens")
-# Prompts per kind.  16 × 2 seeds sees a smaller difference than 8 × 4 at equal cost; the confirmation set is
-# disjoint from the search set.
-SEARCH_COUNTS = {"train-like": 6, "altered": 6, "style": 3, "class-only": 1}
-SEARCH_SEEDS = (0, 1)
-CONFIRM_COUNTS = {"train-like": 9, "altered": 9, "style": 4, "class-only": 2}
-CONFIRM_SEEDS = (1000, 1001, 1002, 1003)
-CLASS_SEEDS = 8  # of the first class-only prompt: it shows diversity and what is left of the class word
 
 CountTokens = Callable[[str], int]  # text → tokens, without begin and end: ``Base.token_count``
 

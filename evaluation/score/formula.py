@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.checks import setting
 from trainer.errors import ConfigError
 
 # assumed: a little better than the base's following or the references' likeness counts in a score, no more
@@ -25,9 +26,9 @@ MEANS = ("geometric", "harmonic")
 class Formula:
     """How t and i become one number: which mean, and the weights (the exponents of a geometric mean)."""
 
-    mean: str = "geometric"
-    prompt_following: float = 1.0
-    likeness: float = 1.0
+    mean: str = setting("geometric", choices=MEANS)
+    prompt_following: float = setting(1.0, low=0.01, high=100)
+    likeness: float = setting(1.0, low=0.01, high=100)
 
     def __post_init__(self) -> None:
         if self.mean not in MEANS:

@@ -20,7 +20,7 @@ Shapes: N pictures, T training images, R references, D vector width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +29,11 @@ from torch import Tensor
 from evaluation.encoders import ImageEncoder, Vectors, scene_of
 from evaluation.images import SampledImage
 from evaluation.prompts import PromptSet
+from evaluation.score.anchors import Anchors
+from evaluation.score.limits import SafeguardLimits
 from trainer.data import read_picture
 
 NEAR = 0.5  # assumed: a copy is nearer than this part of a held-out reference's usual distance
-
-
-@dataclass(frozen=True)
-class SafeguardLimits:
-    """Where a result stops being one.  0.05 and 0.6 are facts A3's; the prior's is lenient, as a LoRA trained
-    without class images takes part of its class word with it (DreamBooth, table 3)."""
-
-    copy_rate: float = 0.05
-    diversity: float = 0.6  # of the untrained base's
-    prior: float = 1.0  # as like the subject as the real images are
 
 
 @dataclass(frozen=True)
@@ -97,7 +89,7 @@ class Safeguards:
 
     encoders: tuple[ImageEncoder, ...]
     copies: Copies
-    limits: SafeguardLimits = SafeguardLimits()
+    limits: SafeguardLimits = field(default_factory=SafeguardLimits)
 
     def measure(
         self,
@@ -105,16 +97,15 @@ class Safeguards:
         images: Sequence[SampledImage],
         prompts: PromptSet,
         prior_i: float | None,
-        base_prior_i: float | None,
-        real_i: float,
-        base_diversity: float | None,
+        anchors: Anchors,
     ) -> Safety:
         """The figures of pictures.  ``prior_i``: mean raw likeness of the class-only ones, None without any."""
+        base_prior_i, base_diversity = anchors.base_prior_i, anchors.base_diversity
         copy_rate = self.copies.rate(vectors, self.encoders)
         own = diversity(vectors.joint(self.encoders), images, prompts)
         prior = None
-        if prior_i is not None and base_prior_i is not None and real_i > base_prior_i:
-            prior = (prior_i - base_prior_i) / (real_i - base_prior_i)
+        if prior_i is not None and base_prior_i is not None and anchors.real_i > base_prior_i:
+            prior = (prior_i - base_prior_i) / (anchors.real_i - base_prior_i)
         amounts = {COPIED: copy_rate - self.limits.copy_rate}
         if own is not None and base_diversity is not None:
             amounts[COLLAPSED] = self.limits.diversity - own / base_diversity

@@ -1,8 +1,8 @@
 """Score: raw cosines, their anchored parts, one composite, and how sure it is.
 
 Owns the anchored parts, the score's paired differences, and the one function that samples and scores an
-adapter.  Does not own the composite (``evaluation.score.formula``), measure the anchors
-(``evaluation.score.anchors``), draw (``evaluation.images.sampling``), embed (``evaluation.encoders.embed``)
+adapter.  Does not own the composite (``evaluation.score.formula``), what it is measured with or the anchors
+(``evaluation.score.evaluator``), draw (``evaluation.images.sampling``), embed (``evaluation.encoders.embed``)
 or decide anything about a study.
 
     T = mean cos(picture, its scored text)          I = mean cos(picture, every held-out reference)
@@ -28,12 +28,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.encoders import ImageEncoder, References, Scorer, Vectors, check_encoder
-from evaluation.gauges import Beside, Gauge
+from evaluation.encoders import Vectors, check_encoder
+from evaluation.gauges import Beside
 from evaluation.gauges import gauge as beside
 from evaluation.images import (
     OnImages,
-    SampleConfig,
     SampledImage,
     check_valid,
     png_bytes,
@@ -41,13 +40,12 @@ from evaluation.images import (
     sample,
     sample_grid,
 )
-from evaluation.prompts import PromptSet
-from evaluation.score.anchors import Anchors, raw_cosines
+from evaluation.score.anchors import Anchors
+from evaluation.score.evaluator import Evaluator
 from evaluation.score.formula import USUAL, Formula, composite
-from evaluation.score.safeguards import Safeguards, Safety
+from evaluation.score.safeguards import Safety
 from evaluation.score.statistics import Difference, interval
 from evaluation.score.statistics import prompt_draws as prompt_draws
-from trainer.bases import Base
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomic
 
@@ -84,7 +82,6 @@ class Score:
     clip_t: float
     clip_i: float
     n_images: int
-    invalid: int
     scorer: str
     scorer_sha: str
     likeness_encoder: str
@@ -96,28 +93,26 @@ class Score:
     beside: tuple[Beside, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As metrics.json has it.  ``invalid`` is what older versions wrote and ask for; always 0, as
+        pictures that show nothing have no score."""
+        values: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            values[name] = value
+            if name == "n_images":
+                values["invalid"] = 0
+        return values
 
 
-def score(
-    images: Sequence[SampledImage],
-    prompts: PromptSet,
-    references: References,
-    scorer: Scorer,
-    likeness: ImageEncoder,
-    anchors: Anchors,
-    *,
-    formula: Formula = USUAL,
-    safeguards: Safeguards | None = None,
-    gauges: Sequence[Gauge] = (),
-) -> Score:
+def score(images: Sequence[SampledImage], evaluator: Evaluator) -> Score:
     """The score of finished pictures (one per prompt and seed).  Pictures that show nothing are refused."""
     check_valid(images)
-    check_encoder(references, likeness)
-    anchors.check(scorer=scorer.sha, likeness=likeness.sha, prompts=prompts.hash, references=references.hash)
+    anchors, prompts, formula = evaluator.scale, evaluator.prompts, evaluator.formula
+    scorer, likeness = evaluator.scorer, evaluator.likeness
+    check_encoder(evaluator.references, likeness)
+    anchors.check(evaluator.identity)
     text_of = {p.id: row for row, p in enumerate(prompts.prompts)}
     vectors = Vectors([image.pixels_HW3 for image in images])
-    t_NP, i_N = raw_cosines(vectors, prompts, references, scorer, likeness)
+    t_NP, i_N = evaluator.cosines(vectors)
     rows = tuple(
         ImageScore(image.prompt_id, image.seed, float(t_NP[n, text_of[image.prompt_id]]), float(i_N[n]))
         for n, image in enumerate(images)
@@ -127,10 +122,9 @@ def score(
     following_K, alike_K = anchored(t_P, i_P, anchors, prompt_draws(len(t_P)))
     asks_P = np.array(anchors.asks_for_subject)
     safety = None
-    if safeguards:
+    if evaluator.safeguards:
         prior_i = None if asks_P.all() else float(i_P[~asks_P].mean())
-        known = (prior_i, anchors.base_prior_i, anchors.real_i, anchors.base_diversity)
-        safety = safeguards.measure(vectors, images, prompts, *known)
+        safety = evaluator.safeguards.measure(vectors, images, prompts, prior_i, anchors)
     return Score(
         value=float(composite(following, alike, formula)[0]),
         se=_spread(composite(following_K, alike_K, formula)),
@@ -141,7 +135,6 @@ def score(
         clip_t=float(t_P.mean()),
         clip_i=float(i_P[asks_P].mean()),
         n_images=len(images),
-        invalid=0,
         scorer=scorer.name,
         scorer_sha=scorer.sha,
         likeness_encoder=likeness.name,
@@ -150,7 +143,7 @@ def score(
         per_image=rows,
         formula=formula,
         safety=safety,
-        beside=beside.read(gauges, vectors, images, prompts),
+        beside=beside.read(evaluator.gauges, vectors, images, prompts),
     )
 
 
@@ -203,6 +196,7 @@ def read_score(path: Path) -> Score:
     """A score from a trial's metrics.json."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        del values["invalid"]
         rows = tuple(ImageScore(**row) for row in values.pop("per_image"))
         formula = Formula(**values.pop("formula", {}))
         safety = values.pop("safety", None)
@@ -219,20 +213,7 @@ def read_score(path: Path) -> Score:
 
 
 def evaluate_adapter(
-    base: Base,
-    prompts: PromptSet,
-    config: SampleConfig,
-    references: References,
-    scorer: Scorer,
-    likeness: ImageEncoder,
-    anchors: Anchors,
-    folder: Path,
-    *,
-    identity: str = "",
-    on_image: OnImages | None = None,
-    formula: Formula = USUAL,
-    safeguards: Safeguards | None = None,
-    gauges: Sequence[Gauge] = (),
+    evaluator: Evaluator, folder: Path, *, identity: str = "", on_image: OnImages | None = None
 ) -> Score:
     """Sample the base with the adapter that is in it, and score: folder/samples, grid.png, metrics.json.
 
@@ -240,22 +221,13 @@ def evaluate_adapter(
     Raises InvalidImages for pictures that show nothing and Unchanged if they are the base's own.  A limit of
     the safeguards that is broken is told by ``Score.safety`` and raises nothing.
     """
-    anchors.check(base=base.identity, sampling=config.hash)
-    images = sample(base, prompts, config, folder / SAMPLES_NAME, identity=identity, on_image=on_image)
+    evaluator.scale.check(evaluator.identity)
+    base, prompts, sampling = evaluator.base, evaluator.prompts, evaluator.sampling
+    images = sample(base, prompts, sampling, folder / SAMPLES_NAME, identity=identity, on_image=on_image)
     grid = np.asarray(sample_grid(images, prompts))
     write_atomic(folder / GRID_NAME, png_bytes(grid))
-    prove_applied(images, anchors.untouched)
-    result = score(
-        images,
-        prompts,
-        references,
-        scorer,
-        likeness,
-        anchors,
-        formula=formula,
-        safeguards=safeguards,
-        gauges=gauges,
-    )
+    prove_applied(images, evaluator.scale.untouched)
+    result = score(images, evaluator)
     write_atomic(folder / METRICS_NAME, json.dumps(result.as_dict(), indent=1))
     return result
 

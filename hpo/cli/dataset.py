@@ -1,7 +1,7 @@
 """``hpo dataset check`` and ``hpo dataset prepare``: from the command line's words to what a person reads.
 
-Owns the settings that a check assumes for each base, and the tables.  What is wrong with a dataset is
-``trainer.data.findings``', the layout that prepare builds ``trainer.data.layout``'s.
+Owns the tables.  The settings that a check assumes for each base are ``trainer.bases``', what is wrong with a
+dataset is ``trainer.data.findings``', the layout that prepare builds ``trainer.data.layout``'s.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from hpo.terminal import say
 from hpo.train import Steps, count_steps
+from trainer.bases import KNOWN_BASES
 from trainer.config import TrainConfig
 from trainer.data import (
     LISTED,
@@ -29,6 +30,8 @@ from trainer.data import (
     DatasetFinding,
     Question,
     Survey,
+    Wish,
+    build,
     findings,
     parts_of,
     read_dataset,
@@ -36,19 +39,12 @@ from trainer.data import (
     survey,
 )
 from trainer.errors import DataError, ToolError
-from trainer.kohya import parse_set
+from trainer.overrides import read_setting
 from trainer.text import clean_text
 
-# base → the settings that a check assumes; the rest are our defaults.
-ASSUMED: dict[str, dict[str, Any]] = {
-    "sd15": {},
-    "sdxl": {"resolution": 1024},
-    "mini-sd15": {"resolution": 64, "min_bucket_reso": 32, "bucket_reso_steps": 32},
-    "mini-sdxl": {"resolution": 128, "min_bucket_reso": 32, "bucket_reso_steps": 32},
-}
 STYLES = {REFUSED: "bold red", WARNING: "yellow"}
 BAR = 24  # columns of the histogram's longest bar
-NAMED = 20  # files of a refused finding that the table names; --json names all
+LISTED_REFUSED = 20  # files of a refused finding that the table names; --json names all
 
 
 @dataclass(frozen=True)
@@ -64,11 +60,13 @@ class DatasetRequest:
 
     @property
     def config(self) -> TrainConfig:
-        return TrainConfig().with_values(ASSUMED[self.base] | dict(map(parse_set, self.sets)))
+        return TrainConfig().with_values(
+            {**KNOWN_BASES[self.base].settings, **dict(map(read_setting, self.sets))}
+        )
 
     @property
     def family(self) -> str:
-        return self.base.removeprefix("mini-")
+        return KNOWN_BASES[self.base].family
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
         for line in arithmetic(report.steps, config, {photo.repeats for photo in seen.trained}):
             say(console, line)
     if report.is_usable:
-        command = "train FILE.toml" if request.base == "sdxl" else "search"
+        command = "search" if KNOWN_BASES[request.base].study else "train FILE.toml"
         say(console, f"next: hpo {command} --base {request.base} --data {shlex.quote(shown(request.folder))}")
 
 
@@ -194,7 +192,7 @@ def _findings_table(found: tuple[DatasetFinding, ...]) -> Table:
     table.add_column("found", overflow="fold", ratio=5)
     table.add_column("what to do", overflow="fold", ratio=4)
     for finding in found:
-        most = NAMED if finding.severity == REFUSED else LISTED
+        most = LISTED_REFUSED if finding.severity == REFUSED else LISTED
         names = [Path(name).name for name in finding.files[:most]]
         more = f" and {len(finding.files) - most} more" if len(finding.files) > most else ""
         what = Text(clean_text(finding.what))
@@ -228,21 +226,8 @@ def arithmetic(steps: Steps, config: TrainConfig, repeats: set[int]) -> list[str
     ]
 
 
-def prepare(
-    source: Path,
-    folder: Path,
-    *,
-    repeats: int,
-    name: str,
-    class_word: str | None,
-    held_out: int,
-    skip_corrupt: bool,
-    echo: Callable[[str], None],
-) -> None:
+def prepare(source: Path, folder: Path, wish: Wish, echo: Callable[[str], None]) -> None:
     """Build the layout and say what was done and what comes next."""
-    from trainer.data import Wish, build
-
-    wish = Wish(name, class_word or "", repeats, held_out, skip_corrupt)
     built = build(source, folder, wish)
     for note in built.notes:
         echo(clean_text(f"note: {note}"))

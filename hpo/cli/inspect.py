@@ -19,10 +19,11 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
-from trainer.adapters import CONFIG_KEY
+from trainer.adapters import CONFIG_KEY, lorafile
+from trainer.bases import FAMILIES
 from trainer.errors import ModelFileError
 from trainer.files import sha256_file
-from trainer.tensorfile import read_header
+from trainer.tensorfile import Header, read_header
 from trainer.text import clean_text
 
 LONG = 160  # characters of a metadata value shown in the table; --json has all
@@ -92,7 +93,7 @@ def inspect(path: Path) -> Facts:
         size_bytes=path.stat().st_size,
         sha256=sha256_file(path),
         kind=_kind(header.shapes, modules),
-        family=_family(header.metadata, modules),
+        family=_family(header),
         modules=dict(Counter(_component(module) for module in modules)),
         ranks=_by_count(ranks),
         alphas=_by_count(alphas),
@@ -188,14 +189,11 @@ def _kind(shapes: Mapping[str, tuple[int, ...]], modules: Mapping[str, set[str]]
     return "LoCon" if any(len(shape) == 4 and shape[-1] > 1 for shape in downs) else "LoRA"
 
 
-def _family(metadata: Mapping[str, str], modules: Mapping[str, set[str]]) -> str:
-    version = metadata.get("ss_base_model_version", "")
+def _family(header: Header) -> str:
+    version = header.metadata.get("ss_base_model_version", "")
     if version:
         return clean_text(version)[:40]
-    marks = ("lora_te2_", "text_encoder_2.", "_input_blocks_", "_middle_block_", "_output_blocks_")
-    return (
-        "SDXL (by its names)" if any(mark in m for m in modules for mark in marks) else "SD1.5 (by its names)"
-    )
+    return f"{FAMILIES[lorafile.family_of(header.metadata, header.shapes)].title} (by its names)"
 
 
 def _component(module: str) -> str:

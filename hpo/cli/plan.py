@@ -22,6 +22,7 @@ from hpo.terminal import say
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.kohya import read_train_file
+from trainer.overrides import read_setting
 
 if TYPE_CHECKING:
     from trainer.memory import BaseFacts, Footprint, Stack
@@ -44,6 +45,10 @@ class PlanRequest:
     table: bool = False
     as_json: bool = False
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(map(read_setting, self.sets))
+
 
 def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) -> None:
     """Print the prediction and the stack.  Raises ConfigError if nothing fits, after the prediction."""
@@ -52,9 +57,9 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
         return
     from trainer.memory import footprint, stacks
 
-    config = _config(request)
+    config = read_settings(request)
     facts = footprint.base_facts(config.pretrained_model_name_or_path)
-    if request.file is None and not any(text.split("=")[0].strip() == "resolution" for text in request.sets):
+    if request.file is None and "resolution" not in request.settings:
         config = config.with_values({"resolution": facts.native_resolution_px})
 
     def progress(text: str) -> None:
@@ -72,15 +77,14 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
         show_stack(console, request.vram, given, stack)
 
 
-def _config(request: PlanRequest) -> TrainConfig:
+def read_settings(request: PlanRequest) -> TrainConfig:
+    """The settings of the file, else the defaults with the base and ``--set``.  ConfigError if neither is named."""
     places = {"pretrained_model_name_or_path": request.base} if request.base else {}
     if request.file is not None:
         return read_train_file(request.file, sets=request.sets, places=places).require_all().config
     if not request.base:
         raise ConfigError("neither a base nor a file of settings is named", "hpo plan --base sdxl")
-    from trainer.kohya import parse_set
-
-    return TrainConfig().with_values({**places, **dict(map(parse_set, request.sets))})
+    return TrainConfig().with_values({**places, **request.settings})
 
 
 def as_json(request: PlanRequest, facts: BaseFacts, given: Footprint, stack: Stack) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""``hpo compare``: two runs on the same prompts, each base's untrained pictures beside its LoRA's.
+"""``hpo compare``: compares two runs on the same prompts, and each LoRA with its untrained base.
 
-Owns which file of a run is compared, the tables, compare.json and the contact sheet.  What is computed is
-``evaluation.choice.compare``'s, how a LoRA is scored ``hpo.judge.judge``'s.  One base is loaded at a time.
+Owns which file of a run is compared, the tables, compare.json and the contact sheet.  Does not own the
+computations (see ``evaluation.choice.compare``) or how a LoRA is scored (see ``hpo.judge.judge``).  Only one
+base is loaded at a time.
 
-    RUN_B's name.run/evaluation/compare/<A>-<hash>/     compare.json, sheet.png
+    OUTPUT_B/name.run/evaluation/compare/<A>-<hash>/     compare.json, sheet.png
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.judge.evaluate import CONFIRMATION, alone, beside_values
+from hpo.judge.evaluate import CONFIRMATION, beside_values, drawing_alone
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
 from hpo.judge.view import JudgeView
 from hpo.study import Inputs
 from hpo.terminal import Stop
-from trainer.files import machine_error, sha256_file, write_atomic
+from trainer.files import make_folder, sha256_file, write_atomic
 from trainer.tensorfile import read_header
 from trainer.text import clean_text
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """One side: its scores and the pictures that the sheet shows."""
+    """One side of the comparison: its scores and the images for the contact sheet."""
 
     side: ComparedSide
     base: str
@@ -54,7 +55,10 @@ def compare(
     base_b: str = "",
     data_b: Path | None = None,
 ) -> Path:
-    """Compare two runs; returns the folder with compare.json and sheet.png.  ``study``: by whose definition."""
+    """Compare two runs; returns the folder with compare.json and sheet.png.
+
+    ``study``: the study whose definition is used (``--study``).
+    """
     view = JudgeView(console)
     runs = find_run(paths[0]), find_run(paths[1])
     files = _file(paths[0], runs[0]), _file(paths[1], runs[1])
@@ -63,17 +67,19 @@ def compare(
     with Stop(view.on_ask) as stop:
         view.should_stop = stop
         first = judges.load(runs[0], inputs, view.say, named=study)
-        prompts = first.confirmation or first.prompts
+        if first.confirmation:
+            first = first.on(first.confirmation)
+        prompts = first.evaluator.prompts
         view.say(
             f"{files[0].path.name} against {files[1].path.name}: {prompts.image_count} images each "
-            f"({prompts.size}), {first.scorer.name}"
+            f"({prompts.size}), {first.evaluator.scorer.name}"
         )
-        a = _measure(runs[0], files[0], first, prompts, view)
+        a = _measure(runs[0], files[0], first, view)
         first.free()
-        # the second side's own folder, base and trigger are its own; what judges is the first's
+        # base, data and trigger belong to the second run; prompts, references and encoders are those of the first
         own = replace(inputs, base=base_b, data=data_b, trigger=None, class_word=None)
         second = judges.load(runs[1], own, view.say, named=study, like=first)
-        b = _measure(runs[1], files[1], second, prompts, view)
+        b = _measure(runs[1], files[1], second, view)
         second.free()
     from evaluation.choice import compare as difference
 
@@ -81,12 +87,12 @@ def compare(
     folder = runs[1].evaluation / "compare" / f"{files[0].name}-{sha256_file(files[0].path)[:8]}"
     _write(folder, files, prompts, (a, b), found)
     _show(view, files, (a, b), found)
-    view.say(f"figures: {folder / 'compare.json'}; pictures side by side: {folder / 'sheet.png'}")
+    view.say(f"results: {folder / 'compare.json'}; images side by side: {folder / 'sheet.png'}")
     return folder
 
 
 def _file(path: Path, run: RunFiles) -> Checkpoint:
-    """The file that is compared: the one that was named, else the marked one, else the newest."""
+    """The file to compare: the given one, else the checkpoint marked as best, else the newest."""
     named = one_file(path)
     if named is not None:
         return named
@@ -98,37 +104,40 @@ def _file(path: Path, run: RunFiles) -> Checkpoint:
     return run.checkpoints[-1]
 
 
-def _measure(run: RunFiles, file: Checkpoint, judge: Judge, prompts: PromptSet, view: JudgeView) -> Measured:
+def _measure(run: RunFiles, file: Checkpoint, judge: Judge, view: JudgeView) -> Measured:
     from evaluation.choice import ComparedSide
 
+    base = judge.evaluator.base
     try:
         judge.check(file.path)
-        with alone(run):
-            with view.drawing(f"untrained {judge.base.name}") as on_image:
-                anchors = judge.anchors(prompts, run.evaluation, on_image)
-            folder = run.evaluation / file.name / _set_name(judge, prompts)
+        with drawing_alone(run):
+            with view.drawing(f"untrained {base.name}") as on_image:
+                anchors = judge.measure_anchors(run.evaluation, on_image)
+            folder = run.evaluation / file.name / _set_name(judge)
             with view.drawing(file.name) as on_image:
-                score = judge.score(file.path, prompts, anchors, folder, on_image)
-            untrained = judge.untrained_images(prompts, run.evaluation)
-            images = judge.images(file.path, prompts, folder)
+                score = judge.score(file.path, folder, on_image)
+            untrained = judge.untrained_images(run.evaluation)
+            images = judge.images(file.path, folder)
     except BaseException:
         judge.free()
         raise
     for problem in anchors.problems:
-        view.say(f"warning: {judge.base.name}: {problem}")
-    size = f"{judge.sampling.width_px}×{judge.sampling.height_px} px"
+        view.say(f"warning: {base.name}: {problem}")
+    sampling = judge.evaluator.sampling
+    size = f"{sampling.width_px}×{sampling.height_px} px"
     return Measured(
         ComparedSide(score, replace(anchors, untouched=())),
-        judge.base.name,
-        judge.base.identity,
+        base.name,
+        base.identity,
         size,
         untrained,
         images,
     )
 
 
-def _set_name(judge: Judge, prompts: PromptSet) -> str:
-    """Pictures that ``hpo evaluate`` drew are taken over; others have a folder of their own."""
+def _set_name(judge: Judge) -> str:
+    """The folder name for the images.  Images generated by ``hpo evaluate`` are reused; others get a new folder."""
+    prompts = judge.evaluator.prompts
     return CONFIRMATION if prompts is judge.confirmation else f"compare-{prompts.hash[:8]}"
 
 
@@ -151,10 +160,7 @@ def _write(
             Column(f"{side.base}, {file.name}", side.images),
         ]
     sheet = contact_sheet(columns, prompts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, folder) from error
+    make_folder(folder)
     write_atomic(folder / "compare.json", json.dumps(_values(files, prompts, sides, found), indent=1))
     write_atomic(folder / "sheet.png", png_bytes(np.asarray(sheet)))
 
@@ -196,7 +202,7 @@ def _show(
 
     for letter, file, side in zip("AB", files, sides, strict=True):
         view.say(f"{letter}: {file.path.name} on {side.base}, {side.size}")
-    table = _table("anchored on its own base", "A", "B", "B − A", "95 %")
+    table = _table("relative to its own base", "A", "B", "B − A", "95 %")
     a, b = (side.side.score for side in sides)
     fields = {"prompt following": "prompt_following", "likeness": "likeness", "score": "value"}
     for name in ANCHORED:
@@ -210,7 +216,7 @@ def _show(
         table.add_row(*map(Text, (row, *cells)))
     view.table(table)
     if found.beside:
-        table = _table("beside the score, raw", "A", "B", "B − A", "95 %")
+        table = _table("extra metrics, raw", "A", "B", "B − A", "95 %")
         known = [{f"{f.measure} {f.model}": f.value for f in s.beside} for s in (a, b)]
         for name, gain in found.beside.items():
             pair = [f"{of[name]:.4f}" for of in known]
@@ -219,9 +225,9 @@ def _show(
     score = found.anchored["score"]
     if told_apart(score):
         better = "B" if score.mean > 0 else "A"
-        view.say(f"the adapter of {better} does more for its own base than the other's, beyond chance")
+        view.say(f"relative to its own base, LoRA {better} is significantly better than the other")
     else:
-        view.say("on the scale of its own base neither LoRA can be told to be better with these prompts")
+        view.say("relative to their own bases, neither LoRA is significantly better on these prompts")
 
 
 def _table(title: str, *names: str) -> Table:

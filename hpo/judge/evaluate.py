@@ -1,8 +1,8 @@
-"""``hpo evaluate``: every saved checkpoint of a run scored, one chosen, confirmed and marked.
+"""``hpo evaluate``: scores all saved checkpoints of a run, chooses one, confirms the choice and marks the file.
 
-Owns the order of things, evaluation.json and best.safetensors.  Which checkpoint is chosen is
-``evaluation.choice.checkpoints``', how it is scored ``hpo.judge.judge``'s, what the terminal shows
-``hpo.judge.view``'s. The same command goes on with a call that was stopped or killed: what is drawn is kept.
+Owns the order of the steps, evaluation.json and best.safetensors.  Does not own the choice (see
+``evaluation.choice.checkpoints``), scoring (see ``hpo.judge.judge``) or the terminal output (see
+``hpo.judge.view``).  After an interruption or a kill, the same command resumes; finished images are kept.
 
     name.run/evaluation/evaluation.json, curve.png
     name.run/evaluation/<checkpoint>/search/, …/confirmation/     images and metrics
@@ -14,7 +14,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,14 @@ from rich.console import Console
 from hpo.judge.outcome import Evaluated
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.judge.view import JudgeView
-from hpo.study import Inputs, Lock, holder
+from hpo.study import Inputs, alone
 from hpo.terminal import Stop, clock
-from trainer.errors import ConfigError, InvalidImages, MachineError, ModelFileError
+from trainer.errors import ConfigError, InvalidImages, ModelFileError
 from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
 from trainer.tensorfile import with_metadata
 
 if TYPE_CHECKING:
     from evaluation.choice import CheckpointChoice, CheckpointPoint
-    from evaluation.prompts import PromptSet
     from evaluation.score import Anchors, Score
     from hpo.judge.judge import Judge
 
@@ -39,16 +38,18 @@ SEARCH, CONFIRMATION = "search", "confirmation"
 
 
 def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = None) -> Path:
-    """Score, choose, confirm, mark; returns the chosen file.  ``study``: by whose definition.  Raises
-    ToolError, Interrupted if stopped."""
+    """Score, choose, confirm and mark; returns the chosen file.
+
+    ``study``: the study whose definition is used (``--study``).  Raises ToolError, or Interrupted if stopped.
+    """
     view = JudgeView(console)
     run = find_run(path)
     _check_mark(run)
-    from hpo.judge import judge as judges  # loads torch: after everything that can be checked without it
+    from hpo.judge import judge as judges  # loads torch, so all checks that do not need it come first
 
     judge = judges.load(run, inputs, view.say, named=study)
     damaged = _unfit(run, judge)
-    with alone(run), Stop(view.on_ask) as stop:
+    with drawing_alone(run), Stop(view.on_ask) as stop:
         view.should_stop = stop
         outcome = _judged(run, judge, damaged, view)
         _write(run, judge, outcome)
@@ -57,21 +58,23 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
         if not run.trial:
             _mark(run, chosen, outcome)
             view.say(f"best: {run.mark} is a copy of {chosen.path.name}")
-        view.say(f"figures: {run.evaluation / 'evaluation.json'}, {run.evaluation / 'curve.png'}")
+        view.say(f"results: {run.evaluation / 'evaluation.json'}, {run.evaluation / 'curve.png'}")
     return chosen.path
 
 
 def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: JudgeView) -> Evaluated:
     from evaluation.choice import checkpoints
 
-    anchors = _anchors(judge, judge.prompts, run, view)
-    count = len(run.checkpoints) - len(damaged)
+    anchors = _anchors(judge, run, view)
+    count, prompts = len(run.checkpoints) - len(damaged), judge.evaluator.prompts
     view.say(
-        f"{count} checkpoint{'' if count == 1 else 's'} × {judge.prompts.image_count} images ({judge.prompts.size}), "
-        f"{len(judge.reference_files)} references, {judge.scorer.name}"
+        f"{count} checkpoint{'' if count == 1 else 's'} × {prompts.image_count} images ({prompts.size}), "
+        f"{len(judge.reference_files)} references, {judge.evaluator.scorer.name}"
     )
     points = [
-        _point(run, checkpoint, judge, judge.prompts, anchors, SEARCH, damaged, view)
+        _unscored(checkpoint, damaged[checkpoint.name])
+        if checkpoint.name in damaged
+        else _point(run, checkpoint, judge, SEARCH, view)
         for checkpoint in run.checkpoints
     ]
     choice = checkpoints.choose(points, anchors)
@@ -80,19 +83,22 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: Judge
     if judge.confirmation is None or len(tested) < 2:
         word = "unconfirmed" if len(tested) > 1 else "only"
         return Evaluated(points, choice, verdict, tested, (), None, choice.chosen, word)
-    view.say(f"confirming {len(tested)} of them on {judge.confirmation.image_count} other images each")
-    fresh = _anchors(judge, judge.confirmation, run, view)
-    retested = [
-        _point(run, run.checkpoints[n], judge, judge.confirmation, fresh, CONFIRMATION, damaged, view)
-        for n in tested
-    ]
+    view.say(
+        f"confirming {len(tested)} of them with {judge.confirmation.image_count} images each for new prompts"
+    )
+    later = judge.on(judge.confirmation)
+    fresh = _anchors(later, run, view)
+    retested = [_point(run, run.checkpoints[n], later, CONFIRMATION, view) for n in tested]
+    judge.evaluator = replace(
+        judge.evaluator, sampling=later.evaluator.sampling
+    )  # keeps a reduced batch size
     rechoice = checkpoints.choose(retested, fresh)
     final, word = checkpoints.confirmed(choice, tested, rechoice)
     return Evaluated(points, choice, verdict, tested, retested, rechoice, final, word)
 
 
 def _unfit(run: RunFiles, judge: Judge) -> dict[str, str]:
-    """Checkpoints that cannot be put into the base: name → why.  If none can, its error is the user's."""
+    """Checkpoints that cannot be applied to the base: name → reason.  If none can, raises the last one's error."""
     found: dict[str, ModelFileError] = {}
     for checkpoint in run.checkpoints:
         try:
@@ -104,81 +110,71 @@ def _unfit(run: RunFiles, judge: Judge) -> dict[str, str]:
     return {name: error.message for name, error in found.items()}
 
 
-def _anchors(judge: Judge, prompts: PromptSet, run: RunFiles, view: JudgeView) -> Anchors:
-    with view.drawing(f"untrained {judge.base.name}") as on_image:
-        anchors = judge.anchors(prompts, run.evaluation, on_image)
+def _anchors(judge: Judge, run: RunFiles, view: JudgeView) -> Anchors:
+    with view.drawing(f"untrained {judge.evaluator.base.name}") as on_image:
+        anchors = judge.measure_anchors(run.evaluation, on_image)
     for problem in anchors.problems:
         view.say(f"warning: {problem}")
     return anchors
 
 
+def _unscored(checkpoint: Checkpoint, reason: str, cause: str = "") -> CheckpointPoint:
+    from evaluation.choice import CheckpointPoint
+
+    return CheckpointPoint(checkpoint.name, checkpoint.epoch, checkpoint.step, None, reason, cause)
+
+
 def _point(
-    run: RunFiles,
-    checkpoint: Checkpoint,
-    judge: Judge,
-    prompts: PromptSet,
-    anchors: Anchors,
-    name: str,
-    damaged: Mapping[str, str],
-    view: JudgeView,
+    run: RunFiles, checkpoint: Checkpoint, judge: Judge, name: str, view: JudgeView
 ) -> CheckpointPoint:
+    """Score a checkpoint on the prompts of ``judge``.  ``name``: the folder for images and metrics."""
     from evaluation.choice import SPOILED, UNCHANGED, CheckpointPoint
     from evaluation.images import Unchanged
 
-    place = checkpoint.name, checkpoint.epoch, checkpoint.step
-    if checkpoint.name in damaged:
-        return CheckpointPoint(*place, None, damaged[checkpoint.name])
     started = time.monotonic()
     try:
         with view.drawing(checkpoint.name) as on_image:
             folder = run.evaluation / checkpoint.name / name
-            score = judge.score(checkpoint.path, prompts, anchors, folder, on_image)
+            score = judge.score(checkpoint.path, folder, on_image)
     except InvalidImages as error:
-        point = CheckpointPoint(*place, None, error.message, SPOILED)
+        point = _unscored(checkpoint, error.message, SPOILED)
     except Unchanged:
-        point = CheckpointPoint(
-            *place, None, "it changes nothing: its images are the untrained base's", UNCHANGED
+        point = _unscored(
+            checkpoint, "it has no effect: its images equal those of the untrained base", UNCHANGED
         )
     else:
         safety = score.safety
-        if safety and safety.broken:  # copied or collapsed pictures are no result, however they score
-            point = CheckpointPoint(*place, None, "; ".join(map(safety.says, safety.broken)), SPOILED)
+        if safety and safety.broken:  # copied or collapsed images are unusable, whatever their score
+            point = _unscored(checkpoint, "; ".join(map(safety.says, safety.broken)), SPOILED)
         else:
-            point = CheckpointPoint(*place, score)
+            point = CheckpointPoint(checkpoint.name, checkpoint.epoch, checkpoint.step, score)
     said = point.reason or f"score {score.value:.4f} ± {score.se:.4f}"
     view.say(f"{checkpoint.name} ({name}): {said}, {clock(time.monotonic() - started)}")
     return point
 
 
 @contextlib.contextmanager
-def alone(run: RunFiles) -> Iterator[None]:
-    """No second process draws into the same folder; what a killed one left half-made goes."""
-    lock = Lock(run.evaluation / "lock")
-    if not lock.try_acquire():
-        raise MachineError(
-            f"process {holder(lock.path)} evaluates {run.name} already", "wait for it, or stop that process"
-        )
-    try:
+def drawing_alone(run: RunFiles) -> Iterator[None]:
+    """Lock the evaluation folder against other processes and delete incomplete files of a killed one."""
+    with alone(run.evaluation / "lock", f"evaluates {run.name}"):
         sweep_tree(run.evaluation)
         yield
-    finally:
-        lock.release()
 
 
 # best.safetensors
 
 
 def _check_mark(run: RunFiles) -> None:
-    """Never replace a file of the user's; said before anything is drawn."""
+    """Raise ConfigError before any work if best.safetensors exists and was not written by this tool."""
     if not run.trial and run.mark.exists() and not is_mark(run.mark):
         raise ConfigError(
-            f"{run.mark} is not a mark of this tool, so it is not replaced",
-            "rename that file, or move it away",
+            f"{run.mark} was not written by hpo evaluate, so it is not replaced",
+            "rename or move that file",
         )
 
 
 def _mark(run: RunFiles, chosen: Checkpoint, outcome: Evaluated) -> None:
-    """A copy of the chosen file under the name best.safetensors, its source in the metadata."""
+    """Copy the chosen file to best.safetensors and record its source in the metadata."""
     point = outcome.points[outcome.final]
     assert point.score is not None
     source = sha256_file(chosen.path)
@@ -208,23 +204,23 @@ def _write(run: RunFiles, judge: Judge, outcome: Evaluated) -> None:
         outcome.choice.best,
         outcome.final,
         outcome.retested,
-        f"{run.name} on {judge.base.name}",
+        f"{run.name} on {judge.evaluator.base.name}",
     )
     write_atomic(run.evaluation / "curve.png", png_bytes(np.asarray(picture)))
 
 
 def _values(run: RunFiles, judge: Judge, outcome: Evaluated) -> dict[str, Any]:
-    names = [point.name for point in outcome.points]
+    names, by = [point.name for point in outcome.points], judge.evaluator
     return {
         "run": run.name,
-        "base": {"name": judge.base.name, "identity": judge.base.identity},
-        "sampling": asdict(judge.sampling),
-        "scorer": {"name": judge.scorer.name, "sha256": judge.scorer.sha},
-        "likeness": {"name": judge.likeness.name, "sha256": judge.likeness.sha},
-        "formula": asdict(judge.formula),
+        "base": {"name": by.base.name, "identity": by.base.identity},
+        "sampling": asdict(by.sampling),
+        "scorer": {"name": by.scorer.name, "sha256": by.scorer.sha},
+        "likeness": {"name": by.likeness.name, "sha256": by.likeness.sha},
+        "formula": asdict(by.formula),
         "limits": asdict(judge.safeguards.limits),
         "references": [str(path) for path in judge.reference_files],
-        SEARCH: {"prompts": judge.prompts.hash, **_curve(outcome.points, outcome.choice)},
+        SEARCH: {"prompts": by.prompts.hash, **_curve(outcome.points, outcome.choice)},
         CONFIRMATION: {
             "prompts": judge.confirmation.hash if judge.confirmation else None,
             **(_curve(outcome.retested, outcome.rechoice) if outcome.rechoice else {}),
@@ -264,5 +260,5 @@ def _figures(score: Score | None) -> dict[str, Any]:
 
 
 def beside_values(score: Score) -> list[dict[str, Any]]:
-    """Other models' figures, without those of each image."""
+    """The extra metrics of other models, without the values of single images."""
     return [{"measure": f.measure, "model": f.model, "sha256": f.sha, "value": f.value} for f in score.beside]

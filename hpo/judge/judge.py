@@ -1,8 +1,8 @@
-"""Judge: what scores the LoRAs of a run – base, prompts, references, scorer – loaded once for all of them.
+"""Judge: base, prompts, references and scorer, loaded once to score all LoRAs of a run.
 
-Owns the order of loading (cheap checks first), and that what is drawn is kept and not drawn
-again.  Which study, images and prompts judge a run is ``hpo.judge.standard``'s.  Does not choose
-between scores (``evaluation.choice.checkpoints``, ``evaluation.choice.compare``).
+Owns the order of loading (cheap checks first) and the reuse of images from earlier calls.  Does not
+own which study, images and prompts are used (see ``hpo.judge.standard``) or the comparison of scores
+(see ``evaluation.choice.checkpoints`` and ``evaluation.choice.compare``).
 
     EVALUATION/base/<hash>/            the untrained base on one prompt set: samples/, anchors.json
     EVALUATION/<checkpoint>/<set>/     one LoRA on one prompt set: samples/, grid.png, metrics.json, lora.json
@@ -10,25 +10,23 @@ between scores (``evaluation.choice.checkpoints``, ``evaluation.choice.compare``
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from evaluation.encoders import References, embed, embed_references, require_references
-from evaluation.gauges import Gauge, others
-from evaluation.images import OnImages, SampleConfig, SampledImage, sample
+from evaluation.images import OnImages, SampledImage, sample
 from evaluation.prompts import MAX_TOKENS, PromptSet
 from evaluation.score import (
     METRICS_NAME,
+    SAMPLES_NAME,
     Anchors,
-    Formula,
-    SafeguardLimits,
+    Evaluator,
     Safeguards,
     Score,
     evaluate_adapter,
@@ -39,9 +37,9 @@ from hpo.judge import standard as standards
 from hpo.judge.runfiles import RunFiles
 from hpo.study import (
     Inputs,
-    check_encoders,
-    load_encoders,
-    make_safeguards,
+    make_evaluator,
+    on_another_base,
+    plan_scoring,
     read_json,
     say_notes,
     subject_items,
@@ -51,143 +49,112 @@ from trainer.adapters import DATASET_KEY, lorafile
 from trainer.bases import Base, compute_type, load_base
 from trainer.data import Dataset
 from trainer.errors import ConfigError, DataError, OutOfMemory
-from trainer.files import machine_error, sha256_file, write_atomic
+from trainer.files import make_folder, sha256_file, write_atomic
 
 if TYPE_CHECKING:
     from hpo.study import Say
 
-LORA_NAME = "lora.json"  # which LoRA the figures beside it are of, and by which limits, copies and gauges
+LORA_NAME = (
+    "lora.json"  # the LoRA that was scored, and a hash of the limits, training images and extra metrics
+)
 T = TypeVar("T")
 
 
 @dataclass
 class Judge:
-    """Everything that every LoRA of a run is scored with.  ``name``: the run's."""
+    """Everything needed to score the LoRAs of a run.  ``name``: name of the run."""
 
     name: str
-    base: Base
     data: Dataset
-    prompts: PromptSet
+    evaluator: Evaluator
     confirmation: PromptSet | None
-    sampling: SampleConfig
     reference_files: tuple[Path, ...]
-    references: References
-    scorer: embed.Scorer
-    likeness: embed.ImageEncoder
-    formula: Formula
-    safeguards: Safeguards
-    gauges: tuple[Gauge, ...]
     say: Say
 
     @property
+    def safeguards(self) -> Safeguards:
+        assert self.evaluator.safeguards is not None, "load makes them"
+        return self.evaluator.safeguards
+
+    @property
     def watch(self) -> str:
-        """Hash of what is told beside the score: limits, the images that may not be repeated, other models."""
+        """Hash of what is reported next to the score: limits, training images (copy check) and extra metrics."""
         parts = (
-            dataclasses.asdict(self.safeguards.limits),
+            asdict(self.safeguards.limits),
             sorted({item.sha256 for item in subject_items(self.data)}),
             [encoder.sha for encoder in self.safeguards.encoders],
-            [(gauge.measure, gauge.model, gauge.sha) for gauge in self.gauges],
+            [(gauge.measure, gauge.model, gauge.sha) for gauge in self.evaluator.gauges],
         )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def anchors(self, prompts: PromptSet, evaluation: Path, on_image: OnImages | None = None) -> Anchors:
-        """The untrained base on a prompt set; measured once, then read."""
-        folder = self._base_folder(prompts, evaluation)
+    def on(self, prompts: PromptSet) -> Judge:
+        """The same judge for other prompts.  Their anchors must still be measured."""
+        return replace(self, evaluator=self.evaluator.on(prompts))
 
-        def measure() -> Anchors:
-            return make_anchors(
-                self.base,
-                prompts,
-                self.sampling,
-                self.references,
-                self.scorer,
-                self.likeness,
-                folder,
-                on_image=on_image,
-            )
+    def measure_anchors(self, evaluation: Path, on_image: OnImages | None = None) -> Anchors:
+        """The anchors of the untrained base on the prompts.  Measured once, then read from disk."""
+        folder = self._base_folder(evaluation)
+        make_folder(folder)
+        anchors = self._within_memory(lambda: make_anchors(self.evaluator, folder, on_image))
+        self.evaluator = self.evaluator.with_anchors(anchors)
+        return anchors
 
-        _make(folder)
-        return self._within_memory(measure)
+    def untrained_images(self, evaluation: Path) -> list[SampledImage]:
+        """The images that the anchors were measured on, with the class word instead of the trigger."""
+        return self._draw(self._base_folder(evaluation), self.evaluator.base.identity, as_class=True)
 
-    def untrained_images(self, prompts: PromptSet, evaluation: Path) -> list[SampledImage]:
-        """The pictures that the anchors were measured on: the class word instead of the trigger."""
-        folder = self._base_folder(prompts, evaluation) / "samples"
-        return sample(self.base, prompts, self.sampling, folder, identity=self.base.identity, as_class=True)
+    def score(self, lora: Path, folder: Path, on_image: OnImages | None = None) -> Score:
+        """The score of a LoRA file, read from ``folder`` if stored there.  Otherwise generates the missing images.
 
-    def score(
-        self,
-        lora: Path,
-        prompts: PromptSet,
-        anchors: Anchors,
-        folder: Path,
-        on_image: OnImages | None = None,
-    ) -> Score:
-        """The score of a LoRA file: from ``folder`` if it is there, else drawn, from where it was left.
-
-        Under other limits, training images or gauges than before it is measured anew on the pictures that are there.
+        If limits, training images or extra metrics have changed, the stored images are measured again.
         """
-        found = self._stored(lora, anchors, folder)
+        found = self._stored(lora, folder)
         if found is not None:
             return found
-        _make(folder)
-        adapter = lorafile.attach(self.base, lorafile.read(lora))
-        try:
-            identity = f"{self.base.identity}:{adapter.fingerprint()}"
-
-            def draw() -> Score:
-                return evaluate_adapter(
-                    self.base,
-                    prompts,
-                    self.sampling,
-                    self.references,
-                    self.scorer,
-                    self.likeness,
-                    anchors,
-                    folder,
-                    identity=identity,
-                    on_image=on_image,
-                    formula=self.formula,
-                    safeguards=self.safeguards,
-                    gauges=self.gauges,
-                )
-
-            result = self._within_memory(draw)
-        finally:
-            adapter.remove()
+        make_folder(folder)
+        with self._applied(lora) as identity:
+            result = self._within_memory(
+                lambda: evaluate_adapter(self.evaluator, folder, identity=identity, on_image=on_image)
+            )
         note = {"file": lora.name, "sha256": sha256_file(lora), "watch": self.watch}
         write_atomic(folder / LORA_NAME, json.dumps(note))
         return result
 
-    def images(self, lora: Path, prompts: PromptSet, folder: Path) -> list[SampledImage]:
-        """The pictures behind a score that ``score`` returned."""
-        adapter = lorafile.attach(self.base, lorafile.read(lora))
+    def images(self, lora: Path, folder: Path) -> list[SampledImage]:
+        """The images of a score that ``score`` returned."""
+        with self._applied(lora) as identity:
+            return self._draw(folder, identity)
+
+    def check(self, lora: Path) -> None:
+        """Raise ModelFileError if the file cannot be applied to the base."""
+        lorafile.attach(self.evaluator.base, lorafile.read(lora)).remove()
+
+    def free(self) -> None:
+        """Free the memory of the base.  The judge cannot be used afterwards."""
+        self.evaluator.base.free()
+
+    @contextmanager
+    def _applied(self, lora: Path) -> Iterator[str]:
+        """Context with the LoRA applied to the base.  Yields an identity string of both."""
+        base = self.evaluator.base
+        adapter = lorafile.attach(base, lorafile.read(lora))
         try:
-            identity = f"{self.base.identity}:{adapter.fingerprint()}"
-            return sample(self.base, prompts, self.sampling, folder / "samples", identity=identity)
+            yield f"{base.identity}:{adapter.fingerprint()}"
         finally:
             adapter.remove()
 
-    def check(self, lora: Path) -> None:
-        """Raise ModelFileError unless a file can be put into the base."""
-        lorafile.attach(self.base, lorafile.read(lora)).remove()
+    def _draw(self, folder: Path, identity: str, *, as_class: bool = False) -> list[SampledImage]:
+        """The images for the prompts, generated with the base in its current state.  Stored images are read."""
+        by = self.evaluator
+        samples = folder / SAMPLES_NAME
+        return sample(by.base, by.prompts, by.sampling, samples, identity=identity, as_class=as_class)
 
-    def free(self) -> None:
-        """Give the base's memory back.  The judge is unusable after."""
-        self.base.free()
-
-    def _base_folder(self, prompts: PromptSet, evaluation: Path) -> Path:
-        parts = (
-            self.base.identity,
-            prompts.hash,
-            self.sampling.hash,
-            self.scorer.sha,
-            self.likeness.sha,
-            self.references.hash,
-        )
+    def _base_folder(self, evaluation: Path) -> Path:
+        parts = list(self.evaluator.identity.values())
         return evaluation / "base" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def _stored(self, lora: Path, anchors: Anchors, folder: Path) -> Score | None:
-        """A finished score of this very file on this scale, with the same told beside it."""
+    def _stored(self, lora: Path, folder: Path) -> Score | None:
+        """The stored score of this file, or None if file, anchors, formula, limits or extra metrics differ."""
         note = read_json(folder / LORA_NAME)
         if note is None or note.get("sha256") != sha256_file(lora) or note.get("watch") != self.watch:
             return None
@@ -195,30 +162,32 @@ class Judge:
             found = read_score(folder / METRICS_NAME)
         except DataError:
             return None
-        return found if found.anchors_key == anchors.key and found.formula == self.formula else None
+        by = self.evaluator
+        return found if found.anchors_key == by.scale.key and found.formula == by.formula else None
 
     def _within_memory(self, work: Callable[[], T]) -> T:
-        """``work``, with half as many images at once as long as the memory does not suffice."""
+        """The result of ``work``; halves the number of images per batch each time memory runs out."""
         while True:
             try:
                 return work()
             except OutOfMemory:
-                size = self.sampling.batch_size // 2
+                sampling = self.evaluator.sampling
+                size = sampling.batch_size // 2
                 if size < 1:
                     raise
-                self.sampling = replace(self.sampling, batch_size=size)
-                self.say(f"out of memory: drawing {size} images at once from here on")
-                if self.base.device.type == "cuda":
+                self.evaluator = replace(self.evaluator, sampling=replace(sampling, batch_size=size))
+                self.say(f"out of memory: reduced to {size} images per batch")
+                if self.evaluator.base.device.type == "cuda":
                     torch.cuda.empty_cache()
 
 
 def load(
     run: RunFiles, inputs: Inputs, say: Say, *, named: str | None = None, like: Judge | None = None
 ) -> Judge:
-    """Read and check everything that judges a run; nothing is written.
+    """Load and check everything needed to score a run.  Writes nothing.
 
-    ``named``: --study.  ``like``: take prompts, references, encoders and limits from another run's judge, so
-    that two bases are compared on the same.
+    ``named``: the value of ``--study``.  ``like``: judge of another run, whose prompts, references, encoders
+    and limits are used, so that two bases can be compared.
     """
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -229,11 +198,9 @@ def load(
     data = standards.training_data(run, config, inputs, known)
     paths = list(like.reference_files) if like else standards.references(run, inputs, data, known)
     standards.check_unseen(run, paths, data)
-    require_references(len(paths))
-    scorer_spec = inputs.clip or known.clip or study.study.clip or embed.default_scorer(spec)
-    likeness_spec = study.study.likeness or embed.default_likeness(spec)
+    plan = None
     if like is None:
-        check_encoders(study, scorer_spec, likeness_spec)
+        plan = plan_scoring(study, data, paths, spec, inputs.clip or known.clip)
         standards.sets(run, inputs, study, data, lambda text: 0)
         if known.says:
             say(known.says)
@@ -245,50 +212,32 @@ def load(
         no_half_vae=config.no_half_vae,
     )
     _say_changes(run, base, data, say)
-    if like is None:
+    sampling = standards.sampling(run, known, config, base)
+    if plan is not None:
         prompts, confirmation = standards.sets(run, inputs, study, data, base.token_count)
-        scorer, likeness = load_encoders(study, scorer_spec, likeness_spec, device, say)
-        formula = Formula(**dataclasses.asdict(study.score))
-        limits = SafeguardLimits(**dataclasses.asdict(study.limits))
-        references = embed_references(paths, likeness)
-        gauges = others.gauges(study.study.also, scorer, likeness, paths, device)
+        evaluator = make_evaluator(plan, base, prompts, sampling, say)
         say_notes(prompts, confirmation, say)
     else:
-        prompts, confirmation, references = like.prompts, like.confirmation, like.references
-        scorer, likeness, formula = like.scorer, like.likeness, like.formula
-        limits, gauges = like.safeguards.limits, like.gauges
-        _check_readable(base, confirmation or prompts)
-        for words in standards.other_words(data, prompts):
+        assert like is not None
+        confirmation = like.confirmation
+        _check_readable(base, confirmation or like.evaluator.prompts)
+        for words in standards.other_words(data, like.evaluator.prompts):
             say(
-                f"warning: {run.name} was trained with {words} of {like.name}: it may not know what it is asked for"
+                f"warning: {run.name} was trained with {words} (from {like.name}); the LoRA may not respond to it"
             )
-    return Judge(
-        run.name,
-        base,
-        data,
-        prompts,
-        confirmation,
-        standards.sampling(run, known, config, base),
-        tuple(paths),
-        references,
-        scorer,
-        likeness,
-        formula,
-        make_safeguards(data, paths, scorer, likeness, limits),
-        gauges,
-        say,
-    )
+        evaluator = on_another_base(like.evaluator, base, sampling, data, paths)
+    return Judge(run.name, data, evaluator, confirmation, tuple(paths), say)
 
 
 def _say_changes(run: RunFiles, base: Base, data: Dataset, say: Say) -> None:
-    """What is other than in the training."""
+    """Warn if base or training images differ from those of the training."""
     metadata = run.metadata()
     if metadata.get("lora_hpo_base", base.identity) != base.identity:
-        say(f"warning: {run.name} was trained on another base than {base.name}")
+        say(f"warning: {run.name} was trained on a different base than {base.name}")
     if metadata.get(DATASET_KEY, data.content_hash) != data.content_hash:
         say(
-            f"warning: {data.root} has other images or captions than {run.name} was trained on: "
-            "whether it has seen the references is not known"
+            f"warning: {data.root} has different images or captions than {run.name} was trained on; "
+            "the references may have been used in training"
         )
 
 
@@ -297,13 +246,6 @@ def _check_readable(base: Base, prompts: PromptSet) -> None:
         tokens = base.token_count(prompt.text)
         if tokens > MAX_TOKENS:
             raise ConfigError(
-                f"{base.name} would cut the prompt {prompt.text[:40]!r}… ({tokens} of {MAX_TOKENS} tokens)",
-                "give shorter ones with --prompts",
+                f"the prompt {prompt.text[:40]!r}… is too long for {base.name} ({tokens} tokens, at most {MAX_TOKENS})",
+                "use shorter prompts (--prompts)",
             )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, folder) from error

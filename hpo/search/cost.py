@@ -56,7 +56,8 @@ def estimate(bench: Workbench, *, probe: bool) -> Cost:
     edges = [{**bench.study.baseline, p.name: value} for p in space for value in p.domain.edges]
     largest = [bench.study.config(edge) for edge in edges] + drawn
     weights = max(count_weights(bench.base, config) for config in largest)
-    pixels = images * bench.sampling.width_px * bench.sampling.height_px
+    sampling = bench.evaluator.sampling
+    pixels = images * sampling.width_px * sampling.height_px
     return Cost(
         steps=float(np.mean(steps)),
         images=images,

@@ -12,7 +12,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpo.study import StudyFolder, TrialFolder, database_errors, open_storage
+from hpo.study import StudyFolder, TrialFolder, database_errors, open_storage, set_system_attribute
 from hpo.terminal import beside_lines
 from trainer.errors import MachineError
 from trainer.text import clean_text
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from hpo.study import Result
 
-ARTIFACT_PREFIX = "artifacts:"  # Optuna's own, in a trial's system attributes
 LEGACY_CONSTRAINTS = (
     "constraints"  # optuna-dashboard 0.21 reads only this; Optuna 5 itself uses set_constraint
 )
@@ -38,14 +37,12 @@ def artifact_store(folder: StudyFolder) -> optuna.artifacts.FileSystemArtifactSt
 
 def upload_grid(trial: optuna.Trial, study_folder: StudyFolder, folder: TrialFolder) -> str | None:
     """The trial's grid as its one artifact, once.  Returns the artifact's id, or None without a grid."""
-    from optuna.artifacts import upload_artifact
+    from optuna.artifacts import get_all_artifact_meta, upload_artifact
 
-    attributes = trial.storage.get_trial(trial._trial_id).system_attrs
     store = artifact_store(study_folder)
-    for key in attributes:
-        artifact = key.removeprefix(ARTIFACT_PREFIX)
-        if key.startswith(ARTIFACT_PREFIX) and (study_folder.artifacts / artifact).is_file():
-            return artifact
+    for known in get_all_artifact_meta(trial):
+        if (study_folder.artifacts / known.artifact_id).is_file():
+            return known.artifact_id
     if not folder.grid.is_file():
         return None
     return upload_artifact(
@@ -97,7 +94,6 @@ def _short(value: Any) -> str:
 def publish(
     trial: optuna.Trial,
     study_folder: StudyFolder,
-    folder: TrialFolder,
     result: Result,
     settings: Mapping[str, Any],
     warn: Callable[[str], None],
@@ -107,7 +103,7 @@ def publish(
     from optuna_dashboard.artifact import get_artifact_path
 
     try:
-        artifact = upload_grid(trial, study_folder, folder)
+        artifact = upload_grid(trial, study_folder, study_folder.trial(result.number))
         path = get_artifact_path(trial, artifact) if artifact else None
         optuna_dashboard.save_note(trial, note_text(result, settings, path))
     except OSError as error:
@@ -129,11 +125,11 @@ def publish_failure(
 
 def mark_infeasible(trial: optuna.Trial, amounts: Mapping[str, float]) -> None:
     """Constraints in both forms, Optuna 5's and the one the dashboard reads.  Above 0 is violated."""
-    known = trial.storage.get_trial(trial._trial_id).constraints
+    known = trial.constraints
     for key, amount in amounts.items():
         if key not in known:
             trial.set_constraint(key, amount)
-    trial.storage.set_trial_system_attr(trial._trial_id, LEGACY_CONSTRAINTS, list(amounts.values()))
+    set_system_attribute(trial, LEGACY_CONSTRAINTS, list(amounts.values()))
 
 
 def study_note(study: optuna.Study, text: str) -> None:
@@ -152,19 +148,20 @@ def is_loopback(host: str) -> bool:
 def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None]) -> None:
     """Run the dashboard until Ctrl-C.  Works while a search runs: the database is opened on its own."""
     import socket
-    from wsgiref.simple_server import WSGIRequestHandler, make_server
+    from socketserver import ThreadingMixIn
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
     import optuna
     import optuna_dashboard
-    from optuna_dashboard._cli import ThreadedWSGIServer
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = open_storage(folder)
     with database_errors(folder):
-        studies = [str(study._study_id) for study in storage.get_all_studies()]
+        names = optuna.get_all_study_names(storage)
+        studies = [str(storage.get_study_id_from_name(name)) for name in names]
     app = optuna_dashboard.wsgi(storage, artifact_store=artifact_store(folder))
 
-    class Server(ThreadedWSGIServer):
+    class Server(ThreadingMixIn, WSGIServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
     class Quiet(WSGIRequestHandler):

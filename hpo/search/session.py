@@ -6,7 +6,7 @@ mistake is found before anything is written, or what was written is taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ from rich.console import Console
 from hpo.search import alerts
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal
+from hpo.search.opening import opened
+from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.summary import introduction, ratio_line, summary
-from hpo.search.worker import Search, SearchLimits
+from hpo.search.worker import Worker
 from hpo.study import (
     BASELINE,
     ENQUEUED,
@@ -34,7 +36,6 @@ from hpo.study import (
     Use,
     begun_study,
     check_unchanged,
-    create_study,
     database_errors,
     find_study,
     in_use,
@@ -97,7 +98,7 @@ def search(request: SearchRequest, console: Console) -> None:
         if request.enqueue:
             read_kohya(request.enqueue)  # a mistake in it is found before anything is loaded
         with in_use(folder) as use:
-            _search(request, config, use, limits, view, console)
+            _search(request, config, use, limits, view)
 
 
 def _search(
@@ -106,17 +107,16 @@ def _search(
     use: Use,
     limits: SearchLimits,
     view: report.PlainView,
-    console: Console,
 ) -> None:
     """The part that reads models and writes files."""
     from hpo.search import workbench  # loads torch: after everything that can be checked without it
 
     bench = workbench.load(request.inputs, config, use.folder, view.say)
-    study = _open(bench, use, view.say)
+    study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
     proposal = _proposal(request, bench, view)
-    _begin(study, bench, limits, proposal, view, console)
+    _begin(study, bench, limits, proposal, view)
     use.begun = True
-    worker = Search(study, bench, limits, view)
+    worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say), view)
     with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop
         try:
@@ -145,24 +145,6 @@ def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
             promptfiles.check_unedited(folder, before["prompts"])
 
 
-def _open(bench: Workbench, use: Use, say: Callable[[str], None]) -> optuna.Study:
-    """The study in its folder, created or found unchanged."""
-    from hpo.search.workbench import write_definition
-
-    folder, facts = bench.folder, bench.facts()
-    try:
-        folder.artifacts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, folder.artifacts) from error
-    with folder.study_lock().held():
-        found = begun_study(folder)
-        use.made_study = found is None or IDENTITY not in found.user_attrs
-        study = create_study(folder, facts, bench.study.objectives)
-        check_unchanged(study.user_attrs[IDENTITY], facts, folder.name)
-        write_definition(bench, facts, say)
-    return study
-
-
 def _proposal(request: SearchRequest, bench: Workbench, view: report.PlainView) -> Mapping[str, Any] | None:
     if request.enqueue is None:
         return None
@@ -181,13 +163,12 @@ def _begin(
     limits: SearchLimits,
     proposal: Mapping[str, Any] | None,
     view: report.PlainView,
-    console: Console,
 ) -> None:
     """Say what will happen, measure the untrained base, check the disk, queue trial 0 and the user's own."""
     now = standing(study, limits.trials)
     fresh = now.complete + now.running == 0
     if fresh:
-        console.print(introduction(bench.study, limits.trials))
+        view.console.print(introduction(bench.study, limits.trials))
         view.say(ratio_line(len(bench.study.space), limits.trials))
     view.say(_data_line(bench))
     if now.left:
@@ -226,7 +207,7 @@ def _data_line(bench: Workbench) -> str:
     return (
         f"{len(bench.data.items) - regular} training images{beside}{trigger}{word}; "
         f"{len(bench.reference_items)} references; {bench.prompts.image_count} images a trial "
-        f"({bench.prompts.size}), scored by {bench.scorer.name}"
+        f"({bench.prompts.size}), scored by {bench.evaluator.scorer.name}"
     )
 
 

@@ -16,6 +16,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,7 +76,7 @@ class Watch(Protocol):
 
 def failed(folder: TrialFolder, config: TrainConfig, reason: str, message: str) -> Result:
     """The result of a trial that tells nothing about its settings."""
-    return _result(folder, config, FAILED, None, reason=reason, message=message)
+    return _result(folder, config, _Ending(FAILED, None, reason=reason, message=message))
 
 
 def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
@@ -92,9 +93,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
         raise
     except SettingsFailure as error:
         _log(folder, f"infeasible: {error.reason}: {error}")
-        result = _result(
-            folder,
-            config,
+        ending = _Ending(
             INFEASIBLE,
             INFEASIBLE_VALUE,
             reason=error.reason,
@@ -102,6 +101,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
             remedy=", ".join(_remedies(folder)),
             score=error.score if isinstance(error, BeyondLimit) else None,
         )
+        result = _result(folder, config, ending)
     except ToolError as error:
         _log(folder, f"failed: {error}")
         result = failed(folder, config, type(error).__name__, str(error))
@@ -126,7 +126,8 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
         adapter.remove()
     if not (math.isfinite(score.value) and math.isfinite(score.se)):
         raise ModelFileError(f"the score of trial {folder.number} is {score.value}", "see its metrics.json")
-    result = _result(folder, config, COMPLETE, score.value, score=score, score_seconds=seconds, remedy=remedy)
+    ending = _Ending(COMPLETE, score.value, score=score, score_seconds=seconds, remedy=remedy)
+    result = _result(folder, config, ending)
     _log(folder, f"score {score.value:.6f} ± {score.se:.6f}")
     return result
 
@@ -232,17 +233,10 @@ def _scored(
 
     try:
         return evaluate_adapter(
-            bench.base,
-            bench.prompts,
-            bench.sampling,
-            bench.references,
-            bench.scorer,
-            bench.likeness,
-            bench.anchors,
+            bench.evaluator,
             folder.root,
             identity=f"{bench.base.identity}:{adapter.fingerprint()}",
             on_image=on_image,
-            **bench.scoring,
         )
     except Unchanged:
         if _is_in_place(adapter, config):
@@ -252,7 +246,7 @@ def _scored(
             ) from None
         raise
     except OutOfMemory as error:  # every trial draws the same images: not this trial's settings
-        hint = f"--set sampling.batch_size={max(1, bench.sampling.batch_size // 2)}"
+        hint = f"--set sampling.batch_size={max(1, bench.evaluator.sampling.batch_size // 2)}"
         raise MachineError(error.message, hint) from None
 
 
@@ -309,28 +303,31 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _result(
-    folder: TrialFolder,
-    config: TrainConfig,
-    state: str,
-    value: float | None,
-    *,
-    score: Score | None = None,
-    score_seconds: float = 0.0,
-    reason: str = "",
-    message: str = "",
-    remedy: str = "",
-) -> Result:
+@dataclass(frozen=True)
+class _Ending:
+    """How a trial's work ended: the state, what Optuna is to be told, and what led there."""
+
+    state: str
+    value: float | None
+    score: Score | None = None
+    score_seconds: float = 0.0
+    reason: str = ""
+    message: str = ""
+    remedy: str = ""
+
+
+def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result:
     rows = list(read_records(folder.steps))
     kept = folder.lora.is_file()
+    score = ending.score
     safety = score.safety if score else None
     return Result(
         number=folder.number,
-        state=state,
-        value=value,
-        se=score.se if score and state == COMPLETE else None,
-        reason=reason,
-        message=clean_text(message),
+        state=ending.state,
+        value=ending.value,
+        se=score.se if score and ending.state == COMPLETE else None,
+        reason=ending.reason,
+        message=clean_text(ending.message),
         config_sha256=config_sha256(config),
         lora=folder.lora.name if kept else "",
         lora_sha256=sha256_file(folder.lora) if kept else "",
@@ -342,8 +339,8 @@ def _result(
         steps=max((row["step"] for row in rows if row.get("event") in ("step", "skipped")), default=0),
         skipped_steps=sum(row.get("event") == "skipped" for row in rows),
         train_seconds=round(sum(row.get("seconds", 0.0) for row in rows), 3),
-        score_seconds=round(score_seconds, 3),
-        remedy=remedy,
+        score_seconds=round(ending.score_seconds, 3),
+        remedy=ending.remedy,
         time_utc=_now(),
         copy_rate=safety.copy_rate if safety else None,
         diversity=safety.diversity if safety else None,

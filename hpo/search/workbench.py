@@ -17,74 +17,59 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from evaluation.encoders import References, embed, embed_references, require_references
-from evaluation.gauges import others
 from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
-from evaluation.score import Anchors, Formula, SafeguardLimits, Safeguards, make_anchors
+from evaluation.score import Anchors, Evaluator, make_anchors
 from hpo.study import (
-    MINIATURE_STUDIES,
     Inputs,
     Say,
     StudyConfig,
     StudyFolder,
-    check_encoders,
-    load_encoders,
-    make_safeguards,
+    make_evaluator,
+    plan_scoring,
     prompt_sets,
     promptfiles,
     reference_paths,
     say_notes,
 )
 from hpo.train import check_device
-from trainer.bases import compute_type, load_base
+from trainer.bases import compute_type, is_miniature, load_base
 from trainer.config import TrainConfig
 from trainer.data import Dataset, cache, preflight, read_dataset, split_references
 from trainer.errors import ConfigError, MachineError
-from trainer.files import atomic_folder, machine_error, write_atomic
+from trainer.files import atomic_folder, make_folder, write_atomic
 
 if TYPE_CHECKING:
-    from evaluation.gauges import Gauge
     from trainer.bases import Base
 
 
 @dataclass
 class Workbench:
-    """Base, data, prompts, scorer, anchors.  One per process; trials inject into ``base`` and clean up."""
+    """Data, and what is trained on and scored with.  One per process; trials inject into ``base`` and clean up."""
 
     study: StudyConfig
     folder: StudyFolder
-    base: Base
+    evaluator: Evaluator
     data: Dataset
     reference_items: tuple[str, ...]
-    references: References
-    prompts: PromptSet
     confirmation: PromptSet | None
-    sampling: SampleConfig
-    scorer: embed.Scorer
-    likeness: embed.ImageEncoder
     data_folder: Path
     base_spec: str
     store: cache.Store
-    safeguards: Safeguards | None = None
-    gauges: tuple[Gauge, ...] = ()
     image_seconds: float | None = None
     inputs: Inputs | None = None
-    _anchors: Anchors | None = None
+
+    @property
+    def base(self) -> Base:
+        return self.evaluator.base
+
+    @property
+    def prompts(self) -> PromptSet:
+        return self.evaluator.prompts
 
     @property
     def anchors(self) -> Anchors:
-        assert self._anchors is not None, "measure_anchors first"
-        return self._anchors
-
-    @property
-    def scoring(self) -> dict[str, Any]:
-        """What ``evaluate_adapter`` needs beyond models and pictures: formula, safeguards, figures beside."""
-        return {
-            "formula": Formula(**dataclasses.asdict(self.study.score)),
-            "safeguards": self.safeguards,
-            "gauges": self.gauges,
-        }
+        return self.evaluator.scale
 
     def config(self, suggested: Mapping[str, Any], number: int) -> TrainConfig:
         """The complete settings of a trial, names and places included."""
@@ -109,21 +94,15 @@ class Workbench:
         """
         started = time.monotonic()
         drawn: list[int] = []
-        self._anchors = make_anchors(
-            self.base,
-            self.prompts,
-            self.sampling,
-            self.references,
-            self.scorer,
-            self.likeness,
-            self.folder.base_images,
-            on_image=lambda done, total: drawn.append(done),
+        anchors = make_anchors(
+            self.evaluator, self.folder.base_images, lambda done, total: drawn.append(done)
         )
+        self.evaluator = self.evaluator.with_anchors(anchors)
         if drawn:
             self.image_seconds = (time.monotonic() - started) / drawn[-1]
         if fresh:
-            self._anchors.require_separable()
-        for problem in self._anchors.problems:
+            anchors.require_separable()
+        for problem in anchors.problems:
             say(f"warning: {problem}")
 
     def empty_cache(self) -> None:
@@ -132,22 +111,23 @@ class Workbench:
 
     def facts(self) -> dict[str, str]:
         """What must stay as it is while the study goes on: name → value in words."""
+        by = self.evaluator
         return {
             "direction": "maximize",
-            "base": f"{self.base.name} {self.base.identity[:16]}",
+            "base": f"{by.base.name} {by.base.identity[:16]}",
             # mixed_precision = "auto" is another type on another machine
-            "compute type": str(compute_type(self.study.train.mixed_precision, self.base.device)),
+            "compute type": str(compute_type(self.study.train.mixed_precision, by.base.device)),
             "images and captions": self.data.content_hash[:16],
-            "references": self.references.hash[:16],
-            "prompts": self.prompts.hash[:16],
-            "sampling": json.dumps(_without_batch(self.sampling)),
-            "scorer": f"{self.scorer.name} {self.scorer.sha[:16]}",
-            "likeness": f"{self.likeness.name} {self.likeness.sha[:16]}",
+            "references": by.references.hash[:16],
+            "prompts": by.prompts.hash[:16],
+            "sampling": json.dumps(_without_batch(by.sampling)),
+            "scorer": f"{by.scorer.name} {by.scorer.sha[:16]}",
+            "likeness": f"{by.likeness.name} {by.likeness.sha[:16]}",
             "seed": str(self.study.study.seed),
             "objectives": ", ".join(self.study.objectives),
-            "composite": self.scoring["formula"].words(),
+            "composite": by.formula.words(),
             "limits": json.dumps(dataclasses.asdict(self.study.limits)),
-            "beside": ", ".join(f"{g.measure} {g.model} {g.sha[:16]}" for g in self.gauges),
+            "beside": ", ".join(f"{g.measure} {g.model} {g.sha[:16]}" for g in by.gauges),
             **self.study.frozen(),
         }
 
@@ -167,16 +147,13 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     paths = [item.path for item in held_out.items]
     if inputs.references:
         paths = reference_paths(inputs.references, data)
-    require_references(len(paths))
-    scorer_spec = inputs.clip or study.study.clip or embed.default_scorer(inputs.base)
-    likeness_spec = study.study.likeness or embed.default_likeness(inputs.base)
-    check_encoders(study, scorer_spec, likeness_spec)
+    plan = plan_scoring(study, data, paths, inputs.base, inputs.clip)
     SampleConfig(**study.sample_values())
     prompt_sets(inputs, study, data, count_tokens=lambda text: 0)
     # Up to here everything is cheap; a base can be a download of gigabytes.
     dtype = compute_type(train.mixed_precision, device)
     base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae)
-    if base.native_resolution_px < train.resolution and inputs.base in MINIATURE_STUDIES:
+    if base.native_resolution_px < train.resolution and is_miniature(inputs.base):
         raise ConfigError(
             f"{inputs.base} draws {base.native_resolution_px} px, resolution is {train.resolution}",
             f"use --set resolution={base.native_resolution_px}, or leave out --study",
@@ -190,43 +167,30 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         say(note)
     chosen, confirmation = prompt_sets(inputs, study, data, base.token_count)
     say_notes(chosen, confirmation, say)
-    scorer, likeness = load_encoders(study, scorer_spec, likeness_spec, device, say)
     return Workbench(
         study=study,
         folder=folder,
-        base=base,
+        evaluator=make_evaluator(plan, base, chosen, default_config(base, **study.sample_values()), say),
         data=data,
         reference_items=tuple(str(path) for path in paths),
-        references=embed_references(paths, likeness),
-        prompts=chosen,
         confirmation=confirmation,
-        sampling=default_config(base, **study.sample_values()),
-        scorer=scorer,
-        likeness=likeness,
         data_folder=data_folder,
         base_spec=inputs.base,
         store=cache.Store(folder.cache),
         inputs=inputs,
-        safeguards=make_safeguards(
-            data, paths, scorer, likeness, SafeguardLimits(**dataclasses.asdict(study.limits))
-        ),
-        gauges=others.gauges(study.study.also, scorer, likeness, paths, device, say),
     )
 
 
 def demo_data(base: str, folder: StudyFolder) -> Path:
     """The miniature's demo character, for those who bring no images."""
-    if base not in MINIATURE_STUDIES:
+    if not is_miniature(base):
         raise ConfigError(
             "no images are given", "add --data FOLDER (kohya folders, or images with .txt captions)"
         )
     if not folder.data.is_dir():
         from trainer.bases import write_subject
 
-        try:
-            folder.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise machine_error(error, folder.root) from None
+        make_folder(folder.root)
         try:
             with atomic_folder(folder.data) as temporary:
                 write_subject("character", temporary)
@@ -250,7 +214,7 @@ def write_definition(bench: Workbench, facts: Mapping[str, str], say: Say = lamb
         "train": study.train.as_dict(),
         "space": study.space.describe(),
         "baseline": dict(study.baseline),
-        "sampling": dataclasses.asdict(bench.sampling),
+        "sampling": dataclasses.asdict(bench.evaluator.sampling),
         "facts": dict(facts),
         "versions": {name: version(name) for name in ("lora-hpo", "optuna", "torch", "diffusers", "peft")},
     }

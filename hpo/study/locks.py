@@ -114,3 +114,18 @@ def holder(path: Path) -> int | None:
     finally:
         os.close(descriptor)
     return None if kind == fcntl.F_UNLCK else int(pid)
+
+
+@contextmanager
+def alone(path: Path, work: str, hint: str = "wait for it, or stop that process") -> Iterator[None]:
+    """Nobody else does this for a block.  ``work`` is what its process does, in words: "trains NAME".
+
+    Raises MachineError where another process does it already.
+    """
+    lock = Lock(path)
+    if not lock.try_acquire():
+        raise MachineError(f"process {holder(path)} {work} already", hint)
+    try:
+        yield
+    finally:
+        lock.release()

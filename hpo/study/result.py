@@ -18,7 +18,7 @@ from hpo.study.folder import TrialFolder, read_json
 from hpo.study.sections import FOLLOWING, LIKENESS, SCORE
 from trainer.config import TrainConfig
 from trainer.errors import MachineError
-from trainer.files import machine_error, write_atomic
+from trainer.files import make_folder, write_atomic
 
 COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
 # Below every score (0 to 1.1, evaluation.score.score): finite, the same always, and plainly no measurement.
@@ -108,10 +108,7 @@ def write_params(
     }
     before = read_json(folder.params)
     if before is None:
-        try:
-            folder.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise machine_error(error, folder.root) from None
+        make_folder(folder.root)
         write_atomic(folder.params, json.dumps(values, indent=1))
     elif before["suggested"] != suggested or deciding(before["train"]) != deciding(config.as_dict()):
         raise MachineError(

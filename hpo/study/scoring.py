@@ -1,42 +1,110 @@
-"""What scores a study's trials, read from its definition: prompts, references, encoders, safeguards."""
+"""What scores a study's trials and a run's checkpoints: prompts, references, and the Evaluator made of a definition.
+
+Owns the one way from a definition to an ``evaluation.score.Evaluator``: a plan, checked before anything is loaded,
+and then the value.  Does not choose the definition or the images (``hpo.search.workbench``, ``hpo.judge.standard``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
 
-from evaluation.encoders import PatchEncoder, StyleEncoder, embed, self_test
+import torch
+
+from evaluation.encoders import (
+    PatchEncoder,
+    StyleEncoder,
+    embed,
+    embed_references,
+    require_references,
+    self_test,
+)
 from evaluation.gauges import others
+from evaluation.images import SampleConfig
 from evaluation.prompts import CONFIRM_SEEDS, SEARCH_SEEDS, CountTokens, PromptSet, generate, load_prompts
-from evaluation.score import SafeguardLimits, Safeguards, embed_copies, scene_encoders
+from evaluation.score import Evaluator, SafeguardLimits, Safeguards, embed_copies, scene_encoders
 from hpo.study.config import Inputs, StudyConfig
+from trainer.bases import Base
 from trainer.data import IMAGE_EXTENSIONS, Dataset, Item, read_picture
 from trainer.errors import DataError
 
 Say = Callable[[str], None]
 
 
-def check_encoders(study: StudyConfig, scorer: str, likeness: str) -> None:
-    """Raise ToolError for an encoder that cannot be loaded, as far as this shows without loading it."""
+@dataclass(frozen=True)
+class ScoringPlan:
+    """What a study's definition, its images and the command line say of scoring.  Nothing of it is loaded yet."""
+
+    study: StudyConfig
+    data: Dataset
+    references: tuple[Path, ...]
+    scorer: str
+    likeness: str
+
+
+def plan_scoring(
+    study: StudyConfig, data: Dataset, references: Sequence[Path], base: str, clip: str | None
+) -> ScoringPlan:
+    """Which encoders score on a base, as ``load_base`` is told it.  ``clip``: the user's own choice.
+
+    Raises ToolError for what cannot be loaded, as far as this shows without loading it.
+    """
+    require_references(len(references))
+    scorer = clip or study.study.clip or embed.default_scorer(base)
+    likeness = study.study.likeness or embed.default_likeness(base)
     embed.check_scorer(scorer)
     embed.check_likeness(likeness)
     for spec in study.study.also:
         others.check(spec)
+    return ScoringPlan(study, data, tuple(references), scorer, likeness)
 
 
-def load_encoders(
-    study: StudyConfig, scorer_spec: str, likeness_spec: str, device: str, say: Say
+def make_evaluator(
+    plan: ScoringPlan, base: Base, prompts: PromptSet, sampling: SampleConfig, say: Say
+) -> Evaluator:
+    """What every adapter of a study or a run is scored with.  Loads the encoders to where the base is."""
+    scorer, likeness = _load_encoders(plan, base.device, say)
+    also = plan.study.study.also
+    return Evaluator(
+        base=base,
+        prompts=prompts,
+        sampling=sampling,
+        references=embed_references(plan.references, likeness),
+        scorer=scorer,
+        likeness=likeness,
+        formula=plan.study.score,
+        safeguards=_safeguards(plan.data, plan.references, scorer, likeness, plan.study.limits),
+        gauges=(
+            *others.usual(scorer, likeness, plan.references),
+            *others.also(also, scorer, plan.references, base.device, say),
+        ),
+    )
+
+
+def on_another_base(
+    evaluator: Evaluator, base: Base, sampling: SampleConfig, data: Dataset, references: Sequence[Path]
+) -> Evaluator:
+    """The same prompts and models for LoRAs of another base, which were trained on ``data``."""
+    assert evaluator.safeguards is not None, "make_evaluator makes them"
+    limits = evaluator.safeguards.limits
+    own = _safeguards(data, references, evaluator.scorer, evaluator.likeness, limits)
+    return replace(evaluator, base=base, sampling=sampling, safeguards=own, anchors=None)
+
+
+def _load_encoders(
+    plan: ScoringPlan, device: torch.device, say: Say
 ) -> tuple[embed.Scorer, embed.ImageEncoder]:
     """The scorer, with its known answers asked, and what sees likeness – for the style preset, in patches."""
-    scorer = embed.load_scorer(scorer_spec, device)
-    plain = embed.load_likeness(likeness_spec, scorer, device)
+    scorer = embed.load_scorer(plan.scorer, device)
+    plain = embed.load_likeness(plan.likeness, scorer, device)
     self_test(scorer, say)
-    return scorer, StyleEncoder(cast(PatchEncoder, plain)) if study.preset.style else plain
+    return scorer, StyleEncoder(cast(PatchEncoder, plain)) if plan.study.preset.style else plain
 
 
-def make_safeguards(
+def _safeguards(
     data: Dataset,
     references: Sequence[Path],
     scorer: embed.Scorer,

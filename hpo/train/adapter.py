@@ -1,7 +1,7 @@
 """Training one adapter and writing its log: what a trial and ``hpo train`` share.
 
-Owns train.jsonl and that no adapter stays in the base when something goes wrong.  The loop itself is
-``trainer.loop.loop``; what becomes of the adapter is the caller's.
+Owns train.jsonl, and removes the adapter from the base when something goes wrong. Does not own the loop
+(``trainer.loop.loop``) or what happens to the trained adapter (the caller).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class StepLog:
-    """train.jsonl: one line an event.  Lines beyond the checkpoint that a run goes on from are taken back."""
+    """train.jsonl: one line per event. Lines after the checkpoint that a run resumes from are removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,8 +55,8 @@ def train_adapter(
 ) -> Adapter:
     """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
 
-    ``prepare`` encodes images and captions, with the fresh adapter in the base, and says how the run is
-    conducted (``trainer.loop.train``).
+    ``prepare`` encodes images and captions with the fresh adapter in the base, and returns how the run is
+    conducted (``trainer.loop.train``) beside them.
     """
     from trainer.adapters import lorafile
     from trainer.loop import loop
@@ -73,7 +73,7 @@ def train_adapter(
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there, or that nothing here was made for."""
+    """Refuse a device that does not exist or is not supported."""
     import torch
 
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):

@@ -28,11 +28,12 @@ import torch
 from evaluation.images.images import SampledImage, invalid_reason
 from evaluation.images.sampling import sample
 from evaluation.prompts.prompts import PromptSet
-from evaluation.score.anchors import Anchors, make_anchors
+from evaluation.score.anchors import Anchors
+from evaluation.score.evaluator import make_anchors
 from hpo.search.workbench import Workbench, load
 from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder
-from hpo.study.space import Choice
+from hpo.study.space.space import Choice
 from tests import ranking
 from trainer.adapters import adapter as adapters
 from trainer.bases.miniature import captions, checker, subjects
@@ -82,9 +83,9 @@ def measure(bench: Workbench, prompts: PromptSet, images: Sequence[SampledImage]
     """Raw cosines and verdicts, one entry an image, prompt by prompt."""
     text_of = {p.id: row for row, p in enumerate(prompts.prompts)}
     pixels = [image.pixels_HW3 for image in images]
-    pictures_ND = bench.scorer.image_features(pixels).double()
-    texts_PD = bench.scorer.text_features([p.scored_text for p in prompts.prompts]).double()
-    alike_ND = bench.likeness.image_features(pixels).double()
+    pictures_ND = bench.evaluator.scorer.image_features(pixels).double()
+    texts_PD = bench.evaluator.scorer.text_features([p.scored_text for p in prompts.prompts]).double()
+    alike_ND = bench.evaluator.likeness.image_features(pixels).double()
     cosines_NP = (pictures_ND @ texts_PD.T).numpy()
     rows_N = np.array([text_of[image.prompt_id] for image in images])
     own_N = cosines_NP[np.arange(len(images)), rows_N]
@@ -92,7 +93,7 @@ def measure(bench: Workbench, prompts: PromptSet, images: Sequence[SampledImage]
     return {
         "clip_t": _short(own_N),
         "other_t": _short((cosines_NP.sum(1) - own_N) / (len(prompts.prompts) - 1)),
-        "clip_i": _short((alike_ND @ bench.references.features_RD.double().T).numpy().mean(1)),
+        "clip_i": _short((alike_ND @ bench.evaluator.references.features_RD.double().T).numpy().mean(1)),
         "background": [v[0] for v in read],
         "place": [v[1] for v in read],
         "parts": [v[2] for v in read],
@@ -129,9 +130,7 @@ class Recording:
     def anchors(self, which: str, folder: Path) -> Anchors:
         """Measured anew at each start (they are the same); written once."""
         bench, prompts = self.bench, self.sets[which]
-        anchors = make_anchors(
-            bench.base, prompts, bench.sampling, bench.references, bench.scorer, bench.likeness, folder
-        )
+        anchors = make_anchors(bench.evaluator.on(prompts), folder)
         recorded = self.rows().get(("anchors", which))
         if recorded is not None and recorded["anchors"]["identity"] != anchors.identity:
             raise ConfigError(f"{self.path} was recorded with other {which} anchors", "give another --file")
@@ -139,8 +138,8 @@ class Recording:
             kept = {f.name: getattr(anchors, f.name) for f in fields(anchors) if f.name != "untouched"}
             asked = [{"id": p.id, "text": p.text, "kind": p.kind} for p in prompts.prompts]
             row = {"prompts": asked, "seeds": list(prompts.seeds), "anchors": kept}
-            facts = {"scorer": bench.scorer.name, "likeness": bench.likeness.name}
-            self.write("anchors", which, {**row, **facts, "sampling": asdict(bench.sampling)})
+            facts = {"scorer": bench.evaluator.scorer.name, "likeness": bench.evaluator.likeness.name}
+            self.write("anchors", which, {**row, **facts, "sampling": asdict(bench.evaluator.sampling)})
         return anchors
 
     def write(self, name: str, which: str, values: Mapping[str, Any]) -> None:
@@ -163,7 +162,7 @@ class Recording:
     def untrained(self) -> None:
         if ("base", ranking.SEARCH) not in self.rows():
             prompts = self.sets[ranking.SEARCH]
-            images = sample(self.bench.base, prompts, self.bench.sampling)
+            images = sample(self.bench.base, prompts, self.bench.evaluator.sampling)
             self.write("base", ranking.SEARCH, measure(self.bench, prompts, images))
 
     def trained(self, name: str, which: str, suggested: Mapping[str, Any], config: TrainConfig) -> None:
@@ -176,7 +175,7 @@ class Recording:
         try:
             steps = sum(1 for _ in loop.train(config, self.bench.base, lora, self.bench.prepared(config)))
             lora.round_to(config.save_precision)
-            images = sample(self.bench.base, prompts, self.bench.sampling)
+            images = sample(self.bench.base, prompts, self.bench.evaluator.sampling)
             found = measure(self.bench, prompts, images)
         except SettingsFailure as error:
             steps, found = 0, {"failed": error.reason}

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.score.anchors import Anchors, make_anchors
+from evaluation.score.anchors import Anchors
+from evaluation.score.evaluator import Evaluator, make_anchors
 from evaluation.score.score import (
     Score,
     _values,
@@ -55,9 +56,7 @@ def workbench(base: str, folder: Path, data: Path | None = None) -> Workbench:
     return load(Inputs(base, data), read_study(find_study(None, base)), StudyFolder(folder), print)
 
 
-def trained_score(
-    bench: Workbench, config: TrainConfig, anchors: Anchors, confirm: bool, folder: Path
-) -> Score:
+def trained_score(bench: Workbench, config: TrainConfig, evaluator: Evaluator, folder: Path) -> Score:
     """Train once and score; a finished cell is read back."""
     if (folder / "metrics.json").is_file():
         return read_score(folder / "metrics.json")
@@ -67,16 +66,7 @@ def trained_score(
         for _ in loop.train(config, bench.base, lora, bench.prepared(config)):
             pass
         lora.round_to(config.save_precision)
-        return evaluate_adapter(
-            bench.base,
-            bench.confirmation if confirm and bench.confirmation else bench.prompts,
-            bench.sampling,
-            bench.references,
-            bench.scorer,
-            bench.likeness,
-            anchors,
-            folder,
-        )
+        return evaluate_adapter(evaluator, folder)
     finally:
         lora.remove()
 
@@ -99,9 +89,7 @@ def rates(args: argparse.Namespace) -> None:
         config = bench.config(suggested, 0)
         for seed in range(args.seeds):
             cell = args.out / f"rate_{args.centre * factor:.1e}_seed{seed}"
-            score = trained_score(
-                bench, config.with_values({"seed": 7000 + seed}), bench.anchors, False, cell
-            )
+            score = trained_score(bench, config.with_values({"seed": 7000 + seed}), bench.evaluator, cell)
             by_factor.setdefault(factor, []).append(score)
         found = interval(by_factor[factor], bench.anchors)
         rows.append({"learning_rate": args.centre * factor, "factor": factor, **dataclasses.asdict(found)})
@@ -144,15 +132,9 @@ def confirm(args: argparse.Namespace) -> None:
     data = json.loads((study_root / "study.json").read_text())["data"]
     bench = workbench(args.base, args.out / "bench", Path(data))
     assert bench.confirmation is not None
-    anchors = make_anchors(
-        bench.base,
-        bench.confirmation,
-        bench.sampling,
-        bench.references,
-        bench.scorer,
-        bench.likeness,
-        args.out / "base",
-    )
+    evaluator = bench.evaluator.on(bench.confirmation)
+    anchors = make_anchors(evaluator, args.out / "base")
+    evaluator = evaluator.with_anchors(anchors)
     scores: dict[str, list[Score]] = {}
     for name, number in (("trial 0", 0), (f"best (trial {best})", best)):
         params = json.loads((study_root / f"trial_{number:04d}" / "params.json").read_text())
@@ -160,7 +142,7 @@ def confirm(args: argparse.Namespace) -> None:
         for seed in range(args.seeds):
             cell = args.out / f"trial{number}_seed{seed}"
             fresh = config.with_values({"seed": 9000 + seed})
-            scores.setdefault(name, []).append(trained_score(bench, fresh, anchors, True, cell))
+            scores.setdefault(name, []).append(trained_score(bench, fresh, evaluator, cell))
     (first, second) = scores
     rows = {name: dataclasses.asdict(interval(found, anchors)) for name, found in scores.items()}
     report: dict[str, Any] = {

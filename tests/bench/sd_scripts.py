@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from trainer.bases.load import HUB_NAMES
+from trainer.bases.families import KNOWN_BASES, is_miniature
 from trainer.config import TrainConfig
 
 SCRIPT = "sdxl_train_network.py"
@@ -36,8 +36,8 @@ def model_of(base: str) -> str | None:
     """What sd-scripts takes for a base of ours, or None."""
     if Path(base).expanduser().exists():
         return str(Path(base).expanduser().resolve())
-    if base in HUB_NAMES:
-        return HUB_NAMES[base]
+    if base in KNOWN_BASES and not is_miniature(base):
+        return KNOWN_BASES[base].hub
     return base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpo.search.worker import SearchLimits
+from hpo.search.sampled import SearchLimits
 from tests.tiny_search import draw_images, make_search, tiny_bench
 
 BROWSER = shutil.which("chromium")

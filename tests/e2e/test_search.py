@@ -12,7 +12,7 @@ import pytest
 
 from tests.places import ROOT
 
-HPO = [sys.executable, "-c", "from hpo.cli import main; main()"]
+HPO = [sys.executable, "-c", "from hpo.cli.main import main; main()"]
 SHORT = ["--set", "max_train_steps=4", "--set", "sampling.steps=2"]
 
 

@@ -1,11 +1,11 @@
 """What was begun and killed with the code of an earlier commit goes on with the code of today.
 
-Owns the promise that stored formats hold: the files of a search, of its confirmation and of a run of ``hpo train``.
-What is stored, and how it was made: ``tests/stored/make.py``.  Only the command line and public files are used here,
-so that these tests hold whatever the modules are called.
+Owns the promise that stored formats hold: the files of a search, of its confirmation and of a run of ``hpo
+train``. What is stored, and how it was made: ``tests/stored/make.py``.  Only the command line and public
+files are used here, so that these tests hold whatever the modules are called.
 
-That a file was taken over, and not made again with the same content, shows in its time of change.  Nothing that is
-trained or drawn here is compared to the bit with what another machine made.
+That a file was taken over, and not made again with the same content, shows in its time of change.  Nothing
+that is trained or drawn here is compared to the bit with what another machine made.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is stored here: where it lies, the commands that began it and go on with it, and how they are started.
 
-Every path is relative to the folder that the archive is unpacked to, so it can be unpacked anywhere.  The device is
-named because a GPU computes in another number type, and a study keeps to the type that it began with.
+Every path is relative to the folder that the archive is unpacked to, so it can be unpacked anywhere.  The
+device is named because a GPU computes in another number type, and a study keeps to the type that it began with.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m tests.stored.make
 
-It begins everything with the code of the checkout it is run in, and writes ``commands.ARCHIVE``.  The archive in the
-repository was begun by commit 3c18213 and is never made anew: that later code goes on with it is what
+It begins everything with the code of the checkout it is run in, and writes ``commands.ARCHIVE``.  The archive
+in the repository was begun by commit 3c18213 and is never made anew: that later code goes on with it is what
 ``tests/faults/test_begun_before.py`` proves.  In it are, as kill -9 left them,
 
 * a search of four trials: 0 and 1 complete; 2 with its result on disk, of which Optuna was not told; 3 in training,
@@ -146,8 +146,8 @@ def begin_confirmation(folder: Path) -> None:
 
 
 def pack(folder: Path) -> None:
-    """Everything but what is of this machine: names with a process id, SQLite's shared memory (it makes that anew from
-    the write-ahead log).  No file may name a folder of it."""
+    """Everything but what is of this machine: names with a process id, SQLite's shared memory (it makes that
+    anew from the write-ahead log).  No file may name a folder of it."""
     places = [str(place).encode() for place in (folder, HERE.parents[1], Path.home()) if place != Path("/")]
     with zipfile.ZipFile(ARCHIVE, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):

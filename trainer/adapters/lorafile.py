@@ -1,7 +1,7 @@
 """LoRA files, of every kind of adapter: kohya's and LyCORIS' keys out; theirs and diffusers' in.
 
-Owns the file format only; what the metadata says is ``metadata``'s.  What is in the file is what was scored:
-the adapter is rounded to the save precision before.  docs/adapters.md says which program reads what.
+Owns the file format only; see ``metadata`` for the metadata. The file holds what was scored, since the
+adapter is rounded to the save precision first.  docs/adapters.md says which program reads what.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, inject
 from trainer.adapters.kinds import KINDS
 from trainer.adapters.metadata import own_metadata, training_metadata
 from trainer.adapters.targets import Target
-from trainer.bases import Base
+from trainer.bases import Base, detect
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import write_atomic
@@ -71,7 +71,7 @@ def write(path: Path, adapter: Adapter, config: TrainConfig, more: Mapping[str, 
 
 
 def read(path: Path) -> LoraFile:
-    """A LoRA file of any kind, header checked first.  Anything that is not one is refused."""
+    """Read a LoRA file of any kind, checking the header first. Anything else is refused."""
     header = read_header(path)
     foreign = [name for name in header.shapes if _ending(name) is None]
     if foreign or not header.shapes:
@@ -80,7 +80,7 @@ def read(path: Path) -> LoraFile:
             "LoRA, LoCon, DoRA, LoHa and LoKr can be attached; Tucker forms, other kinds and full models cannot",
         )
     tensors = load_tensors(path)
-    return LoraFile(path, tensors, header.metadata, _family(header.metadata, header.shapes))
+    return LoraFile(path, tensors, header.metadata, family_of(header.metadata, header.shapes))
 
 
 def attach(base: Base, file: LoraFile) -> Adapter:
@@ -142,7 +142,7 @@ def attach(base: Base, file: LoraFile) -> Adapter:
 def begin(base: Base, config: TrainConfig) -> Adapter:
     """The adapter that training begins with: a fresh one, or the weights of network_weights.
 
-    ConfigError if the file is of other modules, ranks or alphas than the settings: nothing is padded or cut.
+    Raises ConfigError if the file has other modules, ranks or alphas than the settings. Nothing is padded or cut.
     """
     if not config.network_weights:
         return inject(base, config)
@@ -245,29 +245,11 @@ def _ending(name: str) -> str | None:
     return next((ending for ending in ENDINGS if name.endswith(ending)), None)
 
 
-def _family(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """sd15 or sdxl: by kohya's metadata, else by names that only SDXL has, else by the text width it reads."""
-    version = metadata.get("ss_base_model_version", "")
-    if version.startswith("sdxl"):
-        return "sdxl"
-    if version.startswith("sd_v1"):
-        return "sd15"
-    marks = (
-        "lora_te1_",
-        "lora_te2_",
-        "text_encoder_2.",
-        "_input_blocks_",
-        "_middle_block_",
-        "_output_blocks_",
-    )
-    if any(mark in name for name in shapes for mark in marks):
-        return "sdxl"
-    # proj_in is a convolution in SD1.5 and linear in SDXL; cross-attention reads 768 or 2048 wide states
-    readers = ("lora_down.weight", "hada_w1_b")
-    downs = {name: shape for name, shape in shapes.items() if ENDINGS.get(_ending(name) or "") in readers}
-    widths = {shape[-1] for name, shape in downs.items() if "attn2" in name and "to_k" in name and shape}
-    flat = any("proj_in" in n and len(shape) == 2 and ".hada" not in n for n, shape in downs.items())
-    return "sdxl" if flat or 2048 in widths else "sd15"
+def family_of(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The family that a LoRA is for (``detect.family_of_lora``)."""
+    endings = ("lora_down.weight", "hada_w1_b")
+    readers = [name for name in shapes if ENDINGS.get(_ending(name) or "") in endings]
+    return detect.family_of_lora(metadata, shapes, readers)
 
 
 def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> None:

@@ -60,7 +60,7 @@ def targets_of(base: Base, config: TrainConfig) -> list[Target]:
 
 
 def count_weights(base: Base, config: TrainConfig) -> int:
-    """Numbers in an adapter of these settings, without making it."""
+    """The number of trainable values of these settings, without creating the adapter."""
     count = 0
     for target in targets_of(base, config):
         layer = base.components()[target.component].get_submodule(target.path)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.bases.families import FAMILIES, BaseFamily
 from trainer.bases.schedule import zero_terminal_snr
 from trainer.errors import ModelFileError
 
@@ -82,11 +83,6 @@ class Base(ABC):
     """A frozen text-to-image model.  Nothing in it is trainable; an ``Adapter`` is injected and removed."""
 
     family: ClassVar[str]
-    text_prefixes: ClassVar[tuple[str, ...]]  # kohya's key prefix of each text encoder
-    kohya_base_version: ClassVar[str]  # ss_base_model_version: readers tell the family by it
-    kohya_architecture: ClassVar[str]  # modelspec.architecture of a LoRA
-    kohya_implementation: ClassVar[str]  # modelspec.implementation
-    uses_clip_skip: ClassVar[bool] = True
 
     def __init__(self, name: str, identity: str, parts: Parts) -> None:
         self.name = name
@@ -104,6 +100,11 @@ class Base(ABC):
             module.requires_grad_(False).eval()
 
     # What it is
+
+    @property
+    def facts(self) -> BaseFamily:
+        """What is known of its family."""
+        return FAMILIES[self.family]
 
     @property
     def device(self) -> torch.device:
@@ -127,8 +128,7 @@ class Base(ABC):
 
     def components(self) -> dict[str, Any]:
         """The networks a LoRA can be injected into, under diffusers' names."""
-        names = ("text_encoder", "text_encoder_2")
-        return {"unet": self.unet, **dict(zip(names, self.text_encoders, strict=False))}
+        return {"unet": self.unet, **dict(zip(self.facts.text_encoders, self.text_encoders, strict=False))}
 
     def to(self, device: torch.device | str) -> Base:
         """Move every network to a device."""
@@ -256,7 +256,7 @@ class Base(ABC):
         conv_owners = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
         conv = {"unet": {p: self.unet_key(p) for p in inner_layers(self.unet, conv_owners)}}
         for component, prefix, encoder in zip(
-            ("text_encoder", "text_encoder_2"), self.text_prefixes, self.text_encoders, strict=False
+            self.facts.text_encoders, self.facts.text_prefixes, self.text_encoders, strict=False
         ):
             paths = inner_layers(encoder, ("CLIPAttention", "CLIPMLP"))
             linear[component] = {p: text_key(prefix, p) for p in paths}

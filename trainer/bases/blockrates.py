@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from trainer.bases.families import FAMILIES
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 
-# Blocks of each U-Net that LoRA modules lie in: (down, middle, up), as sd-scripts counts them.
-BLOCKS = {"sd15": (12, 1, 12), "sdxl": (9, 3, 9)}
 _SHAPES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
 
 
@@ -27,14 +26,14 @@ class BlockRates:
 
 
 def block_rates(config: TrainConfig, family: str) -> BlockRates | None:
-    """The multipliers for ``sd15`` or ``sdxl``, or None if no block setting is given."""
+    """The multipliers for a family, or None if no block setting is given."""
     given = (config.down_lr_weight, config.mid_lr_weight, config.up_lr_weight)
     if not any(given):
         return None
     down, mid, up = (
         _above(config.block_lr_zero_threshold, _weights(name, text, count))
         for name, text, count in zip(
-            ("down_lr_weight", "mid_lr_weight", "up_lr_weight"), given, BLOCKS[family], strict=True
+            ("down_lr_weight", "mid_lr_weight", "up_lr_weight"), given, FAMILIES[family].blocks, strict=True
         )
     )
     if not any(down + mid + up):

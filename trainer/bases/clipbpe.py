@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from trainer.bases.families import KNOWN_BASES, is_miniature
 from trainer.errors import MachineError
 
 MERGES = 48_894  # lines 1 to 48,894 of the table are CLIP's merges: 49,408 tokens with bytes and marks
@@ -49,11 +50,11 @@ def clip_tokenizer(pad_id: int | None = None) -> Any:
 
 
 def tokenizer_of(name: str) -> Any:
-    """The tokenizer of mini-sd15 or mini-sdxl, from its folder; of every other base CLIP's.  Reads no weights."""
+    """A miniature's tokenizer, from its folder; of every other base CLIP's.  Reads no weights."""
     from transformers import CLIPTokenizer
 
-    folder = Path(__file__).parent / "miniature" / "weights" / name / "tokenizer"
-    if name.startswith("mini-"):
+    if is_miniature(name):
+        folder = KNOWN_BASES[name].folder / "tokenizer"
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     return clip_tokenizer()
 

@@ -1,4 +1,5 @@
-"""Which family a model belongs to, from names, shapes and configurations – before anything is loaded.
+"""Which family a model or a LoRA belongs to, from names, shapes, metadata and configurations – before
+anything is loaded.  The one place that tells; what it is told by are facts of ``families``.
 
 An unsupported kind is refused by its name; "it did not load" is no answer to a person.
 """
@@ -6,12 +7,17 @@ An unsupported kind is refused by its name; "it did not load" is no answer to a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+from trainer.bases.families import FAMILIES, KNOWN_BASES, BaseFamily, known_base
 from trainer.errors import ModelFileError
-from trainer.tensorfile import Header
+
+if TYPE_CHECKING:
+    from trainer.tensorfile import Header
 
 UNET = "model.diffusion_model."
 SUPPORTED = "SD1.5 and SDXL bases and their fine-tunes are supported"
@@ -33,23 +39,8 @@ MARKER_KEYS = {
     "edm_vpred.sigma_max": "an EDM v-prediction model",
 }
 INPUT_CHANNELS = {9: "an inpainting model", 8: "an image-editing model (InstructPix2Pix)", 5: "a depth model"}
-# Width of the text states that cross-attention reads → family, or the kind that is refused.
-CONTEXT_FAMILY = {768: "sd15", 2048: "sdxl"}
+# Width of the text states that cross-attention reads → the kind that is refused.
 CONTEXT_FOREIGN = {1024: "an SD2.x model", 1280: "the SDXL refiner"}
-# What a single file must hold, by family: key beginning → what it is.
-SINGLE_FILE_PARTS = {
-    "sd15": {"cond_stage_model.transformer.": "text encoder", "first_stage_model.": "VAE"},
-    "sdxl": {
-        "conditioner.embedders.0.transformer.": "first text encoder",
-        "conditioner.embedders.1.model.": "second text encoder",
-        "first_stage_model.": "VAE",
-    },
-}
-PIPELINE_FAMILY = {
-    "StableDiffusionPipeline": "sd15",
-    "StableDiffusionImg2ImgPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl",
-}
 PIPELINE_FOREIGN = {
     "StableDiffusionXLImg2ImgPipeline": "the SDXL refiner",
     "StableDiffusionInpaintPipeline": "an inpainting model",
@@ -59,8 +50,72 @@ PIPELINE_FOREIGN = {
 }
 
 
+@dataclass(frozen=True)
+class BaseConfigs:
+    """The configurations that tell how a base is built, without its weights: a folder with one for each network."""
+
+    name: str
+    family: str
+    folder: Path
+
+
+def configs_of(spec: str) -> BaseConfigs | None:
+    """Those of a known name, a hub id behind one, a diffusers folder or a single file; None for anything else."""
+    if base := known_base(spec):
+        return BaseConfigs(spec, base.family, base.configs)
+    from trainer.tensorfile import refuse_pickle  # loads torch
+
+    path = Path(spec).expanduser()
+    if not path.exists():
+        return None
+    if path.is_file():
+        refuse_pickle(path)
+    family = family_of_path(path)
+    return BaseConfigs(path.name, family, path if path.is_dir() else FAMILIES[family].configs)
+
+
+def family_of_spec(spec: str, metadata: Mapping[str, str] = MappingProxyType({})) -> str | None:
+    """The family of a base that may not be here: by its short name, else its files, else the metadata of a
+    LoRA that was trained on it, else what its name is like.  None if nothing tells."""
+    if spec in KNOWN_BASES:
+        return KNOWN_BASES[spec].family
+    path = Path(spec).expanduser()
+    if path.exists():
+        return family_of_path(path)
+    if (told := _family_of_metadata(metadata)) is not None:
+        return told
+    if base := known_base(spec):
+        return base.family
+    return _last(family for family in FAMILIES.values() if any(m in spec.lower() for m in family.model_marks))
+
+
+def family_of_path(path: Path) -> str:
+    """The family of a diffusers folder or a single file."""
+    from trainer.tensorfile import read_header  # loads torch
+
+    return family_of_folder(path) if path.is_dir() else family_of_file(path, read_header(path))
+
+
+def family_of_lora(
+    metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], readers: Collection[str]
+) -> str:
+    """The family of a LoRA: by kohya's metadata, else by names that only one has, else by what its ``readers`` are
+    made for: the tensors whose last side is as wide as what their module reads.  The first if nothing tells."""
+    if (told := _family_of_metadata(metadata)) is not None:
+        return told
+    families = FAMILIES.values()
+    marked = _last(f for f in families if any(mark in name for name in shapes for mark in f.lora_marks))
+    if marked is not None:
+        return marked
+    attention = (shapes[name] for name in readers if "attn2" in name and "to_k" in name)
+    widths = {shape[-1] for shape in attention if shape}
+    is_linear = any("proj_in" in n and len(shapes[n]) == 2 and ".hada" not in n for n in readers)
+    fitting = (f for f in families if f.context_width in widths or (is_linear and f.linear_projections))
+    return _last(fitting) or next(iter(FAMILIES))
+
+
 def family_of_file(path: Path, header: Header) -> str:
-    """sd15 or sdxl for a single file in the original layout, or ModelFileError naming what it is."""
+    """The family of a single file in the original layout, or ModelFileError naming what it is."""
     for text, kind in FOREIGN_KEYS:
         if any(text in name for name in header.shapes):
             raise _refused(path, kind)
@@ -76,7 +131,7 @@ def family_of_file(path: Path, header: Header) -> str:
     if len(first) == 4 and first[1] in INPUT_CHANNELS:
         raise _refused(path, INPUT_CHANNELS[first[1]])
     family = _family_of_width(path, _context_width(header))
-    for beginning, what in SINGLE_FILE_PARTS[family].items():
+    for beginning, what in FAMILIES[family].file_parts.items():
         if not any(name.startswith(beginning) for name in header.shapes):
             raise ModelFileError(
                 f"{path} has no {what}: it holds only part of a model", "give a whole checkpoint"
@@ -85,7 +140,7 @@ def family_of_file(path: Path, header: Header) -> str:
 
 
 def family_of_folder(folder: Path) -> str:
-    """sd15 or sdxl for a diffusers folder, or ModelFileError naming what it is."""
+    """The family of a diffusers folder, or ModelFileError naming what it is."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelFileError(
@@ -95,9 +150,9 @@ def family_of_folder(folder: Path) -> str:
     pipeline = str(read_json(index).get("_class_name"))
     if pipeline in PIPELINE_FOREIGN:
         raise _refused(folder, PIPELINE_FOREIGN[pipeline])
-    if pipeline not in PIPELINE_FAMILY:
+    family = _last(family for family in FAMILIES.values() if pipeline in family.pipelines)
+    if family is None:
         raise _refused(folder, f"a {pipeline[:80]}")
-    family = PIPELINE_FAMILY[pipeline]
     unet = read_json(folder / "unet" / "config.json")
     channels = whole(folder / "unet" / "config.json", unet, "in_channels", 4)
     if channels != 4:
@@ -165,9 +220,19 @@ def _context_width(header: Header) -> int:
 def _family_of_width(path: Path, width: int) -> str:
     if width in CONTEXT_FOREIGN:
         raise _refused(path, CONTEXT_FOREIGN[width])
-    if width not in CONTEXT_FAMILY:
+    family = _last(family for family in FAMILIES.values() if family.context_width == width)
+    if family is None:
         raise _refused(path, f"a model whose cross-attention reads {width} wide text states")
-    return CONTEXT_FAMILY[width]
+    return family
+
+
+def _family_of_metadata(metadata: Mapping[str, str]) -> str | None:
+    version = metadata.get("ss_base_model_version", "")
+    return _last(f for f in FAMILIES.values() if version.startswith(f.kohya_version_start))
+
+
+def _last(families: Iterable[BaseFamily]) -> str | None:
+    return next((family.name for family in reversed(list(families))), None)
 
 
 def _refused(path: Path, kind: str) -> ModelFileError:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,29 @@ from torch import Tensor, nn
 from trainer.bases import detect
 from trainer.bases.base import Base, Parts, compute_type
 from trainer.bases.clipbpe import clip_tokenizer
+from trainer.bases.families import (
+    FAMILIES,
+    KNOWN_BASES,
+    is_miniature,
+    known_base,
+    published_name,
+    short_names,
+)
 from trainer.bases.hub import hub_folder
 from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
-from trainer.config import suggestion
+from trainer.checks import suggestion
 from trainer.errors import ModelFileError, first_line
 from trainer.files import sha256_file
 from trainer.tensorfile import PICKLE_ENDINGS, load_tensors, read_header, refuse_pickle
 
-FAMILIES: dict[str, type[Base]] = {"sd15": SD15, "sdxl": SDXL}
-MINIATURES = {
-    name: Path(__file__).parent / "miniature" / "weights" / name for name in ("mini-sd15", "mini-sdxl")
-}
-HUB_NAMES = {
-    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
-CONFIGS = Path(__file__).parent / "configs"
+CLASSES: dict[str, type[Base]] = {kind.family: kind for kind in (SD15, SDXL)}
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-TEXT_ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
-TOKENIZERS = {"sd15": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
 # Names in older VAE folders → diffusers' names now.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 SHOWN_KEYS = 5
@@ -77,17 +76,19 @@ def load_base(
         family = detect.family_of_file(path, header)
         schedule = detect.schedule_of_file(header)
         parts, weight_paths = _parts_of_file(path, family, dtype, no_half_vae, schedule), {"file": path}
-        configs = CONFIGS / family
-    base = FAMILIES[family](short_name(spec), _identity(family, weight_paths, configs, parts), parts)
+        configs = FAMILIES[family].configs
+    if (known := known_base(spec)) is not None and known.schedule:
+        parts = replace(parts, scheduler_config={**parts.scheduler_config, **known.schedule})
+    base = CLASSES[family](short_name(spec), _identity(family, weight_paths, configs, parts), parts)
     return base.to(device)
 
 
 def _locate(spec: str, revision: str | None) -> Path:
     """The folder or file of a spec; a hub model is downloaded if it is not cached."""
-    if spec in MINIATURES:
-        if not MINIATURES[spec].is_dir():
+    if is_miniature(spec):
+        if not KNOWN_BASES[spec].folder.is_dir():
             raise ModelFileError(f"the weights of {spec} are not installed", "reinstall lora-hpo")
-        return MINIATURES[spec]
+        return KNOWN_BASES[spec].folder
     path = Path(spec).expanduser()
     if path.exists():
         refuse_pickle(path)
@@ -103,12 +104,12 @@ def _locate(spec: str, revision: str | None) -> Path:
     )
     if looks_like_path:
         raise ModelFileError(f"there is no file or folder {spec}", "check the path")
-    repo = HUB_NAMES.get(spec, spec)
+    repo = published_name(spec)
     if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo):
         raise ModelFileError(
             f"there is no base {spec!r}",
-            suggestion(spec, [*MINIATURES, *HUB_NAMES])
-            or f"give {', '.join([*MINIATURES, *HUB_NAMES])}, a hub id org/name, a folder or a file",
+            suggestion(spec, short_names())
+            or f"give {', '.join(short_names())}, a hub id org/name, a folder or a file",
         )
     return hub_folder(repo, revision=revision, is_complete=_is_complete)
 
@@ -122,9 +123,9 @@ def _identity(family: str, weight_paths: Mapping[str, Path], configs: Path, part
     """sha256 over everything that decides what the networks compute – weights, configurations, noise schedule,
     tokenizers: the same model has the same identity wherever it lies; another fine-tune has another."""
     facts = {"scheduler": _deciding(parts.scheduler_config)}
-    for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+    for component in ("unet", "vae", *FAMILIES[family].text_encoders):
         facts[component] = _deciding(detect.read_json(configs / component / "config.json"))
-    for name, tokenizer in zip(TOKENIZERS[family], parts.tokenizers, strict=True):
+    for name, tokenizer in zip(FAMILIES[family].tokenizers, parts.tokenizers, strict=True):
         facts[name] = {
             "words": tokenizer.get_vocab(),
             "merges": json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges"),
@@ -151,7 +152,7 @@ def _parts_of_folder(
     """Every network of a folder, checked and filled, and the weight files they came from."""
     networks: dict[str, Any] = {}
     weight_paths: dict[str, Path] = {}
-    for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+    for component in ("unet", "vae", *FAMILIES[family].text_encoders):
         model = empty_network(component, detect.read_json(folder / component / "config.json"))
         files = component_files(folder, component)
         names = {name: shape for file in files for name, shape in read_header(file).shapes.items()}
@@ -168,7 +169,7 @@ def _parts_of_folder(
         weight_paths |= {f"{component}/{file.name}": file for file in files}
     tokenizers = tuple(
         _folder_tokenizer(folder / name, networks[encoder])
-        for name, encoder in zip(TOKENIZERS[family], TEXT_ENCODERS[family], strict=True)
+        for name, encoder in zip(FAMILIES[family].tokenizers, FAMILIES[family].text_encoders, strict=True)
     )
     scheduler = detect.read_json(folder / "scheduler" / "scheduler_config.json")
     return _assembled(networks, family, tokenizers, scheduler), weight_paths
@@ -212,7 +213,7 @@ def _is_complete(folder: Path) -> bool:
     """Whether a cached hub folder can be loaded without the network."""
     try:
         family = detect.family_of_folder(folder)
-        for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+        for component in ("unet", "vae", *FAMILIES[family].text_encoders):
             detect.read_json(folder / component / "config.json")
             component_files(folder, component)
     except ModelFileError:
@@ -220,7 +221,7 @@ def _is_complete(folder: Path) -> bool:
     return all(
         (folder / name / "tokenizer.json").is_file()
         or ((folder / name / "vocab.json").is_file() and (folder / name / "merges.txt").is_file())
-        for name in TOKENIZERS[family]
+        for name in FAMILIES[family].tokenizers
     )
 
 
@@ -264,16 +265,18 @@ def _parts_of_file(
 ) -> Parts:
     """Every network of a single file, renamed to diffusers' names, checked and filled from shipped
     configurations; ``schedule`` is what the file says otherwise of its noise."""
-    configs = CONFIGS / family
+    configs = FAMILIES[family].configs
     original = load_tensors(path)
     networks: dict[str, Any] = {}
-    for component in ("unet", "vae", *TEXT_ENCODERS[family]):
+    for component in ("unet", "vae", *FAMILIES[family].text_encoders):
         model = empty_network(component, detect.read_json(configs / component / "config.json"))
         tensors = {_present_name(model, k): v for k, v in _converted(component, model, original).items()}
         _check(path, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, component)
         _fill(model, tensors.items(), _component_type(component, family, dtype, no_half_vae))
         networks[component] = model
-    tokenizers = tuple(clip_tokenizer(0 if name == "tokenizer_2" else None) for name in TOKENIZERS[family])
+    tokenizers = tuple(
+        clip_tokenizer(0 if name == "tokenizer_2" else None) for name in FAMILIES[family].tokenizers
+    )
     scheduler = detect.read_json(configs / "scheduler" / "scheduler_config.json")
     return _assembled(networks, family, tokenizers, {**scheduler, **schedule})
 
@@ -363,7 +366,7 @@ def _fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]] | Any, dtype: 
 
 
 def _component_type(component: str, family: str, dtype: torch.dtype, no_half_vae: bool) -> torch.dtype:
-    if component == "vae" and (no_half_vae or (family == "sdxl" and dtype == torch.float16)):
+    if component == "vae" and (no_half_vae or (dtype == torch.float16 and not FAMILIES[family].half_vae)):
         return torch.float32
     return dtype
 
@@ -374,7 +377,7 @@ def _assembled(
     return Parts(
         networks["unet"],
         networks["vae"],
-        tuple(networks[name] for name in TEXT_ENCODERS[family]),
+        tuple(networks[name] for name in FAMILIES[family].text_encoders),
         tokenizers,
         scheduler,
     )

@@ -13,10 +13,6 @@ class SD15(Base):
     """Stable Diffusion 1.x and its fine-tunes."""
 
     family = "sd15"
-    text_prefixes = ("lora_te",)
-    kohya_base_version = "sd_v1"
-    kohya_architecture = "stable-diffusion-v1/lora"
-    kohya_implementation = "diffusers"
 
     def encode_text(
         self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None

@@ -23,11 +23,6 @@ class SDXL(Base):
     """Stable Diffusion XL base and its fine-tunes."""
 
     family = "sdxl"
-    text_prefixes = ("lora_te1", "lora_te2")
-    kohya_base_version = "sdxl_base_v1-0"
-    kohya_architecture = "stable-diffusion-xl-v1-base/lora"
-    kohya_implementation = "https://github.com/Stability-AI/generative-models"
-    uses_clip_skip = False
 
     def encode_text(
         self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None

@@ -1,7 +1,7 @@
 """What is wrong with a dataset, and what to do about it: rules from a survey to findings.
 
-Pure: no files, no terminal.  Reading is ``trainer.data.survey``'s.  ``REFUSED`` findings are those for which
-training would stop; ``warning`` costs quality; ``note`` is what a person should know.
+Pure: no files, no terminal.  ``trainer.data.survey`` reads the folder. Training refuses ``REFUSED`` findings;
+a ``warning`` costs quality; a ``note`` is worth knowing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.bases import FAMILIES
 from trainer.config import TOKEN_LENGTHS, TrainConfig
 from trainer.data.buckets import BucketRules
 from trainer.data.captions import shown
 from trainer.data.survey import Photo, Survey
 
 REFUSED, WARNING, NOTE = "refused", "warning", "note"
-SHORT_SIDE_PX = 768  # SDXL: more than SHORT_SHARE of the images shorter than this is worth a warning
-SHORT_SHARE = 0.3
+SHORT_SHARE = 0.3  # of the images below the family's short_side_px: more of them are worth a warning
 NEAR_BITS = (
     20  # of 256; assumed: a JPEG and a smaller copy stay below it (tests/unit/hpo/cli/test_dataset_check.py)
 )
@@ -45,7 +45,7 @@ _ODD_MODES = {
 
 @dataclass(frozen=True)
 class DatasetFinding:
-    """One thing found: what is so, in which files, and what to do."""
+    """One finding: what was found, in which files, and what to do."""
 
     kind: str
     severity: str
@@ -58,7 +58,7 @@ class DatasetFinding:
 class Question:
     """What a dataset is checked for.  ``count_tokens`` is the base's tokenizer."""
 
-    family: str  # sd15 or sdxl
+    family: str
     config: TrainConfig
     count_tokens: Callable[[str], int]
     trigger: str | None = None
@@ -124,14 +124,17 @@ def _size(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
             what += f"enlarged up to {largest:.1f} times"
             do = "use larger versions, or set bucket_no_upscale = true to train them at their own size"
         yield DatasetFinding("upscaled", WARNING, what, do, _files(rest))
-    short = [p for p in survey.trained if p.short_px < SHORT_SIDE_PX]
+    facts = FAMILIES[question.family]
+    short_px = facts.short_side_px
+    short = [p for p in survey.trained if short_px and p.short_px < short_px]
     if (
-        question.family == "sdxl"
-        and config.resolution >= 1024
+        short_px is not None
+        and config.resolution >= facts.resolution_px
         and len(short) > SHORT_SHARE * len(survey.trained)
     ):
         share = len(short) / len(survey.trained)
-        what = f"{share:.0%} of the images have a side below {SHORT_SIDE_PX} px; SDXL wants 1024 px and more"
+        what = f"{share:.0%} of the images have a side below {short_px} px; "
+        what += f"{facts.title} wants {facts.resolution_px} px and more"
         do = f"collect larger images until fewer than {SHORT_SHARE:.0%} are this small, or train SD1.5"
         yield DatasetFinding("short-side", WARNING, what, do, _files(short))
 
@@ -181,18 +184,18 @@ def _duplicates(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     distinct = [photos[0] for photos in same.values()]
     for group in near_groups(distinct):
         what = f"{len(group)} images look the same"
-        do = "keep the best: near copies make the LoRA repeat this picture"
+        do = "keep the best one: near copies make the LoRA repeat this image"
         yield DatasetFinding("near-duplicate", WARNING, what, do, _files(group))
     trained = same.keys()
     leaked = [photo for photo in survey.held_out if photo.sha256 in trained]
     if leaked:
-        what = f"{_count(leaked, 'image')} in held_out/ trained on too"
+        what = f"{_count(leaked, 'image')}  in held_out/ also among the training images"
         do = "remove them from one place: held-out images must be new to the result"
         yield DatasetFinding("held-out", REFUSED, what, do, _files(leaked))
     fresh = [photo for photo in survey.held_out if photo.sha256 not in trained]
     close = [photo for photo in fresh if any(are_near(photo, other) for other in distinct)]
     if close:
-        what = f"{_count(close, 'image')} in held_out/ almost the same as one that is trained on"
+        what = f"{_count(close, 'image')}  in held_out/ almost the same as a training image"
         do = "replace them: the result would look better than it is"
         yield DatasetFinding("held-out", WARNING, what, do, _files(close))
 

@@ -1,6 +1,6 @@
-"""What only shows when base, settings and images are together: call it after load_base, before any work.
+"""Checks that need base, settings and images together: call them after load_base, before any work.
 
-``check`` refuses what cannot be done; ``notes`` are lines a user should be told once.
+``check`` refuses what cannot be done; ``notes`` are messages for the user.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def check(base: Base, config: TrainConfig) -> None:
     """ConfigError if the base cannot do what the settings ask for."""
     families.check(config, base.family, base.name)
     layers = int(base.text_encoders[0].config.num_hidden_layers)
-    if base.uses_clip_skip and config.clip_skip is not None and config.clip_skip > layers:
+    if base.facts.uses_clip_skip and config.clip_skip is not None and config.clip_skip > layers:
         raise ConfigError(
             f"clip_skip = {config.clip_skip}, but the text encoder of {base.name} has {layers} layers",
             f"set it to 1 to {layers}",
@@ -31,12 +31,12 @@ def check(base: Base, config: TrainConfig) -> None:
 
 
 def notes(base: Base, config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
-    """What this base passes over in these settings and captions."""
+    """What this base ignores in these settings and captions."""
     found = []
     native_px = base.native_resolution_px
     if 2 * config.resolution <= native_px:
         found.append(
-            f"{base.name} is {families.KIND[base.family]} made for {native_px} px; "
+            f"{base.name} is {base.facts.title} made for {native_px} px; "
             f"these settings train {config.resolution} px"
         )
     found += families.passed_over(config, base.family)

@@ -1,8 +1,8 @@
 """Datasets described in a file, in the form of sd-scripts' ``--dataset_config``: general, datasets, subsets.
 
-Owns which of its keys are used, translated, without effect or refused, and the folders it describes.  A
-value is looked up in the subset, then its dataset, then [general], then the run's settings.  Reading images
-and captions is ``trainer.data.dataset``'s.
+Owns which of its keys are used, translated, ignored or refused, and the folders it describes.  A value is
+looked up in the subset, then its dataset, then [general], then the run's settings.  ``trainer.data.dataset``
+reads images and captions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.config import TrainConfig, check_value, suggestion
+from trainer.checks import Rule, check, check_known
+from trainer.config import TrainConfig, check_value
 from trainer.data.captions import shown
 from trainer.data.dataset import Dataset, assemble, read_dataset, split_references
 from trainer.data.folders import HELD_OUT, MAX_REPEATS, FolderPart, images_in
@@ -58,9 +59,8 @@ WITHOUT_EFFECT = {
     "cache_info": "images are read anew, which is quick",
     "custom_attributes": "sd-scripts hands it to other models only",
 }
-# key → (values that ask for nothing, why anything else is refused)
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "metadata_file": ((), "captions come from files beside the images"),
+# key → (values that ask for nothing, why anything else is refused); sd-scripts takes these in both of its files
+PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
     "random_crop": (
         (False,),
@@ -71,8 +71,13 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (),
         "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
     ),
+}
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "metadata_file": ((), "captions come from files beside the images"),
+    **PIXELS_REFUSED,
     "network_multiplier": ((1,), "the LoRA is trained at full strength"),
 }
+REPEATS = Rule(low=1, high=MAX_REPEATS)
 KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT, *REFUSED)
 
 
@@ -229,10 +234,13 @@ class _DatasetReading:
                 harmless, reason = REFUSED[name]
                 if value not in harmless:
                     self.refused[f"{name} = {as_text(value)}: {reason}"] = None
-            elif name not in KNOWN and name != "subsets":
-                hint = suggestion(name, KNOWN) or "sd-scripts has no such key in a dataset file"
-                raise ConfigError(
-                    f"unknown setting {clean_text(name)[:80]} in {where} of {shown(self.path)}", hint
+            elif name != "subsets":
+                check_known(
+                    name,
+                    KNOWN,
+                    "setting",
+                    f"{where} of {shown(self.path)}",
+                    "sd-scripts has no such key in a dataset file",
                 )
         return dict(section)
 
@@ -273,15 +281,9 @@ class _DatasetReading:
             if "metadata_file" in values:
                 return Subset("")
             raise ConfigError(f"{where} in {shown(self.path)} has no image_dir", "give its folder of images")
-        repeats, words, is_reg = (
-            values.get("num_repeats", 1),
-            values.get("class_tokens", ""),
-            values.get("is_reg", False),
-        )
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= MAX_REPEATS:
-            raise ConfigError(f"num_repeats = {as_text(repeats)} in {where}", f"give 1 to {MAX_REPEATS}")
-        if not isinstance(words, str) or not isinstance(is_reg, bool):
-            raise ConfigError(f"{where}: class_tokens is a text, is_reg is true or false", "correct it")
+        repeats = check("num_repeats", values.get("num_repeats", 1), int, REPEATS, where)
+        words = check("class_tokens", values.get("class_tokens", ""), str, where=where)
+        is_reg = check("is_reg", values.get("is_reg", False), bool, where=where)
         own = {name: check_value(name, values[name]) for name in OWN_KEYS if name in values}
         extension = own.get("caption_extension")
         if extension and not extension.startswith("."):

@@ -13,6 +13,7 @@ from typing import Any
 
 import tomlkit
 
+from trainer.bases import FAMILIES
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
 from trainer.errors import ConfigError, DataError
@@ -21,7 +22,6 @@ from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
 from trainer.text import clean_text
 
 CONFIG, DATASET, COMMAND = "config.toml", "dataset.toml", "train.sh"
-SCRIPTS = {"sd15": "train_network.py", "sdxl": "sdxl_train_network.py"}
 # Settings that dataset.toml says, and those that have another form in sd-scripts.
 _IN_DATASET = (*RUN_KEYS.values(), *OWN_KEYS, "train_data_dir", "dataset_config", "reg_data_dir")
 _IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts takes them there only
@@ -39,7 +39,6 @@ _MISSING = {
     "opt_channels_last": "sd-scripts has no such layout: slower, the result is the same",
     "hold_out_references": "sd-scripts trains on these images too; to keep them out, move them to another folder",
 }
-_BUCKET_STEPS = {"sd15": 64, "sdxl": 32}  # sd-scripts stops unless they divide bucket_reso_steps
 _ALGORITHMS = {"DoRA": "locon", "LoHa": "loha", "LoKr": "lokr"}
 
 
@@ -68,7 +67,7 @@ def to_kohya(config: TrainConfig, family: str, base: str, folder: Path, output: 
         **_network(config, family, notes),
     }
     command = (
-        f"accelerate launch --num_cpu_threads_per_process 1 {SCRIPTS[family]} "
+        f"accelerate launch --num_cpu_threads_per_process 1 {FAMILIES[family].kohya_script} "
         f"--config_file {_quoted(folder / CONFIG)} --dataset_config {_quoted(folder / DATASET)}"
     )
     return Export(table, _dataset(config), command, tuple(notes))
@@ -132,7 +131,7 @@ def _said(config: TrainConfig, family: str) -> list[str]:
         for name, why in _MISSING.items()
         if getattr(config, name) != getattr(usual, name)
     ]
-    steps = _BUCKET_STEPS[family]
+    steps = FAMILIES[family].kohya_bucket_steps
     if config.enable_bucket and config.bucket_reso_steps % steps:
         lines.append(
             f"bucket_reso_steps = {config.bucket_reso_steps}: sd-scripts stops here, it wants a multiple of {steps}"
@@ -153,7 +152,7 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
     if config.conv_dim is not None and config.conv_alpha is None:
         arguments.append(f"conv_alpha={config.network_alpha:g}")  # sd-scripts would take 1
     first, second = config.effective_text_encoder_lrs
-    if family == "sdxl" and first != second and not config.text_encoder_frozen:
+    if len(FAMILIES[family].text_encoders) > 1 and first != second and not config.text_encoder_frozen:
         raise ConfigError(
             f"sd-scripts has one rate for both text encoders, here they are {first:g} and {second:g}",
             "set text_encoder_lr1 equal to text_encoder_lr2",

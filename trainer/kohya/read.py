@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TrainConfig, check_value, suggestion
+from trainer.checks import check_known
+from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TrainConfig, check_value
 from trainer.errors import ConfigError
 from trainer.kohya.keys import (
     KNOWN_KEYS,
@@ -87,9 +88,7 @@ def is_kohya(settings: Iterable[str]) -> bool:
 def _check_names(path: Path, given: Iterable[str], known: Collection[str], otherwise: str) -> None:
     """Raise ConfigError for the first name that is not known, with the nearest one that is."""
     for name in given:
-        if name not in known:
-            hint = suggestion(name, known) or otherwise
-            raise ConfigError(f"unknown setting {clean_text(name)[:80]} in {clean_text(str(path))}", hint)
+        check_known(name, known, "setting", clean_text(str(path)), otherwise)
 
 
 class _SettingsReading:

@@ -10,7 +10,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from trainer.config import SETTINGS, Setting, TrainConfig
+from trainer.checks import Rule
+from trainer.config import SETTINGS, TrainConfig
 from trainer.data import subsets
 from trainer.kohya import keys as kohyakeys
 
@@ -115,7 +116,7 @@ def _row(name: str) -> tuple[str, ...]:
     )
 
 
-def _values(name: str, facts: Setting) -> str:
+def _values(name: str, facts: Rule) -> str:
     if facts.choices:
         return ", ".join(facts.choices)
     if _TYPES[name] is bool:

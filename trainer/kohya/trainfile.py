@@ -7,18 +7,18 @@ value came from.  Reading sd-scripts' keys is ``trainer.kohya.read``'s, datasets
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainer.adapters import BASE_NAME, CONFIG_KEY, kohya_settings, tells_training
-from trainer.config import SETTINGS, TrainConfig, check_name
+from trainer.config import SETTINGS, TrainConfig
 from trainer.data import is_dataset_table, read_dataset_file
 from trainer.errors import ConfigError, ModelFileError
 from trainer.kohya.keys import NO_KOHYA_DEFAULT
 from trainer.kohya.read import KohyaFile, from_kohya, from_own, is_kohya
+from trainer.overrides import read_setting
 from trainer.text import clean_text
 from trainer.tomlfile import flat, read_table
 
@@ -72,26 +72,9 @@ def read_train_file(
     dataset_path = dataset or (Path(file.config.dataset_config) if file.config.dataset_config else None)
     if dataset_path and "train_data_dir" not in (places or {}):
         file = _with_dataset(file, dataset_path)
-    given = {name: (value, "--set") for name, value in map(parse_set, sets)}
+    given = {name: (value, "--set") for name, value in map(read_setting, sets)}
     given |= {name: (value, "command line") for name, value in (places or {}).items()}
     return _without_lost_prompts(_filled(_with_values(file, given)))
-
-
-def parse_set(text: str) -> tuple[str, Any]:
-    """``key=value`` with the value as in TOML; what is no TOML is a text.  ConfigError for unknown names."""
-    name, equals, raw = text.partition("=")
-    name, raw = name.strip(), raw.strip()
-    if not equals or not name:
-        raise ConfigError(
-            f"--set {clean_text(text)!r} has no value", "write --set key=value, as --set network_dim=16"
-        )
-    check_name(name)
-    if raw in ("", "none", "None"):
-        return name, "" if isinstance(getattr(TrainConfig(), name), str) else None
-    try:
-        return name, tomllib.loads(f"value = {raw}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return name, raw
 
 
 def _read(path: Path) -> TrainFile:

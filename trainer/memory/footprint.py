@@ -18,24 +18,13 @@ from typing import Any
 
 import torch
 
-from trainer.bases import (
-    CONFIGS,
-    FAMILIES,
-    HUB_NAMES,
-    MINIATURES,
-    TEXT_ENCODERS,
-    Base,
-    Parts,
-    detect,
-    empty_network,
-)
+from trainer.bases import CLASSES, FAMILIES, Base, Parts, detect, empty_network
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory import tracing
 from trainer.memory.recorder import CONV_DIM, DIM
 from trainer.memory.replay import Held, Peak, replay
 from trainer.oom import CUDA_CONTEXT_BYTES
-from trainer.tensorfile import read_header, refuse_pickle
 
 # PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, which is counted.
 CUBLAS_BYTES = 32 * 2**20
@@ -77,32 +66,19 @@ class Footprint:
 
 
 def base_facts(spec: str | Path) -> BaseFacts:
-    """Facts of sd15, sdxl, mini-sd15, mini-sdxl, a diffusers folder or a single .safetensors file."""
-    name = str(spec)
-    if name in FAMILIES:
-        return _facts(name, name, CONFIGS / name)
-    if name in MINIATURES:
-        return _facts(name, detect.family_of_folder(MINIATURES[name]), MINIATURES[name])
-    families = {hub_name: family for family, hub_name in HUB_NAMES.items()}
-    if name in families:
-        return _facts(name, families[name], CONFIGS / families[name])
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _facts(path.name, detect.family_of_folder(path), path)
-    if path.is_file():
-        refuse_pickle(path)
-        family = detect.family_of_file(path, read_header(path))
-        return _facts(path.name, family, CONFIGS / family)
-    raise ConfigError(
-        f"there is no base {name!r} on this machine to plan for",
-        "give sdxl or sd15 (all fine-tunes need the same memory), mini-sd15, mini-sdxl, a folder or a file",
-    )
-
-
-def _facts(name: str, family: str, folder: Path) -> BaseFacts:
-    components = ("unet", "vae", *TEXT_ENCODERS[family])
-    texts = {c: json.dumps(detect.read_json(folder / c / "config.json"), sort_keys=True) for c in components}
-    return BaseFacts(name, family, tuple(texts.items()))
+    """Facts of a base with a short name, a diffusers folder or a single .safetensors file."""
+    found = detect.configs_of(str(spec))
+    if found is None:
+        raise ConfigError(
+            f"there is no base {str(spec)!r} on this machine to plan for",
+            "give sdxl or sd15 (all fine-tunes need the same memory), mini-sd15, mini-sdxl, a folder or a file",
+        )
+    tables = {
+        name: detect.read_json(found.folder / name / "config.json")
+        for name in ("unet", "vae", *FAMILIES[found.family].text_encoders)
+    }
+    texts = {name: json.dumps(table, sort_keys=True) for name, table in tables.items()}
+    return BaseFacts(found.name, found.family, tuple(texts.items()))
 
 
 def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int] | None = None) -> Footprint:
@@ -175,7 +151,7 @@ def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
     element = compute_dtype(config).itemsize
     found = {"unet": sum(_weight_bytes(tensor, element, config.fp8_base) for tensor in networks["unet"])}
     if text_encoders_stay(config):
-        for name in TEXT_ENCODERS[facts.family]:
+        for name in FAMILIES[facts.family].text_encoders:
             found[name] = sum(_weight_bytes(tensor, element, False) for tensor in networks[name])
     return found
 
@@ -196,7 +172,7 @@ def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
 @lru_cache(maxsize=8)
 def _networks(facts: BaseFacts) -> dict[str, tuple[tuple[int, ...], ...]]:
     """component → shapes of its tensors."""
-    names = ("unet", *TEXT_ENCODERS[facts.family])
+    names = ("unet", *FAMILIES[facts.family].text_encoders)
     return {
         name: tuple(tuple(p.shape) for p in empty_network(name, facts.config(name)).parameters())
         for name in names
@@ -323,12 +299,10 @@ def meta_base(facts: BaseFacts) -> Base:
     """Every module of a base, without memory for its weights."""
     encoders = []
     tokenizers = []
-    for name in TEXT_ENCODERS[facts.family]:
+    for name in FAMILIES[facts.family].text_encoders:
         text = facts.config(name)
         encoders.append(empty_network(name, text))
         length, end = text.get("max_position_embeddings", 77), text.get("eos_token_id", 49407)
         tokenizers.append(SimpleNamespace(model_max_length=length, eos_token_id=end, get_vocab=dict))
     unet, vae = (empty_network(name, facts.config(name)) for name in ("unet", "vae"))
-    return FAMILIES[facts.family](
-        facts.name, "meta", Parts(unet, vae, tuple(encoders), tuple(tokenizers), {})
-    )
+    return CLASSES[facts.family](facts.name, "meta", Parts(unet, vae, tuple(encoders), tuple(tokenizers), {}))

@@ -151,6 +151,6 @@ def text_states(base: Base, config: TrainConfig, batch: int) -> TextStates:
             return base.encode_text([""] * batch, config.clip_skip, config.max_token_length)
     width = int(base.unet.config.cross_attention_dim)
     hidden_BLD = torch.empty(batch, windows * 75 + 2, width)
-    if base.family != "sdxl":
+    if not base.facts.has_pooled_text:
         return TextStates(hidden_BLD)
     return TextStates(hidden_BLD, torch.empty(batch, base.text_encoders[1].config.projection_dim))

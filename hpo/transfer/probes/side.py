@@ -1,6 +1,6 @@
-"""A study of probes as a definition: which settings its trials can have, and which trial is which probe.
+"""The definition of a probe study: its search space, and the mapping between probes and trials.
 
-Owns the form of short runs, the space they lie in and the way between a probe and a proposal.  Pure.
+Owns the settings of short runs, their search space and the conversion of a probe to a proposal.  Pure.
 """
 
 from __future__ import annotations
@@ -10,35 +10,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.study import ELSEWHERE, NOT_SEARCHABLE, ZERO_IS_UNSET, StudyConfig, build_study
+from hpo.study import ELSEWHERE, NOT_SEARCHABLE, StudyConfig, build_study
 from hpo.transfer import ADAM, MOST_WARMUP, RATE_FREE, ProfileLimits, normalised, updates_of
 from hpo.transfer.probes.design import TRANSFERRED, Probe, Scope
-from trainer.config import SETTINGS, TrainConfig
+from trainer.config import SETTINGS, ZERO_IS_UNSET, TrainConfig
 from trainer.errors import ConfigError
 
-FRACTION = 0.25  # of a whole run's updates: four probes cost one run
+FRACTION = 0.25  # of the updates of a whole run, so four probes cost as much as one run
 MOST_OCTAVES = 4.0
 RATES = ("learning_rate", "text_encoder_lr")
 _SAMPLING = ("steps", "cfg", "sampler", "negative")
 
 
 @dataclass(frozen=True)
+class ShortRuns:
+    """How all probes on one base are trained and sampled.
+
+    ``samples``: images per epoch.  ``sampling``, ``words``: as in the sections of a study.  ``fraction``:
+    share of the updates of a whole run.
+    """
+
+    samples: int
+    sampling: Mapping[str, Any]
+    seed: int
+    words: str
+    fraction: float = FRACTION
+
+
+@dataclass(frozen=True)
 class ProbeSide:
-    """One base on which probes are run: complete configurations by candidate, as short runs, and their study."""
+    """The probes on one base: short-run settings by candidate, the study definition and the limits."""
 
     short: Mapping[str, TrainConfig]
     study: StudyConfig
     scope: Scope
 
     def proposal(self, probe: Probe) -> dict[str, Any]:
-        """The probe in the study's space."""
+        """The parameters of the probe in the study's search space."""
         values = probed(self.short[probe.candidate], probe).as_dict()
         found = self.study.space.proposal(values)
         return self.study.space.check(found, probe.role)
 
-    def probe_of(self, params: Mapping[str, Any], among: list[Probe]) -> Probe | None:
-        """The probe that a trial is."""
-        return next((p for p in among if _same(self.proposal(p), params)), None)
+    def is_probe(self, params: Mapping[str, Any], probe: Probe) -> bool:
+        """Whether a trial with these parameters is this probe."""
+        return _same(self.proposal(probe), params)
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -48,9 +63,9 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def short_run(config: TrainConfig, samples: int, fraction: float = FRACTION) -> TrainConfig:
-    """The beginning of a run: a share of its updates at its full rate.
+    """The settings of a short run: a share of the updates at the full rate.
 
-    A schedule is not squeezed into them – its rates would be others – but left out; warm-up keeps its share.
+    The schedule is left out, because squeezing it into a short run would change the rates.  Warm-up keeps its share.
     """
     updates = updates_of(config, samples)
     warmup = config.lr_warmup_steps if config.lr_warmup_steps < 1 else config.lr_warmup_steps / updates
@@ -73,14 +88,14 @@ def short_run(config: TrainConfig, samples: int, fraction: float = FRACTION) -> 
 
 
 def probed(config: TrainConfig, probe: Probe) -> TrainConfig:
-    """The candidate's settings at the probe's rates."""
+    """The settings of a candidate with the rates of the probe."""
     factor = 2**probe.octaves
     text = config.effective_text_encoder_lr * factor if probe.text_encoder else 0.0
     return config.with_values({"learning_rate": config.effective_unet_lr * factor, "text_encoder_lr": text})
 
 
 def octave_bounds(config: TrainConfig, limits: ProfileLimits) -> tuple[float, float]:
-    """How far the rate may go within a profile's limits, which are those of Adam.  0 is always within."""
+    """The range of rates in octaves that the profile's limits (for Adam) allow.  Always contains 0."""
     if config.optimizer_type not in ADAM:
         return -MOST_OCTAVES, MOST_OCTAVES
     rate, high = config.effective_unet_lr, limits.learning_rate_high
@@ -92,28 +107,19 @@ def octave_bounds(config: TrainConfig, limits: ProfileLimits) -> tuple[float, fl
 
 
 def make_side(
-    name: str,
-    whole: Mapping[str, TrainConfig],
-    samples: int,
-    budget: int,
-    bounds: tuple[float, float],
-    *,
-    sampling: Mapping[str, Any],
-    seed: int,
-    words: str,
-    fraction: float = FRACTION,
+    name: str, whole: Mapping[str, TrainConfig], runs: ShortRuns, budget: int, bounds: tuple[float, float]
 ) -> ProbeSide:
-    """The side of one base.  Candidates that cannot lie in one space with the transferred one are left out."""
+    """Make the side for one base.  Candidates that do not fit into a common search space are left out."""
     own = whole[TRANSFERRED]
     for config in whole.values():
         if config.optimizer_type in RATE_FREE:
             raise ConfigError(
-                f"{config.optimizer_type} finds its rate itself: probes of rates mean nothing",
-                "leave out --probes; compare LoRA files with hpo evaluate",
+                f"{config.optimizer_type} adapts its learning rate itself, so probing rates has no effect",
+                "run without --probes; compare LoRA files with hpo evaluate",
             )
     if not own.trains_unet:
-        raise ConfigError("the U-Net is not trained: there is no rate to probe", "leave out --probes")
-    short = {key: short_run(config, samples, fraction) for key, config in whole.items()}
+        raise ConfigError("the U-Net is not trained, so there is no rate to probe", "run without --probes")
+    short = {key: short_run(config, runs.samples, runs.fraction) for key, config in whole.items()}
     short = {
         key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]
     }
@@ -125,12 +131,12 @@ def make_side(
         bounds[1],
         own.trains_text_encoder,
     )
-    study = build_study(name, _sections(short, sampling, seed, words))
+    study = build_study(name, _sections(short, runs))
     return ProbeSide(short, study, scope)
 
 
 def _fits(config: TrainConfig, own: TrainConfig) -> bool:
-    """Whether what differs can be a choice: TOML has no word for unset."""
+    """Whether the differing settings can be choices of a search space (an unset value is not possible in TOML)."""
     for key in SETTINGS:
         a, b = getattr(config, key), getattr(own, key)
         if a != b and None in (a, b) and key not in ZERO_IS_UNSET:
@@ -140,9 +146,7 @@ def _fits(config: TrainConfig, own: TrainConfig) -> bool:
     return True
 
 
-def _sections(
-    short: Mapping[str, TrainConfig], sampling: Mapping[str, Any], seed: int, words: str
-) -> dict[str, dict[str, Any]]:
+def _sections(short: Mapping[str, TrainConfig], runs: ShortRuns) -> dict[str, dict[str, Any]]:
     own = short[TRANSFERRED]
     space: dict[str, Any] = {}
     room = 2 ** (MOST_OCTAVES + 0.01)
@@ -170,11 +174,11 @@ def _sections(
         train.pop("max_train_epochs", None)
     baseline = {key: getattr(own, key) for key in space}
     return {
-        "study": {"title": "Probes of transferred settings", "seed": seed},
+        "study": {"title": "Probes of transferred settings", "seed": runs.seed},
         "train": train,
         "space": space,
         "baseline": {key: 0 if value is None else value for key, value in baseline.items()},
-        "prompts": {"words": words},
-        "confirmation": {"words": words},
-        "sampling": {key: sampling[key] for key in _SAMPLING if key in sampling},
+        "prompts": {"words": runs.words},
+        "confirmation": {"words": runs.words},
+        "sampling": {key: runs.sampling[key] for key in _SAMPLING if key in runs.sampling},
     }

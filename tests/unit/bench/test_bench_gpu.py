@@ -11,7 +11,7 @@ import pytest
 
 from tests.bench import bench_gpu, sd_scripts
 from tests.bench.bench_gpu import CELLS, main
-from trainer.bases.load import HUB_NAMES
+from trainer.bases.families import KNOWN_BASES
 
 ONE = "LoRA dim 32, checkpointing, batch 1"
 BAR = """
@@ -65,7 +65,7 @@ def test_sd_scripts_gets_a_base_that_it_can_read(tmp_path, monkeypatch):
     (tmp_path / "base.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     assert sd_scripts.model_of("base.safetensors") == str(tmp_path / "base.safetensors")
-    assert sd_scripts.model_of("sdxl") == HUB_NAMES["sdxl"]
+    assert sd_scripts.model_of("sdxl") == KNOWN_BASES["sdxl"].hub
     assert sd_scripts.model_of("org/name") == "org/name"
     assert sd_scripts.model_of("mini-sdxl") is None
 

@@ -16,7 +16,7 @@ from tests.tiny_search import check_study
 
 pytestmark = pytest.mark.faults
 COMMAND = [
-    sys.executable, "-u", "-c", "from hpo.cli import main; main()", "search", "--base", "mini-sd15",
+    sys.executable, "-u", "-c", "from hpo.cli.main import main; main()", "search", "--base", "mini-sd15",
     "--trials", "3", "--name", "killed", "--set", "max_train_steps=6", "--set", "sampling.steps=4",
     "--set", "prompts.seeds=[0]",
 ]  # fmt: skip

@@ -13,12 +13,13 @@ import optuna_dashboard
 import pytest
 import torch
 
-import evaluation.score.score
+import evaluation.score
 import hpo.search.trial
 import hpo.search.worker
 import hpo.study.result
+from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import Workbench
-from hpo.search.worker import Search, SearchLimits
+from hpo.search.worker import Worker
 from hpo.study.convergence import ConvergenceVerdict
 from hpo.study.folder import STOP, read_json
 from hpo.study.storage import open_study
@@ -82,7 +83,7 @@ def test_invalid_images_are_the_settings_fault(bench: Workbench, monkeypatch: py
         raise InvalidImages("12 of 16 images are black")
 
     search = make_search(bench, SearchLimits(1))
-    monkeypatch.setattr(evaluation.score.score, "evaluate_adapter", black)
+    monkeypatch.setattr(evaluation.score, "evaluate_adapter", black)
     search.run()
     (trial,) = search.study.get_trials(deepcopy=False)
     assert trial.state.name == "COMPLETE" and trial.constraints["invalid_images"] == 1.0
@@ -157,13 +158,13 @@ def test_a_failed_baseline_is_tried_again(bench: Workbench, monkeypatch: pytest.
 def test_a_score_that_is_not_a_number_never_reaches_the_sampler(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = evaluation.score.score.evaluate_adapter
+    original = evaluation.score.evaluate_adapter
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         return replace(original(*args, **kwargs), value=math.nan)
 
     search = make_search(bench, SearchLimits(1))
-    monkeypatch.setattr(evaluation.score.score, "evaluate_adapter", broken)
+    monkeypatch.setattr(evaluation.score, "evaluate_adapter", broken)
     with pytest.raises(StudyStopped):
         search.run()
     assert {t.state.name for t in search.study.get_trials(deepcopy=False)} == {"FAIL"}
@@ -252,7 +253,7 @@ def pretend(
             level, 2, 4, 8, 0, points[0].value, 0.1, 0.0, 0.1, 0.1, 0.1, 0.0, top, True, 0.0, here
         )  # fmt: skip
 
-    monkeypatch.setattr(hpo.search.worker.convergence, "detect", detect)
+    monkeypatch.setattr(hpo.search.sampled.convergence, "detect", detect)
 
 
 def test_stop_when_converged_ends_the_search_and_leaves_the_alert(
@@ -300,7 +301,7 @@ def test_a_resumed_study_proposes_what_an_uninterrupted_one_would(tmp_path: Path
     whole = make_search(tiny_bench(tmp_path / "whole", images), SearchLimits(7))
     whole.run()
     for trials in (2, 5, 7):
-        parts: Search = make_search(tiny_bench(tmp_path / "parts", images), SearchLimits(trials))
+        parts: Worker = make_search(tiny_bench(tmp_path / "parts", images), SearchLimits(trials))
         parts.run()
     proposals = [[t.params for t in s.study.get_trials(deepcopy=False)] for s in (whole, parts)]
     assert proposals[0] == proposals[1]

@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from hpo.search.worker import SearchLimits
+from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from hpo.terminal.stop import Stop
 from tests.faults.zygote import attempt
-from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
+from tests.tiny_search import Recorder, check_study, make_search, table, tiny_bench
 from trainer.errors import Interrupted
 from trainer.events import Step
 from trainer.files import read_records
 
 pytestmark = pytest.mark.faults
 TRIALS = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +64,21 @@ def search_killed_at(root: Path, data: Path, place: str, call: int, when: str) -
 
 
 MODULES = (
-    "hpo.study.storage", "hpo.search.worker", "hpo.search.claim", "hpo.search.trial", "hpo.search.dashboard",
+    "hpo.study.storage", "hpo.search.worker", "hpo.search.sampled", "hpo.search.trial", "hpo.search.dashboard",
     "tests.tiny_search", "trainer.adapters.lorafile",
 )  # fmt: skip
 SEAMS = [
     ("hpo.study.storage.open_storage", 1, "after"),  # a database without a study
     ("tests.tiny_search.create_study", 1, "after"),  # a study without a single trial
-    ("hpo.search.claim.suggest", 1, "before"),  # the baseline is RUNNING, nothing proposed yet
-    ("hpo.search.claim.suggest", 2, "after"),  # proposed, the lock not yet taken
+    ("hpo.search.sampled.suggest", 1, "before"),  # the baseline is RUNNING, nothing proposed yet
+    ("hpo.search.sampled.suggest", 2, "after"),  # proposed, the lock not yet taken
     ("hpo.search.worker.write_params", 2, "after"),
     ("trainer.adapters.lorafile.write", 2, "before"),  # trained, nothing saved
     ("trainer.adapters.lorafile.write", 2, "after"),
     ("hpo.search.trial.write_result", 2, "before"),  # scored, no result yet
     ("hpo.search.trial.write_result", 2, "after"),  # the result is on disk, Optuna does not know
     ("hpo.search.dashboard.upload_grid", 2, "after"),  # in the middle of telling
-    ("hpo.search.worker.Search.tell", 2, "after"),  # told, the lock still held
+    ("hpo.search.worker.Worker.tell", 2, "after"),  # told, the lock still held
 ]
 
 

@@ -13,28 +13,21 @@ from typing import Any
 
 import optuna
 import pytest
-import torch
 
 import hpo.search.claim
 import hpo.search.session
 import hpo.search.worker
 import hpo.study.storage
+from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import Workbench
-from hpo.search.worker import SearchLimits
 from hpo.study.folder import STOP, StudyFolder
 from hpo.study.storage import begun_study, open_study
 from tests.faults.zygote import attempt, finish, start
-from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
+from tests.tiny_search import Recorder, check_study, make_search, tiny_bench
 from tests.tiny_session import run_session
 from trainer.errors import ConfigError, DataError, MachineError, StudyStopped, ToolError
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture
@@ -154,8 +147,8 @@ def killed_after(place: str, root: Path, data: Path) -> None:
     [
         "study.storage._write_ahead",
         "study.storage.open_storage",
-        "search.session.create_study",
-        "search.session._open",
+        "search.opening.create_study",
+        "search.session.opened",
     ],
 )
 def test_a_kill_before_the_study_has_begun_does_not_block_its_name(
@@ -184,7 +177,8 @@ def test_a_deleted_study_is_not_begun_anew_over_its_trials(root: Path, data: Pat
 
 def replaced_prompt(bench: Workbench) -> None:
     first, *rest = bench.prompts.prompts
-    bench.prompts = replace(bench.prompts, prompts=(replace(first, text=first.text + " at night"), *rest))
+    changed = (replace(first, text=first.text + " at night"), *rest)
+    bench.evaluator = bench.evaluator.on(replace(bench.prompts, prompts=changed))
 
 
 def test_a_study_refuses_to_go_on_under_another_prompt_hash(root: Path, data: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpo.search.worker import SearchLimits
+from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
 from hpo.study.storage import create_study, open_study

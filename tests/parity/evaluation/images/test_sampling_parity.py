@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from evaluation.images.sampling import SampleConfig, denoise, initial_noise, make_scheduler
+from evaluation.images.sampling import denoise, initial_noise, make_scheduler
+from evaluation.images.settings import SampleConfig
 from evaluation.prompts.prompts import Prompt
 from tests.tiny import SCHEDULER, tiny_base, tiny_pipeline
 from trainer.bases.base import TextStates

@@ -55,7 +55,7 @@ def scored(likeness_P: np.ndarray, scale: Anchors, t: float = 0.3) -> Score:
     return Score(
         value=float(composite(following, alike)[0]), se=0.1, prompt_following=float(following[0]),
         prompt_following_se=0.02, likeness=float(alike[0]), likeness_se=0.1, clip_t=t,
-        clip_i=float(i_P.mean()), n_images=PROMPTS, invalid=0, scorer="s", scorer_sha="s",
+        clip_i=float(i_P.mean()), n_images=PROMPTS, scorer="s", scorer_sha="s",
         likeness_encoder="l", likeness_sha="l", anchors_key=scale.key, per_image=rows,
     )  # fmt: skip
 

@@ -339,7 +339,7 @@ def test_another_activation_mean_or_resizing_than_the_weights_were_trained_with_
     part: str, change: dict[str, object], tmp_path: Path
 ) -> None:
     target = tmp_path / "renamed"
-    shutil.copytree(embed.MINIATURE / "mini-clip", target)
+    shutil.copytree(embed.MINIATURE_WEIGHTS / "mini-clip", target)
     self_test(load_scorer(str(target)))
     config = json.loads((target / "open_clip_config.json").read_text())
     config[part].update(change)

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.prompts.kinds import CONFIRM_COUNTS, CONFIRM_SEEDS, SEARCH_COUNTS
 from evaluation.prompts.prompts import (
-    CONFIRM_COUNTS,
-    CONFIRM_SEEDS,
-    SEARCH_COUNTS,
     Prompt,
     PromptSet,
     generate,
@@ -198,10 +196,10 @@ def test_a_search_says_what_its_sets_lack_and_what_its_images_are(tmp_path: Path
     )
     assert "38 images a trial (15 prompts × 2 seeds, 1 × 8)" in line
     assert not any("zkw" in prompt.text for prompt in bench.prompts.prompts)
-    assert bench.safeguards is not None
+    assert bench.evaluator.safeguards is not None
     own = [item.path for item in bench.data.items if not item.is_reg]
-    alone = embed_copies(own, [Path(p) for p in bench.reference_items], bench.safeguards.encoders)
-    assert bench.safeguards.copies.features_TD.equal(alone.features_TD)
+    alone = embed_copies(own, [Path(p) for p in bench.reference_items], bench.evaluator.safeguards.encoders)
+    assert bench.evaluator.safeguards.copies.features_TD.equal(alone.features_TD)
 
 
 def test_the_size_of_a_set_multiplies_out() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.score.anchors import anchors_identity
 from evaluation.score.statistics import lead, prompt_draws, spearman, spearman_rows
 from tests import ranking
 from tests.bench.bench_ranking import Recording, bench_in, proposals
@@ -39,9 +38,7 @@ def test_the_recording_can_be_made_again(tmp_path: Path) -> None:
     rows = read_records(ranking.FILE)
     for which, prompts in Recording(bench, ranking.FILE).sets.items():
         (row,) = (row for row in rows if (row["name"], row["set"]) == ("anchors", which))
-        identity = anchors_identity(
-            bench.base, prompts, bench.sampling, bench.references, bench.scorer, bench.likeness
-        )
+        identity = bench.evaluator.on(prompts).identity
         assert row["anchors"]["identity"] == identity
         assert prompts.image_count == len(row["prompts"]) * len(row["seeds"])
     (first,) = (row for row in rows if row["name"] == "random 0")

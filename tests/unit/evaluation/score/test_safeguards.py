@@ -12,15 +12,9 @@ from evaluation.encoders.embed import load_likeness, load_scorer
 from evaluation.encoders.vectors import Vectors
 from evaluation.images.images import SampledImage
 from evaluation.prompts.prompts import Prompt, PromptSet
-from evaluation.score.safeguards import (
-    Copies,
-    SafeguardLimits,
-    Safeguards,
-    diversity,
-    embed_copies,
-    scene_encoders,
-    vendi,
-)
+from evaluation.score.anchors import Anchors
+from evaluation.score.limits import SafeguardLimits
+from evaluation.score.safeguards import Copies, Safeguards, diversity, embed_copies, scene_encoders, vendi
 from tests.tiny_search import tiny_study
 from trainer.bases.miniature.subjects import write_subject
 from trainer.data.images import read_picture
@@ -52,6 +46,14 @@ def test_diversity_is_seen_where_a_prompt_has_most_pictures() -> None:
     assert diversity(features[:2], IMAGES[:2], single) is None
 
 
+def anchors(base_prior_i: float | None, base_diversity: float | None) -> Anchors:
+    """Of a prompt with the trigger and perhaps one without; real pictures have a likeness of 0.9."""
+    prior = () if base_prior_i is None else (base_prior_i,)
+    ids, asks, raw_P = ("a", "c")[: 1 + len(prior)], (True, False)[: 1 + len(prior)], (0.0, *prior)
+    errors = {"real_i_se": 0.0, "t_unit_se": 0.0, "i_unit_se": 0.0}
+    return Anchors({}, ids, asks, raw_P, raw_P, raw_P, real_i=0.9, **errors, base_diversity=base_diversity)
+
+
 class Same:
     """An encoder that knows the pictures' vectors."""
 
@@ -74,9 +76,8 @@ def test_each_limit_is_broken_by_its_own_fault_only() -> None:
     }
     for broken, (features, training, prior_i) in faults.items():
         guards = Safeguards((Same(features),), Copies(training, 0.1), SafeguardLimits())
-        found = guards.measure(
-            Vectors([i.pixels_HW3 for i in IMAGES]), IMAGES, PROMPTS, prior_i, 0.2, 0.9, base_diversity=4.0
-        )
+        vectors = Vectors([i.pixels_HW3 for i in IMAGES])
+        found = guards.measure(vectors, IMAGES, PROMPTS, prior_i, anchors(0.2, 4.0))
         assert found.broken == broken, found
         assert all(found.says(name) for name in broken)
         assert found.amounts.keys() == {"copied", "collapsed", "prior_lost"}
@@ -84,7 +85,7 @@ def test_each_limit_is_broken_by_its_own_fault_only() -> None:
 
 def test_prompts_without_class_only_ones_set_no_prior_limit() -> None:
     guards = Safeguards((Same(torch.eye(6)),), Copies(torch.eye(6)[:1], 0.0), SafeguardLimits())
-    found = guards.measure(Vectors([]), IMAGES, PROMPTS, None, None, 0.9, None)
+    found = guards.measure(Vectors([]), IMAGES, PROMPTS, None, anchors(None, None))
     assert found.prior is None and found.amounts.keys() == {"copied"}
 
 

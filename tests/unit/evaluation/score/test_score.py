@@ -5,6 +5,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from evaluation.encoders.references import References, embed_references
 from evaluation.images.images import SampledImage
-from evaluation.images.sampling import SampleConfig, sample
+from evaluation.images.sampling import sample
+from evaluation.images.settings import SampleConfig
 from evaluation.prompts.prompts import Prompt, PromptSet
-from evaluation.score.anchors import Anchors, make_anchors, measure_anchors
+from evaluation.score.anchors import Anchors
+from evaluation.score.evaluator import Evaluator, make_anchors, measure_anchors
 from evaluation.score.score import Score, composite, evaluate_adapter, paired_difference, read_score, score
 from tests.tiny import tiny_base
 from trainer.adapters.adapter import inject
@@ -36,6 +40,7 @@ PROMPTS = PromptSet(
     "zkw",
     "cat",
 )
+CONFIG = SampleConfig(width_px=64, height_px=64, steps=2, batch_size=4)
 
 
 class Colours:
@@ -99,24 +104,19 @@ def references() -> References:
     return References(Texture().image_features(pixels), "refs", Texture.sha)
 
 
-def identity(prompts: PromptSet) -> dict[str, str]:
-    return {
-        "base": "b",
-        "sampling": "s",
-        "prompts": prompts.hash,
-        "scorer": Colours.sha,
-        "likeness": Texture.sha,
-        "references": "refs",
-    }
+def judged_by(references: References, prompts: PromptSet = PROMPTS, **changes: Any) -> Evaluator:
+    """On a base that is never drawn with."""
+    parts = {"scorer": Colours(), "likeness": Texture(), **changes}
+    return Evaluator(cast(Base, SimpleNamespace(identity="b")), prompts, CONFIG, references, **parts)
 
 
 @pytest.fixture(scope="module")
 def anchors(references: References) -> Anchors:
-    return measure_anchors(identity(PROMPTS), images(0.1), PROMPTS, references, Colours(), Texture())
+    return measure_anchors(judged_by(references), images(0.1))
 
 
 def scored(found: list[SampledImage], anchors: Anchors, references: References) -> Score:
-    return score(found, PROMPTS, references, Colours(), Texture(), anchors)
+    return score(found, judged_by(references, anchors=anchors))
 
 
 def test_the_untrained_base_follows_as_itself_has_no_likeness_and_scores_0(
@@ -143,7 +143,7 @@ def test_the_text_that_is_scored_is_the_rendered_prompt_with_the_class_word(
     anchors: Anchors, references: References
 ) -> None:
     scorer = Colours()
-    score(images(0.5), PROMPTS, references, scorer, Texture(), anchors)
+    score(images(0.5), judged_by(references, scorer=scorer, anchors=anchors))
     assert scorer.texts == ["cat in red", "cat in green", "cat in blue", "a cat"]
     assert [p.text.replace("zkw", "cat") for p in PROMPTS.prompts] == scorer.texts
 
@@ -202,7 +202,7 @@ def test_anchors_that_cannot_be_told_apart_are_reported_and_cannot_blow_up_a_sco
     references: References,
 ) -> None:
     blind = measure_anchors(
-        identity(PROMPTS), images(0.95, 0.0), PROMPTS, references, Colours(), Texture()
+        judged_by(references), images(0.95, 0.0)
     )  # all grey, and as like the references as they are
     assert len(blind.problems) == 2 and "prompts" in blind.problems[0] and "references" in blind.problems[1]
     with pytest.raises(DataError, match=r"cannot tell .* ± 0\.\d{4} – use more"):
@@ -242,10 +242,9 @@ def test_the_error_is_that_of_prompts_not_of_images(references: References) -> N
 
     errors = []
     for prompts in (PROMPTS, more):
-        base = measure_anchors(
-            identity(prompts), images(0.1, prompts=prompts), prompts, references, Colours(), Texture()
-        )
-        errors.append(score(found(prompts), prompts, references, Colours(), Texture(), base).se)
+        evaluator = judged_by(references, prompts)
+        base = measure_anchors(evaluator, images(0.1, prompts=prompts))
+        errors.append(score(found(prompts), evaluator.with_anchors(base)).se)
     assert errors[0] > 0.02 and errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
@@ -305,17 +304,22 @@ def test_anchors_of_another_scorer_prompt_set_or_encoder_are_refused(
 ) -> None:
     other, texture = Colours(), Texture()
     other.sha = "other"
-    with pytest.raises(ConfigError, match="another scorer"):
-        score(images(0.5), PROMPTS, references, other, Texture(), anchors)
-    with pytest.raises(ConfigError, match="another prompts"):
-        score(
-            images(0.5), dataclasses.replace(PROMPTS, seeds=(0, 2)), references, Colours(), Texture(), anchors
-        )
-    with pytest.raises(ConfigError, match="another references"):
-        score(images(0.5), PROMPTS, dataclasses.replace(references, hash="x"), Colours(), Texture(), anchors)
+    for match, evaluator in (
+        ("another scorer", judged_by(references, scorer=other)),
+        ("another prompts", judged_by(references, dataclasses.replace(PROMPTS, seeds=(0, 2)))),
+        ("another references", judged_by(dataclasses.replace(references, hash="x"))),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            score(images(0.5), evaluator.with_anchors(anchors))
     texture.sha = "other"
     with pytest.raises(ConfigError, match="another encoder"):
-        score(images(0.5), PROMPTS, references, Colours(), texture, anchors)
+        score(images(0.5), judged_by(references, likeness=texture, anchors=anchors))
+
+
+def test_other_prompts_are_not_scored_on_these_ones_anchors(anchors: Anchors, references: References) -> None:
+    other = judged_by(references, anchors=anchors).on(dataclasses.replace(PROMPTS, seeds=(0, 2)))
+    with pytest.raises(AssertionError, match="make_anchors first"):
+        score(images(0.5), other)
 
 
 def test_a_single_reference_is_refused(tmp_path: Path) -> None:
@@ -334,12 +338,10 @@ def test_prompts_that_differ_in_the_trigger_only_are_refused(references: Referen
         (Prompt("zkw red", "cat red", "altered"), Prompt("cat red", "cat red", "altered")), (0,)
     )
     with pytest.raises(ConfigError, match="all prompts are the same"):
-        measure_anchors(identity(alike), images(0.1, prompts=alike), alike, references, Colours(), Texture())
+        measure_anchors(judged_by(references, alike), images(0.1, prompts=alike))
 
 
 # The whole path, on a tiny base
-
-CONFIG = SampleConfig(width_px=64, height_px=64, steps=2, batch_size=4)
 
 
 class Anything:
@@ -363,21 +365,23 @@ def base() -> Base:
 
 
 @pytest.fixture
-def measured(base: Base, tmp_path: Path) -> tuple[References, Anchors]:
+def measured(base: Base, tmp_path: Path) -> Evaluator:
+    """With its anchors, of the base as it is."""
     real = References(
         torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(5))),
         "r",
         Anything.sha,
     )
-    return real, make_anchors(base, PROMPTS, CONFIG, real, Anything(), Anything(), tmp_path / "anchors")
+    evaluator = Evaluator(base, PROMPTS, CONFIG, real, Anything(), Anything())
+    return evaluator.with_anchors(make_anchors(evaluator, tmp_path / "anchors"))
 
 
-def evaluate(base: Base, measured: tuple[References, Anchors], folder: Path, **changes: int) -> Score:
-    real, anchors = measured
-    config = dataclasses.replace(CONFIG, **changes)
-    return evaluate_adapter(
-        base, PROMPTS, config, real, Anything(), Anything(), anchors, folder, identity="w"
-    )
+def sampled_otherwise(evaluator: Evaluator, **changes: int) -> Evaluator:
+    return dataclasses.replace(evaluator, sampling=dataclasses.replace(CONFIG, **changes))
+
+
+def evaluate(measured: Evaluator, folder: Path, **changes: int) -> Score:
+    return evaluate_adapter(sampled_otherwise(measured, **changes), folder, identity="w")
 
 
 def train(base: Base) -> None:
@@ -386,10 +390,10 @@ def train(base: Base) -> None:
 
 
 def test_an_adapters_score_its_grid_and_its_images_are_left_in_the_folder(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path
+    base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     train(base)
-    result = evaluate(base, measured, tmp_path / "trial")
+    result = evaluate(measured, tmp_path / "trial")
     assert read_score(tmp_path / "trial" / "metrics.json") == result
     assert (tmp_path / "trial" / "grid.png").is_file()
     assert len(list((tmp_path / "trial" / "samples").glob("*.png"))) == PROMPTS.image_count
@@ -397,48 +401,54 @@ def test_an_adapters_score_its_grid_and_its_images_are_left_in_the_folder(
     assert raw["per_image"][0].keys() == {"prompt_id", "seed", "clip_t", "clip_i"}
 
 
+def test_metrics_are_written_as_older_versions_read_them(anchors: Anchors, references: References) -> None:
+    """They want to be told how many pictures were invalid, which has always been none."""
+    written = scored(images(0.5), anchors, references).as_dict()
+    assert list(written)[8:11] == ["n_images", "invalid", "scorer"] and written["invalid"] == 0
+
+
 def test_a_lora_that_was_not_applied_is_an_error_never_the_bases_score(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path
+    base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     for batch_size in (4, 1):
         with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
-            evaluate(base, measured, tmp_path / "trial", batch_size=batch_size)
+            evaluate(measured, tmp_path / "trial", batch_size=batch_size)
     assert not (tmp_path / "trial" / "metrics.json").exists()
 
 
 def test_a_live_adapter_is_scored_in_place_once_it_was_trained(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path
+    base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     adapter = inject(base, TrainConfig(network_dim=2, network_alpha=2))
     with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
-        evaluate(base, measured, tmp_path / "untrained")
+        evaluate(measured, tmp_path / "untrained")
     with pytest.raises(AssertionError, match="hold an adapter"):
-        make_anchors(base, PROMPTS, CONFIG, measured[0], Anything(), Anything(), tmp_path / "anchors")
+        make_anchors(measured, tmp_path / "anchors")
     torch.manual_seed(0)
     for weight in adapter.trainable():
         weight.data.normal_(std=0.3)
-    trained = evaluate(base, measured, tmp_path / "trained")
+    trained = evaluate(measured, tmp_path / "trained")
     assert trained.n_images == PROMPTS.image_count
     adapter.remove()
     with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
-        evaluate(base, measured, tmp_path / "removed")
+        evaluate(measured, tmp_path / "removed")
 
 
 def test_black_images_leave_a_grid_to_look_at_and_no_score(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path
+    base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     base.unet.conv_out.weight.data.fill_(float("nan"))
     with pytest.raises(InvalidImages, match="8 not finite"):
-        evaluate(base, measured, tmp_path / "trial")
+        evaluate(measured, tmp_path / "trial")
     assert (tmp_path / "trial" / "grid.png").is_file() and not (tmp_path / "trial" / "metrics.json").exists()
 
 
 def test_anchors_are_measured_once(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Base, measured: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, anchors = measured
+    anchors = measured.scale
     monkeypatch.setattr(base, "predict", None)
-    again = make_anchors(base, PROMPTS, CONFIG, real, Anything(), Anything(), tmp_path / "anchors")
+    again = make_anchors(measured, tmp_path / "anchors")
     without = {f.name: getattr(again, f.name) for f in dataclasses.fields(again) if f.name != "untouched"}
     assert without == {name: getattr(anchors, name) for name in without}
     assert [i.pixels_HW3.tobytes() for i in again.untouched] == [
@@ -448,33 +458,27 @@ def test_anchors_are_measured_once(
 
 
 def test_anchors_in_the_folder_that_were_measured_otherwise_are_refused(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path
+    base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
-    real, _ = measured
-    other = dataclasses.replace(CONFIG, steps=3)
+    other = sampled_otherwise(measured, steps=3)
     with pytest.raises(ConfigError, match="measured with another sampling"):
-        make_anchors(base, PROMPTS, other, real, Anything(), Anything(), tmp_path / "anchors")
+        make_anchors(other, tmp_path / "anchors")
     with pytest.raises(ConfigError, match="another sampling"):
-        evaluate(base, measured, tmp_path / "trial", steps=3)
+        evaluate(measured, tmp_path / "trial", steps=3)
 
 
-def test_a_damaged_anchors_file_is_measured_again(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path
-) -> None:
-    real, anchors = measured
+def test_a_damaged_anchors_file_is_measured_again(base: Base, measured: Evaluator, tmp_path: Path) -> None:
+    anchors = measured.scale
     file = tmp_path / "anchors" / "anchors.json"
     file.write_text(file.read_text()[:-30])
-    assert (
-        make_anchors(base, PROMPTS, CONFIG, real, Anything(), Anything(), tmp_path / "anchors").key
-        == anchors.key
-    )
+    assert make_anchors(measured, tmp_path / "anchors").key == anchors.key
     json.loads(file.read_text())
 
 
 def test_the_base_is_anchored_with_the_class_word_and_the_prompts_noise(
-    base: Base, measured: tuple[References, Anchors]
+    base: Base, measured: Evaluator
 ) -> None:
-    _, anchors = measured
+    anchors = measured.scale
     drawn = sample(base, PROMPTS, CONFIG, as_class=True)
     features = Anything().image_features(
         [i.pixels_HW3 for i in drawn if i.prompt_id == PROMPTS.prompts[0].id]
@@ -484,11 +488,11 @@ def test_the_base_is_anchored_with_the_class_word_and_the_prompts_noise(
 
 
 def test_a_base_that_draws_nothing_itself_is_named_as_the_cause(
-    base: Base, measured: tuple[References, Anchors], tmp_path: Path
+    base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     base.vae.decoder.conv_out.weight.data.zero_()
     with pytest.raises(ModelFileError, match="untrained base itself draws 8 of 8 images as nothing"):
-        make_anchors(base, PROMPTS, CONFIG, measured[0], Anything(), Anything(), tmp_path / "black")
+        make_anchors(measured, tmp_path / "black")
 
 
 def test_a_file_that_is_no_score_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from evaluation.score.formula import Formula
-from evaluation.score.safeguards import SafeguardLimits
+from evaluation.score.limits import SafeguardLimits
 from evaluation.score.score import Score, evaluate_adapter
 from hpo.search.workbench import Workbench, load
 from hpo.study.config import Inputs, find_study, read_study
@@ -47,10 +47,8 @@ class Trained:
         bench = self.bench
         lora = lorafile.attach(bench.base, lorafile.read(self.file))
         try:
-            return evaluate_adapter(
-                bench.base, bench.prompts, replace(bench.sampling, batch_size=batch_size), bench.references,
-                bench.scorer, bench.likeness, bench.anchors, self.folder / name, **bench.scoring,
-            )  # fmt: skip
+            sampling = replace(bench.evaluator.sampling, batch_size=batch_size)
+            return evaluate_adapter(replace(bench.evaluator, sampling=sampling), self.folder / name)
         finally:
             lora.remove()
 
@@ -92,10 +90,10 @@ def test_the_score_of_this_file_is_one_that_could_move(trained: Trained) -> None
 
 def test_what_is_loaded_has_the_studys_formula_limits_and_training_images(trained: Trained) -> None:
     bench = trained.bench
-    assert bench.scoring["formula"] == trained.first.formula == Formula(likeness=2.0)
+    assert bench.evaluator.formula == trained.first.formula == Formula(likeness=2.0)
     t, i = trained.first.prompt_following, trained.first.likeness
     assert trained.first.value == pytest.approx((t * i**2) ** (1 / 3))
-    guards = bench.safeguards
+    guards = bench.evaluator.safeguards
     assert guards is not None and guards.limits == SafeguardLimits(0.125, bench.study.limits.diversity, 1.0)
     assert len(guards.copies.features_TD) == len(bench.data.items) == subjects.TRAINING_IMAGES
     assert trained.first.safety is not None

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from hpo.cli.main import main
+from hpo.cli.tools import dataset, export
 from tests.tiny_search import draw_images
 
 
@@ -54,9 +55,36 @@ def search(*words: str) -> tuple[str, ...]:
 
 
 def test_help_loads_neither_torch_nor_optuna() -> None:
-    code = "import sys, hpo.cli; print([m for m in ('torch', 'optuna', 'numpy', 'rich') if m in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "[]"
+    for module in ("hpo.cli", "hpo.cli.main"):
+        code = f"import sys, {module}; print([m for m in ('torch', 'optuna', 'numpy', 'rich') if m in sys.modules])"
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert shown.stdout.strip() == "[]"
+
+
+def test_the_commands_are_there_in_a_seventh_of_a_second() -> None:
+    code = "import time; began = time.perf_counter(); import hpo.cli.main; print(time.perf_counter() - began)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < 0.15
+
+
+def test_a_shared_option_reads_the_same_in_every_command() -> None:
+    """Name, type and the place of a value; help may say what it is for there."""
+    seen: dict[str, tuple[object, ...]] = {}
+    for command in [*main.commands.values(), *dataset.commands.values(), *export.commands.values()]:
+        for option in command.params:
+            if set(option.opts) & {
+                "--runs",
+                "--device",
+                "--data",
+                "--set",
+                "--class",
+                "--trigger",
+                "--json",
+                "--clip",
+            }:
+                facts = (option.name, option.opts, repr(option.type), option.metavar, option.default)
+                assert seen.setdefault(option.opts[0], facts) == facts, command.name
+    assert len(seen) == 8
 
 
 def test_every_command_explains_itself() -> None:
@@ -212,7 +240,7 @@ def test_the_command_to_go_on_with_can_be_pasted(place: Path) -> None:
 @pytest.fixture
 def study(place: Path) -> Path:
     """A finished tiny study under runs/."""
-    from hpo.search.worker import SearchLimits
+    from hpo.search.sampled import SearchLimits
     from tests.tiny_search import make_search, tiny_bench
 
     bench = tiny_bench(place / "runs" / "tiny", place.parent / "images")

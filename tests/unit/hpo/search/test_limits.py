@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from evaluation.prompts.prompts import PromptSet, make_prompt
-from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, SafeguardLimits, Safeguards
+from evaluation.score.limits import SafeguardLimits
+from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, Safeguards
 from evaluation.score.score import read_score
 from hpo.cli.main import main
+from hpo.search.sampled import SearchLimits as Length
 from hpo.search.workbench import Workbench
-from hpo.search.worker import SearchLimits as Length
 from hpo.study.folder import read_json
 from hpo.study.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
 from hpo.study.standing import standing
@@ -40,15 +40,11 @@ FAR, EXACT = -1.0, 1e-5  # 1 − cosine: nothing is as near; the same picture is
 
 def guarded(root: Path, data: Path, pictures: list[Path], near: float, limits: SafeguardLimits) -> Workbench:
     """A tiny bench whose training images are said to be these pictures."""
-    bench = replace(tiny_bench(root, data), prompts=PROMPTS)
-    features_TD = bench.scorer.image_features([read_picture(path).pixels_HW3 for path in pictures])
-    return replace(bench, safeguards=Safeguards((bench.scorer,), Copies(features_TD, near), limits))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
+    bench = tiny_bench(root, data)
+    scorer = bench.evaluator.scorer
+    features_TD = scorer.image_features([read_picture(path).pixels_HW3 for path in pictures])
+    safeguards = Safeguards((scorer,), Copies(features_TD, near), limits)
+    return replace(bench, evaluator=replace(bench.evaluator.on(PROMPTS), safeguards=safeguards))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,8 @@ def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
         base_i_P = [
             i if asks else -1.0 for i, asks in zip(bench.anchors.base_i_P, (True, True, False), strict=True)
         ]
-        bench._anchors = replace(bench.anchors, base_i_P=tuple(base_i_P), real_i=-0.5)
+        lower = replace(bench.anchors, base_i_P=tuple(base_i_P), real_i=-0.5)
+        bench.evaluator = bench.evaluator.with_anchors(lower)
     search.run()
     study, folder = open_study(bench.folder), bench.folder.trial(0)
     (trial,) = study.get_trials(deepcopy=False)

@@ -18,15 +18,16 @@ import torch
 
 from evaluation.encoders.embed import default_scorer, load_scorer
 from evaluation.gauges.preference import check_preference
-from evaluation.images.sampling import SampleConfig, initial_noise, sample
-from evaluation.prompts.prompts import SEARCH_SEEDS, Prompt, PromptSet, generate, make_prompt
+from evaluation.images.sampling import initial_noise, sample
+from evaluation.images.settings import SampleConfig
+from evaluation.prompts.kinds import SEARCH_SEEDS
+from evaluation.prompts.prompts import Prompt, PromptSet, generate, make_prompt
 from evaluation.score.score import Score, composite, evaluate_adapter
-from hpo.search.claim import suggest
+from hpo.search.sampled import SearchLimits, suggest
 from hpo.search.workbench import Workbench
-from hpo.search.worker import SearchLimits
 from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
 from hpo.study.result import FAILED
-from hpo.study.space import DERIVED
+from hpo.study.space.derived import DERIVED
 from hpo.study.storage import open_study
 from tests.tiny import tiny_base
 from tests.tiny_search import STUDY, Recorder, draw_images, make_search, tiny_bench
@@ -44,10 +45,7 @@ CONFIG = SampleConfig(width_px=64, height_px=64, steps=1, batch_size=2, cfg=1.0)
 
 def evaluate(bench: Workbench, folder: Path) -> Score:
     """What a trial does once it is trained."""
-    return evaluate_adapter(
-        bench.base, bench.prompts, bench.sampling, bench.references, bench.scorer, bench.likeness,
-        bench.anchors, folder, **bench.scoring,
-    )  # fmt: skip
+    return evaluate_adapter(bench.evaluator, folder)
 
 
 def listen(what: Any, method: str) -> list[str]:
@@ -99,7 +97,7 @@ def test_the_scored_text_is_derived_from_the_rendered_one(tmp_path: Path) -> Non
     assert other.hash != same.hash, "a study's scored texts cannot be exchanged unnoticed"
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"))
     bench.measure_anchors(lambda text: None)
-    rendered, scored = listen(bench.base, "encode_text"), listen(bench.scorer, "text_features")
+    rendered, scored = listen(bench.base, "encode_text"), listen(bench.evaluator.scorer, "text_features")
     bench.base.unet.conv_out.weight.data.mul_(1.5)
     evaluate(bench, tmp_path / "trial")
     wanted = [p.text for p in bench.prompts.prompts]
@@ -199,7 +197,7 @@ def test_a_failure_is_a_failure_and_nothing_is_pruned(tmp_path: Path) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'lpips'")
 
-    vars(bench.scorer)["image_features"] = broken
+    vars(bench.evaluator.scorer)["image_features"] = broken
     with pytest.raises(ToolError, match="three trials in a row failed alike"):
         search.run()
     found = open_study(bench.folder).get_trials(deepcopy=False)

@@ -6,10 +6,9 @@ import pytest
 from rich.console import Console
 
 from hpo.confirm.view import status_lines
-from hpo.search.claim import make_sampler
+from hpo.search.sampled import SearchLimits, make_sampler
 from hpo.search.session import SearchRequest, search
 from hpo.search.summary import summary
-from hpo.search.worker import SearchLimits
 from hpo.study.config import Inputs
 from hpo.study.noise import components
 from hpo.study.result import INFEASIBLE_VALUE

@@ -18,14 +18,15 @@ from evaluation.gauges.gauge import LikenessGauge
 from evaluation.score.formula import Formula, composite
 from evaluation.score.score import Score, evaluate_adapter, read_score
 from hpo.confirm.view import status_lines
+from hpo.search.sampled import SearchLimits
 from hpo.search.summary import summary
 from hpo.search.workbench import Workbench, load
-from hpo.search.worker import SearchLimits
-from hpo.study.config import Inputs, check_unchanged, find_study, read_study
+from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.sections import PRESETS
 from hpo.study.standing import standing
 from hpo.study.storage import open_study
+from hpo.study.unchanged import check_unchanged
 from tests.tiny_search import draw_images, make_search, tiny_bench
 from trainer.bases.miniature import subjects, world
 from trainer.errors import ConfigError, ToolError
@@ -150,10 +151,7 @@ def scored(bench: Workbench) -> Score:
     before = weight.clone()
     weight.mul_(1.05)
     try:
-        return evaluate_adapter(
-            bench.base, bench.prompts, bench.sampling, bench.references, bench.scorer, bench.likeness,
-            bench.anchors, folder, **bench.scoring,
-        )  # fmt: skip
+        return evaluate_adapter(bench.evaluator, folder)
     finally:
         weight.copy_(before)
 
@@ -169,12 +167,13 @@ def test_a_style_is_asked_for_by_its_own_prompts() -> None:
 
 
 def test_a_style_study_measures_the_style_of_its_references(bench: Workbench, scored: Score) -> None:
-    assert isinstance(bench.likeness, StyleEncoder) and isinstance(bench.likeness.scene, Dinov2Encoder)
-    assert bench.references.encoder_sha == scored.likeness_sha == bench.likeness.sha
+    by = bench.evaluator
+    assert isinstance(by.likeness, StyleEncoder) and isinstance(by.likeness.scene, Dinov2Encoder)
+    assert by.references.encoder_sha == scored.likeness_sha == by.likeness.sha
     assert scored.likeness_encoder == "style of mini-likeness"
     assert bench.facts()["likeness"].startswith("style of mini-likeness")
-    assert bench.safeguards is not None
-    assert bench.safeguards.encoders == (bench.scorer, bench.likeness.scene), "copies are of what is shown"
+    assert by.safeguards is not None
+    assert by.safeguards.encoders == (by.scorer, by.likeness.scene), "copies are of what is shown"
 
 
 def test_a_study_is_scored_by_its_own_formula_and_by_no_other(bench: Workbench, scored: Score) -> None:
@@ -197,13 +196,13 @@ def test_figures_beside_the_score_are_other_models_view_of_the_same_pictures(
         ("clip_t", "mini-clip"), ("clip_i", "mini-clip"), ("dino_i", "dino"),  # also
     ]  # fmt: skip
     clip_t, dino = scored.beside[2], scored.beside[4]
-    assert clip_t.value == pytest.approx(scored.clip_t) and clip_t.sha == bench.scorer.sha
+    assert clip_t.value == pytest.approx(scored.clip_t) and clip_t.sha == bench.evaluator.scorer.sha
     assert clip_t.per_image == pytest.approx([row.clip_t for row in scored.per_image])
     only_class = {p.id for p in bench.prompts.prompts if not p.asks_for_subject}
     asked = [row.prompt_id not in only_class for row in scored.per_image]
     assert [value is not None for value in dino.per_image] == asked and not all(asked)
     pixels = np.stack([p for p in _drawn(bench)])
-    encoder = load_likeness(str(dinov2), bench.scorer)
+    encoder = load_likeness(str(dinov2), bench.evaluator.scorer)
     real = [np.asarray(p) for p in _references(bench)]
     cosines_N = (encoder.image_features(list(pixels)) @ encoder.image_features(real).T).mean(1)
     expected = float(cosines_N[torch.tensor(asked)].mean())  # prompts that ask have equally many pictures
@@ -238,7 +237,8 @@ def test_what_is_asked_for_beside_the_score_and_missing_stops_the_study(tmp_path
 
 def test_a_trials_figures_beside_its_score_reach_its_note_the_status_and_the_end(tmp_path: Path) -> None:
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"))
-    bench = replace(bench, gauges=(LikenessGauge("clip_i", bench.scorer, bench.references),))
+    by = bench.evaluator
+    bench.evaluator = replace(by, gauges=(LikenessGauge("clip_i", by.scorer, by.references),))
     make_search(bench, SearchLimits(1)).run()
     study, trial = open_study(bench.folder), bench.folder.trial(0)
     (figure,) = read_score(trial.metrics).beside

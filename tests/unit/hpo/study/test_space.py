@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpo.study.space import Choice, Range, Space
-from hpo.study.spacefile import read_space
+from hpo.study.space.domain import Choice, Range
+from hpo.study.space.file import read_space
+from hpo.study.space.space import Space
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from hpo.search.enqueue import as_proposal
-from hpo.study.config import build_study, check_unchanged, difference, find_study, read_study, study_name
+from hpo.study.config import build_study, find_study, read_study, study_name
 from hpo.study.folder import StudyFolder
 from hpo.study.storage import create_study, open_study
+from hpo.study.unchanged import check_unchanged, difference
 from tests.tiny_search import STUDY
 from trainer.errors import ConfigError, ToolError
 

@@ -1,4 +1,4 @@
-"""hpo transfer: which study and trial, the table, the files – and probes as a study of their own."""
+"""hpo transfer: the choice of study and trial, the table, the files, and probes as a separate study."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from rich.console import Console
 
 from hpo.cli.main import main
+from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import write_definition
-from hpo.search.worker import SearchLimits
 from hpo.study.folder import StudyFolder
 from hpo.study.standing import BASELINE, ROLE
 from hpo.study.storage import create_study, open_study
 from hpo.transfer.command import TransferRequest
 from hpo.transfer.mapping import Transfer, make, with_decision
 from hpo.transfer.plan import PLANNER, SettingMove, derive, normalised, snap_down
+from hpo.transfer.probes.candidates import Candidates
 from hpo.transfer.probes.design import Ladder, Probe, ProbeScore
-from hpo.transfer.probes.run import _probe_by_probe, _Probing, agree, identity, probe_folder
-from hpo.transfer.probes.side import MOST_OCTAVES, make_side, octave_bounds
+from hpo.transfer.probes.findings import agree
+from hpo.transfer.probes.run import identity, probe_folder
+from hpo.transfer.probes.side import MOST_OCTAVES, ShortRuns, make_side, octave_bounds
+from hpo.transfer.probes.study import probe_by_probe
 from hpo.transfer.profile import ProfileLimits, read_family, read_profile
 from hpo.transfer.rules import revised
 from hpo.transfer.source import find_source, read_source
@@ -36,7 +38,7 @@ QUICK = {"train": {"text_encoder_lr": 5e-4}, "space": {"max_train_epochs": {"low
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/ with a search of three trials that says it was made on mini-sd15."""
+    """runs/ with a search of three trials whose stored base is mini-sd15."""
     root = tmp_path_factory.mktemp("transfer")
     data = draw_images(root / "10_zkw figure")
     bench = tiny_bench(root / "runs" / "s", data, tiny_study(QUICK))
@@ -58,7 +60,7 @@ def transferred(runs: Path) -> Transfer:
 def test_the_last_study_is_taken_and_said_and_the_files_are_written(searched: Path) -> None:
     result = call(searched)
     assert result.exit_code == 0, result.output
-    assert "study s: the last one" in result.output and "unconfirmed" in result.output
+    assert "study s: the most recent one" in result.output and "unconfirmed" in result.output
     for word in ("resolution", "res.native", "batch.micro", "effective batch", "kept:"):
         assert word in result.output
     place = searched / "s" / "transfer"
@@ -117,7 +119,7 @@ def test_the_best_trial_counts_until_a_winner_is_confirmed(searched: Path, tmp_p
         (("--preset", "balance"), "balanced"),
         (("--profile", "sdxl-16gb"), "is for sdxl"),
         (("--profile", "absent.toml"), "cannot read"),
-        (("--probes", "2"), "decide nothing"),
+        (("--probes", "2"), "too few for a decision"),
     ],
 )
 def test_a_mistake_is_two_lines_and_nothing_is_lost(
@@ -169,10 +171,10 @@ def test_a_candidate_is_computed_as_the_planner_wants_the_transferred_settings(s
     move = SettingMove("gradient_checkpointing", False, True, PLANNER, "it would not fit")
     plan = revised(done.plan, changed, (move,), done.profile)
     done = dataclasses.replace(done, plan=plan)
-    probing = _Probing(done, TransferRequest("mini-sdxl"), probe_folder(done), "ladder", Console())
-    mapped = probing._mapped(done.source.best)
+    candidates = Candidates(done)
+    mapped = candidates.mapped(done.source.best)
     assert mapped.gradient_checkpointing and not mapped.network_train_unet_only
-    on = probing._text_encoders_on()
+    on = candidates.text_encoders_on()
     assert on.trains_text_encoder and on.text_encoder_lr == snap_down(0.67 * plan.config.learning_rate)
 
 
@@ -209,9 +211,8 @@ def side_of(bench_study: Any, data: Path, budget: int = 4) -> Any:
     )
     whole = {"transferred": own, "default": own.with_values({"learning_rate": 1e-3, "network_dim": 1})}
     bounds = octave_bounds(own, ProfileLimits(1e-6, 1e-1))
-    return make_side(
-        "s__tiny", whole, 8, budget, bounds, sampling={"steps": 2, "cfg": 1.0}, seed=7, words="natural"
-    )
+    runs = ShortRuns(samples=8, sampling={"steps": 2, "cfg": 1.0}, seed=7, words="natural")
+    return make_side("s__tiny", whole, runs, budget, bounds)
 
 
 def begin(root: Path, data: Path) -> tuple[Any, Any, Any]:
@@ -249,9 +250,9 @@ def test_probes_are_an_ordinary_study_that_goes_on_after_a_stop(tmp_path: Path) 
 
     view.event_hook = stop_in_the_second
     with pytest.raises(Interrupted):
-        _probe_by_probe(study, bench, side, choose, view)
+        probe_by_probe(study, bench, side, choose, view)
     again = Recorder()
-    outcomes = _probe_by_probe(study, bench, side, choose, again)
+    outcomes = probe_by_probe(study, bench, side, choose, again)
     assert again.started[0] == (1, True)  # adopted under its own number
     assert [o.probe.role for o in outcomes] == [
         "transferred",
@@ -269,7 +270,7 @@ def test_probes_are_an_ordinary_study_that_goes_on_after_a_stop(tmp_path: Path) 
     assert steps == [2] * 4  # and the same fraction
     assert all(len(o.prompts) == 2 for o in outcomes)
     done = Recorder()
-    assert _probe_by_probe(study, bench, side, choose, done) == outcomes and not done.started
+    assert probe_by_probe(study, bench, side, choose, done) == outcomes and not done.started
 
 
 def test_a_probe_that_fails_stops_and_is_tried_again(tmp_path: Path) -> None:
@@ -283,8 +284,8 @@ def test_a_probe_that_fails_stops_and_is_tried_again(tmp_path: Path) -> None:
     view.event_hook = break_down
     first = [Probe()]
     with pytest.raises(StudyStopped):
-        _probe_by_probe(study, bench, side, lambda found: first[0] if not found else None, view)
-    outcomes = _probe_by_probe(study, bench, side, lambda found: first[0] if not found else None, Recorder())
+        probe_by_probe(study, bench, side, lambda found: first[0] if not found else None, view)
+    outcomes = probe_by_probe(study, bench, side, lambda found: first[0] if not found else None, Recorder())
     assert len(outcomes) == 1 and [t.state.name for t in study.get_trials()] == ["FAIL", "COMPLETE"]
 
 
@@ -332,8 +333,8 @@ def test_only_what_both_sides_have_is_compared() -> None:
 
 def test_a_rate_that_the_optimizer_finds_is_not_probed(tmp_path: Path) -> None:
     prodigy = TrainConfig(optimizer_type="Prodigy", learning_rate=1.0, text_encoder_lr=1.0)
-    with pytest.raises(ConfigError, match="finds its rate"):
-        make_side("s", {"transferred": prodigy}, 8, 6, (-4, 4), sampling={}, seed=1, words="natural")
+    with pytest.raises(ConfigError, match="adapts its learning rate"):
+        make_side("s", {"transferred": prodigy}, ShortRuns(8, {}, 1, "natural"), 6, (-4, 4))
 
 
 def test_the_request_has_the_words_of_the_command() -> None:

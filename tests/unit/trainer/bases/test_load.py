@@ -1,5 +1,6 @@
 """What load_base promises: the same networks from a folder and from a single file, and a clear line for the rest."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.singlefile import save_single_file
 from tests.tiny import save_folder, tiny_base
-from trainer.bases import detect
+from trainer.bases import detect, families
 from trainer.bases import load as load_module
 from trainer.bases.hub import require_network, weight_files
 from trainer.bases.load import load_base
@@ -44,6 +45,14 @@ def narrow_configs(tmp_path_factory):
         save_folder(base, root / family)
         files[family] = save_single_file(base, root / f"{family}.safetensors")
     return root, files
+
+
+def narrow_families(monkeypatch, root):
+    """The families with narrow networks: told by their widths instead of 768 and 2048."""
+    monkeypatch.setattr(families, "CONFIGS", root)
+    for name, width in (("sd15", 16), ("sdxl", 32)):
+        narrow = dataclasses.replace(families.FAMILIES[name], context_width=width)
+        monkeypatch.setitem(families.FAMILIES, name, narrow)
 
 
 def assert_same_networks(first, second):
@@ -140,9 +149,7 @@ def test_a_single_file_in_the_original_layout_gives_the_same_networks(
     family, narrow_configs, monkeypatch, tmp_path
 ):
     root, files = narrow_configs
-    monkeypatch.setattr(load_module, "CONFIGS", root)
-    # Narrow networks: tell the family by the widths of these files instead of 768 and 2048.
-    monkeypatch.setattr(load_module.detect, "CONTEXT_FAMILY", {16: "sd15", 32: "sdxl"})
+    narrow_families(monkeypatch, root)
     base = load_base(str(files[family]))
     assert_same_networks(base, tiny_base(family, full_structure=True))
     assert base.family == family

@@ -1,8 +1,9 @@
 """The search space: which settings are searched, in which ranges, and which TrainConfig a proposal means.
 
-Owns the parameters (``Range``, ``Choice``, inactive-when), the pure mapping from a proposal to settings, its
-inverse (for the baseline and for a user's own configuration) and the check of every edge.  Does not own the
-study file (``hpo.study.config``) and never talks to a storage.
+Owns the parameters, the pure mapping from a proposal to settings, its inverse (for the baseline and for a
+user's own configuration) and the check of every edge.  Does not own what a parameter ranges over
+(``hpo.study.space.domain``), how a relative one becomes a setting (``hpo.study.space.derived``) or the study
+file (``hpo.study.config``), and never talks to a storage.
 
 The space is static: every parameter is proposed in every trial, under one name; what has no effect in a trial
 is recorded as inactive and not passed on (a conditional proposal would leave TPE's joint model unannounced).
@@ -13,98 +14,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainer.config import SETTINGS, WITHOUT_INFLUENCE, TrainConfig, suggestion
+from hpo.study.space.derived import DERIVED
+from hpo.study.space.domain import Choice, Range, Values
+from trainer.checks import suggestion
+from trainer.config import SETTINGS, WITHOUT_INFLUENCE, ZERO_IS_UNSET, TrainConfig
 from trainer.errors import ConfigError
+from trainer.overrides import unset
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-
-Values = Mapping[str, Any]
-BIG = 1e300  # no setting is near it, and every whole number below it has a float
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from ``low`` to ``high``, both included; whole numbers if both ends are of type int."""
-
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = None
-
-    @property
-    def whole(self) -> bool:
-        return isinstance(self.low, int) and isinstance(self.high, int)
-
-    @property
-    def edges(self) -> tuple[Any, ...]:
-        return (self.low, self.high) if self.low < self.high else (self.low,)
-
-    def holds(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -BIG < value < BIG:
-            return False
-        if not self.low <= value <= self.high or (self.whole and float(value) != int(value)):
-            return False
-        if self.step is None:
-            return True
-        steps = (value - self.low) / self.step
-        return abs(steps - round(steps)) < 1e-6
-
-    def to_unit(self, value: Any) -> float:
-        """The value's place between the edges, 0 to 1; on the logarithmic scale if that is searched."""
-        if self.low == self.high:
-            return 0.5
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-    def from_unit(self, place: float) -> Any:
-        """The value at a place between the edges: the inverse of ``to_unit``, on the range's steps."""
-        if self.log:
-            value = self.low * (self.high / self.low) ** place
-        else:
-            value = self.low + (self.high - self.low) * place
-        if self.step is not None:
-            value = self.low + round((value - self.low) / self.step) * self.step
-        value = min(max(value, self.low), self.high)
-        return round(value) if self.whole else value
-
-    def distribution(self) -> BaseDistribution:
-        from optuna.distributions import FloatDistribution, IntDistribution
-
-        if self.whole:
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(float(self.low), float(self.high), log=self.log, step=self.step)
-
-    def describe(self) -> str:
-        text = f"{self.low:g} … {self.high:g}"
-        return text + (", log" if self.log else "") + (f", step {self.step:g}" if self.step else "")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of a few values that have no order."""
-
-    options: tuple[Any, ...]
-
-    @property
-    def edges(self) -> tuple[Any, ...]:
-        return self.options
-
-    def holds(self, value: Any) -> bool:
-        return any(value == o and isinstance(value, bool) == isinstance(o, bool) for o in self.options)
-
-    def distribution(self) -> BaseDistribution:
-        from optuna.distributions import CategoricalDistribution
-
-        return CategoricalDistribution(self.options)
-
-    def describe(self) -> str:
-        return " | ".join(str(option) for option in self.options)
 
 
 @dataclass(frozen=True)
@@ -120,76 +42,8 @@ class Parameter:
         return self.domain.describe() + (f", inactive when {off}" if off else "")
 
 
-@dataclass(frozen=True)
-class Derivation:
-    """How a parameter that is not itself a setting becomes one, and back.  ``limits`` hold for its range.
-
-    ``forward`` takes the parameter's value and the settings so far; ``backward`` a whole configuration.
-    """
-
-    sets: str
-    needs: tuple[str, ...]
-    limits: tuple[float, float]
-    forward: Callable[[Any, Values], Any]
-    backward: Callable[[Values], Any]
-
-    @property
-    def whole(self) -> bool:
-        return isinstance(self.limits[0], int)
-
-
-def _rate(settings: Values) -> float:
-    """The U-Net's rate, which the text encoders' rate is a ratio of."""
-    return settings["learning_rate"] if settings.get("unet_lr") is None else settings["unet_lr"]
-
-
-def _text_rate(settings: Values) -> float:
-    return _rate(settings) if settings["text_encoder_lr"] is None else settings["text_encoder_lr"]
-
-
-def _text_ratio(settings: Values) -> float:
-    if _rate(settings) == 0:
-        raise ConfigError(
-            "text_encoder_lr_ratio is relative to the U-Net's rate, which is 0",
-            "give the U-Net a rate above 0, or fix text_encoder_lr: --set text_encoder_lr=5e-5",
-        )
-    return _text_rate(settings) / _rate(settings)
-
-
-def _log2(settings: Values) -> float:
-    power = math.log2(settings["network_dim"])
-    return int(power) if power == int(power) else power
-
-
-DERIVED: dict[str, Derivation] = {
-    "network_dim_log2": Derivation("network_dim", (), (0, 10), lambda value, _: 2 ** int(value), _log2),
-    "text_encoder_lr_ratio": Derivation(
-        "text_encoder_lr",
-        ("learning_rate", "unet_lr"),
-        (0.0, 1000.0),
-        lambda value, settings: value * _rate(settings),
-        _text_ratio,
-    ),
-    "network_alpha_ratio": Derivation(
-        "network_alpha",
-        ("network_dim",),
-        (0.0, 4096.0),
-        lambda value, settings: value * settings["network_dim"],
-        lambda settings: settings["network_alpha"] / settings["network_dim"],
-    ),
-    # TrainConfig reads lr_warmup_steps below 1 as a share of all steps, as sd-scripts does.
-    "warmup_ratio": Derivation(
-        "lr_warmup_steps",
-        (),
-        (0.0, 0.99),
-        lambda value, _: value,
-        lambda settings: settings["lr_warmup_steps"],
-    ),
-}
 BASELINE = "[baseline]"
 FOLDED_SCHEDULE = "cosine_with_restarts_"
-# Settings that can be unset, searched as a number: 0 means unset (TOML has no null).
-ZERO_IS_UNSET = ("min_snr_gamma",)
 # Not part of what is compared between trials: names and places, not settings; and what the dataset is read with,
 # once for all trials.
 NOT_SEARCHABLE = (
@@ -206,6 +60,18 @@ NOT_SEARCHABLE = (
     "conditioning_data_dir",
     *sorted(WITHOUT_INFLUENCE),
 )
+
+
+# Settings that a study decides elsewhere, and the ones that change no result: not frozen with a study.
+ELSEWHERE = {
+    "pretrained_model_name_or_path": "--base",
+    "train_data_dir": "--data",
+    "output_name": "the trial's number",
+    "seed": "--seed",
+    "dataset_config": "--data",
+    "hold_out_references": "the search itself",
+    **dict.fromkeys(sorted(WITHOUT_INFLUENCE), "the search itself"),
+}
 
 
 def settings_of(name: str) -> tuple[str, ...]:
@@ -285,7 +151,7 @@ class Space:
                     "lr_scheduler_num_cycles": _cycles(value, cycles),
                 }
             else:
-                values[name] = None if name in ZERO_IS_UNSET and value == 0 else value
+                values[name] = unset(name, value)
         for name in derived:
             needed = {n: values[n] if n in values else getattr(fixed, n) for n in DERIVED[name].needs}
             values[DERIVED[name].sets] = DERIVED[name].forward(suggested[name], needed)

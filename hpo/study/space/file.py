@@ -1,6 +1,6 @@
 """Reading a study file's [space] section: ranges and choices, each mistake named with what to do about it.
 
-Owns the form of the section.  What parameters mean, and whether their edges are valid, is ``hpo.study.space``.
+Owns the form of the section.  What parameters mean, and whether their edges are valid, is ``hpo.study.space.space``.
 """
 
 from __future__ import annotations
@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpo.study.space import BIG, DERIVED, ZERO_IS_UNSET, Choice, Parameter, Range, Space, Values
-from trainer.config import SETTINGS, check_value, suggestion
+from hpo.study.space.derived import DERIVED
+from hpo.study.space.domain import BIG, Choice, Range, Values
+from hpo.study.space.space import Parameter, Space
+from trainer.checks import Rule, check, suggestion
+from trainer.config import SETTINGS, ZERO_IS_UNSET, check_value
 from trainer.errors import ConfigError
+
+STEP = Rule("leave it out for any value", low=0, low_is_excluded=True)
 
 
 def read_space(table: Values) -> Space:
@@ -68,7 +73,9 @@ def _read_range(name: str, body: Values) -> Range:
             raise ConfigError(
                 f"{name} needs a number for {key}, has {value!r}", "write { low = …, high = … }"
             )
-    low, high, log, step = body["low"], body["high"], body.get("log", False), body.get("step")
+    low, high = body["low"], body["high"]
+    log = check("log", body.get("log", False), bool, where=f"{name} of [space]")
+    step = check("step", body.get("step"), float | None, STEP, f"{name} of [space]")
     if name in SETTINGS:  # the setting's own type and limits
         low, high = (_edge(name, value) for value in (low, high))
     elif name in DERIVED:
@@ -83,14 +90,10 @@ def _read_range(name: str, body: Values) -> Range:
             raise ConfigError(f"{name}: {low} … {high} are not whole numbers", "it is a power of two")
     if low > high:
         raise ConfigError(f"{name}: low {low} is above high {high}", "swap them")
-    if not isinstance(log, bool):
-        raise ConfigError(f"{name}: log = {log!r} is not true or false", "write log = true")
     if log and low <= 0:
         raise ConfigError(
             f"{name}: a logarithmic range cannot start at {low}", "start above 0, or leave log out"
         )
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int | float) or not step > 0):
-        raise ConfigError(f"{name}: step {step!r} is not a number above 0", "leave it out for any value")
     if step is not None and log:
         raise ConfigError(f"{name}: a logarithmic range has no steps", "leave out log or step")
     found = Range(low, high, log, step)

@@ -1,0 +1,170 @@
+"""Evaluator: everything that every adapter of a study or a run is sampled and scored with, as one value.
+
+Owns the value, and the measurement that completes it: the anchors, once, on the untrained base.  Does not
+score adapters (``evaluation.score.score``) or say what the anchors mean (``evaluation.score.anchors``).
+
+Shapes: N pictures, P prompts, R references, D vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from evaluation.encoders import ImageEncoder, References, Scorer, Vectors, check_encoder
+from evaluation.gauges import Gauge
+from evaluation.images import OnImages, SampleConfig, SampledImage, invalid_reason, sample
+from evaluation.prompts import PromptSet
+from evaluation.score.anchors import ANCHORS_NAME, Anchors, read_anchors, write_anchors
+from evaluation.score.formula import USUAL, Formula
+from evaluation.score.safeguards import Safeguards, diversity, scene_encoders
+from trainer.bases import Base
+from trainer.errors import ConfigError, ModelFileError
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What is sampled, how it is judged, and – once they are measured – the anchors of both.
+
+    ``safeguards`` and ``gauges`` are told beside the score and are no part of it.  An adapter is injected
+    into ``base`` by whoever has it scored, and removed after.
+    """
+
+    base: Base
+    prompts: PromptSet
+    sampling: SampleConfig
+    references: References
+    scorer: Scorer
+    likeness: ImageEncoder
+    formula: Formula = USUAL
+    safeguards: Safeguards | None = None
+    gauges: tuple[Gauge, ...] = ()
+    anchors: Anchors | None = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What anchors are measured with, and belong to.  The order counts: ``hpo.judge`` names a folder by it."""
+        return {
+            "base": self.base.identity,
+            "prompts": self.prompts.hash,
+            "sampling": self.sampling.hash,
+            "scorer": self.scorer.sha,
+            "likeness": self.likeness.sha,
+            "references": self.references.hash,
+        }
+
+    @property
+    def scale(self) -> Anchors:
+        """The anchors, which are there before anything is scored."""
+        assert self.anchors is not None, "make_anchors first"
+        return self.anchors
+
+    def with_anchors(self, anchors: Anchors) -> Evaluator:
+        return replace(self, anchors=anchors)
+
+    def on(self, prompts: PromptSet) -> Evaluator:
+        """The same on other prompts.  Their anchors are still to be measured."""
+        return replace(self, prompts=prompts, anchors=None)
+
+    def cosines(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
+        """Every picture with every scored text (N, P), and with the references on average (N)."""
+        texts_PD = self.scorer.text_features([p.scored_text for p in self.prompts.prompts])
+        alike_NR = _cosines(vectors.of(self.likeness), self.references.features_RD)
+        return _cosines(vectors.of(self.scorer), texts_PD), alike_NR.mean(1)
+
+
+def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None = None) -> Anchors:
+    """A study's anchors: from ``folder`` if they are there, else measured on the untrained base and stored.
+
+    Call it before an adapter is injected.  Anchors in the folder that were measured with anything else are
+    refused: scores before and after could not be compared.
+    """
+    base, prompts, sampling = evaluator.base, evaluator.prompts, evaluator.sampling
+    injected = [name for name, network in base.components().items() if hasattr(network, "peft_config")]
+    assert not injected, f"anchors are the untrained base's; {injected} hold an adapter"
+    check_encoder(evaluator.references, evaluator.likeness)
+    stored = read_anchors(folder / ANCHORS_NAME, evaluator.identity)
+    untouched = tuple(
+        sample(base, prompts, sampling, folder / "untouched", identity=base.identity, only_first_chunk=True)
+    )
+    if stored:
+        return replace(stored, untouched=untouched)
+    images = sample(
+        base, prompts, sampling, folder / "samples", identity=base.identity, as_class=True, on_image=on_image
+    )
+    bad = [reason for reason in map(invalid_reason, images) if reason]
+    if bad:
+        raise ModelFileError(
+            f"the untrained base itself draws {len(bad)} of {len(images)} images as nothing ({bad[0]})",
+            'try --set no_half_vae=true or mixed_precision = "no"; else the base\'s file is damaged',
+        )
+    anchors = measure_anchors(evaluator, images, untouched)
+    write_anchors(folder / ANCHORS_NAME, anchors)
+    return anchors
+
+
+def measure_anchors(
+    evaluator: Evaluator, images: Sequence[SampledImage], untouched: Sequence[SampledImage] = ()
+) -> Anchors:
+    """Anchors from the untrained base's pictures of the scored texts."""
+    prompts, vectors = evaluator.prompts, Vectors([image.pixels_HW3 for image in images])
+    t_NP, i_N = evaluator.cosines(vectors)
+    t_PP, own_i_P = _by_prompt(t_NP, images, prompts), _by_prompt(i_N, images, prompts)
+    texts = [p.scored_text for p in prompts.prompts]
+    other_PP = np.array([[a != b for b in texts] for a in texts])
+    if not other_PP.any(axis=1).all():
+        raise ConfigError(
+            "all prompts are the same once the trigger is replaced", "give prompts that differ in content"
+        )
+    base_t_P, chance_t_P = np.diag(t_PP), (t_PP * other_PP).sum(1) / other_PP.sum(1)
+    asks_P = np.array([p.asks_for_subject for p in prompts.prompts])
+    real_i, real_i_se = _leave_one_out(evaluator.references.features_RD)
+    base_i_se = _mean_se(own_i_P[asks_P])
+    seen_ND = vectors.joint(scene_encoders(evaluator.scorer, evaluator.likeness))
+    return Anchors(
+        identity=evaluator.identity,
+        prompt_ids=tuple(p.id for p in prompts.prompts),
+        asks_for_subject=tuple(bool(a) for a in asks_P),
+        base_t_P=tuple(map(float, base_t_P)),
+        chance_t_P=tuple(map(float, chance_t_P)),
+        base_i_P=tuple(map(float, own_i_P)),
+        real_i=real_i,
+        real_i_se=real_i_se,
+        t_unit_se=_mean_se(base_t_P - chance_t_P),
+        i_unit_se=float(np.hypot(real_i_se, base_i_se)),
+        untouched=tuple(untouched),
+        base_diversity=diversity(seen_ND, images, prompts),
+    )
+
+
+def _cosines(a: Tensor, b: Tensor) -> np.ndarray:
+    """Cosines of unit vectors, in float64."""
+    return (a.double() @ b.double().T).numpy()
+
+
+def _by_prompt(values_N: np.ndarray, images: Sequence[SampledImage], prompts: PromptSet) -> np.ndarray:
+    """Means over the pictures of each prompt, in the prompts' order."""
+    ids = np.array([image.prompt_id for image in images])
+    return np.stack([values_N[ids == p.id].mean(axis=0) for p in prompts.prompts])
+
+
+def _mean_se(values: np.ndarray) -> float:
+    """Standard error of a mean of independent values; 0 for a single one."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _leave_one_out(features_RD: Tensor) -> tuple[float, float]:
+    """Mean cosine between different references, and its jackknife standard error over references."""
+    cosines_RR = _cosines(features_RD, features_RD)
+    count = len(cosines_RR)
+    total = cosines_RR.sum() - np.trace(cosines_RR)
+    mean = float(total / (count * (count - 1)))
+    if count == 2:  # one pair: no spread to see
+        return mean, 0.0
+    without_R = total - 2 * (cosines_RR.sum(1) - np.diag(cosines_RR))
+    means_R = without_R / ((count - 1) * (count - 2))
+    return mean, float(np.sqrt((count - 1) * np.mean((means_R - means_R.mean()) ** 2)))

@@ -1,0 +1,158 @@
+"""``hpo plan``, ``train``, ``evaluate`` and ``compare``: the commands that work on one training or its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hpo.cli import options
+from hpo.cli.options import PATH, Finite
+from hpo.cli.start import calm_libraries, console
+
+
+@click.command()
+@click.argument("file", type=PATH, required=False, metavar="[FILE]")
+@options.base("sdxl, sd15, mini-sdxl, mini-sd15, a folder or a .safetensors file.")
+@click.option(
+    "--vram", type=Finite(0.1, 1000), default=16.0, show_default=True, metavar="GB", help="Of the card."
+)
+@options.sets()
+@click.option("--table", is_flag=True, help="Predict the users' table of SDXL trainings (minutes).")
+@options.as_json("The same for scripts.")
+def plan(
+    file: Path | None, base: str | None, vram: float, sets: tuple[str, ...], table: bool, as_json: bool
+) -> None:
+    """Predict the peak GPU memory of training with FILE's settings, and what makes it fit. Needs no GPU, no
+    weights and no images."""
+    calm_libraries()
+    from hpo.cli.plan import PlanRequest
+    from hpo.cli.plan import plan as run
+
+    request = PlanRequest(file=file, base=base, vram=vram, sets=sets, table=table, as_json=as_json)
+    run(request, console(), click.echo)
+
+
+@click.command()
+@click.argument("file", type=PATH)
+@click.option(
+    "--dataset", type=PATH, metavar="FILE", help="A dataset file in the form of sd-scripts' --dataset_config."
+)
+@options.base("mini-sd15, mini-sdxl, sd15, sdxl, a hub id, a folder or a .safetensors file.")
+@options.data("Images, instead of the file's.")
+@options.sets()
+@click.option(
+    "--output", type=PATH, metavar="DIR", help="Folder for LoRA files. Unset: the file's, or output."
+)
+@options.device()
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything and show what would be done; needs no weights."
+)
+@options.as_json("With --dry-run: the same for scripts.")
+def train(
+    file: Path,
+    dataset: Path | None,
+    base: str | None,
+    data: Path | None,
+    sets: tuple[str, ...],
+    output: Path | None,
+    device: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train one LoRA from FILE: settings of this tool or of sd-scripts (TOML), a dataset file, a LoRA, or the
+    folder of a run or trial. The same command goes on with a run that was stopped, killed or unplugged."""
+    calm_libraries()
+    from hpo.train import TrainRequest
+    from hpo.train import train as run
+
+    if as_json and not dry_run:
+        raise click.UsageError("--json goes with --dry-run")
+    request = TrainRequest(
+        file=file,
+        dataset=dataset,
+        sets=sets,
+        output=output,
+        data=data,
+        base=base,
+        device=device,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+    run(request, console(), click.echo)
+
+
+@click.command()
+@click.argument("run", type=PATH, metavar="RUN")
+@options.judged_by
+def evaluate(
+    run: Path,
+    data: Path | None,
+    references: Path | None,
+    prompts: Path | None,
+    clip: str | None,
+    trigger: str | None,
+    class_word: str | None,
+    base: str,
+    study: str | None,
+    device: str | None,
+) -> None:
+    """Score every saved checkpoint of RUN, choose one, confirm it on other prompts, mark it best.safetensors.
+    RUN: the output folder of hpo train, OUTPUT/name, a trial's folder, or a folder of LoRA files. The same
+    command goes on with an evaluation that was stopped, killed or unplugged."""
+    calm_libraries()
+    from hpo.judge import evaluate as run_it
+    from hpo.study import Inputs
+
+    inputs = Inputs(
+        base=base,
+        data=data,
+        clip=clip,
+        prompts=prompts,
+        references=references,
+        trigger=trigger,
+        class_word=class_word,
+        device=device,
+    )
+    run_it(run, inputs, console(), study)
+
+
+@click.command()
+@click.argument("run_a", type=PATH, metavar="RUN_A")
+@click.argument("run_b", type=PATH, metavar="RUN_B")
+@options.judged_by
+@click.option("--base-b", default="", metavar="BASE", help="RUN_B's base model. Unset: the run's own.")
+@click.option("--data-b", type=PATH, metavar="DIR", help="The images RUN_B was trained on.")
+def compare(
+    run_a: Path,
+    run_b: Path,
+    data: Path | None,
+    references: Path | None,
+    prompts: Path | None,
+    clip: str | None,
+    trigger: str | None,
+    class_word: str | None,
+    base: str,
+    study: str | None,
+    device: str | None,
+    base_b: str,
+    data_b: Path | None,
+) -> None:
+    """Compare the LoRAs of two runs, perhaps on two bases, on the same prompts. RUN: as in hpo evaluate, or
+    one LoRA file; the marked checkpoint is taken, else the result. --base, --data, --trigger and --class
+    describe RUN_A, whose prompts both draw."""
+    calm_libraries()
+    from hpo.judge import compare as run_it
+    from hpo.study import Inputs
+
+    inputs = Inputs(
+        base=base,
+        data=data,
+        clip=clip,
+        prompts=prompts,
+        references=references,
+        trigger=trigger,
+        class_word=class_word,
+        device=device,
+    )
+    run_it((run_a, run_b), inputs, console(), study, base_b, data_b)

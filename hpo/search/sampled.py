@@ -1,0 +1,258 @@
+"""A search's proposals: the usual settings first, then what was queued and what the sampler makes of the rest.
+
+Owns the sampler and its seeds, the baseline's place in the queue, duplicates, and when a search ends: enough
+trials, no time left, no new proposal, failures in a row, convergence.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.search import alerts, dashboard
+from hpo.search.proposals import Proposal, Proposals
+from hpo.study import (
+    BASELINE,
+    DUPLICATE,
+    FAILED,
+    ROLE,
+    STOP,
+    Result,
+    Say,
+    StudyConfig,
+    StudyFolder,
+    convergence,
+    drop_files,
+    history,
+    holder,
+    is_duplicate,
+    searched_settings,
+)
+from trainer.config import TrainConfig
+from trainer.errors import StudyStopped
+
+if TYPE_CHECKING:
+    from hpo.search.workbench import Workbench
+
+EQUAL_FAILURES = 3  # in a row, then the study stops itself
+MAX_DUPLICATES = 20  # proposals in a row that were tried already: then the space is used up
+
+
+@dataclass(frozen=True)
+class SearchLimits:
+    """When the search ends, and what is kept."""
+
+    trials: int
+    max_hours: float | None = None
+    keep_best: int | None = None
+    stop_when_converged: bool = False
+    notify: tuple[str, ...] = ()
+
+
+def startup_trials(total: int) -> int:
+    """Trials before TPE has a model: 10 of 30 (5 hurt in simulation), a third of fewer."""
+    return min(10, max(5, total // 3))
+
+
+def make_sampler(seed: int, number: int, total: int) -> optuna.samplers.TPESampler:
+    """The sampler of trial ``number``: Optuna 5's TPE defaults made explicit.
+
+    Seeded by (study seed, number), so a resumed study proposes what an uninterrupted one would, and workers differ.
+    """
+    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return optuna.samplers.TPESampler(
+        seed=state,
+        n_startup_trials=startup_trials(total),
+        n_ei_candidates=24,
+        multivariate=True,
+        group=False,
+        constant_liar=True,
+    )
+
+
+def suggest(trial: optuna.Trial, config: StudyConfig) -> dict[str, Any]:
+    """Every parameter of the space, in order; an adopted trial that has them already gets the same again."""
+    suggested: dict[str, Any] = {}
+    for name, distribution in config.space.distributions().items():
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            suggested[name] = trial.suggest_categorical(name, distribution.choices)
+        elif isinstance(distribution, optuna.distributions.IntDistribution):
+            suggested[name] = trial.suggest_int(
+                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            )
+        else:
+            assert isinstance(distribution, optuna.distributions.FloatDistribution)
+            suggested[name] = trial.suggest_float(
+                name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+            )
+    return suggested
+
+
+class BenchProposals(Proposals):
+    """Trials of the workbench's own study, whoever proposes them."""
+
+    def __init__(self, study: optuna.Study, bench: Workbench) -> None:
+        self.study = study
+        self.bench = bench
+        self.objectives = bench.study.objectives
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        return suggest(trial, self.bench.study)
+
+    def config(self, suggested: Mapping[str, Any], number: int) -> TrainConfig:
+        return self.bench.config(suggested, number)
+
+    def settings(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
+        return searched_settings(self.bench.study, suggested)
+
+    def inactive(self, suggested: Mapping[str, Any]) -> tuple[str, ...]:
+        return self.bench.study.space.inactive(suggested)
+
+    def attributes(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
+        return {"inactive": list(self.inactive(suggested))}
+
+
+class SearchProposals(BenchProposals):
+    """What a search tries, until it ends."""
+
+    def __init__(self, study: optuna.Study, bench: Workbench, limits: SearchLimits, say: Say) -> None:
+        super().__init__(study, bench)
+        self.folder: StudyFolder = bench.folder
+        self.limits = limits
+        self.say = say
+        self.used_up = False  # nothing new was found to propose
+        hours = math.inf if limits.max_hours is None else limits.max_hours
+        self._until = time.monotonic() + 3600 * hours
+        self._failures: list[str] = []
+        self._told_of_noise = False
+
+    @property
+    def total(self) -> int:
+        return self.limits.trials
+
+    # What is next
+
+    def needs_more(self, alive: int) -> bool:
+        return not self._stopped() and len(self._done()) + alive < self.total
+
+    def queued(self) -> Iterator[Proposal | None]:
+        if self._stopped():
+            return
+        for _ in range(self._proposals_left()):
+            trials = self.study.get_trials(deepcopy=False)
+            taken = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
+            if taken >= self.total:
+                return
+            # Trial 0 is the usual settings; should it fail for the machine's fault, they are tried again.
+            known = any(t.user_attrs.get(ROLE) == BASELINE and t.state != TrialState.FAIL for t in trials)
+            yield None if known else Proposal(self.bench.study.baseline, BASELINE)
+        self.used_up = len(self._done()) < self.total
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        self.study.sampler = make_sampler(self.bench.study.study.seed, trial.number, self.total)
+        return suggest(trial, self.bench.study)
+
+    def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
+        """The trial that has the same settings, if there is one."""
+        own = self.bench.study.config(suggested)
+        for other in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
+            known = other.params.keys() == suggested.keys()
+            if known and other.number != number and self.bench.study.config(other.params) == own:
+                return f"{DUPLICATE} of trial {other.number}"
+        return ""
+
+    def over(self) -> str:
+        late = time.monotonic() >= self._until
+        return f"--max-hours {self.limits.max_hours:g} is over" if late else ""
+
+    def _stopped(self) -> bool:
+        return bool(self.study.user_attrs.get(STOP))
+
+    def _done(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def _proposals_left(self) -> int:
+        """How many more proposals may turn out to be duplicates; a call on a used-up space adds none."""
+        in_a_row = 0
+        for trial in reversed(self.study.get_trials(deepcopy=False)):
+            if trial.state == TrialState.WAITING:
+                return MAX_DUPLICATES
+            if not is_duplicate(trial):
+                break
+            in_a_row += 1
+        return max(0, MAX_DUPLICATES - in_a_row)
+
+    # What follows from a result
+
+    def after(self, suggested: Mapping[str, Any], result: Result) -> None:
+        """Three equal failures, LoRA files to drop, convergence."""
+        self._failures = [*self._failures, result.reason] if result.state == FAILED else []
+        if self._failures[-EQUAL_FAILURES:] == [result.reason] * EQUAL_FAILURES:
+            raise StudyStopped(
+                f"three trials in a row failed alike ({result.reason}): {result.message}",
+                f"see {self.folder.trial(result.number).log}; once it is mended, the same command goes on",
+            )
+        if self.limits.keep_best is not None:
+            drop_files(self.study, self.folder, self.limits.keep_best)
+        self._check_convergence()
+
+    def _check_convergence(self) -> None:
+        if len(self.bench.study.objectives) > 1:  # a front has no best score to wait for (session says so)
+            return
+        points, rows = history(self.study, self.bench.study, self.folder, self.bench.anchors)
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        verdict = convergence.detect(
+            points,
+            dimensions=len(self.bench.study.space),
+            startup=startup_trials(self.total),
+            running=sum(holder(self.folder.trial_lock(t.number).path) is not None for t in running),
+        )
+        self._set_stop(verdict is not None and verdict.settled)
+        news = alerts.update_alert(self.folder, verdict, rows)
+        if verdict is None:
+            return
+        if verdict.level == "no_signal" and not self._told_of_noise:
+            self.say(f"warning: {alerts.MEANING['no_signal']}")
+            self._told_of_noise = True
+        if news is None:
+            return
+        text = self.folder.alert.read_text(encoding="utf-8")
+        self.say(f"{self.folder.alert}: {news}; {text.splitlines()[0]}")
+        dashboard.study_note(self.study, "```\n" + text + "```")
+        if self.limits.notify:
+            alerts.notify(self.limits.notify, f"{self.folder.name}: {news}", text, self.say)
+
+    def _set_stop(self, settled: bool) -> None:
+        """Tell every worker to begin no new trial; the last trial to finish has the last word."""
+        before = self._stopped()
+        if settled and not before and self.limits.stop_when_converged:
+            self.study.set_user_attr(STOP, "converged")
+        elif before and not settled:
+            self.study.set_user_attr(STOP, "")
+
+    # The end
+
+    def ended(self) -> str:
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        pids = {t.number: holder(self.folder.trial_lock(t.number).path) for t in running}
+        busy = ", ".join(f"trial {n} (process {pid})" for n, pid in pids.items() if pid)
+        left = ", ".join(f"trial {n}" for n, pid in pids.items() if not pid)
+        if stop := self.study.user_attrs.get(STOP):
+            why = f"{stop} (--stop-when-converged); without that option the same command goes on"
+            return f"{why}; in other hands: {busy}" if busy else why
+        if busy:
+            return f"the rest is in other hands: {busy}"
+        if self.used_up:
+            return (
+                f"the search space is used up: {MAX_DUPLICATES} proposals in a row were tried already; "
+                "a study's space stays as it began, a wider one needs a new --name"
+            )
+        total = f"{self.total} trials are done"
+        return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total

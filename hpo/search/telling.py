@@ -1,0 +1,71 @@
+"""Telling Optuna a trial's result, once, whoever else finished the trial meanwhile.
+
+Owns a told trial's attributes and constraints.  What the dashboard shows of it is ``hpo.search.dashboard``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from hpo.search import dashboard
+from hpo.study import COMPLETE, FAILED, INFEASIBLE_REASONS, SCORE, Result, StudyFolder, objective_values
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Who tells the study in a folder.  ``say`` shows the user a line."""
+
+    study: optuna.Study
+    folder: StudyFolder
+    objectives: Sequence[str]
+    say: Callable[[str], None]
+
+    def tell(self, trial: optuna.Trial, result: Result, settings: Mapping[str, Any]) -> None:
+        """Optuna learns the result.  Safe to repeat after a kill at any point of it."""
+        try:
+            if not self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+                self._record(trial, result, settings)
+                return
+        except UpdateFinishedTrialError:
+            pass  # somebody finished it between two of the writes
+        self.say_finished(result.number)
+
+    def say_finished(self, number: int) -> None:
+        self.say(
+            f"trial {number} was finished by somebody else, in the dashboard perhaps: the study keeps that; "
+            f"what was measured is in {self.folder.trial(number).root}"
+        )
+
+    def _record(self, trial: optuna.Trial, result: Result, settings: Mapping[str, Any]) -> None:
+        attributes = {
+            "outcome": result.state,
+            "reason": result.reason,
+            "message": result.message,
+            "remedy": result.remedy,
+            SCORE: result.value if result.state == COMPLETE else None,
+            "se": result.se,
+            "prompt_following": result.prompt_following,
+            "likeness": result.likeness,
+            "copy_rate": result.copy_rate,
+            "diversity": result.diversity,
+            "prior": result.prior,
+            "seconds": round(result.seconds, 1),
+            "settings": dict(settings),
+        }
+        for name, value in attributes.items():
+            if value not in ("", None):
+                trial.set_user_attr(name, value)
+        if result.state != FAILED:
+            amounts = dashboard.constraint_amounts(result.reason, INFEASIBLE_REASONS) | result.amounts
+            dashboard.mark_infeasible(trial, amounts)
+        dashboard.publish(trial, self.folder, result, settings, self.say)
+        if result.state == FAILED:
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            self.study.tell(trial, objective_values(result, self.objectives), skip_if_finished=True)

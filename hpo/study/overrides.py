@@ -1,0 +1,151 @@
+"""``--set`` on a study's sections: what it fixes, searches or changes, and what that takes out of the search.
+
+Owns the effect of a value on the sections; the grammar is ``trainer.overrides``', the sections' own
+checks come after (``hpo.study.config``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from hpo.study.space.derived import DERIVED
+from hpo.study.space.space import ELSEWHERE, settings_of
+from trainer.checks import suggestion
+from trainer.config import SETTINGS, TrainConfig, check_name
+from trainer.errors import ConfigError
+from trainer.overrides import read_override
+
+Sections = dict[str, dict[str, Any]]
+
+
+def override(sections: Sections, sets: Iterable[str]) -> None:
+    """Put ``--set`` values into the sections, and take out of [space] what they leave without effect."""
+    before = shadows(sections["train"], _decided(sections["space"]))
+    given = [name for name in [_put(sections, text) for text in sets] if name]
+    _drop_shadowed(sections, before)
+    _drop_inactive(sections, given)
+
+
+def shadows(train: Mapping[str, Any], decided: Collection[str]) -> list[tuple[str, str]]:
+    """(a setting that is given or searched, a setting that it leaves without effect)."""
+    found = []
+    if train.get("max_train_steps"):
+        found.append(("max_train_steps", "max_train_epochs"))
+    unet_only = bool(train.get("network_train_unet_only"))
+    if unet_only:
+        found.append(("network_train_unet_only", "text_encoder_lr"))
+    # learning_rate is the rate of whatever has none of its own
+    if ("unet_lr" in train or "unet_lr" in decided) and (
+        unet_only or "text_encoder_lr" in train or "text_encoder_lr" in decided
+    ):
+        found.append(("unet_lr", "learning_rate"))
+    return found
+
+
+def _put(sections: Sections, text: str) -> str | None:
+    """One ``--set key=value``: a setting, a range of the space, or section.key.
+
+    Returns the name of what is now fixed, or searched otherwise.
+    """
+    key, value = read_override(text)
+    section, dot, inner = key.partition(".")
+    if dot:
+        if section not in sections:
+            raise ConfigError(
+                f"--set {key}: no section {section}", suggestion(section, sections) or ", ".join(sections)
+            )
+        sections[section][inner] = value
+        return None
+    if isinstance(value, Mapping | list):
+        sections["space"][key] = value
+        for setting in settings_of(key):
+            sections["train"].pop(setting, None)
+        return key
+    if key in DERIVED:
+        raise ConfigError(
+            f"--set {key}: a single value fixes nothing", f"set {DERIVED[key].sets} instead, or give a range"
+        )
+    check_name(key)
+    if key in ELSEWHERE:
+        raise ConfigError(f"{key} is not set with --set", f"it is decided by {ELSEWHERE[key]}")
+    sections["train"][key] = value
+    _keep_ratios(sections, key, value)
+    for name in [n for n in sections["space"] if key in settings_of(n)]:  # what is fixed is not searched
+        _drop(sections, name)
+    return key
+
+
+def _drop(sections: Sections, name: str) -> None:
+    """Take a parameter out of the search."""
+    del sections["space"][name]
+    for setting in settings_of(name):
+        sections["baseline"].pop(setting, None)
+
+
+def _drop_shadowed(sections: Sections, before: Collection[tuple[str, str]]) -> None:
+    """What ``--set`` leaves without effect is not searched.  What the file itself does is refused later."""
+    now = shadows(sections["train"], _decided(sections["space"]))
+    dead = {setting for name, setting in now if (name, setting) not in before}
+    for name in [n for n in sections["space"] if dead & set(settings_of(n))]:
+        _drop(sections, name)
+
+
+def _drop_inactive(sections: Sections, given: Collection[str]) -> None:
+    """What ``--set`` makes inactive for good is not searched; conditions that cannot occur any more go."""
+    for name, body in list(sections["space"].items()):
+        off = body.get("inactive_when") if isinstance(body, dict) else None
+        if not isinstance(off, dict) or not any(_was_given(other, given) for other in off):
+            continue
+        left = {}
+        for other, values in off.items():
+            left[other] = _listed(values)
+            if not _was_given(other, given):
+                continue
+            possible = _possible(sections, other)
+            if possible and all(value in left[other] for value in possible):
+                _drop(sections, name)
+                break
+            if possible or other not in sections["space"]:
+                left[other] = [v for v in left[other] if other in sections["space"] and v in possible]
+        else:
+            kept = {other: values for other, values in left.items() if values}
+            sections["space"][name] = {**body, "inactive_when": kept}
+
+
+def _decided(space: Iterable[str]) -> set[str]:
+    return {setting for name in space for setting in settings_of(name)}
+
+
+def _was_given(parameter: str, given: Collection[str]) -> bool:
+    return parameter in given or any(setting in given for setting in settings_of(parameter))
+
+
+def _possible(sections: Mapping[str, Mapping[str, Any]], parameter: str) -> list[Any]:
+    """The values that a parameter can have now, if they are few; a fixed one has one."""
+    body = sections["space"].get(parameter)
+    if isinstance(body, Mapping):
+        body = body.get("choices")
+    if isinstance(body, list):
+        return body
+    if parameter in sections["space"] or parameter not in SETTINGS:
+        return []
+    return [sections["train"].get(parameter, getattr(TrainConfig(), parameter))]
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _keep_ratios(sections: Sections, key: str, value: Any) -> None:
+    """Fixing what a searched ratio refers to (network_dim for network_alpha) keeps trial 0's ratio."""
+    baseline = sections["baseline"]
+    for name, derivation in DERIVED.items():
+        before = baseline.get(key, baseline.get("learning_rate") if key == "unet_lr" else None)
+        known = [before, baseline.get(derivation.sets), value]
+        if name in sections["space"] and key in derivation.needs and all(map(_positive, known)):
+            baseline[derivation.sets] = baseline[derivation.sets] / before * value
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

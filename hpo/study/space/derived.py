@@ -1,0 +1,83 @@
+"""Derived parameters: quantities that only mean something relative to another setting, and how they become settings.
+
+Owns the mapping there and back, and the limits of each.  Which of them a study searches is
+``hpo.study.space.space``'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hpo.study.space.domain import Values
+from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """How a parameter that is not itself a setting becomes one, and back.  ``limits`` hold for its range.
+
+    ``forward`` takes the parameter's value and the settings so far; ``backward`` a whole configuration.
+    """
+
+    sets: str
+    needs: tuple[str, ...]
+    limits: tuple[float, float]
+    forward: Callable[[Any, Values], Any]
+    backward: Callable[[Values], Any]
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.limits[0], int)
+
+
+def _rate(settings: Values) -> float:
+    """The U-Net's rate, which the text encoders' rate is a ratio of."""
+    return settings["learning_rate"] if settings.get("unet_lr") is None else settings["unet_lr"]
+
+
+def _text_rate(settings: Values) -> float:
+    return _rate(settings) if settings["text_encoder_lr"] is None else settings["text_encoder_lr"]
+
+
+def _text_ratio(settings: Values) -> float:
+    if _rate(settings) == 0:
+        raise ConfigError(
+            "text_encoder_lr_ratio is relative to the U-Net's rate, which is 0",
+            "give the U-Net a rate above 0, or fix text_encoder_lr: --set text_encoder_lr=5e-5",
+        )
+    return _text_rate(settings) / _rate(settings)
+
+
+def _log2(settings: Values) -> float:
+    power = math.log2(settings["network_dim"])
+    return int(power) if power == int(power) else power
+
+
+DERIVED: dict[str, Derivation] = {
+    "network_dim_log2": Derivation("network_dim", (), (0, 10), lambda value, _: 2 ** int(value), _log2),
+    "text_encoder_lr_ratio": Derivation(
+        "text_encoder_lr",
+        ("learning_rate", "unet_lr"),
+        (0.0, 1000.0),
+        lambda value, settings: value * _rate(settings),
+        _text_ratio,
+    ),
+    "network_alpha_ratio": Derivation(
+        "network_alpha",
+        ("network_dim",),
+        (0.0, 4096.0),
+        lambda value, settings: value * settings["network_dim"],
+        lambda settings: settings["network_alpha"] / settings["network_dim"],
+    ),
+    # TrainConfig reads lr_warmup_steps below 1 as a share of all steps, as sd-scripts does.
+    "warmup_ratio": Derivation(
+        "lr_warmup_steps",
+        (),
+        (0.0, 0.99),
+        lambda value, _: value,
+        lambda settings: settings["lr_warmup_steps"],
+    ),
+}

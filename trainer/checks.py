@@ -1,0 +1,247 @@
+"""Values out of files and command lines, checked: type, range, choice, name – once for everything that is read.
+
+Owns ``Rule``, what it says of a value, and the messages: each gives the value, the rule and what to do.  What
+a value is for, its default and its limits stand where its field is declared (``setting``); what values mean
+together is said by whoever reads them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+from trainer.errors import ConfigError
+from trainer.text import clean_text
+
+T = TypeVar("T")
+LARGEST_WHOLE = 2**63 - 1  # TOML's own limit; more has no float, or no text
+SHOWN = 80  # characters of a list or a table in a message
+# type → (what a value must be, several of them, what to write)
+_WORDS = {
+    bool: ("true or false", "true or false", "write true or false"),
+    str: ("a text", "texts", 'write "…"'),
+    int: ("a whole number", "whole numbers", "write a whole number"),
+    float: ("a number", "numbers", "write a number"),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is known of a value beside its type and default: carried in the dataclass field's metadata.
+
+    Of a list or a table, ``low`` and ``high`` hold for each entry, ``least`` for how many there are, and
+    ``choices`` are the whole lists, or the names in a table, that are possible.
+    """
+
+    doc: str = ""
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Any, ...] = ()
+    low_is_excluded: bool = False
+    multiple_of: int = 1
+    least: int = 0
+    only: str = ""  # "SD1.5" or "SDXL", for a setting that only one family has
+    example: str = ""  # what to write, where neither doc nor limits say it
+
+    def allows(self, number: float) -> bool:
+        if self.low is not None and (number < self.low or (self.low_is_excluded and number == self.low)):
+            return False
+        return self.high is None or number <= self.high
+
+    @property
+    def limits(self) -> str:
+        """The range in words, "from 1 to 1024 px"; empty without one."""
+        words = []
+        if self.low is not None:
+            words.append(f"{'above' if self.low_is_excluded else 'from'} {self.low:g}")
+        if self.high is not None:
+            words.append(f"{'to' if words else 'up to'} {self.high:g}")
+        return " ".join([*words, self.unit] if words and self.unit else words)
+
+
+def setting(default: Any, doc: str = "", **facts: Any) -> Any:
+    """A dataclass field with its documentation and limits: what ``read`` can read.  MISSING is no default."""
+    metadata = {"rule": Rule(doc, **facts)}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def same(owner: type, name: str, **changes: Any) -> Any:
+    """A field as another dataclass declares it: its default, unless ``default`` is given, and its rule."""
+    of = next(f for f in fields(owner) if f.name == name)
+    return field(**{"default": of.default, "metadata": of.metadata, **changes})
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """``did you mean …?`` for a mistyped name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def check_known(
+    name: str, known: Collection[str], what: str = "key", where: str = "", otherwise: str = ""
+) -> None:
+    """ConfigError for a name that is not among ``known``, with the nearest one that is."""
+    if name not in known:
+        place = f" in {where}" if where else ""
+        raise ConfigError(
+            f"unknown {what} {clean_text(str(name))[:SHOWN]}{place}",
+            suggestion(name, known) or otherwise or "known: " + ", ".join(known),
+        )
+
+
+def read(kind: type[T], body: Any, where: str = "", **own: Any) -> T:
+    """A section's dataclass: every key known, every value of its type and within its rule.
+
+    ``own`` are values that the caller has made itself.  None (``--set key=none``) leaves a key at its default.
+    """
+    known = {f.name: f.metadata["rule"] for f in fields(kind) if "rule" in f.metadata and f.name not in own}  # type: ignore[arg-type]
+    place = f"[{where}]" if where else ""
+    hints, values = _hints(kind), {}  # type: ignore[arg-type]
+    for name, value in section(body, where).items():
+        check_known(name, known, where=place or "the file")
+        if value is not None:
+            values[name] = check(name, value, hints[name], known[name], place)
+    return kind(**values, **own)
+
+
+def section(body: Any, where: str) -> Mapping[str, Any]:
+    """``body``, or ConfigError if it is no table of TOML."""
+    if not isinstance(body, Mapping):
+        raise ConfigError(f"[{where}] is not a section", f"write [{where}] on a line of its own")
+    return body
+
+
+def check(name: str, value: Any, kind: Any, rule: Rule = Rule(), where: str = "") -> Any:
+    """``value`` as its type, or ConfigError with the rule.  A whole float becomes an int where that is
+    wanted, a list a tuple; a whole number stays one where any number will do.
+
+    ``kind``: bool, str, int, float, one of them | None, tuple[one of them, ...] or Mapping[str, one of them].
+    """
+    form = _form(kind)
+    if value is None:
+        if form.is_optional:
+            return None
+        raise ConfigError(
+            f"{name} must have a value", f"it is {rule.doc}" if rule.doc else _remedy(form, rule)
+        )
+    if form.holder is None:
+        return _single(name, value, form.kind, rule, where)
+    return _several(name, value, form, rule, where)
+
+
+def check_whole(table: Any, where: str) -> None:
+    """Refuse whole numbers that TOML does not promise: they have no float, and some no text."""
+    left = [table]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+            raise ConfigError(
+                f"{where} has a whole number beyond {LARGEST_WHOLE}", "TOML's whole numbers have 64 bits"
+            )
+
+
+class _Form(NamedTuple):
+    """A type as the checker sees it: ``holder`` is tuple, Mapping or None around single values of ``kind``."""
+
+    kind: type
+    holder: Any
+    is_optional: bool
+
+
+@cache
+def _form(kind: Any) -> _Form:
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    (inner,) = (option for option in options if option is not type(None))
+    holder = typing.get_origin(inner)
+    if holder is not None:
+        inner = next(arg for arg in reversed(typing.get_args(inner)) if arg is not Ellipsis)
+    return _Form(inner, holder, len(options) > 1)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """Whether a value can be taken for one of ``kind``; an int that is not whole is told later."""
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+
+
+def _single(name: str, value: Any, kind: type, rule: Rule, where: str) -> Any:
+    place = f" in {where}" if where else ""
+    if not _is_of(kind, value):
+        what = _WORDS[float if kind is int else kind][0]
+        raise ConfigError(f"{name} = {value!r}{place} is not {what}", _remedy(_form(kind), rule))
+    if isinstance(value, str):
+        if rule.choices and value not in rule.choices:
+            hint = suggestion(value, rule.choices) or "choose one of " + ", ".join(rule.choices)
+            raise ConfigError(f"{name} = {clean_text(value)}{place} is not known", hint)
+        return value
+    if kind is bool:
+        return value
+    if kind is int:
+        if value != int(value):
+            raise ConfigError(f"{name} = {value!r}{place} is not a whole number", _remedy(_form(kind), rule))
+        value = int(value)
+    if not rule.allows(value):
+        raise ConfigError(f"{name} = {value}{place} is outside its limits", rule.limits)
+    if rule.multiple_of > 1 and value % rule.multiple_of:
+        raise ConfigError(f"{name} = {value}{place} is not a multiple of {rule.multiple_of}", rule.limits)
+    return value
+
+
+def _several(name: str, value: Any, form: _Form, rule: Rule, where: str) -> Any:
+    """A list of different values, or a table."""
+    shown = f"{name} = {clean_text(str(value))[:SHOWN]}" + (f" in {where}" if where else "")
+    is_table = form.holder is not tuple
+    what = f"a {'table' if is_table else 'list'} of {'' if is_table else 'different '}{_WORDS[form.kind][1]}"
+    remedy = _remedy(form, rule)
+    if not isinstance(value, Mapping if is_table else list | tuple) or len(value) < rule.least:
+        raise ConfigError(f"{shown} is not {what}", remedy)
+    entries = list(value.values()) if isinstance(value, Mapping) else list(value)
+    single = Rule(low=rule.low, high=rule.high)
+    try:
+        found = [_single(name, entry, form.kind, single, where) for entry in entries]
+    except ConfigError:
+        raise ConfigError(f"{shown} is not {what}", remedy) from None
+    if is_table:
+        for key in value if rule.choices else ():
+            if key not in rule.choices:
+                raise ConfigError(
+                    f"{shown} has an unknown {clean_text(key)}", suggestion(key, rule.choices) or remedy
+                )
+        return dict(zip(value, found, strict=True))
+    if len(set(found)) != len(found):
+        raise ConfigError(f"{shown} is not {what}", remedy)
+    if rule.choices and tuple(found) not in rule.choices:
+        raise ConfigError(f"{shown} is not known", remedy)
+    return tuple(found)
+
+
+def _remedy(form: _Form, rule: Rule) -> str:
+    if rule.example:
+        return f"for example {rule.example}"
+    return rule.doc or rule.limits or _WORDS[form.kind][2]
