@@ -367,7 +367,7 @@ class _SettingsReading:
 
     def _zeros(self) -> None:
         """0 turns these off, as in sd-scripts or its front ends."""
-        for name in " ".join(ZERO_IS_UNSET).split():
+        for name in ZERO_IS_UNSET:
             value = self.left.get(name)
             if not isinstance(value, bool) and value == 0:
                 self._take(name)

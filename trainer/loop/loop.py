@@ -18,7 +18,7 @@ from trainer.adapters import Adapter
 from trainer.bases import Base
 from trainer.compute import faster, recomputing
 from trainer.config import TrainConfig
-from trainer.data import Moment, Plan, Prepared, dataset, plan, preflight
+from trainer.data import Moment, Plan, Prepared, epoch_batches, plan, preflight
 from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.loop import checkpoint, optim
@@ -183,7 +183,7 @@ def _epoch_groups(config: TrainConfig, prepared: Prepared, epoch: int) -> list[l
     items = prepared.dataset.items
     seen: Counter[str] = Counter()
     micros: list[MicroBatch] = []
-    for batch in dataset.epoch_batches(prepared.dataset, prepared.buckets, config, epoch):
+    for batch in epoch_batches(prepared.dataset, prepared.buckets, config, epoch):
         micro = []
         for index in batch.items:
             micro.append(Sample(items[index], seen[items[index].sha256]))

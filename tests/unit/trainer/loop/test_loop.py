@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.bases.base import Parts
-from trainer.data import dataset
+from trainer.data import epoch as epochs
 from trainer.data.steps import plan, total_steps
 from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from trainer.events import Finished, Saved, Skipped, Step
@@ -426,7 +426,7 @@ def test_regularisation_images_weigh_prior_loss_weight():
     prepared = tiny_prepared(base, config)
     items = prepared.dataset.items
     mixed = replace(prepared.dataset, items=(replace(items[0], is_reg=True), *items[1:]))
-    order = [b.items[0] for b in dataset.epoch_batches(mixed, prepared.buckets, config, 0)]
+    order = [b.items[0] for b in epochs.epoch_batches(mixed, prepared.buckets, config, 0)]
     prepared.dataset = mixed
     plain = losses_of(base, config, prepared)
     halved = losses_of(base, replace(config, prior_loss_weight=0.5), prepared)
