@@ -12,7 +12,7 @@ import numpy as np
 
 from hpo.search.workbench import Workbench
 from hpo.study import Choice
-from trainer.adapters import adapter
+from trainer.adapters import adapter, count_weights
 from trainer.config import TrainConfig
 from trainer.data import total_steps
 from trainer.errors import MachineError, OutOfMemory
@@ -55,7 +55,7 @@ def estimate(bench: Workbench, *, probe: bool) -> Cost:
     space = bench.study.space
     edges = [{**bench.study.baseline, p.name: value} for p in space for value in p.domain.edges]
     largest = [bench.study.config(edge) for edge in edges] + drawn
-    weights = max(adapter.count_weights(bench.base, config) for config in largest)
+    weights = max(count_weights(bench.base, config) for config in largest)
     sampling = bench.evaluator.sampling
     pixels = images * sampling.width_px * sampling.height_px
     return Cost(

@@ -189,6 +189,7 @@ def _train(
     bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch, remedies: tuple[str, ...]
 ) -> Adapter:
     from trainer.adapters import lorafile
+    from trainer.loop import Conduct
 
     if CHECKPOINTING in remedies:
         config = config.with_values({"gradient_checkpointing": True})
@@ -199,16 +200,17 @@ def _train(
                 f"stopped after encoding image {done} of {total}", "run the same command again to resume"
             )
 
+    log = StepLog(folder.steps)
+
+    def on_event(event: Event, adapter: Adapter) -> None:
+        log.write(event)
+        watch.on_event(event)
+
+    how = Conduct(checkpoints=folder.checkpoints, should_stop=watch.should_stop)
     # the batches stay the same; each is computed one image at a time (``trainer.loop.stepper``)
     parts = config.with_values({"micro_batch_size": 1}) if SPLIT in remedies else config
     adapter = train_adapter(
-        bench.base,
-        parts,
-        lambda: bench.prepared(config, on_encoded),
-        checkpoints=folder.checkpoints,
-        log=StepLog(folder.steps),
-        on_event=lambda event, _: watch.on_event(event),
-        should_stop=watch.should_stop,
+        bench.base, parts, lambda adapter: (bench.prepared(config, on_encoded), how), on_event
     )
     try:
         adapter.round_to(config.save_precision)

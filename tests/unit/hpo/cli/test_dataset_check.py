@@ -15,7 +15,8 @@ from PIL import Image
 from hpo.cli.dataset import DatasetRequest, examine
 from hpo.cli.main import main
 from tests.unit.trainer.data.test_dataset import add, picture
-from trainer.data.dataset import assign_buckets, read_dataset
+from trainer.data.dataset import read_dataset
+from trainer.data.epoch import assign_buckets
 from trainer.errors import ToolError
 
 MINI = ("--for", "mini-sd15")
