@@ -1,8 +1,8 @@
 """Datasets described in a file, in the form of sd-scripts' ``--dataset_config``: general, datasets, subsets.
 
-Owns which of its keys are used, translated, without effect or refused, and the folders it describes.  A
-value is looked up in the subset, then its dataset, then [general], then the run's settings.  Reading images
-and captions is ``trainer.data.dataset``'s.
+Owns which of its keys are used, translated, ignored or refused, and the folders it describes.  A value is
+looked up in the subset, then its dataset, then [general], then the run's settings.  ``trainer.data.dataset``
+reads images and captions.
 """
 
 from __future__ import annotations
@@ -59,19 +59,22 @@ WITHOUT_EFFECT = {
     "cache_info": "images are read anew, which is quick",
     "custom_attributes": "sd-scripts hands it to other models only",
 }
-# key → (values that ask for nothing, why anything else is refused)
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "metadata_file": ((), "captions come from files beside the images"),
-    "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
+# key → (values that ask for nothing, why anything else is refused); sd-scripts takes these in both of its files
+PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "color_aug": ((False,), "not supported: latents are cached and reused"),
     "random_crop": (
         (False,),
-        "as in sd-scripts it needs images that are encoded anew each time; here they are encoded once",
+        "not supported: latents are cached and reused (sd-scripts refuses it with cached latents too)",
     ),
-    "face_crop_aug_range": ((), "images are cropped around their centre"),
+    "face_crop_aug_range": ((), "not supported: images are cropped around their centre"),
     "resize_interpolation": (
         (),
-        "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
+        "images are downscaled with area and upscaled with Lanczos, the defaults of sd-scripts",
     ),
+}
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "metadata_file": ((), "captions come from files beside the images"),
+    **PIXELS_REFUSED,
     "network_multiplier": ((1,), "the LoRA is trained at full strength"),
 }
 REPEATS = Rule(low=1, high=MAX_REPEATS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import SCHEDULER_NAMES, SETTINGS
+from trainer.data import PIXELS_REFUSED
 
 # Defaults of sd-scripts that differ from ours.
 KOHYA_DEFAULTS: dict[str, Any] = {
@@ -88,16 +89,7 @@ LORA_PLUS = "lora_down and lora_up use the same learning rate (LoRA+ is not supp
 # key → (values without an effect, why all other values are refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
-    "color_aug": ((False,), "not supported: latents are cached and reused"),
-    "random_crop": (
-        (False,),
-        "not supported: latents are cached and reused (sd-scripts refuses it with cached latents too)",
-    ),
-    "face_crop_aug_range": ((), "not supported: images are cropped around their centre"),
-    "resize_interpolation": (
-        (),
-        "images are downscaled with area and upscaled with Lanczos, the defaults of sd-scripts",
-    ),
+    **PIXELS_REFUSED,
     "weighted_captions": ((False,), "not supported: captions are used without weights"),
     "in_json": ((), "captions are read from the caption files next to the images"),
     "dataset_class": ((), "external code is not run"),
