@@ -1,4 +1,4 @@
-"""Promises of evaluation.prompts.prompts."""
+"""Tests of evaluation.prompts.prompts."""
 
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,7 @@ def test_what_is_lacking_is_said_for_the_confirmation_too() -> None:
 
 
 def test_regularisation_images_make_no_prompts() -> None:
-    """Their captions have no trigger: such a prompt does not ask for the subject, and would be scored for it."""
+    """Their captions have no trigger: such a prompt does not contain the subject but would be scored for likeness."""
     study = read_study(SHIPPED / "sd15-character.toml")
     own = [Item(Path(f"{n}.png"), f"zkw girl {n}", 1, 64, 64, str(n)) for n in range(4)]
     class_images = [Item(Path(f"r{n}.png"), f"girl {n}", 1, 64, 64, f"r{n}", is_reg=True) for n in range(40)]
@@ -233,7 +233,7 @@ def test_a_long_caption_is_shortened_at_a_clause_and_it_is_said() -> None:
 
 
 def test_a_caption_that_is_cut_keeps_its_trigger() -> None:
-    """Such a prompt is scored for likeness, so it has to ask for the subject."""
+    """Such a prompt is scored for likeness, so it must contain the subject."""
     clause = "word " * 19 + "word"
     captions = [f"{clause}, {clause}, zkw girl", f"{clause}, {clause}, nobody"]
     made = generate(captions, trigger="zkw", class_word="girl", count_tokens=words)
