@@ -1,10 +1,10 @@
-"""The recorded ranking study: its file, its scores computed anew from raw cosines, its truth, its tables.
+"""The recorded ranking study: its file, its scores recomputed from raw cosines, its ground truth and its tables.
 
 Recorded by tests/bench/bench_ranking.py.  Only images whose prompt asks for the subject count for the truth.
 
-* *strict*: the share of images that are right: background and place as their prompt names them, and every part
-  of the figure that the base's autoencoder keeps (seen in at least half of the real pictures after a round trip).
-* *graded*: the mean of ``subjects.is_subject`` (the share of all four parts), 0 where background or place is wrong.
+* *strict*: the share of correct images.  Background and place must match the prompt, and every part of the figure that
+  the base's autoencoder preserves (in at least half of the real images after a round trip) must be visible.
+* *graded*: the mean of ``subjects.is_subject`` (the share of all four parts), 0 if background or place is wrong.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from trainer.files import read_records
 FILE = Path(__file__).parent / "data" / "ranking_mini_sd15.jsonl"
 SEARCH, CONFIRMATION = "search", "confirmation"
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
-KEPT = 0.5  # of the real pictures, whose part must survive the autoencoder to be asked for
+KEPT = 0.5  # a part counts if the autoencoder preserves it in this share of the real images
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """One prompt set of the recording: P prompts, S seeds, and what 0 and 1 mean on it."""
+    """One prompt set of the recording: P prompts, S seeds and the anchors."""
 
     anchors: Anchors
     texts: tuple[str, ...]
@@ -64,7 +64,7 @@ class Measured:
         return anchored(self.clip_t_PS.mean(1), self.clip_i_PS.mean(1), self.prompts.anchors, weights)
 
     def values(self, weights_KP: np.ndarray | None = None) -> np.ndarray:
-        """The score (K), as a study would be told."""
+        """The score (K), as reported to a study."""
         following_K, alike_K = self.parts(weights_KP)
         return (
             np.full(len(following_K), INFEASIBLE_VALUE) if self.invalid else composite(following_K, alike_K)
@@ -95,12 +95,12 @@ class Measured:
 class Recorded:
     """Everything in the file."""
 
-    on: dict[str, dict[str, Measured]]  # prompt set → configuration → what was measured
-    kept: dict[str, float]  # part of the figure → share of the real pictures that show it after a round trip
+    on: dict[str, dict[str, Measured]]  # prompt set → configuration → measurement
+    kept: dict[str, float]  # part of the figure → share of the real images that show it after a round trip
 
     @property
     def trials(self) -> list[Measured]:
-        """The quasi-random configurations on the search set, in their order."""
+        """The quasi-random configurations on the search set, in order."""
         found = [m for name, m in self.on[SEARCH].items() if name.startswith("random ")]
         return sorted(found, key=lambda m: int(m.name.split()[1]))
 
@@ -146,7 +146,7 @@ def _measured(row: dict[str, Any], prompts: Prompts, asked: np.ndarray) -> Measu
 
 
 def noise(found: Recorded) -> statistics.Components:
-    """As ``hpo status`` estimates it: from the better half of the trials."""
+    """The noise estimated as in ``hpo status``, from the better half of the trials."""
     better = found.ranked[: (len(found.trials) + 1) // 2]
     scores = [statistics.image_scores(m.clip_t_PS, m.clip_i_PS, m.prompts.scale) for m in better]
     return statistics.variance_components(np.stack([s for s in scores if s is not None]))
@@ -154,9 +154,12 @@ def noise(found: Recorded) -> statistics.Components:
 
 @dataclass(frozen=True)
 class Optimism:
-    """Means over random pairs of disjoint prompt sets of one size: what the set that selected the best trial
-    says of it, what is expected from that set alone, and what the other set says.  As either set may select,
-    differences in difficulty cancel."""
+    """Means over random pairs of disjoint prompt sets of one size.
+
+    ``said``: score of the best trial on the set that selected it.  ``expected``: the score predicted from
+    that set alone.  ``worth``: score on the other set.  Either set can be the selecting one, so
+    differences in difficulty cancel.
+    """
 
     prompts: int
     said: float
@@ -165,7 +168,7 @@ class Optimism:
 
 
 def optimism(found: Recorded, prompts: int) -> Optimism:
-    """The winner's curse of a search over so few prompts, measured on the 30 trained LoRAs of the recording."""
+    """The selection bias of a search with few prompts, measured on the 30 trained LoRAs of the recording."""
     trials, random = found.trials, np.random.default_rng(SPLIT_SEED)
     asking = np.flatnonzero(trials[0].prompts.asks_P)
     weights_2KP = np.zeros((2, SPLITS, len(trials[0].prompts.texts)))
@@ -189,7 +192,7 @@ SPLITS, SPLIT_SEED = 500, 11
 
 
 def confirmed(found: Recorded) -> list[tuple[Measured, Measured]]:
-    """(on the search set, on the confirmation set) of everything that was retrained, best of the search first."""
+    """Pairs (search set, confirmation set) of all retrained configurations, the best of the search first."""
     pairs = [(found.on[SEARCH][name], m) for name, m in found.on[CONFIRMATION].items()]
     return sorted(pairs, key=lambda pair: -pair[0].score)
 
@@ -223,7 +226,7 @@ def tables(found: Recorded) -> str:
     for m in (search["base"], search["trial 0"], best, search["overfitted"], found.ranked[-1]):
         t, i = (float(part[0]) for part in m.parts())
         lines.append(f"| {m.name} | {m.score:.3f} | {t:.3f} | {i:.3f} | {m.strict:.2f} | {m.graded:.2f} |")
-    lines += ["", "| trial | search score | confirmed | 95 % | fell by |", "|---|---|---|---|---|"]
+    lines += ["", "| trial | search score | confirmed | 95 % | decrease |", "|---|---|---|---|---|"]
     for said, worth in confirmed(found):
         low, high = interval(worth)
         lines.append(
@@ -232,7 +235,10 @@ def tables(found: Recorded) -> str:
         )
     parts = noise(found)
     lines += ["", parts.sentence(), parts.figures()]
-    lines += ["", "| prompts that select | says of its best | expected from it alone | on other prompts |"]
+    lines += [
+        "",
+        "| prompts used to select | score of the best | expected after correction | score on other prompts |",
+    ]
     lines.append("|---|---|---|---|")
     for about in (optimism(found, size) for size in SIZES):
         lines.append(f"| {about.prompts} | {about.said:.3f} | {about.expected:.3f} | {about.worth:.3f} |")
@@ -247,7 +253,7 @@ LOW, HIGH = 0.6, 1.0  # of the score's axis
 
 
 def picture(found: Recorded) -> str:
-    """What a search says of its best trial, and what that is worth, over the prompts that it has; an SVG."""
+    """An SVG of the best trial's search score, expected score and score on other prompts, by number of prompts."""
     rows = [optimism(found, size) for size in SIZES]
 
     def x(prompts: float) -> float:
@@ -265,18 +271,22 @@ def picture(found: Recorded) -> str:
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE_PX} {HIGH_PX}" font-family="sans-serif">',
         f'<rect width="{WIDE_PX}" height="{HIGH_PX}" fill="white"/>',
-        text(LEFT_PX, 22, "The best of 30 is optimistic, the more so the fewer prompts chose it", size=15),
+        text(
+            LEFT_PX, 22, "The best of 30 trials looks better than it is, above all with few prompts", size=15
+        ),
     ]
     for tenth in range(round(10 * LOW), round(10 * HIGH) + 1):
         out.append(f'<path d="M{LEFT_PX} {y(tenth / 10):.1f}H{WIDE_PX - RIGHT_PX}" stroke="#ddd"/>')
         out.append(text(LEFT_PX - 8, y(tenth / 10) + 4, f"{tenth / 10:.1f}", "end"))
     for size in SIZES:
         out.append(text(x(size), HIGH_PX - FOOT_PX + 18, str(size), "middle"))
-    out.append(text(x(4), HIGH_PX - FOOT_PX + 36, "prompts that the search has (2 seeds each)", "middle"))
+    out.append(
+        text(x(4), HIGH_PX - FOOT_PX + 36, "prompts used to select the best trial (2 seeds each)", "middle")
+    )
     lines = (
-        ("said", "#c2410c", "", "search score of its best"),
-        ("expected", "#1d4ed8", "6 4", "expected from it alone"),
-        ("worth", "#15803d", "", "the same on other prompts"),
+        ("said", "#c2410c", "", "score of the best"),
+        ("expected", "#1d4ed8", "6 4", "expected after correction"),
+        ("worth", "#15803d", "", "score on other prompts"),
     )
     for of, colour, dashes, _ in lines:
         points = " ".join(f"{x(row.prompts):.1f},{y(getattr(row, of)):.1f}" for row in rows)

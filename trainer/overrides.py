@@ -20,8 +20,8 @@ USUAL = TrainConfig()
 
 
 def read_override(text: str) -> tuple[str, Any]:
-    """KEY and value of ``KEY=VALUE``: None for an unset one, "" for a text setting that is unset.
-    ConfigError if it has no value, or none that TOML could hold."""
+    """KEY and value of ``KEY=VALUE``: None for an unset one, "" for a text setting that is unset. ConfigError
+    if it has no value, or none that TOML could hold."""
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not key:

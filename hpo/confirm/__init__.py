@@ -1,6 +1,7 @@
-"""Confirmation: the best few trials again, with fresh training seeds and prompts they were not chosen on.
+"""Confirmation: retrain the best trials with new training seeds and score them on the confirmation prompts.
 
-Owns which runs are wanted, the decision and its words.  A run is claimed, trained, scored and told by ``hpo.search``.
+Owns the choice of runs, the decision and the output texts.  Does not own how a run is claimed, trained,
+scored and reported; see ``hpo.search``.
 """
 
 import lazy_loader

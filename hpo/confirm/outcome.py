@@ -1,10 +1,10 @@
-"""What a confirmation found: means, intervals, ties, the winner – and confirmed.json.
+"""The result of a confirmation: means, intervals, ties and the winner; and confirmed.json.
 
-Owns the rule that decides, and the file that transfer and reports read.  Pure values in the middle: runs are
-``hpo.confirm.repeats``'s, statistics ``evaluation.score.statistics``'s, words ``hpo.confirm.view``'s.
+Owns the decision rule and the file that transfer and reports read.  Does not own reading the runs (see
+``hpo.confirm.repeats``), statistics (see ``evaluation.score.statistics``) or output texts (see ``hpo.confirm.view``).
 
-The winner is the cheapest configuration among those that cannot be told apart from the best one and – where
-any does – beat trial 0.
+The winner is the cheapest configuration among those that are not significantly worse than the best one.  If
+any of these beats trial 0, only those that beat it are considered.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Repeat:
     score: float
     draws_K: np.ndarray
     train_seconds: float
-    trained_images: int  # optimizer steps × effective batch: what a run costs, whatever else the machine did
+    trained_images: int  # optimizer steps × effective batch; the cost of a run, independent of machine load
 
 
 @dataclass(frozen=True)
 class ConfirmCandidate:
-    """A trial of the search with its repeats.  ``trouble``: why it has no score, if a repeat was infeasible."""
+    """A trial of the search with its repeats.  ``trouble``: the reason for an infeasible repeat, else empty."""
 
     number: int
     config: Mapping[str, Any]
@@ -64,7 +64,7 @@ class ConfirmCandidate:
 
     @property
     def cost(self) -> tuple[float, int, int]:
-        """What decides between equals: images trained on, rank, the older trial."""
+        """Sort key among ties: number of trained images, then rank, then trial number."""
         images = float(np.mean([r.trained_images for r in self.repeats]))
         return images, int(self.config.get("network_dim", 0)), self.number
 
@@ -90,7 +90,7 @@ class ConfirmedRow:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """What the confirmation says.  ``beats_trial0`` is None without a score of trial 0."""
+    """The result of a confirmation.  ``beats_trial0`` is None if trial 0 has no score."""
 
     how: str
     winner: int
@@ -103,8 +103,8 @@ class Confirmed:
     train_freedom: int
     shrinkage: (
         float | None
-    )  # mean fall from search to confirmation of the selected trials; trial 0 was not selected
-    expected: float | None  # what the search's best was worth once its selection is accounted for
+    )  # mean drop in score from search to confirmation over the selected trials (trial 0 is excluded)
+    expected: float | None  # estimate of the best search score after correction for selection
     troubles: Mapping[int, str]
 
     @property
@@ -122,9 +122,10 @@ def decide(
     searched: Sequence[float] = (),
     own_se: float = 0.0,
 ) -> Confirmed | None:
-    """The outcome; None if no configuration has a score.
+    """The outcome, or None if no configuration has a score.
 
-    ``searched``: scores of the search's trials; ``own_se``: their noise that other trials do not share.
+    ``searched``: scores of all trials of the search.  ``own_se``: standard error of the noise that
+    trials do not share.
     """
     sound = [c for c in candidates if not c.trouble and c.repeats]
     if not sound:
@@ -150,7 +151,7 @@ def decide(
     better = [c for c in tied if c.number in over and over[c.number].low > 0]
     beaten = any(d.low > 0 for d in over.values())
     if baseline is not None and not beaten and baseline not in tied:
-        tied.append(baseline)  # where no interval lies above it, it cannot be told apart either
+        tied.append(baseline)  # no configuration is significantly better than trial 0, so it counts as tied
     winner = min(better or tied, key=lambda c: c.cost)
     rows = []
     chances = p_best(draws_CK)
@@ -190,16 +191,20 @@ def decide(
 
 
 def expected_best(searched: Sequence[float], noise: float) -> float | None:
-    """What the best score of a search is worth, from the search alone: pulled to the better half's mean.
+    """Estimate of the true value of a search's best score: the score shrunk towards the mean of the better half.
 
-    The lower half says little about the best (a bad proposal falls far); ``noise`` is what trials do not share.
+    The worse half is left out because bad configurations can score arbitrarily low.  ``noise``: standard
+    error of the noise that trials do not share.
     """
     better = sorted(searched, reverse=True)[: (len(searched) + 1) // 2]
     return float(shrunken(better, [noise] * len(better))[0]) if len(better) >= 3 else None
 
 
 def write_outcome(folder: StudyFolder, outcome: Confirmed, facts: Mapping[str, Any]) -> bool:
-    """confirmed.json in the searched study's folder.  Rescoring never replaces a retrained confirmation."""
+    """Write confirmed.json into the folder of the searched study.
+
+    Returns False without writing if it would replace a confirmation with retraining by a rescoring.
+    """
     before = read_json(folder.confirmed)
     if outcome.how == RESCORED and before is not None and before.get("how") == RETRAINED:
         return False

@@ -1,7 +1,7 @@
-"""A confirmation's proposals: the wanted runs, one after the other, each a searched trial with a seed of its own.
+"""The proposals of a confirmation: one run after the other, each a trial of the search with a new training seed.
 
-Owns a run's settings and, with ``--rescore-only``, the copy of the searched trial's LoRA file.  Which runs
-are wanted is ``hpo.confirm.wanted``'s.
+Owns the settings of a run and, with ``--rescore-only``, the copy of the trial's LoRA file.  Does not own
+which runs are needed; see ``hpo.confirm.wanted``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def suggested_run(trial: optuna.Trial) -> dict[str, Any]:
-    """The run's parameters; of an adopted trial too that died before it had them."""
+    """The parameters of the run.  Also works for an adopted trial whose process died before they were set."""
     return {
         name: trial.suggest_int(name, distribution.low, distribution.high)
         for name, distribution in DISTRIBUTIONS.items()
@@ -33,13 +33,13 @@ def suggested_run(trial: optuna.Trial) -> dict[str, Any]:
 
 
 class ConfirmProposals(Proposals):
-    """Every wanted run that has no result yet."""
+    """All needed runs that have no result yet."""
 
     noun = "run"
 
     def __init__(self, study: optuna.Study, bench: Workbench, confirmation: Confirmation) -> None:
         self.study, self.bench, self.asked = study, bench, confirmation
-        self._failed: dict[Wanted, str] = {}  # in this call; the next one tries again
+        self._failed: dict[Wanted, str] = {}  # failures of this call; the next call retries them
 
     @property
     def total(self) -> int:
@@ -65,12 +65,12 @@ class ConfirmProposals(Proposals):
     # One run
 
     def config(self, suggested: Mapping[str, Any], number: int) -> TrainConfig:
-        """The searched trial's settings, with this run's seed and name; a saved LoRA file keeps its own."""
+        """The settings of the searched trial with the seed and name of this run.  Rescoring keeps seed and name."""
         run = run_of(suggested)
         params = self.asked.source.trial(run.of).params
         values = (read_json(params) or {}).get("train")
         if values is None:
-            raise MachineError(f"{params} is missing or damaged", "restore it, or confirm fewer trials")
+            raise MachineError(f"{params} is missing or damaged", "restore the file, or confirm fewer trials")
         config = TrainConfig(**values).with_values(
             {
                 "pretrained_model_name_or_path": self.bench.base_spec,
@@ -90,7 +90,8 @@ class ConfirmProposals(Proposals):
         return {ROLE: BASELINE if run_of(suggested).of == self.asked.trial0 else CONFIRMS}
 
     def prepare(self, suggested: Mapping[str, Any], folder: TrialFolder) -> None:
-        """For rescoring: the searched trial's file, unchanged since it was scored there."""
+        """For rescoring: copy the LoRA file of the searched trial and check that it has not
+        changed since the search."""
         if self.asked.how != RESCORED or folder.lora.is_file():
             return
         searched_trial = self.asked.source.trial(run_of(suggested).of)
@@ -104,7 +105,7 @@ class ConfirmProposals(Proposals):
             folder.lora.unlink()
             raise ModelFileError(
                 f"{searched_trial.lora} has changed since the search scored it",
-                "restore it, or leave out --rescore-only to train the trial again",
+                "restore the file, or run without --rescore-only to train the trial again",
             )
 
     def after(self, suggested: Mapping[str, Any], result: Result) -> None:
@@ -114,12 +115,12 @@ class ConfirmProposals(Proposals):
     # The end
 
     def ended(self) -> str:
-        """Raises MachineError if some of the runs failed, or are in other hands."""
+        """Raises MachineError if a run failed or is being processed by another process."""
         missing = [w for w in self.asked.wanted if w not in done_runs(self.bench.folder)]
         if missing:
-            why = self._failed.get(missing[0], "another process works on it")
+            why = self._failed.get(missing[0], "another process is working on it")
             raise MachineError(
                 f"{len(missing)} of {len(self.asked.wanted)} runs are missing, first trial {missing[0].of}: {why}",
-                "the same command tries again",
+                "run the same command again to retry",
             )
-        return "every run is there"
+        return "all runs are complete"

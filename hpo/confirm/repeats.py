@@ -1,6 +1,6 @@
-"""What the finished runs of a confirmation measured, configuration by configuration, and what that comes to.
+"""Collects the results of the finished confirmation runs by configuration and passes them to the decision.
 
-Owns the reading of results and metrics; the rule that decides is ``hpo.confirm.outcome``'s.
+Owns reading results and metrics.  Does not own the decision rule; see ``hpo.confirm.outcome``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def confirmed(searched_study: optuna.Study, runs: ConfirmProposals) -> Confirmed:
-    """What all complete runs of the wanted trials say.  Raises DataError if none of them has a score."""
+    """The outcome of all complete runs of the confirmed trials.  Raises DataError if none of them has a score."""
     asked = runs.asked
     scored = [
         float(score_of(t) or 0.0)
@@ -34,8 +34,8 @@ def confirmed(searched_study: optuna.Study, runs: ConfirmProposals) -> Confirmed
     found = decide(candidates, asked.trial0, asked.how, scored, own_se)
     if found is None:
         raise DataError(
-            f"none of the trials {', '.join(map(str, asked.chosen))} has a score when confirmed",
-            f"see the runs: hpo status {runs.bench.folder.words}",
+            f"none of the trials {', '.join(map(str, asked.chosen))} got a score in the confirmation",
+            f"show the runs with: hpo status {runs.bench.folder.words}",
         )
     return found
 
@@ -64,7 +64,7 @@ def _candidate(searched_trial: FrozenTrial, runs: ConfirmProposals) -> ConfirmCa
 
 
 def _repeat(trial: FrozenTrial, runs: ConfirmProposals) -> Repeat:
-    """One scored run; a rescored one cost what its training in the search did."""
+    """One scored run.  The cost of a rescored run is that of its training in the search."""
     from evaluation.score import by_draw, read_score
 
     run, own = run_of(trial.params), runs.bench.folder.trial(trial.number)

@@ -1,12 +1,13 @@
-"""``hpo confirm``: the best few trials once more, with fresh seeds, on the held-out confirmation set.
+"""``hpo confirm``: retrains the best trials with new seeds and scores them on the held-out confirmation prompts.
 
-Owns the study ``NAME__confirm`` beside the search's own folder, and the order of things.  Does not own which
-runs are wanted (``hpo.confirm.wanted``), what a run is (``hpo.confirm.proposals``), its work
-(``hpo.search``), the decision (``hpo.confirm.outcome``) or its words (``hpo.confirm.view``).
+Owns the study ``NAME__confirm``, which is stored next to the search's folder, and the order of the steps.
+Does not own which runs are needed (see ``hpo.confirm.wanted``), the settings of a run (see
+``hpo.confirm.proposals``), training and scoring (see ``hpo.search``), the decision (see
+``hpo.confirm.outcome``) or the output texts (see ``hpo.confirm.view``).
 
-A run is an ordinary trial of an ordinary Optuna study, so that it is resumed, shown and locked like one; its
-parameters are the searched trial it repeats and its training seed.  No score of the search enters that study.
-``--rescore-only`` scores the saved LoRA files instead, in ``NAME__rescore``.
+A run is a normal trial of a normal Optuna study, so it is resumed, shown and locked like any other.  Its
+parameters are the number of the repeated trial and the training seed.  No score of the search is used in that
+study.  ``--rescore-only`` scores the saved LoRA files without training, in ``NAME__rescore``.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 
 def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) -> Confirmed | None:
-    """Confirm to the end.  None if the user did not want to after seeing the cost.  Raises ToolError."""
+    """Run the whole confirmation.  Returns None if the user declined after seeing the cost.  Raises ToolError."""
     source = source_of(request)
     how = RESCORED if request.rescore_only else RETRAINED
     with database_errors(source):
@@ -75,15 +76,18 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
 
 
 def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -> Workbench:
-    """The search's workbench, unchanged but for the prompts and the folder.  Says what differs, and refuses."""
+    """The workbench of the search with the confirmation prompts and the target's folder.
+
+    Raises ConfigError if anything else differs from the search, and names the differences.
+    """
     from hpo.search import workbench
     from trainer.data import cache
 
     definition = read_json(source.facts) or {}
     if "sections" not in definition or "inputs" not in definition:
         raise MachineError(
-            f"{source.facts} does not say how the study was begun (an older version wrote it, or it is damaged)",
-            "give the study's hpo search command once more: a finished study only writes this file anew",
+            f"{source.facts} has no study definition (it is damaged, or was written by an older version)",
+            "run the study's hpo search command again; for a finished study this only rewrites the file",
         )
     words: dict[str, Any] = {
         key: value if key in ("base", "clip", "trigger", "class_word", "device") else Path(value)
@@ -113,7 +117,7 @@ def _confirm(
     view: report.PlainView,
     console: Console,
 ) -> Confirmed:
-    """The part that reads models and writes files."""
+    """The part that loads models and writes files."""
     bench = load(asked.source, use.folder, view.say)
     study = opened(bench, use, beside={"confirms": asked.source.name})
     with use.folder.study_lock().held():
@@ -127,7 +131,7 @@ def _confirm(
             with view:
                 Worker(study, bench, runs, view).run()
         except Interrupted as error:
-            raise Interrupted(error.message, "go on with the same command") from None
+            raise Interrupted(error.message, "run the same command again to resume") from None
     outcome = confirmed(searched_study, runs)
     facts = {
         "confirmation": use.folder.name,

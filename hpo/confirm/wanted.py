@@ -1,6 +1,6 @@
-"""Which runs a confirmation wants: trial 0 and the best few, each with its fresh seeds; and what they will cost.
+"""Which runs a confirmation needs: trial 0 and the best trials, each with new training seeds; and their cost.
 
-Owns the request, the choice and the names; running them is ``hpo.confirm.run``'s.
+Owns the request, the choice of trials and the study names.  Does not run anything; see ``hpo.confirm.run``.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
     from evaluation.prompts import PromptSet
 
 SUFFIX = {RETRAINED: "__confirm", RESCORED: "__rescore"}
-OF, TRAIN_SEED = "of", "train_seed"  # a run's parameters
+OF, TRAIN_SEED = "of", "train_seed"  # the parameters of a run
 DISTRIBUTIONS = {
     OF: optuna.distributions.IntDistribution(0, 999_999),
     TRAIN_SEED: optuna.distributions.IntDistribution(0, 2**31 - 1),
 }
-CONFIRMS = "confirms"  # role of a run of any trial but trial 0
-STREAM = 1  # of training seeds: none of them is the search's
+CONFIRMS = "confirms"  # role of the runs of all trials except trial 0
+STREAM = 1  # random stream of the training seeds, so that none equals a seed of the search
 
 
 @dataclass(frozen=True)
 class ConfirmRequest:
-    """The words of ``hpo confirm``."""
+    """The command-line arguments of ``hpo confirm``."""
 
     name: str | None
     top: int = 3
@@ -58,7 +58,7 @@ class ConfirmRequest:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One run that is asked for: a searched trial, and the seed it is trained with."""
+    """One needed run: the number of a searched trial and a training seed."""
 
     of: int
     train_seed: int
@@ -70,42 +70,42 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What one call confirms: the runs that are wanted of a study's trials, and how a run is made."""
+    """What one call confirms: the study, the chosen trials, the needed runs, and whether to retrain or rescore."""
 
     source: StudyFolder
-    chosen: Mapping[int, FrozenTrial]  # of the search, by number
+    chosen: Mapping[int, FrozenTrial]  # trials of the search, by number
     wanted: tuple[Wanted, ...]
     how: str
 
     @property
     def target(self) -> StudyFolder:
-        """The study that the runs are trials of."""
+        """The study that holds the runs as trials."""
         return StudyFolder(self.source.root.with_name(self.source.name + SUFFIX[self.how]))
 
     @property
     def trial0(self) -> int | None:
-        """The usual settings' trial, if it is among them."""
+        """The number of the trial with the default settings, if it is among the chosen ones."""
         return next((n for n, t in self.chosen.items() if t.user_attrs.get(ROLE) == BASELINE), None)
 
 
 def run_of(params: Mapping[str, Any]) -> Wanted:
-    """The run that a trial with these parameters is; one that nobody wants if it has none yet."""
+    """The run of a trial with these parameters.  Without parameters: a run that matches no needed one."""
     return Wanted(params.get(OF, -1), params.get(TRAIN_SEED, -1))
 
 
 def searched(name: str) -> str | None:
-    """The study that a study of this name confirms; None if it is a search's own."""
+    """The name of the study that a study of this name confirms, or None if it is not a confirmation."""
     return next((name.removesuffix(end) for end in SUFFIX.values() if name.endswith(end)), None)
 
 
 def fresh_seed(study_seed: int, repeat: int) -> int:
-    """Training seed of the n-th repeat, the same for every configuration: repeats are paired."""
+    """Training seed of the n-th repeat.  It is the same for all configurations, so repeats are paired."""
     state = np.random.SeedSequence([study_seed, STREAM, repeat]).generate_state(1)[0]
     return int(state) & 0x7FFFFFFF
 
 
 def source_of(request: ConfirmRequest) -> StudyFolder:
-    """The searched study: the named one or the one that changed last, whichever of its folders that is."""
+    """The searched study: the named one, else the most recent one.  A confirmation's name leads to its search."""
     found = find_folder(request.name, request.runs)
     name = searched(found.name)
     return found if name is None else find_folder(name, request.runs)
@@ -114,7 +114,7 @@ def source_of(request: ConfirmRequest) -> StudyFolder:
 def chosen_trials(
     study: optuna.Study, source: StudyFolder, request: ConfirmRequest
 ) -> tuple[list[FrozenTrial], list[str]]:
-    """Trial 0 and the best few others, and what is to be said about the choice."""
+    """Trial 0 and the best other trials, and notes for the user about the choice."""
     done = [
         t
         for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -124,34 +124,34 @@ def chosen_trials(
     ranked = sorted((t for t in done if t is not zero), key=rank, reverse=True)
     if not ranked:
         raise ConfigError(
-            f"study {source.name} has no scored trial but trial 0",
-            f"go on with it first: hpo status {source.words}",
+            f"study {source.name} has no scored trial other than trial 0",
+            f"continue the search first; for its state: hpo status {source.words}",
         )
     chosen, notes = ([zero] if zero else []) + ranked[: request.top], []
     if zero is None:
         trouble = standing(study, 0).baseline_trouble or "it has not run"
-        notes.append(f"trial 0, the usual settings, has no score to be confirmed: {trouble}")
+        notes.append(f"trial 0 (the default settings) has no score and cannot be confirmed: {trouble}")
     if left := standing(study, study.user_attrs.get(TOTAL, 0)).left:
-        notes.append(f"the search is not over: {left} of its trials are still to come")
+        notes.append(f"the search is not finished: {left} trials are left")
     if request.rescore_only:
         kept = [t for t in chosen if source.trial(t.number).lora.is_file()]
         gone = ", ".join(str(t.number) for t in chosen if t not in kept)
         if not [t for t in kept if t is not zero]:
             raise DataError(
-                f"no LoRA file is left of trials {gone} (--keep-best deletes those of all but the best)",
-                f"leave out --rescore-only to train them again: hpo confirm {source.words}",
+                f"the LoRA files of trials {gone} are missing (--keep-best deletes all but the best)",
+                f"run without --rescore-only to train them again: hpo confirm {source.words}",
             )
         if gone:
             notes.append(
-                f"warning: the LoRA files of trials {gone} are missing (--keep-best deletes those of all but the "
-                f"best), so they are not scored; to train them again leave out --rescore-only"
+                f"warning: the LoRA files of trials {gone} are missing (--keep-best deletes all but the best), "
+                f"so these trials are skipped; run without --rescore-only to train them again"
             )
         chosen = kept
     return chosen, notes
 
 
 def wanted_runs(chosen: list[FrozenTrial], study: optuna.Study, request: ConfirmRequest) -> list[Wanted]:
-    """Every run, repeat by repeat: an interrupted confirmation has compared what it has."""
+    """All runs, ordered by repeat, so that an interrupted confirmation has comparable runs of all trials."""
     seed = int(study.user_attrs.get(IDENTITY, {}).get("seed", 0))
     if request.rescore_only:
         return [Wanted(t.number, seed) for t in chosen]
@@ -161,19 +161,19 @@ def wanted_runs(chosen: list[FrozenTrial], study: optuna.Study, request: Confirm
 def confirmation_prompts(
     source: StudyFolder, count_tokens: Callable[[str], int] = lambda text: 0
 ) -> PromptSet:
-    """The study's confirmation set."""
+    """The confirmation prompts of the study."""
     from hpo.study import read
 
     if not source.confirmation.is_file():
         raise ConfigError(
             f"study {source.name} has no confirmation set",
-            f"write prompts that the search did not use to {source.confirmation} (form: docs/evaluation.md)",
+            f"write prompts that the search did not use to {source.confirmation} (format: docs/evaluation.md)",
         )
     return read(source.confirmation, count_tokens)
 
 
 def cost_line(asked: Confirmation) -> str:
-    """What is still to be done and how long it takes, by the times that the search took."""
+    """The remaining work and its expected duration, based on the times measured in the search."""
     images = confirmation_prompts(asked.source).image_count
     done = done_runs(asked.target)
     pending = [w for w in asked.wanted if w not in done]
@@ -187,11 +187,11 @@ def cost_line(asked: Confirmation) -> str:
         seconds += each * images + (result["train_seconds"] if asked.how == RETRAINED else 0.0)
     if known and pending and not asked.target.anchors.is_file():
         seconds += each * images
-    about = f"about {seconds / 60:.1f} minutes by the search's times" if known else "time unknown"
+    about = f"about {seconds / 60:.1f} minutes, based on the search" if known else "time unknown"
     retrained = asked.how == RETRAINED
-    what = "trainings with fresh seeds, each with" if retrained else "saved LoRA files, each with"
+    what = "trainings with new seeds, each with" if retrained else "saved LoRA files, each with"
     numbers = ", ".join(map(str, asked.chosen))
-    return f"cost: {len(pending)} {what} {images} images of the confirmation set: {about} (trials {numbers})"
+    return f"cost: {len(pending)} {what} {images} confirmation images: {about} (trials {numbers})"
 
 
 def done_runs(target: StudyFolder) -> set[Wanted]:

@@ -1,7 +1,7 @@
-"""Judging finished runs: every checkpoint scored, one chosen; two runs compared on the same prompts.
+"""Evaluates finished runs: scores all checkpoints and chooses one; compares two runs on the same prompts.
 
-Owns by which standard a run is judged, its files, ``evaluation.json`` and the mark on the best checkpoint.
-Scores are ``evaluation.score``'s, the choice ``evaluation.choice``'s.
+Owns which definition a run is scored with, the files of a run, ``evaluation.json`` and the marked copy of the
+best checkpoint.  Does not own scores (see ``evaluation.score``) or the choice (see ``evaluation.choice``).
 """
 
 import lazy_loader

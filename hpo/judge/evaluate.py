@@ -1,8 +1,8 @@
-"""``hpo evaluate``: every saved checkpoint of a run scored, one chosen, confirmed and marked.
+"""``hpo evaluate``: scores all saved checkpoints of a run, chooses one, confirms the choice and marks the file.
 
-Owns the order of things, evaluation.json and best.safetensors.  Which checkpoint is chosen is
-``evaluation.choice.checkpoints``', how it is scored ``hpo.judge.judge``'s, what the terminal shows
-``hpo.judge.view``'s. The same command goes on with a call that was stopped or killed: what is drawn is kept.
+Owns the order of the steps, evaluation.json and best.safetensors.  Does not own the choice (see
+``evaluation.choice.checkpoints``), scoring (see ``hpo.judge.judge``) or the terminal output (see
+``hpo.judge.view``).  After an interruption or a kill, the same command resumes; finished images are kept.
 
     name.run/evaluation/evaluation.json, curve.png
     name.run/evaluation/<checkpoint>/search/, …/confirmation/     images and metrics
@@ -38,12 +38,14 @@ SEARCH, CONFIRMATION = "search", "confirmation"
 
 
 def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = None) -> Path:
-    """Score, choose, confirm, mark; returns the chosen file.  ``study``: by whose definition.  Raises
-    ToolError, Interrupted if stopped."""
+    """Score, choose, confirm and mark; returns the chosen file.
+
+    ``study``: the study whose definition is used (``--study``).  Raises ToolError, or Interrupted if stopped.
+    """
     view = JudgeView(console)
     run = find_run(path)
     _check_mark(run)
-    from hpo.judge import judge as judges  # loads torch: after everything that can be checked without it
+    from hpo.judge import judge as judges  # loads torch, so all checks that do not need it come first
 
     judge = judges.load(run, inputs, view.say, named=study)
     damaged = _unfit(run, judge)
@@ -56,7 +58,7 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
         if not run.trial:
             _mark(run, chosen, outcome)
             view.say(f"best: {run.mark} is a copy of {chosen.path.name}")
-        view.say(f"figures: {run.evaluation / 'evaluation.json'}, {run.evaluation / 'curve.png'}")
+        view.say(f"results: {run.evaluation / 'evaluation.json'}, {run.evaluation / 'curve.png'}")
     return chosen.path
 
 
@@ -81,18 +83,22 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: Judge
     if judge.confirmation is None or len(tested) < 2:
         word = "unconfirmed" if len(tested) > 1 else "only"
         return Evaluated(points, choice, verdict, tested, (), None, choice.chosen, word)
-    view.say(f"confirming {len(tested)} of them on {judge.confirmation.image_count} other images each")
+    view.say(
+        f"confirming {len(tested)} of them with {judge.confirmation.image_count} images each for new prompts"
+    )
     later = judge.on(judge.confirmation)
     fresh = _anchors(later, run, view)
     retested = [_point(run, run.checkpoints[n], later, CONFIRMATION, view) for n in tested]
-    judge.evaluator = replace(judge.evaluator, sampling=later.evaluator.sampling)  # as the memory allowed it
+    judge.evaluator = replace(
+        judge.evaluator, sampling=later.evaluator.sampling
+    )  # keeps a reduced batch size
     rechoice = checkpoints.choose(retested, fresh)
     final, word = checkpoints.confirmed(choice, tested, rechoice)
     return Evaluated(points, choice, verdict, tested, retested, rechoice, final, word)
 
 
 def _unfit(run: RunFiles, judge: Judge) -> dict[str, str]:
-    """Checkpoints that cannot be put into the base: name → why.  If none can, its error is the user's."""
+    """Checkpoints that cannot be applied to the base: name → reason.  If none can, raises the last one's error."""
     found: dict[str, ModelFileError] = {}
     for checkpoint in run.checkpoints:
         try:
@@ -121,7 +127,7 @@ def _unscored(checkpoint: Checkpoint, reason: str, cause: str = "") -> Checkpoin
 def _point(
     run: RunFiles, checkpoint: Checkpoint, judge: Judge, name: str, view: JudgeView
 ) -> CheckpointPoint:
-    """A checkpoint on the judge's prompts, which are kept under a name."""
+    """Score a checkpoint on the prompts of ``judge``.  ``name``: the folder for images and metrics."""
     from evaluation.choice import SPOILED, UNCHANGED, CheckpointPoint
     from evaluation.images import Unchanged
 
@@ -133,10 +139,12 @@ def _point(
     except InvalidImages as error:
         point = _unscored(checkpoint, error.message, SPOILED)
     except Unchanged:
-        point = _unscored(checkpoint, "it changes nothing: its images are the untrained base's", UNCHANGED)
+        point = _unscored(
+            checkpoint, "it has no effect: its images equal those of the untrained base", UNCHANGED
+        )
     else:
         safety = score.safety
-        if safety and safety.broken:  # copied or collapsed pictures are no result, however they score
+        if safety and safety.broken:  # copied or collapsed images are unusable, whatever their score
             point = _unscored(checkpoint, "; ".join(map(safety.says, safety.broken)), SPOILED)
         else:
             point = CheckpointPoint(checkpoint.name, checkpoint.epoch, checkpoint.step, score)
@@ -147,7 +155,7 @@ def _point(
 
 @contextlib.contextmanager
 def drawing_alone(run: RunFiles) -> Iterator[None]:
-    """No second process draws into the same folder; what a killed one left half-made goes."""
+    """Lock the evaluation folder against other processes and delete incomplete files of a killed one."""
     with alone(run.evaluation / "lock", f"evaluates {run.name}"):
         sweep_tree(run.evaluation)
         yield
@@ -157,16 +165,16 @@ def drawing_alone(run: RunFiles) -> Iterator[None]:
 
 
 def _check_mark(run: RunFiles) -> None:
-    """Never replace a file of the user's; said before anything is drawn."""
+    """Raise ConfigError before any work if best.safetensors exists and was not written by this tool."""
     if not run.trial and run.mark.exists() and not is_mark(run.mark):
         raise ConfigError(
-            f"{run.mark} is not a mark of this tool, so it is not replaced",
-            "rename that file, or move it away",
+            f"{run.mark} was not written by hpo evaluate, so it is not replaced",
+            "rename or move that file",
         )
 
 
 def _mark(run: RunFiles, chosen: Checkpoint, outcome: Evaluated) -> None:
-    """A copy of the chosen file under the name best.safetensors, its source in the metadata."""
+    """Copy the chosen file to best.safetensors and record its source in the metadata."""
     point = outcome.points[outcome.final]
     assert point.score is not None
     source = sha256_file(chosen.path)
@@ -252,5 +260,5 @@ def _figures(score: Score | None) -> dict[str, Any]:
 
 
 def beside_values(score: Score) -> list[dict[str, Any]]:
-    """Other models' figures, without those of each image."""
+    """The extra metrics of other models, without the values of single images."""
     return [{"measure": f.measure, "model": f.model, "sha256": f.sha, "value": f.value} for f in score.beside]

@@ -1,8 +1,8 @@
-"""Judge: what scores the LoRAs of a run – base, prompts, references, scorer – loaded once for all of them.
+"""Judge: base, prompts, references and scorer, loaded once to score all LoRAs of a run.
 
-Owns the order of loading (cheap checks first), and that what is drawn is kept and not drawn
-again.  Which study, images and prompts judge a run is ``hpo.judge.standard``'s.  Does not choose
-between scores (``evaluation.choice.checkpoints``, ``evaluation.choice.compare``).
+Owns the order of loading (cheap checks first) and the reuse of images from earlier calls.  Does not
+own which study, images and prompts are used (see ``hpo.judge.standard``) or the comparison of scores
+(see ``evaluation.choice.checkpoints`` and ``evaluation.choice.compare``).
 
     EVALUATION/base/<hash>/            the untrained base on one prompt set: samples/, anchors.json
     EVALUATION/<checkpoint>/<set>/     one LoRA on one prompt set: samples/, grid.png, metrics.json, lora.json
@@ -54,13 +54,15 @@ from trainer.files import make_folder, sha256_file, write_atomic
 if TYPE_CHECKING:
     from hpo.study import Say
 
-LORA_NAME = "lora.json"  # which LoRA the figures beside it are of, and by which limits, copies and gauges
+LORA_NAME = (
+    "lora.json"  # the LoRA that was scored, and a hash of the limits, training images and extra metrics
+)
 T = TypeVar("T")
 
 
 @dataclass
 class Judge:
-    """Everything that every LoRA of a run is scored with.  ``name``: the run's."""
+    """Everything needed to score the LoRAs of a run.  ``name``: name of the run."""
 
     name: str
     data: Dataset
@@ -76,7 +78,7 @@ class Judge:
 
     @property
     def watch(self) -> str:
-        """Hash of what is told beside the score: limits, the images that may not be repeated, other models."""
+        """Hash of what is reported next to the score: limits, training images (copy check) and extra metrics."""
         parts = (
             asdict(self.safeguards.limits),
             sorted({item.sha256 for item in subject_items(self.data)}),
@@ -86,11 +88,11 @@ class Judge:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def on(self, prompts: PromptSet) -> Judge:
-        """The same on other prompts.  Their anchors are still to be measured."""
+        """The same judge for other prompts.  Their anchors must still be measured."""
         return replace(self, evaluator=self.evaluator.on(prompts))
 
     def measure_anchors(self, evaluation: Path, on_image: OnImages | None = None) -> Anchors:
-        """The untrained base on the prompts; measured once, then read."""
+        """The anchors of the untrained base on the prompts.  Measured once, then read from disk."""
         folder = self._base_folder(evaluation)
         make_folder(folder)
         anchors = self._within_memory(lambda: make_anchors(self.evaluator, folder, on_image))
@@ -98,13 +100,13 @@ class Judge:
         return anchors
 
     def untrained_images(self, evaluation: Path) -> list[SampledImage]:
-        """The pictures that the anchors were measured on: the class word instead of the trigger."""
+        """The images that the anchors were measured on, with the class word instead of the trigger."""
         return self._draw(self._base_folder(evaluation), self.evaluator.base.identity, as_class=True)
 
     def score(self, lora: Path, folder: Path, on_image: OnImages | None = None) -> Score:
-        """The score of a LoRA file: from ``folder`` if it is there, else drawn, from where it was left.
+        """The score of a LoRA file, read from ``folder`` if stored there.  Otherwise generates the missing images.
 
-        Under other limits, training images or gauges than before it is measured anew on the pictures that are there.
+        If limits, training images or extra metrics have changed, the stored images are measured again.
         """
         found = self._stored(lora, folder)
         if found is not None:
@@ -119,21 +121,21 @@ class Judge:
         return result
 
     def images(self, lora: Path, folder: Path) -> list[SampledImage]:
-        """The pictures behind a score that ``score`` returned."""
+        """The images of a score that ``score`` returned."""
         with self._applied(lora) as identity:
             return self._draw(folder, identity)
 
     def check(self, lora: Path) -> None:
-        """Raise ModelFileError unless a file can be put into the base."""
+        """Raise ModelFileError if the file cannot be applied to the base."""
         lorafile.attach(self.evaluator.base, lorafile.read(lora)).remove()
 
     def free(self) -> None:
-        """Give the base's memory back.  The judge is unusable after."""
+        """Free the memory of the base.  The judge cannot be used afterwards."""
         self.evaluator.base.free()
 
     @contextmanager
     def _applied(self, lora: Path) -> Iterator[str]:
-        """With the LoRA in the base; yields what names the two."""
+        """Context with the LoRA applied to the base.  Yields an identity string of both."""
         base = self.evaluator.base
         adapter = lorafile.attach(base, lorafile.read(lora))
         try:
@@ -142,7 +144,7 @@ class Judge:
             adapter.remove()
 
     def _draw(self, folder: Path, identity: str, *, as_class: bool = False) -> list[SampledImage]:
-        """The prompts' pictures, from the base as it stands; those that are there already are read."""
+        """The images for the prompts, generated with the base in its current state.  Stored images are read."""
         by = self.evaluator
         samples = folder / SAMPLES_NAME
         return sample(by.base, by.prompts, by.sampling, samples, identity=identity, as_class=as_class)
@@ -152,7 +154,7 @@ class Judge:
         return evaluation / "base" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _stored(self, lora: Path, folder: Path) -> Score | None:
-        """A finished score of this very file on this scale, with the same told beside it."""
+        """The stored score of this file, or None if file, anchors, formula, limits or extra metrics differ."""
         note = read_json(folder / LORA_NAME)
         if note is None or note.get("sha256") != sha256_file(lora) or note.get("watch") != self.watch:
             return None
@@ -164,7 +166,7 @@ class Judge:
         return found if found.anchors_key == by.scale.key and found.formula == by.formula else None
 
     def _within_memory(self, work: Callable[[], T]) -> T:
-        """``work``, with half as many images at once as long as the memory does not suffice."""
+        """The result of ``work``; halves the number of images per batch each time memory runs out."""
         while True:
             try:
                 return work()
@@ -174,7 +176,7 @@ class Judge:
                 if size < 1:
                     raise
                 self.evaluator = replace(self.evaluator, sampling=replace(sampling, batch_size=size))
-                self.say(f"out of memory: drawing {size} images at once from here on")
+                self.say(f"out of memory: reduced to {size} images per batch")
                 if self.evaluator.base.device.type == "cuda":
                     torch.cuda.empty_cache()
 
@@ -182,10 +184,10 @@ class Judge:
 def load(
     run: RunFiles, inputs: Inputs, say: Say, *, named: str | None = None, like: Judge | None = None
 ) -> Judge:
-    """Read and check everything that judges a run; nothing is written.
+    """Load and check everything needed to score a run.  Writes nothing.
 
-    ``named``: --study.  ``like``: take prompts, references, encoders and limits from another run's judge, so
-    that two bases are compared on the same.
+    ``named``: the value of ``--study``.  ``like``: judge of another run, whose prompts, references, encoders
+    and limits are used, so that two bases can be compared.
     """
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -221,21 +223,21 @@ def load(
         _check_readable(base, confirmation or like.evaluator.prompts)
         for words in standards.other_words(data, like.evaluator.prompts):
             say(
-                f"warning: {run.name} was trained with {words} of {like.name}: it may not know what it is asked for"
+                f"warning: {run.name} was trained with {words} (from {like.name}); the LoRA may not respond to it"
             )
         evaluator = on_another_base(like.evaluator, base, sampling, data, paths)
     return Judge(run.name, data, evaluator, confirmation, tuple(paths), say)
 
 
 def _say_changes(run: RunFiles, base: Base, data: Dataset, say: Say) -> None:
-    """What is other than in the training."""
+    """Warn if base or training images differ from those of the training."""
     metadata = run.metadata()
     if metadata.get("lora_hpo_base", base.identity) != base.identity:
-        say(f"warning: {run.name} was trained on another base than {base.name}")
+        say(f"warning: {run.name} was trained on a different base than {base.name}")
     if metadata.get(DATASET_KEY, data.content_hash) != data.content_hash:
         say(
-            f"warning: {data.root} has other images or captions than {run.name} was trained on: "
-            "whether it has seen the references is not known"
+            f"warning: {data.root} has different images or captions than {run.name} was trained on; "
+            "the references may have been used in training"
         )
 
 
@@ -244,6 +246,6 @@ def _check_readable(base: Base, prompts: PromptSet) -> None:
         tokens = base.token_count(prompt.text)
         if tokens > MAX_TOKENS:
             raise ConfigError(
-                f"{base.name} would cut the prompt {prompt.text[:40]!r}… ({tokens} of {MAX_TOKENS} tokens)",
-                "give shorter ones with --prompts",
+                f"the prompt {prompt.text[:40]!r}… is too long for {base.name} ({tokens} tokens, at most {MAX_TOKENS})",
+                "use shorter prompts (--prompts)",
             )

@@ -1,4 +1,4 @@
-"""What an evaluation came to."""
+"""The result of ``hpo evaluate``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation came to.  ``final`` and ``tested`` are indices into ``points``; ``retested`` are the
-    tested ones on the confirmation prompts."""
+    """The result of an evaluation.
+
+    ``final`` and ``tested`` are indices into ``points``.  ``retested`` are the tested checkpoints, scored
+    on the confirmation prompts.
+    """
 
     points: Sequence[CheckpointPoint]
     choice: CheckpointChoice

@@ -1,11 +1,11 @@
-"""What a RUN on the command line is: the LoRA files that one training left, in order, and its settings.
+"""The RUN argument of the command line: the LoRA files of one training, in order, and its settings.
 
-Owns finding them – of ``hpo train``, of a study's trial, of any program that names files as sd-scripts does –
-and where their evaluation is kept.  Reads headers only.
+Owns finding the files (of ``hpo train``, of a trial, or of any tool that names files as sd-scripts does) and
+the folder of their evaluation.  Reads file headers only.
 
-    OUTPUT/name-000002.safetensors     after epoch 2          OUTPUT/name.safetensors   the result
-    OUTPUT/name-step00000100.safetensors                      OUTPUT/name.run/          hpo train's own
-    OUTPUT/best.safetensors            the mark of ``hpo evaluate``: a copy that names its source
+    OUTPUT/name-000002.safetensors     after epoch 2          OUTPUT/name.safetensors   the final file
+    OUTPUT/name-step00000100.safetensors                      OUTPUT/name.run/          state of ``hpo train``
+    OUTPUT/best.safetensors            written by ``hpo evaluate``: a copy, with its source in the metadata
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from trainer.kohya import RUN_CONFIG, read_train_file
 from trainer.tensorfile import read_header
 from trainer.text import clean_text
 
-MARK_KEY = "lora_hpo_best_of"  # in best.safetensors: the name of the file it is a copy of
+MARK_KEY = "lora_hpo_best_of"  # metadata of best.safetensors: name of the file it was copied from
 MARK = "best.safetensors"
 EVALUATION = "evaluation"
 _NAME = re.compile(r"(?P<name>.+?)(?:-(?P<epoch>\d{6})|-step(?P<step>\d{8}))?\.safetensors")
-SHOWN = 8  # names in an error
+SHOWN = 8  # maximum number of names in an error message
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved file.  ``epoch`` and ``step`` are what the file or its name says; None if neither does."""
+    """One saved file.  ``epoch`` and ``step`` come from the file name or the metadata; None if unknown."""
 
     path: Path
     epoch: int | None
@@ -47,7 +47,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's files.  ``settings`` is what reads back how it was trained: a folder or a LoRA file."""
+    """The files of a run.  ``settings``: where the training settings are read from, a folder or a LoRA file."""
 
     name: str
     output: Path
@@ -57,7 +57,7 @@ class RunFiles:
 
     @property
     def evaluation(self) -> Path:
-        """Where images and figures are kept."""
+        """The folder for images and results."""
         return (self.output if self.trial else self.output / f"{self.name}.run") / EVALUATION
 
     @property
@@ -66,28 +66,28 @@ class RunFiles:
 
     @property
     def study(self) -> StudyFolder | None:
-        """The study that a trial belongs to, if its definition is there."""
+        """The study of a trial, if its study.json exists."""
         folder = StudyFolder(self.output.parent)
         return folder if self.trial and folder.facts.is_file() else None
 
     @property
     def finished(self) -> bool:
-        """Whether the run's result is there, not only what it saved along the way."""
+        """Whether the final file exists, and not only intermediate checkpoints."""
         return any(checkpoint.is_final for checkpoint in self.checkpoints)
 
     @property
     def own(self) -> bool:
-        """Whether this tool's own settings are beside the files."""
+        """Whether the settings files of this tool exist next to the LoRA files."""
         return self.settings.is_dir()
 
     def metadata(self) -> Mapping[str, str]:
-        """Of the newest file."""
+        """The metadata of the newest file."""
         return read_header(self.checkpoints[-1].path).metadata
 
     def config(self, base: str | None, data: Path | None) -> TrainConfig:
-        """The settings it was trained with; --base and --data win.  A file that says nothing: the defaults."""
+        """The training settings, overridden by ``--base`` and ``--data``.  Defaults if the file has no metadata."""
         places: dict[str, Any] = {"pretrained_model_name_or_path": base} if base else {}
-        if data is not None or not self.own:  # a file names no folder of the machine it was made on
+        if data is not None or not self.own:  # the metadata of a LoRA file contains no data folder
             places["train_data_dir"] = str(data or "")
         try:
             return read_train_file(self.settings, places=places).config
@@ -98,9 +98,9 @@ class RunFiles:
 
 
 def find_run(path: Path) -> RunFiles:
-    """The run that ``path`` names: an output folder, a trial's folder, ``OUTPUT/name``, one of its files.
+    """The run at ``path``: an output folder, a trial folder, ``OUTPUT/name`` or one of its files.
 
-    Raises ConfigError if there is none, or more than one.
+    Raises ConfigError if there is no run, or more than one.
     """
     shown = clean_text(str(path))
     try:
@@ -115,18 +115,18 @@ def find_run(path: Path) -> RunFiles:
     except OSError as error:
         raise ConfigError(f"cannot read {shown}: {error.strerror}", "check its permissions") from None
     raise ConfigError(
-        f"there is no run {shown}",
-        "give the output folder of hpo train, OUTPUT/name, a trial's folder, or a folder of LoRA files",
+        f"no run found at {shown}",
+        "give the output folder of hpo train, OUTPUT/name, a trial folder, or a folder with LoRA files",
     )
 
 
 def one_file(path: Path) -> Checkpoint | None:
-    """The checkpoint that ``path`` itself is, if it is a file."""
+    """The checkpoint at ``path`` if it is a file, else None."""
     return _checkpoint(path) if path.is_file() else None
 
 
 def is_mark(path: Path) -> bool:
-    """Whether a file is a copy that this tool marked, not somebody's own."""
+    """Whether a file is a copy that this tool wrote as best.safetensors, and not a user's file."""
     return path.is_file() and MARK_KEY in read_header(path).metadata
 
 
@@ -136,20 +136,23 @@ def _in_folder(folder: Path, shown: str) -> RunFiles:
     groups = _groups(folder)
     if (folder / "params.json").is_file():
         if not groups:
-            raise ConfigError(f"the trial in {shown} has no LoRA file", "let it finish: hpo search goes on")
+            raise ConfigError(
+                f"the trial in {shown} has no LoRA file", "let the trial finish; hpo search resumes it"
+            )
         name = next(iter(groups))
         return RunFiles(name, folder, _sorted(groups[name]), folder, trial=True)
     if len(groups) > 1:
         names = ", ".join(clean_text(name) for name in list(groups)[:SHOWN])
         raise ConfigError(
-            f"{shown} holds the LoRA files of {len(groups)} runs: {names}",
-            f"name one: {shown}/{clean_text(next(iter(groups)))}",
+            f"{shown} contains the LoRA files of {len(groups)} runs: {names}",
+            f"choose one, for example {shown}/{clean_text(next(iter(groups)))}",
         )
     if not groups:
         begun = sorted(path.stem for path in folder.glob("*.run") if (path / RUN_CONFIG).is_file())
         raise ConfigError(
-            f"{shown} holds no LoRA file" + (f": {clean_text(begun[0])} has saved none yet" if begun else ""),
-            "let the training save one" if begun else "give the output folder of hpo train",
+            f"{shown} contains no LoRA file"
+            + (f": {clean_text(begun[0])} has saved none yet" if begun else ""),
+            "wait until the training has saved one" if begun else "give the output folder of hpo train",
         )
     ((name, paths),) = groups.items()
     return _run(folder, name, paths)
@@ -163,7 +166,7 @@ def _run(folder: Path, name: str, paths: list[Path]) -> RunFiles:
 
 
 def _groups(folder: Path) -> dict[str, list[Path]]:
-    """Files by the name of their run, in alphabetical order.  Marks are nobody's checkpoints."""
+    """Files grouped by run name, in alphabetical order.  Marked copies (best.safetensors) are ignored."""
     groups: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         match = _NAME.fullmatch(path.name)
@@ -173,7 +176,7 @@ def _groups(folder: Path) -> dict[str, list[Path]]:
 
 
 def _sorted(paths: list[Path]) -> tuple[Checkpoint, ...]:
-    """In the order of training; the result is the last."""
+    """Checkpoints in training order; the final file is last."""
     found = [_checkpoint(path) for path in paths]
     by_step = all(checkpoint.step is not None for checkpoint in found)
 
@@ -189,7 +192,7 @@ def _checkpoint(path: Path) -> Checkpoint:
     named = match.groupdict() if match else {"epoch": None, "step": None}
     try:
         metadata = read_header(path).metadata
-    except ModelFileError:  # a damaged file has a place on the curve and no score
+    except ModelFileError:  # a damaged file stays in the list, but gets no score
         metadata = {}
     return Checkpoint(
         path,

@@ -1,7 +1,7 @@
-"""Standard: what a run is judged by – which study's definition, which images, references and prompts.
+"""Standard: the study definition, images, references and prompts that a run is scored with.
 
-Owns where each of them comes from, for a trial, for a run whose settings a study was carried over to, and for
-any other.  Reads files and loads no model (``hpo.judge.judge``).
+Owns where each of them comes from: for a trial, for a run with transferred settings, and for any other run.
+Reads files but loads no model; see ``hpo.judge.judge``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,19 @@ from trainer.data import Dataset, read_picture, read_training_data
 from trainer.errors import ConfigError, DataError
 from trainer.text import clean_text
 
-SWEEP_STEPS = 25  # facts A2: DPM++ 2M with 25 steps for checkpoints and comparisons, 20 in a search
-# training_comment of a transfer's settings
+SWEEP_STEPS = 25  # assumed: DPM-Solver++ (2M) with 25 steps for checkpoints and comparisons; a search uses 20
+# training_comment in settings written by hpo transfer
 _TRANSFERRED = re.compile(r"(?P<study>.+) trial \d+, mapping \S+")
 
 
 @dataclass(frozen=True)
 class Standard:
-    """``folder``: the study that the run comes from, its trial or carried over.  ``steps_apply``: [sampling]
-    steps are this run's own, not those of a search.  ``clip``: --clip as the study was given it.  ``says``:
-    where the definition is from, where that is not plain."""
+    """The study definition used for scoring.
+
+    ``folder``: the study that the run comes from (as its trial or by transfer).  ``steps_apply``: whether
+    ``[sampling] steps`` is used unchanged, instead of at least ``SWEEP_STEPS``.  ``clip``: the study's
+    ``--clip``. ``says``: a line for the user if the origin of the definition is not obvious.
+    """
 
     study: StudyConfig
     folder: StudyFolder | None
@@ -56,8 +59,10 @@ class Standard:
 
 
 def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
-    """Which prompts, encoders, formula and limits: those of --study, else of the run's own study, else those
-    that go with the base."""
+    """The definition with prompts, encoders, formula and limits.
+
+    It is taken from ``--study``, else from the run's own study, else from the default study of the base.
+    """
     spec = config.pretrained_model_name_or_path
     mini = is_miniature(spec)
     folder = run.study or _carried_over_from(run, config)
@@ -66,18 +71,23 @@ def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
         if place.facts.is_file():
             found = _stored(place)
             if found is None:
-                raise ConfigError(f"{place.facts} holds no definition", "give a study file")
-            return Standard(found, folder, mini, _clip(place), f"judged as study {place.name}")
+                raise ConfigError(f"{place.facts} has no study definition", "give a study file with --study")
+            return Standard(
+                found, folder, mini, _clip(place), f"scored with the definition of study {place.name}"
+            )
         path = find_study(named, spec)
         shown = path.stem if _is_shipped(path) else clean_text(str(path))
         return Standard(
-            read_study(path), folder, mini or not _is_shipped(path), says=f"judged as {shown} says"
+            read_study(path),
+            folder,
+            mini or not _is_shipped(path),
+            says=f"scored with the definition of {shown}",
         )
     clip = _clip(folder) if folder else None
     found = _stored(folder) if folder else None
     if folder and found:
-        says = "" if run.study else f"judged as study {folder.name}, whose settings were carried over to it"
-        return Standard(found, folder, mini, clip, says)
+        says = f"scored with the definition of study {folder.name}, because the settings were transferred from it"
+        return Standard(found, folder, mini, clip, "" if run.study else says)
     path = find_study(None, spec)
     return Standard(read_study(path), folder, mini or not _is_shipped(path), clip)
 
@@ -87,7 +97,7 @@ def _is_shipped(path: Path) -> bool:
 
 
 def _stored(folder: StudyFolder) -> StudyConfig | None:
-    """The definition in study.json."""
+    """The study definition in study.json."""
     sections = facts(folder).get("sections")
     return build_study("study", sections) if sections else None
 
@@ -98,7 +108,10 @@ def _clip(folder: StudyFolder) -> str | None:
 
 
 def _carried_over_from(run: RunFiles, config: TrainConfig) -> StudyFolder | None:
-    """The study whose ``hpo transfer`` wrote the run's settings: it trains into runs/NAME/transfer/output-FAMILY."""
+    """The study from which ``hpo transfer`` made the run's settings.
+
+    The usual output folder of such a run is runs/NAME/transfer/output-FAMILY.
+    """
     match = _TRANSFERRED.fullmatch(config.training_comment)
     if not match:
         return None
@@ -110,40 +123,42 @@ def _carried_over_from(run: RunFiles, config: TrainConfig) -> StudyFolder | None
 
 
 def facts(folder: StudyFolder) -> dict[str, Any]:
-    """study.json."""
+    """The contents of study.json."""
     found = read_json(folder.facts)
     forms = {"data": str, "references": list, "sampling": dict}
     if found is None or not all(isinstance(found.get(name), form) for name, form in forms.items()):
-        raise ConfigError(f"{folder.facts} cannot be read", "restore it, or give the LoRA's file itself")
+        raise ConfigError(f"cannot read {folder.facts}", "restore the file, or give the LoRA file itself")
     return found
 
 
 def settings(run: RunFiles, inputs: Inputs, flags: str = "") -> TrainConfig:
-    """How it was trained.  A file of another program does not say on which base and images.  ``flags``: the
-    end of the options that say it (``-b``)."""
+    """The training settings.  Files of other tools need ``--base`` and ``--data``.
+
+    ``flags``: suffix of these two options in hints (``-b`` for the second run of a comparison).
+    """
     foreign = not run.own and CONFIG_KEY not in run.metadata()
     if foreign and not inputs.base:
         raise ConfigError(
-            f"{run.settings} does not say which base model it is for",
-            f"give it with --base{flags}, for example --base{flags} sdxl",
+            f"{run.settings} does not contain its base model",
+            f"set it with --base{flags}, for example --base{flags} sdxl",
         )
     data = inputs.data
     if data is None and run.study is not None:
         data = Path(facts(run.study)["data"])
     config = run.config(inputs.base, data)
-    if foreign:  # sd-scripts' metadata does not tell how captions end, and its default is used by few
+    if foreign:  # sd-scripts' metadata has no caption_extension, and few people use its default (.caption)
         config = config.with_values({"caption_extension": TrainConfig().caption_extension})
     if not config.train_data_dir and not config.dataset_config:
         raise DataError(
-            f"it is not known on which images {run.name} was trained",
-            f"give their folder with --data{flags}: prompts are made of its captions, and none of it may judge the "
-            "LoRA",
+            f"the training images of {run.name} are unknown",
+            f"set their folder with --data{flags}; prompts are made from its captions, and its images are not used as "
+            "references",
         )
     return config
 
 
 def training_data(run: RunFiles, config: TrainConfig, inputs: Inputs, known: Standard) -> Dataset:
-    """What the run was trained on, references left out for a study's trial."""
+    """The training images of the run.  For a trial, the references of its study are removed."""
     trigger, class_word = inputs.trigger, inputs.class_word
     if known.folder is not None and known.folder.prompts.is_file() and inputs.data is None:
         chosen = promptfiles.read(known.folder.prompts)
@@ -160,7 +175,7 @@ def _study_references(folder: StudyFolder) -> list[Path]:
 
 
 def references(run: RunFiles, inputs: Inputs, data: Dataset, known: Standard) -> list[Path]:
-    """The images that judge likeness: none of them was trained on."""
+    """The reference images for likeness.  None of them may be a training image."""
     if inputs.references:
         return reference_paths(inputs.references, data)
     if run.study is not None or (known.folder is not None and not data.held_out):
@@ -168,20 +183,20 @@ def references(run: RunFiles, inputs: Inputs, data: Dataset, known: Standard) ->
         return _study_references(known.folder)
     if not data.held_out:
         raise DataError(
-            f"{run.name} was trained on all {len(data.items)} images, so its likeness cannot be claimed",
-            "give images that it has not seen with --references DIR (before training: put some into held_out/)",
+            f"{run.name} was trained on all {len(data.items)} images, so its likeness cannot be measured",
+            "give images that it was not trained on with --references DIR, or move some to held_out/ before training",
         )
     return [item.path for item in data.held_out]
 
 
 def check_unseen(run: RunFiles, paths: list[Path], data: Dataset) -> None:
-    """Raise DataError for a reference among the training images, regularisation images included."""
+    """Raise DataError if a reference is one of the training images (including regularization images)."""
     trained = {item.sha256 for item in data.items}
     for path in paths:
         if _sha(path) in trained:
             raise DataError(
-                f"{path} is trained on too, by {run.name}",
-                "references must be images that training does not see",
+                f"the reference {path} is also a training image of {run.name}",
+                "use references that were not trained on",
             )
 
 
@@ -192,7 +207,7 @@ def _sha(path: Path) -> str:
 def sets(
     run: RunFiles, inputs: Inputs, study: StudyConfig, data: Dataset, count_tokens: Callable[[str], int]
 ) -> tuple[PromptSet, PromptSet | None]:
-    """The search and the confirmation prompts: the study's own for its trials."""
+    """The search prompts and the confirmation prompts.  A trial uses those of its study."""
     if run.study is not None and inputs.prompts is None:
         later = run.study.confirmation
         return (
@@ -205,7 +220,7 @@ def sets(
 
 
 def sampling(run: RunFiles, known: Standard, config: TrainConfig, base: Base) -> SampleConfig:
-    """The study's way for its trials; else the definition's at the size it was trained at."""
+    """The sampling settings: those of the study for a trial, else those of the definition at training resolution."""
     if run.study is not None:
         fields = {f.name for f in dataclasses.fields(SampleConfig)}
         stored = facts(run.study)["sampling"]
@@ -219,13 +234,13 @@ def sampling(run: RunFiles, known: Standard, config: TrainConfig, base: Base) ->
 
 
 def other_words(data: Dataset, prompts: PromptSet) -> list[str]:
-    """How a run's trigger and class word differ from those of prompts that were made for another."""
+    """Texts on how trigger and class word of a run differ from those of another run's prompts."""
     pairs = {
         "trigger": (data.trigger, prompts.trigger),
         "class word": (data.class_word, prompts.class_word),
     }
     return [
-        f"the {what} {clean_text(own)}, and is drawn with {clean_text(drawn)}"
+        f"the {what} {clean_text(own)}, but the prompts use {clean_text(drawn)}"
         for what, (own, drawn) in pairs.items()
         if own and drawn and own.casefold() != drawn.casefold()
     ]

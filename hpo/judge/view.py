@@ -1,6 +1,6 @@
-"""What ``hpo evaluate`` and ``hpo compare`` show: lines, bars while images are drawn, and the tables of a curve.
+"""Terminal output of ``hpo evaluate`` and ``hpo compare``: lines, progress bars and tables.
 
-Owns the words.  Decides nothing.
+Owns the output texts only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TABLE_WIDTH = 132  # characters
 
 
 class JudgeView:
-    """Lines, a bar where there is a terminal, and the table at the end."""
+    """Prints lines, a progress bar (on a terminal only) and the final table."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -36,14 +36,14 @@ class JudgeView:
         self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
 
     def on_ask(self) -> None:
-        """The user asked to stop.  Runs in a signal handler: no rich here."""
+        """Acknowledge Ctrl-C.  Runs in a signal handler, so rich cannot be used here."""
         import os
 
         os.write(2, f"{STOPPING}\n".encode())
 
     @contextlib.contextmanager
     def drawing(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar while images are drawn, and the place where Ctrl-C is heard: between two chunks."""
+        """A progress bar while images are generated.  Also checks for Ctrl-C between two chunks."""
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         with Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
@@ -54,14 +54,14 @@ class JudgeView:
                 bar.update(task, completed=done, total=total)
                 if self.should_stop() and done < total:
                     raise Interrupted(
-                        f"stopped after image {done} of {total} of {what}: they are kept",
-                        "the same command goes on",
+                        f"stopped after image {done} of {total} of {what}; finished images are kept",
+                        "run the same command again to resume",
                     )
 
             yield on_image
 
     def table(self, table: Table) -> None:
-        """Never cut: a log is no narrower than its figures."""
+        """Print a table without truncating it, also if the terminal or log is narrower than the table."""
         screen = self.console
         if screen.width < TABLE_WIDTH:
             screen = Console(
@@ -70,7 +70,7 @@ class JudgeView:
         screen.print(table)
 
     def show(self, outcome: Evaluated) -> None:
-        """The curve as a table, the verdict and the choice."""
+        """Print the checkpoints as a table, the verdict and the choice."""
         self.table(_table(outcome))
         if beside := _beside_table(outcome.points):
             self.table(beside)
@@ -106,12 +106,12 @@ def _table(outcome: Evaluated) -> Table:
 
 
 def _beside_table(points: Sequence[CheckpointPoint]) -> Table | None:
-    """Other models' raw figures, a column each; none of them is part of the score."""
+    """Table of the raw extra metrics, one column each.  They are not part of the score."""
     scored = [(point.name, point.score.beside) for point in points if point.score and point.score.beside]
     if not scored:
         return None
     table = Table(box=None, padding=(0, 2), show_edge=False)
-    table.add_column("beside the score, raw", no_wrap=True)
+    table.add_column("extra metrics, raw", no_wrap=True)
     for figure in scored[0][1]:
         table.add_column(Text(f"{clean_text(figure.measure)}\n{clean_text(figure.model)}"), justify="right")
     for name, figures in scored:
@@ -136,7 +136,7 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
     if outcome.word == "only":
         return [f"chosen: {final}"]
     if outcome.rechoice is None:
-        return [f"chosen: {final}, not confirmed: there are no confirmation prompts without a class word"]
+        return [f"chosen: {final}, not confirmed: confirmation prompts need a class word"]
     lines = []
     for place, (number, point) in enumerate(zip(outcome.tested, outcome.retested, strict=True)):
         before, lead = outcome.points[number].score, outcome.rechoice.lead[place]
@@ -145,9 +145,9 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
         assert before is not None
         lines.append(f"confirmation: {point.name} {before.value:.3f} → {after}{behind}")
     if outcome.word == "confirmed":
-        lines.append(f"chosen: {final}, and the confirmation prompts choose the same")
+        lines.append(f"chosen: {final}, also with the confirmation prompts")
     else:
-        lines.append(f"chosen: {final}; the first prompts chose {first}, the confirmation prompts this one")
+        lines.append(f"chosen: {final} with the confirmation prompts; the search prompts had chosen {first}")
     return lines
 
 

@@ -8,7 +8,7 @@ the images (``hpo.search.workbench``, ``hpo.judge.standard``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -26,7 +26,7 @@ from evaluation.encoders import (
 from evaluation.gauges import others
 from evaluation.images import SampleConfig
 from evaluation.prompts import CONFIRM_SEEDS, SEARCH_SEEDS, CountTokens, PromptSet, generate, load_prompts
-from evaluation.score import Evaluator, Formula, SafeguardLimits, Safeguards, embed_copies, scene_encoders
+from evaluation.score import Evaluator, SafeguardLimits, Safeguards, embed_copies, scene_encoders
 from hpo.study.config import Inputs, StudyConfig
 from trainer.bases import Base
 from trainer.data import IMAGE_EXTENSIONS, Dataset, Item, read_picture
@@ -76,10 +76,8 @@ def make_evaluator(
         references=embed_references(plan.references, likeness),
         scorer=scorer,
         likeness=likeness,
-        formula=Formula(**asdict(plan.study.score)),
-        safeguards=_safeguards(
-            plan.data, plan.references, scorer, likeness, SafeguardLimits(**asdict(plan.study.limits))
-        ),
+        formula=plan.study.score,
+        safeguards=_safeguards(plan.data, plan.references, scorer, likeness, plan.study.limits),
         gauges=(
             *others.usual(scorer, likeness, plan.references),
             *others.also(also, scorer, plan.references, base.device, say),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from hpo.study import Result, Standing
 
+PARTS = {"prompt_following": "following", "likeness": "likeness"}  # attribute of a trial → its column
 PLAIN_SECONDS = 10.0  # between progress lines if the output is not a terminal
 REFRESH_PER_SECOND = 4
 STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
@@ -275,10 +276,10 @@ def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> Re
     from hpo.study import is_duplicate, score_of, standing
 
     now = standing(study, 0)
-    parts = ("prompt_following", "likeness") if len(study.directions) > 1 else ()
+    parts = PARTS if len(study.directions) > 1 else {}
     table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
     for name, width in (
-        ("trial", 6), ("state", 17), ("score", 7), ("± se", 7), *((part.split("_")[-1], 9) for part in parts),
+        ("trial", 6), ("state", 17), ("score", 7), ("± se", 7), *((title, 9) for title in parts.values()),
         ("time", 7),
     ):  # fmt: skip
         table.add_column(name, min_width=width, no_wrap=True)

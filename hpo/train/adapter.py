@@ -1,7 +1,7 @@
 """Training one adapter and writing its log: what a trial and ``hpo train`` share.
 
-Owns train.jsonl and that no adapter stays in the base when something goes wrong.  The loop itself is
-``trainer.loop.loop``; what becomes of the adapter is the caller's.
+Owns train.jsonl, and removes the adapter from the base when something goes wrong. Does not own the loop
+(``trainer.loop.loop``) or what happens to the trained adapter (the caller).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class StepLog:
-    """train.jsonl: one line an event.  Lines beyond the checkpoint that a run goes on from are taken back."""
+    """train.jsonl: one line per event. Lines after the checkpoint that a run resumes from are removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,9 +60,9 @@ def train_adapter(
 ) -> Adapter:
     """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
 
-    ``on_start`` is told how many steps are behind, before the first one of this call; ``validate_on``
-    prepares images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are ``loop.train``'s;
-    without ``log`` nothing is written down.
+    ``on_start`` gets the number of finished steps before the first step of this call; ``validate_on``
+    prepares images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are passed to
+    ``loop.train``. Without ``log`` nothing is logged.
     """
     from trainer.adapters import lorafile
     from trainer.events import Rehearsed
@@ -94,7 +94,7 @@ def train_adapter(
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there, or that nothing here was made for."""
+    """Refuse a device that does not exist or is not supported."""
     import torch
 
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):

@@ -1,7 +1,7 @@
 """``hpo train``: from the command line's words to a dry run or a run.
 
-Owns which words become which settings, and the lines on settings that have no effect together.  The run is
-``hpo.train.run``'s, the dry run's words ``hpo.train.plan``'s.
+Owns how options become settings, and the notes on settings that have no effect in combination. Does not own
+the run (``hpo.train.run``) or the text of the dry run (``hpo.train.plan``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OUTPUT = Path("output")  # where LoRA files go if neither the command nor the fi
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """The words of ``hpo train``."""
+    """The arguments of ``hpo train``."""
 
     file: Path
     dataset: Path | None = None
@@ -48,7 +48,8 @@ class TrainRequest:
 
 
 def train(request: TrainRequest, console: Console, echo: Callable[[str], None]) -> None:
-    """Do or describe the run.  Raises ToolError; of what is refused only after everything else is shown."""
+    """Run or describe the training. Raises ToolError; refused settings are reported after everything
+    else has been shown."""
     if request.dataset and request.data:
         raise ConfigError("--dataset and --data both say what is trained on", "give one of them")
     file = read_train_file(request.file, dataset=request.dataset, sets=request.sets, places=request.places)
@@ -68,7 +69,7 @@ def train(request: TrainRequest, console: Console, echo: Callable[[str], None]) 
         file.require_all()
         return
     file.require_all()
-    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: only the first one prints
         console = Console(quiet=True)
     for title, lines in (("translated", file.translated), ("without effect here", file.without_effect)):
         for line in lines:
@@ -79,12 +80,12 @@ def train(request: TrainRequest, console: Console, echo: Callable[[str], None]) 
 
 
 def _has_data(config: TrainConfig) -> bool:
-    """Whether the images can be counted: not where the dataset file asks for what is not built in."""
+    """Whether the images can be counted. They cannot if the dataset file uses an unsupported feature."""
     return not config.dataset_config or not read_dataset_file(Path(config.dataset_config)).refused
 
 
 def _check(config: TrainConfig, family: str | None) -> None:
-    """What can be known to be wrong before anything is loaded; ``family`` is None where it is not known."""
+    """Raise for everything that can be refused before anything is loaded. ``family`` is None if unknown."""
     file_stem(config.output_name)
     if config.sample_prompts:
         read_sample_prompts(Path(config.sample_prompts), config)
@@ -150,7 +151,7 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
 
 
 def idle(file: TrainFile) -> list[str]:
-    """Lines on settings that were given but wait for another one, in every folder of the dataset."""
+    """Notes on settings that were given but need another setting to have an effect, in any folder of the dataset."""
     usual = TrainConfig().as_dict()
     forms = [file.config]
     if file.config.dataset_config:

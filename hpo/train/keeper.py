@@ -1,6 +1,6 @@
-"""Keeper: what a run of ``hpo train`` saves and draws along the way.
+"""Keeper: what a run of ``hpo train`` saves and samples while it trains.
 
-save_every_n_…, save_last_n_…, sample_every_n_…  The checkpoint that a run goes on from is the loop's.
+save_every_n_…, save_last_n_…, sample_every_n_…  The checkpoint that a run resumes from belongs to the loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Keeper:
-    """Saves and draws along the way: save_every_n_…, save_last_n_…, sample_every_n_…"""
+    """Saves and samples during training: save_every_n_…, save_last_n_…, sample_every_n_…"""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Keeper:
         self.data = data
 
     def on_start(self, adapter: Adapter, step: int) -> None:
-        """Before the first step of this call; ``step`` steps are behind."""
+        """Called before the first step of this call; ``step`` steps are done."""
         if step:
             self.view_say(f"going on after step {step} of {self.steps.total_steps}")
         elif self.config.sample_at_first:
@@ -74,7 +74,7 @@ class Keeper:
             self._draw(f"{step:06d}")
 
     def write(self, path: Path, adapter: Adapter, step: int, epoch: int) -> None:
-        """The adapter as a LoRA file, with what is known of the run."""
+        """Save the adapter as a LoRA file with the run's metadata."""
         from trainer.adapters import lorafile
 
         known = dataset_metadata(self.config, self.data, Saved(step, epoch))
@@ -88,7 +88,7 @@ class Keeper:
                 path.unlink(missing_ok=True)
 
     def _draw(self, suffix: str) -> None:
-        """Samples never end a run: without memory for them they are left out, and it says so."""
+        """Sampling never ends a run: if memory is not enough for it, samples are skipped with a message."""
         if not self.prompts:
             return
         base, name = self.place.base, f"{self.folder.name}_{suffix}"

@@ -1,9 +1,9 @@
 """The out-of-memory ladder in a run of ``hpo train``: which rungs were taken, kept beside the run.
 
-Which rung comes next is ``trainer.memory.ladder``'s.  ladder.jsonl has a line for each: its name, what made
-it necessary, the settings it changes from and to, and the step after which it was taken.  What the planner
-changes before the first step is one line as well.  The same command goes on with the rungs that were taken;
-one whose setting the user has since changed to something else no longer counts, nor do those after it.
+``trainer.memory.ladder`` decides which rung comes next.  ladder.jsonl has a line for each: its name, what
+made it necessary, the settings it changes from and to, and the step after which it was taken.  What the
+planner changes before the first step is one line as well.  The same command resumes with the rungs already
+taken. A rung no longer counts once the user has changed its setting, nor do the rungs after it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from trainer.memory import Rung, encoding_rung, next_rung
 
 
 class RunLadder:
-    """The settings of a run as its rungs have left them.  ``changed``: those that a checkpoint may have been
-    made without, as the rung was taken after it."""
+    """The settings of a run after its rungs. ``changed``: settings that a checkpoint may not have yet,
+    because the rung was taken after it."""
 
     def __init__(
         self, path: Path, config: TrainConfig, say: Callable[[str], None], *, writes: bool = True
@@ -38,14 +38,14 @@ class RunLadder:
                 break
 
     def step_down(self, why: str, step: int, *, encoding: bool = False) -> Rung | None:
-        """Take the next rung, write it down and say it.  None at the bottom."""
+        """Take the next rung, record it and report it. Returns None if none is left."""
         rung = encoding_rung(self.config) if encoding else next_rung(self.config, self.tried)
         if rung is not None:
             self.take(rung, why, step)
         return rung
 
     def take(self, rung: Rung, why: str, step: int) -> None:
-        """Go on with a rung's settings from now on.  What it says may have several lines."""
+        """Continue with a rung's settings. Its message may have several lines."""
         before, after = self.config.as_dict(), rung.config.as_dict()
         changes = {name: [before[name], after[name]] for name in after if before[name] != after[name]}
         for line in rung.says.splitlines():
@@ -58,8 +58,8 @@ class RunLadder:
         self._note(changes, step)
 
     def _again(self, row: dict[str, Any]) -> bool:
-        """Take a rung of an earlier call, if its settings are still those it changed.  One that the user has
-        set by hand as the rung did needs no taking."""
+        """Take a rung of an earlier call again if its settings still have their old values. Nothing to do if
+        the user has already set the new ones."""
         changes = row.get("changes")
         if not isinstance(changes, dict) or not changes:
             return False
@@ -86,6 +86,6 @@ class RunLadder:
         self.tried = (*self.tried, name)
 
     def _note(self, changes: Iterable[str], step: Any) -> None:
-        """What changed before the first step is in every checkpoint."""
+        """Changes made before the first step are in every checkpoint."""
         if isinstance(step, int) and step > 0:
             self.changed |= frozenset(changes)

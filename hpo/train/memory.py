@@ -1,7 +1,7 @@
 """Memory of one run of ``hpo train``: the plan before it, what the dry step measured, and a warning.
 
-The prediction is ``trainer.memory.footprint``'s, the choice of a stack ``trainer.memory.stacks``'.  On a CPU
-nothing is planned, measured or claimed.
+The prediction is made by ``trainer.memory.footprint``, the settings are chosen by ``trainer.memory.stacks``.
+On a CPU nothing is planned or measured.
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ WARN_SHARE = 0.98
 WARN_OF_16_GB = 15.5 / 16
 SIXTEEN_GB = range(
     15 * 10**9, 175 * 10**8
-)  # what cards sold as 16 GB report: 16.7 to 17.2 · 10⁹, or a little less
+)  # cards sold as 16 GB report 16.7 to 17.2 · 10⁹ bytes, or a little less
 
 
 def free_bytes(device: str) -> int | None:
-    """What a run may take of a card; None on a CPU."""
+    """How many bytes of the card a run may use; None on a CPU."""
     if not device.startswith("cuda"):
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return int(min(total, free + CUDA_CONTEXT_BYTES))  # reading it has made this process's context
+    return int(min(total, free + CUDA_CONTEXT_BYTES))  # reading it has created this process's context
 
 
 def apply_plan(ladder: RunLadder, vram_bytes: int | None, step: int, say: Callable[[str], None]) -> None:
-    """Change what the planner changes to make a run fit this card, before its first step.  Each move is said;
-    they are remembered together, in one line, so that a kill never leaves half a plan.
-
-    A run that has a checkpoint keeps its settings: some of the planner's moves a checkpoint cannot follow,
-    and for a card with less free memory than before there are the dry step and the ladder.
+    """Apply the planner's changes that make a run fit this card, before its first step.  Each change is
+    reported. All are recorded in one line, so a kill never leaves half a plan. A run with a checkpoint keeps
+    its settings, since a checkpoint cannot follow some of the changes; if the card has less free memory than
+    before, the dry step and the ladder handle it.
     """
     if vram_bytes is None or step:
         return
@@ -61,7 +60,7 @@ def apply_plan(ladder: RunLadder, vram_bytes: int | None, step: int, say: Callab
 def remember(
     path: Path, config: TrainConfig, event: Rehearsed, base: Base, say: Callable[[str], None]
 ) -> None:
-    """Write memory.json: what this process took in the dry step beside what was predicted, and the whole card."""
+    """Write memory.json: the memory this process used in the dry step, the prediction, and the size of the card."""
     predicted = _predicted(config, event) if event.peak_bytes is not None else None
     record: dict[str, Any] = {
         "device": str(base.device),
@@ -89,12 +88,12 @@ def remember(
 
 
 def limit_bytes(total: int) -> int:
-    """Above this a card is as good as full."""
+    """Above this the card is practically full."""
     return int(total * (WARN_OF_16_GB if total in SIXTEEN_GB else WARN_SHARE))
 
 
 def compared(measured: int, predicted: int | None) -> str:
-    """The prediction beside the measurement, in words."""
+    """The prediction compared with the measurement, as text."""
     if predicted is None:
         return ""
     return f", predicted {predicted / 1e9:.2f} GB ({measured / predicted - 1:+.0%})"

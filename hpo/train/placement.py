@@ -1,8 +1,7 @@
-"""The base of one run of ``hpo train``: loaded for its settings, in 8 bits if asked, and which of its
-networks are on the device when.
+"""The base of one run of ``hpo train``: loaded for the run's settings, in 8 bits if asked, with each network
+on the device only when needed.
 
-After the images and captions are encoded, the VAE and the text encoders are only in the way: they wait in the
-computer's memory and come back for samples.
+After the images and captions are encoded, the VAE and the text encoders move to RAM and come back only for samples.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from trainer.oom import release
 
 
 def own_device(device: str | None, local_rank: int = 0) -> str:
-    """The device of this process: as given, else a GPU of its own, else the CPU."""
+    """The device of this process: the given one, else its own GPU, else the CPU."""
     return device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
 
 
 def load(config: TrainConfig, data: Dataset, device: str, say: Callable[[str], None]) -> Base:
-    """The base on its device; what it does not have is refused or said."""
+    """Load the base on its device. Unsupported settings are refused, ignored ones are reported."""
     spec = config.pretrained_model_name_or_path
     say(f"loading {spec} on {device} …")
     base = load_base(
@@ -44,7 +43,7 @@ def load(config: TrainConfig, data: Dataset, device: str, say: Callable[[str], N
 
 
 class Place:
-    """Where the networks of a base are while one LoRA is trained on it."""
+    """Which device each network of a base is on while one LoRA is trained."""
 
     def __init__(self, base: Base) -> None:
         self.base = base
@@ -58,8 +57,8 @@ class Place:
             fp8.convert(self.base.unet)
 
     def settle(self, config: TrainConfig, prepared: Prepared) -> None:
-        """After encoding: what training does not need leaves the device.  Text encoders that are neither
-        trained nor done with are kept in 8 bits as well, or compute on the CPU with cpu_offload."""
+        """After encoding: networks that training does not need leave the device. Text encoders that are still
+        needed but not trained are kept in 8 bits as well, or run on the CPU with cpu_offload."""
         done = prepared.states is not None
         if config.fp8_base and not done and not config.trains_text_encoder:
             for encoder in self.base.text_encoders:
@@ -72,7 +71,7 @@ class Place:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Everything on the device for a while, to draw samples."""
+        """Everything on the device while samples are drawn."""
         away = self._away
         self._bring()
         try:

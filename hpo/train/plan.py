@@ -1,6 +1,6 @@
 """What a run of ``hpo train`` will do, before it does it: settings with their sources, and step arithmetic.
 
-Owns ``--dry-run``'s words.  Loads no torch and no weights.
+Owns the text of ``--dry-run``. Loads no torch and no weights.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from trainer.text import clean_text
 
 @dataclass(frozen=True)
 class Steps:
-    """Images → samples → batches → optimizer steps.  A sample is one image once; ``buckets`` counts the
-    samples of an epoch by bucket."""
+    """Images → samples → batches → optimizer steps.  A sample is one image, shown once; ``buckets`` counts
+    the samples of an epoch by bucket."""
 
     images: int
     regularisation_images: int
@@ -93,7 +93,7 @@ def as_json(file: TrainFile, data: Dataset | None, output: str) -> dict[str, Any
 
 
 def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -> None:
-    """The dry run for people: every setting with its source, the arithmetic, each line on a key."""
+    """The dry run for people: every setting with its source, the step arithmetic, and a note per key."""
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for name in ("setting", "value", "from"):
         table.add_column(name, overflow="fold")

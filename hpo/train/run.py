@@ -1,8 +1,8 @@
 """One run of ``hpo train``: from checked settings to LoRA files in the output folder.
 
-Owns the order of a run and what becomes of errors in it.  The same command goes on with a run that was
-stopped, killed or unplugged: from the newest complete checkpoint.  With several processes
-(``trainer.loop.ranks``) the first one writes and speaks, the others train.
+Owns the order of a run and its error handling. The same command resumes a run that was stopped, killed or
+unplugged, from the newest complete checkpoint. With several processes (``trainer.loop.ranks``) the first one
+writes files and prints, the others only train.
 
     OUTPUT/name.safetensors               the result
     OUTPUT/name-000002.safetensors        save_every_n_epochs
@@ -68,7 +68,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     check_device(device)
     _check_parts(config, ranks, view.say)
     make_folder(folder.root)
-    # no second run trains into the same files; a run's other processes share its first one's place
+    # no second run may train into the same files; the other processes of a run share the first one's lock
     with alone(folder.root / "lock", f"trains {folder.name}") if ranks.is_first else contextlib.nullcontext():
         if ranks.is_first:
             sweep_tree(folder.root)
@@ -104,7 +104,7 @@ def _check_parts(config: TrainConfig, ranks: Ranks, say: Callable[[str], None]) 
 
 @dataclass
 class _Run:
-    """What belongs to one run while it is made."""
+    """Everything that belongs to one run while it trains."""
 
     folder: RunFolder
     data: Dataset
@@ -115,7 +115,7 @@ class _Run:
     ranks: Ranks
 
     def do(self) -> None:
-        """Train, going down the ladder where memory runs out, and write the result."""
+        """Train, taking the next rung of the ladder when memory runs out, and write the result."""
         with Stop(self.view.on_ask) as stop, self.view:
             while True:
                 try:
@@ -182,7 +182,7 @@ class _Run:
         return keeper, adapter
 
     def _prepared(self, stop: Stop) -> Prepared:
-        """Images and captions, encoded: by the first process, then read by the others."""
+        """Images and captions, encoded by the first process and read by the others."""
         from trainer.data import cache
 
         def on_image(done: int, total: int) -> None:
@@ -225,7 +225,7 @@ def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder)
 
 
 def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
-    """Whether the result is there, with these settings and images.  A file of others is not replaced."""
+    """Whether the result exists, with these settings and images. A file from another run is never replaced."""
     if not folder.lora.exists():
         return False
     from trainer.adapters import CONFIG_KEY, DATASET_KEY, shared_settings
@@ -265,7 +265,7 @@ def _board(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> Any:
             "logging_dir needs TensorBoard, which is not installed",
             "pip install tensorboard, or leave logging_dir out: train.jsonl is always written",
         ) from None
-    # what an earlier call wrote beyond the checkpoint that this one goes on from is taken back
+    # what an earlier call wrote after the checkpoint that this one resumes from is removed
     again = steps_behind(folder.checkpoints) + 1
     writer = SummaryWriter(str(Path(config.logging_dir) / folder.name), purge_step=again)
 

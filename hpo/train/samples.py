@@ -1,6 +1,5 @@
-"""Sample images while training: sample_prompts as sd-scripts reads it, drawn with the adapter as it stands.
-
-Owns the prompt file's forms and the names of the pictures.  Drawing is ``evaluation.images.sampling``'s.
+"""Sample images while training: sample_prompts as sd-scripts reads it, drawn with the adapter in its current
+state. Owns the forms of the prompt file and the names of the images. ``evaluation.images.sampling`` draws them.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class SamplePrompt:
 
 
 def read_sample_prompts(path: Path, config: TrainConfig) -> list[SamplePrompt]:
-    """The prompts of a .txt (one a line, # is a remark), .toml ([prompt] with [[prompt.subset]]) or .json
-    file. Sizes default to the resolution, seeds to the run's.  ConfigError names what is not understood."""
+    """The prompts of a .txt (one a line, # is a remark), .toml ([prompt] with [[prompt.subset]]) or .json file.
+    Sizes default to the resolution, seeds to the run's.  Raises ConfigError for anything it does not understand."""
     shown = clean_text(str(path))
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -139,7 +138,7 @@ def _of_line(line: str, shown: str) -> dict[str, Any]:
 def draw_samples(
     base: Base, prompts: Sequence[SamplePrompt], config: TrainConfig, folder: Path, name: str
 ) -> list[Path]:
-    """Draw every prompt with the base as it stands, adapter included; PNG files ``name_00_seed.png``."""
+    """Draw every prompt with the base in its current state, adapter included; PNG files ``name_00_seed.png``."""
     import torch
 
     from evaluation.images import SampleConfig, denoise, initial_noise, png_bytes
@@ -167,7 +166,7 @@ def draw_samples(
 
 
 def file_stem(output_name: str) -> str:
-    """``output_name`` as the beginning of file names.  ConfigError if it cannot be one."""
+    """``output_name`` as the start of file names. Raises ConfigError if it cannot be one."""
     if not re.fullmatch(r"[^/\\\x00-\x1f\x7f.][^/\\\x00-\x1f\x7f]{0,127}", output_name):
         raise ConfigError(
             f"output_name {clean_text(output_name)[:80]!r} cannot be a file's name", "use letters and digits"

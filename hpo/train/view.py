@@ -65,7 +65,7 @@ class TrainView:
             self._said = time.monotonic()
 
     def line(self) -> str:
-        """Where the run stands, in words."""
+        """The run's progress as text."""
         if self.last is None:
             return "preparing …"
         left = (self.last.total_steps - self.last.step) * self.seconds

@@ -1,7 +1,7 @@
-"""Transfer: the best SD1.5 settings mapped onto SDXL by named rules.
+"""Transfer: converts the best SD1.5 settings to SDXL settings with named rules.
 
-Owns the rules, families and profiles, the source of the settings and the files that are written.  Does not
-train (``hpo.train``); short runs on the target are ``hpo.transfer.probes``'.
+Owns the rules, families and profiles, the choice of the source settings and the written files.  Does not own
+training (see ``hpo.train``) or short runs on the target (see ``hpo.transfer.probes``).
 """
 
 import lazy_loader

@@ -1,8 +1,8 @@
-"""``hpo transfer``: from the command line's words to a table, files and, if wanted, probes.
+"""``hpo transfer``: from the command-line arguments to a table, files and optional probes.
 
-Owns the order of things and what is printed.  Rules are ``hpo.transfer.rules``'s, files
-``hpo.transfer.files``'s, probes ``hpo.transfer.probes.run``'s; the planner of memory has the last word on how
-a step is computed.
+Owns the order of the steps and the output.  Does not own rules (see ``hpo.transfer.rules``), files (see
+``hpo.transfer.files``) or probes (see ``hpo.transfer.probes.run``).  The memory planner runs last and can
+change how a step is computed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from hpo.transfer.source import find_source, read_source
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
-WIDE = 130  # columns from which the reason stands in the table's row
+WIDE = 130  # terminal width in columns from which the reason has a column of its own
 
 
 @dataclass(frozen=True)
 class TransferRequest:
-    """The words of ``hpo transfer``."""
+    """The command-line arguments of ``hpo transfer``."""
 
     to: str
     study: str | None = None
@@ -47,14 +47,20 @@ class TransferRequest:
 
 
 def run(request: TransferRequest, console: Console) -> None:
-    """Map, show, write; with probes measure first.  Raises ToolError; nothing is written if it is refused."""
+    """Map, print and write the settings; with probes, measure first.
+
+    Raises ToolError.  Writes nothing if the result is refused.
+    """
     if request.design and not request.probes:
-        raise ConfigError("--design says how probes are chosen, and there are none", "give --probes 6 too")
+        raise ConfigError("--design has no effect without probes", "add --probes 6")
     profile = _profile(request)
     folder = find_source(request.study, request.runs, profile.family)
     source = read_source(folder)
     if request.study is None:
-        say(console, f"study {folder.name}: the last one that can be carried over to {profile.family.title}")
+        say(
+            console,
+            f"study {folder.name}: the most recent one that can be transferred to {profile.family.title}",
+        )
     say(console, f"from {folder.name}, {source.says}")
     done = make(source, profile, request.preset, lambda text: say(console, text))
     show(console, done.plan)
@@ -64,7 +70,7 @@ def run(request: TransferRequest, console: Console) -> None:
     places = Places(folder.root / "transfer", profile.family.name)
     more: list[str] = []
     if request.probes:
-        # The settings are there before hours of probes, and if they are stopped.
+        # Written now, so that the settings are available during the probes and if they are interrupted.
         _write(done, places, request, ())
     found = consult(done, request, console)
     if found is not None:
@@ -86,7 +92,7 @@ def _check_refused(plan: TransferPlan) -> None:
     if refused := plan.of_level("refuse"):
         raise ConfigError(
             "; ".join(finding.text for finding in refused),
-            "another --profile or --vram, or search with other limits; see docs/transfer.md",
+            "use a different --profile or --vram, or search with other limits; see docs/transfer.md",
         )
 
 
@@ -96,19 +102,20 @@ def _profile(request: TransferRequest) -> Profile:
     if profile.family != family:
         known = ", ".join(profiles_of(family.name))
         raise ConfigError(
-            f"profile {profile.name} is for {profile.family.name}, not for {family.name}", f"its are {known}"
+            f"profile {profile.name} is for {profile.family.name}, not for {family.name}",
+            f"profiles for {family.name}: {known}",
         )
     return profile.with_vram(request.vram) if request.vram is not None else profile
 
 
-# The planner's last word
-
-
-# What the terminal shows
+# Terminal output
 
 
 def show(console: Console, plan: TransferPlan, moves: tuple[SettingMove, ...] | None = None) -> None:
-    """The moves (unset: all) as a table, then what is kept, the figures and the remarks.  Readable at 80 columns."""
+    """Print the moves (default: all) as a table, then kept settings, derived figures and remarks.
+
+    Readable at 80 columns.
+    """
     moves = plan.moves if moves is None else moves
     if console.width >= WIDE:
         console.print(_wide_table(moves))
@@ -130,7 +137,7 @@ def _wide_table(moves: tuple[SettingMove, ...]) -> Table:
 
 
 def _narrow_table(moves: tuple[SettingMove, ...], width: int) -> Text:
-    """Setting, old, new and rule in columns; the reason below them."""
+    """Setting, old, new and rule in columns, with the reason below."""
     rows = [("setting", "old", "new", "rule", "")] + [_cells(move) for move in moves]
     widths = [min(27, max(len(row[n]) for row in rows)) for n in range(3)]
     lines = []
@@ -148,7 +155,7 @@ def _cells(move: SettingMove) -> tuple[str, str, str, str, str]:
 
 
 def _end(text: str, most: int = 16) -> str:
-    """The end of a long value, as a path is best known by."""
+    """The end of a long value, because the end of a path is its most useful part."""
     return text if len(text) <= most else "…" + text[-(most - 1) :]
 
 
@@ -162,4 +169,6 @@ def _write(
     head = (
         f"{done.profile.family.title}: settings of {source.folder.name}, {source.says}; mapping {MAPPING_VERSION}",
     )
-    return transferfile.write(done.plan, places, done.profile, request.preset, head, tuple(more))
+    return transferfile.write(
+        transferfile.Contents(done.plan, done.profile, request.preset, head), places, more
+    )

@@ -1,7 +1,7 @@
 """The files of a transfer: transfer/FAMILY.toml, kohya-FAMILY/ and plan.md in the study's folder.
 
-Owns their form.  Each is replaced whole; the settings file comes last, so that it never stands beside an
-older plan that explains something else.
+Owns their format.  Each file is replaced as a whole.  The settings file is written last, so that it never
+exists with an older plan that does not match it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.kohya import export as kohyaexport
 from trainer.text import clean_text
 
 WIDTH = 110
-# Always written: what a reader looks for first.
+# Always written, even if equal to the default: what a reader looks for first.
 ALWAYS = (
     "pretrained_model_name_or_path",
     "train_data_dir",
@@ -48,7 +48,7 @@ ALWAYS = (
 
 @dataclass(frozen=True)
 class Places:
-    """Where a transfer's files lie."""
+    """The paths of the files of a transfer."""
 
     root: Path
     family: str
@@ -74,20 +74,22 @@ class Places:
         return f"hpo train {shlex.quote(str(self.settings))}"
 
 
-def write(
-    plan: TransferPlan,
-    places: Places,
-    profile: Profile,
-    preset: str | None,
-    head: Sequence[str],
-    more: Sequence[str],
-) -> list[str]:
-    """Write everything; returns lines to say.  ``head`` are lines on where the settings come from,
-    ``more`` paragraphs for plan.md."""
+@dataclass(frozen=True)
+class Contents:
+    """What the files of a transfer are written from.  ``head``: lines on the origin of the settings."""
+
+    plan: TransferPlan
+    profile: Profile
+    preset: str | None
+    head: tuple[str, ...]
+
+
+def write(contents: Contents, places: Places, more: Sequence[str]) -> list[str]:
+    """Write all files; returns lines for the user.  ``more``: paragraphs for plan.md."""
     make_folder(places.root)
-    said = _write_kohya(plan, places, profile, preset)
-    write_atomic(places.plan, plan_text(plan, places, profile, preset, head, (*more, *said)))
-    write_atomic(places.settings, settings_text(plan, places, head))
+    said = _write_kohya(contents, places)
+    write_atomic(places.plan, plan_text(contents, places, (*more, *said)))
+    write_atomic(places.settings, settings_text(contents.plan, places, contents.head))
     return [f"written: {places.settings}, {places.plan}, {places.kohya}/", *said]
 
 
@@ -95,7 +97,7 @@ def write(
 
 
 def settings_text(plan: TransferPlan, places: Places, head: Sequence[str]) -> str:
-    """The settings as a file of this tool: the reason of each change above it."""
+    """The settings file for ``hpo train``, with the reason above each changed setting."""
     usual = TrainConfig().as_dict()
     by_key: dict[str, list[SettingMove]] = {}
     for move in plan.moves:
@@ -111,7 +113,7 @@ def settings_text(plan: TransferPlan, places: Places, head: Sequence[str]) -> st
         for move in moves:
             text = f"{shown(move.old)} → {shown(move.new)}  {move.rule}: {move.reason}"
             lines += [f"# {line}" for line in textwrap.wrap(clean_text(text), WIDTH - 2)]
-        if value is None:  # TOML has no null: what is left out is unset
+        if value is None:  # TOML has no null: a missing key is unset
             lines.append(f"# {key}: not set")
         elif key != "max_train_epochs" or plan.config.max_train_steps is None:
             lines.append(f"{key} = {_value(value)}")
@@ -123,20 +125,21 @@ def _value(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a person reads it."""
+    """A value formatted for people."""
     if value is None or value == "":
         return "–"
     return str(value).lower() if isinstance(value, bool) else short(value)
 
 
-# kohya's pair
+# Files for sd-scripts
 
 
-def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: str | None) -> list[str]:
+def _write_kohya(contents: Contents, places: Places) -> list[str]:
+    config, profile, preset = contents.plan.config, contents.profile, contents.preset
     base = published_name(profile.family.base)
     try:
         found = kohyaexport.to_kohya(
-            plan.config,
+            config,
             profile.family.architecture,
             base,
             places.kohya.resolve(),
@@ -145,7 +148,6 @@ def _write_kohya(plan: TransferPlan, places: Places, profile: Profile, preset: s
     except ConfigError as error:
         return [f"note: no files for sd-scripts: {error.message}"]
     extra: dict[str, Any] = dict(PRESETS[preset].kohya) if preset else {}
-    config = plan.config
     if config.network_train_unet_only and not _captions_vary(config):
         extra["cache_text_encoder_outputs"] = True
     kohyaexport.write(
@@ -169,18 +171,12 @@ def _captions_vary(config: TrainConfig) -> bool:
 # plan.md
 
 
-def plan_text(
-    plan: TransferPlan,
-    places: Places,
-    profile: Profile,
-    preset: str | None,
-    head: Sequence[str],
-    more: Sequence[str],
-) -> str:
-    """The whole transfer to read: where from, each move, what is kept, figures, what to do next."""
-    wish = f", preset {preset}" if preset else ""
+def plan_text(contents: Contents, places: Places, more: Sequence[str]) -> str:
+    """plan.md: origin, all moves, kept settings, figures, remarks and the next command."""
+    plan, profile = contents.plan, contents.profile
+    wish = f", preset {contents.preset}" if contents.preset else ""
     lines = [f"# Settings for {profile.family.title}", ""]
-    lines += [*(_cell(text) + "  " for text in head), f"Profile {profile.name}{wish}.", ""]
+    lines += [*(_cell(text) + "  " for text in contents.head), f"Profile {profile.name}{wish}.", ""]
     lines += [
         "## Changes",
         "",
@@ -197,14 +193,14 @@ def plan_text(
     lines += ["", "## Next", "", "```", clean_text(places.train_command), "```", ""]
     lines += [_cell(text) + "\n" for text in more]
     lines.append(
-        "The rules are a prior with named sources, not a measurement on these images; `--probes` measures. "
-        "What each rule does: docs/transfer.md."
+        "The rules are an informed guess with named sources, not a measurement on these images. `--probes` measures. "
+        "For what each rule does, see docs/transfer.md."
     )
     return "\n".join(lines) + "\n"
 
 
 def kept_line(plan: TransferPlan) -> str:
-    """What matters and was not changed."""
+    """The important settings that were not changed."""
     names = (
         *("network_dim", "network_alpha", "min_snr_gamma", "noise_offset", "lr_scheduler"),
         *("lr_scheduler_num_cycles", "optimizer_type", "weight_decay", "network_dropout"),
@@ -218,7 +214,7 @@ def kept_line(plan: TransferPlan) -> str:
 
 
 def derived_lines(derived: Derived) -> list[str]:
-    """The figures beside the moves, one a line."""
+    """The derived figures, one per line."""
     (before, now), (first, then) = derived.effective_batch, derived.updates
     lines = [
         f"effective batch {before} → {now}" + ("" if now == before else f" ({now / before:.0%} of it)"),
@@ -233,7 +229,7 @@ def derived_lines(derived: Derived) -> list[str]:
         lines.append(f"predicted peak of GPU memory {derived.peak_bytes / 1e9:.1f} GB")
     if derived.seconds is not None:
         lines.append(
-            f"predicted time {clock(derived.seconds)} on the search's machine (from its seconds a sample)"
+            f"predicted time {clock(derived.seconds)} on the machine of the search (from its seconds per sample)"
         )
     return lines
 

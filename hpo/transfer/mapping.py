@@ -1,4 +1,4 @@
-"""A transfer on its way: the source's best settings mapped by the profile's rules and planned for the card."""
+"""Maps the best settings of the source with the rules of a profile, and adapts the result to the GPU's memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Transfer:
-    """A transfer on its way: where from, by what, to what."""
+    """A transfer: source, profile and resulting plan."""
 
     source: TransferSource
     profile: Profile
@@ -31,7 +31,10 @@ def make(
     preset: str | None,
     told: Callable[[str], None] = lambda text: None,
 ) -> Transfer:
-    """The mapping of the source's best configuration, planned for the card."""
+    """Map the best configuration of the source and adapt it to the GPU's memory.
+
+    ``told`` receives progress messages.
+    """
     figures, _ = dataset_figures(source, profile.family)
     best, name = source.best, source.folder.name
     comment = f"{name} trial {best.number}, mapping {MAPPING_VERSION}"
@@ -44,19 +47,24 @@ def make(
 def planned(
     plan: TransferPlan, profile: Profile, told: Callable[[str], None] = lambda text: None
 ) -> TransferPlan:
-    """The plan with what the card's memory asks for: its changes are moves too.  ``told`` of what takes long."""
+    """The plan with the changes of the memory planner, added as moves.
+
+    ``told`` receives progress messages.
+    """
     from trainer.memory import footprint, stacks
 
     facts = footprint.base_facts(profile.family.base)
     try:
-        told(f"predicting the memory of a step on {profile.vram_gb:g} GB (seconds, up to a minute)")
+        told(f"predicting the memory use of a step on {profile.vram_gb:g} GB (takes seconds to a minute)")
         stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB), say=told)
     except ConfigError as error:
         more = () if plan.of_level("refuse") else (TransferFinding("refuse", "vram", error.message),)
         return dataclasses.replace(plan, findings=(*plan.findings, *more))
     moves = tuple(SettingMove(m.key, m.old, m.new, PLANNER, m.reason) for m in stack.moves)
     findings = tuple(
-        TransferFinding("warn", f.about, f"{f.text}; the planner finds that it fits") if _is_card(f) else f
+        TransferFinding("warn", f.about, f"{f.text}; but according to the planner it fits")
+        if _is_card(f)
+        else f
         for f in plan.findings
     )
     done = revised(dataclasses.replace(plan, findings=findings), stack.config, moves, profile)
@@ -70,7 +78,7 @@ def _is_card(finding: TransferFinding) -> bool:
 
 
 def with_decision(done: Transfer, values: Mapping[str, Any], reason: str) -> TransferPlan:
-    """The plan with the values that probes found better, as moves."""
+    """The plan with the values that were better in the probes, added as moves."""
     plan = done.plan
     moves = tuple(
         SettingMove(key, getattr(plan.config, key), value, "probe", reason)

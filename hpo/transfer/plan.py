@@ -1,6 +1,7 @@
-"""Values of a transfer: figures in, moves, findings and derived figures out; and their arithmetic.
+"""Values of a transfer: input figures, moves, findings and derived figures, and their arithmetic.
 
-Owns what ``hpo.transfer.rules``'s rules read and write, and what follows from any two configurations.  Pure.
+Owns the inputs and outputs of the rules (see ``hpo.transfer.rules``) and the figures derived
+from two configurations.  Pure.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from trainer.config import TrainConfig
 from trainer.data import length_of
 
 GRID = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # at most a quarter below the exact value
-REFERENCE_ALPHA = 16.0  # of normalised rates
-CHECKPOINTING_COST = 1.25  # assumed, as docs/settings.md says
-PLANNER = "planner"  # the rule of moves that the planner of memory wants
+REFERENCE_ALPHA = 16.0  # for normalised rates
+CHECKPOINTING_COST = 1.25  # factor on the time of a step; assumed, see docs/settings.md
+PLANNER = "planner"  # rule name of moves made by the memory planner
 BYTES = {"float": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class DatasetFigures:
-    """What the rules need to know of the images.  ``samples`` of an epoch: images × repeats.
+    """Figures of the training images that the rules need.
 
-    ``small_share`` are the images whose shorter side is below the family's ``small_image_px``;
-    ``seconds_per_sample`` is what the source took on this machine, if that is known.
+    ``samples``: images × repeats of one epoch.  ``small_share``: share of images whose shorter side is below
+    the family's ``small_image_px``.  ``seconds_per_sample``: measured time on the source base, if known.
     """
 
     images: int
@@ -48,7 +49,7 @@ class SettingMove:
 
 @dataclass(frozen=True)
 class TransferFinding:
-    """A line beside the moves.  ``level`` is note, warn or refuse; ``about`` a setting or ``vram``."""
+    """A remark on the plan.  ``level``: note, warn or refuse.  ``about``: a setting or ``vram``."""
 
     level: str
     about: str
@@ -57,9 +58,9 @@ class TransferFinding:
 
 @dataclass(frozen=True)
 class Derived:
-    """Figures that follow from source and result; pairs are (source, result).
+    """Figures derived from source and result.  Pairs are (source, result).
 
-    ``integrated_rate`` is rate × updates of the result, over the source's.  Unset: not known.
+    ``integrated_rate``: rate × updates of the result divided by that of the source.  None means unknown.
     """
 
     effective_batch: tuple[int, int]
@@ -73,7 +74,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """The result: settings, every change on the way, what was noticed, and derived figures."""
+    """The result: settings, all changes, findings and derived figures."""
 
     source: TrainConfig
     figures: DatasetFigures
@@ -87,7 +88,7 @@ class TransferPlan:
 
 
 def snap_down(value: float) -> float:
-    """The largest of {1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8} × 10ⁿ that is not above ``value``."""
+    """The largest of {1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8} × 10ⁿ that does not exceed ``value``."""
     if value <= 0:
         return value
     power = math.floor(math.log10(value))
@@ -104,17 +105,17 @@ def two_digits(value: float) -> float:
 
 
 def updates_of(config: TrainConfig, samples: int) -> int:
-    """Optimizer steps, as if all images were of one bucket.  Several may add a few."""
+    """Optimizer steps, as if all images were in one bucket.  More buckets can add a few."""
     return length_of(config, math.ceil(samples / config.train_batch_size)).total_steps
 
 
 def normalised(rate: float, alpha: float) -> float:
-    """learning_rate × √(alpha / 16): rates at different alphas on one scale."""
+    """learning_rate × √(alpha / 16), which makes rates at different alphas comparable."""
     return rate * math.sqrt(alpha / REFERENCE_ALPHA)
 
 
 def derive(config: TrainConfig, result: TrainConfig, figures: DatasetFigures, profile: Profile) -> Derived:
-    """What follows from a mapping, or from any two configurations."""
+    """The figures derived from a mapping, or from any two configurations."""
     updates = updates_of(config, figures.samples), updates_of(result, figures.samples)
     batches = config.effective_batch_size, result.effective_batch_size
     before, now = config.effective_unet_lr, result.effective_unet_lr

@@ -1,7 +1,7 @@
-"""Profile and Family: what the transfer's rules work with, read from TOML and checked wholly.
+"""Profile and Family: the inputs of the transfer rules, read from TOML files and fully validated.
 
-Owns the files ``studies/families/NAME.toml`` (facts of a kind of base), ``studies/profiles/NAME.toml`` (what
-is wanted on a card) and the presets.  What is done with them is ``hpo.transfer.rules``'s.
+Owns the files ``studies/families/NAME.toml`` (properties of a model family), ``studies/profiles/NAME.toml``
+(defaults for one GPU size) and the presets.  Does not own how they are used; see ``hpo.transfer.rules``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.text import clean_text
 RATE_RULES = ("sqrt_batch", "keep", "factor", "linear_batch")
 TEXT_ENCODERS = ("inherit", "off")
 MAX_BYTES = 100_000
-# Settings that the rules themselves decide: a profile's [settings] cannot.
+# Settings that are decided by the rules and therefore not allowed in a profile's [settings].
 RULED = frozenset(
     {
         "pretrained_model_name_or_path",
@@ -50,7 +50,7 @@ RULED = frozenset(
 
 @dataclass(frozen=True)
 class BatchRule:
-    """[batch] at: another micro-batch from, or below, an amount of GPU memory."""
+    """[batch] at: a different micro-batch from, or below, a GPU memory size."""
 
     train_batch_size: int = setting(1, low=1, high=1024)
     from_gb: float | None = setting(None, low=0, high=10_000)
@@ -64,7 +64,7 @@ class BatchRule:
 
 @dataclass(frozen=True)
 class BatchSection:
-    """[batch].  A micro-batch of 0 is half of the source's."""
+    """[batch].  A micro-batch of 0 means half of the source's."""
 
     train_batch_size: int = setting(1, low=0, high=1024)
     effective_batch_cap: int = setting(8, low=1, high=100_000)
@@ -73,7 +73,7 @@ class BatchSection:
 
 @dataclass(frozen=True)
 class RateSection:
-    """[rate]: what becomes of the rates.  ``factor``s belong to the rule of that name."""
+    """[rate]: how rates are converted.  ``factor`` and ``text_encoder_factor`` are used by the rule ``factor``."""
 
     rule: str = setting("sqrt_batch", choices=RATE_RULES)
     factor: float = setting(0.77, low=0.01, high=10)
@@ -99,7 +99,7 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class ProfileLimits:
-    """[limits] of AdamW's rates.  Normalised: learning_rate × √(alpha / 16).  Unset: no such limit."""
+    """[limits] for AdamW's rates.  Normalised: learning_rate × √(alpha / 16).  None means no limit."""
 
     learning_rate_low: float = setting(1e-8, low=0, high=10)
     learning_rate_high: float = setting(1.0, low=0, high=10)
@@ -110,7 +110,7 @@ class ProfileLimits:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of a kind of base that settings depend on: one file of ``studies/families``."""
+    """Properties of a model family that settings depend on: one file in ``studies/families``."""
 
     name: str
     title: str = setting("")
@@ -135,7 +135,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Profile:
-    """What is wanted on a card: one file of ``studies/profiles``."""
+    """The defaults for one GPU size: one file in ``studies/profiles``."""
 
     name: str
     family: Family
@@ -150,11 +150,11 @@ class Profile:
     limits: ProfileLimits = ProfileLimits()
 
     def with_vram(self, vram_gb: float) -> Profile:
-        """The same wishes on a card of another size."""
+        """The same profile for a different amount of GPU memory."""
         return dataclasses.replace(self, vram_gb=vram_gb)
 
     def micro_batch(self, source: int) -> int:
-        """Images at once: by the card, else the profile's own, else half of the source's."""
+        """The micro-batch: by GPU memory, else the profile's default, else half of the source's."""
         for step in self.batch.at:
             if step.holds(self.vram_gb):
                 return min(step.train_batch_size, max(1, source))
@@ -163,16 +163,16 @@ class Profile:
 
 @dataclass(frozen=True)
 class LoaderPreset:
-    """A named set of wishes (mission S3).  ``kohya`` are keys that only sd-scripts has."""
+    """A named set of loader and memory settings.  ``kohya``: keys that only sd-scripts has."""
 
     effective_batch_cap: int
     settings: Mapping[str, Any]
     kohya: Mapping[str, Any]
 
 
-# What only sd-scripts has, of each preset.
+# Keys of a preset that only sd-scripts has.
 _LOADER = ("max_data_loader_n_workers", "persistent_data_loader_workers", "lowram")
-# The users' table of presets: accumulation at micro-batch 1, VAE batch, checkpointing; workers, persistent, lowram.
+# Name, effective batch cap, VAE batch, checkpointing, then the values of _LOADER.  All values are assumed.
 PRESETS: Mapping[str, LoaderPreset] = MappingProxyType(
     {
         name: LoaderPreset(
@@ -190,20 +190,20 @@ PRESETS: Mapping[str, LoaderPreset] = MappingProxyType(
 
 
 def read_family(name: str) -> Family:
-    """A family by its name.  ConfigError names those that are known."""
+    """Read a family by name.  Raises ConfigError with the known names."""
     path = _find("families", name, "family", "--to")
     table = _table(path)
     return _checked(path, lambda: _family(path.stem, table))
 
 
 def families_from(source: str) -> list[str]:
-    """The shipped families that settings found on ``source`` can be carried over to."""
+    """The shipped families that settings from a search on ``source`` can be transferred to."""
     found = sorted((SHIPPED / "families").glob("*.toml"))
     return [path.stem for path in found if source in _table(path).get("sources", ())]
 
 
 def read_profile(spec: str) -> Profile:
-    """A profile: a name, or a path to a TOML file.  ConfigError for the first thing wrong in it."""
+    """Read a profile by name or from a TOML file.  Raises ConfigError for the first error in it."""
     path = Path(spec) if spec.endswith(".toml") else _find("profiles", spec, "profile", "--profile")
     table = _table(path)
     return _checked(path, lambda: _profile(path.stem, table))
@@ -216,7 +216,7 @@ def profiles_of(family: str) -> list[str]:
 
 
 def _find(kind: str, name: str, what: str, flag: str) -> Path:
-    """studies/KIND/NAME.toml: the current folder's wins over the shipped one."""
+    """The path of studies/KIND/NAME.toml; one in the current folder takes precedence over the shipped one."""
     known = sorted(path.stem for path in (SHIPPED / kind).glob("*.toml"))
     if "/" not in name and name not in ("", ".", ".."):
         for path in (Path("studies") / kind / f"{name}.toml", SHIPPED / kind / f"{name}.toml"):
@@ -230,12 +230,12 @@ def _table(path: Path) -> dict[str, Any]:
     shown = clean_text(str(path))
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{shown} is larger than 100 kB", "give a profile")
+            raise ConfigError(f"{shown} is larger than 100 kB", "give a profile or family file")
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {shown}: {error.strerror}", "check the path") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{shown} is not valid TOML: {clean_text(str(error))}", "correct it") from None
+        raise ConfigError(f"{shown} is not valid TOML: {clean_text(str(error))}", "fix the file") from None
 
 
 def _checked(path: Path, read: Any) -> Any:
@@ -250,8 +250,8 @@ def _family(name: str, table: Mapping[str, Any]) -> Family:
     default = _settings(body.pop("community_default", {}), "community_default")
     family = read(Family, body, name=name, community_default=default)
     if not family.base:
-        raise ConfigError("base is missing", 'write base = "sdxl"')
-    # settings must be possible beside the usual ones
+        raise ConfigError("base is missing", 'add base = "sdxl"')
+    # these values must be valid together with the default settings
     TrainConfig().with_values(
         {
             "resolution": family.native_resolution_px,
@@ -269,7 +269,7 @@ def _profile(name: str, table: Mapping[str, Any]) -> Profile:
     body = dict(table)
     family = body.pop("family", None)
     if not isinstance(family, str):
-        raise ConfigError("family is missing", 'write family = "sdxl"')
+        raise ConfigError("family is missing", 'add family = "sdxl"')
     sections: dict[str, Any] = {
         "rate": read(RateSection, body.pop("rate", {}), "rate"),
         "length": read(LengthSection, body.pop("length", {}), "length"),
@@ -281,7 +281,7 @@ def _profile(name: str, table: Mapping[str, Any]) -> Profile:
     }
     for key in sections["settings"]:
         if key in RULED:
-            raise ConfigError(f"{key} in [settings] is decided by the rules", "leave it out")
+            raise ConfigError(f"{key} is decided by the rules and not allowed in [settings]", "remove it")
     TrainConfig().with_values(sections["settings"])
     limits: ProfileLimits = sections["limits"]
     pairs = (
@@ -298,12 +298,14 @@ def _batch(body: Any) -> BatchSection:
     body = dict(section(body, "batch"))
     rows = body.pop("at", [])
     if not isinstance(rows, list):
-        raise ConfigError("[batch] at is not a list", "write at = [{ below_gb = 16, train_batch_size = 2 }]")
+        raise ConfigError("[batch] at is not a list", "use at = [{ below_gb = 16, train_batch_size = 2 }]")
     steps = []
     for row in rows:
         step = read(BatchRule, row, "batch.at")
         if step.from_gb is None and step.below_gb is None:
-            raise ConfigError("[batch] at has a row without from_gb and below_gb", "give one of both")
+            raise ConfigError(
+                "[batch] at has a row without from_gb and below_gb", "set at least one of the two"
+            )
         steps.append(step)
     return read(BatchSection, body, "batch", at=tuple(steps))
 

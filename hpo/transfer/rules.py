@@ -1,15 +1,15 @@
-"""transfer(): settings found on one base as settings for another – pure, made of named rules.
+"""transfer(): converts settings found on one base to settings for another with named rules.  Pure.
 
-Owns the rules and their order.  Their values are ``hpo.transfer.plan``'s; a family's facts and a card's wishes
-are data (``hpo.transfer.profile``); files are ``hpo.transfer.files``'s, the command ``hpo.transfer.command``'s.
+Owns the rules and their order.  Does not own the plan and its values (see ``hpo.transfer.plan``), family and profile
+data (see ``hpo.transfer.profile``), files (see ``hpo.transfer.files``) or the command (see ``hpo.transfer.command``).
 
-E is the effective batch, train_batch_size × gradient_accumulation_steps; a rate's factor is called k.
+E is the effective batch, train_batch_size × gradient_accumulation_steps.  The factor of a rate is called k.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,18 +30,18 @@ from trainer.checks import suggestion
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 
-MAPPING_VERSION = "1"  # raised whenever a rule gives another result
-RATE_FREE = ("Prodigy",)  # finds its rate itself: learning_rate stays as it is, usually 1
-ADAM = ("AdamW", "AdamW8bit")  # the published limits are theirs
-MOST_WARMUP = 0.1  # of all steps
+MAPPING_VERSION = "1"  # increase it when the result of a rule changes
+RATE_FREE = ("Prodigy",)  # adapts its rate itself, so learning_rate is kept (usually 1)
+ADAM = ("AdamW", "AdamW8bit")  # the published limits apply to these
+MOST_WARMUP = 0.1  # largest share of all steps
 SMALL_SHARE = 0.3
 RATE_KEYS = ("learning_rate", "text_encoder_lr")
-LOW_RATIO, HIGH_RATIO = 0.5, 0.8  # text_encoder_lr / learning_rate in the recorded settings
+LOW_RATIO, HIGH_RATIO = 0.5, 0.8  # text_encoder_lr / learning_rate in known good settings
 
 
 @dataclass
 class Draft:
-    """The settings while rules work on them.  ``factor`` is k once the rate rule has spoken."""
+    """The settings while the rules are applied.  ``factor`` is k after the rate rule."""
 
     source: TrainConfig
     figures: DatasetFigures
@@ -62,7 +62,7 @@ class Draft:
 
     @property
     def batches(self) -> tuple[int, int]:
-        """E before and now."""
+        """E of the source and E of the current values."""
         now = self.values["train_batch_size"] * self.values["gradient_accumulation_steps"]
         return self.source.train_batch_size * self.source.gradient_accumulation_steps, now
 
@@ -72,7 +72,7 @@ class Draft:
 
     @property
     def rate(self) -> float:
-        """The U-Net's rate now."""
+        """The current rate of the U-Net."""
         own = self.values["unet_lr"]
         return self.values["learning_rate"] if own is None else own
 
@@ -82,7 +82,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Change:
-    """What a rule wants: ``transfer`` makes a Move of it if the value is another one."""
+    """A value set by a rule.  ``transfer`` makes a ``SettingMove`` of it if it differs from the current value."""
 
     key: str
     new: Any
@@ -91,19 +91,20 @@ class Change:
     evidence: str = ""
 
 
-Rule = Callable[[Draft], Iterator[Change]]
+Rule = Callable[[Draft], Iterable[Change]]
 
 
 def transfer(
     config: TrainConfig, figures: DatasetFigures, profile: Profile, *, preset: str | None = None
 ) -> TransferPlan:
-    """``config`` for the profile's family, with a Move for every difference.
+    """Convert ``config`` for the profile's family, with a ``SettingMove`` for every difference.
 
-    What published settings speak against is a Finding of level warn or refuse: whoever uses the plan decides.
+    Results outside the range of published settings give a finding of level warn or refuse; the caller decides
+    what to do with it.
     """
     if preset is not None and preset not in PRESETS:
-        hint = suggestion(preset, PRESETS) or "known: " + ", ".join(PRESETS)
-        raise ConfigError(f"no preset {preset}", hint)
+        hint = suggestion(preset, PRESETS) or "known presets: " + ", ".join(PRESETS)
+        raise ConfigError(f"unknown preset {preset}", hint)
     draft = Draft(config, figures, profile, preset, config.as_dict())
     moves = []
     for rule, _ in RULES:
@@ -123,14 +124,14 @@ def transfer(
 def revised(
     plan: TransferPlan, config: TrainConfig, moves: Sequence[SettingMove], profile: Profile
 ) -> TransferPlan:
-    """The plan after changes that no rule made (probes, the planner): figures and remarks on rates are made anew."""
+    """The plan after changes by probes or the planner, with updated figures and remarks on the rates."""
     findings = (*(f for f in plan.findings if f.about not in RATE_KEYS), *rate_remarks(config, profile))
     derived = derive(plan.source, config, plan.figures, profile)
     return replace(plan, config=config, moves=(*plan.moves, *moves), findings=findings, derived=derived)
 
 
 def _limited(key: str, value: float) -> Any:
-    """``value`` within the setting's own limits."""
+    """``value`` clipped to the limits of the setting."""
     facts = SETTINGS[key]
     if facts.high is not None:
         value = min(value, facts.high)
@@ -139,18 +140,16 @@ def _limited(key: str, value: float) -> Any:
     return int(value) if isinstance(value, float) and key.startswith("max_train") else value
 
 
-# Rules: what, and for how long
+# Rules: model, resolution, batch and length
 
 
 def family_base(draft: Draft) -> Iterator[Change]:
     family = draft.profile.family
-    yield Change(
-        "pretrained_model_name_or_path", family.base, "family.base", f"the settings are for {family.title}"
-    )
+    yield Change("pretrained_model_name_or_path", family.base, "family.base", f"the target is {family.title}")
 
 
 def family_drops(draft: Draft) -> Iterator[Change]:
-    """What means nothing, or something else, on the new family."""
+    """Reset settings that do not apply to the new family, or have a different meaning there."""
     usual = TrainConfig().as_dict()
     for key, reason in draft.profile.family.drops.items():
         yield Change(key, usual[key], "family.drops", reason)
@@ -160,19 +159,19 @@ def family_drops(draft: Draft) -> Iterator[Change]:
                 TrainConfig().with_values({key: draft.values[key]}), draft.profile.family.architecture
             )
         except ConfigError:
-            reason = f"block rates are by block, and {draft.profile.family.title} has others"
+            reason = f"block rates do not fit: {draft.profile.family.title} has different blocks"
             yield Change(key, "", "family.drops", reason)
 
 
 def family_fixed(draft: Draft) -> Iterator[Change]:
-    """What the family needs, then what the profile, then what the preset wishes."""
+    """Apply the settings of the family, of the profile and of the preset, in this order."""
     family = draft.profile.family
     if family.max_token_length is not None:
         yield Change(
             "max_token_length",
             family.max_token_length,
             "family.fixed",
-            "longer captions are read to their end",
+            "longer captions are not truncated",
         )
     wishes = PRESETS[draft.preset].settings if draft.preset else {}
     for key, value in draft.profile.settings.items():
@@ -181,12 +180,14 @@ def family_fixed(draft: Draft) -> Iterator[Change]:
     for key, value in wishes.items():
         yield Change(key, value, "preset", f"preset {draft.preset}")
     if not family.half_vae and draft.values["mixed_precision"] in ("fp16", "auto"):
-        yield Change("no_half_vae", True, "family.fixed", "its VAE overflows in fp16: black images")
+        yield Change(
+            "no_half_vae", True, "family.fixed", "the VAE overflows in fp16, which gives black images"
+        )
 
 
 def native_resolution(draft: Draft) -> Iterator[Change]:
     family = draft.profile.family
-    why = f"{family.title} is made for {family.native_resolution_px} px"
+    why = f"the native resolution of {family.title} is {family.native_resolution_px} px"
     for key, value in (
         ("resolution", family.native_resolution_px),
         ("min_bucket_reso", family.min_bucket_reso),
@@ -199,18 +200,18 @@ def native_resolution(draft: Draft) -> Iterator[Change]:
         draft.say(
             "warn",
             "resolution",
-            f"{draft.figures.small_share:.0%} of the images are smaller than {family.small_image_px} px: "
-            "they teach blur; leave them out or find larger ones",
+            f"{draft.figures.small_share:.0%} of the images are smaller than {family.small_image_px} px, which teaches "
+            "the LoRA blur; remove or replace them",
         )
 
 
-def kept(draft: Draft) -> Iterator[Change]:
-    """Everything else stays; the family's notes tell where the same value means something else."""
+def kept(draft: Draft) -> Iterable[Change]:
+    """Keep everything else.  Add the family's notes for values that have a different effect there."""
     usual = TrainConfig().as_dict()
     for key, text in draft.profile.family.notes.items():
         if draft.values[key] != usual[key]:
             draft.say("note", key, f"{key} {draft.values[key]:g} is kept: {text}")
-    yield from ()
+    return ()
 
 
 def eight_bit(draft: Draft) -> Iterator[Change]:
@@ -219,20 +220,20 @@ def eight_bit(draft: Draft) -> Iterator[Change]:
             "optimizer_type",
             "AdamW8bit",
             "opt.8bit",
-            "a quarter of the optimizer's memory, same rate",
-            "8-bit state at the same rates trains alike (arXiv 2110.02861)",
+            "uses a quarter of the optimizer memory at the same rate",
+            "8-bit optimizer state gives equal results at the same rates (arXiv 2110.02861)",
         )
 
 
 def micro_batch(draft: Draft) -> Iterator[Change]:
     before = draft.batches[0]
     new = min(draft.profile.micro_batch(draft.source.train_batch_size), before, draft.cap)
-    reason = f"images at once on {draft.profile.vram_gb:g} GB (profile {draft.profile.name})"
+    reason = f"micro-batch for {draft.profile.vram_gb:g} GB (profile {draft.profile.name})"
     yield Change("train_batch_size", new, "batch.micro", reason)
 
 
 def accumulation(draft: Draft) -> Iterator[Change]:
-    """As much of the effective batch as the cap allows; never more than it was."""
+    """Keep the effective batch up to the cap.  It is never increased."""
     before = draft.batches[0]
     wanted, micro = min(before, draft.cap), draft.values["train_batch_size"]
     steps = max(1, round(wanted / micro))
@@ -244,8 +245,8 @@ def accumulation(draft: Draft) -> Iterator[Change]:
         what = f"keeps the effective batch of {before}"
     else:
         what = (
-            f"effective batch min({before}, cap {draft.cap}) = {now}, was {before}: "
-            f"{before / now:.3g}× the updates an epoch"
+            f"effective batch {before} → min({before}, cap {draft.cap}) = {now}: "
+            f"{before / now:.3g}× the updates per epoch"
         )
     yield Change("gradient_accumulation_steps", steps, "accum.cap_effective", what)
 
@@ -255,7 +256,7 @@ def length(draft: Draft) -> Iterator[Change]:
     if draft.source.max_train_steps is not None:
         before, now = draft.batches
         steps = math.ceil(draft.source.max_train_steps * before / now * factor - 1e-9)
-        reason = f"as many images as before × {factor:g}: × {before} / {now} for the effective batch"
+        reason = f"{factor:g} × as many images as before: × {before} / {now} for the effective batch"
         yield Change("max_train_steps", _limited("max_train_steps", steps), "steps.scale", reason)
         return
     assert draft.source.max_train_epochs is not None
@@ -268,31 +269,36 @@ def length(draft: Draft) -> Iterator[Change]:
 
 # Rules: rates
 
-# k from E before and now, and the profile; with what is known of it
+# Rule name → k from the old E, the new E and the profile; and the evidence for the rule
 RATES: dict[str, tuple[Callable[[int, int, Profile], float], str]] = {
     "sqrt_batch": (
         lambda before, now, _: math.sqrt(now / before),
-        "Adam: √batch (Malladi 2205.10287); SD1.5 at batch 1/2/4 fits √, not linear",
+        "√batch rule for Adam (Malladi et al., arXiv 2205.10287); SD1.5 at batch 1/2/4 fits √, not linear",
     ),
-    "keep": (lambda before, now, _: 1.0, "published pairs SD1.5 / SDXL: 1.0 is the most usual factor"),
-    "factor": (lambda before, now, profile: profile.rate.factor, "recorded point A: 0.77 and 0.75"),
-    "linear_batch": (lambda before, now, _: now / before, "SGD's rule; for Adam √batch fits better"),
+    "keep": (lambda before, now, _: 1.0, "1.0 is the most common factor in published SD1.5 / SDXL pairs"),
+    "factor": (
+        lambda before, now, profile: profile.rate.factor,
+        "factors 0.77 and 0.75 of the known transfer in profile sdxl-16gb",
+    ),
+    "linear_batch": (lambda before, now, _: now / before, "rule for SGD; for Adam √batch fits better"),
 }
-TEXT_EVIDENCE = "published ratios: 0, 0.1, 0.5 and 1; 0.67 is a recorded rule, measured nowhere else"
+TEXT_EVIDENCE = (
+    "published ratios are 0, 0.1, 0.5 and 1; 0.67 is from one known setup and was not measured elsewhere"
+)
 
 
 def _rounded(draft: Draft, value: float, factor: float) -> tuple[float, str]:
-    """A derived rate as it is written, and how it came about."""
+    """The rounded rate, and a text on how it was rounded."""
     if factor == 1.0:
         return value, ""
     exact = value * factor
     if draft.profile.rate.rule == "factor":
-        return two_digits(exact), f"{exact:.4g}, to two digits"
-    return snap_down(exact), f"{exact:.4g}, down to a round number"
+        return two_digits(exact), f"{exact:.4g}, rounded to two digits"
+    return snap_down(exact), f"{exact:.4g}, rounded down"
 
 
 def unet_rate(draft: Draft) -> Iterator[Change]:
-    """k for all rates, applied to the U-Net's.  unet_lr, where it is given, becomes learning_rate."""
+    """Compute k and apply it to the U-Net rate.  If unet_lr is set, it becomes learning_rate."""
     if draft.finds_its_rate:
         return
     name = draft.profile.rate.rule
@@ -308,9 +314,9 @@ def unet_rate(draft: Draft) -> Iterator[Change]:
         return
     if draft.source.unet_lr is not None:
         yield Change(
-            "learning_rate", rate, "lr.fold", "unet_lr is the U-Net's rate: it is written as learning_rate"
+            "learning_rate", rate, "lr.fold", "unet_lr is the rate of the U-Net; it is moved to learning_rate"
         )
-        yield Change("unet_lr", None, "lr.fold", "learning_rate says it")
+        yield Change("unet_lr", None, "lr.fold", "moved to learning_rate")
     formula = {"sqrt_batch": f"√({now}/{before})", "linear_batch": f"{now}/{before}"}.get(name, "k")
     new, how = _rounded(draft, rate, draft.factor)
     reason = f"effective batch {before} → {now}: × {formula} = {draft.factor:.3f} → {how}"
@@ -322,12 +328,13 @@ def unet_rate(draft: Draft) -> Iterator[Change]:
             snap_down(exact),
             "lr.alpha",
             f"alpha {alpha:g} → {new_alpha:g}: × √({alpha:g}/{new_alpha:g}) = {scale:.3f} → {exact:.4g}, rounded down",
-            "LoRA's rate over rank and alpha (arXiv 2602.06204)",
+            "scaling of the LoRA rate with rank and alpha (arXiv 2602.06204)",
         )
 
 
 def rate_limits(draft: Draft) -> Iterator[Change]:
-    """Within the published rates; ``rate_remarks`` warns of or refuses what lies far out for its alpha."""
+    """Clip the rate to the profile's limits.  ``rate_remarks`` warns about or refuses extreme
+    rates for their alpha."""
     limits, rate = draft.profile.limits, draft.rate
     if draft.values["optimizer_type"] not in ADAM or rate == 0:
         return
@@ -337,44 +344,42 @@ def rate_limits(draft: Draft) -> Iterator[Change]:
         "learning_rate",
         new,
         "lr.limits",
-        f"rates of this profile lie at {low:g} to {high:g}",
-        "published settings of AdamW",
+        f"this profile limits rates to {low:g} to {high:g}",
+        "published AdamW settings",
     )
 
 
 def text_encoder_rate(draft: Draft) -> Iterator[Change]:
-    """Off, or the searched ratio, or – where the search had no rate of its own – a share of the U-Net's."""
+    """Set the text encoder rate: off, the searched ratio, or a share of the U-Net rate if it was not searched."""
     source, rate = draft.source, draft.rate
     for key in ("text_encoder_lr1", "text_encoder_lr2"):
-        yield Change(key, None, "te.inherit_ratio", "one rate for all text encoders, as the search had")
+        yield Change(key, None, "te.inherit_ratio", "one rate for all text encoders, as in the search")
     if draft.profile.rate.text_encoder == "off" and rate > 0:
-        yield from _text_encoders_off("the profile leaves the text encoders as they are")
+        yield from _text_encoders_off("the profile does not train the text encoders")
         return
     if source.network_train_unet_only:
         return
     given = source.text_encoder_lr if source.text_encoder_lr1 is None else source.text_encoder_lr1
     if given is None and (source.unet_lr is not None):
-        given = source.learning_rate  # what kohya trains the text encoders at then
+        given = source.learning_rate  # kohya uses learning_rate for the text encoders in this case
     if given == 0:
-        yield from _text_encoders_off("the search trained no text encoder")
+        yield from _text_encoders_off("the search did not train the text encoders")
     elif draft.finds_its_rate:
-        yield Change("text_encoder_lr", given, "te.inherit_ratio", "the optimizer finds the rate")
+        yield Change("text_encoder_lr", given, "te.inherit_ratio", "the optimizer adapts the rate")
     elif given is not None:
         new, how = _rounded(draft, given, draft.text_factor)
         ratio = f", {new / rate:.2f} of learning_rate" if rate > 0 else ""
-        reason = f"× {draft.text_factor:.3f} as learning_rate → {how or 'kept'}{ratio}"
+        reason = f"× {draft.text_factor:.3f}, like learning_rate → {how or 'kept'}{ratio}"
         yield Change("text_encoder_lr", new, "te.inherit_ratio", reason, TEXT_EVIDENCE)
     else:
         share = draft.profile.rate.text_encoder_ratio
-        reason = (
-            f"the search had no rate of its own: {share:g} × learning_rate = {share * rate:.4g}, rounded down"
-        )
+        reason = f"no text encoder rate in the search: {share:g} × learning_rate = {share * rate:.4g}, rounded down"
         yield Change("text_encoder_lr", snap_down(share * rate), "te.ratio", reason, TEXT_EVIDENCE)
 
 
 def _text_encoders_off(reason: str) -> Iterator[Change]:
     yield Change("text_encoder_lr", 0.0, "te.off", reason)
-    yield Change("network_train_unet_only", True, "te.off", "their outputs can be cached")
+    yield Change("network_train_unet_only", True, "te.off", "allows caching the text encoder outputs")
 
 
 def text_encoder_limits(draft: Draft) -> Iterator[Change]:
@@ -386,50 +391,51 @@ def text_encoder_limits(draft: Draft) -> Iterator[Change]:
         yield Change("text_encoder_lr", snap_down(cap * rate), "te.cap", f"at most {cap:g} × learning_rate")
     elif rate == 0 and draft.values["optimizer_type"] in ADAM and text > limits.learning_rate_high:
         highest = limits.learning_rate_high
-        yield Change("text_encoder_lr", highest, "te.cap", "the highest rate of this profile")
+        yield Change("text_encoder_lr", highest, "te.cap", "the highest rate allowed by this profile")
 
 
 def rate_remarks(config: TrainConfig, profile: Profile) -> Iterator[TransferFinding]:
-    """What published settings say of the rates of a result.  Optimizers that find their rate say nothing."""
+    """Findings that compare the resulting rates with published settings.  None for optimizers
+    that adapt their rate."""
     limits, rate, text = profile.limits, config.effective_unet_lr, config.effective_text_encoder_lr
     if config.optimizer_type in ADAM and rate > 0:
         value = normalised(rate, config.network_alpha)
-        words = f"learning_rate × √(alpha / 16) is {value:.2g}, published settings lie at 2.8e-5 to 2.8e-4"
+        words = f"learning_rate × √(alpha / 16) is {value:.2g}; published settings have 2.8e-5 to 2.8e-4"
         if limits.normalised_refuse is not None and value > limits.normalised_refuse:
             yield TransferFinding(
-                "refuse", "learning_rate", f"{words}: above {limits.normalised_refuse:g} is refused"
+                "refuse", "learning_rate", f"{words}; values above {limits.normalised_refuse:g} are refused"
             )
         elif limits.normalised_warn is not None and value > limits.normalised_warn:
-            most = f"the highest that goes without a word is {limits.normalised_warn:g}"
-            yield TransferFinding("warn", "learning_rate", f"{words}, {most}")
+            most = f"this warning appears above {limits.normalised_warn:g}"
+            yield TransferFinding("warn", "learning_rate", f"{words}; {most}")
     if config.optimizer_type in RATE_FREE or not text or not config.trains_text_encoder:
         return
     if rate > 0 and text < LOW_RATIO * rate:
         yield TransferFinding(
             "note",
             "text_encoder_lr",
-            f"text_encoder_lr is {text / rate:.2f} of learning_rate; recorded settings have {LOW_RATIO} to "
-            f"{HIGH_RATIO}, sd-scripts' docs 0.1: it is not raised",
+            f"text_encoder_lr is {text / rate:.2f} × learning_rate (known setups: {LOW_RATIO} to {HIGH_RATIO}, "
+            f"sd-scripts' documentation: 0.1); it is not increased",
         )
     if limits.text_encoder_lr_warn is not None and text > limits.text_encoder_lr_warn:
         yield TransferFinding(
             "warn",
             "text_encoder_lr",
-            f"text_encoder_lr {text:g} is above {limits.text_encoder_lr_warn:g}: text encoders overcook quickly",
+            f"text_encoder_lr {text:g} is above {limits.text_encoder_lr_warn:g}; text encoders overfit quickly",
         )
 
 
 def warmup(draft: Draft) -> Iterator[Change]:
-    """The same share of all steps, a tenth at most."""
+    """Keep the warm-up's share of all steps, at most a tenth."""
     steps = draft.source.lr_warmup_steps
     if steps < 1:
         new: float = min(steps, MOST_WARMUP)
-        reason = f"a share of the steps stays, at most {MOST_WARMUP:g}"
+        reason = f"the share of the steps is kept, at most {MOST_WARMUP:g}"
     else:
         before = updates_of(draft.source, draft.figures.samples)
         now = updates_of(TrainConfig().with_values(_length_of(draft)), draft.figures.samples)
         new = min(round(steps * now / before), int(MOST_WARMUP * now))
-        reason = f"{steps:g} of {before} steps → the same share of {now}, at most a tenth"
+        reason = f"{steps:g} of {before} steps → the same share of {now} steps, at most a tenth"
     yield Change("lr_warmup_steps", float(new), "warmup.ratio", reason)
 
 
@@ -438,39 +444,49 @@ def _length_of(draft: Draft) -> dict[str, Any]:
     return {name: draft.values[name] for name in names}
 
 
-def card(draft: Draft) -> Iterator[Change]:
-    """The decision tree's last branch; the planner may overrule it."""
+def card(draft: Draft) -> Iterable[Change]:
+    """Refuse a GPU below the profile's minimum.  The planner can overrule this."""
     profile = draft.profile
     if profile.vram_gb < profile.refuse_below_gb:
         draft.say(
             "refuse",
             "vram",
-            f"{profile.vram_gb:g} GB is below the {profile.refuse_below_gb:g} GB that {profile.family.title} needs",
+            f"{profile.vram_gb:g} GB of GPU memory is below the {profile.refuse_below_gb:g} GB that "
+            f"{profile.family.title} needs",
         )
-    yield from ()
+    return ()
 
 
-# In this order; the second word is for docs/transfer.md.
+# Applied in this order.  The text is for docs/transfer.md.
 RULES: tuple[tuple[Rule, str], ...] = (
-    (card, "`vram`: below the profile's `refuse_below_gb` it is refused, unless the planner finds a stack"),
-    (family_base, "`family.base`: the base of the new family"),
-    (family_drops, "`family.drops`: what means nothing there (clip_skip), block rates of other blocks"),
+    (
+        card,
+        "`vram`: refuse GPU memory below the profile's `refuse_below_gb`, unless the planner finds settings that fit",
+    ),
+    (family_base, "`family.base`: use the base of the new family"),
+    (
+        family_drops,
+        "`family.drops`: reset settings that do not apply there (clip_skip), and block rates for different blocks",
+    ),
     (
         native_resolution,
-        "`res.native`: resolution and buckets of the family, no upscaling; warns of small images",
+        "`res.native`: use the family's resolution and buckets without upscaling; warn about small images",
     ),
     (
         family_fixed,
-        "`family.fixed`, `profile.settings`, `preset`: token length, precision, checkpointing, saving",
+        "`family.fixed`, `profile.settings`, `preset`: set token length, precision, checkpointing, saving",
     ),
-    (kept, "`keep`: what no rule names stays as searched; notes on what means something else there"),
+    (
+        kept,
+        "`keep`: keep all other settings; add a note where the same value has a different effect there",
+    ),
     (eight_bit, "`opt.8bit`: AdamW → AdamW8bit, rate unchanged"),
-    (micro_batch, "`batch.micro`: the profile's micro-batch, or half of the source's"),
+    (micro_batch, "`batch.micro`: use the profile's micro-batch, or half of the source's"),
     (
         accumulation,
-        "`accum.cap_effective`: E = b × A; E′ = min(E, cap); A′ = max(1, round(E′ / b′)); E is never raised",
+        "`accum.cap_effective`: E = b × A; E′ = min(E, cap); A′ = max(1, round(E′ / b′)); E is never increased",
     ),
-    (length, "`epochs.scale`: ⌈epochs × factor⌉; `steps.scale` where steps decide the length"),
+    (length, "`epochs.scale`: ⌈epochs × factor⌉; `steps.scale` if the length is set in steps"),
     (
         unet_rate,
         "`lr.sqrt_batch` × √(E′/E), `lr.keep` × 1, `lr.factor` × f, `lr.linear_batch` × E′/E; `lr.alpha` × √(α/α′) "
@@ -478,13 +494,13 @@ RULES: tuple[tuple[Rule, str], ...] = (
     ),
     (
         rate_limits,
-        "`lr.limits`: within the profile's rates; learning_rate × √(alpha/16) warns above 3e-4, is refused above 6e-4",
+        "`lr.limits`: clip to the profile's limits; warn if learning_rate × √(alpha/16) > 3e-4, refuse if > 6e-4",
     ),
     (
         text_encoder_rate,
-        "`te.inherit_ratio` × the same k; `te.ratio` 0.67 × learning_rate without a searched rate; `te.off`",
+        "`te.inherit_ratio` × the same k; `te.ratio` 0.67 × learning_rate if the search had no such rate; `te.off`",
     ),
-    (text_encoder_limits, "`te.cap`: at most 0.8 × learning_rate, never raised; warns above 1e-4"),
+    (text_encoder_limits, "`te.cap`: at most 0.8 × learning_rate, never increased; warn above 1e-4"),
     (warmup, "`warmup.ratio`: min(round(w × S′/S), S′/10)"),
 )
 

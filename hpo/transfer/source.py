@@ -1,7 +1,7 @@
-"""What is carried over: a study's best configuration, what else it found, and the figures of its images.
+"""The source of a transfer: a study's best configuration, other good configurations, and figures of its images.
 
-Owns which trial counts as the best one (the confirmed winner, else the best of the search) and which others
-are different enough to be probed beside it.  Reads a study and changes nothing.
+Owns which trial is the best (the confirmed winner, else the best of the search) and which others are
+different enough to be probed as well.  Only reads the study.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from trainer.data import Dataset, read_training_data
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
-SOURCE_STUDY = "source_study"  # user attribute of a study of probes: where its settings come from
+SOURCE_STUDY = "source_study"  # user attribute of a probe study: the study that the settings come from
 CONFIRMED = "confirmed.json"
 
 
 @dataclass(frozen=True)
 class SourceCandidate:
-    """A scored trial of the search.  ``place`` are its searched settings, each from 0 to 1."""
+    """A scored trial of the search.  ``place``: its searched settings, each scaled to 0..1."""
 
     number: int
     config: TrainConfig
@@ -48,7 +48,11 @@ class SourceCandidate:
 
 @dataclass(frozen=True)
 class TransferSource:
-    """A study as the transfer sees it.  ``others`` are different ones about as good as the best, farthest first."""
+    """The study that is transferred.
+
+    ``others``: configurations about as good as the best, the most different one first.  ``says``:
+    describes the best trial.
+    """
 
     folder: StudyFolder
     base: str
@@ -61,31 +65,31 @@ class TransferSource:
 
 
 def find_source(name: str | None, runs: Path, family: Family) -> StudyFolder:
-    """The named study, or the last one that can be carried over to the family."""
+    """The named study, or the most recent one that can be transferred to the family."""
     if name is not None:
         folder = find_folder(name, runs)
         _check_base(folder, family)
         return folder
-    find_folder(None, runs)  # says what to do where there is none
+    find_folder(None, runs)  # raises an error with a hint if there is no study
     found = sorted(runs.glob("*/study.db"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         folder = StudyFolder(path.parent)
         if kind_of_base(folder) in family.sources and not is_derived(folder):
             return folder
     raise ConfigError(
-        f"no study in {runs} can be carried over to {family.title}",
-        f"it takes a search on {' or '.join(family.sources)}: hpo search --base {family.sources[0]}",
+        f"no study in {runs} can be transferred to {family.title}",
+        f"run a search on {' or '.join(family.sources)} first: hpo search --base {family.sources[0]}",
     )
 
 
 def is_derived(folder: StudyFolder) -> bool:
-    """Whether the study holds probes or a confirmation, and not a search."""
+    """Whether the study contains probes or a confirmation instead of a search."""
     facts = (read_json(folder.facts) or {}).get("facts", {})
     return SOURCE_STUDY in facts or "confirms" in facts
 
 
 def kind_of_base(folder: StudyFolder) -> str:
-    """A study's base as families name their sources: a miniature's own name, else its family."""
+    """The base of a study in the terms of a family's ``sources``: a miniature's name, else the base's family."""
     base = str((read_json(folder.facts) or {}).get("base", ""))
     if not base or is_miniature(base):
         return base
@@ -96,18 +100,19 @@ def _check_base(folder: StudyFolder, family: Family) -> None:
     kind = kind_of_base(folder)
     if is_derived(folder):
         raise ConfigError(
-            f"study {folder.name} holds no search of its own", "name the study that was searched"
+            f"study {folder.name} contains probes or a confirmation, not a search",
+            "give the study of the search",
         )
     if kind not in family.sources:
-        hint = f"settings for it come from a search on {' or '.join(family.sources)}"
+        hint = f"give a study with a search on {' or '.join(family.sources)}"
         if is_miniature(kind) and (targets := families_from(kind)):
             hint = f"use --to {' or '.join(targets)}"
-        raise ConfigError(f"study {folder.name} searched on {clean_text(kind) or 'an unknown base'}: that cannot be "
-                          f"carried over to {family.title}", hint)  # fmt: skip
+        raise ConfigError(f"study {folder.name} is a search on {clean_text(kind) or 'an unknown base'} and cannot be "
+                          f"transferred to {family.title}", hint)  # fmt: skip
 
 
 def read_source(folder: StudyFolder) -> TransferSource:
-    """The study's best configuration and its neighbours."""
+    """Read the study's best configuration and its alternatives."""
     from optuna.trial import TrialState
 
     with database_errors(folder):
@@ -129,19 +134,19 @@ def read_source(folder: StudyFolder) -> TransferSource:
     if not trials:
         raise ConfigError(
             f"study {folder.name} has no scored trial yet",
-            f"go on with its search; so far: hpo status {folder.words}",
+            f"continue the search; for its state: hpo status {folder.words}",
         )
     trials.sort(key=lambda t: (-t.score, t.number))
     confirmed = read_json(folder.root / CONFIRMED)
     best, tied = trials[0], [t for t in trials if t.score >= trials[0].score - math.hypot(t.se, trials[0].se)]
-    says = f"trial {best.number}, the best of the search ({best.score:.4f}): unconfirmed, see hpo confirm"
+    says = f"trial {best.number}, the best of the search ({best.score:.4f}); unconfirmed, see hpo confirm"
     if confirmed is not None:
         by_number = {t.number: t for t in trials}
         number = confirmed.get("winner")
         if number not in by_number:
             raise ConfigError(
-                f"{folder.root / CONFIRMED} names trial {number}, which the study does not have",
-                "confirm it again",
+                f"{folder.root / CONFIRMED} refers to trial {number}, which does not exist in the study",
+                f"confirm the study again: hpo confirm {folder.words}",
             )
         best = by_number[number]
         tied = [by_number[n] for n in confirmed.get("ties", ()) if n in by_number]
@@ -152,7 +157,7 @@ def read_source(folder: StudyFolder) -> TransferSource:
 
 
 def _trained(folder: StudyFolder, number: int) -> TrainConfig | None:
-    """What a trial was trained with; None if its folder is gone."""
+    """The settings that a trial was trained with; None if its folder is missing."""
     values = (read_json(folder.trial(number).params) or {}).get("train")
     if not isinstance(values, dict):
         return None
@@ -173,13 +178,13 @@ def _unit(distribution: Any, value: Any) -> float:
 
 
 def distance(a: Mapping[str, float], b: Mapping[str, float]) -> float:
-    """How different two proposals are: root mean square over the searched settings, choices count 1."""
+    """Distance of two configurations: root mean square over the searched settings.  Different choices count 1."""
     names = a.keys() & b.keys()
     return math.sqrt(sum(min(1.0, abs(a[n] - b[n])) ** 2 for n in names) / max(1, len(names)))
 
 
 def _diverse(best: SourceCandidate, among: Sequence[SourceCandidate]) -> tuple[SourceCandidate, ...]:
-    """Others than the best, each the one farthest from all that were taken before."""
+    """Trials other than the best, ordered so that each is the farthest from all before it."""
     taken, left = [best], [t for t in among if t.number != best.number]
     while left:
         farthest = max(
@@ -191,7 +196,7 @@ def _diverse(best: SourceCandidate, among: Sequence[SourceCandidate]) -> tuple[S
 
 
 def with_places(config: TrainConfig, name: str, comment: str) -> TrainConfig:
-    """The trial's settings as a run of its own: whole paths, another name, where it comes from."""
+    """The settings of a trial for a separate run: absolute paths, a new name and a comment on their origin."""
     values: dict[str, Any] = {"output_name": name, "training_comment": comment}
     for key in ("train_data_dir", "dataset_config", "reg_data_dir", "conditioning_data_dir"):
         if getattr(config, key):
@@ -200,9 +205,9 @@ def with_places(config: TrainConfig, name: str, comment: str) -> TrainConfig:
 
 
 def holding_out(source: TransferSource, config: TrainConfig) -> TrainConfig:
-    """The settings, with the images apart that the search judged likeness with: ``hpo evaluate`` needs them unseen.
+    """The settings, with the search's reference images held out, because ``hpo evaluate`` needs unseen images.
 
-    References of another folder (``--references``) are no part of the training images anyway.
+    References from a separate folder (``--references``) are never training images.
     """
     facts = read_json(source.folder.facts) or {}
     own = Path(str(facts.get("data", ""))).resolve()
@@ -211,7 +216,7 @@ def holding_out(source: TransferSource, config: TrainConfig) -> TrainConfig:
 
 
 def dataset_figures(source: TransferSource, family: Family) -> tuple[DatasetFigures, Dataset]:
-    """The figures of the images that the run will see, and the images."""
+    """The figures of the training images of the new run, and the images."""
     data = read_training_data(holding_out(source, source.best.config))
     items = [item for item in data.items if not item.is_reg]
     small = sum(min(item.width_px, item.height_px) < family.small_image_px for item in items)

@@ -1,12 +1,12 @@
-"""Record one dense grid of short and whole runs, and compare the two designs of probes by replaying it.
+"""Records one dense grid of short and whole runs, and compares the two probe designs by replaying it.
 
     python -m tests.bench.bench_probe_grid record --work DIR [--only mini-sd15] [--data DIR]
     python -m tests.bench.bench_probe_grid replay            # the table of docs/transfer.md, written into it
 
-``record`` makes every missing cell – base × horizon × rate × text encoders × seed – and appends it to
-tests/data/probe_grid.jsonl; finished cells are never made again, a stopped one goes on.  ``replay`` plays
-both designs on the target's short runs (seed a), starting from a transferred rate that is off by some
-octaves, and judges what they chose by the target's whole runs of the other seed.
+``record`` runs every missing cell (base × horizon × rate × text encoders × seed) and appends it to
+tests/data/probe_grid.jsonl.  Finished cells are never repeated, and an interrupted one is resumed.  ``replay``
+simulates both designs on the short runs of the target (one seed), starting from a transferred rate that is
+wrong by a number of octaves, and evaluates their choices with the target's whole runs of the other seed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ DOCS = ROOT / "docs" / "transfer.md"
 BEGIN, END = "<!-- probe designs: begin -->", "<!-- probe designs: end -->"
 BASES = {"mini-sd15": "source", "mini-sdxl": "target"}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-TEXT_RATIO = 0.5  # of learning_rate, where text encoders are trained
+TEXT_RATIO = 0.5  # × learning_rate, if the text encoders are trained
 HORIZONS = (0.25, 1.0)
 SEEDS = (7000, 7001)
 EPOCHS = 1
-OFFSETS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # octaves by which a transferred rate may be off
+OFFSETS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # errors of the transferred rate in octaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Scored:
 
 
 def wanted(bases: Sequence[str]) -> Iterator[Cell]:
-    """Every cell, the cheapest base first."""
+    """All cells, the cheapest base first."""
     for base, seed, horizon, text, rate in itertools.product(bases, SEEDS, HORIZONS, (True, False), RATES):
         yield Cell(base, horizon, rate, text, seed)
 
@@ -129,7 +129,7 @@ def _record(base: str, cells: Sequence[Cell], args: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """The grid of one base, horizon and seed as curves over log2 rate: linear between recorded rates."""
+    """The grid of one base, horizon and seed as curves over log2 rate, linearly interpolated."""
 
     cells: Mapping[Cell, Scored]
     base: str
@@ -166,12 +166,12 @@ class Curves:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a way to choose cost over all starts: regret on whole runs of another seed, and probes made."""
+    """The cost of a design over all starting points: regret on whole runs of another seed, and number of probes."""
 
     name: str
     probes: float
     regret: tuple[float, ...]  # by offset, mean over seeds
-    changed: float  # share of the starts at which it changed anything
+    changed: float  # share of the starting points at which a setting was changed
 
     @property
     def mean(self) -> float:
@@ -179,7 +179,7 @@ class Row:
 
 
 def replay(cells: Mapping[Cell, Scored], design: Design | None, budget: int, *, horizon: bool = False) -> Row:
-    """One way to choose.  ``design`` None keeps what was transferred."""
+    """Replay one design.  None keeps the transferred settings."""
     regrets, probes, changed = [], [], []
     for offset in OFFSETS:
         of_offset = []
@@ -200,12 +200,12 @@ def replay(cells: Mapping[Cell, Scored], design: Design | None, budget: int, *, 
             probes.append(made)
             changed.append(decided != Probe())
         regrets.append(float(np.mean(of_offset)))
-    name = "no probe" if design is None else design.name + (", horizon corrected" if horizon else "")
+    name = "no probes" if design is None else design.name + (", horizon corrected" if horizon else "")
     return Row(name, float(np.mean(probes)), tuple(regrets), float(np.mean(changed)))
 
 
 def _shift(cells: Mapping[Cell, Scored], seed: int, design: Design, scope: Scope) -> float | None:
-    """The horizon's shift, measured on the source around its own best rate."""
+    """The horizon shift, measured on the source around its best rate."""
     curves = [Curves(cells, "mini-sd15", horizon, seed) for horizon in HORIZONS]
     rate = 2 ** curves[1].best()[1]
     both: list[list[ProbeScore]] = []
@@ -218,7 +218,7 @@ def _shift(cells: Mapping[Cell, Scored], seed: int, design: Design, scope: Scope
 
 
 def compare(cells: Mapping[Cell, Scored]) -> list[Row]:
-    """Every way to choose, on one recorded grid."""
+    """Replay all designs on one recorded grid."""
     ladder, grid = DESIGNS["ladder"], DESIGNS["grid"]
     return [
         replay(cells, None, 0),
@@ -229,29 +229,29 @@ def compare(cells: Mapping[Cell, Scored]) -> list[Row]:
 
 
 def better_design(rows: Sequence[Row]) -> str:
-    """The design with the smaller mean regret at its own number of probes; equal ones: the one with fewer."""
+    """The design with the smallest mean regret at its number of probes; for ties, the one with fewer probes."""
     own = [row for row in rows if row.probes > 0]
     return min(own, key=lambda row: (round(row.mean, 4), row.probes)).name.split(",")[0]
 
 
 def table(cells: Mapping[Cell, Scored]) -> str:
-    """The comparison as Markdown; what is not recorded yet is said."""
+    """The comparison as Markdown, or a line on the missing cells."""
     missing = {base: sum(cell not in cells for cell in wanted([base])) for base in BASES}
     if any(missing.values()):
         text = ", ".join(f"{count} cells of {base}" for base, count in missing.items() if count)
         return f"Not recorded yet: {text} (`python -m tests.bench.bench_probe_grid record --work DIR`)."
     rows = compare(cells)
     head = " | ".join(f"{offset:+g}" for offset in OFFSETS)
-    lines = [f"| way | probes | {head} | mean | changed |", "|---" * (len(OFFSETS) + 4) + "|"]
+    lines = [f"| design | probes | {head} | mean | changed |", "|---" * (len(OFFSETS) + 4) + "|"]
     for row in rows:
         values = " | ".join(f"{value:.3f}" for value in row.regret)
         lines.append(f"| {row.name} | {row.probes:.1f} | {values} | {row.mean:.3f} | {row.changed:.0%} |")
-    lines += ["", f"Better: {better_design(rows)}."]
+    lines += ["", f"Best design: {better_design(rows)}."]
     return "\n".join(lines)
 
 
 def between(text: str, begin: str, end: str, new: str) -> str:
-    """``text`` with what stands between two markers replaced."""
+    """``text`` with the part between two markers replaced."""
     head, rest = text.split(begin)
     return f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.add_argument("--only", choices=list(BASES))
     one.add_argument("--file", type=Path, default=GRID)
     one.add_argument(
-        "--set", dest="sets", action="append", default=[], help="as of hpo search; for trying it out"
+        "--set", dest="sets", action="append", default=[], help="as for hpo search; for short test runs"
     )
     one.set_defaults(run=record)
     two = commands.add_parser("replay")

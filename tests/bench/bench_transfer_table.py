@@ -1,10 +1,10 @@
-"""What a transfer is worth on the miniature: the table of docs/transfer.md, filled cell by cell.
+"""Measures the benefit of a transfer on the miniature: the table in docs/transfer.md, filled cell by cell.
 
     python -m tests.bench.bench_transfer_table --work DIR [--subject character] [--trials 12] [--probes 6]
 
-A row is a way to come to settings for mini-sdxl; a cell is one training with them – subject × training seed –
-scored on the confirmation prompts.  Finished cells are appended to tests/data/transfer_table.jsonl and never
-made again; searches, probes and trainings of a stopped call go on.  Missing cells are shown as missing.
+A row is a way to find settings for mini-sdxl.  A cell is one training with these settings (subject × training
+seed), scored on the confirmation prompts.  Finished cells are appended to tests/data/transfer_table.jsonl and
+never repeated; interrupted searches, probes and trainings are resumed.  Missing cells are shown as missing.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ SEEDS = (8000, 8001)
 ROWS = {
     "untrained base": "no training",
     "default settings": "trial 0 of a direct search",
-    "transferred": "the search's best trial, by the rules",
-    "transferred + probe": "and what the probes changed",
-    "direct search": "on mini-sdxl, as many training samples × cost as search and probes took",
-    "random trial transferred": "any trial of the search, by the rules",
-    "worst quartile transferred": "a trial of the search's worst quarter, by the rules",
+    "transferred": "best trial of the search",
+    "transferred + probe": "best trial of the search, corrected by probes",
+    "direct search": "on mini-sdxl, for the same cost as search and probes",
+    "random trial transferred": "a random trial of the search",
+    "worst quartile transferred": "a trial of the search's worst quarter",
 }
 RANDOM_SEED = 1
-SCALE = "scale"  # the row of a subject's anchors
+SCALE = "scale"  # the row with the anchors of a subject
 ANCHORS = ("base_t_P", "chance_t_P", "base_i_P", "asks_for_subject", "real_i", "t_unit_se", "i_unit_se")
 
 
@@ -57,7 +57,7 @@ class Cell:
 
 
 def read_cells(path: Path = CELLS) -> dict[Cell, dict[str, Any]]:
-    """The finished cells; each holds its subject's anchors as ``scale``."""
+    """The finished cells, each with the anchors of its subject as ``scale``."""
     rows = list(read_records(path))
     scales = {r["subject"]: r for r in rows if r["row"] == SCALE}
     found = {Cell(r["row"], r["subject"], r["seed"]): r for r in rows if r["row"] != SCALE}
@@ -68,7 +68,7 @@ def wanted(subjects: Sequence[str] = SUBJECTS) -> list[Cell]:
     return [Cell(row, subject, seed) for subject in subjects for seed in SEEDS for row in ROWS]
 
 
-# The stages of a subject: each of them goes on where it was stopped
+# The stages of a subject.  Each is resumed where it was interrupted.
 
 
 def hpo(work: Path, *words: str) -> None:
@@ -79,13 +79,13 @@ def hpo(work: Path, *words: str) -> None:
 
 
 def direct_trials(source_samples: float, probes: int, target_samples: float, cost: float) -> int:
-    """Trials on the target that cost as much as the search there and the probes here, in source samples."""
+    """Number of trials on the target that cost as much as the search on the source and the probes on the target."""
     spent = source_samples + probes * 0.25 * target_samples * cost
     return max(1, round(spent / (target_samples * cost)))
 
 
 def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig | None]:
-    """The settings of every row.  None: nothing is trained."""
+    """The settings of every row.  None means no training."""
     from hpo.study.folder import StudyFolder
     from hpo.transfer.mapping import make
     from hpo.transfer.source import read_source
@@ -128,7 +128,7 @@ def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig
 
 
 def fill(args: argparse.Namespace) -> None:
-    """Make every missing cell of a subject."""
+    """Run all missing cells of a subject."""
     from hpo.search.trial import run_trial
     from hpo.search.workbench import load
     from hpo.study.config import Inputs, find_study, read_study
@@ -153,7 +153,7 @@ def fill(args: argparse.Namespace) -> None:
     order = wanted([args.subject])
     for cell in missing:
         config, row = configs[cell.row], dataclasses.asdict(cell)
-        if config is None:  # by the anchors' definition: it follows prompts as itself and is like nobody
+        if config is None:  # the untrained base: prompt following 1 and likeness 0 by definition
             row |= {"outcome": COMPLETE, "t_P": bench.anchors.base_t_P, "i_P": bench.anchors.base_i_P}
         else:
             number = order.index(cell)
@@ -172,7 +172,7 @@ def fill(args: argparse.Namespace) -> None:
 
 
 def cosines(metrics: Path, prompt_ids: Sequence[str]) -> dict[str, list[float]]:
-    """A run's raw cosines by prompt, with the text and with the references."""
+    """The raw cosines of a run by prompt, with the text and with the references."""
     from evaluation.score.score import read_score
 
     rows = read_score(metrics).per_image
@@ -184,7 +184,7 @@ def cosines(metrics: Path, prompt_ids: Sequence[str]) -> dict[str, list[float]]:
 
 
 def cost_of_a_sample(repeats: int = 2) -> float:
-    """Seconds of a training sample on mini-sdxl over those on mini-sd15, in turn on one thread."""
+    """Time of a training sample on mini-sdxl relative to mini-sd15, measured alternately on one thread."""
     import statistics as stats
     import tempfile
 
@@ -229,7 +229,7 @@ def cost_of_a_sample(repeats: int = 2) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """A row's score, prompt following and likeness as means over training seeds, and the score in each draw."""
+    """Score, prompt following and likeness of a row as means over training seeds, and the score of each draw."""
 
     score: float
     following: float
@@ -238,7 +238,7 @@ class Standing:
 
 
 def standing(cells: Sequence[dict[str, Any]]) -> Standing:
-    """The bootstrap is over prompts, drawn alike for every row, so that differences are paired."""
+    """The means of a row.  The bootstrap uses the same prompt draws for all rows, so that differences are paired."""
     scale = SimpleNamespace(**cells[0]["scale"])
     whole_KP = np.ones((1, len(scale.base_t_P)))
     draws_KP = prompt_draws(len(scale.base_t_P))
@@ -253,7 +253,7 @@ def standing(cells: Sequence[dict[str, Any]]) -> Standing:
 
 
 def table(cells: dict[Cell, dict[str, Any]], subjects: Sequence[str] = SUBJECTS) -> str:
-    """Every row of every subject, with what is missing."""
+    """All rows of all subjects as Markdown, including missing cells."""
     lines = [
         "| subject | settings | score (95 %) | following | likeness | over transferred (95 %) | seeds |",
         "|---|---|---|---|---|---|---|",
@@ -286,19 +286,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--work", type=Path, help="folder of the studies; without it only the table is written"
+        "--work", type=Path, help="folder of the studies; without it, only the table is written"
     )
     parser.add_argument("--subject", default=SUBJECTS[0], choices=SUBJECTS)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--probes", type=int, default=6)
     parser.add_argument("--file", type=Path, default=CELLS)
     parser.add_argument(
-        "--set", dest="sets", action="append", default=[], help="as of hpo search; for trying it out"
+        "--set", dest="sets", action="append", default=[], help="as for hpo search; for short test runs"
     )
-    parser.add_argument("--cost", action="store_true", help="measure cost_of_a_sample and nothing else")
+    parser.add_argument("--cost", action="store_true", help="only measure cost_of_a_sample")
     args = parser.parse_args(arguments)
     if args.cost:
-        print(f"a sample of mini-sdxl costs {cost_of_a_sample():.2f} of mini-sd15's")
+        print(f"a sample of mini-sdxl costs {cost_of_a_sample():.2f} times as much as one of mini-sd15")
         return
     if args.work:
         args.work = args.work.resolve()

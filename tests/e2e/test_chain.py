@@ -1,8 +1,8 @@
-"""The whole chain on the miniature, by the README's own commands: search on mini-sd15, transfer, probes, one
-run on mini-sdxl, its checkpoints evaluated, both bases compared.
+"""The whole chain on the miniature with the commands of the README: search on mini-sd15, transfer, probes,
+one run on mini-sdxl, evaluation of its checkpoints, comparison of both bases.
 
-The small form is part of every test run; the full form (twelve trials, six probes, default prompts) is
-``slow`` and takes the same path.
+The small form is part of every test run.  The full form (twelve trials, six probes, default prompts) is
+``slow`` and uses the same code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.adapters.lorafile import read
 
 @dataclass(frozen=True)
 class Form:
-    """How much of everything."""
+    """The size of a chain."""
 
     trials: int
     probes: int
@@ -47,9 +47,9 @@ FULL = Form(trials=12, probes=6)
 
 
 def hpo(place: Path, *words: str) -> str:
-    """What the command says; it must succeed."""
+    """The output of a command, which must succeed."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment.pop("OMP_NUM_THREADS", None)  # the chain has the machine to itself, as a user's would
+    environment.pop("OMP_NUM_THREADS", None)  # the chain runs alone on the machine, as for a user
     done = subprocess.run(
         [sys.executable, "-c", "from hpo.cli.main import main; main()", *words],
         cwd=place,

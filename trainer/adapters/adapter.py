@@ -1,4 +1,4 @@
-"""Adapter: LoRA, LoCon, DoRA, LoHa or LoKr injected into a base, its weights, and its removal without a trace.
+"""Adapter: LoRA, LoCon, DoRA, LoHa or LoKr injected into a base, its weights, and its complete removal.
 
 Owns which modules get which rank and rate, dropout, norms, rounding and removal; PEFT does the maths of the
 forward pass, ``kinds`` says what differs between kinds.  Weights are fp32 whatever the base's type, or bf16
@@ -49,7 +49,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Dropout:
-    """What is left out while training: shares of channels after lora_down, of ranks, of modules."""
+    """Dropout while training: shares of channels after lora_down, of ranks, of modules."""
 
     network: float = 0.0
     rank: float = 0.0
@@ -116,7 +116,7 @@ def targets_of(base: Base, config: TrainConfig) -> list[Target]:
 
 
 def count_weights(base: Base, config: TrainConfig) -> int:
-    """Numbers in an adapter of these settings, without making it."""
+    """The number of trainable values of these settings, without creating the adapter."""
     count = 0
     for target in targets_of(base, config):
         layer = base.components()[target.component].get_submodule(target.path)
@@ -147,7 +147,7 @@ def block_rate(rates: BlockRates, key: str) -> float:
 def inject(base: Base, config: TrainConfig) -> Adapter:
     """A fresh adapter with ΔW = 0, so the base's output is unchanged at first.
 
-    Every module draws from its own generator, keyed by (seed, key): nothing else that was drawn before matters.
+    Every module has its own generator, keyed by (seed, key), so the order of initialisation does not matter.
     """
     targets = targets_of(base, config)
     if not targets:
@@ -166,7 +166,7 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
 
 
 class Adapter:
-    """What is in a base now.  ``remove`` takes it out; the base is then bitwise what it was."""
+    """An adapter in a base. ``remove`` takes it out and leaves the base bitwise as it was."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class Adapter:
         return [weight for layer in self.layers for weight in layer.weights.values()]
 
     def freeze_text_encoders(self) -> None:
-        """Keep the text encoders' part as it is from now on."""
+        """Freeze the text encoders' part."""
         for layer in self.layers:
             if layer.target.component != "unet":
                 for weight in layer.weights.values():
@@ -222,7 +222,7 @@ class Adapter:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what ``state`` gave, of the same modules and ranks; ConfigError if it is of others."""
+        """Load what ``state`` returned. Raises ConfigError if modules or ranks differ."""
         own = {f"{layer.target.key}.{end}": w for layer in self.layers for end, w in layer.weights.items()}
         alphas = {f"{layer.target.key}.alpha" for layer in self.layers}
         others = sorted(state.keys() ^ (own.keys() | alphas))
@@ -248,7 +248,8 @@ class Adapter:
 
     @torch.no_grad()
     def round_to(self, save_precision: str) -> None:
-        """Round every weight to the number type of the saved file, in place: what is scored is what ships.
+        """Round every weight to the number type of the saved file, in place, so that the scored weights
+        are the saved ones.
 
         DoRA's file holds alpha = rank, so its scale moves into lora_up first, and
         magnitudes stay fp32 (``lorafile``).
@@ -275,9 +276,9 @@ class Adapter:
                 weight.mul_(share ** (1 / len(layer.factors)))
 
     def apply_dropout(self, *key: int, rows: tuple[int, int, int] = (0, 0, 0)) -> None:
-        """From now on drop what ``Dropout`` says, drawn from this key (seed, step, micro-batch).  No key: no
-        dropout.  ``rows`` (first, count, of how many): which of the micro-batch are computed, where it is
-        cut; what is dropped in them is what would be dropped if it were not."""
+        """Enable dropout as ``Dropout`` says, drawn from this key (seed, step, micro-batch). Without a key
+        there is none.  ``rows`` (first, count, of how many): the rows of the micro-batch that are computed,
+        if it is split. They get the same dropout as without the split."""
         self._dropout_key = key or None
         self._rows = rows
         if self._dropout.module > 0:
@@ -287,7 +288,7 @@ class Adapter:
                 )
 
     def remove(self) -> None:
-        """Take the adapter out of the base: the same layer objects return, nothing of PEFT stays behind."""
+        """Take the adapter out of the base: the same layer objects return, nothing of PEFT remains."""
         for model in self.base.components().values():
             recurse_remove_peft_layers(model)
             if hasattr(model, "peft_config"):
@@ -355,7 +356,7 @@ class Adapter:
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose stream depends on the key only: the same everywhere and in any order of use."""
+    """A generator whose stream depends only on the key, whatever the machine and the order of use."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 

@@ -1,6 +1,6 @@
 """Kinds of adapters: LoRA, LoHa and LoKr – the tensors of each, their start, and PEFT's layer for it.
 
-Owns what differs between kinds; ``adapter`` owns what is the same.  PEFT computes the forward pass; LoCon is
+Owns what differs between kinds; ``adapter`` owns what they share.  PEFT computes the forward pass; LoCon is
 LoRA on convolutions too, and DoRA is LoRA plus a magnitude (``adapter.Magnitude``).  Names of tensors and
 their start are LyCORIS' (KohakuBlueleaf/LyCORIS, lycoris/modules), which ComfyUI and A1111 read; LoHa and
 LoKr are the variants without Tucker decomposition.
@@ -27,7 +27,7 @@ NAME = "lora"  # PEFT's name of the adapter inside each layer
 
 
 class Ranked(Protocol):
-    """What a kind reads of a target."""
+    """The fields of a target that a kind needs."""
 
     @property
     def path(self) -> str: ...
@@ -228,7 +228,7 @@ class LoKr(Kind):
         return None
 
     def place(self, wrapped: Any, ending: str, value: nn.Parameter) -> None:
-        """PEFT reads a whole factor before its halves: what is not in the file goes."""
+        """PEFT prefers a whole factor to its halves, so tensors that are not in the file are removed."""
         for other in _OTHER_FORM[ending]:
             if NAME in getattr(wrapped, other):
                 getattr(wrapped, other).pop(NAME)

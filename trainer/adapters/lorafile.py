@@ -1,7 +1,7 @@
 """LoRA files, of every kind of adapter: kohya's and LyCORIS' keys out; theirs and diffusers' in.
 
-Owns the file format only; what the metadata says is ``metadata``'s.  What is in the file is what was scored:
-the adapter is rounded to the save precision before.  docs/adapters.md says which program reads what.
+Owns the file format only; see ``metadata`` for the metadata. The file holds what was scored, since the
+adapter is rounded to the save precision first.  docs/adapters.md says which program reads what.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write(path: Path, adapter: Adapter, config: TrainConfig, more: Mapping[str, 
 
 
 def read(path: Path) -> LoraFile:
-    """A LoRA file of any kind, header checked first.  Anything that is not one is refused."""
+    """Read a LoRA file of any kind, checking the header first. Anything else is refused."""
     header = read_header(path)
     foreign = [name for name in header.shapes if _ending(name) is None]
     if foreign or not header.shapes:
@@ -141,7 +141,7 @@ def attach(base: Base, file: LoraFile) -> Adapter:
 def begin(base: Base, config: TrainConfig) -> Adapter:
     """The adapter that training begins with: a fresh one, or the weights of network_weights.
 
-    ConfigError if the file is of other modules, ranks or alphas than the settings: nothing is padded or cut.
+    Raises ConfigError if the file has other modules, ranks or alphas than the settings. Nothing is padded or cut.
     """
     if not config.network_weights:
         return inject(base, config)

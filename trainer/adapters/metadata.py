@@ -1,7 +1,7 @@
 """Metadata of a LoRA file: sd-scripts' ss_* keys both ways, modelspec's, and this tool's own.
 
-One table says of each ss_* key which setting it tells, how it is written and how it is read.  Owns no file
-(``lorafile``) and not what sd-scripts' settings mean here (``trainer.kohya``).  Loads no torch.
+One table lists for each ss_* key its setting, how it is written and how it is read. Does not own the file
+(``lorafile``) or what sd-scripts' settings mean here (``trainer.kohya``).  Loads no torch.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Saved:
 
 def dataset_metadata(config: TrainConfig, dataset: Dataset, saved: Saved | None = None) -> dict[str, str]:
     """sd-scripts' ss_* entries that depend on the images: how many, the run's length in steps, and how often
-    each tag is in the captions of a folder.  A file of a run also says of which folders and images.
+    each tag is in the captions of a folder.  A file saved by a run also names the folders and images.
 
     Training and regularisation images are counted apart, repeats included, as sd-scripts does
     (train_network.py; DreamBoothDataset in library/train_util.py).  Of the regularisation images those that
@@ -114,7 +114,7 @@ def own_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
 
 
 def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
-    """The settings as a LoRA file carries them: of this machine's folders only the names."""
+    """The settings as stored in a LoRA file: folders of this machine by name only."""
     values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
     return values | {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
 
@@ -252,7 +252,7 @@ def _network_args(text: str) -> dict[str, Any]:
 
 
 def _written(key: str, written: Written) -> Entry:
-    """A key that only tells people."""
+    """A key for information only."""
     return Entry(key, None, written, None)
 
 

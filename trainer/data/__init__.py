@@ -1,6 +1,6 @@
 """Training data: folders, captions, images, buckets, and what is encoded of them once.
 
-Owns what a dataset is, its findings, its layout, the cache, and how many steps it makes.  Does not train.
+Owns datasets, their findings, their layout, the cache, and the number of steps.  Does not train.
 """
 
 import lazy_loader

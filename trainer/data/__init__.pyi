@@ -32,6 +32,7 @@ from .steps import plan as plan
 from .steps import total_steps as total_steps
 from .steps import warmup_steps as warmup_steps
 from .subsets import OWN_KEYS as OWN_KEYS
+from .subsets import PIXELS_REFUSED as PIXELS_REFUSED
 from .subsets import RUN_KEYS as RUN_KEYS
 from .subsets import Subset as Subset
 from .subsets import is_dataset_table as is_dataset_table

@@ -2,7 +2,7 @@
 
 Owns what a cached tensor's key is made of, the files that hold them, and the order of encoding.  A key covers
 everything that decides the result – image bytes, sizes, base, number type – so nothing can be stale: an
-edited image or another resolution is another key.  A damaged file is encoded anew without a word.
+edited image or another resolution gives another key. A damaged file is silently encoded again.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent sides, L tokens, D text width, P pooled width.
 """
@@ -266,7 +266,7 @@ def _encode(
     for item, latent in zip(group, latents, strict=True):
         if not latent.isfinite().all():
             raise DataError(
-                f"the base's VAE makes no finite latent of {clean_text(str(item.path))}",
+                f"the base's VAE gives no finite latent for {clean_text(str(item.path))}",
                 "check the image; if all images fail, the base file is damaged",
             )
     return latents
@@ -324,7 +324,7 @@ def _prepare_captions(
                 tensors["pooled"] = states.pooled_BP.cpu().contiguous()
             if not _is_finite(tensors):
                 raise DataError(
-                    f"the base's text encoder makes no finite states of {clean_text(caption)[:80]!r}",
+                    f"the base's text encoder gives no finite states for {clean_text(caption)[:80]!r}",
                     "if all captions fail, the base file is damaged; else mixed_precision = bf16 or no helps",
                 )
             store.put(key, tensors)

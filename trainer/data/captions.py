@@ -1,7 +1,7 @@
 """Captions: the files beside the images, and what a caption becomes each time it is trained.
 
 Owns finding, decoding and checking the files, how files of a dataset are named in errors, and kohya's rules:
-prefix, dropping, wildcards, shuffled tags.  Which random numbers a draw gets is ``trainer.data.dataset``'s.
+prefix, dropping, wildcards, shuffled tags.  ``trainer.data.dataset`` owns the random numbers.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def read_text(file: Path) -> str:
 
 
 def check_inside(path: Path, root: Path) -> None:
-    """Refuse a file that a link makes stand for one outside the dataset: the folder may be a stranger's."""
+    """Refuse a link that leads out of the dataset, since the folder may come from a stranger."""
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:

@@ -1,8 +1,8 @@
 """Dataset: a folder of captioned images as values – items, reference images, batches.
 
-Owns what is read of a folder's images, regularisation and validation images, the split into training and
-reference images, the order of an epoch and which draw an image gets.  Kohya's folder layout is
-``trainer.data.folders``, decoding ``trainer.data.images``, bucket arithmetic ``trainer.data.buckets``, captions
+Owns reading of images, regularisation and validation images, the split into training and reference images, the
+order of an epoch and the random numbers of an image.  Kohya's folder layout is ``trainer.data.folders``,
+decoding ``trainer.data.images``, bucket arithmetic ``trainer.data.buckets``, captions
 ``trainer.data.captions``, dataset files ``trainer.data.subsets``.  Imports no torch until pixels are asked for.
 
 Everything drawn at random is a function of (seed, epoch, …): no state, so a resumed run sees the same batches.
@@ -70,7 +70,7 @@ class Item:
 class Dataset:
     """The items of a folder, sorted by path, and what the folder says about its subject.
 
-    ``held_out`` are the images of the folder's ``held_out/``; ``notes`` is what a user should be told once.
+    ``held_out`` are the images of the folder's ``held_out/``; ``notes`` is messages for the user.
     """
 
     root: Path
@@ -89,7 +89,7 @@ class Dataset:
 
 
 def _particulars(item: Item) -> list[Any]:
-    """What makes an item more than an image with a caption; nothing for most."""
+    """What an item has beyond an image and a caption; usually nothing."""
     if not (item.own or item.is_reg or item.mask):
         return []
     return [item.own, item.is_reg, sha256_file(item.mask) if item.mask else ""]

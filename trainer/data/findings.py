@@ -1,7 +1,7 @@
 """What is wrong with a dataset, and what to do about it: rules from a survey to findings.
 
-Pure: no files, no terminal.  Reading is ``trainer.data.survey``'s.  ``REFUSED`` findings are those for which
-training would stop; ``warning`` costs quality; ``note`` is what a person should know.
+Pure: no files, no terminal.  ``trainer.data.survey`` reads the folder. Training refuses ``REFUSED`` findings;
+a ``warning`` costs quality; a ``note`` is worth knowing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ODD_MODES = {
 
 @dataclass(frozen=True)
 class DatasetFinding:
-    """One thing found: what is so, in which files, and what to do."""
+    """One finding: what was found, in which files, and what to do."""
 
     kind: str
     severity: str
@@ -184,18 +184,18 @@ def _duplicates(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     distinct = [photos[0] for photos in same.values()]
     for group in near_groups(distinct):
         what = f"{len(group)} images look the same"
-        do = "keep the best: near copies make the LoRA repeat this picture"
+        do = "keep the best one: near copies make the LoRA repeat this image"
         yield DatasetFinding("near-duplicate", WARNING, what, do, _files(group))
     trained = same.keys()
     leaked = [photo for photo in survey.held_out if photo.sha256 in trained]
     if leaked:
-        what = f"{_count(leaked, 'image')} in held_out/ trained on too"
+        what = f"{_count(leaked, 'image')}  in held_out/ also among the training images"
         do = "remove them from one place: held-out images must be new to the result"
         yield DatasetFinding("held-out", REFUSED, what, do, _files(leaked))
     fresh = [photo for photo in survey.held_out if photo.sha256 not in trained]
     close = [photo for photo in fresh if any(are_near(photo, other) for other in distinct)]
     if close:
-        what = f"{_count(close, 'image')} in held_out/ almost the same as one that is trained on"
+        what = f"{_count(close, 'image')}  in held_out/ almost the same as a training image"
         do = "replace them: the result would look better than it is"
         yield DatasetFinding("held-out", WARNING, what, do, _files(close))
 

@@ -1,7 +1,7 @@
 """Image folders as kohya names them: which are trained on, how often, and what their names say.
 
 Owns ``N_trigger class``, ``held_out/``, regularisation folders and the words for a folder without images;
-images and captions themselves are ``trainer.data.dataset``'s.
+images and captions are read by ``trainer.data.dataset``.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def images_in(folder: Path, root: Path) -> list[Path]:
 
 
 def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
-    """The error for a folder without images, with what the user most likely meant."""
+    """The error for a folder without images, with the most likely intention."""
     hint = f"images end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
     for path in folders:
         children = [child for child in path.iterdir() if not child.name.startswith(".")]

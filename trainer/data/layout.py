@@ -1,7 +1,7 @@
 """A plain folder of images → kohya's layout: ``OUT/10_name class/`` with a ``.txt`` caption beside each image.
 
-Owns which files are copied under which names.  The source is only read; the copies are whole files of their
-own, so editing one changes nothing in the source.  The result appears in one step or not at all.
+Owns which files are copied under which names.  The source is only read; the copies are independent files. The
+result appears in one step or not at all.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LayoutSource:
 
 @dataclass(frozen=True)
 class Built:
-    """What was made.  ``notes`` is what a person should be told once."""
+    """The result. ``notes`` are messages for the user."""
 
     folder: Path
     images: int
@@ -154,7 +154,7 @@ def _read(paths: Sequence[Path], source: Path, wish: Wish) -> tuple[list[LayoutS
         raise DataError(
             f"{len(broken)} of {len(paths)} images cannot be used: "
             + "; ".join(error.message for error in broken),
-            "mend or remove them, or leave them out with --skip-corrupt",
+            "fix or remove them, or skip them with --skip-corrupt",
         )
     return images, [f"left out: {error.message}" for error in broken]
 

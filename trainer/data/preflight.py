@@ -1,6 +1,6 @@
-"""What only shows when base, settings and images are together: call it after load_base, before any work.
+"""Checks that need base, settings and images together: call them after load_base, before any work.
 
-``check`` refuses what cannot be done; ``notes`` are lines a user should be told once.
+``check`` refuses what cannot be done; ``notes`` are messages for the user.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check(base: Base, config: TrainConfig) -> None:
 
 
 def notes(base: Base, config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
-    """What this base passes over in these settings and captions."""
+    """What this base ignores in these settings and captions."""
     found = []
     native_px = base.native_resolution_px
     if 2 * config.resolution <= native_px:

@@ -1,8 +1,8 @@
 """Datasets described in a file, in the form of sd-scripts' ``--dataset_config``: general, datasets, subsets.
 
-Owns which of its keys are used, translated, without effect or refused, and the folders it describes.  A
-value is looked up in the subset, then its dataset, then [general], then the run's settings.  Reading images
-and captions is ``trainer.data.dataset``'s.
+Owns which of its keys are used, translated, ignored or refused, and the folders it describes.  A value is
+looked up in the subset, then its dataset, then [general], then the run's settings.  ``trainer.data.dataset``
+reads images and captions.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ WITHOUT_EFFECT = {
     "cache_info": "images are read anew, which is quick",
     "custom_attributes": "sd-scripts hands it to other models only",
 }
-# key → (values that ask for nothing, why anything else is refused)
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "metadata_file": ((), "captions come from files beside the images"),
+# key → (values that ask for nothing, why anything else is refused); sd-scripts takes these in both of its files
+PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
     "random_crop": (
         (False,),
@@ -72,6 +71,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (),
         "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
     ),
+}
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "metadata_file": ((), "captions come from files beside the images"),
+    **PIXELS_REFUSED,
     "network_multiplier": ((1,), "the LoRA is trained at full strength"),
 }
 REPEATS = Rule(low=1, high=MAX_REPEATS)

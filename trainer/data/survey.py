@@ -1,8 +1,8 @@
-"""Survey: what a dataset folder really holds, read to the end whatever is wrong in it.
+"""Survey: the full content of a dataset folder, whatever is wrong in it.
 
-Owns the reading: every image is decoded, every caption decoded, and what fails is kept beside what does not.
-What it means is ``trainer.data.findings``'; the reader that training uses, which stops at the first mistake,
-is ``trainer.data.dataset``.  Imports no torch.
+Owns the reading: every image is decoded, every caption decoded, and failures are kept too.
+``trainer.data.findings`` judges them. Training reads with ``trainer.data.dataset``, which stops at the first
+mistake.  Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.errors import DataError
 READERS = 4  # threads that decode; each holds one image
 HASH_SIDE = 16  # a look is 16 × 16 comparisons of neighbours
 THUMB_SIDE = 8
-# Pictures that people have and that are not read here.
+# Image formats that people have and that are not supported.
 OTHER_PICTURES = frozenset(
     {".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".jxl", ".psd", ".svg"}
 )

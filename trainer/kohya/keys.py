@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import SCHEDULER_NAMES, SETTINGS
+from trainer.data import PIXELS_REFUSED
 
 # What sd-scripts takes for a setting that is not given, where that is not our own default.
 KOHYA_DEFAULTS: dict[str, Any] = {
@@ -88,16 +89,7 @@ LORA_PLUS = "both halves of the LoRA are trained at one rate (no LoRA+)"
 # key → (values that ask for nothing, why anything else is refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
-    "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
-    "random_crop": (
-        (False,),
-        "as in sd-scripts it needs images that are encoded anew each time; here they are encoded once",
-    ),
-    "face_crop_aug_range": ((), "images are cropped around their centre"),
-    "resize_interpolation": (
-        (),
-        "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
-    ),
+    **PIXELS_REFUSED,
     "weighted_captions": ((False,), "captions are used as they are"),
     "in_json": ((), "captions come from files beside the images"),
     "dataset_class": ((), "code from elsewhere is not run"),

@@ -1,6 +1,6 @@
 """The training loop: which samples make a step, what a step does, its loss, its optimizer, its checkpoints.
 
-Owns training, validation loss and several processes.  Knows nothing of studies, scores or terminals.
+Owns training, validation loss and several processes.  Does not depend on studies, scores or terminals.
 """
 
 import lazy_loader

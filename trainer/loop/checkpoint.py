@@ -47,7 +47,7 @@ FREE_SETTINGS = WITHOUT_INFLUENCE | frozenset(
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.  ``step`` optimizer steps are behind; ``in_a_row`` of the last were skipped."""
+    """A run's progress: ``step`` optimizer steps are done; the last ``in_a_row`` of them were skipped."""
 
     step: int = 0
     skipped: int = 0
@@ -70,8 +70,8 @@ class Run:
 
 
 def save(folder: Path, run: Run, progress: Progress) -> Path:
-    """Write ``folder/step-…``, atomically.  Older ones stay until ``drop_others``: whether these weights are
-    any good shows in the next step."""
+    """Write ``folder/step-…``, atomically.  Older ones stay until ``drop_others``: only the next step shows
+    whether these weights are good."""
     target = folder / f"step-{progress.step:06d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,20 +107,19 @@ def drop_others(saved: Path) -> None:
     """Keep only the checkpoint that ``save`` returned: a step from its weights was finite."""
     for other in _checkpoints(saved.parent):
         if other != saved:
-            shutil.rmtree(other, ignore_errors=True)  # one that stays costs space, not the run
+            shutil.rmtree(other, ignore_errors=True)  # a leftover costs disk space, not the run
 
 
 def last_good(folder: Path, applied: int) -> Path | None:
     """The newest whole checkpoint from before step ``applied``, the last one that changed the weights.  Later
-    ones hold the weights of now; the loss of this one's was finite, or that step would have been skipped."""
+    ones hold the current weights. This one's loss was finite, or that step would have been skipped."""
     older = [path for path in _checkpoints(folder) if _step_of(path) < applied and _is_whole(path)]
     return older[-1] if older else None
 
 
 def restore(folder: Path, run: Run) -> Progress:
-    """Load the newest complete checkpoint into the run's objects.  None there: the beginning.
-
-    A checkpoint of other settings, another base or other images is refused, not mixed in.
+    """Load the newest complete checkpoint into the run's objects.  Without one, training starts from the
+    beginning. A checkpoint of other settings, another base or other images is refused.
     """
     if not folder.is_dir():
         return Progress()
@@ -153,8 +152,8 @@ def _of_groups(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[
 
 
 def _place(state: Mapping[str, Any], run: Run) -> int:
-    """The step to go on after.  Where a smaller resolution makes other buckets, and so more or fewer steps an
-    epoch, it is the same share of the epochs."""
+    """The step to resume after. If a smaller resolution changes the buckets, and so the steps per epoch, it
+    is the same share of the epochs."""
     step, before, now = int(state["step"]), state.get("steps_per_epoch"), run.steps_per_epoch
     if not before or not now or before == now or run.config.max_train_steps is not None:
         return step

@@ -1,8 +1,8 @@
 """train(): the only training loop, for every family – a generator of Step / Skipped / Saved / Finished.
 
-Owns the order of things: which samples make a step, when it is given up, saved, validated and stopped.  What
-happens within a step, and what is drawn for it, is ``stepper``'s: keyed by what it is for, so a run does not
-depend on how samples are batched or dealt to GPUs, and a resumed run is the same run.
+Owns the order: which samples make a step, and when to skip, save, validate and stop. ``stepper`` owns what
+happens within a step. Its random numbers are keyed by what they are for, so a run does not depend on how
+samples are batched or spread over GPUs, and a resumed run is the same run.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ def train(
     changed: frozenset[str] = frozenset(),
     ranks: Ranks = ALONE,
 ) -> Generator[Event, None, None]:
-    """Train the adapter in place.  Goes on from a checkpoint in ``checkpoints`` if there is one.
-
-    With ``validate_on`` its validation loss (``trainer.loop.validation``) is told after every epoch; with
+    """Train the adapter in place.  Resumes from a checkpoint in ``checkpoints`` if there is one. With
+    ``validate_on`` the validation loss (``trainer.loop.validation``) is reported after every epoch; with
     ``rehearse`` one dry step at the largest bucket comes first, which changes nothing.  ``changed`` settings
-    may differ from the checkpoint's: the out-of-memory ladder's.  Raises Diverged after ten skipped steps in
-    a row, which are not saved; OutOfMemory, with all steps so far saved; and Interrupted once ``should_stop``
-    says so (the step is finished and saved first).
+    may differ from the checkpoint's: those that the out-of-memory ladder changed.  Raises Diverged after ten
+    skipped steps in a row, which are not saved; OutOfMemory, with all steps so far saved; and Interrupted
+    once ``should_stop`` says so (the step is finished and saved first).
     """
     preflight.check(base, config)
     length = plan(config, prepared.dataset, prepared.buckets)
@@ -110,8 +109,8 @@ def train(
 
 
 def _after_divergence(checkpoints: Path | None, progress: checkpoint.Progress) -> str:
-    """What to do after ten skipped steps.  The weights of now are no use: the last update made them so.  Good
-    ones are those that an update was computed from."""
+    """What to do after ten skipped steps. The current weights are useless: the last update broke them. The
+    weights before that update are good."""
     applied = progress.step - progress.in_a_row
     if applied == 0:
         return (
@@ -127,7 +126,7 @@ def _after_divergence(checkpoints: Path | None, progress: checkpoint.Progress) -
 
 
 def _largest(config: TrainConfig, prepared: Prepared) -> MicroBatch:
-    """The micro-batch of the first epoch that has the most pixels at once."""
+    """The micro-batch of the first epoch with the most pixels."""
 
     def pixels(micro: MicroBatch) -> int:
         bucket = prepared.buckets[micro[0].item.sha256]

@@ -1,7 +1,7 @@
 """Noise, targets and the diffusion loss: one function per formula, with its source.
 
 Every formula acts on samples one by one, so that a loss does not depend on how samples are batched.  Where
-sd-scripts draws once per batch (offset strength, pyramid ratios) a sample draws for itself here.
+sd-scripts draws once per batch (offset strength, pyramid ratios), each sample draws its own here.
 
 Shapes: B batch, C latent channels, h w latent sides, T training timesteps.  ᾱ is ``alphas_cumprod`` (T,).
 SNR = ᾱ / (1 − ᾱ).  "sd-scripts" is kohya-ss/sd-scripts, library/custom_train_functions.py and train_util.py.

@@ -1,6 +1,6 @@
 """OPTIMIZERS and SCHEDULES: tables from kohya's names to what they do, and the parameter groups.
 
-The rate of a step is a pure function of its number; nothing of a schedule is ever saved or restored.
+The rate of a step is a pure function of its number; a schedule has no state to save or restore.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _prodigy(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     2306.06101)."""
     if len({group["lr"] for group in groups}) > 1:
         raise ConfigError(
-            "Prodigy finds one rate by itself and cannot keep text_encoder_lr apart from the U-Net's",
+            "Prodigy estimates a single rate and cannot use a separate text_encoder_lr",
             "set text_encoder_lr equal to learning_rate (usually 1.0), or to 0",
         )
     from prodigyopt import Prodigy

@@ -1,8 +1,8 @@
 """Ranks: the processes that train one LoRA together, one per GPU – or the only one.
 
-Owns how they find each other (the variables that torchrun and accelerate's launcher set) and what they tell
-each other.  Every process holds the whole adapter and makes the same update; the parts of a step are dealt
-out in turn, so the effective batch is what the settings say on any number of GPUs.  Rank 0 writes all files.
+Owns how they find each other (the variables set by torchrun and accelerate's launcher) and what they exchange.
+Every process holds the whole adapter and makes the same update; the parts of a step are distributed in turn, so
+the effective batch size equals the settings on any number of GPUs.  Rank 0 writes all files.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def any(self, mine: bool, device: torch.device | str = "cpu") -> bool:
-        """Whether it is so for one of them."""
+        """Whether it is true in any process."""
         if self.world == 1:
             return mine
         flag = torch.tensor([float(mine)], device=_place(device))
@@ -46,7 +46,7 @@ class Ranks:
         return bool(flag.item())
 
     def lowest(self, mine: int | None, device: torch.device | str = "cpu") -> int | None:
-        """The lowest of a number that each has; None if they have none."""
+        """The lowest of the processes' numbers; None if they have none."""
         if self.world == 1 or mine is None:
             return mine
         number = torch.tensor([mine], dtype=torch.int64, device=_place(device))
@@ -61,7 +61,7 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def sum_gradients_(self, weights: Sequence[torch.nn.Parameter]) -> None:
-        """Replace every gradient by the sum over all.  A weight that nobody has a gradient of keeps none.
+        """Replace every gradient by the sum over all.  A weight without a gradient in any process keeps none.
 
         Raises torch.OutOfMemoryError, in every process, where one of them has no room for what is sent.
         """
@@ -84,7 +84,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def agreed(self, device: torch.device | str = "cpu") -> Iterator[None]:
-        """If one of the processes runs out of memory here, all say so together instead of waiting for it."""
+        """If one process runs out of memory here, all raise together instead of waiting for it."""
         failure: RuntimeError | None = None
         try:
             yield
@@ -96,7 +96,7 @@ class Ranks:
             raise failure or torch.OutOfMemoryError("another process ran out of memory")
 
     def wait(self) -> None:
-        """Go on when all are here."""
+        """Wait for all processes."""
         if self.world > 1:
             with _together():
                 dist.barrier()
@@ -106,7 +106,7 @@ ALONE = Ranks()
 
 
 def launched() -> Ranks:
-    """What the launcher says of this process: nothing if there is none, or for one process."""
+    """What the launcher set for this process; None without a launcher or with one process."""
     if not all(name in os.environ for name in COUNTS):
         return ALONE
     try:
@@ -120,7 +120,7 @@ def launched() -> Ranks:
 
 
 def join(ranks: Ranks, device: str) -> None:
-    """Meet the other processes.  Returns when all are there."""
+    """Connect to the other processes. Returns when all are there."""
     if ranks.world == 1 or dist.is_initialized():
         return
     if device.startswith("cuda"):
@@ -138,14 +138,14 @@ def join(ranks: Ranks, device: str) -> None:
 
 
 def leave() -> None:
-    """Part from the others."""
+    """Disconnect from the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """A message to all: if one of them has died, that is the reason."""
+    """Communicate with all. Raises MachineError if one of them has died."""
     try:
         yield
     except RuntimeError as error:

@@ -1,9 +1,9 @@
 """Stepper: one optimizer step from a group of micro-batches – forward, backward, clip, update.
 
-Owns what is drawn for a sample, how a batch is cut into parts, what is shared with other processes, and the
-dry step that shows the memory's peak.  Everything random is drawn from a generator keyed by what it is for –
-(seed, epoch, image, occurrence) for noise and timestep, (seed, step, micro-batch) for dropout.  Which samples
-make a step is ``loop``'s.
+Owns the random numbers of a sample, how a batch is split, what is shared with other processes, and the dry
+step that measures peak memory.  Everything random comes from a generator keyed by its purpose: (seed, epoch,
+image, occurrence) for noise and timestep, (seed, step, micro-batch) for dropout.  ``loop`` decides which
+samples make a step.
 
 Shapes: B batch, C latent channels, h w latent sides.
 """
@@ -64,7 +64,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step came to.  ``skipped`` names what was not finite, or is empty."""
+    """The result of one step. ``skipped`` names what was not finite, or is empty."""
 
     loss: float
     grad_norm: float
@@ -108,12 +108,13 @@ class Stepper:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """No dropout and no gradients stay behind, however training ended."""
+        """Remove dropout and gradients, however training ended."""
         self.adapter.apply_dropout()
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, group: Sequence[MicroBatch], epoch: int, step: int) -> StepOutcome:
-        """Forward, backward, clip, update.  Every sample of the group weighs the same, however it is cut."""
+        """Forward, backward, clip, update.  Every sample of the group has the same weight, however
+        the batch is split."""
         self.is_untouched = True
         self.now = replace(self.now, step=step)
         with self.ranks.agreed(self.base.device):
@@ -145,14 +146,14 @@ class Stepper:
         return StepOutcome(mean_loss, grad_norm, skipped)
 
     def rehearse(self, micro: MicroBatch) -> Rehearsed:
-        """A dry step with this micro-batch, as often as a step can have it in memory: weights, optimizer and
-        what is drawn later stay as they are.  It has an optimizer of its own, so its peak is a real step's."""
+        """A dry step with this micro-batch, as often as a step can hold it in memory. Weights, optimizer and
+        later random numbers are not changed. It has its own optimizer, so its peak equals that of a real step."""
         config, device = self.config, self.base.device
         before = [weight.detach().to("cpu", copy=True) for weight in self.weights]
         real = self.optimizer, self.scaler
         self.optimizer, self.scaler = optim.build_optimizer(config, self.adapter), self._new_scaler()
         accumulates = config.gradient_accumulation_steps > 1
-        memory.release(device)  # loading and encoding have left more in the cache than a step takes
+        memory.release(device)  # loading and encoding have left more in the cache than a step needs
         memory.forget_peak(device)
         started = time.perf_counter()
         try:
@@ -327,7 +328,7 @@ def _masks(prepared: Prepared, views: Sequence[str], latents_BCHW: Tensor) -> Te
 
 
 def _check_prediction(config: TrainConfig, base: Base) -> None:
-    """The base's files say what it predicts; training for the other would only destroy it."""
+    """The base's files say what it predicts; training for the other target would destroy it."""
     is_v = base.prediction_type == "v_prediction"
     if is_v and not config.v_parameterization:
         raise ConfigError(

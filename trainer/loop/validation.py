@@ -1,9 +1,9 @@
-"""The validation loss: the same question to every adapter of a base, so that answers can be compared.
+"""The validation loss: measured the same way for every adapter of a base, so that values can be compared.
 
 Plain squared error at fixed timesteps with fixed noise on images that are not trained on: no weighting, no
 noise offset, no masks, no dropout, whatever a run trains with.  Noise depends on image, timestep and the
-number below only – not on the run's seed – and captions are as written.  sd-scripts' validation loss goes
-through the run's own weights and noise, so its values cannot be compared between settings.
+number below only – not on the run's seed – and captions are used as written.  sd-scripts' validation loss
+goes through the run's own weights and noise, so its values cannot be compared between settings.
 
 Shapes: B batch, C latent channels, h w latent sides.
 """
@@ -24,8 +24,9 @@ SEED = 20  # any number; part of what makes values comparable, so never changed
 
 @torch.no_grad()
 def validation_loss(base: Base, config: TrainConfig, split: Prepared) -> float:
-    """Mean squared error over all images of ``split`` and ``TIMESTEPS``.  Of the settings only clip_skip and
-    max_token_length matter: what the adapter is used with.  One image at a time, so batches change nothing."""
+    """Mean squared error over all images of ``split`` and ``TIMESTEPS``.  Of the settings only
+    clip_skip and max_token_length matter, since the adapter will be used with them.  One image at a
+    time, so batches change nothing."""
     total = 0.0
     items = {item.sha256: item for item in split.dataset.items}.values()
     alphas = base.alphas_cumprod.to(base.device)

@@ -1,7 +1,7 @@
-"""Probes: short runs on the target that correct what the transfer rules cannot know.
+"""Probes: short runs on the target that test and correct the transferred settings.
 
-Owns which probe is next, the studies they run in and what they decide.  Rules are ``hpo.transfer``'s,
-a run is ``hpo.search``'s.
+Owns the choice of the next probe, the studies of the probes and the decision.  Does not own the transfer
+rules (see ``hpo.transfer``) or how a run is made (see ``hpo.search``).
 """
 
 import lazy_loader

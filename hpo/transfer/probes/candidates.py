@@ -1,6 +1,6 @@
-"""Which complete settings are probed beside the transferred ones, on the target and on the source.
+"""The candidates: complete settings that are probed in addition to the transferred ones, on target and source.
 
-Owns their settings there, and what of them a whole run takes over.  Pure.
+Owns their settings on both bases, and which of them a whole run takes over.  Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hpo.transfer import PLANNER, SourceCandidate, Transfer, snap_down, transfer
 from hpo.transfer.probes.design import DEFAULT, TEXT_ON, TRANSFERRED, Decision
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 
-# Settings that name a run and decide nothing.
+# Settings that identify a run and have no influence on the result.
 NAMES = (*sorted(WITHOUT_INFLUENCE), "output_name", "pretrained_model_name_or_path", "train_data_dir")
 _UNSPLIT = {
     "text_encoder_lr1": None,
@@ -25,14 +25,14 @@ _UNSPLIT = {
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of a transfer.  ``preset`` is the one that was named, if any."""
+    """The candidates of a transfer.  ``preset``: the value of ``--preset``, if any."""
 
     done: Transfer
     preset: str | None = None
 
     @property
     def others(self) -> Mapping[str, SourceCandidate]:
-        """The source's other good configurations."""
+        """Other good configurations of the source."""
         return {f"diverse {number}": found for number, found in enumerate(self.done.source.others[:2], 1)}
 
     def on_target(self) -> dict[str, TrainConfig]:
@@ -54,20 +54,20 @@ class Candidates:
         return whole
 
     def mapped(self, candidate: SourceCandidate) -> TrainConfig:
-        """A candidate by the same rules, computed as the planner wants the transferred settings computed."""
+        """A candidate converted with the same rules, with the planner's changes to the transferred settings."""
         plan, profile = self.done.plan, self.done.profile
         found = transfer(candidate.config, plan.figures, profile, preset=self.preset).config
         computed = {m.key: getattr(plan.config, m.key) for m in plan.moves if m.rule == PLANNER}
         return found.with_values(computed)
 
     def text_encoders_on(self) -> TrainConfig:
-        """The transferred settings with trained text encoders, at the profile's share of the rate."""
+        """The transferred settings with the text encoders trained at the profile's share of the U-Net rate."""
         own, share = self.done.plan.config, self.done.profile.rate.text_encoder_ratio
         rate = snap_down(share * own.effective_unet_lr)
         return own.with_values({"network_train_unet_only": False, "text_encoder_lr": rate})
 
     def changed(self, decision: Decision) -> dict[str, Any]:
-        """The settings of the whole run that the decision changes."""
+        """The settings of the whole run that change because of the decision."""
         if decision.keeps:
             return {}
         own, probe = self.done.plan.config, decision.probe

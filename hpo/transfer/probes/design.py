@@ -1,13 +1,15 @@
-"""Probes: which short target run is worth making next, and what the finished ones say – pure.
+"""Chooses the next probe (a short run on the target) and evaluates the finished ones.  Pure.
 
-Owns two designs, the rule that decides, the horizon's shift and the agreement of source and target.  Runs are
-``hpo.transfer.probes.run``'s.  Rates are octaves: log2 of the factor on the transferred rate; the text
-encoders' rate keeps its ratio, or is 0.
+Owns two designs, the decision rule, the horizon shift and the agreement of source and target.  Does not run
+anything; see ``hpo.transfer.probes.run``.  Rates are in octaves: log2 of the factor on the transferred rate.
+The text encoder rate keeps its ratio, or is 0.
 
-ladder   the transferred settings, the target's usual ones, half and double the rate, another good configuration,
-         the vertex of a parabola, text encoders off (on, where they are not trained) – each knowing the ones before
-grid     rates × {½, 0.77, 1, 1½} with text encoders on and off; a parabola through all of them, the vertex taken
-         only if it gains more than one standard error; corrected by the same grid on the source at both horizons
+ladder   the transferred settings, the target's default settings, half and double the rate, another good
+         configuration, the vertex of a parabola, text encoders off (or on, if they are not trained); each step uses
+         the results of the ones before
+grid     rates × {½, 0.77, 1, 1½} with text encoders on and off; a parabola is fitted to all of them and its vertex is
+         used only if it gains more than one standard error; corrected with the same grid on the source at both
+         horizons
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ import numpy as np
 from evaluation.score import BOOTSTRAP_SEED, Correlation, kendall, spearman
 
 TRANSFERRED, DEFAULT = "transferred", "default"
-TEXT_ON = "text encoders on"  # a candidate where the transferred settings leave them as they are
-NEAR = 0.2  # octaves: a rate this close to a probed one tells nothing new (15 %)
+TEXT_ON = "text encoders on"  # a candidate if the transferred settings do not train them
+NEAR = 0.2  # octaves (15 %); a rate this close to a probed one is not probed
 DRAWS = 400
-ENOUGH_PAIRS = 8  # below, a rank agreement is called inconclusive whatever it is
+ENOUGH_PAIRS = 8  # with fewer pairs, a rank agreement is always inconclusive
 SIGNIFICANT = 0.05
 GRID_OCTAVES = tuple(math.log2(factor) for factor in (0.5, 0.77, 1.0, 1.5))
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One short run: a candidate's settings at a factor of its rates."""
+    """One short run: the settings of a candidate, with its rates multiplied by 2**octaves."""
 
     candidate: str = TRANSFERRED
     octaves: float = 0.0
@@ -50,7 +52,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """A finished probe.  ``prompts`` are its scores prompt by prompt, in the same order for all; may be empty."""
+    """A finished probe.  ``prompts``: scores by prompt, in the same order for all probes; can be empty."""
 
     probe: Probe
     score: float
@@ -60,7 +62,11 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class Scope:
-    """What can be probed.  ``candidates`` beside the transferred one, best first; octaves keep within limits."""
+    """The limits for probes.
+
+    ``budget``: number of probes.  ``candidates``: candidates other than the transferred settings, best first.
+    ``low``, ``high``: limits in octaves.
+    """
 
     budget: int
     candidates: tuple[str, ...] = ()
@@ -75,9 +81,9 @@ class Scope:
 
 @dataclass(frozen=True)
 class Decision:
-    """What probes come to: the transferred settings, or others whose gain is real.
+    """The decision: the transferred settings, or others with a significant gain.
 
-    ``gain`` is over the transferred settings; the interval is its 95 % one.
+    ``gain`` is relative to the transferred settings; ``low`` and ``high`` are its 95 % interval.
     """
 
     probe: Probe
@@ -92,7 +98,7 @@ class Decision:
 
 
 class Design(Protocol):
-    """How probes are chosen and read."""
+    """A strategy for choosing probes and deciding from their scores."""
 
     @property
     def name(self) -> str: ...
@@ -112,21 +118,21 @@ def find(outcomes: Sequence[ProbeScore], probe: Probe) -> ProbeScore | None:
 
 
 def gain_se(a: ProbeScore, b: ProbeScore) -> float:
-    """Standard error of a − b: prompt by prompt where both have them, so that hard prompts cancel."""
+    """Standard error of a − b.  Paired by prompt if both have scores by prompt, so that prompt difficulty cancels."""
     if a.prompts and len(a.prompts) == len(b.prompts) > 1:
         return float(np.std(np.subtract(a.prompts, b.prompts), ddof=1) / math.sqrt(len(a.prompts)))
     return math.hypot(a.se, b.se)
 
 
 def parabola(octaves: Sequence[float], scores: Sequence[float]) -> tuple[float, float, float]:
-    """a, b, c of a + b·x + c·x², by least squares."""
+    """The coefficients a, b, c of a + b·x + c·x², fitted by least squares."""
     c, b, a = np.polyfit(octaves, scores, 2)
     return float(a), float(b), float(c)
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """One probe after the other; the best one is taken if its paired interval lies above 0."""
+    """One probe after the other.  The best one is used if the paired 95 % interval of its gain is above 0."""
 
     name: str = "ladder"
     errors: float = 1.96  # how many standard errors a gain must exceed
@@ -160,10 +166,12 @@ class Ladder:
         return [*steps, lambda outcomes: _vertex(outcomes, scope)]
 
     def decide(self, outcomes: Sequence[ProbeScore], scope: Scope, shift: float | None = None) -> Decision:
-        """The horizon's shift is not used: the ladder takes what was measured."""
+        """Decide from the measured scores.  The horizon shift is not used."""
         own = find(outcomes, Probe())
         if own is None:
-            return Decision(Probe(), 0.0, 0.0, 0.0, "the transferred settings have no score: they are kept")
+            return Decision(
+                Probe(), 0.0, 0.0, 0.0, "the transferred settings are kept because they have no score"
+            )
         best = max(outcomes, key=lambda o: (o.score, o.probe == Probe()))
         if best is own:
             return Decision(Probe(), 0.0, 0.0, 0.0, f"none of {len(outcomes) - 1} other probes scored higher")
@@ -172,7 +180,7 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Grid:
-    """Eight points and a parabola; the vertex is taken if it gains more than one standard error."""
+    """Eight points and a parabola.  The vertex is used if it gains more than one standard error."""
 
     name: str = "grid"
     errors: float = 1.0
@@ -205,10 +213,16 @@ class Grid:
         if not text and -fit_B[3] <= self.errors * self._se(used, design_NB, y_N, np.array([0, 0, 0, 1.0])):
             text = True
         if place is None and text:
-            return Decision(Probe(), 0.0, 0.0, 0.0, "the scores have no top over the rates: the rate is kept")
+            return Decision(
+                Probe(),
+                0.0,
+                0.0,
+                0.0,
+                "the rate is kept because the fitted curve of the scores has no maximum",
+            )
         moved = 0.0 if place is None else place
         delta = shift or 0.0
-        # The long run's curve is the short one's, moved by the horizon's shift.
+        # The curve of whole runs is that of short runs, moved by the horizon shift.
         here, there = delta, moved + delta
         contrast_B = np.array([0.0, there - here, there**2 - here**2, (0.0 if text else -1.0)][: len(fit_B)])
         gain = float(contrast_B @ fit_B)
@@ -218,7 +232,7 @@ class Grid:
     def _se(
         self, used: Sequence[ProbeScore], design_NB: np.ndarray, y_N: np.ndarray, contrast_B: np.ndarray
     ) -> float:
-        """Of a contrast of the fit: the larger of what prompts and what the fit's residuals say."""
+        """Standard error of a contrast of the fit: the larger of the estimates from prompts and from residuals."""
         solve_BN = np.linalg.pinv(design_NB)
         weights_N = contrast_B @ solve_BN
         free = len(y_N) - design_NB.shape[1]
@@ -239,7 +253,7 @@ class Grid:
 
 
 DESIGNS: dict[str, Design] = {"ladder": Ladder(), "grid": Grid()}
-DEFAULT_DESIGN = "ladder"  # docs/transfer.md has the comparison
+DEFAULT_DESIGN = "ladder"  # for the comparison see docs/transfer.md
 
 
 def _weighed(probe: Probe, gain: float, se: float, errors: float) -> Decision:
@@ -251,7 +265,11 @@ def _weighed(probe: Probe, gain: float, se: float, errors: float) -> Decision:
         return Decision(probe, gain, low, high, measured)
     what = "1 standard error" if errors == 1 else f"{errors:g} standard errors"
     return Decision(
-        Probe(), gain, low, high, f"{measured}: not more than {what}, so the transferred settings stay"
+        Probe(),
+        gain,
+        low,
+        high,
+        f"{measured}; this is not more than {what}, so the transferred settings are kept",
     )
 
 
@@ -260,7 +278,10 @@ def _rates_of(outcomes: Sequence[ProbeScore]) -> list[ProbeScore]:
 
 
 def _vertex(outcomes: Sequence[ProbeScore], scope: Scope) -> Probe | None:
-    """The parabola's top between the probed rates; else an octave beyond the better end.  None: nothing new."""
+    """The vertex of the parabola if it is between the probed rates, else one octave beyond the better end.
+
+    None if that rate was probed already.
+    """
     known = _rates_of(outcomes)
     rates = [o.probe.octaves for o in known]
     if len(set(rates)) < 3:
@@ -283,7 +304,7 @@ def _text_encoders_off(outcomes: Sequence[ProbeScore]) -> Probe | None:
 
 
 def _curve_top(fit_B: np.ndarray, rates: Sequence[float], shift: float, scope: Scope) -> float | None:
-    """The fitted best rate of the long run, half an octave beyond the probed ones at most; None without a top."""
+    """The fitted best rate of whole runs, at most half an octave beyond the probed rates; None without a maximum."""
     b, c = float(fit_B[1]), float(fit_B[2])
     if c >= 0:
         return None
@@ -292,7 +313,7 @@ def _curve_top(fit_B: np.ndarray, rates: Sequence[float], shift: float, scope: S
 
 
 def horizon_shift(short: Sequence[ProbeScore], whole: Sequence[ProbeScore]) -> float | None:
-    """Octaves by which the best rate of short runs lies above that of whole ones; None if one has no top."""
+    """Octaves by which the best rate of short runs is above that of whole runs; None if a curve has no maximum."""
     tops = []
     for outcomes in (short, whole):
         known = _rates_of(outcomes)
@@ -321,30 +342,30 @@ class Agreement:
         return self.kendall.n >= ENOUGH_PAIRS and self.kendall.p < SIGNIFICANT
 
     def line(self) -> str:
-        exact = "exact" if self.kendall.exact else "by random permutations"
+        exact = "exact" if self.kendall.exact else "from random permutations"
         found = (
             f"Spearman {self.spearman.value:+.2f} (p {self.spearman.p:.3f}), Kendall {self.kendall.value:+.2f} "
             f"(p {self.kendall.p:.3f}, {exact}) over {self.kendall.n} shared configurations"
         )
         if self.conclusive:
             verdict = "predicts" if self.kendall.value > 0 else "misleads about"
-            return f"the source {verdict} the target: {found}"
-        few = f"; fewer than {ENOUGH_PAIRS} pairs tell little" if self.kendall.n < ENOUGH_PAIRS else ""
-        return f"whether the source predicts the target is inconclusive: {found}{few}"
+            return f"the ranking on the source {verdict} the ranking on the target: {found}"
+        few = f"; fewer than {ENOUGH_PAIRS} pairs are not enough" if self.kendall.n < ENOUGH_PAIRS else ""
+        return f"inconclusive whether the source predicts the target: {found}{few}"
 
 
 def agreement(source: Sequence[float], target: Sequence[float]) -> Agreement | None:
-    """None with fewer than three pairs, or where one side is constant."""
+    """The rank agreement; None with fewer than three pairs or if one side is constant."""
     if len(source) < 3 or len(set(source)) < 2 or len(set(target)) < 2:
         return None
     return Agreement(spearman(source, target), kendall(source, target))
 
 
 def search_is_better(outcomes: Sequence[ProbeScore], found: Agreement | None) -> str | None:
-    """Why a direct search on the target would be the better use of the night; None if nothing speaks for it."""
+    """The reason why a direct search on the target would be better; None if there is none."""
     own, usual = find(outcomes, Probe()), find(outcomes, Probe(DEFAULT))
     if own and usual and usual.score - own.score > 1.96 * gain_se(usual, own):
-        return f"the target's usual settings score {usual.score - own.score:.4f} higher than the transferred ones"
+        return f"the target's default settings score {usual.score - own.score:.4f} higher than the transferred ones"
     if found is not None and found.spearman.value < 0 and found.spearman.p < 0.2:
-        return f"source and target rank the shared configurations against each other ({found.spearman.value:+.2f})"
+        return f"source and target rank the shared configurations in opposite order ({found.spearman.value:+.2f})"
     return None

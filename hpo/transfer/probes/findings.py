@@ -1,6 +1,6 @@
-"""What probes came to: scores of both sides, the decision, and the lines about it; probes.json.
+"""The result of the probes: scores on both bases, the decision, the lines for the user, and probes.json.
 
-Owns that file and the words.  What the scores mean is ``hpo.transfer.probes.design``'s.
+Owns that file and the output texts.  Does not own the evaluation of the scores; see ``hpo.transfer.probes.design``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = "probes.json"
 
 @dataclass(frozen=True)
 class Found:
-    """What probes changed: settings (none if the transferred ones stay), why, and lines to read."""
+    """The settings changed by probes (empty if the transferred ones are kept), the reason, and lines for the user."""
 
     values: Mapping[str, Any]
     reason: str
@@ -30,7 +30,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Findings:
-    """The scores of both sides, the horizon's shift in octaves if it was measured, and what was decided."""
+    """The scores on both bases, the horizon shift in octaves if it was measured, and the decision."""
 
     outcomes: Sequence[ProbeScore]
     twins: Sequence[ProbeScore]
@@ -38,29 +38,28 @@ class Findings:
     decision: Decision
 
     def lines(self, base: str) -> list[str]:
-        """``base``: the target's, for the command that searches there directly."""
+        """The lines for the user.  ``base``: the target base, for the command of a direct search."""
         lines = [f"probe {o.probe.role}: {o.score:.4f} ± {o.se:.4f}" for o in self.outcomes]
         lines.append(f"decision: {self.decision.reason}")
         if self.shift is not None:
             lines.append(
-                f"short runs like a rate {self.shift:+.2f} octaves off whole ones (measured on the source)"
+                f"the best rate of short runs differs by {self.shift:+.2f} octaves from that of whole runs "
+                "(measured on the source)"
             )
         found = agree(self.outcomes, self.twins)
         lines.append(
             found.line()
             if found
-            else "whether the source predicts the target is inconclusive: too few shared configurations have a score"
+            else "inconclusive whether the source predicts the target: too few shared configurations have a score"
         )
         better = search_is_better(self.outcomes, found)
         if better:
-            lines.append(
-                f"{better}: a direct search is the better use of the night: hpo search --base {base}"
-            )
+            lines.append(f"{better}; a direct search is probably better: hpo search --base {base}")
         return lines
 
 
 def agree(outcomes: Sequence[ProbeScore], twins: Sequence[ProbeScore]) -> Agreement | None:
-    """Rank agreement over the probes that both sides have."""
+    """Rank agreement over the probes that were run on both bases."""
     pairs = [(twin.score, o.score) for o in outcomes if (twin := find(twins, o.probe)) is not None]
     return agreement([a for a, _ in pairs], [b for _, b in pairs])
 
@@ -70,7 +69,7 @@ def agree(outcomes: Sequence[ProbeScore], twins: Sequence[ProbeScore]) -> Agreem
 
 @dataclass(frozen=True)
 class Saved:
-    """What an earlier call left: the design and number it was asked for, and what it found."""
+    """The stored result of an earlier call: its design, its number of probes and its findings."""
 
     design: str
     probes: int

@@ -1,6 +1,6 @@
-"""The proposals of a study of probes: the design chooses the next one, knowing those before.
+"""The proposals of a probe study.  The design chooses each probe from the results of the ones before.
 
-Owns which trial is which probe, and that a probe which fails stops the call.
+Owns the assignment of trials to probes, and that a failed probe stops the call.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from hpo.search import Workbench
 
-Choose = Callable[[list[ProbeScore]], Probe | None]  # the next probe after these; None: no more
+Choose = Callable[[list[ProbeScore]], Probe | None]  # finished probes → next probe; None: no more
 
 
 class ProbeProposals(BenchProposals):
-    """Probe after probe, until ``choose`` wants no more."""
+    """Proposes one probe after the other until ``choose`` returns None."""
 
     def __init__(
         self, study: optuna.Study, bench: Workbench, side: ProbeSide, choose: Choose, say: Say
@@ -36,11 +36,11 @@ class ProbeProposals(BenchProposals):
 
     @property
     def total(self) -> int:
-        """With the one at work: how many there will be is the design's to find out."""
+        """Number of probes so far, including the current one.  The final number is not known in advance."""
         return self._total
 
     def outcomes(self) -> list[ProbeScore]:
-        """The finished probes in the order of the design, which asks for one after the other."""
+        """The finished probes, in the order of the design."""
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         found: list[ProbeScore] = []
         while (probe := self.choose(found)) is not None:
@@ -65,12 +65,12 @@ class ProbeProposals(BenchProposals):
         self._total = len(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) + 1
         found = self.outcomes()
         probe = self.choose(found)
-        assert probe is not None, "a probe was claimed that nobody wants"
+        assert probe is not None, "the claimed probe is not part of the design"
         self.say(f"probe {len(found) + 1} of {self.side.scope.budget}: {probe.role}")
 
     def after(self, suggested: Mapping[str, Any], result: Result) -> None:
         if result.state == FAILED:
             raise StudyStopped(
                 f"a probe failed ({result.reason}): {result.message}",
-                f"see {self.bench.folder.trial(result.number).log}; the same command tries it again",
+                f"see {self.bench.folder.trial(result.number).log}; run the same command again to retry",
             )

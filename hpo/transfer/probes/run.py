@@ -1,7 +1,7 @@
-"""Running probes: studies of their own, NAME__FAMILY on the target and NAME__FAMILY-source for their twins.
+"""Runs probes in separate studies: NAME__FAMILY on the target, and NAME__FAMILY-source for the same probes there.
 
-Owns their names, which of them are run and in which order.  Which probe is next and what the scores mean is
-``hpo.transfer.probes.design``'s, one side's study ``hpo.transfer.probes.study``'s.
+Owns the names and the order of these studies.  Does not own the choice of probes and the evaluation of their
+scores (see ``hpo.transfer.probes.design``) or a single study (see ``hpo.transfer.probes.study``).
 """
 
 from __future__ import annotations
@@ -31,34 +31,38 @@ if TYPE_CHECKING:
     from hpo.transfer import Transfer, TransferRequest
     from hpo.transfer.probes.proposals import Choose
 
-LEAST = 3  # with fewer, nothing can be decided
+LEAST = 3  # with fewer probes, no decision is possible
 
 
 def consult(done: Transfer, request: TransferRequest, console: Console) -> Found | None:
-    """Make the probes that are asked for; else what earlier ones of these settings found.  None: there are none."""
+    """Run the requested probes, or return the result of earlier ones for the same settings.
+
+    Returns None if there are neither.
+    """
     folder = probe_folder(done)
     saved = read_saved(folder.root)
     design = request.design or (saved.design if saved else DEFAULT_DESIGN)
     if saved is not None and (not request.probes or (saved.design, saved.probes) == (design, request.probes)):
-        say(console, f"probes: {saved.finished} of study {folder.name}")
+        say(console, f"probes: using {saved.finished} finished probes of study {folder.name}")
         return saved.found
     if not request.probes:
         return None
     if request.probes < LEAST:
         raise ConfigError(
-            f"{request.probes} probes decide nothing", f"give --probes {LEAST} or more; 6 is usual"
+            f"{request.probes} probes are too few for a decision",
+            f"use --probes {LEAST} or more (6 is usual)",
         )
     return _Probing(done, request, folder, design, console).run()
 
 
 def identity(done: Transfer) -> str:
-    """What probes belong to: another best trial, profile or preset has probes of its own."""
+    """Hash of the settings that probes belong to.  A different best trial, profile or preset needs new probes."""
     deciding = {k: v for k, v in done.plan.config.as_dict().items() if k not in NAMES}
     return hashlib.sha256(json.dumps([MAPPING_VERSION, deciding], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def probe_folder(done: Transfer) -> StudyFolder:
-    """NAME__FAMILY, or with a number behind it where that belongs to other settings: their probes are kept."""
+    """The folder NAME__FAMILY, or NAME__FAMILY-2 and so on if that one holds probes of other settings."""
     root = done.source.folder.root
     own = identity(done)
     for number in range(1, 1000):
@@ -69,11 +73,11 @@ def probe_folder(done: Transfer) -> StudyFolder:
             return folder
         if facts is not None and facts.get("transferred") == own:
             return folder
-    raise MachineError(f"{root.name} has 999 studies of probes", "move some of them away")
+    raise MachineError(f"{root.name} has 999 probe studies", "move or delete some of them")
 
 
 class _Probing:
-    """One call: target probes one by one, their twins on the source, the decision."""
+    """One call: the probes on the target, the same probes on the source, and the decision."""
 
     def __init__(
         self, done: Transfer, request: TransferRequest, folder: StudyFolder, design: str, console: Console
@@ -98,7 +102,7 @@ class _Probing:
         write_saved(self.folder.root, self.design_name, self.request.probes, findings, found)
         return found
 
-    # Both sides
+    # Target and source
 
     def _target(self) -> ProbeSide:
         own, whole = self.done.plan.config, self.candidates.on_target()
@@ -106,12 +110,12 @@ class _Probing:
         for name in whole.keys() - side.short.keys():
             say(
                 self.console,
-                f"{name} is not probed: it is the transferred settings again, or fits no study with them",
+                f"candidate {name} is skipped: it equals the transferred settings, or cannot be part of the same study",
             )
         return side
 
     def _twins(self, probes: list[Probe]) -> tuple[list[ProbeScore], float | None]:
-        """The same probes on the source's base, for the rank agreement; the grid also wants whole runs of them."""
+        """The same probes on the source base, for the rank agreement.  The grid also needs them as whole runs."""
         whole = self.candidates.on_source()
         endings = {"source": FRACTION} | ({"source-whole": 1.0} if self.design_name == "grid" else {})
         found: list[list[ProbeScore]] = []
@@ -140,14 +144,14 @@ class _Probing:
         return study.run(choose, self.console)
 
     def _inputs(self, base: str) -> Inputs:
-        """The search's images, prompts and references, on a base."""
+        """The images, prompts and references of the search, for the given base."""
         source = self.done.source
         data = Path(source.best.config.train_data_dir)
         words = self.facts.get("inputs") or {}
         try:
             prompts = tomllib.loads(source.folder.prompts.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise MachineError(f"{source.folder.prompts} cannot be read: {error}", "restore it") from None
+            raise MachineError(f"cannot read {source.folder.prompts}: {error}", "restore the file") from None
         references = {Path(path).resolve().parent for path in self.facts.get("references", ())}
         outside = [path for path in references if not path.is_relative_to(data.resolve())]
         return Inputs(
@@ -172,5 +176,5 @@ class _Probing:
 
 
 def in_order(probes: Sequence[Probe]) -> Choose:
-    """A choice that was made before: one probe after the other."""
+    """A ``Choose`` function that returns the given probes one after the other."""
     return lambda known: next((p for p in probes if find(known, p) is None), None)

@@ -1,6 +1,6 @@
-"""A study of probes as a definition: which settings its trials can have, and which trial is which probe.
+"""The definition of a probe study: its search space, and the mapping between probes and trials.
 
-Owns the form of short runs, the space they lie in and the way between a probe and a proposal.  Pure.
+Owns the settings of short runs, their search space and the conversion of a probe to a proposal.  Pure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hpo.transfer.probes.design import TRANSFERRED, Probe, Scope
 from trainer.config import SETTINGS, ZERO_IS_UNSET, TrainConfig
 from trainer.errors import ConfigError
 
-FRACTION = 0.25  # of a whole run's updates: four probes cost one run
+FRACTION = 0.25  # of the updates of a whole run, so four probes cost as much as one run
 MOST_OCTAVES = 4.0
 RATES = ("learning_rate", "text_encoder_lr")
 _SAMPLING = ("steps", "cfg", "sampler", "negative")
@@ -24,10 +24,10 @@ _SAMPLING = ("steps", "cfg", "sampler", "negative")
 
 @dataclass(frozen=True)
 class ShortRuns:
-    """How every probe of a side is trained and drawn.
+    """How all probes on one base are trained and sampled.
 
-    ``samples``: images an epoch sees; ``sampling``, ``words``: as in a study's sections; ``fraction``: of
-    a whole run's updates.
+    ``samples``: images per epoch.  ``sampling``, ``words``: as in the sections of a study.  ``fraction``:
+    share of the updates of a whole run.
     """
 
     samples: int
@@ -39,20 +39,20 @@ class ShortRuns:
 
 @dataclass(frozen=True)
 class ProbeSide:
-    """One base on which probes are run: complete configurations by candidate, as short runs, and their study."""
+    """The probes on one base: short-run settings by candidate, the study definition and the limits."""
 
     short: Mapping[str, TrainConfig]
     study: StudyConfig
     scope: Scope
 
     def proposal(self, probe: Probe) -> dict[str, Any]:
-        """The probe in the study's space."""
+        """The parameters of the probe in the study's search space."""
         values = probed(self.short[probe.candidate], probe).as_dict()
         found = self.study.space.proposal(values)
         return self.study.space.check(found, probe.role)
 
     def is_probe(self, params: Mapping[str, Any], probe: Probe) -> bool:
-        """Whether a trial with these parameters is the probe."""
+        """Whether a trial with these parameters is this probe."""
         return _same(self.proposal(probe), params)
 
 
@@ -63,9 +63,9 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def short_run(config: TrainConfig, samples: int, fraction: float = FRACTION) -> TrainConfig:
-    """The beginning of a run: a share of its updates at its full rate.
+    """The settings of a short run: a share of the updates at the full rate.
 
-    A schedule is not squeezed into them – its rates would be others – but left out; warm-up keeps its share.
+    The schedule is left out, because squeezing it into a short run would change the rates.  Warm-up keeps its share.
     """
     updates = updates_of(config, samples)
     warmup = config.lr_warmup_steps if config.lr_warmup_steps < 1 else config.lr_warmup_steps / updates
@@ -88,14 +88,14 @@ def short_run(config: TrainConfig, samples: int, fraction: float = FRACTION) -> 
 
 
 def probed(config: TrainConfig, probe: Probe) -> TrainConfig:
-    """The candidate's settings at the probe's rates."""
+    """The settings of a candidate with the rates of the probe."""
     factor = 2**probe.octaves
     text = config.effective_text_encoder_lr * factor if probe.text_encoder else 0.0
     return config.with_values({"learning_rate": config.effective_unet_lr * factor, "text_encoder_lr": text})
 
 
 def octave_bounds(config: TrainConfig, limits: ProfileLimits) -> tuple[float, float]:
-    """How far the rate may go within a profile's limits, which are those of Adam.  0 is always within."""
+    """The range of rates in octaves that the profile's limits (for Adam) allow.  Always contains 0."""
     if config.optimizer_type not in ADAM:
         return -MOST_OCTAVES, MOST_OCTAVES
     rate, high = config.effective_unet_lr, limits.learning_rate_high
@@ -109,16 +109,16 @@ def octave_bounds(config: TrainConfig, limits: ProfileLimits) -> tuple[float, fl
 def make_side(
     name: str, whole: Mapping[str, TrainConfig], runs: ShortRuns, budget: int, bounds: tuple[float, float]
 ) -> ProbeSide:
-    """The side of one base.  Candidates that cannot lie in one space with the transferred one are left out."""
+    """Make the side for one base.  Candidates that do not fit into a common search space are left out."""
     own = whole[TRANSFERRED]
     for config in whole.values():
         if config.optimizer_type in RATE_FREE:
             raise ConfigError(
-                f"{config.optimizer_type} finds its rate itself: probes of rates mean nothing",
-                "leave out --probes; compare LoRA files with hpo evaluate",
+                f"{config.optimizer_type} adapts its learning rate itself, so probing rates has no effect",
+                "run without --probes; compare LoRA files with hpo evaluate",
             )
     if not own.trains_unet:
-        raise ConfigError("the U-Net is not trained: there is no rate to probe", "leave out --probes")
+        raise ConfigError("the U-Net is not trained, so there is no rate to probe", "run without --probes")
     short = {key: short_run(config, runs.samples, runs.fraction) for key, config in whole.items()}
     short = {
         key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]
@@ -136,7 +136,7 @@ def make_side(
 
 
 def _fits(config: TrainConfig, own: TrainConfig) -> bool:
-    """Whether what differs can be a choice: TOML has no word for unset."""
+    """Whether the differing settings can be choices of a search space (an unset value is not possible in TOML)."""
     for key in SETTINGS:
         a, b = getattr(config, key), getattr(own, key)
         if a != b and None in (a, b) and key not in ZERO_IS_UNSET:

@@ -1,6 +1,6 @@
-"""One side's study of probes, in a folder of its own: opened, gone on with, and run to its end.
+"""Opens or resumes the probe study of one base, in its own folder, and runs it to the end.
 
-Owns the guard that one process decides what is next, and what the study keeps of where its settings come from.
+Owns the lock that allows only one process to choose probes, and the attributes on the origin of the settings.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from hpo.study import Inputs
     from hpo.transfer.probes.proposals import Choose
 
-KEPT = (SOURCE_STUDY, "source_trial", "mapping_version")  # of the provenance, as the study's own attributes
+KEPT = (SOURCE_STUDY, "source_trial", "mapping_version")  # provenance stored as user attributes of the study
 
 
 @dataclass(frozen=True)
 class SideStudy:
-    """Where one side's probes are run, on what, and where their settings come from."""
+    """The probe study of one base: folder, definition, inputs and the origin of the settings."""
 
     folder: StudyFolder
     side: ProbeSide
@@ -36,7 +36,7 @@ class SideStudy:
     provenance: Mapping[str, str]
 
     def run(self, choose: Choose, console: Console) -> list[ProbeScore]:
-        """Probes until ``choose`` wants no more.  One that was killed goes on; one that failed stops the call."""
+        """Run probes until ``choose`` returns None.  A killed probe is resumed; a failed one stops the call."""
         from hpo.search import opened, workbench
         from hpo.study import TOTAL, database_errors
         from hpo.terminal import Stop
@@ -46,7 +46,7 @@ class SideStudy:
         view = report.make_view(
             console, lambda suggested: side.study.space.settings(suggested, side.study.train), folder.name
         )
-        guard = alone(folder.locks / "probes.lock", f"probes {folder.name}", "wait for it")
+        guard = alone(folder.locks / "probes.lock", f"probes {folder.name}", "wait until it has finished")
         with database_errors(folder), in_use(folder) as use, guard:
             bench = workbench.load(self.inputs, side.study, folder, view.say)
             study = opened(bench, use, beside=self.provenance)
@@ -61,13 +61,13 @@ class SideStudy:
                     with view:
                         return probe_by_probe(study, bench, side, choose, view)
                 except Interrupted as error:
-                    raise Interrupted(error.message, "go on with the same command") from None
+                    raise Interrupted(error.message, "run the same command again to resume") from None
 
 
 def probe_by_probe(
     study: optuna.Study, bench: Workbench, side: ProbeSide, choose: Choose, view: SearchView
 ) -> list[ProbeScore]:
-    """The worker's part: what the finished probes scored, in the order of the design."""
+    """Run the worker; returns the scores of the finished probes in the order of the design."""
     from hpo.search import Worker
     from hpo.transfer.probes.proposals import ProbeProposals
 

@@ -1,4 +1,4 @@
-"""kill -9 and Ctrl-C during ``hpo confirm``: the same command finishes it, nothing is lost, nothing is done twice."""
+"""kill -9 and Ctrl-C during ``hpo confirm``: the same command resumes; nothing is lost or repeated."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hpo.study.folder import StudyFolder, read_json
 from hpo.terminal.live import PlainView
 from tests.faults.zygote import attempt
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
-from tests.tiny_search import draw_images
 from trainer.files import read_records
 
 pytestmark = pytest.mark.faults
@@ -26,14 +24,8 @@ RUNS = 2
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, data: Path) -> StudyFolder:
-    """A search and its confirmation, never interrupted.  It also loads everything that the forks then share."""
+    """An uninterrupted search with its confirmation.  Also loads all modules, so that forked processes share them."""
     source = searched_study(tmp_path_factory.mktemp("reference") / "study", data, trials=2)
     run_confirm(source, data, **WORDS)
     return source
@@ -41,7 +33,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, data: Path) -> StudyFold
 
 @pytest.fixture
 def source(tmp_path: Path, reference: StudyFolder) -> StudyFolder:
-    """The search alone."""
+    """The search without its confirmation."""
     shutil.copytree(reference.root, tmp_path / "study")
     (tmp_path / "study" / "confirmed.json").unlink()
     return StudyFolder(tmp_path / "study")
@@ -52,7 +44,7 @@ def target_of(source: StudyFolder) -> StudyFolder:
 
 
 def confirm_killed_at(source: StudyFolder, data: Path, place: str, call: int, when: str) -> None:
-    """The command in a process that kills itself before or after the n-th call of a function."""
+    """Run the command in a process that kills itself before or after the n-th call of a function."""
     module_name, _, name = place.rpartition(".")
     owner = importlib.import_module(module_name)
     original, calls = getattr(owner, name), [0]

@@ -13,7 +13,6 @@ from typing import Any
 
 import optuna
 import pytest
-import torch
 
 import hpo.search.claim
 import hpo.search.session
@@ -24,17 +23,11 @@ from hpo.search.workbench import Workbench
 from hpo.study.folder import STOP, StudyFolder
 from hpo.study.storage import begun_study, open_study
 from tests.faults.zygote import attempt, finish, start
-from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
+from tests.tiny_search import Recorder, check_study, make_search, tiny_bench
 from tests.tiny_session import run_session
 from trainer.errors import ConfigError, DataError, MachineError, StudyStopped, ToolError
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Promises of ``hpo confirm``: what is run, what is decided, what is said, what is written."""
+"""Tests of ``hpo confirm``: the runs, the decision, the output and the written files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from evaluation.score.statistics import prompt_draws
 from hpo.confirm.outcome import (
@@ -28,7 +27,6 @@ from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from hpo.terminal.confirmation import confirmed_lines, confirmed_trials
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
-from tests.tiny_search import draw_images
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, DataError, MachineError, ModelFileError
 from trainer.files import sha256_file
@@ -46,7 +44,7 @@ def candidate(
     noise: float = 0.02,
     **more: object,
 ) -> ConfirmCandidate:
-    """A trial whose score on 24 prompts is ``mean``, prompt difficulty shared by all."""
+    """A trial with score ``mean`` on 24 prompts.  All trials share the prompt difficulties."""
     difficulty = np.random.default_rng(99).normal(0, 0.2, P)
     rows = []
     for n in range(repeats):
@@ -114,7 +112,7 @@ def test_a_score_that_rose_is_not_said_to_have_fallen(tmp_path: Path, by: float,
     assert found is not None and found.expected is not None
     folder = StudyFolder(tmp_path)
     (line,) = (x for x in outcome_lines(found, folder, folder, kept=True) if x.startswith("shrinkage"))
-    assert f"the selected trials {moved} on average" in line and f"{found.expected:.4f}" in line
+    assert f"the scores of the selected trials {moved} on average" in line and f"{found.expected:.4f}" in line
     assert write_outcome(folder, found, {})
     kept = read_json(folder.confirmed)
     assert kept is not None and (kept["shrinkage"], kept["expected"]) == (found.shrinkage, found.expected)
@@ -133,7 +131,9 @@ def test_a_trial_that_is_infeasible_when_confirmed_cannot_win(tmp_path: Path) ->
     found = decided(candidate(0, 0.3), candidate(4, 0.9, trouble="diverged"), candidate(7, 0.5))
     assert found.winner == 7 and found.troubles == {4: "diverged"}
     source = StudyFolder(tmp_path / "x")
-    assert "trial 4: infeasible when confirmed: diverged" in outcome_lines(found, source, source, kept=True)
+    assert "trial 4: infeasible in the confirmation: diverged" in outcome_lines(
+        found, source, source, kept=True
+    )
     assert decide([candidate(4, 0.9, trouble="diverged")], None, RETRAINED) is None
 
 
@@ -141,7 +141,7 @@ def test_without_a_score_of_trial_0_nothing_is_claimed_over_it(tmp_path: Path) -
     found = decided(candidate(4, 0.7), candidate(7, 0.3), trial0=None)
     assert found.beats_trial0 is None and found.won.over_trial0 is None
     text = "\n".join(outcome_lines(found, StudyFolder(tmp_path), StudyFolder(tmp_path), kept=True))
-    assert "not known" in text and "nothing beats" not in text
+    assert "it is unknown whether" in text and "nothing beats" not in text
 
 
 def test_rescoring_does_not_replace_a_retrained_confirmation(tmp_path: Path) -> None:
@@ -164,19 +164,13 @@ def test_training_seeds_are_fresh_and_the_same_for_every_trial() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> StudyFolder:
     return searched_study(tmp_path_factory.mktemp("search") / "study", data)
 
 
 @pytest.fixture
 def source(tmp_path: Path, finished: StudyFolder) -> StudyFolder:
-    """A copy of the finished search, in a runs folder of its own."""
+    """A copy of the finished search in a separate runs folder."""
     shutil.copytree(finished.root, tmp_path / "runs" / "study")
     return StudyFolder(tmp_path / "runs" / "study")
 
@@ -187,7 +181,7 @@ def test_the_best_trials_and_trial_0_are_retrained_on_unseen_prompts(source: Stu
     assert outcome is not None
     lines = said.splitlines()
     assert (
-        lines[0].startswith("cost: 6 trainings with fresh seeds, each with 3 images")
+        lines[0].startswith("cost: 6 trainings with new seeds, each with 3 confirmation images")
         and "minutes" in lines[0]
     )
     target = StudyFolder(source.root.with_name("study__confirm"))
@@ -225,7 +219,7 @@ def test_the_best_trials_and_trial_0_are_retrained_on_unseen_prompts(source: Stu
 
 def test_rescoring_trains_nothing_and_scores_the_very_files(source: StudyFolder, data: Path) -> None:
     outcome, said = run_confirm(source, data, rescore_only=True)
-    assert outcome is not None and outcome.how == RESCORED and "training seed: not repeated" in said
+    assert outcome is not None and outcome.how == RESCORED and "training seed: not varied" in said
     target = StudyFolder(source.root.with_name("study__rescore"))
     assert len(check_confirmation(target, 3)) == 3
     for trial in open_study(target).get_trials(deepcopy=False):
@@ -241,9 +235,9 @@ def test_rescoring_says_which_files_are_missing(source: StudyFolder, data: Path)
     assert outcome.beats_trial0 is None and {row.number for row in outcome.rows} == {1, 2}
     for number in (1, 2):
         source.trial(number).lora.unlink()
-    with pytest.raises(DataError, match="no LoRA file is left of trials 0, ") as caught:
+    with pytest.raises(DataError, match=r"the LoRA files of trials 0, .* are missing") as caught:
         run_confirm(source, data, rescore_only=True)
-    assert "leave out --rescore-only" in caught.value.hint
+    assert "run without --rescore-only" in caught.value.hint
 
 
 def test_a_lora_file_that_changed_since_the_search_is_not_rescored(source: StudyFolder, data: Path) -> None:
@@ -262,7 +256,7 @@ def test_other_data_than_the_searchs_is_refused_and_leaves_nothing(source: Study
 
 
 @pytest.mark.parametrize(("name", "error", "text"), [
-    ("confirmation.toml", ConfigError, "no confirmation set"), ("study.json", MachineError, "does not say how"),
+    ("confirmation.toml", ConfigError, "no confirmation set"), ("study.json", MachineError, "has no study definition"),
 ])  # fmt: skip
 def test_a_study_that_lacks_what_is_needed_is_refused(
     source: StudyFolder, data: Path, name: str, error: type[Exception], text: str
@@ -275,7 +269,7 @@ def test_a_study_that_lacks_what_is_needed_is_refused(
 
 def test_a_study_with_trial_0_alone_has_nothing_to_confirm(tmp_path: Path, data: Path) -> None:
     source = searched_study(tmp_path / "runs" / "one", data, trials=1)
-    with pytest.raises(ConfigError, match="no scored trial but trial 0"):
+    with pytest.raises(ConfigError, match="no scored trial other than trial 0"):
         run_confirm(source, data)
 
 

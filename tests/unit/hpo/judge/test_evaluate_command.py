@@ -1,4 +1,4 @@
-"""hpo evaluate and hpo compare on tiny trained runs: real files in, a marked file and figures out."""
+"""hpo evaluate and hpo compare on tiny trained runs: real files as input; a marked file and results as output."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_every_checkpoint_is_scored_and_the_chosen_one_is_marked(place: Path) ->
         assert words in result.output
     figures = [f["measure"] for row in rows for f in row["beside"]]
     assert {"clip_t", "clip_i"} <= set(figures), "[study] also names another model"
-    assert "beside the score, raw" in result.output and "mini-clip" in result.output
-    # a second call draws nothing, comes to the same, and does not take the mark for a checkpoint
+    assert "extra metrics, raw" in result.output and "mini-clip" in result.output
+    # a second call generates no images, gives the same result, and does not count best.safetensors as a checkpoint
     files = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png") if p.name != "curve.png"}
     again = evaluate("out15/zkw")
     assert again.exit_code == 0 and read(folder / "evaluation.json") == found
@@ -108,7 +108,7 @@ def test_every_checkpoint_is_scored_and_the_chosen_one_is_marked(place: Path) ->
 
 
 def evaluate_killed_at(chunk: int) -> None:
-    """The command in a process that kills itself after that many chunks of drawn images."""
+    """The command in a process that kills itself after the given number of chunks of images."""
     original, drawn = sampling._draw, [0]
 
     def killing(*args: Any, **options: Any) -> Any:
@@ -165,8 +165,11 @@ def test_files_of_another_program_are_scored_once_base_and_images_are_named(plac
     for path in (place / "out15").glob("zkw*.safetensors"):
         metadata = {k: v for k, v in read_header(path).metadata.items() if k.startswith("ss_")}
         (place / "foreign" / path.name).write_bytes(to_bytes(load_tensors(path), metadata))
-    assert "--base" in refused(2, "does not say which base", "foreign").stderr
-    assert "--data" in refused(3, "not known on which images", "foreign", "--base", "tiny-sd15").stderr
+    assert "--base" in refused(2, "does not contain its base model", "foreign").stderr
+    assert (
+        "--data"
+        in refused(3, "the training images of zkw are unknown", "foreign", "--base", "tiny-sd15").stderr
+    )
     result = evaluate("foreign", "--base", "tiny-sd15", "--data", "images")
     assert result.exit_code == 0, result.output
     assert (place / "foreign" / "best.safetensors").is_file()
@@ -182,8 +185,8 @@ def refused(code: int, message: str, *words: str) -> Result:
 
 def test_what_cannot_be_evaluated_is_two_lines_and_leaves_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
-    refused(2, "there is no run nowhere", "nowhere")
-    refused(2, "holds no LoRA file", "images")
+    refused(2, "no run found at nowhere", "nowhere")
+    refused(2, "contains no LoRA file", "images")
     refused(4, "is a LoRA for sd15, the base tiny-sdxl is sdxl", "out15", "--base", "tiny-sdxl")
     refused(
         2, "no class word", "out15", "--data", str(plain_images(place)), "--references", "images/held_out"
@@ -197,7 +200,7 @@ def plain_images(place: Path) -> Path:
 
 def test_two_runs_in_one_folder_have_to_be_named(place: Path) -> None:
     (place / "out15" / "other.safetensors").write_bytes((place / "out15" / "zkw.safetensors").read_bytes())
-    assert "name one: out15/other" in refused(2, "of 2 runs: other, zkw", "out15").stderr
+    assert "choose one, for example out15/other" in refused(2, "of 2 runs: other, zkw", "out15").stderr
 
 
 def test_likeness_is_not_claimed_where_every_image_was_trained_on(place: Path) -> None:
@@ -205,7 +208,7 @@ def test_likeness_is_not_claimed_where_every_image_was_trained_on(place: Path) -
 
     shutil.rmtree(place / "images" / "held_out")
     assert "--references" in refused(3, "was trained on all 4 images", "out15").stderr
-    refused(3, "is trained on too", "out15", "--references", "images/1_zkw figure")
+    refused(3, "is also a training image", "out15", "--references", "images/1_zkw figure")
     draw_images(place / "others", count=2, seed=5)
     assert evaluate("out15", "--references", "others").exit_code == 0
 
@@ -214,7 +217,7 @@ def test_a_file_of_the_users_called_best_is_not_replaced(place: Path) -> None:
     own = place / "out15" / "best.safetensors"
     own.write_bytes((place / "out15" / "zkw.safetensors").read_bytes())
     content = own.read_bytes()
-    refused(2, "is not a mark of this tool", "out15/zkw")
+    refused(2, "was not written by hpo evaluate", "out15/zkw")
     assert own.read_bytes() == content
 
 
@@ -233,7 +236,7 @@ def test_two_bases_are_compared_on_the_same_prompts(place: Path) -> None:
     assert all("per_image" not in figure for figure in found["a"]["score"]["beside"])
     sheet = np.asarray(Image.open(folder / "sheet.png"))
     assert sheet.shape[1] == 4 * 192 and sheet.std() > 5
-    for shown in ("base effect", "adapter effect", "64×64 px", "B − A", "beside the score, raw"):
+    for shown in ("base effect", "adapter effect", "64×64 px", "B − A", "extra metrics, raw"):
         assert shown in result.output
     assert run("compare", "out15", "nowhere", *words).exit_code == 2
 
@@ -266,11 +269,11 @@ def test_a_trial_is_judged_by_its_studys_prompts_references_and_sampling(place: 
     assert not (trial / "best.safetensors").exists(), "a trial has one LoRA: nothing to mark"
 
 
-# What a run is judged by
+# Which definition a run is scored with
 
 
 def judge(path: str, *, study: str | None = None, like: Any = None, **words: Any) -> tuple[Any, str]:
-    """What would score a run, and what was said."""
+    """The judge of a run, and the printed lines."""
     from hpo.judge import judge as judges
     from hpo.judge.runfiles import find_run
     from hpo.study.config import Inputs
@@ -318,7 +321,7 @@ def test_limits_that_changed_judge_what_is_drawn_already(
     first.measure_anchors(place / "evaluation")
     before, by = first.score(lora, folder), first.evaluator
     assert not before.safety.broken
-    monkeypatch.setattr(sampling, "_draw", None)  # whatever is drawn from here on fails
+    monkeypatch.setattr(sampling, "_draw", None)  # generating an image fails from here on
     strict = SafeguardLimits(copy_rate=-1.0, diversity=0.0)
     for changed in (
         replace(first, evaluator=replace(by, safeguards=replace(first.safeguards, limits=strict))),
@@ -339,7 +342,7 @@ def test_limits_that_changed_judge_what_is_drawn_already(
 def test_what_had_to_be_assumed_of_another_model_is_said(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a search says it: both make what scores by one function."""
+    """As in a search: both use the same function."""
     from evaluation.gauges import others
 
     monkeypatch.setattr(others, "self_test", lambda other, say: say(f"warning: {other.name}: assumed"))
@@ -350,10 +353,10 @@ def test_what_had_to_be_assumed_of_another_model_is_said(
 def test_a_study_can_be_named_to_judge_by(place: Path) -> None:
     (place / "own.toml").write_text(HARMONIC)
     found, said = judge("out15", study="own.toml")
-    assert found.evaluator.formula.mean == "harmonic" and "judged as own.toml says" in said
+    assert found.evaluator.formula.mean == "harmonic" and "scored with the definition of own.toml" in said
     assert found.evaluator.sampling.steps == 2, "its own [sampling]"
     style, said = judge("out15", study="sd15-style")
-    assert style.evaluator.formula.mean == "geometric" and "judged as sd15-style says" in said
+    assert style.evaluator.formula.mean == "geometric" and "scored with the definition of sd15-style" in said
     assert (
         style.evaluator.sampling.steps == 25
         and style.evaluator.likeness.name != found.evaluator.likeness.name
@@ -372,7 +375,7 @@ def test_a_study_can_be_named_to_judge_by(place: Path) -> None:
 
 
 def carried_over(place: Path, output: Path) -> None:
-    """A study that was searched, and a run in ``output`` that its settings were carried over to."""
+    """A finished search, and a run in ``output`` with the settings transferred from it."""
     import shutil
     import tomllib
 
@@ -391,10 +394,10 @@ def test_a_run_with_settings_of_a_study_is_judged_as_the_study_says(place: Path,
     carried_over(place, place / output)
     found, said = judge(output)
     assert found.evaluator.formula.mean == "harmonic"
-    assert "judged as study s, whose settings were carried over to it" in said
+    assert "scored with the definition of study s, because the settings were transferred from it" in said
     assert found.safeguards.limits.prior == 100 and len(found.evaluator.prompts.prompts) == 4
     named, said = judge("out15", study="runs/s")
-    assert named.evaluator.formula.mean == "harmonic" and "judged as study s" in said
+    assert named.evaluator.formula.mean == "harmonic" and "scored with the definition of study s" in said
 
 
 def test_a_second_run_with_another_trigger_is_warned_of(place: Path) -> None:
@@ -405,7 +408,7 @@ def test_a_second_run_with_another_trigger_is_warned_of(place: Path) -> None:
     assert "trained with" not in said
     shutil.copytree(place / "images" / "1_zkw figure", place / "other" / "1_abc figure")
     _, said = judge("outxl", like=first, data=Path("other"))
-    assert "zkw was trained with the trigger abc, and is drawn with zkw of zkw" in said
+    assert "zkw was trained with the trigger abc, but the prompts use zkw (from zkw)" in said
     assert "class word" not in said
 
 
@@ -417,7 +420,7 @@ def test_a_second_run_of_another_program_takes_options_of_its_own(place: Path) -
     (place / "foreign.safetensors").write_bytes(to_bytes(load_tensors(file), metadata))
     words = ("compare", "out15", "foreign.safetensors", "--clip", str(MINI_CLIP), "--device", "cpu")
     result = run(*words)
-    assert result.exit_code == 2 and "give it with --base-b, for example" in result.stderr
+    assert result.exit_code == 2 and "set it with --base-b, for example" in result.stderr
     result = run(*words, "--base-b", "tiny-sdxl")
     assert result.exit_code == 3 and "--data-b" in result.stderr
     result = run(*words, "--base-b", "tiny-sdxl", "--data-b", "images")

@@ -21,7 +21,6 @@ import hpo.train.keeper
 from hpo.cli.main import main
 from hpo.train.plan import count_steps
 from hpo.train.samples import read_sample_prompts
-from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.adapters.adapter import inject
@@ -41,11 +40,6 @@ max_train_epochs = 3
 save_precision = "float"
 """
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(tiny_base("sd15"), tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture

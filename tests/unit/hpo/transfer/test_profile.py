@@ -1,4 +1,4 @@
-"""Profiles and families: what is shipped is sound, and a mistake in a user's file is named."""
+"""Profiles and families: all shipped files are valid, and an error in a user's file is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transfer(): the recorded points, the rules one by one, and what holds for every configuration."""
+"""transfer(): the known transfers (points A and B), each rule, and properties of every configuration."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def of(plan: TransferPlan, *names: str) -> tuple[Any, ...]:
 BATCH = ("train_batch_size", "gradient_accumulation_steps")
 
 
-# The recorded points
+# The known transfers
 
 
 def test_point_a_comes_out_exactly() -> None:
@@ -214,7 +214,7 @@ def test_many_small_images_are_warned_of() -> None:
 
 
 def test_file_sizes_are_those_of_the_facts() -> None:
-    """SDXL fp16: dim 64 is 340 MB, 456 with both text encoders; dim 128 is 681 and 912 MB."""
+    """SDXL in fp16: 340 MB at dim 64, 456 MB with both text encoders; 681 and 912 MB at dim 128."""
     profile = read_profile("sdxl-16gb")
     found = []
     for dim in (64, 128):
@@ -238,7 +238,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
     assert "balanced" in error.value.hint
 
 
-# What holds for every configuration
+# Properties of every configuration
 
 RATE = st.floats(1e-7, 5e-2)
 

@@ -1,4 +1,4 @@
-"""hpo transfer: which study and trial, the table, the files – and probes as a study of their own."""
+"""hpo transfer: the choice of study and trial, the table, the files, and probes as a separate study."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUICK = {"train": {"text_encoder_lr": 5e-4}, "space": {"max_train_epochs": {"low
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/ with a search of three trials that says it was made on mini-sd15."""
+    """runs/ with a search of three trials whose stored base is mini-sd15."""
     root = tmp_path_factory.mktemp("transfer")
     data = draw_images(root / "10_zkw figure")
     bench = tiny_bench(root / "runs" / "s", data, tiny_study(QUICK))
@@ -60,7 +60,7 @@ def transferred(runs: Path) -> Transfer:
 def test_the_last_study_is_taken_and_said_and_the_files_are_written(searched: Path) -> None:
     result = call(searched)
     assert result.exit_code == 0, result.output
-    assert "study s: the last one" in result.output and "unconfirmed" in result.output
+    assert "study s: the most recent one" in result.output and "unconfirmed" in result.output
     for word in ("resolution", "res.native", "batch.micro", "effective batch", "kept:"):
         assert word in result.output
     place = searched / "s" / "transfer"
@@ -119,7 +119,7 @@ def test_the_best_trial_counts_until_a_winner_is_confirmed(searched: Path, tmp_p
         (("--preset", "balance"), "balanced"),
         (("--profile", "sdxl-16gb"), "is for sdxl"),
         (("--profile", "absent.toml"), "cannot read"),
-        (("--probes", "2"), "decide nothing"),
+        (("--probes", "2"), "too few for a decision"),
     ],
 )
 def test_a_mistake_is_two_lines_and_nothing_is_lost(
@@ -333,7 +333,7 @@ def test_only_what_both_sides_have_is_compared() -> None:
 
 def test_a_rate_that_the_optimizer_finds_is_not_probed(tmp_path: Path) -> None:
     prodigy = TrainConfig(optimizer_type="Prodigy", learning_rate=1.0, text_encoder_lr=1.0)
-    with pytest.raises(ConfigError, match="finds its rate"):
+    with pytest.raises(ConfigError, match="adapts its learning rate"):
         make_side("s", {"transferred": prodigy}, ShortRuns(8, {}, 1, "natural"), 6, (-4, 4))
 
 

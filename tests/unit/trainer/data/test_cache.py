@@ -323,7 +323,7 @@ def test_an_image_that_overflows_fp32_too_is_named(
 ) -> None:
     data = read_dataset(images, CONFIG)
     model, _ = overflowing(monkeypatch, data, "2.png", {torch.float16, torch.float32})
-    with pytest.raises(DataError, match=r"no finite latent of .*2\.png"):
+    with pytest.raises(DataError, match=r"no finite latent for .*2\.png"):
         cache.prepare(model, data, CONFIG, tmp_path / "cache")
     assert model.vae.dtype == torch.float16
 
@@ -371,7 +371,7 @@ def test_text_states_that_are_not_finite_are_neither_kept_nor_used(images: Path,
     assert store.get("none", cache._is_text) is None
     with torch.no_grad():
         next(model.text_encoders[0].parameters()).fill_(torch.inf)
-    with pytest.raises(DataError, match="text encoder makes no finite states of 'a zed, number"):
+    with pytest.raises(DataError, match="text encoder gives no finite states for 'a zed, number"):
         cache.prepare(model, data, CONFIG)
 
 

@@ -1,4 +1,4 @@
-"""Probes: what is tried next, and when a change is believed."""
+"""Probes: the choice of the next probe, and when a change is accepted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROMPTS = np.linspace(-0.2, 0.2, 12)
 def curve(
     top: float, height: float = 1.0, off: float = -0.05, curvature: float = 0.1
 ) -> Callable[[Probe], float]:
-    """A score that falls with the square of the octaves from ``top``."""
+    """A score that decreases with the squared distance from ``top`` in octaves."""
 
     def score(probe: Probe) -> float:
         level = height - curvature * (probe.octaves - top) ** 2 + (0.0 if probe.text_encoder else off)
@@ -41,7 +41,7 @@ def curve(
 
 
 def measured(probe: Probe, score: Callable[[Probe], float], noise: float = 0.0, seed: int = 0) -> ProbeScore:
-    """An outcome with scores by prompt; ``noise`` is a prompt's own, in this probe only."""
+    """An outcome with scores by prompt.  ``noise`` is added by prompt and independent in each probe."""
     key = zlib.crc32(f"{seed} {probe.octaves:.3f} {probe.text_encoder} {probe.candidate}".encode())
     extra = np.random.default_rng(key).normal(0, noise, len(PROMPTS))
     prompts = tuple(float(v) for v in score(probe) + PROMPTS + extra)
@@ -133,11 +133,11 @@ def test_a_gain_within_the_noise_is_not_believed(design: Design) -> None:
         decision = design.decide([measured(p, score, 0.6, seed) for p in probes], scope)
         assert decision.reason
         taken += not decision.keeps
-    assert taken <= 8  # by one standard error, chance alone is believed in a sixth of the cases each way
+    assert taken <= 8  # with one standard error, noise alone is accepted in a sixth of the cases each way
 
 
 def test_the_horizon_of_short_runs_is_taken_back() -> None:
-    """On the source short runs like a rate half an octave higher; the target's short optimum is corrected by it."""
+    """On the source, short runs prefer a rate half an octave higher; the target's optimum is corrected by this."""
     probes = [o.probe for o in played(Grid(), Scope(8), curve(0.0))]
     short, whole = ([measured(p, curve(top)) for p in probes] for top in (0.5, 0.0))
     shift = horizon_shift(short, whole)
@@ -182,6 +182,6 @@ def test_agreement_has_exact_p_and_says_when_it_is_inconclusive() -> None:
 
 def test_a_direct_search_is_named_when_the_usual_settings_win() -> None:
     won = [measured(Probe(), curve(3.0, curvature=0.3)), measured(Probe(DEFAULT), curve(0.0))]
-    assert "usual settings" in (search_is_better(won, None) or "")
+    assert "default settings" in (search_is_better(won, None) or "")
     lost = [measured(Probe(), curve(0.0)), measured(Probe(DEFAULT), curve(0.0))]
     assert search_is_better(lost, None) is None

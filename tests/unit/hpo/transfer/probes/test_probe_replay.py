@@ -1,4 +1,4 @@
-"""Replaying a recorded grid: regrets are right on curves whose best rate is known."""
+"""Replay of a recorded grid: the regrets are correct on curves with a known best rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.bench import bench_transfer_table as transfer_table
 
 
 def drawn(short_shift: float = 0.0) -> dict[bench.Cell, bench.Scored]:
-    """A grid of parabolas with their top at 4e-3; short runs like a higher rate."""
+    """A grid of parabolas with the maximum at 4e-3.  ``short_shift``: octaves by which short runs prefer more."""
     cells = {}
     for cell in bench.wanted(list(bench.BASES)):
         top = math.log2(4e-3) + (short_shift if cell.horizon < 1 else 0.0)
@@ -72,7 +72,7 @@ def test_the_docs_show_the_filled_cells_of_the_transfer_table() -> None:
 
 
 def test_the_transfer_table_shows_missing_cells_and_paired_gains() -> None:
-    """Likeness 0.36 and 0.64 of the real images' at the base's own prompt following: scores 0.6 and 0.8."""
+    """Likeness 0.36 and 0.64 with the prompt following of the base give scores of 0.6 and 0.8."""
     scale = {
         "base_t_P": [0.3, 0.3],
         "chance_t_P": [0.1, 0.1],
@@ -93,5 +93,5 @@ def test_the_transfer_table_shows_missing_cells_and_paired_gains() -> None:
 
 
 def test_a_direct_search_gets_the_same_compute() -> None:
-    """12 source trials of 120 samples and 6 probes of a quarter: at six times the cost 3.5 whole target trials."""
+    """12 source trials of 120 samples and 6 probes of a quarter: 3.5 whole target trials at six times the cost."""
     assert transfer_table.direct_trials(12 * 120, 6, 120, 6.0) == round(12 / 6 + 6 / 4)
