@@ -42,7 +42,7 @@ from trainer.data.cache import Prepared
 from trainer.errors import OutOfMemory
 from trainer.events import Rehearsed, Step
 from trainer.files import write_atomic
-from trainer.loop.loop import train
+from trainer.loop.loop import Conduct, train
 from trainer.oom import forget_peak, is_out_of_memory, peak_bytes, release
 
 NAMES = ("ours", "diffusers", "sd-scripts")
@@ -175,7 +175,7 @@ def _random_images(base: Base, config: TrainConfig) -> Prepared:
 
 def _ours(base: Base, config: TrainConfig, prepared: Prepared) -> list[float]:
     adapter = inject(base, config)
-    events = train(config, base, adapter, prepared, rehearse=True)
+    events = train(config, base, adapter, prepared, Conduct(rehearse=True))
     seconds = []
     for event in events:
         assert not isinstance(event, Rehearsed) or event.bucket_px == (config.resolution,) * 2

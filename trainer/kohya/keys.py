@@ -39,49 +39,109 @@ WEIGHT_DECAY = {"AdamW": 0.01, "AdamW8bit": 0.01, "Lion8bit": 0.0, "Adafactor": 
 
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "the latest state is always saved during a run; run the same command again to resume": (
-        "save_state save_state_on_train_end save_last_n_epochs_state save_last_n_steps_state",
+        "save_state",
+        "save_state_on_train_end",
+        "save_last_n_epochs_state",
+        "save_last_n_steps_state",
     ),
     "a LoRA is saved as .safetensors with its metadata": (
-        "save_model_as use_safetensors no_metadata output_config",
+        "save_model_as",
+        "use_safetensors",
+        "no_metadata",
+        "output_config",
     ),
     "metadata is written by this tool; training_comment is kept": (
-        "metadata_title metadata_author metadata_description metadata_license metadata_tags",
-        "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase",
-        "metadata_preprocessor metadata_is_negative_embedding",
+        "metadata_title",
+        "metadata_author",
+        "metadata_description",
+        "metadata_license",
+        "metadata_tags",
+        "metadata_usage_hint",
+        "metadata_thumbnail",
+        "metadata_merged_from",
+        "metadata_trigger_phrase",
+        "metadata_preprocessor",
+        "metadata_is_negative_embedding",
     ),
     "nothing is uploaded": (
-        "huggingface_repo_id huggingface_repo_type huggingface_path_in_repo huggingface_token",
-        "huggingface_repo_visibility save_state_to_huggingface resume_from_huggingface async_upload",
+        "huggingface_repo_id",
+        "huggingface_repo_type",
+        "huggingface_path_in_repo",
+        "huggingface_token",
+        "huggingface_repo_visibility",
+        "save_state_to_huggingface",
+        "resume_from_huggingface",
+        "async_upload",
     ),
     "the log is train.jsonl, and TensorBoard with logging_dir": (
-        "log_with log_prefix log_tracker_name wandb_run_name log_tracker_config",
-        "wandb_api_key log_config console_log_level console_log_file console_log_simple",
+        "log_with",
+        "log_prefix",
+        "log_tracker_name",
+        "wandb_run_name",
+        "log_tracker_config",
+        "wandb_api_key",
+        "log_config",
+        "console_log_level",
+        "console_log_file",
+        "console_log_simple",
     ),
     "it changes speed or memory, not the result": (
-        "max_data_loader_n_workers persistent_data_loader_workers lowram highvram",
-        "dynamo_backend ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph",
-        "disable_mmap_load_safetensors tokenizer_cache_dir skip_cache_check cache_info",
-        "text_encoder_batch_size deepspeed zero_stage sdpa",
-        "offload_optimizer_device offload_optimizer_nvme_path offload_param_device",
-        "offload_param_nvme_path zero3_init_flag zero3_save_16bit_model",
+        "max_data_loader_n_workers",
+        "persistent_data_loader_workers",
+        "lowram",
+        "highvram",
+        "dynamo_backend",
+        "ddp_timeout",
+        "ddp_gradient_as_bucket_view",
+        "ddp_static_graph",
+        "disable_mmap_load_safetensors",
+        "tokenizer_cache_dir",
+        "skip_cache_check",
+        "cache_info",
+        "text_encoder_batch_size",
+        "deepspeed",
+        "zero_stage",
+        "sdpa",
+        "offload_optimizer_device",
+        "offload_optimizer_nvme_path",
+        "offload_param_device",
+        "offload_param_nvme_path",
+        "zero3_init_flag",
+        "zero3_save_16bit_model",
         "fp16_master_weights_and_gradients",
     ),
     "latents and text encoder outputs are always cached if possible": (
-        "cache_latents cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
+        "cache_latents",
+        "cache_text_encoder_outputs",
+        "cache_text_encoder_outputs_to_disk",
     ),
     "it only has an effect together with a refused setting": (
-        "lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio",
-        "dataset_repeats base_weights_multiplier",
+        "lr_decay_steps",
+        "lr_scheduler_timescale",
+        "lr_scheduler_min_lr_ratio",
+        "dataset_repeats",
+        "base_weights_multiplier",
     ),
     "the validation loss is computed after every epoch, over all validation images": (
-        "validate_every_n_steps validate_every_n_epochs max_validation_steps",
+        "validate_every_n_steps",
+        "validate_every_n_epochs",
+        "max_validation_steps",
     ),
     "sd-scripts does not read it; kohya_ss derives other settings from it": (
-        "epoch noise_offset_type lowvram",
+        "epoch",
+        "noise_offset_type",
+        "lowvram",
     ),
     "it belongs to other models or commands": (
-        "config_file debug_dataset weighting_scheme logit_mean logit_std mode_scale blocks_to_swap",
-        "clip_l t5xxl",
+        "config_file",
+        "debug_dataset",
+        "weighting_scheme",
+        "logit_mean",
+        "logit_std",
+        "mode_scale",
+        "blocks_to_swap",
+        "clip_l",
+        "t5xxl",
     ),
 }
 
@@ -139,9 +199,7 @@ SAME_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }
 
-NO_EFFECT_REASON = {
-    key: reason for reason, lines in WITHOUT_EFFECT.items() for line in lines for key in line.split()
-}
+NO_EFFECT_REASON = {key: reason for reason, keys in WITHOUT_EFFECT.items() for key in keys}
 # Keys that a method of _SettingsReading translates.
 TRANSLATED = frozenset(
     {
@@ -164,9 +222,18 @@ TRANSLATED = frozenset(
 )
 # Keys for which 0 means "not set" in sd-scripts or its GUIs.
 ZERO_IS_UNSET = (
-    "min_snr_gamma scale_weight_norms multires_noise_iterations ip_noise_gamma v_pred_like_loss",
-    "adaptive_noise_scale save_every_n_epochs save_every_n_steps save_last_n_epochs save_last_n_steps",
-    "sample_every_n_epochs sample_every_n_steps",
+    "min_snr_gamma",
+    "scale_weight_norms",
+    "multires_noise_iterations",
+    "ip_noise_gamma",
+    "v_pred_like_loss",
+    "adaptive_noise_scale",
+    "save_every_n_epochs",
+    "save_every_n_steps",
+    "save_last_n_epochs",
+    "save_last_n_steps",
+    "sample_every_n_epochs",
+    "sample_every_n_steps",
 )
 # network_args of sd-scripts' networks.lora, used under the same name here.
 NETWORK_ARGUMENTS = (

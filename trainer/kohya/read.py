@@ -378,7 +378,7 @@ class _SettingsReading:
 
     def _zeros(self) -> None:
         """0 turns these settings off, as in sd-scripts or its GUIs."""
-        for name in " ".join(ZERO_IS_UNSET).split():
+        for name in ZERO_IS_UNSET:
             value = self.left.get(name)
             if not isinstance(value, bool) and value == 0:
                 self._take(name)

@@ -1,7 +1,7 @@
 """predict(): the peak GPU memory of a training step, by component, without a GPU and without weights.
 
 Owns everything on the GPU in addition to the traced step (base, adapter, gradients, optimizer state, CUDA's
-own memory), and the peak of a sequence of allocations. ``tracing`` records that sequence, ``allocator``
+own memory), and the peak of a sequence of allocations. ``tracing`` records that sequence, ``replay``
 replays it, ``stacks`` finds settings that fit. All sizes are in bytes; GB in texts are 10⁹ bytes.
 """
 
@@ -22,7 +22,8 @@ from trainer.bases import CLASSES, FAMILIES, Base, Parts, detect, empty_network
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory import tracing
-from trainer.memory.allocator import CachingAllocator
+from trainer.memory.recorder import CONV_DIM, DIM
+from trainer.memory.replay import Held, Peak, replay
 from trainer.oom import CUDA_CONTEXT_BYTES
 
 # PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, the value used here.
@@ -94,37 +95,29 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
     adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
     updated = [shape for shape, is_updated in shapes if is_updated]
-    base = base_bytes(config, facts)
     state = [optimizer_bytes(config.optimizer_type, shape) for shape in updated]
     update = [4 * _count(shape) for shape in updated] if config.full_bf16 else []
     if config.cpu_offload:
         state, update = [], [*update, *state]
-    replay = _replay(found, dim, conv_dim, base, adapter, state, update, accumulates(config))
-    return _footprint(replay, base, adapter, state, bucket, config.images_at_once)
+    held = Held(base_bytes(config, facts), adapter, state, update, accumulates(config))
+    return _footprint(replay(found, (dim, conv_dim), held), held, bucket, config.images_at_once)
 
 
-def _footprint(
-    replay: _Replay,
-    base: Mapping[str, int],
-    adapter: list[int],
-    state: list[int],
-    bucket_px: tuple[int, int],
-    images_at_once: int,
-) -> Footprint:
+def _footprint(peak: Peak, held: Held, bucket_px: tuple[int, int], images_at_once: int) -> Footprint:
     parts = {
-        **{f"base: {name}": size for name, size in base.items()},
-        "adapter": sum(adapter),
-        "optimizer state": sum(state),
-        "gradients": replay.gradients,
-        "activations": replay.activations,
-        "workspace": replay.workspace + CUBLAS_BYTES,
+        **{f"base: {name}": size for name, size in held.base.items()},
+        "adapter": sum(held.adapter),
+        "optimizer state": sum(held.state),
+        "gradients": peak.gradients,
+        "activations": peak.activations,
+        "workspace": peak.workspace + CUBLAS_BYTES,
         "rounding and fragmentation": 0,
         "CUDA context": CUDA_CONTEXT_BYTES,
     }
-    reserved = replay.reserved + CUBLAS_BYTES
-    peak = reserved + CUDA_CONTEXT_BYTES
-    parts["rounding and fragmentation"] = peak - sum(parts.values())
-    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
+    reserved = peak.reserved + CUBLAS_BYTES
+    whole = reserved + CUDA_CONTEXT_BYTES
+    parts["rounding and fragmentation"] = whole - sum(parts.values())
+    return Footprint(parts, whole, peak.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
 
 
 def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
@@ -135,8 +128,8 @@ def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
     found = _trace(facts, settings, bucket, is_full=True)
     state = [optimizer_bytes(config.optimizer_type, shape) for shape, _ in found.shapes]
     weights = {"unet": 4 * sum(_count(shape) for shape, _ in found.shapes)}
-    replay = _replay(found, 1, 1, weights, [], state, [], accumulates(config))
-    return _footprint(replay, weights, [], state, bucket, config.images_at_once)
+    held = Held(weights, [], state, [], accumulates(config))
+    return _footprint(replay(found, (1, 1), held), held, bucket, config.images_at_once)
 
 
 # Memory in addition to the traced step
@@ -213,75 +206,8 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _at_rank(shape: tuple[int, ...], dim: int, conv_dim: int) -> tuple[int, ...]:
-    ranks = {tracing.DIM: dim, tracing.CONV_DIM: conv_dim}
+    ranks = {DIM: dim, CONV_DIM: conv_dim}
     return tuple(ranks.get(side, side) for side in shape)
-
-
-# Replaying a step
-
-
-@dataclass(frozen=True)
-class _Replay:
-    allocated: int
-    reserved: int
-    activations: int
-    gradients: int
-    workspace: int
-
-
-def _replay(
-    found: tracing.Trace,
-    dim: int,
-    conv_dim: int,
-    base: Mapping[str, int],
-    adapter: list[int],
-    state: list[int],
-    update: list[int],
-    is_accumulated: bool,
-) -> _Replay:
-    """Replay two steps in the allocator; the optimizer state is created after the first. With accumulation, the
-    gradients of the previous micro-batch are present and new ones are freed after they are added. ``update``: bytes
-    present only during the optimizer step (fp32 copies of bf16 weights and gradients, state moved from RAM)."""
-    allocator = CachingAllocator()
-    sizes = [block.bytes_at(dim, conv_dim) for block in found.blocks]
-    for size in (*base.values(), *adapter):
-        allocator.allocate(size)
-    peak = {"activations": 0, "gradients": 0, "workspace": 0}
-    highest = 0
-    gradients: list[int] = []
-    for step in range(2):
-        if is_accumulated:
-            gradients = [
-                allocator.allocate(s) for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient
-            ]
-        kept = (
-            sum(s for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient) if is_accumulated else 0
-        )
-        live = {"activations": 0, "gradients": kept, "workspace": 0}
-        handles: dict[int, int] = {}
-        for event in found.events:
-            number = event if event >= 0 else ~event
-            block = found.blocks[number]
-            part = "gradients" if block.is_gradient else "workspace" if block.is_workspace else "activations"
-            if event >= 0:
-                handles[number] = allocator.allocate(sizes[number])
-                live[part] += sizes[number]
-                if step and allocator.allocated > highest:
-                    highest, peak = allocator.allocated, dict(live)
-                if not (is_accumulated and block.is_gradient):
-                    continue
-            if number in handles:
-                allocator.free(handles.pop(number))
-                live[part] -= sizes[number]
-        if not step:
-            for size in state:
-                allocator.allocate(size)
-        during = [allocator.allocate(size) for size in update]
-        if step and allocator.allocated > highest:
-            peak = {**live, "workspace": sum(update)}
-        for handle in (*during, *handles.values(), *gradients):
-            allocator.free(handle)
-    return _Replay(allocator.peak_allocated, allocator.reserved, **peak)
 
 
 # Cached traces
@@ -305,11 +231,11 @@ _DECIDES_A_TRACE = (
 
 def _traced_settings(config: TrainConfig) -> TrainConfig:
     """The settings that affect the sequence of allocations; all others are set to a fixed value."""
-    ranks: dict[str, Any] = {"network_dim": tracing.DIM}
+    ranks: dict[str, Any] = {"network_dim": DIM}
     if config.network_type == "LoKr":
         ranks = {"network_dim": config.network_dim, "conv_dim": config.conv_dim}
     elif config.conv_dim is not None:
-        ranks["conv_dim"] = tracing.CONV_DIM
+        ranks["conv_dim"] = CONV_DIM
     values = {name: getattr(config, name) for name in _DECIDES_A_TRACE}
     first, second = config.effective_text_encoder_lrs
     values |= {

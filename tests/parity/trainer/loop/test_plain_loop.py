@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_pipeline, tiny_prepared
 from trainer.adapters.adapter import inject, keyed_generator
-from trainer.data import dataset
+from trainer.data import epoch as epochs
 from trainer.events import Step
 from trainer.loop.loop import train
 
@@ -20,7 +20,7 @@ GAMMA = 5.0
 def batches(config, prepared):
     """(images, noise, timesteps) of every micro-batch, drawn as in the loop: by image and epoch."""
     for epoch in range(config.max_train_epochs):
-        for batch in dataset.epoch_batches(prepared.dataset, prepared.buckets, config, epoch):
+        for batch in epochs.epoch_batches(prepared.dataset, prepared.buckets, config, epoch):
             items = [prepared.dataset.items[index] for index in batch.items]
             generators = [keyed_generator(config.seed, epoch, item.sha256, 0) for item in items]
             timesteps = torch.stack([torch.randint(0, 1000, (), generator=g) for g in generators])

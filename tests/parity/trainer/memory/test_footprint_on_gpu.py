@@ -12,7 +12,8 @@ from trainer.adapters.adapter import inject
 from trainer.bases.base import Sizes, TextStates
 from trainer.compute import fp8
 from trainer.data.cache import Prepared
-from trainer.data.dataset import Dataset, Item, assign_buckets
+from trainer.data.dataset import Dataset, Item
+from trainer.data.epoch import assign_buckets
 from trainer.loop import loop
 from trainer.memory import footprint
 

@@ -192,9 +192,9 @@ def test_a_search_says_what_its_sets_lack_and_what_its_images_are(tmp_path: Path
     assert any(line.startswith("confirmation prompts: ") and "of 70 planned" in line for line in said), said
     line = _data_line(bench)
     assert line.startswith(
-        "24 training images and 5 regularisation images, trigger luca, class figure; 8 ref"
+        "24 training images and 5 regularization images, trigger luca, class figure; 8 ref"
     )
-    assert "38 images a trial (15 prompts × 2 seeds, 1 × 8)" in line
+    assert "38 images per trial (15 prompts × 2 seeds, 1 × 8)" in line
     assert not any("zkw" in prompt.text for prompt in bench.prompts.prompts)
     assert bench.evaluator.safeguards is not None
     own = [item.path for item in bench.data.items if not item.is_reg]

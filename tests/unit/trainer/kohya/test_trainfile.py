@@ -18,7 +18,7 @@ from trainer.adapters.metadata import kohya_settings
 from trainer.bases.blockrates import block_rates
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import subsets
-from trainer.data.dataset import assign_buckets, epoch_batches
+from trainer.data.epoch import assign_buckets, epoch_batches
 from trainer.errors import ConfigError, DataError
 from trainer.kohya import export as kohyaexport
 from trainer.kohya import settingsdoc

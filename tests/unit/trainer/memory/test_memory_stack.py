@@ -20,7 +20,7 @@ from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Interrupted
 from trainer.events import Rehearsed, Step
 from trainer.loop import optim
-from trainer.loop.loop import train
+from trainer.loop.loop import Conduct, train
 from trainer.memory.footprint import base_facts, predict
 
 
@@ -28,7 +28,7 @@ def run(base, config, **options):
     """(events, adapter's fingerprint)"""
     adapter = inject(base, config)
     try:
-        events = list(train(config, base, adapter, tiny_prepared(base, config), **options))
+        events = list(train(config, base, adapter, tiny_prepared(base, config), Conduct(**options)))
         return events, adapter.fingerprint()
     finally:
         adapter.remove()
@@ -230,7 +230,7 @@ def test_full_bf16_keeps_the_optimizers_memory_in_fp32():
     from trainer.loop.stepper import Sample, Stepper
 
     prepared = tiny_prepared(base, config)
-    stepper = Stepper(config, base, adapter, prepared)
+    stepper = Stepper(config, adapter, prepared)
     stepper.step([[Sample(prepared.dataset.items[0], 0)]], 0, 0)
     states = [s for state in stepper.optimizer.state.values() for s in state.values() if s.dim() > 0]
     assert states and {state.dtype for state in states} == {torch.float32}
@@ -349,7 +349,7 @@ def test_sdxl_trains_with_everything_at_once(tmp_path: Path):
     before = adapter.state()
     prepared = tiny_prepared(base, config)
     prepared.states = None
-    events = list(train(config, base, adapter, prepared, rehearse=True))
+    events = list(train(config, base, adapter, prepared, Conduct(rehearse=True)))
     steps = [event for event in events if isinstance(event, Step)]
     assert len(steps) == 3 and all(step.grad_norm > 0 for step in steps)
     moved = {k for k, tensor in adapter.state().items() if not torch.equal(tensor, before[k])}
