@@ -104,7 +104,9 @@ def test_a_key_with_a_dot_is_a_section_where_there_are_any(tmp_path: Path) -> No
     study = build_study("t", copy.deepcopy(STUDY), sets=sets)
     assert (study.sampling.steps, study.study.clip, study.prompts.seeds) == (3, "mini-clip", (4, 5))
     for command in (trained, planned, checked):
-        with pytest.raises(ConfigError, match=r"--set sampling\.steps: this command has no sections") as caught:
+        with pytest.raises(
+            ConfigError, match=r"--set sampling\.steps: this command has no sections"
+        ) as caught:
             command(tmp_path, "sampling.steps=3")
         assert "hpo search" in caught.value.hint
 
