@@ -78,7 +78,7 @@ def test_an_error_after_the_study_was_made_leaves_no_file_nor_its_definition(
 def test_anchors_that_cannot_be_told_apart_end_a_fresh_search_and_warn_one_that_has_begun(
     root: Path, data: Path
 ) -> None:
-    with pytest.raises(DataError, match="a score would mean nothing here") as refused:
+    with pytest.raises(DataError, match="scores would be meaningless") as refused:
         run_session(root, data, guarded=True)
     assert "±" in refused.value.message and "use more" in (refused.value.hint or "")
     assert nothing_left(root)

@@ -143,7 +143,7 @@ def test_a_corrupt_image_is_named(place: Path) -> None:
 
 def test_plain_images_without_a_class_word_name_the_flag(place: Path) -> None:
     (place.parent / "images" / "1_zkw figure").rename(place.parent / "plain")
-    assert "--class" in refused(place, 2, "no class word is known", *search("--data", "../plain"))
+    assert "--class" in refused(place, 2, "no class word is given", *search("--data", "../plain"))
 
 
 def test_references_that_are_trained_on_are_refused(place: Path) -> None:
@@ -217,7 +217,7 @@ def test_sd15_without_network_says_at_once_what_to_do(place: Path) -> None:
 
 def test_an_enqueued_file_that_is_no_configuration_is_refused(place: Path) -> None:
     (place.parent / "x.toml").write_text("x = [")
-    refused(place, 2, "x.toml is not TOML", *search("--enqueue", "../x.toml"))
+    refused(place, 2, "x.toml is not valid TOML", *search("--enqueue", "../x.toml"))
 
 
 @pytest.mark.parametrize("words", [("status",), ("status", "x"), ("dashboard",), ("dashboard", "a/b")])
