@@ -24,7 +24,8 @@ from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
 from trainer.config import TrainConfig
 from trainer.data.cache import Prepared
-from trainer.data.dataset import Dataset, Item, assign_buckets
+from trainer.data.dataset import Dataset, Item
+from trainer.data.epoch import assign_buckets
 
 TEXT_WIDTH = 16
 PROJECTION = 8

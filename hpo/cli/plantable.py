@@ -1,7 +1,8 @@
-"""The users' table of peak memory (mission S3) and our prediction for each of its cells.
+"""Peak memory measured by users of sd-scripts, and our prediction for each cell of their table.
 
-Owns the table's figures and what each row assumes.  Users measured sd-scripts 0.8.3 on SDXL at 1024² in
-February 2024, memory of the process in GB (10⁹ bytes).
+Owns the figures of the table and the settings that each row assumes. Source:
+https://2ch-ai.gitgud.site/wiki/tech/sdxl (in Russian, 2024-02-09): sd-scripts 0.8.3, SDXL at 1024², memory of
+the Python process only, in GB (10⁹ bytes).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ ASSUMED_FULL = "U-Net only, fp32 weights under bf16 autocast, 8-bit Adam, cached
 
 @dataclass(frozen=True)
 class TableRow:
-    """One way of training; ``measured_gb`` by batch size.  ``is_full``: every weight is trained, no adapter."""
+    """One training setup; ``measured_gb`` by batch size.  ``is_full``: all weights are
+    trained, without an adapter."""
 
     name: str
     values: Mapping[str, Any]
@@ -43,7 +45,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Cell:
-    """A prediction beside the users' figure."""
+    """A prediction and the users' measurement."""
 
     row: TableRow
     batch: int
@@ -84,7 +86,7 @@ FULL_ROWS = tuple(row for row in ROWS if row.is_full)
 
 
 def predicted_cells(rows: tuple[TableRow, ...] = ROWS) -> Iterator[Cell]:
-    """Every cell, predicted one after the other: about ten seconds each on one core."""
+    """Predict every cell in turn.  Takes about ten seconds per cell on one core."""
     from trainer.memory import base_facts, predict, predict_full
 
     facts = base_facts("sdxl")

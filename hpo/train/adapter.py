@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import ConfigError, MachineError, first_line
+from trainer.events import Rehearsed
 from trainer.files import append_line, read_records, write_atomic
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from trainer.config import TrainConfig
     from trainer.data import Prepared
     from trainer.events import Event
-    from trainer.loop import Ranks
+    from trainer.loop import Conduct
 
 
 class StepLog:
@@ -33,6 +34,9 @@ class StepLog:
         self._fresh = True
 
     def write(self, event: Event) -> None:
+        """Write an event down, but for the dry step, which is no part of the run."""
+        if isinstance(event, Rehearsed):
+            return
         values = {"event": type(event).__name__.lower(), **asdict(event)}
         values.pop("path", None)
         if self._fresh:
@@ -46,46 +50,21 @@ class StepLog:
 def train_adapter(
     base: Base,
     config: TrainConfig,
-    prepare: Callable[[], Prepared],
-    *,
-    checkpoints: Path,
-    log: StepLog | None,
+    prepare: Callable[[Adapter], tuple[Prepared, Conduct]],
     on_event: Callable[[Event, Adapter], None],
-    should_stop: Callable[[], bool],
-    on_start: Callable[[Adapter, int], None] = lambda adapter, step: None,
-    validate_on: Callable[[], Prepared | None] = lambda: None,
-    rehearse: bool = False,
-    changed: frozenset[str] = frozenset(),
-    ranks: Ranks | None = None,
 ) -> Adapter:
     """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
 
-    ``on_start`` gets the number of finished steps before the first step of this call; ``validate_on``
-    prepares images for a validation loss.  ``rehearse``, ``changed`` and ``ranks`` are passed to
-    ``loop.train``. Without ``log`` nothing is logged.
+    ``prepare`` encodes images and captions with the fresh adapter in the base, and returns how the run is
+    conducted (``trainer.loop.train``) beside them.
     """
     from trainer.adapters import lorafile
-    from trainer.events import Rehearsed
-    from trainer.loop import ALONE, checkpoint, loop
+    from trainer.loop import loop
 
     adapter = lorafile.begin(base, config)
     try:
-        prepared = prepare()
-        on_start(adapter, checkpoint.steps_behind(checkpoints))
-        for event in loop.train(
-            config,
-            base,
-            adapter,
-            prepared,
-            checkpoints=checkpoints,
-            should_stop=should_stop,
-            validate_on=validate_on(),
-            rehearse=rehearse,
-            changed=changed,
-            ranks=ranks or ALONE,
-        ):
-            if log is not None and not isinstance(event, Rehearsed):
-                log.write(event)
+        prepared, how = prepare(adapter)
+        for event in loop.train(config, base, adapter, prepared, how):
             on_event(event, adapter)
     except BaseException:
         adapter.remove()

@@ -6,6 +6,7 @@ save_every_n_…, save_last_n_…, sample_every_n_…  The checkpoint that a run
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,30 +26,24 @@ if TYPE_CHECKING:
     from trainer.adapters import Adapter
 
 
+@dataclass
 class Keeper:
     """Saves and samples during training: save_every_n_…, save_last_n_…, sample_every_n_…"""
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: TrainConfig,
-        place: Place,
-        data: Dataset,
-        prompts: list[SamplePrompt],
-        say: Callable[[str], None],
-    ) -> None:
-        self.folder = folder
-        self.config = config
-        self.place = place
-        self.prompts = prompts
-        self.view_say = say
-        self.steps = count_steps(config, data)
-        self.data = data
+    folder: RunFolder
+    config: TrainConfig
+    place: Place
+    data: Dataset
+    prompts: list[SamplePrompt]
+    say: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self.steps = count_steps(self.config, self.data)
 
     def on_start(self, adapter: Adapter, step: int) -> None:
         """Called before the first step of this call; ``step`` steps are done."""
         if step:
-            self.view_say(f"going on after step {step} of {self.steps.total_steps}")
+            self.say(f"going on after step {step} of {self.steps.total_steps}")
         elif self.config.sample_at_first:
             self._draw("e000000")
 
@@ -80,7 +75,7 @@ class Keeper:
         known = dataset_metadata(self.config, self.data, Saved(step, epoch))
         lorafile.write(path, adapter, self.config, known)
         if path != self.folder.lora:
-            self.view_say(f"saved {path.name}")
+            self.say(f"saved {path.name}")
 
     def _drop(self, first_kept: int, step: bool) -> None:
         for number, path in self.folder.numbered(step).items():
@@ -96,9 +91,9 @@ class Keeper:
             with out_of_memory_named(self.config), self.place.gathered():
                 paths = draw_samples(base, self.prompts, self.config, self.folder.samples, name)
         except OutOfMemory:
-            self.view_say(f"samples {suffix} are left out: out of memory")
+            self.say(f"samples {suffix} are left out: out of memory")
             return
-        self.view_say(f"drawn: {len(paths)} samples, {paths[0].name} …")
+        self.say(f"drawn: {len(paths)} samples, {paths[0].name} …")
 
 
 def _due(number: int, every: int | None) -> bool:

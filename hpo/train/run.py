@@ -39,7 +39,7 @@ from trainer.data import Dataset, read_captions, read_training_data
 from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
 from trainer.events import Event, Rehearsed, Step, Validated
 from trainer.files import make_folder, sweep_tree, write_atomic
-from trainer.loop import Ranks, join, launched, leave, steps_behind
+from trainer.loop import Conduct, Ranks, join, launched, leave, steps_behind
 from trainer.oom import release
 
 if TYPE_CHECKING:
@@ -143,42 +143,36 @@ class _Run:
         config, folder, first = self.ladder.config, self.folder, self.ranks.is_first
         self.place.prepare(config)
         keeper = Keeper(folder, config, self.place, self.data, self.prompts, self.view.say)
+        log = StepLog(folder.steps)
         with _board(config, folder, self.ranks) as board:
 
             def on_event(event: Event, adapter: Adapter) -> None:
                 if not first:
                     return
+                log.write(event)
                 self.view.on_event(event)
                 board(event)
                 if isinstance(event, Rehearsed):
                     runmemory.remember(folder.memory, config, event, self.place.base, self.view.say)
                 keeper.on_event(event, adapter)
 
-            prepared: list[Prepared] = []
-
-            def prepare() -> Prepared:
-                prepared.append(self._prepared(stop))
-                return prepared[0]
-
-            def validate_on() -> Prepared | None:
+            def prepare(adapter: Adapter) -> tuple[Prepared, Conduct]:
+                prepared = self._prepared(stop)
+                if first:
+                    keeper.on_start(adapter, steps_behind(folder.checkpoints))
                 split = _held_out(self.place.base, config, self.data, folder) if first else None
-                self.place.settle(config, prepared[0])
-                return split
+                self.place.settle(config, prepared)
+                how = Conduct(
+                    checkpoints=folder.checkpoints,
+                    should_stop=stop,
+                    validate_on=split,
+                    rehearse=True,
+                    changed=self.ladder.changed,
+                    ranks=self.ranks,
+                )
+                return prepared, how
 
-            adapter = train_adapter(
-                self.place.base,
-                config,
-                prepare,
-                checkpoints=folder.checkpoints,
-                log=StepLog(folder.steps) if first else None,
-                on_event=on_event,
-                should_stop=stop,
-                on_start=keeper.on_start if first else lambda adapter, step: None,
-                validate_on=validate_on,
-                rehearse=True,
-                changed=self.ladder.changed,
-                ranks=self.ranks,
-            )
+            adapter = train_adapter(self.place.base, config, prepare, on_event)
         return keeper, adapter
 
     def _prepared(self, stop: Stop) -> Prepared:

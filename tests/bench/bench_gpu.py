@@ -10,9 +10,10 @@ diffusers' way, and sd-scripts' own step where a copy is given.
   fp8 base, no full bf16 and no LoCon: those cells are empty.
 * **sd-scripts**: ``sdxl_train_network.py`` as a process of its own (``tests.bench.sd_scripts``).
 
-Finished cells are kept in ``--out``/cells.json and not repeated, those that ran out of memory among them; one that
-crashed is.  Every cell runs in a process of its own, so its peak is its own: from the first step on, without what
-loading took.  Prints a Markdown table beside the users' figures (mission.md S3, sd-scripts 0.8.3, decimal GB).
+Finished cells are kept in ``--out``/cells.json and not repeated, those that ran out of memory among them; one
+that crashed is.  Every cell runs in a process of its own, so its peak is its own: from the first step on,
+without what loading took.  Prints a Markdown table with the figures of users of sd-scripts 0.8.3 for
+comparison (https://2ch-ai.gitgud.site/wiki/tech/sdxl, in Russian, 2024-02-09; GB are 10⁹ bytes).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from trainer.data.cache import Prepared
 from trainer.errors import OutOfMemory
 from trainer.events import Rehearsed, Step
 from trainer.files import write_atomic
-from trainer.loop.loop import train
+from trainer.loop.loop import Conduct, train
 from trainer.oom import forget_peak, is_out_of_memory, peak_bytes, release
 
 NAMES = ("ours", "diffusers", "sd-scripts")
@@ -174,7 +175,7 @@ def _random_images(base: Base, config: TrainConfig) -> Prepared:
 
 def _ours(base: Base, config: TrainConfig, prepared: Prepared) -> list[float]:
     adapter = inject(base, config)
-    events = train(config, base, adapter, prepared, rehearse=True)
+    events = train(config, base, adapter, prepared, Conduct(rehearse=True))
     seconds = []
     for event in events:
         assert not isinstance(event, Rehearsed) or event.bucket_px == (config.resolution,) * 2

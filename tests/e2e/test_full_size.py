@@ -27,12 +27,12 @@ import json, os, resource, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from pathlib import Path
-from trainer import lorafile
-from trainer.adapter import inject
+from trainer.adapters import lorafile
+from trainer.adapters.adapter import inject
 from trainer.bases.load import load_base
-from trainer.cache import digest
+from trainer.data.cache import digest
 from trainer.config import TrainConfig
-from trainer.loop import train
+from trainer.loop.loop import train
 from tests.tiny import tiny_prepared
 spec, out = sys.argv[1:]
 started = time.monotonic()

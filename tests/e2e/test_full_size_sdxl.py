@@ -38,12 +38,12 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 import torch
 from pathlib import Path
-from trainer import lorafile
-from trainer.adapter import inject
+from trainer.adapters import lorafile
+from trainer.adapters.adapter import inject
 from trainer.bases.base import Sizes
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
-from trainer.loop import train
+from trainer.loop.loop import train
 from tests.tiny import tiny_prepared
 spec, out = sys.argv[1:3]
 started = time.monotonic()

@@ -13,7 +13,7 @@ from trainer.config import TrainConfig
 from trainer.data.buckets import Bucket
 from trainer.errors import OutOfMemory
 from trainer.events import Rehearsed
-from trainer.loop.loop import train
+from trainer.loop.loop import Conduct, train
 from trainer.memory.footprint import base_facts, predict
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -55,7 +55,7 @@ def test_the_prediction_is_within_8_percent_of_the_card(values):
     adapter = inject(base, config)
     place.settle(config, prepared)
     try:
-        event = next(train(config, base, adapter, prepared, rehearse=True))
+        event = next(train(config, base, adapter, prepared, Conduct(rehearse=True)))
     except OutOfMemory:
         pytest.skip("this card is too small for it")
     finally:

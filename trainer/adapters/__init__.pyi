@@ -2,7 +2,6 @@ from . import adapter as adapter
 from . import lorafile as lorafile
 from .adapter import Adapter as Adapter
 from .adapter import keyed_generator as keyed_generator
-from .adapter import targets_of as targets_of
 from .kinds import KINDS as KINDS
 from .kinds import NAME as NAME
 from .metadata import BASE_NAME as BASE_NAME
@@ -17,3 +16,5 @@ from .metadata import dataset_metadata as dataset_metadata
 from .metadata import kohya_settings as kohya_settings
 from .metadata import shared_settings as shared_settings
 from .metadata import tells_training as tells_training
+from .targets import count_weights as count_weights
+from .targets import targets_of as targets_of

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, Target, inject
+from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, inject
 from trainer.adapters.kinds import KINDS
 from trainer.adapters.metadata import own_metadata, training_metadata
+from trainer.adapters.targets import Target
 from trainer.bases import Base, detect
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError

@@ -1,5 +1,4 @@
 from . import cache as cache
-from . import dataset as dataset
 from . import preflight as preflight
 from . import subsets as subsets
 from .buckets import BucketRules as BucketRules
@@ -11,10 +10,13 @@ from .captions import read_captions as read_captions
 from .captions import shown as shown
 from .dataset import Dataset as Dataset
 from .dataset import Item as Item
-from .dataset import assign_buckets as assign_buckets
 from .dataset import read_dataset as read_dataset
 from .dataset import split_references as split_references
 from .dataset import tag_frequency as tag_frequency
+from .epoch import assign_buckets as assign_buckets
+from .epoch import caption_for as caption_for
+from .epoch import epoch_batches as epoch_batches
+from .epoch import view_for as view_for
 from .findings import REFUSED as REFUSED
 from .findings import WARNING as WARNING
 from .findings import DatasetFinding as DatasetFinding

@@ -28,10 +28,9 @@ from trainer.compute import holds_fp8
 from trainer.config import TrainConfig
 from trainer.data import preflight
 from trainer.data.buckets import Bucket, BucketRules, Fit
-from trainer.data.dataset import (
+from trainer.data.dataset import Dataset, Item
+from trainer.data.epoch import (
     MIRRORED,
-    Dataset,
-    Item,
     assign_buckets,
     caption_variants,
     load_mask,
@@ -106,7 +105,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 class Prepared:
     """A dataset ready to train on.  Tensors are fp32 on CPU; a caption's states have the encoders' number type.
 
-    ``latents`` (C, h, w) are unscaled VAE samples by view (``dataset.view_for``: Item.sha256, or that of the
+    ``latents`` (C, h, w) are unscaled VAE samples by view (``view_for``: Item.sha256, or that of the
     mirrored image), ``sizes`` likewise.  ``masks`` (h, w) are weights of the loss, 0 to 1, for views that
     have one.  The counters say what this call had to encode.
     """

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import TrainConfig
-from trainer.data import dataset
+from trainer.data.dataset import Dataset
+from trainer.data.epoch import assign_buckets, epoch_batches
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,16 @@ class Plan:
     total_epochs: int
 
 
-def plan(config: TrainConfig, images: dataset.Dataset, buckets: Any = None) -> Plan:
+def plan(config: TrainConfig, images: Dataset, buckets: Any = None) -> Plan:
     """Steps and epochs of a run."""
     return length_of(config, batches_per_epoch(config, images, buckets))
 
 
-def batches_per_epoch(config: TrainConfig, images: dataset.Dataset, buckets: Any = None) -> int:
+def batches_per_epoch(config: TrainConfig, images: Dataset, buckets: Any = None) -> int:
     """Batches of an epoch: each is of one bucket, so the last of a bucket may be smaller."""
     if buckets is None:
-        buckets = dataset.assign_buckets(images.items, config)
-    return len(dataset.epoch_batches(images, buckets, config, 0))
+        buckets = assign_buckets(images.items, config)
+    return len(epoch_batches(images, buckets, config, 0))
 
 
 def length_of(config: TrainConfig, batches: int) -> Plan:
@@ -41,7 +42,7 @@ def length_of(config: TrainConfig, batches: int) -> Plan:
     return Plan(per_epoch, per_epoch * config.max_train_epochs, config.max_train_epochs)
 
 
-def total_steps(config: TrainConfig, images: dataset.Dataset) -> int:
+def total_steps(config: TrainConfig, images: Dataset) -> int:
     """Optimizer steps of a run: ⌈batches per epoch / accumulation⌉ × epochs, or max_train_steps."""
     return plan(config, images).total_steps
 

@@ -11,14 +11,14 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.adapters import Adapter
 from trainer.bases import Base
 from trainer.compute import faster, recomputing
 from trainer.config import TrainConfig
-from trainer.data import Moment, Plan, Prepared, dataset, plan, preflight
+from trainer.data import Moment, Plan, Prepared, epoch_batches, plan, preflight
 from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.loop import checkpoint, optim
@@ -29,50 +29,44 @@ from trainer.oom import out_of_memory_named
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
 
 
+@dataclass(frozen=True, kw_only=True)
+class Conduct:
+    """How a run is conducted: what is saved, reported and shared.  Nothing here changes the result.
+
+    ``checkpoints`` is the folder of its checkpoints.  With ``validate_on`` the validation loss
+    (``trainer.loop.validation``) is reported after every epoch; with ``rehearse`` one dry step at the largest
+    bucket comes first, which changes nothing.  ``changed`` settings may differ from the checkpoint's: those
+    that the out-of-memory ladder changed.
+    """
+
+    checkpoints: Path | None = None
+    checkpoint_every_seconds: float = 120.0
+    should_stop: Callable[[], bool] = lambda: False
+    validate_on: Prepared | None = None
+    rehearse: bool = False
+    changed: frozenset[str] = frozenset()
+    ranks: Ranks = ALONE
+
+
 def train(
-    config: TrainConfig,
-    base: Base,
-    adapter: Adapter,
-    prepared: Prepared,
-    *,
-    checkpoints: Path | None = None,
-    checkpoint_every_seconds: float = 120.0,
-    should_stop: Callable[[], bool] = lambda: False,
-    validate_on: Prepared | None = None,
-    rehearse: bool = False,
-    changed: frozenset[str] = frozenset(),
-    ranks: Ranks = ALONE,
+    config: TrainConfig, base: Base, adapter: Adapter, prepared: Prepared, how: Conduct = Conduct()
 ) -> Generator[Event, None, None]:
-    """Train the adapter in place.  Resumes from a checkpoint in ``checkpoints`` if there is one. With
-    ``validate_on`` the validation loss (``trainer.loop.validation``) is reported after every epoch; with
-    ``rehearse`` one dry step at the largest bucket comes first, which changes nothing.  ``changed`` settings
-    may differ from the checkpoint's: those that the out-of-memory ladder changed.  Raises Diverged after ten
-    skipped steps in a row, which are not saved; OutOfMemory, with all steps so far saved; and Interrupted
-    once ``should_stop`` says so (the step is finished and saved first).
+    """Train the adapter in place.  Resumes from a checkpoint in ``how.checkpoints`` if there is one.
+
+    Raises Diverged after ten skipped steps in a row, which are not saved; OutOfMemory, with all steps so far
+    saved; and Interrupted once ``how.should_stop`` says so (the step is finished and saved first).
     """
     preflight.check(base, config)
     length = plan(config, prepared.dataset, prepared.buckets)
     with out_of_memory_named(config):
-        stepper = Stepper(config, base, adapter, prepared, ranks, Moment(0, length.total_steps))
-    run = checkpoint.Run(
-        config,
-        base.identity,
-        prepared.dataset.content_hash,
-        adapter,
-        stepper.optimizer,
-        stepper.scaler,
-        stepper.compute,
-        length.steps_per_epoch,
-        changed,
-    )
+        stepper = Stepper(config, adapter, prepared, how.ranks, Moment(0, length.total_steps))
+    saves = _Saves(how, _run(stepper, length, how.changed))
     with recomputing(base, config), faster(base, config), stepper:
-        if rehearse:
+        if how.rehearse:
             with out_of_memory_named(config):
                 yield stepper.rehearse(_largest(config, prepared))
-        progress = checkpoint.restore(checkpoints, run) if checkpoints else checkpoint.Progress()
-        unproven: Path | None = None  # the newest checkpoint, until a step from its weights was finite
+        progress = saves.restore()
         stepper.park()
-        last_save = time.monotonic()
         for epoch, group in _remaining(config, prepared, length, progress.step):
             started = time.perf_counter()
             rates = optim.set_rate(stepper.optimizer, optim.rate(config, length.total_steps, progress.step))
@@ -80,32 +74,81 @@ def train(
                 with out_of_memory_named(config):
                     outcome = stepper.step(group, epoch, progress.step)
             except OutOfMemory:
-                if checkpoints and ranks.is_first and progress.step and stepper.is_untouched:
-                    checkpoint.save(checkpoints, run, progress)
+                if progress.step and stepper.is_untouched:
+                    saves.save(progress)
                 raise
             progress = _advance(progress, outcome)
-            if unproven and not outcome.skipped:
-                checkpoint.drop_others(unproven)
-                unproven = None
-            yield _event(length, progress.step, epoch, rates, outcome, time.perf_counter() - started)
-            if validate_on is not None and ranks.is_first and _ends_epoch(length, progress.step):
-                yield Validated(progress.step, epoch + 1, stepper.validate(validate_on))
+            saves.after(outcome)
+            yield _event(length, progress.step, rates, outcome, time.perf_counter() - started)
+            if how.validate_on is not None and how.ranks.is_first and _ends_epoch(length, progress.step):
+                yield Validated(progress.step, epoch + 1, stepper.validate(how.validate_on))
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
-                raise Diverged(f"{what}, up to {progress.step}", _after_divergence(checkpoints, progress))
-            stop = ranks.any(should_stop(), base.device)
-            is_late = time.monotonic() - last_save >= checkpoint_every_seconds
-            if checkpoints and ranks.is_first and (stop or (is_late and not progress.in_a_row)):
-                unproven = checkpoint.save(checkpoints, run, progress)
-                yield Saved(unproven, progress.step)
-                last_save = time.monotonic()
+                raise Diverged(f"{what}, up to {progress.step}", _after_divergence(how.checkpoints, progress))
+            stop = how.ranks.any(how.should_stop(), base.device)
+            if (stop or (saves.are_due and not progress.in_a_row)) and (path := saves.save(progress)):
+                yield Saved(path, progress.step)
             if stop:
-                saved = "the checkpoint is saved" if checkpoints else "nothing is saved"
-                raise Interrupted(
-                    f"stopped after step {progress.step} of {length.total_steps}: {saved}",
-                    "the same command goes on",
-                )
+                raise _stopped(how, length, progress)
     yield Finished(progress.step, progress.skipped)
+
+
+class _Saves:
+    """The checkpoints of a run: when one is due, and when it replaces those before it."""
+
+    def __init__(self, how: Conduct, run: checkpoint.Run) -> None:
+        self._run = run
+        self._from = how.checkpoints
+        self._into = how.checkpoints if how.ranks.is_first else None
+        self._every_seconds = how.checkpoint_every_seconds
+        self._last = time.monotonic()
+        self._unproven: Path | None = None  # the newest, until a step from its weights was finite
+
+    def restore(self) -> checkpoint.Progress:
+        """Go on from the newest checkpoint, if there is one.  The time to the next counts from here."""
+        progress = checkpoint.restore(self._from, self._run) if self._from else checkpoint.Progress()
+        self._last = time.monotonic()
+        return progress
+
+    @property
+    def are_due(self) -> bool:
+        return time.monotonic() - self._last >= self._every_seconds
+
+    def save(self, progress: checkpoint.Progress) -> Path | None:
+        """Write a checkpoint; None where none are kept, or another process writes them."""
+        if self._into is None:
+            return None
+        self._unproven = checkpoint.save(self._into, self._run, progress)
+        self._last = time.monotonic()
+        return self._unproven
+
+    def after(self, outcome: StepOutcome) -> None:
+        """A finite step proves the weights that it was computed from: older checkpoints may go."""
+        if self._unproven and not outcome.skipped:
+            checkpoint.drop_others(self._unproven)
+            self._unproven = None
+
+
+def _run(stepper: Stepper, length: Plan, changed: frozenset[str]) -> checkpoint.Run:
+    """What the run's checkpoints belong to and hold."""
+    return checkpoint.Run(
+        stepper.config,
+        stepper.base.identity,
+        stepper.prepared.dataset.content_hash,
+        stepper.adapter,
+        stepper.optimizer,
+        stepper.scaler,
+        stepper.compute,
+        length.steps_per_epoch,
+        changed,
+    )
+
+
+def _stopped(how: Conduct, length: Plan, progress: checkpoint.Progress) -> Interrupted:
+    saved = "the checkpoint is saved" if how.checkpoints else "nothing is saved"
+    return Interrupted(
+        f"stopped after step {progress.step} of {length.total_steps}: {saved}", "the same command goes on"
+    )
 
 
 def _after_divergence(checkpoints: Path | None, progress: checkpoint.Progress) -> str:
@@ -140,7 +183,7 @@ def _epoch_groups(config: TrainConfig, prepared: Prepared, epoch: int) -> list[l
     items = prepared.dataset.items
     seen: Counter[str] = Counter()
     micros: list[MicroBatch] = []
-    for batch in dataset.epoch_batches(prepared.dataset, prepared.buckets, config, epoch):
+    for batch in epoch_batches(prepared.dataset, prepared.buckets, config, epoch):
         micro = []
         for index in batch.items:
             micro.append(Sample(items[index], seen[items[index].sha256]))
@@ -165,14 +208,14 @@ def _remaining(
 
 
 def _event(
-    length: Plan, step: int, epoch: int, rates: Mapping[str, float], outcome: StepOutcome, seconds: float
+    length: Plan, step: int, rates: Mapping[str, float], outcome: StepOutcome, seconds: float
 ) -> Event:
     if outcome.skipped:
         return Skipped(step, outcome.skipped)
     return Step(
         step=step,
         total_steps=length.total_steps,
-        epoch=epoch + 1,
+        epoch=(step - 1) // length.steps_per_epoch + 1,
         total_epochs=length.total_epochs,
         loss=outcome.loss,
         learning_rate=_highest(rates, "unet"),

@@ -22,7 +22,7 @@ from trainer import oom as memory
 from trainer.adapters import Adapter, keyed_generator
 from trainer.bases import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod, zero_terminal_snr
 from trainer.config import TrainConfig
-from trainer.data import START, Moment, Prepared, dataset
+from trainer.data import START, Item, Moment, Prepared, caption_for, view_for
 from trainer.errors import ConfigError
 from trainer.events import Rehearsed
 from trainer.loop import loss, optim, validation
@@ -35,7 +35,7 @@ MAX_REMEMBERED = 1024  # captions whose states a run keeps in RAM: 1.9 GB for SD
 class Sample:
     """One image in one epoch; ``occurrence`` counts its repeats within the epoch."""
 
-    item: dataset.Item
+    item: Item
     occurrence: int
 
 
@@ -77,14 +77,13 @@ class Stepper:
     def __init__(
         self,
         config: TrainConfig,
-        base: Base,
         adapter: Adapter,
         prepared: Prepared,
         ranks: Ranks = ALONE,
         begun: Moment = START,
     ) -> None:
         self.config = config
-        self.base = base
+        self.base = base = adapter.base
         self.adapter = adapter
         self.prepared = prepared
         self.ranks = ranks
@@ -219,7 +218,7 @@ class Stepper:
     def _losses(self, micro: MicroBatch, epoch: int) -> Tensor:
         """Loss of each sample (B) with its own noise and timestep."""
         device, config, prepared = self.base.device, self.config, self.prepared
-        views = [dataset.view_for(sample.item, config, epoch, sample.occurrence) for sample in micro]
+        views = [view_for(sample.item, config, epoch, sample.occurrence) for sample in micro]
         latents = [prepared.latents[view].float() * self.base.latent_scale for view in views]
         draws = [self._draw(sample, latent, epoch) for sample, latent in zip(micro, latents, strict=True)]
         latents_BCHW = torch.stack(latents).to(device)
@@ -279,7 +278,7 @@ class Stepper:
         return torch.autocast(self.base.device.type, self.compute, enabled=self.compute != torch.float32)
 
     def _caption(self, sample: Sample, epoch: int) -> str:
-        return dataset.caption_for(sample.item, self.config, epoch, sample.occurrence, self.now)
+        return caption_for(sample.item, self.config, epoch, sample.occurrence, self.now)
 
     def _text(self, captions: list[str]) -> TextStates:
         if self.config.updates_text_encoder:

@@ -1,8 +1,8 @@
-"""predict(): the peak GPU memory of a training step, part by part, without a GPU and without weights.
+"""predict(): the peak GPU memory of a training step, by component, without a GPU and without weights.
 
-Owns what is on the card beside the traced step (base, adapter, gradients, optimizer state, CUDA's own memory)
-and how a step's order of allocations becomes a peak.  ``tracing`` makes that order, ``allocator`` replays it,
-``stacks`` chooses settings that fit.  All sizes in bytes; GB in texts are 10⁹ bytes.
+Owns everything on the GPU in addition to the traced step (base, adapter, gradients, optimizer state, CUDA's
+own memory), and the peak of a sequence of allocations. ``tracing`` records that sequence, ``replay``
+replays it, ``stacks`` finds settings that fit. All sizes are in bytes; GB in texts are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from trainer.bases import CLASSES, FAMILIES, Base, Parts, detect, empty_network
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory import tracing
-from trainer.memory.allocator import CachingAllocator
+from trainer.memory.recorder import CONV_DIM, DIM
+from trainer.memory.replay import Held, Peak, replay
 from trainer.oom import CUDA_CONTEXT_BYTES
 
-# PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, which is counted.
+# PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, the value used here.
 CUBLAS_BYTES = 32 * 2**20
 MIN_8BIT_ELEMENTS = 4096  # bitsandbytes' min_8bit_size: smaller tensors keep 32-bit state
-BLOCK_ELEMENTS = 256  # of bitsandbytes' blockwise state: one fp32 maximum each
+BLOCK_ELEMENTS = 256  # block size of bitsandbytes' blockwise state: one fp32 maximum per block
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a base is made of: its family and the configurations of its networks, as JSON texts."""
+    """The structure of a base: its family and the configurations of its networks, as JSON texts."""
 
     name: str
     family: str
@@ -54,7 +55,7 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A predicted peak and what it is made of.  ``parts`` add up to ``peak_bytes`` = what nvidia-smi shows."""
+    """A predicted peak and its parts. ``parts`` add up to ``peak_bytes``, the value that nvidia-smi shows."""
 
     parts: Mapping[str, int]
     peak_bytes: int
@@ -65,11 +66,11 @@ class Footprint:
 
 
 def base_facts(spec: str | Path) -> BaseFacts:
-    """Facts of a base with a short name, a diffusers folder or a single .safetensors file."""
+    """The structure of a base: a short name, a diffusers folder or a single .safetensors file."""
     found = detect.configs_of(str(spec))
     if found is None:
         raise ConfigError(
-            f"there is no base {str(spec)!r} on this machine to plan for",
+            f"there is no base {str(spec)!r} on this machine, so its memory cannot be planned",
             "give sdxl or sd15 (all fine-tunes need the same memory), mini-sd15, mini-sdxl, a folder or a file",
         )
     tables = {
@@ -81,79 +82,71 @@ def base_facts(spec: str | Path) -> BaseFacts:
 
 
 def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int] | None = None) -> Footprint:
-    """The peak of a training step on a card that computes in ``mixed_precision`` (auto: bf16).
+    """The peak of a training step on a GPU that computes in ``mixed_precision`` (auto: bf16).
 
-    ``bucket_px`` (width, height): unset takes resolution², the largest area a bucket can have.  Latents are
-    cached; text encoders are on the card only if one of them is trained or captions vary.
+    ``bucket_px`` is (width, height); by default resolution², the largest area of a bucket. Latents are
+    cached. Text encoders are on the GPU only if one of them is trained or captions vary.
     """
     bucket = bucket_px or (config.resolution, config.resolution)
     found = _trace(facts, _traced_settings(config), bucket)
     dim, conv_dim = (config.network_dim, config.conv_dim or 1)
     if config.network_type == "LoKr":
-        dim = conv_dim = 1  # traced with its own ranks
+        dim = conv_dim = 1  # this network type is traced with its own ranks
     shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
     adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
     updated = [shape for shape, is_updated in shapes if is_updated]
-    base = base_bytes(config, facts)
     state = [optimizer_bytes(config.optimizer_type, shape) for shape in updated]
     update = [4 * _count(shape) for shape in updated] if config.full_bf16 else []
     if config.cpu_offload:
         state, update = [], [*update, *state]
-    replay = _replay(found, dim, conv_dim, base, adapter, state, update, accumulates(config))
-    return _footprint(replay, base, adapter, state, bucket, config.images_at_once)
+    held = Held(base_bytes(config, facts), adapter, state, update, accumulates(config))
+    return _footprint(replay(found, (dim, conv_dim), held), held, bucket, config.images_at_once)
 
 
-def _footprint(
-    replay: _Replay,
-    base: Mapping[str, int],
-    adapter: list[int],
-    state: list[int],
-    bucket_px: tuple[int, int],
-    images_at_once: int,
-) -> Footprint:
+def _footprint(peak: Peak, held: Held, bucket_px: tuple[int, int], images_at_once: int) -> Footprint:
     parts = {
-        **{f"base: {name}": size for name, size in base.items()},
-        "adapter": sum(adapter),
-        "optimizer state": sum(state),
-        "gradients": replay.gradients,
-        "activations": replay.activations,
-        "workspace": replay.workspace + CUBLAS_BYTES,
+        **{f"base: {name}": size for name, size in held.base.items()},
+        "adapter": sum(held.adapter),
+        "optimizer state": sum(held.state),
+        "gradients": peak.gradients,
+        "activations": peak.activations,
+        "workspace": peak.workspace + CUBLAS_BYTES,
         "rounding and fragmentation": 0,
         "CUDA context": CUDA_CONTEXT_BYTES,
     }
-    reserved = replay.reserved + CUBLAS_BYTES
-    peak = reserved + CUDA_CONTEXT_BYTES
-    parts["rounding and fragmentation"] = peak - sum(parts.values())
-    return Footprint(parts, peak, replay.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
+    reserved = peak.reserved + CUBLAS_BYTES
+    whole = reserved + CUDA_CONTEXT_BYTES
+    parts["rounding and fragmentation"] = whole - sum(parts.values())
+    return Footprint(parts, whole, peak.allocated + CUBLAS_BYTES, reserved, bucket_px, images_at_once)
 
 
 def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
-    """The same for training every weight of the U-Net itself in fp32, without an adapter.  Nothing here
-    trains so; it is shown beside what others measured."""
+    """The same for full fine-tuning of the U-Net in fp32, without an adapter. This tool cannot train that
+    way; the prediction is compared with published measurements."""
     bucket = (config.resolution, config.resolution)
     settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
     found = _trace(facts, settings, bucket, is_full=True)
     state = [optimizer_bytes(config.optimizer_type, shape) for shape, _ in found.shapes]
     weights = {"unet": 4 * sum(_count(shape) for shape, _ in found.shapes)}
-    replay = _replay(found, 1, 1, weights, [], state, [], accumulates(config))
-    return _footprint(replay, weights, [], state, bucket, config.images_at_once)
+    held = Held(weights, [], state, [], accumulates(config))
+    return _footprint(replay(found, (1, 1), held), held, bucket, config.images_at_once)
 
 
-# What is on the card beside the step
+# Memory in addition to the traced step
 
 
 def accumulates(config: TrainConfig) -> bool:
-    """Whether gradients wait for those of another micro-batch."""
+    """Whether gradients are accumulated over micro-batches."""
     return config.gradient_accumulation_steps > 1 or config.images_at_once < config.train_batch_size
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
-    """The type a card computes in; auto is bf16 here."""
+    """The dtype of computation; auto means bf16 here."""
     return {"no": torch.float32, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
 
 
 def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
-    """component → bytes of the frozen networks that are on the card while training."""
+    """component → bytes of the frozen networks that stay on the GPU during training."""
     networks = _networks(facts)
     element = compute_dtype(config).itemsize
     found = {"unet": sum(_weight_bytes(tensor, element, config.fp8_base) for tensor in networks["unet"])}
@@ -164,13 +157,13 @@ def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
 
 
 def text_encoders_stay(config: TrainConfig) -> bool:
-    """Whether captions are encoded in every step: a text encoder is trained, or captions vary each time."""
+    """Whether captions are encoded in every step, because a text encoder is trained or captions vary."""
     varied = config.shuffle_caption or config.caption_tag_dropout_rate > 0 or config.enable_wildcard
     return config.trains_text_encoder or (varied and not config.cpu_offload)
 
 
 def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
-    """A weight's bytes; in 8 bits matrices and kernels have one fp32 scale an output (``trainer.compute.fp8``)."""
+    """Bytes of a weight; in fp8, matrices and kernels have one fp32 scale per output (``trainer.compute.fp8``)."""
     if is_fp8 and len(tensor) >= 2:
         return _count(tensor) + 4 * tensor[0]
     return element * _count(tensor)
@@ -187,7 +180,7 @@ def _networks(facts: BaseFacts) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...]) -> int:
-    """Bytes of an optimizer's state for one trained tensor; it sees fp32 weights, with full_bf16 too."""
+    """Bytes of the optimizer state for one trained tensor. The optimizer uses fp32 weights, also with full_bf16."""
     count = _count(shape)
     blocks = -(-count // BLOCK_ELEMENTS)
     small = count < MIN_8BIT_ELEMENTS
@@ -213,78 +206,11 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _at_rank(shape: tuple[int, ...], dim: int, conv_dim: int) -> tuple[int, ...]:
-    ranks = {tracing.DIM: dim, tracing.CONV_DIM: conv_dim}
+    ranks = {DIM: dim, CONV_DIM: conv_dim}
     return tuple(ranks.get(side, side) for side in shape)
 
 
-# Replaying a step
-
-
-@dataclass(frozen=True)
-class _Replay:
-    allocated: int
-    reserved: int
-    activations: int
-    gradients: int
-    workspace: int
-
-
-def _replay(
-    found: tracing.Trace,
-    dim: int,
-    conv_dim: int,
-    base: Mapping[str, int],
-    adapter: list[int],
-    state: list[int],
-    update: list[int],
-    is_accumulated: bool,
-) -> _Replay:
-    """Two steps through the allocator: the optimizer's state comes after the first.  With accumulation the
-    gradients of the micro-batch before are there, and new ones go once they are added.  ``update``: what is
-    there only while the optimizer works – bf16 weights and gradients as fp32, state from RAM."""
-    allocator = CachingAllocator()
-    sizes = [block.bytes_at(dim, conv_dim) for block in found.blocks]
-    for size in (*base.values(), *adapter):
-        allocator.allocate(size)
-    peak = {"activations": 0, "gradients": 0, "workspace": 0}
-    highest = 0
-    gradients: list[int] = []
-    for step in range(2):
-        if is_accumulated:
-            gradients = [
-                allocator.allocate(s) for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient
-            ]
-        kept = (
-            sum(s for s, b in zip(sizes, found.blocks, strict=True) if b.is_gradient) if is_accumulated else 0
-        )
-        live = {"activations": 0, "gradients": kept, "workspace": 0}
-        handles: dict[int, int] = {}
-        for event in found.events:
-            number = event if event >= 0 else ~event
-            block = found.blocks[number]
-            part = "gradients" if block.is_gradient else "workspace" if block.is_workspace else "activations"
-            if event >= 0:
-                handles[number] = allocator.allocate(sizes[number])
-                live[part] += sizes[number]
-                if step and allocator.allocated > highest:
-                    highest, peak = allocator.allocated, dict(live)
-                if not (is_accumulated and block.is_gradient):
-                    continue
-            if number in handles:
-                allocator.free(handles.pop(number))
-                live[part] -= sizes[number]
-        if not step:
-            for size in state:
-                allocator.allocate(size)
-        during = [allocator.allocate(size) for size in update]
-        if step and allocator.allocated > highest:
-            peak = {**live, "workspace": sum(update)}
-        for handle in (*during, *handles.values(), *gradients):
-            allocator.free(handle)
-    return _Replay(allocator.peak_allocated, allocator.reserved, **peak)
-
-
-# Traces, made once each
+# Cached traces
 
 
 _DECIDES_A_TRACE = (
@@ -304,12 +230,12 @@ _DECIDES_A_TRACE = (
 
 
 def _traced_settings(config: TrainConfig) -> TrainConfig:
-    """The settings that decide the order of a step's allocations; all others at one value."""
-    ranks: dict[str, Any] = {"network_dim": tracing.DIM}
+    """The settings that affect the sequence of allocations; all others are set to a fixed value."""
+    ranks: dict[str, Any] = {"network_dim": DIM}
     if config.network_type == "LoKr":
         ranks = {"network_dim": config.network_dim, "conv_dim": config.conv_dim}
     elif config.conv_dim is not None:
-        ranks["conv_dim"] = tracing.CONV_DIM
+        ranks["conv_dim"] = CONV_DIM
     values = {name: getattr(config, name) for name in _DECIDES_A_TRACE}
     first, second = config.effective_text_encoder_lrs
     values |= {
@@ -325,7 +251,7 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
     return TrainConfig(**values, **ranks)
 
 
-# Settings that leave an injected adapter as it is, at one value.
+# Settings that do not affect the injected adapter, with a fixed value.
 _SAME_ADAPTER = {
     "train_batch_size": 1,
     "gradient_checkpointing": False,
@@ -370,7 +296,7 @@ def _subject(facts: BaseFacts, config: TrainConfig) -> tracing.Subject:
 
 
 def meta_base(facts: BaseFacts) -> Base:
-    """Every module of a base, without memory for its weights."""
+    """All modules of a base, without memory for their weights."""
     encoders = []
     tokenizers = []
     for name in FAMILIES[facts.family].text_encoders:

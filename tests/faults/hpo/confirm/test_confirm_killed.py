@@ -11,24 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hpo.study.folder import StudyFolder, read_json
 from hpo.terminal.live import PlainView
 from tests.faults.zygote import attempt
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
-from tests.tiny_search import draw_images
 from trainer.files import read_records
 
 pytestmark = pytest.mark.faults
 WORDS: dict[str, Any] = {"top": 1, "seeds": 1}
 RUNS = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")

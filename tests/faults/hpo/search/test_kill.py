@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from hpo.terminal.stop import Stop
 from tests.faults.zygote import attempt
-from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
+from tests.tiny_search import Recorder, check_study, make_search, table, tiny_bench
 from trainer.errors import Interrupted
 from trainer.events import Step
 from trainer.files import read_records
 
 pytestmark = pytest.mark.faults
 TRIALS = 2
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.config import TrainConfig
 from trainer.events import Saved, Step, Validated
-from trainer.loop.loop import train
+from trainer.loop.loop import Conduct, train
 
 pytestmark = pytest.mark.faults
 STEPS = 6  # 3 steps an epoch, whose last batch is smaller; a kill falls into every place of it
@@ -49,9 +49,8 @@ def run(config: TrainConfig, folder: Path, kill_after: int | None = None) -> tup
     adapter = inject(base, config)
     data, split = tiny_prepared(base, config, images=11), tiny_prepared(base, config, images=1)
     said: list[object] = []
-    for event in train(
-        config, base, adapter, data, checkpoints=folder, checkpoint_every_seconds=0, validate_on=split
-    ):
+    how = Conduct(checkpoints=folder, checkpoint_every_seconds=0, validate_on=split)
+    for event in train(config, base, adapter, data, how):
         if isinstance(event, Saved) and event.step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
         if isinstance(event, Step):

@@ -1,7 +1,7 @@
-"""CLIP-T beside torchmetrics' CLIPScore on the same weights: 100 × the mean cosine – and where the two differ.
+"""Our CLIP-T against torchmetrics' CLIPScore with the same weights: 100 × the mean cosine, and the known differences.
 
-A small random CLIP of transformers, and the same weights in open_clip's layout, read by our own loader.
-torchmetrics takes a model that is no name of its list from a function.
+A small random transformers CLIP, and the same weights in open_clip's layout, loaded by our loader.
+torchmetrics accepts other models than those in its list through a function.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PooledClip(CLIPModel):
 
 
 def open_clip_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under open_clip's names: q, k, v in one matrix, projections turned."""
+    """The same weights under open_clip's names: q, k, v in one matrix, projections transposed."""
     ours = {name: theirs[key] for key, name in SINGLE.items()}
     ours["text_projection"] = theirs["text_projection.weight"].T
     ours["visual.proj"] = theirs["visual_projection.weight"].T
@@ -99,12 +99,12 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[OpenClipScorer, Call
     torch.manual_seed(0)
     model = PooledClip(CLIPConfig(text_config=text, vision_config=vision, projection_dim=EMBED)).eval()
     with torch.no_grad():
-        for weight in model.parameters():  # louder than at the start of a training, so that texts matter
+        for weight in model.parameters():  # larger than at initialisation, so that texts matter
             weight.add_(torch.randn(weight.shape) * 0.05)
         model.logit_scale.fill_(4.6)
         ids = tokenizer(TEXTS, return_tensors="pt", padding=True)["input_ids"]
         mean = model.text_model(input_ids=ids).pooler_output.mean(0)
-        turn = model.text_projection.weight  # without what the texts share, every picture is like some
+        turn = model.text_projection.weight  # without what the texts share, every image is like some
         turn.sub_(torch.outer(turn @ mean, mean) / mean.dot(mean))  # and unlike others
     pictures = CLIPImageProcessor(
         size={"shortest_edge": SIDE_PX},
@@ -133,7 +133,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[OpenClipScorer, Call
 
 
 def pictures(count: int, side_px: int = SIDE_PX) -> list[np.ndarray]:
-    """Smooth ones: each channel rises from one corner to another."""
+    """Smooth images: each channel rises from one corner to another."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[0:side_px, 0:side_px] / (side_px - 1)
     corners = rng.uniform(0, 1, (count, 2, 3))
@@ -190,7 +190,7 @@ def test_a_text_that_is_too_long_loses_its_end_token_there_and_is_refused_here(b
     vectors = [model()[0].get_text_features(_cut(model, text)) for text in (cat, dog)]
     assert torch.equal(*vectors), "without its end token a text is read at its first token, alike for all"
     assert float(clip_score(picture, cat, model)) == float(clip_score(picture, dog, model))
-    with pytest.raises(ConfigError, match="would cut the text"):
+    with pytest.raises(ConfigError, match="would truncate the text"):
         scorer.text_features([cat])
 
 
@@ -199,7 +199,7 @@ def _cut(model: Any, text: str) -> Tensor:
 
 
 def test_smooth_pictures_of_another_size_agree_too(both: Any) -> None:
-    """torchvision's bicubic there, Pillow's here."""
+    """torchmetrics resizes with torchvision's bicubic, we with Pillow's."""
     scorer, model = both
     images = pictures(4, side_px=80)
     own_NP = cosines(scorer, images, TEXTS)

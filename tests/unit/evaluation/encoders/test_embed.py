@@ -1,4 +1,4 @@
-"""Promises of evaluation.encoders.embed and evaluation.encoders.scorerfile, on tiny open_clip and
+"""Tests of evaluation.encoders.embed and evaluation.encoders.scorerfile with tiny open_clip and
 DINOv2 models; no network."""
 
 import hashlib
@@ -43,7 +43,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path, weights: dict[str, torch.Tensor]) -> Path:
-    """An open_clip folder, as the miniature's is."""
+    """An open_clip folder, like that of the miniature."""
     target = tmp_path / "clip"
     target.mkdir()
     (target / "open_clip_config.json").write_text(
@@ -55,7 +55,7 @@ def folder(tmp_path: Path, weights: dict[str, torch.Tensor]) -> Path:
 
 @pytest.fixture
 def named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """open_clip knows the models tiny-clip and tiny-clip-quickgelu, and some tags of them.  → the weights."""
+    """Register the models tiny-clip and tiny-clip-quickgelu with some tags in open_clip. Returns the weights file."""
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-clip", CONFIG)
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-clip-quickgelu", {**CONFIG, "quick_gelu": True})
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-clip", TAGS)
@@ -119,7 +119,7 @@ def test_a_file_named_after_a_tag_takes_the_tags_mean_std_and_resizing(named: Pa
 
 
 def test_what_a_file_does_not_tell_is_said_once(named: Path, tmp_path: Path) -> None:
-    """A file of no known tag and no known sha256 gets OpenAI's mean and std, and the model's own activation."""
+    """A file without a known tag or sha256 gets OpenAI's mean and std, and the activation of the model."""
     said: list[str] = []
     nameless = load_scorer(f"tiny-clip:{named}")
     with pytest.raises(ModelFileError, match="cannot tell a red circle"):  # random weights
@@ -161,7 +161,7 @@ def test_weights_that_were_never_trained_are_refused(folder: Path, weights: dict
 def test_a_file_that_was_cut_off_is_refused(folder: Path, kept: int) -> None:
     file = folder / "open_clip_model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ModelFileError, match="damaged or cut off"):
+    with pytest.raises(ModelFileError, match="damaged or truncated"):
         load_scorer(str(folder))
 
 
@@ -239,8 +239,8 @@ def test_a_tag_in_the_hubs_cache_loads_without_network(named: Path, monkeypatch:
 
 def test_an_unclear_scorer_says_what_to_write(named: Path) -> None:
     for spec, says in (
-        ("tiny-clip", "which weights for tiny-clip.*tags: plain_web"),
-        (str(named), "which model are the weights in.*MODEL:FILE"),
+        ("tiny-clip", "the weights of tiny-clip are not given.*tags: plain_web"),
+        (str(named), "the model of these weights is not given.*MODEL:FILE"),
         ("ViT-Z-99:openai", "no scorer 'ViT-Z-99:openai'"),
     ):
         with pytest.raises(ModelFileError, match=says):
@@ -308,7 +308,7 @@ def test_a_likeness_encoder_that_is_not_whole_is_an_error(dinov2: Path, folder: 
     with pytest.raises(ModelFileError, match="cut off"):
         load_likeness(str(dinov2), scorer)
     file.unlink()
-    with pytest.raises(ModelFileError, match="is not there"):
+    with pytest.raises(ModelFileError, match="does not exist"):
         load_likeness(str(dinov2), scorer)
     (dinov2 / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ModelFileError, match="not a dinov2"):
@@ -344,7 +344,7 @@ def test_another_activation_mean_or_resizing_than_the_weights_were_trained_with_
     config = json.loads((target / "open_clip_config.json").read_text())
     config[part].update(change)
     (target / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelFileError, match="does not answer as its weights should"):
+    with pytest.raises(ModelFileError, match="fails its known-answer test"):
         self_test(load_scorer(str(target)))
 
 

@@ -1,4 +1,4 @@
-"""Promises of evaluation.images.images."""
+"""Tests of evaluation.images.images."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_a_dark_picture_with_something_in_it_is_valid() -> None:
 
 def test_one_invalid_picture_is_enough_to_refuse_all() -> None:
     check_valid([picture(0), picture(1)])
-    with pytest.raises(InvalidImages, match=r"1 of 3 images show nothing \(1 black\)"):
+    with pytest.raises(InvalidImages, match=r"1 of 3 images are invalid \(1 black\)"):
         check_valid([picture(0), picture(1), flat(0)])
 
 
@@ -57,7 +57,7 @@ def test_pictures_equal_to_the_bases_own_prove_that_no_adapter_was_at_work() -> 
         SampledImage(i.prompt_id, i.seed, i.pixels_HW3 ^ 1) for i in own
     ]  # ±1: another batch composition
     for same in (own, nearly):
-        with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+        with pytest.raises(ModelFileError, match="the LoRA has no effect"):
             prove_applied(same, own)
     prove_applied([own[0], SampledImage("p", 1, own[1].pixels_HW3 ^ 2)], own)
 
@@ -72,7 +72,7 @@ def test_the_grid_shows_every_picture_with_its_prompt() -> None:
     )
     images = [picture(seed, p.id) for p in prompts.prompts for seed in prompts.seeds]
     grid = np.asarray(sample_grid(images, prompts, columns=2))
-    cell = 16 * 6  # enlarged whole times to at most half a cell
+    cell = 16 * 6  # enlarged by a whole factor to at most half a cell
     assert grid.shape == (2 * (cell + 16), 4 * cell, 3)
     assert (grid[:cell:6, cell : 2 * cell : 6] == images[1].pixels_HW3).all()
     assert (grid[cell : cell + 16, : 2 * cell] < 128).any(), "no label"

@@ -1,4 +1,4 @@
-"""Promises of evaluation.score.anchors and evaluation.score.score: maths on fake encoders, the path
+"""Tests of evaluation.score.anchors and evaluation.score.score: the maths on fake encoders, the whole path
 on a tiny base."""
 
 import dataclasses
@@ -63,7 +63,7 @@ class Colours:
 
 
 class Texture:
-    """A likeness encoder that sees which half of a picture is brighter, not its colour."""
+    """A likeness encoder that sees which half of an image is brighter, not its colour."""
 
     name, sha = "texture", "sha-texture"
 
@@ -73,7 +73,7 @@ class Texture:
 
 
 def picture(colour: str, subject: float, noise: int) -> np.ndarray:
-    """A picture of a colour; ``subject`` 0..1 darkens the lower half, as in the references."""
+    """An image of a colour; ``subject`` 0..1 darkens the lower half, as in the references."""
     rng = np.random.default_rng(noise)
     pixels = (
         np.broadcast_to(np.float64(COLOURS[colour]), (16, 16, 3)) * np.linspace(0.9, 1, 16)[None, :, None]
@@ -86,7 +86,7 @@ def picture(colour: str, subject: float, noise: int) -> np.ndarray:
 def images(
     subject: float, follow: float = 1.0, noise: int = 0, prompts: PromptSet = PROMPTS
 ) -> list[SampledImage]:
-    """One picture a prompt and seed: the right colour mixed with grey by ``follow``."""
+    """One image per prompt and seed: the right colour, mixed with grey by ``follow``."""
     found = []
     for number, prompt in enumerate(prompts.prompts):
         for seed in prompts.seeds:
@@ -105,7 +105,7 @@ def references() -> References:
 
 
 def judged_by(references: References, prompts: PromptSet = PROMPTS, **changes: Any) -> Evaluator:
-    """On a base that is never drawn with."""
+    """An evaluator with a base that is never sampled."""
     parts = {"scorer": Colours(), "likeness": Texture(), **changes}
     return Evaluator(cast(Base, SimpleNamespace(identity="b")), prompts, CONFIG, references, **parts)
 
@@ -131,7 +131,7 @@ def test_the_untrained_base_follows_as_itself_has_no_likeness_and_scores_0(
 
 def test_clip_score_alone_cannot_win(anchors: Anchors, references: References) -> None:
     base, good = scored(images(0.1), anchors, references), scored(images(0.9, 0.9), anchors, references)
-    shuffled = images(0.95)  # the subject to perfection, but what the other prompts ask for
+    shuffled = images(0.95)  # a perfect subject, but the content of other prompts
     shuffled = [dataclasses.replace(shuffled[k - 2], prompt_id=i.prompt_id) for k, i in enumerate(shuffled)]
     collapsed = scored(shuffled, anchors, references)
     assert base.clip_t > good.clip_t > collapsed.clip_t
@@ -203,7 +203,7 @@ def test_anchors_that_cannot_be_told_apart_are_reported_and_cannot_blow_up_a_sco
 ) -> None:
     blind = measure_anchors(
         judged_by(references), images(0.95, 0.0)
-    )  # all grey, and as like the references as they are
+    )  # all grey, and as similar to the references as they are to each other
     assert len(blind.problems) == 2 and "prompts" in blind.problems[0] and "references" in blind.problems[1]
     with pytest.raises(DataError, match=r"cannot tell .* ± 0\.\d{4} – use more"):
         blind.require_separable()
@@ -228,7 +228,7 @@ def test_scoring_twice_gives_the_same_number_and_error(anchors: Anchors, referen
 
 
 def test_the_error_is_that_of_prompts_not_of_images(references: References) -> None:
-    """Prompts are clusters: copies of the same pictures under more seeds make nothing surer."""
+    """Prompts are clusters: copies of the same images under more seeds do not reduce the error."""
     more = PromptSet(PROMPTS.prompts, tuple(range(8)), "zkw", "cat")
     uneven = [0.2, 0.6, 0.9, 0.5]
 
@@ -295,7 +295,7 @@ def test_scores_of_different_scales_are_not_compared(anchors: Anchors, reference
 def test_invalid_images_are_never_scored(anchors: Anchors, references: References) -> None:
     bad = images(0.5)
     bad[3] = dataclasses.replace(bad[3], pixels_HW3=np.zeros((16, 16, 3), np.uint8))
-    with pytest.raises(InvalidImages, match="1 of 8 images show nothing"):
+    with pytest.raises(InvalidImages, match="1 of 8 images are invalid"):
         scored(bad, anchors, references)
 
 
@@ -345,7 +345,7 @@ def test_prompts_that_differ_in_the_trigger_only_are_refused(references: Referen
 
 
 class Anything:
-    """A scorer for pictures and texts of any content: fixed random projections."""
+    """A scorer for images and texts of any content: fixed random projections."""
 
     name, sha = "anything", Colours.sha
 
@@ -366,7 +366,7 @@ def base() -> Base:
 
 @pytest.fixture
 def measured(base: Base, tmp_path: Path) -> Evaluator:
-    """With its anchors, of the base as it is."""
+    """An evaluator with anchors of the untrained base."""
     real = References(
         torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(5))),
         "r",
@@ -385,7 +385,7 @@ def evaluate(measured: Evaluator, folder: Path, **changes: int) -> Score:
 
 
 def train(base: Base) -> None:
-    """What an adapter does: other weights."""
+    """Change the weights, as an adapter does."""
     base.unet.conv_out.weight.data.mul_(1.5)
 
 
@@ -402,7 +402,7 @@ def test_an_adapters_score_its_grid_and_its_images_are_left_in_the_folder(
 
 
 def test_metrics_are_written_as_older_versions_read_them(anchors: Anchors, references: References) -> None:
-    """They want to be told how many pictures were invalid, which has always been none."""
+    """They expect the number of invalid images, which is always 0."""
     written = scored(images(0.5), anchors, references).as_dict()
     assert list(written)[8:11] == ["n_images", "invalid", "scorer"] and written["invalid"] == 0
 
@@ -411,7 +411,7 @@ def test_a_lora_that_was_not_applied_is_an_error_never_the_bases_score(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     for batch_size in (4, 1):
-        with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+        with pytest.raises(ModelFileError, match="the LoRA has no effect"):
             evaluate(measured, tmp_path / "trial", batch_size=batch_size)
     assert not (tmp_path / "trial" / "metrics.json").exists()
 
@@ -420,7 +420,7 @@ def test_a_live_adapter_is_scored_in_place_once_it_was_trained(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     adapter = inject(base, TrainConfig(network_dim=2, network_alpha=2))
-    with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+    with pytest.raises(ModelFileError, match="the LoRA has no effect"):
         evaluate(measured, tmp_path / "untrained")
     with pytest.raises(AssertionError, match="hold an adapter"):
         make_anchors(measured, tmp_path / "anchors")
@@ -430,7 +430,7 @@ def test_a_live_adapter_is_scored_in_place_once_it_was_trained(
     trained = evaluate(measured, tmp_path / "trained")
     assert trained.n_images == PROMPTS.image_count
     adapter.remove()
-    with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+    with pytest.raises(ModelFileError, match="the LoRA has no effect"):
         evaluate(measured, tmp_path / "removed")
 
 
@@ -461,9 +461,9 @@ def test_anchors_in_the_folder_that_were_measured_otherwise_are_refused(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     other = sampled_otherwise(measured, steps=3)
-    with pytest.raises(ConfigError, match="measured with another sampling"):
+    with pytest.raises(ConfigError, match="measured with a different sampling"):
         make_anchors(other, tmp_path / "anchors")
-    with pytest.raises(ConfigError, match="another sampling"):
+    with pytest.raises(ConfigError, match="different sampling"):
         evaluate(measured, tmp_path / "trial", steps=3)
 
 
@@ -491,11 +491,11 @@ def test_a_base_that_draws_nothing_itself_is_named_as_the_cause(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     base.vae.decoder.conv_out.weight.data.zero_()
-    with pytest.raises(ModelFileError, match="untrained base itself draws 8 of 8 images as nothing"):
+    with pytest.raises(ModelFileError, match="8 of 8 images of the untrained base are invalid"):
         make_anchors(measured, tmp_path / "black")
 
 
 def test_a_file_that_is_no_score_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(DataError, match="is no score"):
+    with pytest.raises(DataError, match="is not a score"):
         read_score(tmp_path / "metrics.json")

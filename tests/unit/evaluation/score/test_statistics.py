@@ -1,4 +1,4 @@
-"""Promises of evaluation.score.statistics, against counting by hand, simulations and the score itself."""
+"""Tests of evaluation.score.statistics against counting by hand, simulations and the score."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def test_variance_components_are_those_that_were_put_in() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_the_detectable_difference_is_seen_in_four_of_five_comparisons(seeds: int) -> None:
-    """Power simulated: two configurations that truly differ by it, compared by their paired draws."""
+    """Simulated power: two configurations that differ by this amount, compared by their paired draws."""
     rng, noise = np.random.default_rng(2), (0.3, 0.1, 0.1, 0.2)
     detectable = st.variance_components(simulated(rng, (200, 16, seeds), *noise)).detectable
     weights_KP, seen = st.prompt_draws(16), []
@@ -60,7 +60,7 @@ def test_the_detectable_difference_is_seen_in_four_of_five_comparisons(seeds: in
 
 def test_prompts_see_more_than_seeds_at_equal_cost() -> None:
     plan = st.Components(8, 8, 4, prompt=3.0, seed=2.0, interaction=0.7, shared=0.5)
-    # the table of the facts: CLIP-T points, 8 × 4 → 0.50, 16 × 2 → 0.43, 25 × 4 → 0.28
+    # by hand from SE² = 2·interaction²/P + 2·seed²·(1 − shared)/(P·S): 8 × 4 → 0.50, 16 × 2 → 0.43, 25 × 4 → 0.28
     assert plan.paired_se() == pytest.approx(0.50, abs=0.005)
     assert plan.paired_se(16, 2) == pytest.approx(0.43, abs=0.005)
     assert plan.paired_se(25, 4) == pytest.approx(0.28, abs=0.005)
@@ -69,7 +69,7 @@ def test_prompts_see_more_than_seeds_at_equal_cost() -> None:
 
 def test_the_sentence_says_what_can_be_seen_and_with_what() -> None:
     text = st.Components(8, 16, 2, 0.3, 0.2, 0.02, 0.5).sentence()
-    assert text.startswith("a difference of 0.10 can be seen with this prompt set (16 prompts × 2 seeds")
+    assert text.startswith("a difference of 0.10 can be detected with this prompt set (16 prompts × 2 seeds")
     assert st.two_digits(0.0042) == "0.0042"
 
 
@@ -94,7 +94,7 @@ def test_rank_correlations_agree_with_counting_and_with_known_values() -> None:
 
 
 def test_small_samples_have_exact_p() -> None:
-    """Facts B3: four pairs can never reach 5 %; five need τ = 1; eight need τ = .643."""
+    """Exact two-sided tests: four pairs can never reach 5 %; five need τ = 1; eight need τ = 0.643."""
     four = st.kendall([1, 2, 3, 4], [1, 2, 3, 4])
     assert four.exact and four.p == pytest.approx(2 / 24)
     assert st.kendall([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]).p == pytest.approx(2 / 120)
@@ -122,7 +122,9 @@ def test_the_interval_of_a_rank_correlation_covers_the_truth() -> None:
         x = rng.normal(size=30)
         found = st.spearman(x.tolist(), (0.8 * x + 0.6 * rng.normal(size=30)).tolist())
         inside += found.low <= 0.786 <= found.high
-    assert inside >= 34  # 95 % of 40 is 38; the bootstrap's known shortfall at 30 pairs, and chance
+    assert (
+        inside >= 34
+    )  # 95 % of 40 is 38, minus the known undercoverage of the bootstrap at 30 pairs, and chance
 
 
 def draws_of(means: list[float], sd: float, seed: int = 6) -> tuple[list[float], np.ndarray]:
@@ -149,7 +151,9 @@ def test_equal_configurations_are_told_apart_as_rarely_as_the_level_says() -> No
         scores_CP = rng.normal(0, 0.3, 24) + rng.normal(0, 0.1, (4, 24))
         draws_CK = (st.prompt_draws(24) @ scores_CP.T / 24).T
         lost += len(st.tied_with_best(scores_CP.mean(1).tolist(), draws_CK)) < 4
-    assert lost <= 25  # tests against the best of four are a little freer than 5 %: the best is selected
+    assert (
+        lost <= 25
+    )  # tests against the best of four reject slightly more often than 5 %, because the best is selected
 
 
 def test_equal_scores_share_the_chance_to_be_best() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from evaluation.score.statistics import prompt_draws
 from hpo.confirm.outcome import (
@@ -28,7 +27,6 @@ from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from hpo.terminal.confirmation import confirmed_lines, confirmed_trials
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
-from tests.tiny_search import draw_images
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, DataError, MachineError, ModelFileError
 from trainer.files import sha256_file
@@ -163,12 +161,6 @@ def test_training_seeds_are_fresh_and_the_same_for_every_trial() -> None:
 
 
 # The command
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from evaluation.prompts.prompts import PromptSet, make_prompt
@@ -46,12 +45,6 @@ def guarded(root: Path, data: Path, pictures: list[Path], near: float, limits: S
     features_TD = scorer.image_features([read_picture(path).pixels_HW3 for path in pictures])
     safeguards = Safeguards((scorer,), Copies(features_TD, near), limits)
     return replace(bench, evaluator=replace(bench.evaluator.on(PROMPTS), safeguards=safeguards))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return draw_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")

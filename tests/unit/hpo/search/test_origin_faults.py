@@ -119,7 +119,7 @@ def test_a_lora_that_did_not_load_never_gets_the_bases_score(tmp_path: Path) -> 
     bench = tiny_bench(tmp_path / "study", data)
     bench.measure_anchors(lambda text: None)
     adapter = inject(bench.base, bench.config(bench.study.baseline, 0))  # in place, and without effect
-    with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+    with pytest.raises(ModelFileError, match="the LoRA has no effect"):
         evaluate(bench, tmp_path / "trial")
     adapter.remove()
 
@@ -198,7 +198,7 @@ def test_a_failure_is_a_failure_and_nothing_is_pruned(tmp_path: Path) -> None:
         raise ModuleNotFoundError("No module named 'lpips'")
 
     vars(bench.evaluator.scorer)["image_features"] = broken
-    with pytest.raises(ToolError, match="three trials in a row failed alike"):
+    with pytest.raises(ToolError, match="three trials in a row failed in the same way"):
         search.run()
     found = open_study(bench.folder).get_trials(deepcopy=False)
     assert {t.state.name for t in found} == {"FAIL"} and found[0].user_attrs["outcome"] == FAILED

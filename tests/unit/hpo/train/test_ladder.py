@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 import hpo.train.keeper
 from hpo.cli.main import main
 from hpo.train.ladder import RunLadder
-from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.bases.sd15 import SD15
@@ -104,11 +103,6 @@ max_train_epochs = 3
 save_precision = "float"
 """
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(tiny_base("sd15"), tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_folder(tiny_base("sd15"), tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(loop.train.__kwdefaults__, "checkpoint_every_seconds", 0.0)
+    monkeypatch.setitem(loop.Conduct.__init__.__kwdefaults__, "checkpoint_every_seconds", 0.0)
     return tmp_path
 
 
@@ -123,7 +123,7 @@ def test_a_plan_is_one_line_and_is_kept_whatever_is_free_later(
     """Killed before the first checkpoint, and stopped after it."""
 
     def killed() -> None:
-        monkeypatch.setitem(loop.train.__kwdefaults__, "checkpoint_every_seconds", 1e9)
+        monkeypatch.setitem(loop.Conduct.__init__.__kwdefaults__, "checkpoint_every_seconds", 1e9)
         stop_after(monkeypatch, 1, signal.SIGKILL)
         train()
 

@@ -21,7 +21,6 @@ import hpo.train.keeper
 from hpo.cli.main import main
 from hpo.train.plan import count_steps
 from hpo.train.samples import read_sample_prompts
-from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.adapters.adapter import inject
@@ -41,11 +40,6 @@ max_train_epochs = 3
 save_precision = "float"
 """
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(tiny_base("sd15"), tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture
@@ -207,7 +201,7 @@ def test_a_run_saves_along_the_way_and_can_be_trained_again_from_its_file(place:
 
     (place / "prompts.txt").rename(place / "moved.txt")
     again = train(base, "--output", "again", file="out/lora.safetensors")
-    assert again.exit_code == 0 and "prompts.txt is not here" in again.output, again.output
+    assert again.exit_code == 0 and "prompts.txt does not exist" in again.output, again.output
     (place / "moved.txt").rename(place / "prompts.txt")
     assert same("out/lora.safetensors", "again/lora.safetensors")
     folder = train(base, "--dry-run", "--json", file="out/lora.run")
@@ -363,14 +357,14 @@ def test_inspect_shows_foreign_files_and_nothing_a_terminal_would_act_on(tmp_pat
         "4": 1,
         "none (readers take the rank)": 1,
     }
-    assert (found["kind"], found["family"]) == ("LoRA", "SDXL (by its names)")
+    assert (found["kind"], found["family"]) == ("LoRA", "SDXL (guessed from the tensor names)")
     assert found["other_tensors"] == ["surplus"] and found["metadata"]["ss_tag_frequency"] == {"a": 1}
 
 
 def test_inspect_refuses_what_is_no_lora(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     result = hpo_command("inspect", str(tmp_path / "x.safetensors"))
-    assert result.exit_code == 4 and "holds no LoRA" in result.stderr
+    assert result.exit_code == 4 and "contains no LoRA" in result.stderr
 
 
 def test_export_writes_what_sd_scripts_reads(place: Path) -> None:
@@ -417,7 +411,7 @@ def test_a_file_of_sd_scripts_is_trained_again_with_its_settings(place: Path) ->
         Image.open(picture).resize((64, 64)).save(picture)
     old = kohya_lora(place / "old-one.safetensors")
     nameless = hpo_command("train", str(old), "--data", "images", "--dry-run")
-    assert nameless.exit_code == 2 and "names no base" in nameless.stderr
+    assert nameless.exit_code == 2 and "does not name a base" in nameless.stderr
     assert "its base was mini.safetensors: name it with --base" in nameless.stderr
     result = hpo_command(
         "train", str(old), "--base", "mini-sd15", "--data", "images", "--device", "cpu", "--output", "again"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base
-from trainer.adapters.adapter import count_weights, inject, keyed_generator, targets_of
+from trainer.adapters.adapter import inject, keyed_generator
+from trainer.adapters.targets import count_weights, targets_of
 from trainer.bases.base import Sizes
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, Diverged

@@ -19,7 +19,8 @@ from trainer.bases.base import Base
 from trainer.config import TrainConfig
 from trainer.data import cache
 from trainer.data.buckets import Bucket, Fit
-from trainer.data.dataset import Dataset, load_pixels, read_dataset
+from trainer.data.dataset import Dataset, read_dataset
+from trainer.data.epoch import load_pixels
 from trainer.errors import DataError, MachineError, OutOfMemory
 
 CONFIG = TrainConfig(

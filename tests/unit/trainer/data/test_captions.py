@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from trainer.config import TrainConfig
 from trainer.data.captions import CaptionRules, Moment
-from trainer.data.dataset import Item, caption_for, caption_variants
+from trainer.data.dataset import Item
+from trainer.data.epoch import caption_for, caption_variants
 
 
 def rules(**values: Any) -> CaptionRules:

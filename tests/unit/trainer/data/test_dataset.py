@@ -22,6 +22,7 @@ from PIL import Image
 
 from trainer.config import TrainConfig
 from trainer.data import captions, dataset, images
+from trainer.data import epoch as epochs
 from trainer.data.buckets import Bucket, BucketRules, Fit, predefined_buckets
 from trainer.errors import ConfigError, DataError
 
@@ -494,7 +495,7 @@ def item(
 
 def test_an_image_too_small_for_any_bucket_is_named() -> None:
     with pytest.raises(DataError, match=r"tiny\.png.*\(40×300 px at resolution 512\)"):
-        dataset.assign_buckets([item(600, 600), item(40, 300, "tiny.png")], TrainConfig())
+        epochs.assign_buckets([item(600, 600), item(40, 300, "tiny.png")], TrainConfig())
 
 
 @pytest.mark.parametrize(
@@ -509,7 +510,7 @@ def test_an_image_too_small_for_any_bucket_is_named() -> None:
 )
 def test_bucket_settings_that_contradict_each_other_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        dataset.assign_buckets([item(600, 600)], TrainConfig().with_values(values))
+        epochs.assign_buckets([item(600, 600)], TrainConfig().with_values(values))
 
 
 # Pixels
@@ -546,7 +547,7 @@ def test_pixels_are_cropped_around_the_centre_and_sized_for_sdxl(tmp_path: Path)
     add(tmp_path, "a.png", width_px=131, height_px=64, seed=3)
     config = TrainConfig(resolution=64, bucket_reso_steps=8, enable_bucket=False)
     data = dataset.read_dataset(tmp_path, config)
-    pixels, sizes = dataset.load_pixels(data.items[0], config)
+    pixels, sizes = epochs.load_pixels(data.items[0], config)
     assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
     assert (sizes.original_hw, sizes.crop_top_left, sizes.target_hw) == ((64, 131), (0, 33), (64, 64))
     expected = np.asarray(picture(131, 64, 3))[:, 33:97].transpose(2, 0, 1) / 127.5 - 1
@@ -558,8 +559,8 @@ def test_small_images_are_enlarged_where_buckets_demand_it(tmp_path: Path) -> No
     add(tmp_path, "a.png", width_px=20, height_px=16)
     config = TrainConfig(resolution=64, bucket_reso_steps=8, bucket_no_upscale=False, min_bucket_reso=32)
     data = dataset.read_dataset(tmp_path, config)
-    bucket = dataset.assign_buckets(data.items, config)[data.items[0].sha256]
-    pixels, _ = dataset.load_pixels(data.items[0], config)
+    bucket = epochs.assign_buckets(data.items, config)[data.items[0].sha256]
+    pixels, _ = epochs.load_pixels(data.items[0], config)
     assert tuple(pixels.shape) == (3, bucket.height_px, bucket.width_px) == (3, 56, 72)
 
 
@@ -568,7 +569,7 @@ def test_an_image_edited_after_reading_is_noticed(tmp_path: Path) -> None:
     data = dataset.read_dataset(tmp_path, CONFIG)
     picture(64, 64, seed=77).save(path)
     with pytest.raises(DataError, match="was changed"):
-        dataset.load_pixels(data.items[0], CONFIG)
+        epochs.load_pixels(data.items[0], CONFIG)
 
 
 # Reference images
@@ -636,10 +637,10 @@ def some_items() -> tuple[dataset.Item, ...]:
     return tuple(item(64 + 64 * (n % 3), 64, f"{n}.png", repeats=1 + n % 2) for n in range(9))
 
 
-def batches(epoch: int, items: tuple[dataset.Item, ...] | None = None, **values: Any) -> list[dataset.Batch]:
+def batches(epoch: int, items: tuple[dataset.Item, ...] | None = None, **values: Any) -> list[epochs.Batch]:
     config = TrainConfig(resolution=128, bucket_reso_steps=8, train_batch_size=2).with_values(values)
     data = dataset.Dataset(Path("x"), items or some_items())
-    return dataset.epoch_batches(data, dataset.assign_buckets(data.items, config), config, epoch)
+    return epochs.epoch_batches(data, epochs.assign_buckets(data.items, config), config, epoch)
 
 
 def test_an_epoch_has_every_image_as_often_as_it_repeats() -> None:
@@ -650,8 +651,8 @@ def test_an_epoch_has_every_image_as_often_as_it_repeats() -> None:
 def test_a_batch_is_of_one_bucket_and_the_last_may_be_smaller() -> None:
     data = dataset.Dataset(Path("x"), some_items())
     config = TrainConfig(resolution=128, bucket_reso_steps=8, train_batch_size=2)
-    buckets = dataset.assign_buckets(data.items, config)
-    made = dataset.epoch_batches(data, buckets, config, 0)
+    buckets = epochs.assign_buckets(data.items, config)
+    made = epochs.epoch_batches(data, buckets, config, 0)
     assert all(buckets[data.items[n].sha256] == batch.bucket for batch in made for n in batch.items)
     assert {len(batch.items) for batch in made} == {1, 2}
 
@@ -672,16 +673,16 @@ def test_the_first_epochs_order_is_pinned() -> None:
 
 def test_captions_are_only_shuffled_when_asked() -> None:
     tags = item(64, 64, caption="zed,  red hat , smiling, outside, night")
-    assert dataset.caption_for(tags, TrainConfig(), 0, 0) == tags.caption
+    assert epochs.caption_for(tags, TrainConfig(), 0, 0) == tags.caption
     config = TrainConfig(shuffle_caption=True, keep_tokens=1)
-    seen = {dataset.caption_for(tags, config, epoch, n) for epoch in range(10) for n in range(3)}
+    seen = {epochs.caption_for(tags, config, epoch, n) for epoch in range(10) for n in range(3)}
     assert len(seen) > 5
     for caption in seen:
         words = caption.split(", ")
         assert words[0] == "zed" and sorted(words) == sorted(
             ["zed", "red hat", "smiling", "outside", "night"]
         )
-    assert dataset.caption_for(tags, config, 2, 1) == dataset.caption_for(tags, config, 2, 1)
+    assert epochs.caption_for(tags, config, 2, 1) == epochs.caption_for(tags, config, 2, 1)
 
 
 def test_listing_a_dataset_needs_no_torch() -> None:

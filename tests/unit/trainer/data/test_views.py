@@ -11,7 +11,8 @@ from PIL import Image
 from tests.tiny import tiny_base
 from trainer.config import TrainConfig
 from trainer.data import cache
-from trainer.data.dataset import MIRRORED, read_dataset, view_for
+from trainer.data.dataset import read_dataset
+from trainer.data.epoch import MIRRORED, view_for
 
 CONFIG = TrainConfig(resolution=64, enable_bucket=False)
 

@@ -1,4 +1,4 @@
-"""What ``hpo train`` is given: every form becomes settings with their sources, and goes back to sd-scripts."""
+"""The input of ``hpo train``: every format becomes settings with their sources, and can be exported to sd-scripts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.adapters.metadata import kohya_settings
 from trainer.bases.blockrates import block_rates
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import subsets
-from trainer.data.dataset import assign_buckets, epoch_batches
+from trainer.data.epoch import assign_buckets, epoch_batches
 from trainer.errors import ConfigError, DataError
 from trainer.kohya import export as kohyaexport
 from trainer.kohya import settingsdoc
@@ -83,7 +83,7 @@ def test_the_command_line_wins_over_the_dataset_file_and_that_over_the_file(
     file = read(tmp_path, text, "train_batch_size=2", "max_train_steps=7", dataset=described)
     assert (file.config.resolution, file.config.train_batch_size) == (64, 2)
     assert (file.origins["resolution"], file.origins["train_batch_size"]) == ("dataset file", "--set")
-    assert file.config.max_train_epochs is None and "max_train_epochs = 5 → not used" in file.translated[-1]
+    assert file.config.max_train_epochs is None and "max_train_epochs = 5 → ignored" in file.translated[-1]
     places = {"train_data_dir": str(data)}
     assert read(tmp_path, text, dataset=described, places=places).config.dataset_config == ""
 
@@ -278,7 +278,7 @@ def whole_numbers(table: Any) -> Iterator[tuple[str, Any]]:
 def test_an_exported_number_has_the_type_that_sd_scripts_acts_on(
     tmp_path: Path, data: Path, warmup: float, kind: type
 ) -> None:
-    """sd-scripts multiplies lr_warmup_steps by all steps if it is written with a decimal point."""
+    """sd-scripts multiplies lr_warmup_steps by the total steps if it has a decimal point."""
     steps = {
         "save_every_n_steps": 50,
         "max_train_steps": 900,
@@ -368,7 +368,7 @@ def test_a_file_of_sd_scripts_must_name_its_base_and_what_it_leaves_open_is_said
 ) -> None:
     text = KOHYA.replace("{data}", str(data)).replace("resolution = 32\n", "")
     nameless = "\n".join(line for line in text.splitlines() if not line.startswith("pretrained"))
-    with pytest.raises(ConfigError, match=r"file\.toml names no base") as caught:
+    with pytest.raises(ConfigError, match=r"file\.toml does not name a base") as caught:
         read(tmp_path, nameless)
     assert "--base" in caught.value.hint
     places = {"pretrained_model_name_or_path": "mini-sd15"}
@@ -389,7 +389,7 @@ def test_samples_whose_prompts_are_not_here_are_left_out_and_said(tmp_path: Path
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
     file = read_train_file(tmp_path / "run")
     assert (file.config.sample_prompts, file.config.sample_every_n_steps) == ("", None)
-    assert file.config.network_dim == 8 and "the file prompts.txt is not here" in file.without_effect[0]
+    assert file.config.network_dim == 8 and "the file prompts.txt does not exist" in file.without_effect[0]
     (tmp_path / "p.txt").write_text("a cat")
     kept = read_train_file(tmp_path / "run", sets=[f"sample_prompts={tmp_path}/p.txt"])
     assert kept.config.sample_every_n_steps == 3 and kept.without_effect == ()
@@ -405,11 +405,11 @@ def test_two_text_encoder_rates_cannot_be_exported(tmp_path: Path, data: Path) -
     ("values", "family", "message"),
     [
         ({"mid_lr_weight": "0.5"}, "sdxl", "mid_lr_weight has 1 values"),
-        ({"down_lr_weight": "1,x"}, "sd15", "'x' is no multiplier"),
+        ({"down_lr_weight": "1,x"}, "sd15", "'x' is not a multiplier"),
         (
             {"down_lr_weight": "zeros", "mid_lr_weight": "0", "up_lr_weight": "zeros"},
             "sd15",
-            "all block rates are 0",
+            "all block multipliers are 0",
         ),
     ],
 )

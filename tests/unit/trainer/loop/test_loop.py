@@ -10,19 +10,21 @@ from diffusers import DDPMScheduler
 from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.bases.base import Parts
-from trainer.data import dataset
+from trainer.data import epoch as epochs
 from trainer.data.steps import plan, total_steps
 from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from trainer.events import Finished, Saved, Skipped, Step
 from trainer.loop import loop
-from trainer.loop.loop import train
+from trainer.loop.loop import Conduct, train
 
 
 def run(base, config, *, images=4, repeats=1, **options):
     """Train a fresh adapter; returns (events, fingerprint)."""
     adapter = inject(base, config)
     try:
-        events = list(train(config, base, adapter, tiny_prepared(base, config, images, repeats), **options))
+        events = list(
+            train(config, base, adapter, tiny_prepared(base, config, images, repeats), Conduct(**options))
+        )
         return events, adapter.fingerprint()
     finally:
         adapter.remove()
@@ -147,15 +149,9 @@ def test_a_run_that_was_stopped_twice_is_bitwise_the_run_that_never_stopped(opti
     losses = []
     for steps in (3, 1):
         adapter = inject(base, config)
+        how = Conduct(checkpoints=tmp_path / "checkpoints", should_stop=stop_after(steps))
         with pytest.raises(Interrupted, match="the checkpoint is saved"):
-            for event in train(
-                config,
-                base,
-                adapter,
-                tiny_prepared(base, config),
-                checkpoints=tmp_path / "checkpoints",
-                should_stop=stop_after(steps),
-            ):
+            for event in train(config, base, adapter, tiny_prepared(base, config), how):
                 losses += [event.loss] if isinstance(event, Step) else []
         adapter.remove()
     events, fingerprint = run(base, config, checkpoints=tmp_path / "checkpoints")
@@ -233,7 +229,7 @@ def diverge(base, config, folder, **options):
     try:
         with pytest.raises(Diverged) as caught:
             prepared = tiny_prepared(base, config)
-            for event in train(config, base, adapter, prepared, checkpoints=folder, **options):
+            for event in train(config, base, adapter, prepared, Conduct(checkpoints=folder, **options)):
                 prints[event.step] = adapter.fingerprint()
     finally:
         adapter.remove()
@@ -345,7 +341,7 @@ def test_fp16_lowers_its_loss_scale_after_an_overflow_and_goes_on():
     config = tiny_config(mixed_precision="fp16", max_train_epochs=4)
     prepared = tiny_prepared(base, config)
     adapter = inject(base, config)
-    stepper = loop.Stepper(config, base, adapter, prepared)
+    stepper = loop.Stepper(config, adapter, prepared)
     scale = stepper.scaler.get_scale()
     stepper.adapter.trainable()[0].register_hook(lambda grad: grad * float("inf"))
     groups = loop._epoch_groups(config, prepared, 0)
@@ -430,7 +426,7 @@ def test_regularisation_images_weigh_prior_loss_weight():
     prepared = tiny_prepared(base, config)
     items = prepared.dataset.items
     mixed = replace(prepared.dataset, items=(replace(items[0], is_reg=True), *items[1:]))
-    order = [b.items[0] for b in dataset.epoch_batches(mixed, prepared.buckets, config, 0)]
+    order = [b.items[0] for b in epochs.epoch_batches(mixed, prepared.buckets, config, 0)]
     prepared.dataset = mixed
     plain = losses_of(base, config, prepared)
     halved = losses_of(base, replace(config, prior_loss_weight=0.5), prepared)
@@ -444,7 +440,7 @@ def test_a_masked_image_is_trained_where_its_mask_is_white():
     config = tiny_config(train_batch_size=4, max_train_epochs=1, learning_rate=1e-9)
     prepared = tiny_prepared(base, config)
     adapter = inject(base, config)
-    stepper = loop.Stepper(config, base, adapter, prepared)
+    stepper = loop.Stepper(config, adapter, prepared)
     micro = loop._epoch_groups(config, prepared, 0)[0][0]
     plain = stepper._losses(micro, 0)
     left, right = torch.ones(8, 8), torch.ones(8, 8)
@@ -464,7 +460,7 @@ def test_only_the_timesteps_between_min_and_max_are_trained():
     config = tiny_config(min_timestep=200, max_timestep=210)
     prepared = tiny_prepared(base, config)
     adapter = inject(base, config)
-    stepper = loop.Stepper(config, base, adapter, prepared)
+    stepper = loop.Stepper(config, adapter, prepared)
     drawn = {
         int(stepper._draw(loop.Sample(prepared.dataset.items[0], n), torch.zeros(4, 8, 8), 0).timestep)
         for n in range(300)
@@ -481,7 +477,7 @@ def test_each_noise_setting_changes_what_it_says_and_nothing_else():
         config = tiny_config(**values)
         adapter = inject(base, config)
         prepared = tiny_prepared(base, config)
-        drawn = loop.Stepper(config, base, adapter, prepared)._draw(
+        drawn = loop.Stepper(config, adapter, prepared)._draw(
             loop.Sample(prepared.dataset.items[0], 0), latent, 0
         )
         adapter.remove()
@@ -538,7 +534,7 @@ def test_v_prediction_learns_the_velocity(monkeypatch):
 
     monkeypatch.setattr(base, "predict", predict)
     adapter = inject(base, config)
-    stepper = loop.Stepper(config, base, adapter, prepared)
+    stepper = loop.Stepper(config, adapter, prepared)
     micro = loop._epoch_groups(config, prepared, 0)[0][0]
     losses = stepper._losses(micro, 0)
     adapter.remove()
@@ -564,7 +560,7 @@ def test_zero_terminal_snr_trains_the_last_step_on_pure_noise(monkeypatch):
     )
     prepared = tiny_prepared(base, config)
     adapter = inject(base, config)
-    stepper = loop.Stepper(config, base, adapter, prepared)
+    stepper = loop.Stepper(config, adapter, prepared)
     micro = loop._epoch_groups(config, prepared, 0)[0][0]
     seen = []
     original = base.predict

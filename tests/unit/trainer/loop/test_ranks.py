@@ -64,7 +64,7 @@ def one_of_two(rank: int, port: int, output: str, kill_after: int | None) -> Non
     signal.alarm(240)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    loop.train.__kwdefaults__["checkpoint_every_seconds"] = 0.0
+    loop.Conduct.__init__.__kwdefaults__["checkpoint_every_seconds"] = 0.0
     on_event = hpo.train.keeper.Keeper.on_event
 
     def dying(self, event, adapter):

@@ -8,7 +8,7 @@ from trainer.adapters.adapter import inject, keyed_generator
 from trainer.data.steps import Plan
 from trainer.events import Step, Validated
 from trainer.loop import loop
-from trainer.loop.loop import train
+from trainer.loop.loop import Conduct, train
 from trainer.loop.loss import add_noise
 from trainer.loop.validation import TIMESTEPS, validation_loss
 
@@ -75,7 +75,9 @@ def test_training_tells_it_after_every_epoch_and_is_not_changed_by_it():
     results = []
     for validate_on in (split, None):
         adapter = inject(base, config)
-        events = list(train(config, base, adapter, tiny_prepared(base, config), validate_on=validate_on))
+        events = list(
+            train(config, base, adapter, tiny_prepared(base, config), Conduct(validate_on=validate_on))
+        )
         results.append((events, adapter.fingerprint()))
         last = validation_loss(base, config, split)
         adapter.remove()

@@ -1,0 +1,78 @@
+"""Replay: a traced step through the allocator of a card, beside what is held there already.
+
+Owns how an order of allocations becomes a peak.  ``tracing`` makes the order, ``allocator`` places each block.
+All sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainer.memory.allocator import CachingAllocator
+from trainer.memory.tracing import Trace
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is on the card beside the step: sizes of tensors.  ``update``: what is there only while the
+    optimizer works – bf16 weights and gradients as fp32, state from RAM.  ``is_accumulated``: the gradients
+    of the micro-batch before are there, and new ones go once they are added."""
+
+    base: Mapping[str, int]
+    adapter: list[int]
+    state: list[int]
+    update: list[int]
+    is_accumulated: bool
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was allocated and reserved, and what of the step was there then."""
+
+    allocated: int
+    reserved: int
+    activations: int
+    gradients: int
+    workspace: int
+
+
+def replay(found: Trace, ranks: tuple[int, int], held: Held) -> Peak:
+    """Two steps through the allocator: the optimizer's state comes after the first.  ``ranks`` are
+    network_dim and conv_dim."""
+    allocator = CachingAllocator()
+    sizes = [block.bytes_at(*ranks) for block in found.blocks]
+    for size in (*held.base.values(), *held.adapter):
+        allocator.allocate(size)
+    peak = {"activations": 0, "gradients": 0, "workspace": 0}
+    highest = 0
+    before = [size for size, block in zip(sizes, found.blocks, strict=True) if block.is_gradient]
+    if not held.is_accumulated:
+        before = []
+    for step in range(2):
+        gradients = [allocator.allocate(size) for size in before]
+        live = {"activations": 0, "gradients": sum(before), "workspace": 0}
+        handles: dict[int, int] = {}
+        for event in found.events:
+            number = event if event >= 0 else ~event
+            block = found.blocks[number]
+            part = "gradients" if block.is_gradient else "workspace" if block.is_workspace else "activations"
+            if event >= 0:
+                handles[number] = allocator.allocate(sizes[number])
+                live[part] += sizes[number]
+                if step and allocator.allocated > highest:
+                    highest, peak = allocator.allocated, dict(live)
+                if not (held.is_accumulated and block.is_gradient):
+                    continue
+            if number in handles:
+                allocator.free(handles.pop(number))
+                live[part] -= sizes[number]
+        if not step:
+            for size in held.state:
+                allocator.allocate(size)
+        during = [allocator.allocate(size) for size in held.update]
+        if step and allocator.allocated > highest:
+            peak = {**live, "workspace": sum(held.update)}
+        for handle in (*during, *handles.values(), *gradients):
+            allocator.free(handle)
+    return Peak(allocator.peak_allocated, allocator.reserved, **peak)
