@@ -127,9 +127,8 @@ def create_study(
         missing = "its study was deleted" if folder.database.is_file() else "study.db is missing"
         raise ConfigError(f"{folder.root} has trials but {missing}", "restore it, or use another --name")
     storage = open_storage(folder)
-    names = optuna.get_all_study_names(
-        storage
-    )  # at most one; the study keeps its name if the folder is renamed
+    # At most one; the study keeps its name if the folder is renamed.
+    names = optuna.get_all_study_names(storage)
     study = optuna.create_study(
         study_name=names[0] if names else folder.name,
         storage=storage,
