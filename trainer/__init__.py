@@ -1,6 +1,6 @@
-"""Trains one adapter on one base.  Knows nothing of studies, Optuna or terminals."""
+"""Trains one adapter on one base. Independent of studies, Optuna and terminals."""
 
 import logging
 
-# bitsandbytes complains, when anything imports it, about a CPU kernel that training does not use.
+# On import, bitsandbytes warns about a CPU kernel that training does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Values out of files and command lines, checked: type, range, choice, name – once for everything that is read.
+"""Validation of values from files and command lines: type, range, choice and name, in one place for all readers.
 
-Owns ``Rule``, what it says of a value, and the messages: each gives the value, the rule and what to do.  What
-a value is for, its default and its limits stand where its field is declared (``setting``); what values mean
-together is said by whoever reads them.
+Owns ``Rule``, its checks and the error messages: each shows the value, the rule and what to do. Meaning,
+default and limits of a value are part of its field's declaration (``setting``). Does not own rules that
+combine several values; see the reader of each file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from trainer.errors import ConfigError
 from trainer.text import clean_text
 
 T = TypeVar("T")
-LARGEST_WHOLE = 2**63 - 1  # TOML's own limit; more has no float, or no text
+LARGEST_WHOLE = 2**63 - 1  # TOML's limit; larger numbers may not convert to float or text
 SHOWN = 80  # characters of a list or a table in a message
-# type → (what a value must be, several of them, what to write)
+# type → (what a value must be, plural, what to write)
 _WORDS = {
     bool: ("true or false", "true or false", "write true or false"),
     str: ("a text", "texts", 'write "…"'),
@@ -33,10 +33,10 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known of a value beside its type and default: carried in the dataclass field's metadata.
+    """The rule for a value in addition to its type and default, stored in the metadata of the dataclass field.
 
-    Of a list or a table, ``low`` and ``high`` hold for each entry, ``least`` for how many there are, and
-    ``choices`` are the whole lists, or the names in a table, that are possible.
+    For a list or a table, ``low`` and ``high`` apply to each entry, ``least`` is the minimum number of
+    entries, and ``choices`` are the possible lists, or the possible names in a table.
     """
 
     doc: str = ""
@@ -47,8 +47,8 @@ class Rule:
     low_is_excluded: bool = False
     multiple_of: int = 1
     least: int = 0
-    only: str = ""  # "SD1.5" or "SDXL", for a setting that only one family has
-    example: str = ""  # what to write, where neither doc nor limits say it
+    only: str = ""  # "SD1.5" or "SDXL" for a setting of one family only
+    example: str = ""  # what to write, if neither doc nor limits show it
 
     def allows(self, number: float) -> bool:
         if self.low is not None and (number < self.low or (self.low_is_excluded and number == self.low)):
@@ -57,7 +57,7 @@ class Rule:
 
     @property
     def limits(self) -> str:
-        """The range in words, "from 1 to 1024 px"; empty without one."""
+        """The range in words, "from 1 to 1024 px"; empty if there is none."""
         words = []
         if self.low is not None:
             words.append(f"{'above' if self.low_is_excluded else 'from'} {self.low:g}")
@@ -67,7 +67,7 @@ class Rule:
 
 
 def setting(default: Any, doc: str = "", **facts: Any) -> Any:
-    """A dataclass field with its documentation and limits: what ``read`` can read.  MISSING is no default."""
+    """A dataclass field with documentation and limits, for ``read``. MISSING means no default."""
     metadata = {"rule": Rule(doc, **facts)}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -75,7 +75,7 @@ def setting(default: Any, doc: str = "", **facts: Any) -> Any:
 
 
 def same(owner: type, name: str, **changes: Any) -> Any:
-    """A field as another dataclass declares it: its default, unless ``default`` is given, and its rule."""
+    """A field with the rule, and the default unless ``default`` is given, of a field in another dataclass."""
     of = next(f for f in fields(owner) if f.name == name)
     return field(**{"default": of.default, "metadata": of.metadata, **changes})
 
@@ -89,7 +89,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def check_known(
     name: str, known: Collection[str], what: str = "key", where: str = "", otherwise: str = ""
 ) -> None:
-    """ConfigError for a name that is not among ``known``, with the nearest one that is."""
+    """Raise ConfigError for a name that is not in ``known``, with the most similar known one."""
     if name not in known:
         place = f" in {where}" if where else ""
         raise ConfigError(
@@ -99,9 +99,9 @@ def check_known(
 
 
 def read(kind: type[T], body: Any, where: str = "", **own: Any) -> T:
-    """A section's dataclass: every key known, every value of its type and within its rule.
+    """Read a section into its dataclass; checks that every key is known and every value fits its type and rule.
 
-    ``own`` are values that the caller has made itself.  None (``--set key=none``) leaves a key at its default.
+    ``own`` are values that the caller provides.  None (``--set key=none``) leaves a key at its default.
     """
     known = {f.name: f.metadata["rule"] for f in fields(kind) if "rule" in f.metadata and f.name not in own}  # type: ignore[arg-type]
     place = f"[{where}]" if where else ""
@@ -114,15 +114,15 @@ def read(kind: type[T], body: Any, where: str = "", **own: Any) -> T:
 
 
 def section(body: Any, where: str) -> Mapping[str, Any]:
-    """``body``, or ConfigError if it is no table of TOML."""
+    """``body``; raises ConfigError if it is not a TOML table."""
     if not isinstance(body, Mapping):
         raise ConfigError(f"[{where}] is not a section", f"write [{where}] on a line of its own")
     return body
 
 
 def check(name: str, value: Any, kind: Any, rule: Rule = Rule(), where: str = "") -> Any:
-    """``value`` as its type, or ConfigError with the rule.  A whole float becomes an int where that is
-    wanted, a list a tuple; a whole number stays one where any number will do.
+    """``value`` converted to its type; raises ConfigError with the rule. A whole float becomes an int if an
+    int is required, a list becomes a tuple; an int stays an int if any number is allowed.
 
     ``kind``: bool, str, int, float, one of them | None, tuple[one of them, ...] or Mapping[str, one of them].
     """
@@ -139,7 +139,7 @@ def check(name: str, value: Any, kind: Any, rule: Rule = Rule(), where: str = ""
 
 
 def check_whole(table: Any, where: str) -> None:
-    """Refuse whole numbers that TOML does not promise: they have no float, and some no text."""
+    """Refuse whole numbers beyond TOML's range: they may not convert to float or text."""
     left = [table]
     while left:
         value = left.pop()
@@ -149,12 +149,12 @@ def check_whole(table: Any, where: str) -> None:
             left += value
         elif isinstance(value, int) and abs(value) > LARGEST_WHOLE:
             raise ConfigError(
-                f"{where} has a whole number beyond {LARGEST_WHOLE}", "TOML's whole numbers have 64 bits"
+                f"{where} has a whole number beyond {LARGEST_WHOLE}", "use a number that fits into 64 bits"
             )
 
 
 class _Form(NamedTuple):
-    """A type as the checker sees it: ``holder`` is tuple, Mapping or None around single values of ``kind``."""
+    """A type, parsed: ``holder`` is tuple, Mapping or None, and ``kind`` is the type of single values."""
 
     kind: type
     holder: Any
@@ -184,7 +184,7 @@ def _is_finite(value: float) -> bool:
 
 
 def _is_of(kind: type, value: Any) -> bool:
-    """Whether a value can be taken for one of ``kind``; an int that is not whole is told later."""
+    """Whether a value is acceptable as ``kind``; a fraction for an int is reported later."""
     if kind in (bool, str):
         return isinstance(value, kind)
     return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)

@@ -1,8 +1,8 @@
-"""TrainConfig: the settings of one training run, possible together, and what follows from them.
+"""TrainConfig: the settings of one training run, checked for contradictions, and values derived from them.
 
-Owns the rules that join settings, and derived quantities (whose rate, which timesteps, how many images at
-once).  The settings themselves are ``trainer.settings``'; does not own where values come from (kohya files:
-``trainer.kohya.read``; studies: ``hpo.study.config``) and never imports torch.
+Owns the rules between settings, and derived values (learning rate per network, timesteps, images at once).
+Does not own the settings (``trainer.settings``) or the sources of values (kohya files:
+``trainer.kohya.read``; studies: ``hpo.study.config``). Never imports torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.settings import check_value as check_value
 class TrainConfig(Settings):
     """All settings of one training run.  Frozen; ``with_values`` makes a changed, validated copy.
 
-    Names are sd-scripts' (kohya's).  Defaults are ours; a kohya file takes kohya's (``trainer.kohya.read``).
+    Names are those of sd-scripts (kohya). Defaults are ours; a kohya file gets kohya's (``trainer.kohya.read``).
     """
 
     def __post_init__(self) -> None:
@@ -40,25 +40,25 @@ class TrainConfig(Settings):
                 raise ConfigError(message, hint)
 
     def _contradictions(self) -> Iterator[tuple[bool, str, str]]:
-        """(whether it is so, what is wrong, what to do) of settings that cannot go together."""
+        """(whether it applies, what is wrong, what to do) for each contradiction between settings."""
         yield (
             self.min_bucket_reso > self.max_bucket_reso,
             f"min_bucket_reso {self.min_bucket_reso} is above max_bucket_reso {self.max_bucket_reso}",
-            "swap or correct them",
+            "set min_bucket_reso to at most max_bucket_reso",
         )
         yield (
             not self.trains_unet and not self.trains_text_encoder,
-            "nothing is trained: all rates are 0",
+            "nothing is trained: all learning rates are 0",
             "set learning_rate, unet_lr or text_encoder_lr",
         )
         yield (
             self.optimizer_type == "Prodigy" and self._has_several_rates,
-            "Prodigy finds one rate by itself and cannot keep the text encoders' or blocks' rates apart",
-            "set text_encoder_lr equal to learning_rate (usually 1.0), or to 0; leave block rates out",
+            "Prodigy adapts one learning rate and cannot use different rates for text encoders or blocks",
+            "set text_encoder_lr to learning_rate (usually 1.0) or to 0, and remove block multipliers",
         )
         yield (
             self.max_token_length not in (None, *TOKEN_LENGTHS),
-            f"max_token_length = {self.max_token_length} is not built from whole windows of 75 tokens",
+            f"max_token_length = {self.max_token_length} is not a supported length",
             "use 75, 150 or 225",
         )
         yield (
@@ -68,10 +68,10 @@ class TrainConfig(Settings):
         )
         yield (
             self.network_type in ("LoHa", "LoKr") and self.network_dropout > 0,
-            f"network_dropout is for LoRA, LoCon and DoRA: {self.network_type} has no lora_down",
+            f"network_dropout is not supported by {self.network_type}, only by LoRA, LoCon and DoRA",
             "use rank_dropout or module_dropout",
         )
-        yield (self.factor == 0, "factor = 0 splits nothing", "use -1, or a whole number from 1")
+        yield (self.factor == 0, "factor = 0 is not valid", "use -1, or a whole number from 1")
         yield (
             self.first_timestep >= self.end_timestep,
             f"min_timestep {self.first_timestep} is not below max_timestep {self.end_timestep}",
@@ -79,18 +79,18 @@ class TrainConfig(Settings):
         )
         yield (
             self.zero_terminal_snr and not self.v_parameterization,
-            "zero_terminal_snr needs v_parameterization: noise cannot be predicted from pure noise",
-            "set both for a v-prediction base, else neither",
+            "zero_terminal_snr needs v_parameterization: noise prediction does not work at zero SNR",
+            "set both for a v-prediction base, otherwise neither",
         )
         yield (
             self.scale_v_pred_loss_like_noise_pred and not self.v_parameterization,
             "scale_v_pred_loss_like_noise_pred needs v_parameterization",
-            "it is for v-prediction bases; leave it out",
+            "remove it; it is for v-prediction bases",
         )
         yield (
             bool(self.v_pred_like_loss) and self.v_parameterization,
             "v_pred_like_loss is for noise prediction, but v_parameterization is set",
-            "leave one of both out",
+            "remove one of them",
         )
         yield (
             self.adaptive_noise_scale is not None and self.noise_offset == 0,
@@ -104,8 +104,8 @@ class TrainConfig(Settings):
         )
         yield (
             self.text_encoder_frozen and not self.trains_unet,
-            "text_encoder_frozen leaves nothing to train: the U-Net's rate is 0",
-            "leave it out",
+            "text_encoder_frozen leaves nothing to train: the learning rate of the U-Net is 0",
+            "remove it",
         )
         yield (
             not self.caption_separator,
@@ -114,14 +114,14 @@ class TrainConfig(Settings):
         )
         yield (
             self.full_bf16 and self.mixed_precision in ("no", "fp16"),
-            f"full_bf16 trains in bf16, but mixed_precision = {self.mixed_precision}",
+            f"full_bf16 needs bf16, but mixed_precision = {self.mixed_precision}",
             "set mixed_precision = bf16 or auto",
         )
         samples = self.sample_every_n_epochs or self.sample_every_n_steps or self.sample_at_first
         yield (
             bool(samples) and not self.sample_prompts,
-            "samples are asked for, but sample_prompts is not set",
-            "give a file with one prompt a line",
+            "sample images are requested, but sample_prompts is not set",
+            "set sample_prompts to a file with one prompt per line",
         )
 
     @property
@@ -132,19 +132,19 @@ class TrainConfig(Settings):
 
     @property
     def effective_unet_lr(self) -> float:
-        """The U-Net's rate (kohya: unet_lr, else learning_rate)."""
+        """The learning rate of the U-Net (kohya: unet_lr, else learning_rate)."""
         return self.learning_rate if self.unet_lr is None else self.unet_lr
 
     @property
     def effective_text_encoder_lr(self) -> float:
-        """The text encoders' rate (kohya: text_encoder_lr, else learning_rate)."""
+        """The learning rate of the text encoders (kohya: text_encoder_lr, else learning_rate)."""
         if self.network_train_unet_only:
             return 0.0
         return self.learning_rate if self.text_encoder_lr is None else self.text_encoder_lr
 
     @property
     def effective_text_encoder_lrs(self) -> tuple[float, float]:
-        """The rates of SDXL's two text encoders; a base with one uses the first."""
+        """The learning rates of SDXL's two text encoders; a base with one uses the first."""
         common = self.effective_text_encoder_lr
         if self.network_train_unet_only:
             return 0.0, 0.0
@@ -163,17 +163,17 @@ class TrainConfig(Settings):
 
     @property
     def updates_text_encoder(self) -> bool:
-        """Whether text encoders get gradients: they have a LoRA, and it is not kept as it is."""
+        """Whether text encoders get gradients: they have a LoRA that is not frozen."""
         return self.trains_text_encoder and not self.text_encoder_frozen
 
     @property
     def effective_batch_size(self) -> int:
-        """Images of one optimizer step."""
+        """Images per optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps
 
     @property
     def images_at_once(self) -> int:
-        """Images in one forward pass."""
+        """Images per forward pass."""
         return min(self.train_batch_size, self.micro_batch_size or self.train_batch_size)
 
     @property
@@ -187,11 +187,11 @@ class TrainConfig(Settings):
         return 1000 if self.max_timestep is None else self.max_timestep
 
     def with_values(self, values: Mapping[str, Any]) -> TrainConfig:
-        """A copy with ``values`` replaced.  Unknown names raise ConfigError with a suggestion."""
+        """A copy with ``values`` replaced. Raises ConfigError for unknown names, with a suggestion."""
         for name in values:
             check_name(name)
         return dataclasses.replace(self, **values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Setting → value, in declaration order; JSON- and TOML-ready (unset values are None)."""
+        """Setting → value, in declaration order. Values can be stored as JSON (unset values are None)."""
         return dataclasses.asdict(self)

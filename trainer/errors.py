@@ -1,33 +1,32 @@
-"""The errors a user can cause or meet, and nothing else.
+"""The errors that are shown to users.
 
-Every error carries what happened and where (``message``), what to do about it (``hint``) and the exit code of
-the process.  The command line prints both lines and no traceback; anything that is not a ``ToolError`` is a
-bug and keeps its traceback.
+Every error has a ``message`` (what happened and where), a ``hint`` (what to do) and the exit code of the process.
+The command line prints both lines without a traceback. Any other exception is a bug and keeps its traceback.
 
     ToolError                     1
     ├── ConfigError               2   a setting, a study file, a command line
     ├── DataError                 3   images, captions, folders
     ├── ModelFileError            4   base models, LoRA files, scorers
     ├── MachineError              5   disk, locks, network, permissions, missing packages
-    ├── SettingsFailure           6   what the settings cause: a search records it as an infeasible result
-    │   ├── Diverged                  non-finite losses that do not go away
-    │   ├── OutOfMemory               the card is too small for these settings
-    │   └── InvalidImages             black, uniform or non-finite pictures
-    ├── StudyStopped              7   the study ended itself: three equal failures in a row
-    └── Interrupted             130   Ctrl-C or a signal: work is saved, the same command goes on
+    ├── SettingsFailure           6   caused by the settings: a search records an infeasible trial
+    │   ├── Diverged                  persistent non-finite losses
+    │   ├── OutOfMemory               not enough memory for these settings
+    │   └── InvalidImages             black, uniform or non-finite images
+    ├── StudyStopped              7   the study stopped after three equal failures in a row
+    └── Interrupted             130   Ctrl-C or a signal: work is saved, the same command resumes
 """
 
 from __future__ import annotations
 
 from trainer.text import clean_text
 
-MAX_LENGTH = 2000  # of a message: names and values out of files can be of any length
+MAX_LENGTH = 2000  # of a message: names and values from files can have any length
 
 
 class ToolError(Exception):
-    """Base of all errors shown to a user as one line of what and one line of what to do.
+    """Base class of all errors that are shown to a user as two lines: what is wrong and what to do.
 
-    Texts from files reach messages, so both lines are made safe to print and to log here, once.
+    Messages can contain text from files, so both lines are made safe to print and log here.
     """
 
     exit_code = 1
@@ -42,7 +41,7 @@ class ToolError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line; its kind if it says nothing."""
+    """The first line of another library's error message; its type if it has no message."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
@@ -53,7 +52,7 @@ def _line(text: str) -> str:
 
 
 class ConfigError(ToolError):
-    """A setting, a study file or a command line that cannot mean anything."""
+    """An invalid setting, study file or command line."""
 
     exit_code = 2
 
@@ -65,19 +64,19 @@ class DataError(ToolError):
 
 
 class ModelFileError(ToolError):
-    """A base model, LoRA file or scorer that cannot be loaded, or is not what it should be."""
+    """A base model, LoRA file or scorer that cannot be loaded or does not fit."""
 
     exit_code = 4
 
 
 class MachineError(ToolError):
-    """Disk, lock, network, permission or package trouble: the machine's fault, not the settings'."""
+    """A problem of the machine, not of the settings: disk, lock, network, permission or package."""
 
     exit_code = 5
 
 
 class SettingsFailure(ToolError):
-    """What a set of settings caused.  A search reports it to the sampler; it never counts as a crash."""
+    """A failure caused by the settings. A search reports it to the sampler; it does not count as a crash."""
 
     exit_code = 6
     reason = "settings"
@@ -96,18 +95,18 @@ class OutOfMemory(SettingsFailure):
 
 
 class InvalidImages(SettingsFailure):
-    """The trained adapter draws black, uniform or non-finite images."""
+    """The trained adapter produces black, uniform or non-finite images."""
 
     reason = "invalid_images"
 
 
 class StudyStopped(ToolError):
-    """The study stopped itself, because going on would repeat the same failure."""
+    """The study stopped, because continuing would repeat the same failure."""
 
     exit_code = 7
 
 
 class Interrupted(ToolError):
-    """The user or the system asked to stop; everything up to here is saved."""
+    """The user or the system requested a stop; all work so far is saved."""
 
     exit_code = 130

@@ -1,4 +1,4 @@
-"""What a training run tells while it runs.  Log, progress bar, health checks and pruner all read these."""
+"""Events of a training run. The log, the progress bar, health checks and the pruner all read them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """The dry step before training: the largest bucket (width, height), images at once, and the peak of
-    memory: of this process, and of the whole card with other programs – None where it cannot be measured."""
+    """The dry step before training: the largest bucket (width, height), images at once, and peak memory, of
+    this process and of the whole GPU including other programs. None if it cannot be measured."""
 
     bucket_px: tuple[int, int]
     images: int
@@ -21,7 +21,7 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step was made.  ``step`` counts from 1."""
+    """One optimizer step is done. ``step`` counts from 1."""
 
     step: int
     total_steps: int
@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Skipped:
-    """The step's loss or gradient was not finite: its data is used up, the weights stayed as they were."""
+    """The loss or gradient of the step was not finite: its data is consumed, the weights are unchanged."""
 
     step: int
     reason: str
@@ -53,7 +53,7 @@ class Validated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint from which training can go on after ``step``."""
+    """A checkpoint from which training can resume after ``step``."""
 
     path: Path
     step: int

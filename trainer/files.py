@@ -1,9 +1,11 @@
-"""The only module that puts files in place: atomic files, atomic folders with a manifest, appended lines, safe names.
+"""Writing files safely: atomic files, atomic folders with a manifest, appended lines, safe names.
 
-Owns the promise that after a crash a path holds the old content or the new one, never a mixture, and that what
-is half-made carries a name (``.tmp-<pid>-…``) by which ``sweep`` knows it.  Does not own what is in the files.
+All files are written through this module. It guarantees that after a crash a path has the old or the new
+content, never a mixture, and that incomplete files have a temporary name (``.tmp-<pid>-…``) that ``sweep``
+recognises. Does not own the content of files.
 
-On disk full, missing permission and the like everything here raises MachineError and leaves no temporary behind.
+On a full disk, missing permissions and similar problems, all functions raise MachineError and
+leave no temporary files.
 """
 
 from __future__ import annotations
@@ -30,16 +32,15 @@ _TEMPORARY = re.compile(r"\.tmp-(\d{1,10})-[0-9a-f]+")
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HINTS = {
-    errno.EACCES: "check who owns the folder and its permissions",
-    errno.EPERM: "check who owns the folder and its permissions",
+    errno.EACCES: "check the owner and the permissions of the folder",
+    errno.EPERM: "check the owner and the permissions of the folder",
     errno.EROFS: "the disk is mounted read-only; choose a folder on another disk",
-    errno.ENOENT: "the folder is gone; was it moved or deleted?",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.ENOENT: "the folder does not exist; check whether it was moved or deleted",
+    errno.ENOTDIR: "part of the path is a file, not a folder; check the path",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.EIO: "the disk reports an error; look at the system's log",
+    errno.EIO: "the disk reports an error; check the system log",
 }
-# How writers that are not Python say "disk full": safetensors raises its own error, torch.save a
-# RuntimeError.
+# "Disk full" messages of native writers: safetensors raises its own error, torch.save a RuntimeError.
 _FOREIGN_DISK_FULL = (
     "No space left on device",
     "os error 28",
@@ -51,12 +52,12 @@ _FOREIGN_DISK_FULL = (
 
 
 def machine_error(error: OSError, path: Path, needed_bytes: int = 0) -> MachineError:
-    """An operating system's error about ``path`` as one line of what and one of what to do."""
+    """An OS error about ``path`` as a MachineError with a hint."""
     if error.errno in _DISK_FULL:
         needs = f"at least {_amount(needed_bytes)}" if needed_bytes else "more"
         return MachineError(
             f"disk full while writing {path}: needs {needs}, has {_amount(free_bytes(path))}",
-            "free some space; the same command goes on where it stopped",
+            "free some space; the same command resumes where it stopped",
         )
     reason = error.strerror or str(error)
     return MachineError(
@@ -88,9 +89,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one line to a log.  After a torn last line (a kill, a full disk) it starts a line of its own.
+    """Append one line to a log. If the last line is incomplete (after a kill or on a full disk), a
+    new line is started.
 
-    Not synced: a power cut may lose the last lines, never mix them.  One writer per file.
+    Not synced: a power failure can lose the last lines but does not mix them. Only one writer per file.
     """
     assert "\n" not in text and "\r" not in text, "append_line writes exactly one line"
     content = text.encode() + b"\n"
@@ -113,13 +115,13 @@ def append_line(path: Path, text: str) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a .jsonl file, line by line; torn lines are left out.  No file: no records."""
+    """The JSON objects of a .jsonl file, line by line; incomplete lines are skipped. Empty if there is no file."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     records = []
-    for line in lines[:-1]:  # what follows the last newline is nothing, or torn
+    for line in lines[:-1]:  # text after the last newline is empty or incomplete
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict):
@@ -128,13 +130,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
+    """sha256 of the content of a file, in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where ``path`` is or will be."""
+    """Free bytes for this user on the disk of ``path``, which need not exist yet."""
     place = Path(path).absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -155,7 +157,7 @@ def require_space(path: Path, needed_bytes: int) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder and those above it, where they are missing."""
+    """Create the folder and its parents if they are missing."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -164,7 +166,7 @@ def make_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which becomes ``path`` when the block ends well, and disappears otherwise.
+    """A temporary folder that becomes ``path`` if the block succeeds and is removed otherwise.
 
     ``manifest.json`` (size and sha256 of every file) is written last, everything is synced, then the folder is
     renamed.  ``path`` must not exist yet: a folder cannot be replaced in one step, so callers use new names.
@@ -202,7 +204,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def verify_folder(path: Path) -> bool:
-    """Whether a folder is one that ``atomic_folder`` finished and every file in its manifest is unchanged."""
+    """Whether ``atomic_folder`` completed a folder and every file in its manifest is unchanged."""
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -214,7 +216,7 @@ def verify_folder(path: Path) -> bool:
 
 
 def sweep(folder: Path) -> int:
-    """Remove what dead processes left half-made in ``folder``; returns how many things went."""
+    """Remove incomplete files of dead processes from ``folder``; returns the number of removed entries."""
     removed = 0
     try:
         names = os.listdir(folder)
@@ -240,7 +242,8 @@ def sweep_tree(folder: Path) -> int:
 
 
 def safe_name(text: str, what: str) -> str:
-    """``text`` if it can be a name on any disk and in any address, else ConfigError naming ``what`` it was for."""
+    """``text`` if it is a valid name on any disk and in any URL. Raises ConfigError that says ``what``
+    the name is for."""
     if not _SAFE_NAME.fullmatch(text):
         raise ConfigError(
             f"{what} {clean_text(text)[:80]!r} cannot be used as a name",
@@ -271,7 +274,8 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` last.  Some network and Windows-backed disks refuse; the rename holds anyway."""
+    """Make a rename in ``folder`` durable. Some network and Windows disks refuse to sync; the
+    rename is kept anyway."""
     try:
         _sync(folder)
     except OSError as error:
@@ -280,7 +284,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or folder if it is there.  Never follows a link."""
+    """Delete a file or folder if it exists. Never follows links."""
     with contextlib.suppress(OSError):
         if stat.S_ISDIR(os.lstat(path).st_mode):
             shutil.rmtree(path, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""``--set KEY=VALUE``: one grammar for every command that takes settings from the command line.
+"""``--set KEY=VALUE``: one grammar for all commands that accept settings on the command line.
 
-VALUE is written as in TOML: a number, true or false, a "text", a [list] or a {table}; any other word is a
-text as it stands, and ``none`` or nothing leaves the setting unset.  A KEY with a dot (sampling.steps) is a
-section's, where there are any: in a study.  Owns the grammar; what becomes of a value is its command's.
+VALUE is written as in TOML: a number, true or false, a "text", a [list] or a {table}. Any other word is read
+as text; ``none`` or an empty value leaves the setting unset. A KEY with a dot (sampling.steps) belongs to a
+section of a study. Owns the grammar. Does not own the use of a value; see each command.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ USUAL = TrainConfig()
 
 
 def read_override(text: str) -> tuple[str, Any]:
-    """KEY and value of ``KEY=VALUE``: None for an unset one, "" for a text setting that is unset. ConfigError
-    if it has no value, or none that TOML could hold."""
+    """KEY and value of ``KEY=VALUE``. An unset value is None, or "" for a text setting. Raises ConfigError if
+    the value is missing or not valid in TOML."""
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not key:
@@ -38,30 +38,31 @@ def read_override(text: str) -> tuple[str, Any]:
 
 
 def read_setting(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` where KEY must be a setting: the setting and its value.  ConfigError for any other KEY."""
+    """The setting and value of ``KEY=VALUE``. Raises ConfigError if KEY is not a setting."""
     name, value = read_override(text)
     if "." in name:
         raise ConfigError(
-            f"--set {clean_text(name)}: there are no sections here",
-            "name the setting alone; sections are a study's (hpo search)",
+            f"--set {clean_text(name)}: this command has no sections",
+            "write the setting without a section; only hpo search has sections",
         )
     check_name(name)
     return name, unset(name, value)
 
 
 def unset(name: str, value: Any) -> Any:
-    """TOML has no null: 0 turns some settings off."""
+    """Convert 0 to unset for settings where 0 means unset (TOML has no null)."""
     return None if name in ZERO_IS_UNSET and value == 0 and not isinstance(value, bool) else value
 
 
 def _value(raw: str) -> Any:
-    """A TOML value; a bare word is a text."""
+    """Parse a TOML value; a bare word is read as text."""
     try:
         found = tomllib.loads(f"v = {raw}")
     except tomllib.TOMLDecodeError:
         return raw
-    except (ValueError, RecursionError) as error:  # endless digits or brackets
+    except (ValueError, RecursionError) as error:  # too many digits or brackets
         raise ConfigError(
-            f"--set … = {clean_text(raw)[:40]}… is no value: {clean_text(str(error))}", "write a shorter one"
+            f"--set … = {clean_text(raw)[:40]}… is not a valid value: {clean_text(str(error))}",
+            "write a shorter value",
         ) from None
-    return found["v"] if len(found) == 1 else raw  # a text of several lines is not a file
+    return found["v"] if len(found) == 1 else raw  # text with several lines, not one value

@@ -1,7 +1,7 @@
-"""safetensors files: headers read with limits before anything is loaded, and content written reproducibly.
+"""safetensors files: headers are read with limits before anything is loaded, and content is written reproducibly.
 
-A header is checked against the file's size here, so that a truncated download, a header that claims
-gigabytes, or a pickle under another name is one clear line and never an attempt to load it.
+The header is checked against the file size, so a truncated download, an oversized header or a renamed pickle
+gives a clear error and is never loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer.errors import ModelFileError, first_line
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_TENSORS = 100_000  # SDXL with EMA weights has about 5,000
 TYPE_BYTES = {
     "F64": 8,
@@ -44,14 +44,14 @@ PICKLE_ENDINGS = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 
 @dataclass(frozen=True)
 class Header:
-    """Names and shapes of a file's tensors, and its metadata."""
+    """Names and shapes of the tensors in a file, and its metadata."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, or ModelFileError.  Reads at most the header."""
+    """The header of a safetensors file. Raises ModelFileError. Reads only the header."""
     refuse_pickle(path)
     if path.exists() and not path.is_file():
         raise ModelFileError(f"{path} is not a file", "check the path")
@@ -61,15 +61,15 @@ def read_header(path: Path) -> Header:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             fits = 2 <= length <= min(MAX_HEADER_BYTES, size - 8)
-            # only then: the length of a sound header may well begin with a pickle's first byte, 0x80
+            # checked last: the length field of a valid header may start with a pickle's first byte, 0x80
             if not fits and (start[:2] == b"PK" or start[:1] == b"\x80"):
                 raise ModelFileError(
                     f"{path} is a pickle file with the name of a safetensors file",
-                    "it was not opened; convert it",
+                    "it was not loaded; convert it to safetensors",
                 )
             if not fits:
                 raise _broken(
-                    path, "its header does not fit into the file: it is cut off or no safetensors file"
+                    path, "its header does not fit into the file: it is truncated or not a safetensors file"
                 )
             text = file.read(length)
     except OSError as error:
@@ -88,7 +88,7 @@ def read_header(path: Path) -> Header:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, memory-mapped: read when used.  Check the header first."""
+    """All tensors of a file, memory-mapped. Check the header first."""
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
@@ -96,8 +96,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file's content.  Unlike the library's own ``save`` the metadata is in sorted order, so
-    equal content gives equal bytes."""
+    """A safetensors file's content.  Unlike in the library's ``save``, the metadata is sorted, so that equal
+    content gives equal bytes."""
     content = safetensors.torch.save(dict(tensors))
     length = struct.unpack("<Q", content[:8])[0]
     entries = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + length])}
@@ -107,7 +107,7 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
 
 
 def with_metadata(path: Path, extra: Mapping[str, str]) -> bytes:
-    """A file's content with more metadata; its tensors stay byte for byte where they are."""
+    """The content of a file with added metadata; the tensor bytes are unchanged."""
     read_header(path)
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
@@ -121,11 +121,12 @@ def with_metadata(path: Path, extra: Mapping[str, str]) -> bytes:
 
 
 def refuse_pickle(path: Path) -> None:
-    """ModelFileError for a file whose ending says pickle: loading one can run any code, so it is never opened."""
+    """Raise ModelFileError for a file with a pickle extension. Loading one can run arbitrary code, so
+    it is never opened."""
     if path.suffix.lower() in PICKLE_ENDINGS:
         raise ModelFileError(
-            f"{path.name} is a pickle ({path.suffix}): loading it could run any code, so it was not opened",
-            "get the .safetensors version, or convert it in a place you trust",
+            f"{path.name} is a pickle ({path.suffix}), which could run arbitrary code; it was not opened",
+            "download the .safetensors version, or convert it in an environment you trust",
         )
 
 
@@ -137,12 +138,16 @@ def _shape(path: Path, name: str, entry: Any, body_bytes: int) -> tuple[int, ...
         width = TYPE_BYTES[entry["dtype"]]
     except (TypeError, ValueError, KeyError):
         raise _broken(path, f"the entry {name[:80]!r} is malformed") from None
-    if any(type(number) is not int for number in (*shape, start, end)):  # JSON has 1e999, true and "1" too
+    if any(
+        type(number) is not int for number in (*shape, start, end)
+    ):  # JSON also allows 1e999, true and "1"
         raise _broken(path, f"the entry {name[:80]!r} is malformed")
     if any(side < 0 for side in shape) or not 0 <= start <= end or end - start != math.prod(shape) * width:
         raise _broken(path, f"the entry {name[:80]!r} contradicts itself")
     if end > body_bytes:
-        raise _broken(path, f"it ends {end - body_bytes:,} bytes too early: the download or copy was cut off")
+        raise _broken(
+            path, f"it ends {end - body_bytes:,} bytes too early: the download or copy is incomplete"
+        )
     return shape
 
 

@@ -1,4 +1,4 @@
-"""Text from outside, made safe to print: nothing in it that a terminal would act on."""
+"""Make text from outside safe to print: no terminal control sequences."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 
 
 def clean_text(text: str) -> str:
-    """``text`` safe to print on one line: no control characters, no escapes, no change of writing direction."""
+    """``text``, safe to print on one line: no control characters, escape sequences or changes of text direction."""
     return "".join(_shown(character) for character in text)
 
 

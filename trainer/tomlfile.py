@@ -1,7 +1,7 @@
-"""TOML files as a person wrote them: read, without their sections, and their values as texts to show.
+"""TOML files: reading, flattening of sections, and values as text for display.
 
-Owns the errors for files that cannot be read; what their keys mean is ``trainer.kohya.read``'s and
-``trainer.data.subsets``'.
+Owns the errors for unreadable files. Does not own the meaning of keys; see ``trainer.kohya.read`` and
+``trainer.data.subsets``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 1 << 20
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A TOML file as it stands.  ConfigError if it cannot be read."""
+    """The content of a TOML file. Raises ConfigError if it cannot be read."""
     path = Path(path)
     shown = clean_text(str(path))
     try:
@@ -30,20 +30,22 @@ def read_table(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{shown} is not TOML: {clean_text(str(error))}", "correct this place") from error
+        raise ConfigError(
+            f"{shown} is not valid TOML: {clean_text(str(error))}", "correct this line"
+        ) from error
     return table
 
 
 def flat(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a file without its sections.  Lists of tables (``[[datasets]]``) stay one value."""
+    """The keys of a file without its sections. Lists of tables (``[[datasets]]``) are kept as one value."""
     shown = clean_text(str(path))
     found: dict[str, Any] = {}
     for name, value in _pairs(table):
         if name in found:
-            raise ConfigError(f"{clean_text(name)} is set twice in {shown}", "keep one of both")
+            raise ConfigError(f"{clean_text(name)} is set twice in {shown}", "keep one of them")
         found[name] = value
     if not found:
-        raise ConfigError(f"{shown} has no settings", "write for example learning_rate = 1e-4")
+        raise ConfigError(f"{shown} has no settings", "write at least one, for example learning_rate = 1e-4")
     return found
 
 
@@ -55,6 +57,6 @@ def _pairs(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def as_text(value: Any) -> str:
-    """A value as it stands in a TOML file, short and safe to print."""
+    """A value as written in TOML, short and safe to print."""
     shown = str(value).lower() if isinstance(value, bool) else str(value)
     return clean_text(shown)[:80]

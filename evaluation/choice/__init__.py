@@ -1,6 +1,6 @@
 """Choosing among finished scores: the best checkpoint of a run, the comparison of two runs.
 
-Owns the pure judgement and its pictures.  Scores nothing (``evaluation.score``).
+Owns the choice, the comparison and their figures. Does not own scoring; see ``evaluation.score``.
 """
 
 import lazy_loader

@@ -1,14 +1,14 @@
-"""Checkpoints: which of a run's saved files to keep, and what their curve says of the run's length.
+"""Checkpoints: which checkpoint of a run to keep, and whether the run was too short or too long.
 
-Owns the choice (pure: scores in, a choice and words out).  Does not draw or score
-(``evaluation.score.score``), find files or print (``hpo.judge.evaluate``).
+Owns the choice, which is a pure function of the scores. Does not own sampling and scoring
+(``evaluation.score.score``), finding files or printing (``hpo.judge.evaluate``).
 
 The choice is the earliest checkpoint within one standard error of the best (Breiman et al. 1984, 3.4.3): more
-training that cannot be seen is not worth its loss of prompt following and variety.  The standard error is the
-*paired* one, of the difference to the best over the same prompts: two checkpoints of a run share most of
-their noise, so their own error bars say little about their difference.  The curve is not smoothed over
-neighbours: the first few are measured anew on prompts and seeds that chose nothing, which corrects luck without
-mixing a checkpoint with its neighbours.
+training without a visible gain is not worth the loss in prompt following and variety. The standard error is
+the *paired* one: that of the difference to the best checkpoint over the same prompts. Two checkpoints of a
+run share most of their noise, so their own error bars say little about their difference. The curve is not
+smoothed over neighbouring checkpoints. Instead the best few are scored again on prompts and seeds that played
+no part in the choice, which removes the luck without mixing a checkpoint with its neighbours.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dataclasses import dataclass
 from evaluation.score import Anchors, Difference, Score, paired_difference
 from trainer.errors import ModelFileError
 
-FINALISTS = 3  # measured anew on the confirmation prompts (facts A2: the top 3)
+FINALISTS = 3  # scored again on the confirmation prompts (assumed)
 NORMAL_95 = 1.96  # half of a normal distribution's 95 % interval, in standard errors
 UNDERTRAINED, OVERTRAINED, BETWEEN, SINGLE = "undertrained", "overtrained", "between", "single"
 NO_BETTER = "no better than the untrained base"
-# Why a point has no score, where that says something of the run's length
-UNCHANGED = "unchanged"  # its pictures are the untrained base's
-SPOILED = "spoiled"  # its pictures show nothing, or are copies, or are all alike
+# Why a point has no score, if the reason says something about the run's length.
+UNCHANGED = "unchanged"  # its images equal the untrained base's
+SPOILED = "spoiled"  # its images show nothing, are copies, or all look alike
 
 
 @dataclass(frozen=True)
 class CheckpointPoint:
-    """One checkpoint on the curve.  Without a score: ``reason`` says why it can not be chosen, ``cause`` is
-    UNCHANGED, SPOILED, or empty where it says nothing of the training (a damaged file)."""
+    """One checkpoint on the curve. If it has no score, ``reason`` says why it cannot be chosen, and ``cause``
+    is UNCHANGED or SPOILED, or empty if the reason says nothing about the training (a damaged file)."""
 
     name: str
     epoch: int | None
@@ -45,8 +45,8 @@ class CheckpointPoint:
 class CheckpointChoice:
     """Indices into the points, in the order of training.
 
-    ``lead[n]`` is the best's score minus point n's, paired by prompt; None where n has no score or is the
-    best.  ``within`` are the points that cannot be told apart from the best by one standard error.
+    ``lead[n]`` is the best score minus the score of point n, paired by prompt; None if n has no score or is
+    the best. ``within`` are the points within one standard error of the best.
     """
 
     best: int
@@ -57,7 +57,7 @@ class CheckpointChoice:
 
 @dataclass(frozen=True)
 class CheckpointVerdict:
-    """One word on the run's length, why, and what to do about it."""
+    """One word about the run's length, the reason, and what to do."""
 
     word: str
     why: str
@@ -86,7 +86,7 @@ def choose(points: Sequence[CheckpointPoint], anchors: Anchors) -> CheckpointCho
 
 
 def standard_error(difference: Difference) -> float:
-    """Of a paired difference, from its 95 % interval."""
+    """The standard error of a paired difference, from its 95 % interval."""
     return (difference.high - difference.low) / (2 * NORMAL_95)
 
 
@@ -97,7 +97,7 @@ def _is_within(difference: Difference | None) -> bool:
 def finalists(
     points: Sequence[CheckpointPoint], choice: CheckpointChoice, count: int = FINALISTS
 ) -> tuple[int, ...]:
-    """Who is measured anew, in the order of training: the choice, the best, and the next best."""
+    """The points to score again, in training order: the chosen one, the best, and the next best."""
     scored = [n for n, point in enumerate(points) if point.score is not None]
     by_value = sorted(scored, key=lambda n: -_value(points[n]))
     ranked = dict.fromkeys([choice.chosen, choice.best, *by_value])
@@ -112,9 +112,9 @@ def _value(point: CheckpointPoint) -> float:
 def verdict(
     points: Sequence[CheckpointPoint], choice: CheckpointChoice, *, finished: bool = True
 ) -> CheckpointVerdict:
-    """Whether the run was too short or too long, by where on the curve the best lies.
+    """Whether the run was too short or too long, from the position of the best checkpoint on the curve.
 
-    First and last are those that the curve knows: a damaged file is no part of it.
+    A damaged file is not part of the curve, so it is neither the first nor the last checkpoint.
     """
     if len(points) == 1:
         return CheckpointVerdict(
@@ -125,8 +125,8 @@ def verdict(
     if _value(points[choice.best]) <= 0:
         return CheckpointVerdict(
             NO_BETTER,
-            "no checkpoint scores above the untrained base, which has 0",
-            "look at the images: a lower learning_rate if they are broken, a higher one if they look untrained",
+            "no checkpoint scores above 0, the score of the untrained base",
+            "look at the images: lower learning_rate if they are broken, raise it if they look untrained",
         )
     best = points[choice.best].name
     known = [n for n, point in enumerate(points) if point.score is not None or point.cause == UNCHANGED]
@@ -135,14 +135,14 @@ def verdict(
     if choice.best == last and spoiled:
         return CheckpointVerdict(
             OVERTRAINED,
-            f"{best} is the best, and after it there is no result: {spoiled.name}: {spoiled.reason}",
+            f"{best} is the best; a later checkpoint is unusable: {spoiled.name}: {spoiled.reason}",
             "halve learning_rate (assumed) or train fewer epochs",
         )
     if len(known) == 1:
         return CheckpointVerdict(
             SINGLE,
             f"only {best} can be scored, so there is no curve",
-            "train the others again if their length is in question",
+            "to find out whether the run was too long or too short, train the other checkpoints again",
         )
     if choice.best == last:
         return _at_the_end(points, choice, _place("last", last == len(points) - 1), finished)
@@ -150,7 +150,7 @@ def verdict(
         return _at_the_start(points, choice, _place("first", first == 0), last)
     return CheckpointVerdict(
         BETWEEN,
-        f"{best} is the best, and neither the first nor the last",
+        f"{best} is the best; it is neither the first nor the last checkpoint",
         "the length is right for this learning_rate",
     )
 
@@ -165,7 +165,7 @@ def _at_the_end(
     best = points[choice.best].name
     if not finished:
         return CheckpointVerdict(
-            UNDERTRAINED, f"the newest checkpoint, {best}, is the best", "let the training go on to its end"
+            UNDERTRAINED, f"the newest checkpoint, {best}, is the best", "let the training run to its end"
         )
     why = f"{place}, {best}, is the best"
     if choice.chosen != choice.best:
@@ -177,7 +177,7 @@ def _at_the_end(
     return CheckpointVerdict(
         UNDERTRAINED,
         why,
-        "raise max_train_epochs by half (assumed), or learning_rate; the curve still rises",
+        "the curve still rises: raise max_train_epochs by half (assumed), or raise learning_rate",
     )
 
 
@@ -189,21 +189,21 @@ def _at_the_start(
         return CheckpointVerdict(
             OVERTRAINED,
             f"{why}, though {points[last].name} cannot be told apart from it",
-            "the curve is flat: what was trained after it changed nothing that can be seen",
+            "the curve is flat: the training after it made no measurable difference",
         )
     return CheckpointVerdict(
         OVERTRAINED,
         why,
-        "halve learning_rate (assumed) or train fewer epochs, and save more often: save_every_n_epochs = 1",
+        "halve learning_rate (assumed) or train fewer epochs, and save more often (save_every_n_epochs = 1)",
     )
 
 
 def confirmed(
     search: CheckpointChoice, tested: Sequence[int], confirmation: CheckpointChoice
 ) -> tuple[int, str]:
-    """The final choice as an index into all points, and what the confirmation says of the first choice.
+    """The final choice as an index into all points, and whether the confirmation agrees with the first choice.
 
-    ``confirmation`` chose among ``tested`` by the same rule, on prompts that had no part in the first choice.
+    ``confirmation`` is the choice among ``tested`` by the same rule, on prompts that were not used before.
     """
     final = tested[confirmation.chosen]
     if final == search.chosen:

@@ -1,10 +1,10 @@
-"""Compare: two LoRAs, perhaps on two bases, on the same prompts – and what of the difference is whose.
+"""Compare: two LoRAs on the same prompts, and how much of the difference comes from their bases.
 
-Owns the differences and their intervals (pure).  Does not draw or score (``evaluation.score.score``).
+Owns the differences and their intervals (pure).  Does not own sampling and scoring; see ``evaluation.score.score``.
 
-Two bases cannot share noise (64² and 128² latents), so pictures are paired by prompt alone: each prompt's
-mean over its seeds.  A raw cosine of one base says little beside another's, since a base follows and draws in
-its own way; so each side is anchored on its own untrained base, and the raw difference is taken apart:
+Two bases cannot share noise (64² and 128² latents), so images are paired by prompt only: the mean of each prompt
+over its seeds. Raw cosines of two bases are not comparable, because each base follows prompts and draws in its
+own way. So each side is anchored on its own untrained base, and the raw difference is split into two parts:
 
     LoRA B − LoRA A  =  (base B − base A)  +  ((LoRA B − base B) − (LoRA A − base A))
                             base effect              adapter effect
@@ -30,7 +30,7 @@ ROWS = ("base effect", "LoRA A − its base", "LoRA B − its base", "adapter ef
 
 @dataclass(frozen=True)
 class ComparedSide:
-    """One LoRA's score on a prompt set, and its base's anchors on the same."""
+    """The score of one LoRA on a prompt set, and the anchors of its base on the same prompts."""
 
     score: Score
     anchors: Anchors
@@ -38,9 +38,9 @@ class ComparedSide:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``anchored``: figure → B minus A, each on the scale of its own base.  ``cosines``: row → figure →
-    difference of raw cosines, in ROWS; base effect and adapter effect add up to the last row.  ``beside``:
-    other models' raw figures, "measure model" → B minus A."""
+    """``anchored``: metric → B minus A, each on the scale of its own base. ``cosines``: row of ROWS → metric
+    → difference of raw cosines; base effect and adapter effect add up to the last row. ``beside``: raw values
+    of other models, "measure model" → B minus A."""
 
     anchored: Mapping[str, Difference]
     cosines: Mapping[str, Mapping[str, Difference]]
@@ -48,7 +48,7 @@ class Comparison:
 
 
 def compare(a: ComparedSide, b: ComparedSide) -> Comparison:
-    """B minus A with 95 % intervals from a bootstrap over prompts, the same draws on both sides."""
+    """B minus A, with 95 % intervals from a bootstrap over prompts that uses the same draws on both sides."""
     _check_same(a, b)
     prompts = a.anchors.prompt_ids
     weights_KP = np.concatenate([np.ones((1, len(prompts))), prompt_draws(len(prompts))])
@@ -62,16 +62,18 @@ def compare(a: ComparedSide, b: ComparedSide) -> Comparison:
 def _check_same(a: ComparedSide, b: ComparedSide) -> None:
     for what in ("prompts", "scorer", "likeness", "references"):
         if a.anchors.identity[what] != b.anchors.identity[what]:
-            raise ConfigError(f"the two sides were measured with other {what}", "compare them on the same")
+            raise ConfigError(
+                f"the two sides were measured with different {what}", "score both with the same {what}"
+            )
     if a.score.formula != b.score.formula:
-        raise ConfigError("the two scores are of different formulas", "compare them on the same")
+        raise ConfigError("the two scores use different formulas", "score both with the same formula")
     for side in (a, b):
         if side.score.anchors_key != side.anchors.key:
-            raise ConfigError("a score and its anchors are of different scales", "score it again")
+            raise ConfigError("a score does not belong to its anchors", "score the LoRA again")
 
 
 def _means(side: ComparedSide, prompts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(t_P, i_P): raw cosines of each prompt, its seeds together."""
+    """(t_P, i_P): raw cosines per prompt, averaged over its seeds."""
     rows = side.score.per_image
     return tuple(  # type: ignore[return-value]
         np.array([np.mean([getattr(r, name) for r in rows if r.prompt_id == p]) for p in prompts])
@@ -82,7 +84,7 @@ def _means(side: ComparedSide, prompts: tuple[str, ...]) -> tuple[np.ndarray, np
 def _anchored(side: ComparedSide, prompts: tuple[str, ...], weights_KP: np.ndarray) -> dict[str, np.ndarray]:
     t_P, i_P = _means(side, prompts)
     order = [side.anchors.prompt_ids.index(p) for p in prompts]
-    assert order == sorted(order), "prompts of both sides are in one order"
+    assert order == sorted(order), "both sides must have their prompts in the same order"
     following_K, alike_K = anchored(t_P, i_P, side.anchors, weights_KP)
     return {
         "prompt following": following_K,
@@ -94,7 +96,7 @@ def _anchored(side: ComparedSide, prompts: tuple[str, ...], weights_KP: np.ndarr
 def _raw(
     a: ComparedSide, b: ComparedSide, prompts: tuple[str, ...], name: str, weights_KP: np.ndarray
 ) -> dict[str, Difference]:
-    """The raw difference taken apart.  Likeness leaves class-only prompts out."""
+    """The raw difference, split into its parts. Likeness excludes class-only prompts."""
     number = COSINES.index(name)
     lora_P = [_means(side, prompts)[number] for side in (a, b)]
     base_P = [np.array((side.anchors.base_t_P, side.anchors.base_i_P)[number]) for side in (a, b)]
@@ -114,7 +116,7 @@ def _raw(
 def _beside(
     a: ComparedSide, b: ComparedSide, prompts: tuple[str, ...], weights_KP: np.ndarray
 ) -> dict[str, Difference]:
-    """Other models' figures that both sides have.  A prompt that a figure does not ask is left out of it."""
+    """The values of other models that both sides have. Prompts that a gauge does not measure are excluded."""
     found = {}
     theirs = {(f.measure, f.model, f.sha): f for f in b.score.beside}
     for own in a.score.beside:
@@ -126,7 +128,7 @@ def _beside(
 
 
 def _prompt_means(score: Score, figure: Beside, prompts: tuple[str, ...]) -> np.ndarray:
-    """(P) a figure's mean over a prompt's pictures; NaN where it asks none of them."""
+    """(P) the mean over the images of each prompt; NaN if none of them was measured."""
     values: dict[str, list[float]] = {p: [] for p in prompts}
     for row, value in zip(score.per_image, figure.per_image, strict=True):
         if value is not None:
@@ -135,16 +137,16 @@ def _prompt_means(score: Score, figure: Beside, prompts: tuple[str, ...]) -> np.
 
 
 def _over_prompts(values_P: np.ndarray, weights_KP: np.ndarray) -> Difference:
-    with np.errstate(invalid="ignore", divide="ignore"):  # a draw without a prompt that counts: NaN
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN for a draw in which no prompt counts
         return _difference(weights_KP @ values_P / weights_KP.sum(1))
 
 
 def _difference(values_K: np.ndarray) -> Difference:
-    """The first value is the point, the rest are draws."""
+    """The first value is the estimate, the others are bootstrap draws."""
     low, high = np.nanpercentile(values_K[1:], [2.5, 97.5])
     return Difference(float(values_K[0]), float(low), float(high))
 
 
 def told_apart(difference: Difference) -> bool:
-    """Whether the interval leaves 0 out."""
+    """Whether the interval excludes 0."""
     return not difference.low <= 0 <= difference.high

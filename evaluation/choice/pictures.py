@@ -1,6 +1,6 @@
-"""Pictures of an evaluation: a run's curve, and two bases side by side.  Drawn with Pillow alone.
+"""Figures of an evaluation: the curve of a run, and two bases side by side. Drawn with Pillow only.
 
-Owns layout and colours.  Figures come from ``evaluation.choice.checkpoints`` and ``evaluation.choice.compare``.
+Owns layout and colours. The numbers come from ``evaluation.choice.checkpoints`` and ``evaluation.choice.compare``.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from evaluation.choice.checkpoints import CheckpointPoint
 from evaluation.images import SampledImage
 from evaluation.prompts import PromptSet
 
-SMOOTH = 2  # drawn at this size and shrunk, so that lines are smooth
+SMOOTH = 2  # drawn at this factor and downscaled, for smooth lines
 WIDTH_PX, HEIGHT_PX = 900, 520
 LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 64, 24, 48, 92
-# Okabe and Ito 2008: told apart with any colour vision
+# Okabe and Ito 2008: distinguishable with colour blindness
 COLOURS = {"prompt following": (0, 114, 178), "likeness": (213, 94, 0), "score": (20, 20, 20)}
 GREY, PALE = (120, 120, 120), (228, 228, 228)
-CELL_PX = 192  # every picture of a comparison is shown this large, whatever its base draws
+CELL_PX = 192  # display size of every image of a comparison, whatever its resolution
 CELL_LABEL_PX, HEAD_PX = 18, 24
-BLOCK_ROWS = 12  # prompts under each other before a second block begins beside them
+BLOCK_ROWS = 12  # rows of prompts before a second block starts to the right
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Values → px of the enlarged picture."""
+    """Maps values to px of the enlarged figure."""
 
     places: Sequence[float]
     low: float
@@ -48,8 +48,8 @@ class _Frame:
 def curve_picture(
     points: Sequence[CheckpointPoint], best: int, chosen: int, retested: Sequence[CheckpointPoint], title: str
 ) -> Image.Image:
-    """Prompt following, likeness and score over the run with one standard error on each side, from the
-    untrained base (1, 0, 0 by definition) on; circles are scores on the confirmation prompts."""
+    """Prompt following, likeness and score over the run, each with a band of one standard error. The curve
+    starts at the untrained base (1, 0, 0 by definition). Circles are scores on the confirmation prompts."""
     places, axis = _places(points)
     rows = {name: _row(points, name) for name in COLOURS}
     shown = [
@@ -72,7 +72,7 @@ def curve_picture(
 
 
 def _places(points: Sequence[CheckpointPoint]) -> tuple[list[float], str]:
-    """Where each point lies along the run: by steps if all are known, else by epochs, else by number."""
+    """The position of each point along the run: steps if all are known, else epochs, else its number."""
     for axis in ("step", "epoch"):
         found = [getattr(point, axis) for point in points]
         if all(found) and len(set(found)) == len(found):
@@ -126,7 +126,7 @@ def _line(
     row: Sequence[tuple[float, float] | None],
     colour: tuple[int, int, int],
 ) -> Image.Image:
-    """A line with its band; where a point has no score the line goes on behind it."""
+    """A line with its band. It skips points without a score."""
     known = [(place, *cell) for place, cell in zip(places, row, strict=True) if cell is not None]
     upper = [(frame.x(p), frame.y(v + e)) for p, v, e in known]
     lower = [(frame.x(p), frame.y(v - e)) for p, v, e in known]
@@ -158,7 +158,7 @@ def _marks(
     best: int,
     chosen: int,
 ) -> None:
-    """A dotted line through the chosen checkpoint, and words over it and the best."""
+    """A dotted line through the chosen checkpoint, and labels above it and above the best one."""
     top, bottom = frame.y(frame.high), frame.y(frame.low)
     x = frame.x(places[chosen])
     for y in range(int(top), int(bottom), 8 * SMOOTH):
@@ -184,7 +184,7 @@ def _legend(draw: ImageDraw.ImageDraw, with_circles: bool) -> None:
 
 
 def _plain(text: str) -> str:
-    """What Pillow's own font can show."""
+    """The text, reduced to what Pillow's built-in font can show."""
     return text.encode("ascii", "replace").decode()
 
 
@@ -193,14 +193,14 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """The pictures of one set of weights: first those of each prompt are shown."""
+    """The images of one set of weights. The first image of each prompt is shown."""
 
     title: str
     images: Sequence[SampledImage]
 
 
 def contact_sheet(columns: Sequence[Column], prompts: PromptSet) -> Image.Image:
-    """One row a prompt (with its first seed), one column for each set of weights, every picture at the same size."""
+    """One row per prompt (with its first seed) and one column per set of weights, all images at the same size."""
     count = len(prompts.prompts)
     blocks = math.ceil(count / BLOCK_ROWS)
     rows = math.ceil(count / blocks)
@@ -226,7 +226,7 @@ def contact_sheet(columns: Sequence[Column], prompts: PromptSet) -> Image.Image:
 
 
 def _cell(pixels_HW3: np.ndarray) -> Image.Image:
-    """A picture at display size: its longer side fills the cell.  Small ones are enlarged unsmoothed."""
+    """An image at display size: its longer side fills the cell. Small images are enlarged without smoothing."""
     picture = Image.fromarray(pixels_HW3)
     scale = CELL_PX / max(picture.size)
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS

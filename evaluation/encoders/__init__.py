@@ -1,7 +1,7 @@
-"""Encoders: pictures and texts as vectors.
+"""Encoders: images and texts as vectors.
 
-Owns loading of scorers and likeness encoders, their known answers, and the vectors of pictures and
-references.  Does not know what the vectors are used for (``evaluation.score``).
+Owns the loading of scorers and likeness encoders, their known-answer test, and the vectors of images and
+references. Does not own the score; see ``evaluation.score``.
 """
 
 import lazy_loader

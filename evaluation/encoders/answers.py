@@ -1,15 +1,15 @@
-"""Known answers: six drawn pictures and their texts, and what a scorer must say of them before it is used.
+"""Known-answer test: six drawn images with captions that a scorer must match before it is used.
 
-Owns the drawings, the recorded cosines of weights that are known here, and the test.  Does
-not load models (``evaluation.encoders.embed``).
+Owns the drawings, the recorded cosines of known weights, and the test. Does not own the loading
+of models; see ``evaluation.encoders.embed``.
 
-Two tests.  Weights whose answers are recorded (by the sha256 of their file, whatever it is called) must give
-the same cosines: another activation function, another mean or standard deviation, other weights in the right
-places all move them, and none of them is noticed while loading (facts A4).  Of any other weights the drawings
-must find their own texts: a random network sees no difference between them.
+There are two tests. Weights whose cosines are recorded (by the sha256 of the file, whatever its name) must reproduce
+them: a different activation function, mean, standard deviation or set of weights changes them, and open_clip does not
+warn about any of these when it loads a file (mlfoundations/open_clip issues 771 and 915). With all other weights, the
+drawings must match their own captions best: a random network sees no difference between them.
 
-``python -c "from evaluation.encoders.answers import *; print(cosines(load_scorer('MODEL:WEIGHTS')))"`` is
-how answers are recorded.
+To record answers: ``python -c "from evaluation.encoders.answers import *;
+print(cosines(load_scorer('MODEL:WEIGHTS')))"``
 """
 
 from __future__ import annotations
@@ -39,9 +39,11 @@ DRAWINGS: dict[str, Callable[[ImageDraw.ImageDraw], None]] = {
         (40, 40, 184, 184), outline=(250, 130, 0), width=30
     ),
 }
-MUST_FIND = 4  # of the six; a network that sees no difference finds one
-NEAR_ENOUGH = 0.001  # of a cosine (assumed); QuickGELU left out of mini-clip's text tower moves one by 0.003
-# sha256 of a weights' file → the six own cosines in the drawings' order
+MUST_FIND = 4  # of the six; a network that sees no difference matches one
+NEAR_ENOUGH = (
+    0.001  # tolerance of a cosine (assumed); mini-clip's text tower without QuickGELU changes one by 0.003
+)
+# sha256 of a weights file → cosine of each drawing with its own caption, in order
 KNOWN: dict[str, tuple[float, ...]] = {
     "9aaf3694e45df092e51ed7b9c9ce4d3b93df2726a0655f8fb9965c59d0c07c36": (  # mini-clip
         0.32450, 0.26748, -0.06950, -0.11709, 0.28132, 0.39672
@@ -50,7 +52,7 @@ KNOWN: dict[str, tuple[float, ...]] = {
 
 
 def drawings() -> list[np.ndarray]:
-    """The six pictures, uint8 (224, 224, 3)."""
+    """The six drawings, uint8 (224, 224, 3)."""
     pictures = []
     for draw in DRAWINGS.values():
         sheet = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
@@ -60,14 +62,14 @@ def drawings() -> list[np.ndarray]:
 
 
 def cosines(scorer: Scorer) -> np.ndarray:
-    """Every drawing with every text (6, 6)."""
+    """Cosines of every drawing with every caption (6, 6)."""
     return (scorer.image_features(drawings()) @ scorer.text_features(list(DRAWINGS)).T).double().numpy()
 
 
 def self_test(scorer: Scorer, say: Callable[[str], None] = lambda text: None) -> None:
-    """Raise ModelFileError unless the scorer answers as its weights should.
+    """Raise ModelFileError unless the scorer passes the test.
 
-    ``say`` is told what of an unknown file had to be assumed: six drawings do not show it.
+    ``say`` receives what had to be assumed about an unknown file: the six drawings cannot verify it.
     """
     answers = cosines(scorer)
     known = KNOWN.get(scorer.sha)
@@ -75,8 +77,8 @@ def self_test(scorer: Scorer, say: Callable[[str], None] = lambda text: None) ->
         off = float(np.abs(np.diag(answers) - np.array(known)).max())
         if off > NEAR_ENOUGH:
             raise ModelFileError(
-                f"the scorer {scorer.name} does not answer as its weights should: a cosine is off by {off:.4f}",
-                "its activation function (QuickGELU), mean, std or resizing is another than it was trained with",
+                f"the scorer {scorer.name} fails its known-answer test: a cosine is off by {off:.4f}",
+                "check that the activation (QuickGELU), mean, std and resizing are those it was trained with",
             )
         return
     if assumed := getattr(scorer, "assumed", ""):
@@ -85,6 +87,6 @@ def self_test(scorer: Scorer, say: Callable[[str], None] = lambda text: None) ->
     if found < MUST_FIND:
         raise ModelFileError(
             f"the scorer {scorer.name} cannot tell a red circle from a blue square: {found} of {len(answers)} "
-            "drawings find their own text",
-            "its weights were never trained, or belong to another architecture, mean, std or tokenizer",
+            "drawings match their own caption",
+            "use trained weights that fit this architecture, mean, std and tokenizer",
         )

@@ -1,13 +1,14 @@
-"""Scorers: pictures and texts → unit vectors, from model files that were checked while loading.
+"""Scorers: images and texts → unit vectors, from model files that are checked while loading.
 
 Owns finding the files of a scorer (short name, open_clip tag, file, folder; offline first), the checks that a
-scorer is what it claims to be, and the two encoders: open_clip (text and image) and DINOv2 (image, for
-likeness). Does not know what the vectors are used for (``evaluation.score.score``).
+file holds the claimed model, and the two encoders: open_clip (text and image) and DINOv2 (image, for
+likeness). Does not own the score; see ``evaluation.score.score``.
 
-A scorer that cannot be loaded is an error, never a zero.  Checks follow facts A4: weights absent, file cut off,
-Hugging Face layout, QuickGELU left out (open_clip says nothing when weights come from a file), text cut off.
+A scorer that cannot be loaded is an error, never a score of 0. The checks cover known traps: missing weights,
+truncated files, the Hugging Face layout (mlfoundations/open_clip issue 983), a missing QuickGELU (open_clip does not
+warn if the weights come from a file; issues 771 and 915), and truncated texts (Lightning-AI/torchmetrics issue 2883).
 
-Shapes: N pictures or texts, D vector width; vectors are fp32 on CPU and have length 1.
+Shapes: N images or texts, D vector width; vectors are fp32 on CPU and have length 1.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from trainer.bases import KNOWN_BASES, MINIATURE_LIKENESS, MINIATURE_SCORER, MIN
 from trainer.errors import ConfigError, ModelFileError
 from trainer.files import sha256_file
 
-# Real bases: small enough for a CPU (0.17 s an image on 2 cores), and trained on other data than the text
-# encoders of SD1.5 and SDXL-1 (OpenAI's): OpenAI's own CLIP would share its text tower with the generator
-# (facts A1, 8).
+# For real bases: small enough for a CPU (0.17 s per image on 2 cores), and not trained on OpenAI's data. The text
+# encoder of SD1.5 and the first one of SDXL are OpenAI's CLIP ViT-L/14: scoring with it would share the text tower
+# with the generator. LyCORIS (arXiv 2309.14859, D.4) scores with an independent CLIP too.
 DEFAULT_WEIGHTS = {"ViT-B-32": "laion2b_s34b_b79k"}
 DEFAULT_SCORER = "ViT-B-32:laion2b_s34b_b79k"
 FEATURE_BATCH = 32
@@ -52,41 +53,41 @@ CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_ST
 LIKENESS_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 INIT_LOGIT_SCALE = math.log(
     1 / 0.07
-)  # open_clip's start value: weights that still hold it were never trained
+)  # open_clip's initial value: weights that still have it were never trained
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
 
 
 class ImageEncoder(Protocol):
-    """Pictures → vectors.  ``name`` is for people, ``sha`` (sha256 of the weights) for comparisons."""
+    """Images → vectors. ``name`` is for display, ``sha`` (sha256 of the weights) for comparisons."""
 
     name: str
     sha: str
 
     def image_features(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 (H, W, 3) pictures of any sizes → (N, D)."""
+        """uint8 (H, W, 3) images of any size → (N, D)."""
         ...
 
 
 class Scorer(ImageEncoder, Protocol):
-    """Pictures and texts → vectors of one space."""
+    """Images and texts → vectors in one space."""
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Texts → (N, D).  A text that would be cut is refused."""
+        """Texts → (N, D). Raises ConfigError for a text that would be truncated."""
         ...
 
 
 def default_scorer(base: str) -> str:
-    """The scorer of a base (as ``load_base`` is told it) unless the user names one; the same on every device."""
+    """The default scorer of a base (named as for ``load_base``); the same on every device."""
     return (base in KNOWN_BASES and KNOWN_BASES[base].scorer) or DEFAULT_SCORER
 
 
 def default_likeness(base: str) -> str:
-    """The likeness encoder of a base unless the user names one."""
+    """The default likeness encoder of a base."""
     return (base in KNOWN_BASES and KNOWN_BASES[base].likeness) or "clip"
 
 
 class OpenClipScorer:
-    """An open_clip model in fp32.  ``assumed`` says what about it nothing tells, for a user to read once."""
+    """An open_clip model in fp32.  ``assumed`` names the properties that had to be assumed; it is shown once."""
 
     def __init__(
         self,
@@ -115,7 +116,7 @@ class OpenClipScorer:
 
     @torch.no_grad()
     def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
-        """(N, L, C): the image tower's last patches, before pooling."""
+        """(N, L, C): the last patch tokens of the image tower, before pooling."""
         return _in_batches(images, self._patch_batch)
 
     def _patch_batch(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -131,7 +132,7 @@ class OpenClipScorer:
             tokens, limit = self._token_count(text), self._tokenizer.context_length
             if tokens > limit:
                 raise ConfigError(
-                    f"the scorer {self.name} would cut the text {text[:40]!r}… ({tokens} of {limit} tokens)",
+                    f"the scorer {self.name} would truncate the text {text[:40]!r}… ({tokens} of {limit} tokens)",
                     "shorten the prompt",
                 )
         return _in_batches(texts, lambda part: self._model.encode_text(self._ids(part), normalize=True))
@@ -140,8 +141,8 @@ class OpenClipScorer:
         return self._tokenizer(list(texts)).to(self._device)
 
     def _token_count(self, text: str) -> int:
-        """Tokens with begin and end, before open_clip cuts them."""
-        if hasattr(self._tokenizer, "tokenizer"):  # open_clip's wrapper of a Hugging Face tokenizer
+        """Number of tokens with start and end tokens, before truncation."""
+        if hasattr(self._tokenizer, "tokenizer"):  # open_clip's wrapper around a Hugging Face tokenizer
             return len(self._tokenizer.tokenizer(self._tokenizer.clean_fn(text)).input_ids)
         return len(self._tokenizer.encode(text)) + 2
 
@@ -165,7 +166,7 @@ class Dinov2Encoder:
 
     @torch.no_grad()
     def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
-        """(N, L, C): the last patches."""
+        """(N, L, C): the last patch tokens."""
         return _in_batches(images, lambda part: self._states(part)[:, 1:])
 
     def _batch(self, images: Sequence[np.ndarray]) -> Tensor:
@@ -188,14 +189,14 @@ class Dinov2Encoder:
 
 
 def _in_batches(values: Sequence[Any], encode: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    """Vectors of all values, ``FEATURE_BATCH`` at a time; ModelFileError if any is not finite."""
+    """Vectors of all values, ``FEATURE_BATCH`` at a time. Raises ModelFileError if any is not finite."""
     parts = [
         encode(values[i : i + FEATURE_BATCH]).float().cpu() for i in range(0, len(values), FEATURE_BATCH)
     ]
     vectors_ND = torch.cat(parts)
     if not vectors_ND.isfinite().all():
         raise ModelFileError(
-            "a scorer returned numbers that are not finite", "its weights are damaged; get them again"
+            "a scorer returned numbers that are not finite", "its weights are damaged; download them again"
         )
     return vectors_ND
 
@@ -206,8 +207,8 @@ def _in_batches(values: Sequence[Any], encode: Callable[[Sequence[Any]], Tensor]
 def load_scorer(spec: str, device: str | torch.device = "cpu") -> OpenClipScorer:
     """A scorer from ``mini-clip``, a folder (open_clip_config.json + weights), or MODEL[:WEIGHTS].
 
-    WEIGHTS is an open_clip tag or a file.  The text is split at ':' only if the left part is a model's name,
-    so a path may hold one.
+    WEIGHTS is an open_clip tag or a file.  The text is split at ':' only if the left part is a model name, so
+    paths may contain a colon.
     """
     check_scorer(spec)
     if spec == MINIATURE_SCORER:
@@ -220,7 +221,7 @@ def load_scorer(spec: str, device: str | torch.device = "cpu") -> OpenClipScorer
 
 
 def check_scorer(spec: str) -> None:
-    """What of a scorer can be refused before anything is downloaded or loaded."""
+    """Check a scorer's spec before anything is downloaded or loaded. Raises ModelFileError."""
     model, _, weights = spec.partition(":")
     folder = Path(spec).expanduser()
     if spec == MINIATURE_SCORER:
@@ -233,17 +234,18 @@ def check_scorer(spec: str) -> None:
         return
     if folder.is_file():
         raise ModelFileError(
-            f"which model are the weights in {spec}?", f"write MODEL:FILE, for example ViT-B-32:{spec}"
+            f"{spec}: the model of these weights is not given",
+            f"write MODEL:FILE, for example ViT-B-32:{spec}",
         )
     raise ModelFileError(
-        f"no scorer {spec!r}: not a model of open_clip, not a folder",
+        f"no scorer {spec!r}: neither an open_clip model nor a folder",
         "write MODEL[:TAG or FILE], for example ViT-B-32:/models/clip.safetensors",
     )
 
 
 def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu") -> ImageEncoder:
-    """The encoder of likeness: ``clip`` (the scorer's image tower), ``mini-likeness``, or a Dinov2Model: its
-    folder, or its name on the hub (facebook/dinov2-small)."""
+    """The likeness encoder: ``clip`` (the image tower of the scorer), ``mini-likeness``, or a Dinov2Model (a
+    folder, or a hub name such as facebook/dinov2-small)."""
     if spec == "clip":
         return scorer
     check_likeness(spec)
@@ -255,13 +257,13 @@ def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu")
     model, report = Dinov2Model.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, dtype=torch.float32, local_files_only=True
     )
-    # the mask token serves pre-training only; it may be absent
+    # the mask token is used in pre-training only; it may be absent
     missing = sorted(k for k in report["missing_keys"] if "mask_token" not in k) + sorted(
         str(m) for m in report.get("mismatched_keys", ())
     )
     if missing:
         raise ModelFileError(
-            f"{weights} lacks {len(missing)} of the model's weights: {missing[:5]}", "get it again"
+            f"{weights} lacks {len(missing)} of the model's weights: {missing[:5]}", "download it again"
         )
     name = spec if _is_hub_name(spec) or spec == MINIATURE_LIKENESS else folder.name
     return Dinov2Encoder(
@@ -270,7 +272,7 @@ def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu")
 
 
 def is_likeness(spec: str) -> bool:
-    """Whether a text names a DINOv2 encoder rather than a scorer."""
+    """Whether a spec names a DINOv2 encoder instead of a scorer."""
     folder = _likeness_folder(spec)
     return ((folder / "config.json").is_file() and not (folder / "open_clip_config.json").is_file()) or (
         _is_hub_name(spec)
@@ -278,12 +280,12 @@ def is_likeness(spec: str) -> bool:
 
 
 def open_clip_tokenizer(context_length: int) -> Any:
-    """CLIP's own tokens, from open_clip's vocabulary."""
+    """CLIP's tokenizer, with open_clip's vocabulary."""
     return open_clip.SimpleTokenizer(context_length=context_length)
 
 
 def check_likeness(spec: str) -> None:
-    """What of a likeness encoder can be refused before it is loaded."""
+    """Check the spec of a likeness encoder before it is loaded. Raises ModelFileError."""
     if spec == "clip":
         return
     folder = _likeness_folder(spec)
@@ -292,18 +294,19 @@ def check_likeness(spec: str) -> None:
             return
         raise ModelFileError(
             f"no likeness encoder {spec!r}",
-            "give clip, the folder of a transformers Dinov2Model, or its name on the hub: facebook/dinov2-small",
+            "give clip, the folder of a transformers Dinov2Model, or a hub name such as facebook/dinov2-small",
         )
     config = read_json(folder / "config.json")
     if config.get("model_type") != "dinov2":
         raise ModelFileError(
-            f"{folder} holds {config.get('model_type')!r}, not a dinov2 model", "give a Dinov2Model"
+            f"{folder} holds {config.get('model_type')!r}, not a dinov2 model",
+            "give the folder of a Dinov2Model",
         )
     check_safetensors(folder / "model.safetensors")
 
 
 def _is_hub_name(spec: str) -> bool:
-    """org/name, and nothing of that name in the current folder."""
+    """Whether a spec has the form org/name and no such path exists in the current folder."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec)) and not Path(spec).exists()
 
 
@@ -312,7 +315,7 @@ def _likeness_folder(spec: str) -> Path:
 
 
 def _dinov2_preprocess(folder: Path, image_px: int) -> dict[str, Any]:
-    """From preprocessor_config.json beside the weights; without one, ImageNet's mean and std, model's size."""
+    """From preprocessor_config.json in the folder; if missing, ImageNet's mean and std and the model's image size."""
     path = folder / "preprocessor_config.json"
     given = read_json(path) if path.is_file() else {}
     resize, crop = given.get("size", {}), given.get("crop_size", {})
@@ -328,12 +331,13 @@ def _default_weights(model: str) -> str:
     if model in DEFAULT_WEIGHTS:
         return DEFAULT_WEIGHTS[model]
     raise ModelFileError(
-        f"which weights for {model}?", f"write {model}:FILE or {model}:TAG (tags: {tags_shown(model)})"
+        f"the weights of {model} are not given",
+        f"write {model}:FILE or {model}:TAG (tags: {tags_shown(model)})",
     )
 
 
 def _tag_or_file(model: str, weights: str) -> tuple[str | None, Path | None]:
-    """The weights' tag, as far as it is known, and their file, unless the tag names it."""
+    """The tag of the weights, if known, and their file, unless the tag decides it."""
     path = Path(weights).expanduser()
     by_tag = bool(get_pretrained_cfg(model, weights))
     if not by_tag and not path.is_file():
@@ -359,18 +363,18 @@ def _load_named(model: str, weights: str, device: str | torch.device) -> OpenCli
 def _after_a_tag(model: str) -> str:
     tags = tags_shown(model)
     return (
-        f"name the file after its tag ({tags})" if tags != "none" else "open_clip knows no tag of this model"
+        f"name the file after its tag ({tags})" if tags != "none" else "open_clip has no tag for this model"
     )
 
 
 def _folder_weights(folder: Path) -> Path:
-    """The weights' file of an open_clip folder."""
+    """The weights file of an open_clip folder."""
     if not (folder / "open_clip_config.json").is_file():
         hint = "give a folder with open_clip_config.json and open_clip_model.safetensors"
         if (folder / "config.json").is_file():
-            hint = "it is in transformers' layout; " + hint
-        raise ModelFileError(f"{folder} is no open_clip folder", hint)
-    weights = folder / "open_clip_model.safetensors"  # what open_clip takes first if there are several
+            hint = "it is in the transformers layout; " + hint
+        raise ModelFileError(f"{folder} is not an open_clip folder", hint)
+    weights = folder / "open_clip_model.safetensors"  # open_clip prefers this one
     if not weights.is_file():
         raise ModelFileError(f"{folder} has no weights", "add open_clip_model.safetensors")
     return weights
@@ -387,7 +391,7 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> OpenCli
 
 
 def _create(model: str, weights: Path, preprocess: dict[str, Any]) -> Any:
-    """The network with its weights in it, or ModelFileError.  ``model`` is a name, or local-dir:FOLDER."""
+    """The network with loaded weights. Raises ModelFileError. ``model`` is a name or local-dir:FOLDER."""
     if weights.suffix == ".safetensors":
         check_safetensors(weights)
     by_file = {} if model.startswith("local-dir:") else {"pretrained": str(weights)}
@@ -395,11 +399,11 @@ def _create(model: str, weights: Path, preprocess: dict[str, Any]) -> Any:
         network = open_clip.create_model(
             model, require_pretrained=True, weights_only=True, force_preprocess_cfg=preprocess, **by_file
         )
-    except Exception as error:  # open_clip raises many kinds for a file that does not fit
+    except Exception as error:  # open_clip raises many types of errors
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelFileError(
             f"{weights} cannot be loaded as {model}: {why}",
-            "give open_clip's own file of this model, as .safetensors",
+            "give the open_clip file of this model, as .safetensors",
         ) from error
     scale = float(network.logit_scale.detach().float())
     if abs(scale - INIT_LOGIT_SCALE) < 1e-5:
@@ -410,7 +414,7 @@ def _create(model: str, weights: Path, preprocess: dict[str, Any]) -> Any:
 def _tokenizer(model: str) -> Any:
     try:
         return open_clip.get_tokenizer(model)
-    except Exception as error:  # a tokenizer from the hub, or files that are missing
+    except Exception as error:  # the hub is unreachable, or files are missing
         raise ModelFileError(
             f"the tokenizer of {model} cannot be loaded: {error}", "choose another model"
         ) from error

@@ -1,4 +1,4 @@
-"""The reference images: held out of training, and what the likeness encoder sees in them.
+"""The reference images, which are held out of training, as vectors of the likeness encoder.
 
 Shapes: R references, D vector width.
 """
@@ -19,7 +19,7 @@ from trainer.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class References:
-    """Held-out real pictures as vectors of the likeness encoder."""
+    """Held-out real images as vectors of the likeness encoder."""
 
     features_RD: Tensor
     hash: str
@@ -27,16 +27,16 @@ class References:
 
 
 def require_references(count: int) -> None:
-    """At least two references: one alone has nothing to be like."""
+    """Raise DataError for fewer than two references: likeness is measured between them."""
     if count < 2:
         raise DataError(
-            f"{count} held-out reference image(s), and likeness needs at least 2",
-            "add images to the dataset, or give a folder of others with --references",
+            f"{count} held-out reference image(s); likeness needs at least 2",
+            "add images to the dataset, or give another folder with --references",
         )
 
 
 def embed_references(paths: Sequence[Path], likeness: ImageEncoder) -> References:
-    """Vectors of the held-out real pictures."""
+    """Vectors of the held-out real images."""
     require_references(len(paths))
     pictures = [read_picture(path) for path in paths]
     content = hashlib.sha256("".join(sorted(p.sha256 for p in pictures)).encode()).hexdigest()
@@ -44,6 +44,6 @@ def embed_references(paths: Sequence[Path], likeness: ImageEncoder) -> Reference
 
 
 def check_encoder(references: References, likeness: ImageEncoder) -> None:
-    """Raise ConfigError if pictures and references would be compared across two encoders."""
+    """Raise ConfigError if the references were embedded by a different encoder."""
     if references.encoder_sha != likeness.sha:
-        raise ConfigError("the references were embedded by another encoder", "embed them again")
+        raise ConfigError("the references were embedded by a different encoder", "embed them again")

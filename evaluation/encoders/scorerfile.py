@@ -1,7 +1,7 @@
-"""The weights' file of a scorer: finding it offline first, and refusing one that is not what it should be.
+"""The weights file of a scorer: finding it, offline first, and refusing files that do not fit.
 
-Owns open_clip's tags, the hub's cache and what a file's name and tensor names tell.  Does
-not build networks (``evaluation.encoders.embed``).
+Owns open_clip's tags, the hub cache and what can be read from file names and tensor names. Does not own
+the networks; see ``evaluation.encoders.embed``.
 """
 
 from __future__ import annotations
@@ -23,25 +23,27 @@ TAGS_SHOWN = 8
 
 
 def check_safetensors(path: Path, *, transformers: bool = False) -> list[str]:
-    """Names of the tensors; ModelFileError if the file is absent, cut off, or in transformers' layout where
-    that is not what is wanted."""
+    """Names of the tensors. Raises ModelFileError if the file is missing, truncated, or in the transformers
+    layout (unless ``transformers`` is set)."""
     if not path.is_file():
-        raise ModelFileError(f"{path} is not there", "a scorer without weights is a random one")
+        raise ModelFileError(f"{path} does not exist", "give the path of the scorer's weights")
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path} is damaged or cut off: {error}", "copy or download it again") from None
+        raise ModelFileError(
+            f"{path} is damaged or truncated: {error}", "copy or download it again"
+        ) from None
     if not transformers and any(key.startswith("vision_model.") for key in keys):
         raise ModelFileError(
-            f"{path} is in transformers' layout, which open_clip cannot read",
-            "download open_clip's own file (open_clip_model.safetensors) of the same model",
+            f"{path} is in the transformers layout, which open_clip cannot read",
+            "download the open_clip file (open_clip_model.safetensors) of the same model",
         )
     return keys
 
 
 def tag_in_name(model: str, path: Path) -> str | None:
-    """The tag that a file's name (or its folder's) tells: it brings mean, std and activation with it."""
+    """The tag in the name of a file or its folder. The tag determines mean, std and activation."""
     name = f"{path.parent.name}/{path.name}".lower().replace("-", "_")
     tags = [
         tag for twin in _twins(model) for tag in list_pretrained_tags_by_model(twin) if tag.lower() in name
@@ -50,7 +52,7 @@ def tag_in_name(model: str, path: Path) -> str | None:
 
 
 def tag_of_sha(model: str, sha: str) -> str | None:
-    """The tag that a file's sha256 tells, whatever it is called: OpenAI's addresses hold it."""
+    """The tag of a file by its sha256, whatever its name: OpenAI's download URLs contain the sha256."""
     for twin in _twins(model):
         for tag in list_pretrained_tags_by_model(twin):
             if f"/{sha}/" in get_pretrained_cfg(twin, tag).get("url", ""):
@@ -59,18 +61,20 @@ def tag_of_sha(model: str, sha: str) -> str | None:
 
 
 def facts_of_tag(model: str, tag: str) -> dict[str, Any]:
-    """open_clip's table of a tag (mean, std, resizing, activation), of the model or of its twin; else empty."""
+    """open_clip's settings for a tag (mean, std, resizing, activation), from the model or its
+    twin; empty if unknown."""
     return next((facts for twin in _twins(model) if (facts := get_pretrained_cfg(twin, tag))), {})
 
 
 def _twins(model: str) -> tuple[str, str]:
-    """The model, and the same one with the other activation (which may not exist)."""
+    """The model, and its variant with the other activation (which may not exist)."""
     plain = model.removesuffix("-quickgelu")
     return (model, plain if model != plain else plain + "-quickgelu")
 
 
 def check_quick_gelu(model: str, tag: str | None, weights: str) -> None:
-    """Weights trained with QuickGELU in a model without it score wrongly and say nothing (facts A4)."""
+    """Raise ModelFileError if weights and model differ in QuickGELU. open_clip loads a file with the wrong
+    activation without a warning, and the scores are wrong (mlfoundations/open_clip issues 771 and 915)."""
     if tag is None:
         return
     twin = _twins(model)[1]
@@ -83,12 +87,12 @@ def check_quick_gelu(model: str, tag: str | None, weights: str) -> None:
 
 
 def tags_shown(model: str) -> str:
-    """The first tags of a model, for a hint."""
+    """The first tags of a model, to show in a hint."""
     return ", ".join(list_pretrained_tags_by_model(model)[:TAGS_SHOWN]) or "none"
 
 
 def file_of_tag(model: str, tag: str) -> Path:
-    """The weights' file of a tag: from the hub's cache, else downloaded.  No network: fails at once."""
+    """The weights file of a tag: from the hub cache, else downloaded. Fails at once without a network."""
     facts = get_pretrained_cfg(model, tag)
     repository, _, name = facts.get("hf_hub", "").rpartition("/")
     for candidate in (name,) if name else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"):
@@ -102,33 +106,33 @@ def file_of_tag(model: str, tag: str) -> Path:
         raise ModelFileError(error.message, hint) from None
     try:
         return Path(download_pretrained(facts))
-    except Exception as error:  # hub and network errors of many kinds
+    except Exception as error:  # many types of hub and network errors
         raise ModelFileError(
             f"{model}:{tag} could not be downloaded: {without_login(str(error))}", hint
         ) from None
 
 
 def model_folder(repository: str, files: Sequence[str]) -> Path:
-    """The folder of a hub model's files: cached, else downloaded.  The last of ``files`` may be missing there."""
+    """The folder with the files of a hub model, cached or downloaded. The last of ``files`` is optional."""
     needed = files[:-1]
     cached = [try_to_load_from_cache(repository, name) for name in needed]
     if all(isinstance(path, str) for path in cached):
         return Path(str(cached[0])).parent
-    hint = "download it elsewhere and give its folder, or set HF_ENDPOINT to a mirror"
+    hint = "download it on another computer and give its folder, or set HF_ENDPOINT to a mirror"
     try:
         require_network(repository)
     except ModelFileError as error:
         raise ModelFileError(error.message, hint) from None
     try:
         return Path(snapshot_download(repository, allow_patterns=list(files)))
-    except Exception as error:  # hub and network errors of many kinds
+    except Exception as error:  # many types of hub and network errors
         raise ModelFileError(
             f"{repository} could not be downloaded: {without_login(str(error))}", hint
         ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A model folder's JSON file, or ModelFileError."""
+    """A JSON file of a model folder. Raises ModelFileError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,12 +1,12 @@
-"""StyleEncoder: how pictures are painted rather than what they show.
+"""StyleEncoder: how images are painted, not what they show.
 
-Owns one encoder that wraps another.  A picture becomes the mean and the standard deviation of each channel
-over the wrapped encoder's patches – where a thing is in the picture falls out of both.  Matching these
-statistics is matching style (Huang & Belongie, arXiv 1703.06868; Li et al., arXiv 1701.01036, show that the
-Gram matrix is one of the same family).  The mean holds some of the content too: prompts are paired, so it
-cancels between trials, and anchors give the scale.
+Owns one encoder that wraps another. An image becomes the mean and the standard deviation of each channel over
+the patches of the wrapped encoder, so the position of an object has no influence. Matching these statistics
+is matching style (Huang & Belongie, arXiv 1703.06868; Li et al., arXiv 1701.01036, show that the Gram matrix
+belongs to the same family). The mean also contains some of the content. Since prompts are paired, it cancels
+between trials; anchors set the scale.
 
-Shapes: N pictures, L patches, C channels.
+Shapes: N images, L patches, C channels.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from evaluation.encoders.embed import ImageEncoder
 
 
 class PatchEncoder(ImageEncoder, Protocol):
-    """An image encoder that also tells its patches."""
+    """An image encoder that also returns its patch tokens."""
 
     def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 (H, W, 3) pictures of any sizes → (N, L, C), before pooling, fp32 on CPU."""
+        """uint8 (H, W, 3) images of any size → (N, L, C), before pooling, fp32 on CPU."""
         ...
 
 
@@ -46,5 +46,5 @@ class StyleEncoder:
 
 
 def scene_of(likeness: ImageEncoder) -> ImageEncoder:
-    """The encoder that sees what a picture shows: a style encoder's own, any other itself."""
+    """The encoder for image content: the wrapped one of a style encoder, otherwise the encoder itself."""
     return likeness.scene if isinstance(likeness, StyleEncoder) else likeness

@@ -1,6 +1,7 @@
-"""Gauges: figures that are reported beside the score and do not count.
+"""Gauges: metrics that are reported with the score but are not part of it.
 
-Owns a second CLIP model, preference models and the like.  The score is ``evaluation.score``'s.
+Owns metrics from other models, such as a second CLIP model or preference models. Does not own
+the score; see ``evaluation.score``.
 """
 
 import lazy_loader

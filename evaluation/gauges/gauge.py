@@ -1,9 +1,9 @@
-"""Figures beside the score: other models' view of the same pictures, reported and never part of the score.
+"""Gauges: metrics of the same images from other models, reported with the score but never part of it.
 
-Owns the interface and the two gauges that are cosines.  Preference models are in ``evaluation.gauges.preference``.
+Owns the interface and the two cosine gauges. Does not own preference models; see ``evaluation.gauges.preference``.
 
-Raw values are stored with the model's name and the sha256 of its weights: values of two models, or of two
-versions of one, are not comparable.  Shapes: N pictures.
+Raw values are stored with the name of the model and the sha256 of its weights, because values of different
+models or versions are not comparable.  Shapes: N images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from evaluation.prompts import PromptSet
 
 @dataclass(frozen=True)
 class Beside:
-    """One figure: the mean of raw values over prompts, and the values picture by picture (None: not asked)."""
+    """One metric: the mean of its raw values over prompts, and the value of each image (None: not measured)."""
 
     measure: str
     value: float
@@ -31,19 +31,19 @@ class Beside:
 
 
 class Gauge(Protocol):
-    """One figure of pictures.  ``measure`` says what it is, ``model`` and ``sha`` by what it was measured."""
+    """One metric of images. ``measure`` names it, ``model`` and ``sha`` identify the model that computes it."""
 
     measure: str
     model: str
     sha: str
 
     def values(self, vectors: Vectors, images: Sequence[SampledImage], prompts: PromptSet) -> np.ndarray:
-        """Raw values (N); NaN for a picture that the figure does not ask."""
+        """Raw values (N); NaN for an image that the gauge does not measure."""
         ...
 
 
 class TextGauge:
-    """Mean cosine of pictures and their scored texts by another scorer: CLIP-T."""
+    """CLIP-T: mean cosine of images and their scored texts, with another scorer."""
 
     measure = "clip_t"
 
@@ -59,7 +59,7 @@ class TextGauge:
 
 
 class LikenessGauge:
-    """Mean cosine of pictures that ask for the subject and every held-out reference: CLIP-I, DINO-I."""
+    """CLIP-I or DINO-I: mean cosine of each image of the subject with every held-out reference."""
 
     def __init__(self, measure: str, encoder: ImageEncoder, references: References) -> None:
         check_encoder(references, encoder)
@@ -75,7 +75,7 @@ class LikenessGauge:
 def read(
     gauges: Sequence[Gauge], vectors: Vectors, images: Sequence[SampledImage], prompts: PromptSet
 ) -> tuple[Beside, ...]:
-    """Every gauge's figure: the mean over prompts, as in the score, of each one's mean over its pictures."""
+    """The metric of every gauge: the mean over prompts of each prompt's mean over its images, as in the score."""
     found = []
     ids_N = np.array([image.prompt_id for image in images])
     for gauge in gauges:

@@ -1,9 +1,9 @@
-"""The other models of a study: ``[study] also``, and the CLIP image tower beside another likeness encoder.
+"""The additional models of a study: ``[study] also``, and the CLIP image tower if likeness uses another encoder.
 
-Owns what each entry means and the gauges they become (``evaluation.gauges.gauge``).
+Owns the meaning of each entry and the gauges built from it (``evaluation.gauges.gauge``).
 
     MODEL[:WEIGHTS] or an open_clip folder      CLIP-T and CLIP-I by that scorer
-    a Dinov2Model's folder or name on the hub   likeness by it
+    folder or hub name of a Dinov2Model         likeness by that encoder
     hpsv2.1[:FILE], pickscore[:FOLDER], imagereward
 """
 
@@ -31,7 +31,7 @@ from evaluation.gauges.preference import check_preference, is_preference, load_p
 
 
 def check(spec: str) -> None:
-    """What of an entry can be refused before anything is loaded."""
+    """Check an entry before anything is loaded."""
     if is_preference(spec):
         check_preference(spec)
     elif is_likeness(spec):
@@ -41,7 +41,8 @@ def check(spec: str) -> None:
 
 
 def usual(scorer: Scorer, likeness: ImageEncoder, references: Sequence[Path]) -> tuple[Gauge, ...]:
-    """What every study has: CLIP-I where likeness is measured by another encoder, and what a style looks through."""
+    """The gauges of every study: CLIP-I if likeness uses another encoder, and the content encoder
+    of a style study."""
     found: list[Gauge] = []
     if likeness is not scorer:
         found.append(LikenessGauge("clip_i", scorer, embed_references(references, scorer)))
@@ -58,7 +59,7 @@ def also(
     device: str | torch.device,
     say: Callable[[str], None],
 ) -> tuple[Gauge, ...]:
-    """The figures that a study asks for."""
+    """The gauges that a study requests."""
     found: list[Gauge] = []
     for spec in specs:
         if is_preference(spec):

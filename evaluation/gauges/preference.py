@@ -1,16 +1,16 @@
-"""Preference models: what people tend to like, as figures beside the score – absent unless asked for.
+"""Preference models: metrics of what people tend to like. They are computed only on request.
 
 Owns three models behind one small interface: HPSv2.1 (arXiv 2306.09341), PickScore (arXiv 2305.01569) and
-ImageReward (arXiv 2304.05977).  One that is asked for and missing is an error, never a zero.  They follow the
-taste of their raters, not a subject (LyCORIS, arXiv 2309.14859, found them unsuitable for choosing settings),
-so none is part of a score.
+ImageReward (arXiv 2304.05977).  A requested model that is missing is an error, never a 0. These models follow
+the taste of their raters and do not measure a subject (LyCORIS, arXiv 2309.14859, found them unsuitable for
+choosing settings), so none of them is part of the score.
 
     hpsv2.1[:FILE]      cosine of an open_clip ViT-H-14 in the published file HPS_v2.1_compressed.pt
     pickscore[:FOLDER]  cosine of a transformers CLIPModel, yuvalkirstain/PickScore_v1; the published score is
-                        this times exp(logit_scale), which is kept as ``scale`` and applied in print only
-    imagereward         the package image-reward, which brings its own weights
+                        this times exp(logit_scale), which is kept as ``scale`` and applied only in output
+    imagereward         the package image-reward, which downloads its own weights
 
-Text: the scored one, the class word instead of the trigger.  Shapes: N pictures, P prompts, D vector width.
+Text: the scored text, with the class word instead of the trigger.  Shapes: N images, P prompts, D vector width.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PICK_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 def load_preference(spec: str, device: str | torch.device = "cpu") -> Gauge:
-    """The gauge of ``NAME`` or ``NAME:PLACE``; an error that names what is missing."""
+    """The gauge of ``NAME`` or ``NAME:PATH``. Raises an error that names what is missing."""
     check_preference(spec)
     name, _, place = spec.partition(":")
     return LOADERS[name](place, device)
@@ -61,16 +61,16 @@ def is_preference(spec: str) -> bool:
 
 
 def check_preference(spec: str) -> None:
-    """What can be refused before anything is loaded: a package or a place that is not there."""
+    """Raise an error for a missing package or path before anything is loaded."""
     name, _, place = spec.partition(":")
     if name == "imagereward" and find_spec("ImageReward") is None:
         raise MachineError(
-            "imagereward is asked for, and its package is not installed",
-            "pip install image-reward, or take it out of [study] also",
+            "imagereward is requested, but its package is not installed",
+            "run `pip install image-reward`, or remove it from [study] also",
         )
     if place and not Path(place).expanduser().exists():
         raise ModelFileError(
-            f"{name} is asked for, and {place} is not there", f"write {name}:PATH, or {name}"
+            f"{name} is requested, but {place} does not exist", f"write {name}:PATH, or {name}"
         )
 
 
@@ -80,7 +80,7 @@ def _hps(place: str, device: str | torch.device) -> Gauge:
         cached = try_to_load_from_cache(HPS_REPOSITORY, HPS_FILE)
         if not isinstance(cached, str):
             raise ModelFileError(
-                f"hpsv2.1 is asked for, and {HPS_FILE} is not on this machine",
+                f"hpsv2.1 is requested, but {HPS_FILE} is not on this machine",
                 f"download it from {HPS_REPOSITORY} and write hpsv2.1:/path/to/{HPS_FILE}",
             )
         path = Path(cached)
@@ -97,13 +97,14 @@ def _pickscore(place: str, device: str | torch.device) -> Gauge:
 
 
 class HfClip:
-    """A transformers CLIPModel in fp32, as a scorer.  Tokens are open_clip's, which are the same."""
+    """A transformers CLIPModel in fp32, as a scorer. It uses open_clip's tokenizer, which gives the same tokens."""
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu") -> None:
         weights, config = folder / "model.safetensors", read_json(folder / "config.json")
         if config.get("model_type") != "clip":
             raise ModelFileError(
-                f"{folder} holds {config.get('model_type')!r}, not a clip model", "give a CLIPModel"
+                f"{folder} holds {config.get('model_type')!r}, not a clip model",
+                "give the folder of a CLIPModel",
             )
         check_safetensors(weights, transformers=True)
         model, report = CLIPModel.from_pretrained(
@@ -111,7 +112,9 @@ class HfClip:
         )
         missing = sorted(k for k in report["missing_keys"] if not k.endswith("position_ids"))
         if missing:
-            raise ModelFileError(f"{weights} lacks {len(missing)} weights: {missing[:5]}", "get it again")
+            raise ModelFileError(
+                f"{weights} lacks {len(missing)} weights: {missing[:5]}", "download it again"
+            )
         self.name, self.sha = folder.name, sha256_file(weights)
         self.scale = float(model.logit_scale.exp())
         self._model = model.to(device).eval().requires_grad_(False)
@@ -137,11 +140,13 @@ class HfClip:
         chunks = [torch.stack(list(rows[i : i + FEATURE_BATCH])) for i in range(0, len(rows), FEATURE_BATCH)]
         vectors = torch.cat([encode(chunk.to(self._device)).float().cpu() for chunk in chunks])
         if not vectors.isfinite().all():
-            raise ModelFileError(f"{self.name} returned numbers that are not finite", "get its weights again")
+            raise ModelFileError(
+                f"{self.name} returned numbers that are not finite", "download its weights again"
+            )
         return torch.nn.functional.normalize(vectors, dim=-1)
 
     def _pixels(self, image_HW3: np.ndarray) -> Tensor:
-        """Shortest side to the model's (bicubic), centre crop, CLIP's mean and std: (3, side, side)."""
+        """Shortest side resized to the model's size (bicubic), centre crop, CLIP's mean and std: (3, side, side)."""
         height, width = image_HW3.shape[:2]
         side, short = self._side_px, min(height, width)
         size = (side * width // short, side * height // short)
@@ -152,7 +157,7 @@ class HfClip:
 
 
 class ImageRewardGauge:
-    """ImageReward-v1.0 through its own package: about 0 ± 1 over the prompts of its authors."""
+    """ImageReward-v1.0 through its own package: about 0 ± 1 on the prompts of its authors."""
 
     measure, model = "imagereward", "ImageReward-v1.0"
 
@@ -162,7 +167,7 @@ class ImageRewardGauge:
         self._network: Any = ImageReward.load(self.model, device=str(device))
         state = self._network.state_dict()
         total = sum(float(value.double().sum()) for value in state.values() if value.is_floating_point())
-        self.sha = f"sum of weights {total:.6e}"  # the package hides where its file is
+        self.sha = f"sum of weights {total:.6e}"  # the package does not expose the path of its file
 
     def values(self, vectors: Vectors, images: Sequence[SampledImage], prompts: PromptSet) -> np.ndarray:
         text = {p.id: p.scored_text for p in prompts.prompts}

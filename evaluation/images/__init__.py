@@ -1,6 +1,6 @@
-"""Images: drawn from a base with an adapter in place, stored and checked.
+"""Images: sampled from a base with an injected adapter, stored and checked.
 
-Owns sampling and what is done with finished pictures.  Does not embed or score them.
+Owns sampling, storage and the checks of finished images. Does not embed or score them.
 """
 
 import lazy_loader

@@ -1,7 +1,7 @@
-"""Sampled images as values: the invalid-image gate, the proof that an adapter changes them, PNG and grid.
+"""Sampled images as values: the check for invalid images, the check that an adapter has an effect, PNG and grid.
 
-Owns what is done with finished pictures.  Does not draw them (``evaluation.images.sampling``) and does
-not embed them (``evaluation.encoders.embed``).
+Owns everything that is done with finished images. Does not own sampling
+(``evaluation.images.sampling``) or embedding (``evaluation.encoders.embed``).
 
 Shapes: H, W pixels; 3 colour channels; uint8.
 """
@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from evaluation.prompts import PromptSet
 from trainer.errors import InvalidImages, ModelFileError
 
-BLACK_LEVEL = 10  # assumed: brightest value of a picture that counts as black (0-255)
-UNIFORM_RANGE = 6  # assumed: widest spread of any channel of a picture that shows nothing (0-255)
-# Two batch compositions of the same picture may differ by this much; a trained adapter must differ by more.
+BLACK_LEVEL = 10  # assumed: largest pixel value of an image that counts as black (0-255)
+UNIFORM_RANGE = 6  # assumed: largest range of any channel of an image that counts as uniform (0-255)
+# The same image may differ by this much between batch compositions; a trained adapter must change it by more.
 SAME_WITHIN = 1
 GRID_CELL_PX = 192
 GRID_LABEL_PX = 16
@@ -29,7 +29,7 @@ GRID_LABEL_PX = 16
 
 @dataclass(frozen=True)
 class SampledImage:
-    """One picture, and which prompt and seed it belongs to."""
+    """One image with its prompt and seed."""
 
     prompt_id: str
     seed: int
@@ -38,7 +38,7 @@ class SampledImage:
 
 
 def invalid_reason(image: SampledImage) -> str | None:
-    """``not finite``, ``black`` or ``uniform`` – or None for a picture that shows something."""
+    """``not finite``, ``black`` or ``uniform``; None for a valid image."""
     if not image.finite:
         return "not finite"
     if int(image.pixels_HW3.max()) <= BLACK_LEVEL:
@@ -50,42 +50,42 @@ def invalid_reason(image: SampledImage) -> str | None:
 
 
 def check_valid(images: Sequence[SampledImage]) -> None:
-    """Raise InvalidImages if any picture is black, uniform or not finite."""
+    """Raise InvalidImages if any image is black, uniform or not finite."""
     reasons = [reason for reason in map(invalid_reason, images) if reason]
     if reasons:
         counts = ", ".join(f"{reasons.count(r)} {r}" for r in sorted(set(reasons)))
         raise InvalidImages(
-            f"{len(reasons)} of {len(images)} images show nothing ({counts})",
-            'a lower learning_rate, fewer epochs or mixed_precision = "bf16" usually helps',
+            f"{len(reasons)} of {len(images)} images are invalid ({counts})",
+            'try a lower learning_rate, fewer epochs or mixed_precision = "bf16"',
         )
 
 
 def largest_change(images: Sequence[SampledImage], base_images: Sequence[SampledImage]) -> int:
-    """Largest difference of a pixel value (0-255) between pictures of the same prompt and seed."""
+    """Largest difference of a pixel value (0-255) between images of the same prompt and seed."""
     own = {(i.prompt_id, i.seed): i.pixels_HW3 for i in base_images}
     pairs = [(i.pixels_HW3, own[i.prompt_id, i.seed]) for i in images if (i.prompt_id, i.seed) in own]
-    assert pairs, "no picture of the base to compare with"
+    assert pairs, "no image of the base to compare with"
     return max(int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()) for a, b in pairs)
 
 
 class Unchanged(ModelFileError):
-    """An adapter whose pictures are the untrained base's own."""
+    """The images with the adapter equal those of the untrained base."""
 
 
 def prove_applied(images: Sequence[SampledImage], base_images: Sequence[SampledImage]) -> None:
-    """Raise Unchanged if the pictures are the untrained base's own: then no adapter was at work, or a weak one.
+    """Raise Unchanged if the images equal those of the untrained base: the adapter was not applied or is too weak.
 
-    A load that failed without a word would otherwise get the base's score (the origin pipeline's fault).
+    Otherwise a LoRA that failed to load silently would get the score of the base.
     """
     if largest_change(images, base_images) <= SAME_WITHIN:
         raise Unchanged(
-            "the LoRA changes nothing: its images are the untrained base's own",
-            "it was not applied to this base, or its learning rate was too low to change a single pixel",
+            "the LoRA has no effect: its images equal those of the untrained base",
+            "check that it was trained for this base and that its learning rate was not too low",
         )
 
 
 def png_bytes(pixels_HW3: np.ndarray) -> bytes:
-    """The picture as a PNG file's content; the same pixels always give the same bytes."""
+    """The image as PNG bytes; equal pixels give equal bytes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels_HW3).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -94,10 +94,10 @@ def png_bytes(pixels_HW3: np.ndarray) -> bytes:
 def sample_grid(
     images: Sequence[SampledImage], prompts: PromptSet, columns: int | None = None
 ) -> Image.Image:
-    """A contact sheet: the pictures of a prompt side by side, its text under them.
+    """A contact sheet: the images of a prompt side by side, with its text below.
 
-    ``columns``: prompts beside each other; by default the sheet comes out about square.  Of a prompt with
-    seeds of its own, as many are shown as the others have.
+    ``columns``: prompts per row; by default the sheet is about square. A prompt with seeds of its own shows
+    only as many images as the others.
     """
     seeds = len(prompts.seeds)
     by_key = {(i.prompt_id, i.seed): i.pixels_HW3 for i in images}
@@ -105,7 +105,7 @@ def sample_grid(
     scale = min(1.0, GRID_CELL_PX / max(height_px, width_px))
     if (
         max(height_px, width_px) < GRID_CELL_PX // 2
-    ):  # the miniature's pictures: enlarged whole times, unsmoothed
+    ):  # images of the miniature: enlarged by a whole factor, without smoothing
         scale = float(GRID_CELL_PX // 2 // max(height_px, width_px))
     cell_w, cell_h = round(width_px * scale), round(height_px * scale)
     columns = columns or max(
@@ -132,7 +132,7 @@ def sample_grid(
 def _fitting(
     text: str, width_px: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> str:
-    """``text`` cut to a width, with dots where it was cut."""
+    """``text`` shortened to a width, with dots at the end if it was cut."""
     if draw.textlength(text, font=font) <= width_px:
         return text
     while text and draw.textlength(text + "...", font=font) > width_px:

@@ -1,11 +1,11 @@
-"""Prompts × seeds → images, the same ones every time: the sampler of every score.
+"""Prompts × seeds → images, reproducibly: the sampler behind every score.
 
-Owns the noise of each image, the classifier-free-guidance loop over a base (with or without an adapter in it)
-and the resumable folder of PNGs.  Does not judge pictures (``evaluation.images.images``).
+Owns the noise of each image, the classifier-free-guidance loop over a base (with or without an adapter) and
+the resumable folder of PNGs. Does not own the checks of images; see ``evaluation.images.images``.
 
-Common random numbers: one CPU generator per image, seeded by (prompt id, seed), so an image depends on nothing
-but its prompt, its seed and the weights.  ODE sampler only: an ancestral one would draw more noise at every step.
-Empty negative prompts are encoded as text, as kohya, ComfyUI and A1111 do; diffusers' SDXL pipeline puts zeros.
+Common random numbers: one CPU generator per image, seeded by (prompt id, seed), so an image depends only on its
+prompt, its seed and the weights. Only ODE samplers are used: an ancestral sampler would draw more noise at every
+step. Empty negative prompts are encoded as text, as kohya, ComfyUI and A1111 do; diffusers' SDXL pipeline uses zeros.
 
 Shapes: B images of a chunk, C latent channels, h w latent sides, H W pixels, 3 colours.
 """
@@ -34,15 +34,17 @@ from trainer.errors import ConfigError, OutOfMemory
 from trainer.files import machine_error, write_atomic
 
 INDEX_NAME = "samples.json"
-BATCH_PIXELS = 8 * 64 * 64  # assumed: latent cells of a chunk that fit 16 GB beside SD1.5 (8 images of 512²)
-BATCH_CARD_BYTES = 16e9  # the card of that assumption; a larger one draws as many times more at once
+BATCH_PIXELS = (
+    8 * 64 * 64
+)  # assumed: latent cells per chunk that fit into 16 GB together with SD1.5 (8 images of 512²)
+BATCH_CARD_BYTES = 16e9  # the GPU memory of that assumption; chunks grow in proportion on larger GPUs
 MAX_BATCH = 32
 
-OnImages = Callable[[int, int], None]  # (images done, images in all)
+OnImages = Callable[[int, int], None]  # (images done, total)
 
 
 def default_config(base: Base, **changes: Any) -> SampleConfig:
-    """The base's native size and a chunk that fits beside it; ``changes`` replace single values."""
+    """The native size of the base and a chunk size that fits; ``changes`` override single values."""
     side_px = base.native_resolution_px
     width_px, height_px = changes.get("width_px") or side_px, changes.get("height_px") or side_px
     cells = (width_px // base.latent_factor_px) * (height_px // base.latent_factor_px)
@@ -51,13 +53,13 @@ def default_config(base: Base, **changes: Any) -> SampleConfig:
 
 
 def chunk_size(cells: int, card_bytes: float) -> int:
-    """Images at once, of so many latent cells each.  By the card's size, not by what is free of it now: the
-    same card always draws in the same chunks, so that stored ones can be taken over."""
+    """Images per chunk, for images of ``cells`` latent cells. It depends on the total memory of the GPU, not
+    on the free memory: the same GPU always uses the same chunks, so stored ones can be reused."""
     return max(1, min(MAX_BATCH, int(BATCH_PIXELS * card_bytes / BATCH_CARD_BYTES) // cells))
 
 
 def _card_bytes(device: torch.device) -> float:
-    """Memory of a GPU; a CPU counts as the assumed card."""
+    """Memory of the GPU; on a CPU, the assumed size."""
     if device.type != "cuda":
         return BATCH_CARD_BYTES
     return float(torch.cuda.get_device_properties(device).total_memory)
@@ -80,11 +82,11 @@ def sample(
     only_first_chunk: bool = False,
     on_image: OnImages | None = None,
 ) -> list[SampledImage]:
-    """One image per prompt and seed, prompt by prompt, from the base as it stands (adapter included).
+    """One image per prompt and seed, prompt by prompt, from the base in its current state (adapter included).
 
-    ``folder`` keeps them as PNG; with an ``identity`` (what the weights are: base and adapter) whole chunks that
-    are already there under the same identity are taken over instead of drawn.  ``as_class`` renders the scored text
-    – the class word instead of the trigger – with the noise of the same prompts: the untrained base's anchor.
+    ``folder`` stores them as PNG. With an ``identity`` (of the weights: base and adapter), whole chunks that
+    are stored under the same identity are reused. ``as_class`` renders the scored text, which has the class
+    word instead of the trigger, with the noise of the same prompts: the anchor of the untrained base.
     """
     jobs = list(prompts.jobs)
     if only_first_chunk:
@@ -112,8 +114,8 @@ def _draw(
     encoded: dict[str, TextStates],
     as_class: bool,
 ) -> list[SampledImage]:
-    """The images of a chunk.  ``encoded`` gathers the texts' states: each is encoded once a call, and alone,
-    so that its numbers do not depend on which texts are beside it or which chunks were stored already."""
+    """The images of a chunk. ``encoded`` caches the text states. Each text is encoded once per call and on
+    its own, so its states do not depend on the other texts or on which chunks were already stored."""
     texts = [prompt.scored_text if as_class else prompt.text for prompt, _ in chunk]
     guided = config.cfg > 1
     try:
@@ -127,7 +129,7 @@ def _draw(
     except torch.OutOfMemoryError:
         raise OutOfMemory(
             f"out of memory while sampling {len(chunk)} images of {config.width_px}×{config.height_px} px",
-            "sample fewer at once",
+            "lower the batch size of sampling",
         ) from None
     rows = zip(chunk, pixels_BHW3, finite, strict=True)
     return [SampledImage(prompt.id, seed, pixels, bool(ok)) for (prompt, seed), pixels, ok in rows]
@@ -139,18 +141,19 @@ def _encode(base: Base, text: str, config: SampleConfig) -> TextStates:
 
 
 def initial_noise(base: Base, chunk: Sequence[tuple[Prompt, int]], config: SampleConfig) -> Tensor:
-    """(B, C, h, w) fp32 on CPU: each image's own draw, whoever else is in the chunk."""
+    """(B, C, h, w) fp32 on CPU: drawn per image, independent of the other images in the chunk."""
     factor = base.latent_factor_px
     if config.width_px % factor or config.height_px % factor:
         raise ConfigError(
-            f"image size {config.width_px}×{config.height_px} px", f"give multiples of {factor}"
+            f"image size {config.width_px}×{config.height_px} px cannot be sampled",
+            f"give multiples of {factor}",
         )
     shape = (int(base.unet.config.in_channels), config.height_px // factor, config.width_px // factor)
     return torch.stack([torch.randn(shape, generator=generator(prompt.id, seed)) for prompt, seed in chunk])
 
 
 def make_scheduler(base: Base, config: SampleConfig) -> DPMSolverMultistepScheduler:
-    """A fresh solver on the base's own noise schedule, timesteps set."""
+    """A new solver with the noise schedule of the base and its timesteps set."""
     alphas = base.alphas_cumprod.double().cpu()
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     scheduler = DPMSolverMultistepScheduler(
@@ -167,7 +170,7 @@ def make_scheduler(base: Base, config: SampleConfig) -> DPMSolverMultistepSchedu
 def denoise(
     base: Base, noise_BChw: Tensor, states: TextStates, negative: TextStates | None, config: SampleConfig
 ) -> Tensor:
-    """Scaled latents (B, C, h, w) in fp32 from noise; both halves of the guidance in one call of the U-Net."""
+    """Scaled latents (B, C, h, w) in fp32 from noise; both guidance branches in one U-Net call."""
     count = len(noise_BChw)
     scheduler = make_scheduler(base, config)
     latents_BChw = noise_BChw.to(base.device) * scheduler.init_noise_sigma
@@ -188,13 +191,13 @@ def denoise(
 
 
 def _key(identity: str, prompts: PromptSet, config: SampleConfig, as_class: bool) -> str:
-    """What must be equal for a stored chunk to stand for a fresh one; the batch size decides who is in a chunk."""
+    """What must match before a stored chunk is reused. The batch size decides which images share a chunk."""
     parts = [identity, prompts.hash, [(prompt.id, seed) for prompt, seed in prompts.jobs], config.hash]
     return hashlib.sha256(json.dumps([*parts, config.batch_size, as_class]).encode()).hexdigest()
 
 
 class _Store:
-    """A folder of PNGs with an index that names, per finished image, its file's sha256 and its finite flag."""
+    """A folder of PNGs with an index: the sha256 and the finite flag of each finished image."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder = folder
@@ -204,7 +207,7 @@ class _Store:
         if index.get("key") == key:
             self.rows = index["images"]
             return
-        try:  # pictures of other weights or prompts must not stay beside the new ones
+        try:  # remove images of other weights or prompts
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.png"):
                 if re.fullmatch(r"[0-9a-f]{16}_\d+\.png", path.name):
@@ -220,7 +223,7 @@ class _Store:
         return index if isinstance(index, dict) and isinstance(index.get("images"), dict) else {}
 
     def read(self, chunk: Sequence[tuple[Prompt, int]]) -> list[SampledImage] | None:
-        """The chunk's images, or None unless every one of them is there, whole and unchanged."""
+        """The images of the chunk, or None if any of them is missing or changed."""
         images = []
         for prompt, seed in chunk:
             name = file_name(prompt.id, seed)

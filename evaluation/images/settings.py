@@ -1,7 +1,7 @@
 """SampleConfig: how scored images are drawn.
 
-Owns the values, their defaults and limits, and which samplers there are.  Drawing is
-``evaluation.images.sampling``'s; nothing of it is loaded here.
+Owns the values, their defaults and limits, and which samplers there are.  Does not own sampling
+(``evaluation.images.sampling``), which is not imported here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainer.checks import setting
 from trainer.errors import ConfigError
 
 # DPM-Solver++(2M) is an ODE sampler: "20 steps high quality, quite good even in 10" (diffusers docs).
-# Timesteps are spaced as in A1111 and ComfyUI: from pure noise at 999 downwards.
+# Timesteps are spaced as in A1111 and ComfyUI: from pure noise at 999 down.
 SAMPLERS: dict[str, dict[str, Any]] = {
     "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2, "timestep_spacing": "linspace"},
 }
@@ -23,7 +23,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn.  Part of a score's identity, all but ``batch_size``."""
+    """How images are sampled. Part of the identity of a score, except for ``batch_size``."""
 
     width_px: int = setting(MISSING, low=8, high=4096, multiple_of=8)
     height_px: int = setting(MISSING, low=8, high=4096, multiple_of=8)
@@ -38,12 +38,16 @@ class SampleConfig:
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"sampler {self.sampler!r} is not known", "use one of " + ", ".join(SAMPLERS))
         if self.steps < 1 or self.batch_size < 1 or self.cfg < 1:
-            raise ConfigError("steps, batch size and cfg must be at least 1", "usual: 20 steps, cfg 7")
+            raise ConfigError(
+                "steps, batch size and cfg must be at least 1", "use for example 20 steps and cfg 7"
+            )
         if self.width_px < 8 or self.height_px < 8 or self.width_px % 8 or self.height_px % 8:
-            raise ConfigError(f"image size {self.width_px}×{self.height_px} px", "give multiples of 8")
+            raise ConfigError(
+                f"image size {self.width_px}×{self.height_px} px cannot be sampled", "give multiples of 8"
+            )
 
     @property
     def hash(self) -> str:
-        """sha256 of what decides the images; the batch size does not (to 1/255)."""
+        """sha256 of everything that decides the images. The batch size does not (up to 1/255)."""
         values = {k: v for k, v in asdict(self).items() if k != "batch_size"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

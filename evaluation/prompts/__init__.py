@@ -1,6 +1,7 @@
-"""Prompts: which texts are drawn and which are scored.
+"""Prompts: which texts are rendered and which are scored.
 
-Owns the choice, the wording, the trigger → class word rule and token limits.  Draws nothing (``evaluation.images``).
+Owns the choice, the wording, the trigger → class word rule and token limits.  Does not own sampling; see
+``evaluation.images``.
 """
 
 import lazy_loader

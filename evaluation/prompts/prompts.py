@@ -1,11 +1,12 @@
-"""Prompt sets: what is rendered, what is scored, and which seeds – fixed for a whole study.
+"""Prompt sets: rendered texts, scored texts and seeds, fixed for a whole study.
 
-Owns the choice, the trigger → class word rule, token limits, the file form and the hash.  Does not word the templates
-(``evaluation.prompts.templates``), render (``evaluation.images.sampling``) or score (``evaluation.score.score``).
+Owns the choice, the trigger → class word rule, token limits, the file format and the hash. Does not
+own the wording of templates (``evaluation.prompts.templates``), sampling
+(``evaluation.images.sampling``) or scoring (``evaluation.score.score``).
 
-The text that is scored is derived from the text that is rendered, never written beside it, so the two cannot
-drift apart.  The trigger is replaced by the class word because a rare token has an arbitrary text embedding
-(LyCORIS, arXiv 2309.14859, D.4).  A prompt's id is the hash of its text: adding a prompt shifts no other image.
+The scored text is derived from the rendered text and never written separately, so the two cannot drift apart.
+The trigger is replaced by the class word because a rare token has an arbitrary text embedding (LyCORIS, arXiv
+2309.14859, D.4).  The id of a prompt is the hash of its text: adding a prompt changes no other image.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from trainer.checks import suggestion
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
 
-MAX_TOKENS = 75  # CLIP's 77 without begin and end; what lies beyond is cut off unseen
-SHORT_TOKENS = 40  # generated prompts: CLIP weighs late tokens little (facts: "about 20 effective tokens")
+MAX_TOKENS = 75  # CLIP's 77 without start and end tokens; later tokens are truncated silently
+SHORT_TOKENS = 40  # of generated prompts: CLIP gives late tokens little weight (Long-CLIP, arXiv 2403.15378)
 
-CountTokens = Callable[[str], int]  # text → tokens, without begin and end: ``Base.token_count``
+CountTokens = Callable[[str], int]  # text → number of tokens, without start and end: ``Base.token_count``
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt.  ``text`` is rendered, ``scored_text`` is what the scorer compares the image with.
+    """One prompt. ``text`` is rendered, ``scored_text`` is what the scorer compares the image with.
 
-    ``seeds`` of its own replace the set's.
+    If it has ``seeds``, they replace those of the set.
     """
 
     text: str
@@ -49,18 +50,19 @@ class Prompt:
 
     @property
     def id(self) -> str:
-        """First 16 hex digits of the text's sha256: the noise of its images depends on it and a seed alone."""
+        """First 16 hex digits of the sha256 of the text. The noise of an image depends only on this
+        id and the seed."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     @property
     def asks_for_subject(self) -> bool:
-        """Whether likeness to the references is asked for (a class-only prompt must not show the subject)."""
+        """Whether likeness is measured (a class-only prompt must not show the subject)."""
         return self.kind != "class-only"
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts × seeds of a study.  ``notes`` are lines to show the user once; they are not part of the hash."""
+    """Prompts × seeds of a study. ``notes`` are shown to the user once and are not part of the hash."""
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -72,24 +74,28 @@ class PromptSet:
         ids = [p.id for p in self.prompts]
         twice = [p.text for p in self.prompts if ids.count(p.id) > 1]
         if twice:
-            raise ConfigError(f"the prompt {twice[0]!r} is there twice", "leave one of them out")
+            raise ConfigError(f"the prompt {twice[0]!r} appears twice", "remove one of them")
         if len(self.prompts) < 2:
             raise ConfigError(
-                "a prompt set needs at least 2 prompts", "chance level is measured between prompts"
+                "a prompt set needs at least 2 prompts",
+                "add a prompt: the chance level is measured between prompts",
             )
         if not any(p.asks_for_subject for p in self.prompts):
-            raise ConfigError("every prompt is class-only", "likeness needs prompts that ask for the subject")
+            raise ConfigError(
+                "every prompt is class-only",
+                "add prompts with {trigger}: likeness needs images of the subject",
+            )
         for seeds in (self.seeds, *(p.seeds for p in self.prompts if p.seeds)):
             if not seeds or len(set(seeds)) != len(seeds):
                 raise ConfigError(
-                    f"seeds {list(seeds)} are empty or repeated", "give different whole numbers"
+                    f"seeds {list(seeds)} are empty or repeated", "give a list of different whole numbers"
                 )
             if any(isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**63 for s in seeds):
-                raise ConfigError("seeds are not whole numbers from 0", "for example seeds = [0, 1]")
+                raise ConfigError("seeds must be whole numbers from 0", "write for example seeds = [0, 1]")
 
     @property
     def hash(self) -> str:
-        """sha256 of what decides the images and their score: texts, scored texts, kinds, seeds (any order)."""
+        """sha256 of everything that decides images and scores: texts, scored texts, kinds and seeds, in any order."""
         rows = sorted(
             [p.text, p.scored_text, p.kind, *([sorted(p.seeds)] if p.seeds else [])] for p in self.prompts
         )
@@ -100,7 +106,7 @@ class PromptSet:
 
     @property
     def jobs(self) -> tuple[tuple[Prompt, int], ...]:
-        """Every image as (prompt, seed), prompt by prompt."""
+        """(prompt, seed) of every image, prompt by prompt."""
         return tuple((prompt, seed) for prompt in self.prompts for seed in self.seeds_of(prompt))
 
     @property
@@ -109,7 +115,7 @@ class PromptSet:
 
     @property
     def size(self) -> str:
-        """What multiplies out to the images: ``15 prompts × 2 seeds, 1 × 8``."""
+        """The size of the set in words, for example ``15 prompts × 2 seeds, 1 × 8``."""
         counts = Counter(len(self.seeds_of(prompt)) for prompt in self.prompts).items()
         (first, seeds), *more = [(prompts, seeds) for seeds, prompts in counts]
         words = f"{first} prompt{'s'[: first > 1]} × {seeds} seed{'s'[: seeds > 1]}"
@@ -139,13 +145,13 @@ def _names(trigger: str, text: str) -> bool:
 
 def no_class_word() -> ConfigError:
     return ConfigError(
-        "no class word is known, and the text that is scored depends on it",
-        "give it with --class, for example --class girl, or name the folder 10_trigger class",
+        "no class word is given; the scored texts need it",
+        "give it with --class, for example --class girl, or in the folder name: 10_trigger class",
     )
 
 
 def make_prompt(template: str, kind: str, trigger: str | None, class_word: str | None) -> Prompt:
-    """A prompt from text with {trigger} and {class} in it (or from plain text)."""
+    """A prompt from plain text, or from text with {trigger} and {class}."""
     if kind not in KINDS:
         raise ConfigError(
             f"kind {kind!r} is not known", suggestion(kind, KINDS) or "use one of " + ", ".join(KINDS)
@@ -157,18 +163,20 @@ def make_prompt(template: str, kind: str, trigger: str | None, class_word: str |
     stray = re.search(r"[{}][^{}]*[}]?", text)
     if stray:
         raise ConfigError(
-            f"{stray.group()!r} in the prompt {template!r} is not known", "use {trigger} and {class}"
+            f"{stray.group()!r} in the prompt {template!r} is not known",
+            "only {trigger} and {class} can be used",
         )
     if not text:
-        raise ConfigError(f"the prompt {template!r} is empty", "write what the image shall show")
+        raise ConfigError(f"the prompt {template!r} is empty", "describe what the image should show")
     plain = scored_text(text, trigger, class_word)
     if kind == "class-only" and plain != text:
-        raise ConfigError(f"the class-only prompt {text!r} holds the trigger", "write it with {class} alone")
+        raise ConfigError(f"the class-only prompt {text!r} contains the trigger", "use {class} only")
     return Prompt(text, plain, kind)
 
 
 def shorten(text: str, count_tokens: CountTokens, limit: int = SHORT_TOKENS) -> str:
-    """``text`` cut after the last clause that ends within ``limit`` tokens; inside a clause only if it must."""
+    """``text`` cut after the last clause that ends within ``limit`` tokens, or inside the first clause
+    if it is longer."""
     if count_tokens(text) <= limit:
         return text
     ends = [m.start() for m in re.finditer(r"[,;.:]\s", text)] or []
@@ -182,7 +190,7 @@ def shorten(text: str, count_tokens: CountTokens, limit: int = SHORT_TOKENS) -> 
 
 
 def _as_prompt(caption: str, trigger: str | None, class_word: str | None, count_tokens: CountTokens) -> str:
-    """A caption as a prompt template: short, and with the trigger in front if the cut has lost it."""
+    """A caption as a prompt template: shortened, and with the trigger in front if it was cut off."""
     text = caption.replace("{", "(").replace("}", ")")
     short = shorten(text, count_tokens)
     if not trigger or not _names(trigger, text) or _names(trigger, short):
@@ -206,8 +214,9 @@ def generate(
 ) -> PromptSet:
     """A prompt set from the dataset's captions (train-like) and ``TEMPLATES[words]`` (the other kinds).
 
-    Captions are taken in the order of their hashes, so the choice depends on no file name.  A kind that runs out
-    is filled up from the altered templates.  Prompts of ``exclude`` are not used: a confirmation set is disjoint.
+    Captions are taken in the order of their hashes, so the choice does not depend on file names. If a kind
+    has too few prompts, altered templates fill the gap. Prompts in ``exclude`` are not used, so a
+    confirmation set is disjoint.
     """
     used = {p.id for p in exclude.prompts} if exclude else set()
     ordered = sorted(
@@ -229,18 +238,18 @@ def generate(
         notes.append(f"{len(cut)} captions were shortened to {SHORT_TOKENS} tokens to serve as prompts")
     if lacking:
         planned = len(chosen) + lacking
-        notes.append(f"{len(chosen)} of {planned} planned prompts: captions and templates are used up")
+        notes.append(f"{len(chosen)} of {planned} planned prompts: there are no more captions or templates")
     for prompt in chosen.values():
         if count_tokens(prompt.text) > MAX_TOKENS:
             raise ConfigError(
-                f"trigger and class word are too long for prompts: {prompt.text!r}", "shorten them"
+                f"trigger and class word are too long for prompts: {prompt.text!r}", "use shorter ones"
             )
     prompts = _with_class_seeds(list(chosen.values()), seeds, class_seeds)
     return PromptSet(prompts, tuple(seeds), trigger, class_word, tuple(notes))
 
 
 def _with_class_seeds(prompts: list[Prompt], seeds: Sequence[int], count: int) -> tuple[Prompt, ...]:
-    """The first class-only prompt with ``count`` seeds, the set's first, if that is more than the set has."""
+    """Give the first class-only prompt ``count`` seeds, starting with those of the set, if the set has fewer."""
     first = next((n for n, p in enumerate(prompts) if not p.asks_for_subject), None)
     if first is not None and count > len(seeds):
         more = range(max(seeds) + 1, max(seeds) + 1 + count - len(seeds))
@@ -257,7 +266,7 @@ def _take(
     trigger: str | None,
     class_word: str | None,
 ) -> tuple[dict[str, Prompt], int]:
-    """``chosen`` with up to ``count`` more prompts of ``kind``, and how many are lacking."""
+    """``chosen`` with up to ``count`` more prompts of ``kind``, and how many are missing."""
     more = dict(chosen)
     for template in templates:
         if len(more) - len(chosen) == count:
@@ -273,8 +282,8 @@ def load_prompts(
 ) -> PromptSet:
     """A hand-written prompt set: TOML ([[prompts]] text, kind; seeds), or plain text with one prompt a line.
 
-    ``trigger`` and ``class`` at the top of a TOML file are used where the arguments are None.  Prompts that
-    the text encoder would cut are refused.
+    ``trigger`` and ``class`` at the top of a TOML file are used if the arguments are None. Raises ConfigError
+    for prompts that the text encoder would truncate.
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -295,8 +304,8 @@ def load_prompts(
         tokens = count_tokens(prompt.text)
         if tokens > MAX_TOKENS:
             raise ConfigError(
-                f"{path}: the prompt {prompt.text[:40]!r}… has {tokens} tokens and is cut at {MAX_TOKENS}",
-                f"shorten it; {SHORT_TOKENS} tokens or fewer score best",
+                f"{path}: the prompt {prompt.text[:40]!r}… has {tokens} tokens; it would be truncated at {MAX_TOKENS}",
+                f"shorten it, best to {SHORT_TOKENS} tokens or fewer",
             )
     return PromptSet(prompts, seeds, trigger, class_word)
 
@@ -306,7 +315,7 @@ def _read_toml(
 ) -> tuple[list[tuple[str, str, tuple[int, ...]]], tuple[int, ...], str | None, str | None]:
     try:
         table = tomllib.loads(content)
-    except (ValueError, RecursionError) as error:  # of TOML, of endless digits or brackets
+    except (ValueError, RecursionError) as error:  # invalid TOML, too many digits or brackets
         raise ConfigError(
             f"{path} is not valid TOML: {error}", "see docs/evaluation.md for an example"
         ) from None
@@ -320,7 +329,8 @@ def _read_toml(
         or not all(_are_numbers(row.get("seeds", [0])) and row.get("seeds") != [] for row in rows)
     ):
         raise ConfigError(
-            f"{path}: prompts or seeds have the wrong form", "write [[prompts]] text = …, seeds = [0, 1]"
+            f"{path}: prompts or seeds have the wrong form",
+            "write seeds = [0, 1] and [[prompts]] with text = …",
         )
     for key in ("trigger", "class"):
         if not isinstance(table.get(key, ""), str):
@@ -336,7 +346,7 @@ def _read_toml(
 
 
 def _are_numbers(seeds: Any) -> bool:
-    """A list that may be seeds; PromptSet has the last word."""
+    """Whether a value may be a list of seeds; PromptSet checks it completely."""
     return isinstance(seeds, list) and all(isinstance(s, int | float) and abs(s) < 2**63 for s in seeds)
 
 
@@ -349,7 +359,7 @@ def _check_keys(path: Path, table: Mapping[str, Any], known: tuple[str, ...]) ->
 
 
 def save_prompts(prompts: PromptSet, path: Path) -> None:
-    """Write the set as a TOML file that ``load_prompts`` reads back to the same hash."""
+    """Write the set as a TOML file. ``load_prompts`` reads it back to the same hash."""
     document = tomlkit.document()
     if prompts.trigger:
         document["trigger"] = prompts.trigger

@@ -1,8 +1,8 @@
-"""Templates of generated prompts: what a subject is asked for beyond its captions, in each world's words.
+"""Templates of generated prompts, in addition to captions: one wording for real bases, one for the miniature.
 
-Owns the wording.  Does not choose (``evaluation.prompts.prompts``).  Order matters: a smaller set takes the
-first ones, so new ones go to the end, where they change no set that was full before.  ``altered`` also fills up
-for every kind that runs out: 15 of a search set and 22 of a confirmation set where there is no caption at all.
+Owns the wording. Does not own the choice; see ``evaluation.prompts.prompts``. Order matters: a smaller set takes
+the first templates, so add new ones at the end, where they do not change existing sets. ``altered`` also fills
+the gap if another kind runs out: 15 of a search set and 22 of a confirmation set if there are no captions at all.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The score of one adapter: anchored parts, their composite, its standard error and its safeguards.
+"""The score of one adapter: anchored parts, their composite, its standard error and the safeguards.
 
-Owns anchors, formula, safeguards and statistics.  Decides nothing about a study (``hpo``)
+Owns anchors, formula, safeguards and statistics.  Does not own decisions about a study (``hpo``)
 or a run (``evaluation.choice``).
 """
 

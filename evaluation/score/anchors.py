@@ -1,11 +1,11 @@
-"""Anchors: what 0 and 1 of a score mean, as a value, with what it was measured with.
+"""Anchors: what 0 and 1 of a score mean, and what they were measured with.
 
-Owns the value, its file, and the guard against anchors that cannot be told apart.  Does not measure them
-(``evaluation.score.evaluator``) or score adapters (``evaluation.score.score``, which has the formula).
+Owns the value, its file, and the check that the anchors can be told apart. Does not own their measurement
+(``evaluation.score.evaluator``) or the scoring of adapters (``evaluation.score.score``).
 
-    T_base, I_base   the untrained base, same noise, the class word instead of the trigger
-    T_chance         the base's pictures against the other prompts' texts
-    I_real           every held-out reference against the other references
+    T_base, I_base   the untrained base, same noise, class word instead of the trigger
+    T_chance         images of the base with the texts of the other prompts
+    I_real           every held-out reference with the other references
 
 Shapes: P prompts.
 """
@@ -30,12 +30,12 @@ ANCHORS_NAME = "anchors.json"
 
 @dataclass(frozen=True)
 class Anchors:
-    """What 0 and 1 mean for one base, prompt set, way of sampling, scorer, likeness encoder, reference set.
+    """What 0 and 1 mean for one base, prompt set, sampling config, scorer, likeness encoder and reference set.
 
-    ``*_P`` follow the order of ``prompt_ids``: raw cosines.  ``base_i_P`` of class-only prompts is the
-    prior's anchor, not likeness's; ``base_diversity`` is the base's mean Vendi
-    (``evaluation.score.safeguards``). ``untouched``: first pictures of the untrained base with the trigger;
-    an adapter's must differ from these.
+    ``*_P`` are raw cosines in the order of ``prompt_ids``. For class-only prompts, ``base_i_P`` anchors prior
+    preservation, not likeness. ``base_diversity`` is the mean Vendi score of the base
+    (``evaluation.score.safeguards``). ``untouched``: first images of the untrained base with the trigger;
+    images of an adapter must differ from them.
     """
 
     identity: dict[str, str]
@@ -53,58 +53,59 @@ class Anchors:
 
     @property
     def key(self) -> str:
-        """sha256 of the identity: scores are comparable within one key only."""
+        """sha256 of the identity. Only scores with the same key are comparable."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def t_unit(self) -> float:
-        """T_base − T_chance as a cosine: what one unit of prompt following is."""
+        """T_base − T_chance as a cosine: one unit of prompt following."""
         return float(np.mean(self.base_t_P) - np.mean(self.chance_t_P))
 
     @property
     def i_unit(self) -> float:
-        """I_real − I_base as a cosine: what one unit of likeness is."""
+        """I_real − I_base as a cosine: one unit of likeness."""
         return float(self.real_i - np.array(self.base_i_P)[np.array(self.asks_for_subject)].mean())
 
     @property
     def base_prior_i(self) -> float | None:
-        """Mean raw likeness of the base's class-only pictures; None without such a prompt."""
+        """Mean raw likeness of the base's class-only images; None if there is no such prompt."""
         only = np.array(self.base_i_P)[~np.array(self.asks_for_subject)]
         return float(only.mean()) if len(only) else None
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Lines to show where two anchors are nearer than 2 standard errors; empty if the scale is sound."""
+        """One line for each pair of anchors closer than 2 standard errors; empty if the scale is sound."""
         found = []
         if self.t_unit < 2 * self.t_unit_se or self.t_unit <= 0:
             found.append(
-                f"the scorer cannot tell the base's images of one prompt from another's: {self.t_unit:.4f} ± "
-                f"{self.t_unit_se:.4f}; use more and more different prompts"
+                f"the scorer cannot tell the base's images of different prompts apart: {self.t_unit:.4f} ± "
+                f"{self.t_unit_se:.4f}; use more prompts, and more different ones"
             )
         if self.i_unit < 2 * self.i_unit_se or self.i_unit <= 0:
             found.append(
-                f"the references are hardly more alike than the base's images are to them: {self.i_unit:.4f} "
+                f"the references are hardly more similar to each other than to the base's images: {self.i_unit:.4f} "
                 f"± {self.i_unit_se:.4f}; use more references, another likeness encoder, or more sampling steps"
             )
         return tuple(found)
 
     def check(self, identity: Mapping[str, str]) -> None:
-        """Raise ConfigError unless the anchors were measured with these."""
+        """Raise ConfigError unless the anchors were measured with this identity."""
         for what, value in identity.items():
             if self.identity[what] != value:
                 raise ConfigError(
-                    f"the anchors were measured with another {what}", "measure them again in a new study"
+                    f"the anchors were measured with a different {what}", "measure them again in a new study"
                 )
 
     def require_separable(self) -> None:
-        """Raise DataError with figures if a score on this scale would mean nothing."""
+        """Raise DataError with the numbers if a score on this scale would be meaningless."""
         if self.problems:
             problem, hint = self.problems[0].split("; ", 1)
-            raise DataError(f"a score would mean nothing here: {problem}", hint)
+            raise DataError(f"scores would be meaningless: {problem}", hint)
 
 
 def read_anchors(path: Path, identity: Mapping[str, str]) -> Anchors | None:
-    """Stored anchors of this identity; None if there is no whole file; ConfigError if of another identity."""
+    """Stored anchors of this identity; None if the file is missing or incomplete. Raises ConfigError if they
+    have a different identity."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         stored = values["identity"]
@@ -113,8 +114,8 @@ def read_anchors(path: Path, identity: Mapping[str, str]) -> Anchors | None:
     changed = sorted(k for k in identity if stored.get(k) != identity[k])
     if changed:
         raise ConfigError(
-            f"{path} was measured with another {', '.join(changed)}: scores would not be comparable",
-            "start a new study with --name, or go back to what it began with",
+            f"{path} was measured with a different {', '.join(changed)}: scores would not be comparable",
+            "start a new study with --name, or restore the original settings",
         )
     tuples = {f.name for f in fields(Anchors) if str(f.type).startswith("tuple")} - {"untouched"}
     found: dict[str, Any] = {k: tuple(v) if k in tuples else v for k, v in values.items()}
@@ -122,6 +123,6 @@ def read_anchors(path: Path, identity: Mapping[str, str]) -> Anchors | None:
 
 
 def write_anchors(path: Path, anchors: Anchors) -> None:
-    """All but the pictures, which are beside the file."""
+    """Write everything except the images, which are stored separately."""
     values = {f.name: getattr(anchors, f.name) for f in fields(anchors) if f.name != "untouched"}
     write_atomic(path, json.dumps(values, indent=1))

@@ -1,9 +1,9 @@
-"""Evaluator: everything that every adapter of a study or a run is sampled and scored with, as one value.
+"""Evaluator: everything that the adapters of a study or a run are sampled and scored with, as one value.
 
-Owns the value, and the measurement that completes it: the anchors, once, on the untrained base.  Does not
-score adapters (``evaluation.score.score``) or say what the anchors mean (``evaluation.score.anchors``).
+Owns the value and the measurement of its anchors, once, on the untrained base. Does not own the scoring of
+adapters (``evaluation.score.score``) or the meaning of the anchors (``evaluation.score.anchors``).
 
-Shapes: N pictures, P prompts, R references, D vector width.
+Shapes: N images, P prompts, R references, D vector width.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from trainer.errors import ConfigError, ModelFileError
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What is sampled, how it is judged, and – once they are measured – the anchors of both.
+    """What is sampled, how it is scored and, once measured, the anchors.
 
-    ``safeguards`` and ``gauges`` are told beside the score and are no part of it.  An adapter is injected
-    into ``base`` by whoever has it scored, and removed after.
+    ``safeguards`` and ``gauges`` are reported with the score but are not part of it. The caller injects the
+    adapter into ``base`` before scoring and removes it afterwards.
     """
 
     base: Base
@@ -47,7 +47,7 @@ class Evaluator:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What anchors are measured with, and belong to.  The order counts: ``hpo.judge`` names a folder by it."""
+        """What the anchors are measured with. The order matters: ``hpo.judge`` derives a folder name from it."""
         return {
             "base": self.base.identity,
             "prompts": self.prompts.hash,
@@ -59,7 +59,7 @@ class Evaluator:
 
     @property
     def scale(self) -> Anchors:
-        """The anchors, which are there before anything is scored."""
+        """The anchors; they must be measured before anything is scored."""
         assert self.anchors is not None, "make_anchors first"
         return self.anchors
 
@@ -67,25 +67,25 @@ class Evaluator:
         return replace(self, anchors=anchors)
 
     def on(self, prompts: PromptSet) -> Evaluator:
-        """The same on other prompts.  Their anchors are still to be measured."""
+        """The same evaluator for other prompts, whose anchors are not measured yet."""
         return replace(self, prompts=prompts, anchors=None)
 
     def cosines(self, vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
-        """Every picture with every scored text (N, P), and with the references on average (N)."""
+        """Cosines of every image with every scored text (N, P), and the mean with the references (N)."""
         texts_PD = self.scorer.text_features([p.scored_text for p in self.prompts.prompts])
         alike_NR = _cosines(vectors.of(self.likeness), self.references.features_RD)
         return _cosines(vectors.of(self.scorer), texts_PD), alike_NR.mean(1)
 
 
 def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None = None) -> Anchors:
-    """A study's anchors: from ``folder`` if they are there, else measured on the untrained base and stored.
+    """The anchors of a study: read from ``folder``, or measured on the untrained base and stored.
 
-    Call it before an adapter is injected.  Anchors in the folder that were measured with anything else are
-    refused: scores before and after could not be compared.
+    Call it before an adapter is injected. Raises ConfigError if the stored anchors have a different identity,
+    because scores would not be comparable.
     """
     base, prompts, sampling = evaluator.base, evaluator.prompts, evaluator.sampling
     injected = [name for name, network in base.components().items() if hasattr(network, "peft_config")]
-    assert not injected, f"anchors are the untrained base's; {injected} hold an adapter"
+    assert not injected, f"anchors must be measured on the untrained base; {injected} hold an adapter"
     check_encoder(evaluator.references, evaluator.likeness)
     stored = read_anchors(folder / ANCHORS_NAME, evaluator.identity)
     untouched = tuple(
@@ -99,8 +99,8 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
     bad = [reason for reason in map(invalid_reason, images) if reason]
     if bad:
         raise ModelFileError(
-            f"the untrained base itself draws {len(bad)} of {len(images)} images as nothing ({bad[0]})",
-            'try --set no_half_vae=true or mixed_precision = "no"; else the base\'s file is damaged',
+            f"{len(bad)} of {len(images)} images of the untrained base are invalid ({bad[0]})",
+            'try --set no_half_vae=true or mixed_precision = "no"; if that does not help, the base file is damaged',
         )
     anchors = measure_anchors(evaluator, images, untouched)
     write_anchors(folder / ANCHORS_NAME, anchors)
@@ -110,7 +110,7 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
 def measure_anchors(
     evaluator: Evaluator, images: Sequence[SampledImage], untouched: Sequence[SampledImage] = ()
 ) -> Anchors:
-    """Anchors from the untrained base's pictures of the scored texts."""
+    """Anchors from the untrained base's images of the scored texts."""
     prompts, vectors = evaluator.prompts, Vectors([image.pixels_HW3 for image in images])
     t_NP, i_N = evaluator.cosines(vectors)
     t_PP, own_i_P = _by_prompt(t_NP, images, prompts), _by_prompt(i_N, images, prompts)
@@ -118,7 +118,8 @@ def measure_anchors(
     other_PP = np.array([[a != b for b in texts] for a in texts])
     if not other_PP.any(axis=1).all():
         raise ConfigError(
-            "all prompts are the same once the trigger is replaced", "give prompts that differ in content"
+            "all prompts are the same once the class word replaces the trigger",
+            "give prompts that differ in content",
         )
     base_t_P, chance_t_P = np.diag(t_PP), (t_PP * other_PP).sum(1) / other_PP.sum(1)
     asks_P = np.array([p.asks_for_subject for p in prompts.prompts])
@@ -147,7 +148,7 @@ def _cosines(a: Tensor, b: Tensor) -> np.ndarray:
 
 
 def _by_prompt(values_N: np.ndarray, images: Sequence[SampledImage], prompts: PromptSet) -> np.ndarray:
-    """Means over the pictures of each prompt, in the prompts' order."""
+    """Mean over the images of each prompt, in prompt order."""
     ids = np.array([image.prompt_id for image in images])
     return np.stack([values_N[ids == p.id].mean(axis=0) for p in prompts.prompts])
 
@@ -158,12 +159,12 @@ def _mean_se(values: np.ndarray) -> float:
 
 
 def _leave_one_out(features_RD: Tensor) -> tuple[float, float]:
-    """Mean cosine between different references, and its jackknife standard error over references."""
+    """Mean cosine between pairs of references, and its jackknife standard error over references."""
     cosines_RR = _cosines(features_RD, features_RD)
     count = len(cosines_RR)
     total = cosines_RR.sum() - np.trace(cosines_RR)
     mean = float(total / (count * (count - 1)))
-    if count == 2:  # one pair: no spread to see
+    if count == 2:  # one pair has no spread
         return mean, 0.0
     without_R = total - 2 * (cosines_RR.sum(1) - np.diag(cosines_RR))
     means_R = without_R / ((count - 1) * (count - 2))

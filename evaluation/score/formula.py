@@ -1,7 +1,7 @@
-"""Formula: how prompt following and likeness become one number, and how steep that is.
+"""Formula: how prompt following and likeness become one number, and its slopes.
 
-Owns the composite and its slopes – pure numpy, no torch.  Does not own what the two parts are
-(``evaluation.score.score``) or how noisy (``evaluation.score.statistics``).
+Owns the composite and its slopes, in pure numpy. Does not own the two parts (``evaluation.score.score``)
+or their noise (``evaluation.score.statistics``).
 
     geometric   (t^a · i^b) ^ (1 / (a + b))          harmonic   (a + b) / (a / t + b / i)
 
@@ -17,14 +17,14 @@ import numpy as np
 from trainer.checks import setting
 from trainer.errors import ConfigError
 
-# assumed: a little better than the base's following or the references' likeness counts in a score, no more
+# assumed: a score gives a little credit for more than the base's prompt following or the references' likeness
 CEILING = 1.1
 MEANS = ("geometric", "harmonic")
 
 
 @dataclass(frozen=True)
 class Formula:
-    """How t and i become one number: which mean, and the weights (the exponents of a geometric mean)."""
+    """How t and i become one number: the kind of mean, and the weights (exponents of a geometric mean)."""
 
     mean: str = setting("geometric", choices=MEANS)
     prompt_following: float = setting(1.0, low=0.01, high=100)
@@ -34,14 +34,16 @@ class Formula:
         if self.mean not in MEANS:
             raise ConfigError(f"mean {self.mean!r} is not known", "use one of " + ", ".join(MEANS))
         if self.prompt_following <= 0 or self.likeness <= 0:
-            raise ConfigError("a weight of the score is not above 0", "1 and 1 weigh both alike")
+            raise ConfigError(
+                "a weight of the score is not above 0", "give weights above 0; 1 and 1 are equal weights"
+            )
 
     def words(self) -> str:
-        """For people and for the facts of a study."""
+        """For display and for the stored settings of a study."""
         return f"{self.mean} mean, prompt following {self.prompt_following:g} : likeness {self.likeness:g}"
 
     def slopes(self, following: float, alike: float) -> tuple[float, float]:
-        """By how much the score grows with either part, where it is above 0; none beyond the ceiling."""
+        """Derivatives of the score by each part, for a score above 0; 0 beyond the ceiling."""
         value = float(composite(np.array(following), np.array(alike), self))
         total = self.prompt_following + self.likeness
         power = 2 if self.mean == "harmonic" else 1
@@ -55,7 +57,7 @@ USUAL = Formula()
 
 
 def composite(following: np.ndarray, alike: np.ndarray, formula: Formula = USUAL) -> np.ndarray:
-    """Weighted mean of the clipped parts: 0 as soon as one of them is lost."""
+    """Weighted mean of the clipped parts; 0 if either part is 0."""
     t, i = np.clip(following, 0, CEILING), np.clip(alike, 0, CEILING)
     w_t, w_i = formula.prompt_following, formula.likeness
     if formula == USUAL:

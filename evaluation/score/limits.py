@@ -1,6 +1,6 @@
-"""SafeguardLimits: where a result stops being one, whatever it scores.
+"""SafeguardLimits: limits that make a result infeasible, whatever its score.
 
-Owns the limits and their defaults; the figures are ``evaluation.score.safeguards``'.
+Owns the limits and their defaults. Does not own the measured values; see ``evaluation.score.safeguards``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from trainer.checks import setting
 
 @dataclass(frozen=True)
 class SafeguardLimits:
-    """Where a result stops being one.  0.05 and 0.6 are facts A3's; the prior's is lenient, as a LoRA trained
-    without class images takes part of its class word with it (DreamBooth, table 3)."""
+    """Limits that make a result infeasible. 0.05 and 0.6 are assumed. The limit of the prior is
+    lenient: a LoRA trained without regularisation images changes its class word to some degree
+    (DreamBooth, arXiv 2208.12242, table 3)."""
 
     copy_rate: float = setting(0.05, low=0, high=1)
-    diversity: float = setting(0.6, low=0, high=1)  # of the untrained base's
-    prior: float = setting(1.0, low=0, high=100)  # as like the subject as the real images are
+    diversity: float = setting(0.6, low=0, high=1)  # relative to the untrained base
+    prior: float = setting(1.0, low=0, high=100)  # 1: as similar to the subject as real images

@@ -1,20 +1,20 @@
-"""Safeguards: what a score does not see – copies of training images, images all alike, a lost class word.
+"""Safeguards: faults that a score does not measure: copies of training images, identical images, a lost class word.
 
-Owns the three figures, their limits and by how much a limit is broken.  Does not decide what becomes of such
-a trial (``hpo.search.trial``), nor judge black or uniform pictures (``evaluation.images.images``).
+Owns the three values and how far each is from its limit. Does not own what happens to such a trial
+(``hpo.search.trial``) or the check for black and uniform images (``evaluation.images.images``).
 
-    copy rate   share of pictures nearer to a training image than half the usual (median) distance of a
+    copy rate   share of images closer to a training image than half the median distance of a
                 held-out reference to its nearest training image; distance = 1 − cosine
-    diversity   mean over prompts of Vendi = exp(−Σ λ log λ), λ eigenvalues of K / n, K the cosines of a prompt's
-                n pictures (Friedman & Dieng, arXiv 2210.02410): 1 if all are alike, n if nothing is shared
-    prior       likeness of class-only pictures to the subject, on a scale from the untrained base's (0) to real
+    diversity   mean over prompts of Vendi = exp(−Σ λ log λ), λ the eigenvalues of K / n, K the cosines of
+                the n images of a prompt (Friedman & Dieng, arXiv 2210.02410): 1 if all are equal, n if all differ
+    prior       likeness of class-only images to the subject, on a scale from the untrained base (0) to real
                 images of the subject (1): DreamBooth's PRES (arXiv 2208.12242), anchored
 
-Copies and diversity use the scorer's image tower and the likeness encoder together: one that was trained to
-know an individual anywhere does not see the scene.  Vendi depends on n, so it is compared with the untrained
-base's over the same prompts and seeds only – those with the most seeds.
+Copies and diversity use the scorer's image tower and the likeness encoder together: an encoder that is
+trained to recognise an individual anywhere ignores the scene. Vendi depends on n, so it is compared with that
+of the untrained base over the same prompts and seeds: those with the most seeds.
 
-Shapes: N pictures, T training images, R references, D vector width.
+Shapes: N images, T training images, R references, D vector width.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from evaluation.score.anchors import Anchors
 from evaluation.score.limits import SafeguardLimits
 from trainer.data import read_picture
 
-NEAR = 0.5  # assumed: a copy is nearer than this part of a held-out reference's usual distance
+NEAR = 0.5  # assumed: fraction of the median distance of a held-out reference below which an image is a copy
 
 
 @dataclass(frozen=True)
 class Safety:
-    """The figures of one set of pictures; None where a prompt set cannot show it.
+    """The measured values of one set of images; None if the prompt set cannot measure a value.
 
-    ``amounts``: by how much each limit is broken (> 0) or kept (≤ 0), in the figure's own unit.
+    ``amounts``: how far each value is above (> 0, broken) or below (≤ 0) its limit, in its own unit.
     """
 
     copy_rate: float
@@ -53,18 +53,18 @@ class Safety:
 
     @property
     def broken(self) -> tuple[str, ...]:
-        """The limits that are broken, the furthest first."""
+        """The broken limits, the worst first."""
         over = [name for name, amount in self.amounts.items() if amount > 0]
         return tuple(sorted(over, key=lambda name: -self.amounts[name]))
 
     def says(self, name: str) -> str:
         """A broken limit in words."""
         return {
-            COPIED: f"{self.copy_rate:.0%} of the images repeat a training image",
-            COLLAPSED: f"the images of one prompt are all alike: diversity {self.diversity or 0:.2f}, the "
+            COPIED: f"{self.copy_rate:.0%} of the images are copies of a training image",
+            COLLAPSED: f"the images of a prompt all look alike: diversity {self.diversity or 0:.2f}, the "
             f"untrained base's is {self.base_diversity or 0:.2f}",
-            PRIOR_LOST: f"the class word alone draws the subject: likeness {self.prior or 0:.2f} without the "
-            "trigger, where the untrained base has 0 and real images 1",
+            PRIOR_LOST: f"the class word alone produces the subject: likeness {self.prior or 0:.2f} without the "
+            "trigger (untrained base: 0, real images: 1)",
         }[name]
 
 
@@ -73,19 +73,19 @@ COPIED, COLLAPSED, PRIOR_LOST = "copied", "collapsed", "prior_lost"
 
 @dataclass(frozen=True)
 class Copies:
-    """Training images as joint vectors, and how near is too near (1 − cosine)."""
+    """Training images as joint vectors, and the distance (1 − cosine) below which an image is a copy."""
 
     features_TD: Tensor
     near: float
 
     def rate(self, vectors: Vectors, encoders: Sequence[ImageEncoder]) -> float:
-        """Share of the pictures that are copies."""
+        """Share of the images that are copies."""
         return float((nearest(vectors.joint(encoders), self.features_TD) < self.near).mean())
 
 
 @dataclass(frozen=True)
 class Safeguards:
-    """What the three figures need, and their limits."""
+    """The inputs of the three values, and their limits."""
 
     encoders: tuple[ImageEncoder, ...]
     copies: Copies
@@ -99,7 +99,8 @@ class Safeguards:
         prior_i: float | None,
         anchors: Anchors,
     ) -> Safety:
-        """The figures of pictures.  ``prior_i``: mean raw likeness of the class-only ones, None without any."""
+        """The values of a set of images. ``prior_i``: mean raw likeness of the class-only images, None
+        if there are none."""
         base_prior_i, base_diversity = anchors.base_prior_i, anchors.base_diversity
         copy_rate = self.copies.rate(vectors, self.encoders)
         own = diversity(vectors.joint(self.encoders), images, prompts)
@@ -115,7 +116,7 @@ class Safeguards:
 
 
 def scene_encoders(scorer: ImageEncoder, likeness: ImageEncoder) -> tuple[ImageEncoder, ...]:
-    """The encoders that copies and diversity are seen with: both, or the one there is."""
+    """The encoders for copies and diversity: both, or one if they are the same."""
     scene = scene_of(likeness)
     return (scorer,) if scene.sha == scorer.sha else (scorer, scene)
 
@@ -123,7 +124,7 @@ def scene_encoders(scorer: ImageEncoder, likeness: ImageEncoder) -> tuple[ImageE
 def embed_copies(
     training: Sequence[Path], references: Sequence[Path], encoders: Sequence[ImageEncoder]
 ) -> Copies:
-    """What a copy is nearer to than held-out pictures are."""
+    """The training images as vectors, and the distance below which an image is a copy."""
     training_TD, references_RD = (
         Vectors([read_picture(path).pixels_HW3 for path in paths]).joint(encoders)
         for paths in (training, references)
@@ -132,12 +133,12 @@ def embed_copies(
 
 
 def nearest(features_ND: Tensor, training_TD: Tensor) -> np.ndarray:
-    """Distance (1 − cosine) of each picture to the training image most like it (N)."""
+    """Distance (1 − cosine) of each image to its nearest training image (N)."""
     return (1 - (features_ND.double() @ training_TD.double().T).max(dim=1).values).numpy()
 
 
 def vendi(features_ND: Tensor) -> float:
-    """The effective number of different pictures: 1 to N."""
+    """The effective number of different images: 1 to N."""
     kernel_NN = (features_ND.double() @ features_ND.double().T).numpy() / len(features_ND)
     share_N = np.linalg.eigvalsh(kernel_NN).clip(min=0)
     share_N = share_N[share_N > 0]
@@ -145,7 +146,7 @@ def vendi(features_ND: Tensor) -> float:
 
 
 def diversity(features_ND: Tensor, images: Sequence[SampledImage], prompts: PromptSet) -> float | None:
-    """Mean Vendi over the prompts with the most seeds; None if each prompt has one picture."""
+    """Mean Vendi score over the prompts with the most seeds; None if every prompt has one image."""
     most = max(len(prompts.seeds_of(prompt)) for prompt in prompts.prompts)
     if most < 2:
         return None

@@ -1,21 +1,21 @@
-"""Score: raw cosines, their anchored parts, one composite, and how sure it is.
+"""Score: raw cosines, their anchored parts, one composite, and its standard error.
 
 Owns the anchored parts, the score's paired differences, and the one function that samples and scores an
-adapter.  Does not own the composite (``evaluation.score.formula``), what it is measured with or the anchors
-(``evaluation.score.evaluator``), draw (``evaluation.images.sampling``), embed (``evaluation.encoders.embed``)
-or decide anything about a study.
+adapter.  Does not own the composite (``evaluation.score.formula``), the evaluator and anchors
+(``evaluation.score.evaluator``), sampling (``evaluation.images.sampling``), embedding
+(``evaluation.encoders.embed``) or decisions about a study.
 
-    T = mean cos(picture, its scored text)          I = mean cos(picture, every held-out reference)
+    T = mean cos(image, its scored text)          I = mean cos(image, every held-out reference)
     t = (T − T_chance) / (T_base − T_chance)        i = (I − I_base) / (I_real − I_base)
     score = sqrt(clip(t, 0, 1.1) · clip(i, 0, 1.1))
 
-T_base, I_base: the untrained base, same noise, the class word instead of the trigger.  T_chance: the base's
-pictures against the other prompts' texts.  I_real: every reference against the other references.  So the untrained
-base has t = 1, i = 0 and score 0, and CLIP score alone (which is highest for the untrained base) cannot win.  A
-product of two alignments is DreamBench++'s way (arXiv 2406.16855); the anchors are ours.  Raw cosines are stored;
-nothing is scaled but here and in print.  A study may weigh t and i or take their harmonic mean (``Formula``).
+T_base, I_base: the untrained base, same noise, class word instead of the trigger. T_chance: images of the base with
+the texts of the other prompts. I_real: every reference with the other references. So the untrained base has t = 1,
+i = 0 and score 0, and a high CLIP score alone (which the untrained base has) cannot win. DreamBench++
+(arXiv 2406.16855) also uses a product of two alignments; the anchors are specific to this project. Raw cosines are
+stored and are scaled only here and in output. A study can weight t and i or use their harmonic mean (``Formula``).
 
-Shapes: N pictures, P prompts, R references, D vector width, K bootstrap draws.
+Shapes: N images, P prompts, R references, D vector width, K bootstrap draws.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ METRICS_NAME, GRID_NAME, SAMPLES_NAME = "metrics.json", "grid.png", "samples"
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Raw cosines of one picture: with its scored text, and on average with the references."""
+    """Raw cosines of one image: with its scored text, and the mean with the references."""
 
     prompt_id: str
     seed: int
@@ -64,13 +64,13 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Score:
-    """The score of one set of weights, with what it was measured by.
+    """The score of one set of weights, and what it was measured with.
 
     ``clip_t`` and ``clip_i`` are mean raw cosines; ``prompt_following`` and ``likeness`` are t and i before
-    clipping (no unit: 1 is the base's following, the real pictures' likeness).  Likeness leaves class-only
-    prompts out.  ``*se`` are standard errors: bootstrap over prompts, a prompt's pictures together, which
-    covers the choice of prompts and seeds but not the training seed (Efron & Tibshirani 1993, ch. 6; clusters
-    as in facts A2).  ``safety`` and ``beside`` are reported with the score and are no part of it.
+    clipping (no unit: 1 is the prompt following of the base, or the likeness of real images). Likeness excludes
+    class-only prompts. ``*se`` are standard errors from a cluster bootstrap over prompts, which keeps the
+    images of a prompt together (Efron & Tibshirani 1993, ch. 6). They cover the choice of prompts and seeds but
+    not the training seed. ``safety`` and ``beside`` are reported with the score but are not part of it.
     """
 
     value: float
@@ -93,8 +93,8 @@ class Score:
     beside: tuple[Beside, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """As metrics.json has it.  ``invalid`` is what older versions wrote and ask for; always 0, as
-        pictures that show nothing have no score."""
+        """The content of metrics.json. ``invalid`` is kept for older versions and always 0, because invalid
+        images have no score."""
         values: dict[str, Any] = {}
         for name, value in asdict(self).items():
             values[name] = value
@@ -104,7 +104,7 @@ class Score:
 
 
 def score(images: Sequence[SampledImage], evaluator: Evaluator) -> Score:
-    """The score of finished pictures (one per prompt and seed).  Pictures that show nothing are refused."""
+    """The score of finished images (one per prompt and seed). Raises InvalidImages for invalid images."""
     check_valid(images)
     anchors, prompts, formula = evaluator.scale, evaluator.prompts, evaluator.formula
     scorer, likeness = evaluator.scorer, evaluator.likeness
@@ -152,8 +152,8 @@ def anchored(
 ) -> tuple[np.ndarray, np.ndarray]:
     """t and i (K) for K weightings of the prompts.
 
-    The anchors are weighted like the pictures, so that hard and easy prompts cancel.  Where two anchors
-    cannot be told apart the unit is two standard errors: a meaningless scale cannot blow up.
+    The anchors are weighted like the images, so that hard and easy prompts cancel. If two anchors cannot be
+    told apart, the unit is two standard errors, so that t and i stay bounded.
     """
     base_t_P, chance_t_P, base_i_P = map(np.asarray, (anchors.base_t_P, anchors.chance_t_P, anchors.base_i_P))
     total_K = weights_KP.sum(1)
@@ -163,21 +163,21 @@ def anchored(
     asked_K = asks_KP.sum(1)
     with np.errstate(
         invalid="ignore", divide="ignore"
-    ):  # a draw without a subject prompt: NaN, left out later
+    ):  # NaN for a draw without a subject prompt; excluded later
         i_unit_K = np.maximum(anchors.real_i - asks_KP @ base_i_P / asked_K, max(2 * anchors.i_unit_se, 1e-6))
         alike_K = asks_KP @ (i_P - base_i_P) / asked_K / i_unit_K
     return following_K, alike_K
 
 
 def by_draw(one: Score, anchors: Anchors) -> np.ndarray:
-    """(K) the score in each bootstrap draw of the prompts (``evaluation.score.statistics.prompt_draws``)."""
+    """(K) the score of each bootstrap draw of the prompts (``evaluation.score.statistics.prompt_draws``)."""
     return _values(one, anchors, prompt_draws(len(anchors.prompt_ids)))
 
 
 def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], anchors: Anchors) -> Difference:
     """Score of ``a`` minus score of ``b``, prompt by prompt, with a 95 % interval.
 
-    Several scores on a side (training seeds) are averaged; the interval is over prompts, not over training seeds.
+    Several scores on a side (training seeds) are averaged. The interval covers prompts, not training seeds.
     """
     sides = [[s] if isinstance(s, Score) else list(s) for s in (a, b)]
     formulas = {s.formula for side in sides for s in side}
@@ -193,7 +193,7 @@ def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], an
 
 
 def read_score(path: Path) -> Score:
-    """A score from a trial's metrics.json."""
+    """The score in the metrics.json of a trial."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         del values["invalid"]
@@ -209,17 +209,17 @@ def read_score(path: Path) -> Score:
             beside=tuple(others),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no score: {error}", "score the trial again") from None
+        raise DataError(f"{path} is not a score: {error}", "score the trial again") from None
 
 
 def evaluate_adapter(
     evaluator: Evaluator, folder: Path, *, identity: str = "", on_image: OnImages | None = None
 ) -> Score:
-    """Sample the base with the adapter that is in it, and score: folder/samples, grid.png, metrics.json.
+    """Sample the base with its injected adapter and score the images; writes folder/samples, grid.png, metrics.json.
 
-    ``identity`` names the weights (base and adapter); with it an interrupted call goes on where it stopped.
-    Raises InvalidImages for pictures that show nothing and Unchanged if they are the base's own.  A limit of
-    the safeguards that is broken is told by ``Score.safety`` and raises nothing.
+    ``identity`` names the weights (base and adapter); with it, an interrupted call resumes where it stopped.
+    Raises InvalidImages for invalid images and Unchanged if they equal those of the base. A broken safeguard
+    limit raises nothing; see ``Score.safety``.
     """
     evaluator.scale.check(evaluator.identity)
     base, prompts, sampling = evaluator.base, evaluator.prompts, evaluator.sampling
@@ -236,10 +236,12 @@ def evaluate_adapter(
 
 
 def _prompt_means(rows: Sequence[ImageScore], anchors: Anchors) -> tuple[np.ndarray, np.ndarray]:
-    """(t_P, i_P) raw cosines by prompt, in the anchors' order."""
+    """(t_P, i_P) raw cosines per prompt, in the order of the anchors."""
     of = {p: [r for r in rows if r.prompt_id == p] for p in anchors.prompt_ids}
     if any(not found for found in of.values()) or len(rows) != sum(map(len, of.values())):
-        raise ConfigError("the images do not belong to the anchors' prompts", "score the study's own prompts")
+        raise ConfigError(
+            "the images were not made from the prompts of the anchors", "score images of the study's prompts"
+        )
     t_P = np.array([np.mean([r.clip_t for r in of[p]]) for p in anchors.prompt_ids])
     i_P = np.array([np.mean([r.clip_i for r in of[p]]) for p in anchors.prompt_ids])
     return t_P, i_P
@@ -251,5 +253,5 @@ def _values(one: Score, anchors: Anchors, weights_KP: np.ndarray) -> np.ndarray:
 
 
 def _spread(draws_K: np.ndarray) -> float:
-    """Standard deviation over bootstrap draws that mean something."""
+    """Standard deviation over the bootstrap draws that are not NaN."""
     return float(np.nanstd(draws_K, ddof=1)) if np.isfinite(draws_K).sum() > 1 else 0.0

@@ -1,10 +1,10 @@
-"""What a difference between scores means: noise, intervals, ranks – pure numpy, no torch, no files.
+"""Statistics of scores: noise, intervals, ranks. Pure numpy: no torch, no files.
 
-Owns variance components and the difference they let one see, bootstrap draws over prompts and what is read
-off them (paired differences, P(best), who cannot be told apart), rank correlations with exact p, and
-shrinkage.  Does not know where scores come from (``evaluation.score.score``) or what is decided by them.
+Owns variance components and the smallest detectable difference, bootstrap draws over prompts and their
+results (paired differences, P(best), configurations that cannot be told apart), rank correlations with exact
+p values, and shrinkage. Does not own the scores (``evaluation.score.score``) or the decisions based on them.
 
-Everything is drawn with fixed seeds: the same scores always give the same figures.
+All seeds are fixed: the same scores always give the same results.
 
 Shapes: C configurations (trials, checkpoints), P prompts, S seeds of a prompt, K bootstrap draws, N pairs ranked.
 """
@@ -21,14 +21,14 @@ import numpy as np
 
 from evaluation.score.formula import USUAL, Formula, composite
 
-DRAWS = 1000  # bootstrap draws: the error of a standard error is then about 2 %
+DRAWS = 1000  # bootstrap draws; a standard error is then accurate to about 2 %
 BOOTSTRAP_SEED = 20240229
 CONFIDENCE = 0.95
 SIGNIFICANT = 0.05
-# z(97.5 %) + z(80 %): a true difference this many standard errors wide is seen with 80 % power at 5 %, two-sided
+# z(97.5 %) + z(80 %): a true difference of this many standard errors is detected with 80 % power at 5 %, two-sided
 DETECTABLE = 1.960 + 0.842
-ALL_PERMUTATIONS = 8  # up to this many pairs every permutation is counted (8! = 40,320)
-PERMUTATIONS = 2_000  # random ones beyond
+ALL_PERMUTATIONS = 8  # up to this many pairs, all permutations are counted (8! = 40,320)
+PERMUTATIONS = 2_000  # random permutations for more pairs
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Components:
-    """Standard deviations of the parts of an image's score, and the plan they were estimated with.
+    """Standard deviations of the parts of an image's score, and the design they were estimated from.
 
-    ``prompt``: how much harder one prompt is than another; ``seed``: images of one prompt among themselves,
-    the share ``shared`` of whose variance all configurations have in common (common random numbers);
-    ``interaction``: how differently configurations take to a prompt.  Prompts and shared seeds cancel in
-    paired differences; the rest does not.
+    ``prompt``: between prompts; ``seed``: between images of one prompt. All configurations have the share
+    ``shared`` of the seed variance in common (common random numbers). ``interaction``: configuration ×
+    prompt. Prompts and shared seeds cancel in paired differences; the rest does not.
     """
 
     configurations: int
@@ -62,19 +61,19 @@ class Components:
     shared: float
 
     def paired_se(self, prompts: int | None = None, seeds: int | None = None) -> float:
-        """Standard error of the difference of two configurations, on this or another plan of images."""
+        """Standard error of the difference of two configurations, for this or another number of prompts and seeds."""
         p, s = prompts or self.prompts, seeds or self.seeds
         own = self.seed**2 * (1 - self.shared)
         return math.sqrt(2 * self.interaction**2 / p + 2 * own / (p * s))
 
     @property
     def detectable(self) -> float:
-        """The true difference that is seen four times in five (two-sided, 5 %)."""
+        """The true difference that is detected with 80 % power (two-sided, 5 %)."""
         return DETECTABLE * self.paired_se()
 
     def sentence(self) -> str:
         return (
-            f"a difference of {two_digits(self.detectable)} can be seen with this prompt set "
+            f"a difference of {two_digits(self.detectable)} can be detected with this prompt set "
             f"({self.prompts} prompts × {self.seeds} seeds; 80 % power, paired; training seed not included)"
         )
 
@@ -87,7 +86,7 @@ class Components:
 
 
 def two_digits(value: float) -> str:
-    """0.04, 0.12, 0.007: two decimals, more only where they would say 0."""
+    """0.04, 0.12, 0.007: two decimals, or more if they would round to 0."""
     return f"{value:.2f}" if value >= 0.01 else f"{value:.2g}"
 
 
@@ -97,11 +96,12 @@ def variance_components(scores_CPS: np.ndarray) -> Components:
         y_cps = m + c + p + s(p) + cp + e     E[MS_e]  = e²            E[MS_cp]  = e² + S·cp²
                                               E[MS_sp] = e² + C·s²     E[MS_p]   = e² + S·cp² + C·s² + C·S·p²
 
-    Negative estimates are 0.  With one seed a prompt, e cannot be told from cp and counts as interaction.
+    Negative estimates are set to 0. With one seed per prompt, e cannot be separated from cp
+    and counts as interaction.
     """
     scores_CPS = np.asarray(scores_CPS, dtype=float)
     c, p, s = scores_CPS.shape
-    assert c > 1 and p > 1 and s > 0, f"nothing to compare in {scores_CPS.shape}"
+    assert c > 1 and p > 1 and s > 0, f"too few scores to compare: {scores_CPS.shape}"
     assert bool(np.isfinite(scores_CPS).all()), "a score is not finite"
     mean, mean_C = scores_CPS.mean(), scores_CPS.mean((1, 2))
     mean_P, mean_CP, mean_PS = scores_CPS.mean((0, 2)), scores_CPS.mean(2), scores_CPS.mean(0)
@@ -125,7 +125,7 @@ def variance_components(scores_CPS: np.ndarray) -> Components:
 
 @dataclass(frozen=True)
 class Scale:
-    """The figures of a study's anchors: what 0 and 1 of either part are, by prompt (``evaluation.score.anchors``)."""
+    """The anchors of a study as numbers: what 0 and 1 of each part are, per prompt (``evaluation.score.anchors``)."""
 
     base_t_P: np.ndarray
     chance_t_P: np.ndarray
@@ -137,7 +137,7 @@ class Scale:
 
     @classmethod
     def of(cls, anchors: Mapping[str, Any]) -> Scale:
-        """From the anchors' file, or from their fields."""
+        """From the content of the anchors file, or from the fields of Anchors."""
         base_t_P, chance_t_P, base_i_P = (
             np.asarray(anchors[key], float) for key in ("base_t_P", "chance_t_P", "base_i_P")
         )
@@ -155,10 +155,11 @@ class Scale:
 def image_scores(
     clip_t_PS: np.ndarray, clip_i_PS: np.ndarray, scale: Scale, formula: Formula = USUAL
 ) -> np.ndarray | None:
-    """Every image's share (P, S) in a configuration's score; their mean is the score.
+    """The contribution (P, S) of every image to the score of a configuration; their mean is the score.
 
-    The score is no mean over images, so this is its first-order form: the score plus each image's influence on
-    it (Hampel 1974, doi:10.1080/01621459.1974.10482962).  None where the score is 0: it has no slope there.
+    The score is not a mean over images, so this is its first-order approximation: the score plus the
+    influence of each image (Hampel 1974, doi:10.1080/01621459.1974.10482962). None if the score is 0, where
+    it has no slope.
     """
     asks = scale.asks_P
     t_unit_P, i_unit_P = scale.base_t_P - scale.chance_t_P, scale.real_i - scale.base_i_P[asks]
@@ -173,7 +174,7 @@ def image_scores(
 
 
 def _influence(above_PS: np.ndarray, unit_P: np.ndarray, least: float) -> tuple[np.ndarray, float]:
-    """Influence of each image on a ratio of means, and the ratio.  A unit is never below ``least``."""
+    """Influence of each image on a ratio of means, and the ratio. The unit is at least ``least``."""
     unit = float(unit_P.mean())
     if unit < max(least, 1e-6):
         unit_P = np.full_like(unit_P, max(least, 1e-6))
@@ -186,30 +187,30 @@ def _influence(above_PS: np.ndarray, unit_P: np.ndarray, least: float) -> tuple[
 
 
 def prompt_draws(prompts: int) -> np.ndarray:
-    """(K, P) how often each prompt is in each bootstrap draw: a prompt's pictures stay together.
+    """(K, P) how often each prompt is in each bootstrap draw. The images of a prompt stay together.
 
-    The same seed always, so every score of a study is drawn alike and differences are paired.
+    The seed is fixed, so all scores of a study use the same draws and differences are paired.
     """
     picked_KP = np.random.default_rng(BOOTSTRAP_SEED).integers(0, prompts, (DRAWS, prompts))
     return np.stack([(picked_KP == p).sum(1) for p in range(prompts)], axis=1).astype(float)
 
 
 def interval(draws_K: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The middle of the draws that mean something."""
+    """The central interval of the draws that are not NaN."""
     tail = 100 * (1 - confidence) / 2
     low, high = np.nanpercentile(draws_K, [tail, 100 - tail])
     return float(low), float(high)
 
 
 def difference(a: float, b: float, a_K: np.ndarray, b_K: np.ndarray) -> Difference:
-    """a minus b, with the interval of draws that belong together."""
+    """a minus b, with the interval of the paired draws."""
     return Difference(a - b, *interval(a_K - b_K))
 
 
 def repeat_sd(values: Sequence[Sequence[float]]) -> tuple[float, int]:
     """Standard deviation of a score over training seeds, pooled over configurations, and its degrees of freedom.
 
-    (0, 0) if nothing was repeated.
+    (0, 0) if no configuration was repeated.
     """
     freedom = sum(len(of) - 1 for of in values if len(of))
     squares = sum(float(np.square(np.subtract(of, np.mean(of))).sum()) for of in values if len(of))
@@ -217,7 +218,7 @@ def repeat_sd(values: Sequence[Sequence[float]]) -> tuple[float, int]:
 
 
 def with_repeat_noise(draws_CK: np.ndarray, repeats_C: Sequence[int], sd: float, freedom: int) -> np.ndarray:
-    """Draws of means over training seeds, widened by what so few seeds leave open (Student's t)."""
+    """Draws of means over training seeds, widened by the uncertainty of few seeds (Student's t)."""
     if freedom == 0 or sd == 0.0:
         return draws_CK
     noise_CK = np.random.default_rng(BOOTSTRAP_SEED + 1).standard_t(freedom, draws_CK.shape)
@@ -225,7 +226,7 @@ def with_repeat_noise(draws_CK: np.ndarray, repeats_C: Sequence[int], sd: float,
 
 
 def p_best(draws_CK: np.ndarray) -> np.ndarray:
-    """(C) share of the draws in which a configuration is the best; equal ones share a draw."""
+    """(C) share of the draws in which a configuration is the best; ties are split equally."""
     known_CK = np.where(np.isnan(draws_CK), -np.inf, draws_CK)
     highest_CK = known_CK == known_CK.max(0)
     return (highest_CK / highest_CK.sum(0)).mean(1)
@@ -234,10 +235,10 @@ def p_best(draws_CK: np.ndarray) -> np.ndarray:
 def tied_with_best(
     values_C: Sequence[float], draws_CK: np.ndarray, level: float = SIGNIFICANT
 ) -> tuple[int, ...]:
-    """Who cannot be told apart from the best: its index first, then the others by value.
+    """The configurations that cannot be told apart from the best: the best first, then the others by value.
 
-    One-sided paired bootstrap tests against the best with Holm's correction (Holm 1979): the clearest
-    differences are struck out first, as long as each is significant among those that remain.
+    One-sided paired bootstrap tests against the best with Holm's correction (Holm 1979): configurations are
+    removed in order of significance, as long as each difference is significant among those that remain.
     """
     order = sorted(range(len(values_C)), key=lambda c: (-values_C[c], c))
     best, others = order[0], order[1:]
@@ -259,10 +260,10 @@ def _share_not_above_zero(differences_K: np.ndarray) -> float:
 
 
 def shrunken(values_C: Sequence[float], ses_C: Sequence[float]) -> np.ndarray:
-    """What the scores are worth once it is known that the best of them were selected: pulled to their mean.
+    """The scores corrected for selection of the best: shrunk towards their mean.
 
-    Empirical Bayes with a normal prior: weight t² / (t² + se²), t² the variance of the scores less that of
-    their noise (Efron & Morris 1975, doi:10.1080/01621459.1975.10479864).
+    Empirical Bayes with a normal prior: weight t² / (t² + se²), t² is the variance of the scores minus that
+    of their noise (Efron & Morris 1975, doi:10.1080/01621459.1975.10479864).
     """
     values, variance = np.asarray(values_C, float), np.square(np.asarray(ses_C, float))
     if len(values) < 2:
@@ -283,7 +284,7 @@ class Correlation:
     low: float
     high: float
     p: float
-    exact: bool  # p counts every permutation
+    exact: bool  # whether p counts all permutations
     n: int
 
 
@@ -291,7 +292,7 @@ Coefficient = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def spearman_rows(x_KN: np.ndarray, y_KN: np.ndarray) -> np.ndarray:
-    """(K) Spearman's ρ of each row: Pearson's on mean ranks.  NaN where one side is constant."""
+    """(K) Spearman's ρ of each row: Pearson's correlation of mean ranks. NaN if one side is constant."""
     a, b = ranks(x_KN), ranks(y_KN)
     a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -299,7 +300,7 @@ def spearman_rows(x_KN: np.ndarray, y_KN: np.ndarray) -> np.ndarray:
 
 
 def kendall_rows(x_KN: np.ndarray, y_KN: np.ndarray) -> np.ndarray:
-    """(K) Kendall's τ_b of each row (ties corrected on both sides).  NaN where one side is constant."""
+    """(K) Kendall's τ_b of each row (ties corrected on both sides). NaN if one side is constant."""
     one, other = np.triu_indices(x_KN.shape[-1], k=1)
     a, b = (np.sign(v[..., one] - v[..., other]) for v in (x_KN, y_KN))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -307,7 +308,7 @@ def kendall_rows(x_KN: np.ndarray, y_KN: np.ndarray) -> np.ndarray:
 
 
 def ranks(values_KN: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values at their mean rank."""
+    """Ranks from 1; equal values get their mean rank."""
     below = (values_KN[..., :, None] > values_KN[..., None, :]).sum(-1)
     equal = (values_KN[..., :, None] == values_KN[..., None, :]).sum(-1)
     return below + (equal + 1) / 2
@@ -322,7 +323,7 @@ def kendall(x: Sequence[float], y: Sequence[float]) -> Correlation:
 
 
 def lead(better: Sequence[float], worse: Sequence[float], truth: Sequence[float]) -> Difference:
-    """By how much one ranking follows the truth more closely than another (Spearman, same resampled pairs)."""
+    """How much more closely one ranking follows the truth than another (Spearman, same resampled pairs)."""
     a, b, t = (np.asarray(v, float) for v in (better, worse, truth))
     picked_KN = _pairs_drawn(len(t))
     gain_K = spearman_rows(a[picked_KN], t[picked_KN]) - spearman_rows(b[picked_KN], t[picked_KN])
@@ -342,7 +343,8 @@ def _correlation(coefficient: Coefficient, x: Sequence[float], y: Sequence[float
 
 
 def permutation_p(coefficient: Coefficient, x: np.ndarray, y: np.ndarray) -> tuple[float, bool]:
-    """Share of the pairings at least as far from 0 as the found one, and whether all of them were counted."""
+    """Share of permutations whose coefficient is at least as far from 0 as the observed one, and
+    whether all were counted."""
     exact = len(x) <= ALL_PERMUTATIONS
     if exact:
         order_KN = np.array(list(itertools.permutations(range(len(x)))))

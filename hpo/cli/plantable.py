@@ -1,7 +1,8 @@
-"""The users' table of peak memory (mission S3) and our prediction for each of its cells.
+"""Peak memory measured by users of sd-scripts, and our prediction for each cell of their table.
 
-Owns the table's figures and what each row assumes.  Users measured sd-scripts 0.8.3 on SDXL at 1024² in
-February 2024, memory of the process in GB (10⁹ bytes).
+Owns the figures of the table and the settings that each row assumes. Source:
+https://2ch-ai.gitgud.site/wiki/tech/sdxl (in Russian, 2024-02-09): sd-scripts 0.8.3, SDXL at 1024², memory of
+the Python process only, in GB (10⁹ bytes).
 """
 
 from __future__ import annotations

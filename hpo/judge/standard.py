@@ -37,8 +37,8 @@ from trainer.data import Dataset, read_picture, read_training_data
 from trainer.errors import ConfigError, DataError
 from trainer.text import clean_text
 
-SWEEP_STEPS = 25  # assumed: DPM-Solver++ (2M) with 25 steps for checkpoints and comparisons; a search uses 20
-# training_comment in settings written by hpo transfer
+SWEEP_STEPS = 25  # for checkpoints and comparisons, as LyCORIS (arXiv 2309.14859) evaluates; a search uses 20
+# training_comment of a transfer's settings
 _TRANSFERRED = re.compile(r"(?P<study>.+) trial \d+, mapping \S+")
 
 

@@ -22,7 +22,7 @@ from trainer.files import write_atomic
 from trainer.memory import Rung, base_facts, choose, predict
 from trainer.oom import CUDA_CONTEXT_BYTES
 
-# mission.md S4: above 98 % of the card, or 15.5 of 16 GB, the next allocation may fail.
+# assumed: above 98 % of the GPU's memory, or 15.5 of 16 GB, the next allocation may fail
 WARN_SHARE = 0.98
 WARN_OF_16_GB = 15.5 / 16
 SIXTEEN_GB = range(

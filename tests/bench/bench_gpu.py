@@ -10,9 +10,10 @@ diffusers' way, and sd-scripts' own step where a copy is given.
   fp8 base, no full bf16 and no LoCon: those cells are empty.
 * **sd-scripts**: ``sdxl_train_network.py`` as a process of its own (``tests.bench.sd_scripts``).
 
-Finished cells are kept in ``--out``/cells.json and not repeated, those that ran out of memory among them; one that
-crashed is.  Every cell runs in a process of its own, so its peak is its own: from the first step on, without what
-loading took.  Prints a Markdown table beside the users' figures (mission.md S3, sd-scripts 0.8.3, decimal GB).
+Finished cells are kept in ``--out``/cells.json and not repeated, those that ran out of memory among them; one
+that crashed is.  Every cell runs in a process of its own, so its peak is its own: from the first step on,
+without what loading took.  Prints a Markdown table with the figures of users of sd-scripts 0.8.3 for
+comparison (https://2ch-ai.gitgud.site/wiki/tech/sdxl, in Russian, 2024-02-09; GB are 10⁹ bytes).
 """
 
 from __future__ import annotations

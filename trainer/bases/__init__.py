@@ -1,6 +1,6 @@
-"""Base models: detected, loaded and held; the facts of their families; the embedded miniature.
+"""Base models: detection, loading, the properties of their families, and the bundled miniatures.
 
-Owns everything in which SD1.5 and SDXL differ.  Does not train, sample or read images.
+Owns every difference between SD1.5 and SDXL. Does not own training, sampling or reading images.
 """
 
 import lazy_loader

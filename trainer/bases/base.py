@@ -1,8 +1,7 @@
-"""Base: the one interface that the training loop, the cache and the sampler see of a base model.
+"""Base: the interface of a base model for the training loop, the cache and the sampler.
 
-Owns what all families share: tokenising, the VAE, the noise schedule, and which modules a kohya LoRA
-touches under which name.  Text conditioning and the U-Net's call are the families' own (``sd15``,
-``sdxl``); reading files is ``load``'s.
+Owns what all families share: tokenising, the VAE, the noise schedule, and the modules of a kohya LoRA with
+their names. Does not own text conditioning and the U-Net call (``sd15``, ``sdxl``) or reading files (``load``).
 
 Shapes: B batch, C latent channels, H W pixels, h w latent sides, L tokens, D text width, P pooled width.
 """
@@ -26,11 +25,11 @@ from trainer.bases.schedule import zero_terminal_snr
 from trainer.errors import ModelFileError
 
 MAX_TIMESTEPS = 10_000  # assumed: published bases have 1000
-WINDOW_TOKENS = 75  # what CLIP reads at once, without start and end mark
+WINDOW_TOKENS = 75  # what CLIP reads at once, without start and end tokens
 
 
 class Sizes(NamedTuple):
-    """What SDXL is told about an image, in px: size before resizing, crop offset, size as trained.  Rows first."""
+    """SDXL's size conditioning of an image, in px: original size, crop offset, target size. Height first."""
 
     original_hw: tuple[int, int]
     crop_top_left: tuple[int, int]
@@ -39,7 +38,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class TextStates:
-    """Encoded captions: what the U-Net's cross-attention reads, and SDXL's pooled vector."""
+    """Encoded captions: the states for cross-attention, and SDXL's pooled vector."""
 
     hidden_BLD: Tensor
     pooled_BP: Tensor | None = None
@@ -53,7 +52,7 @@ class TextStates:
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextStates:
-        """The same states on a device, and optionally as a number type."""
+        """The same states on a device and optionally in another dtype."""
         return TextStates(
             self.hidden_BLD.to(device, dtype),
             None if self.pooled_BP is None else self.pooled_BP.to(device, dtype),
@@ -61,7 +60,7 @@ class TextStates:
 
     @staticmethod
     def join(parts: Sequence[TextStates]) -> TextStates:
-        """States of several calls, one after the other along B."""
+        """States of several calls, concatenated along B."""
         pooled = [part.pooled_BP for part in parts if part.pooled_BP is not None]
         return TextStates(
             torch.cat([part.hidden_BLD for part in parts]), torch.cat(pooled) if pooled else None
@@ -70,7 +69,7 @@ class TextStates:
 
 @dataclass(frozen=True)
 class Parts:
-    """The pieces of a base as they come from its files."""
+    """The components of a base, as loaded from its files."""
 
     unet: Any
     vae: Any
@@ -80,7 +79,7 @@ class Parts:
 
 
 class Base(ABC):
-    """A frozen text-to-image model.  Nothing in it is trainable; an ``Adapter`` is injected and removed."""
+    """A frozen text-to-image model. None of its weights is trainable; an ``Adapter`` can be injected and removed."""
 
     family: ClassVar[str]
 
@@ -99,11 +98,11 @@ class Base(ABC):
         for module in self.modules():
             module.requires_grad_(False).eval()
 
-    # What it is
+    # Identity
 
     @property
     def facts(self) -> BaseFamily:
-        """What is known of its family."""
+        """The properties of its family."""
         return FAMILIES[self.family]
 
     @property
@@ -137,7 +136,7 @@ class Base(ABC):
         return self
 
     def free(self) -> None:
-        """Drop the networks, so that their memory can be used again.  The base is unusable after."""
+        """Drop the networks to free their memory. The base cannot be used afterwards."""
         self.unet = self.vae = None
         self.text_encoders = []
         gc.collect()
@@ -147,15 +146,15 @@ class Base(ABC):
     # Text
 
     def token_ids(self, captions: Sequence[str], encoder: int) -> Tensor:
-        """Token ids (B, L) for one text encoder: cut to its length, padded with its tokenizer's pad id."""
+        """Token ids (B, L) for one text encoder: truncated to its length, padded with the pad id of its tokenizer."""
         return self.token_windows(captions, encoder, None)[:, 0]
 
     def token_windows(self, captions: Sequence[str], encoder: int, max_token_length: int | None) -> Tensor:
         """Token ids (B, W, L) of captions of up to ``max_token_length`` tokens, in W windows of 75 between a
-        start and an end mark.
+        start and an end token.
 
-        As sd-scripts cuts them (library/strategy_base.py): a window whose text goes on ends with the end
-        mark; where padding is not the end mark (SDXL's second encoder), a window of padding begins with one.
+        Windows are cut as in sd-scripts (library/strategy_base.py): a window whose text continues ends with the end
+        token. If the padding is not the end token (SDXL's second encoder), a window of padding starts with one.
         """
         tokenizer = self._tokenizer(encoder)
         window = min(tokenizer.model_max_length, self.text_encoders[encoder].config.max_position_embeddings)
@@ -178,18 +177,18 @@ class Base(ABC):
         return torch.cat([first_BW1, middle_BWL, last_BW1], dim=-1)
 
     def token_count(self, text: str) -> int:
-        """Tokens of a text, without the start and end marks.  Encoders read at most 75 at once."""
+        """Number of tokens of a text, without start and end tokens. Encoders read at most 75 at once."""
         return len(self.tokenizers[0](text, add_special_tokens=False)["input_ids"])
 
     @property
     def caption_tokens(self) -> int:
-        """How many tokens of a caption are read, without the start and end marks (75 for CLIP)."""
+        """How many tokens of a caption are used, without start and end tokens (75 for CLIP)."""
         positions = self.text_encoders[0].config.max_position_embeddings
         return int(min(self.tokenizers[0].model_max_length, positions)) - 2
 
     def _tokenizer(self, encoder: int) -> Any:
-        """The tokenizer that splits text for an encoder.  Published SDXL folders declare '!' as the second
-        tokenizer's padding, which turns the word "!" into padding; with an equal vocabulary the first splits."""
+        """The tokenizer for an encoder. Published SDXL folders declare '!' as the padding of the second tokenizer,
+        which would turn the word "!" into padding. If both vocabularies are equal, the first tokenizer is used."""
         return self.tokenizers[0] if self._one_vocabulary else self.tokenizers[encoder]
 
     @cached_property
@@ -203,21 +202,21 @@ class Base(ABC):
     ) -> TextStates:
         """Captions → states on the text encoders' device.  Differentiable; wrap in ``torch.no_grad`` for a cache.
 
-        ``max_token_length``: 150 or 225 reads longer captions, L = 152 or 227; unset and 75 read 75, L = 77.
+        ``max_token_length``: 150 or 225 use longer captions, L = 152 or 227; None and 75 use 75 tokens, L = 77.
         """
 
     # Images
 
     @torch.no_grad()
     def encode_images(self, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Pixels in [-1, 1] → one unscaled VAE sample each (B, C, h, w), fp32.  One CPU generator per image."""
+        """Pixels in [-1, 1] → one unscaled VAE sample per image (B, C, h, w), fp32. One CPU generator per image."""
         moments = self.vae.encode(pixels_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
         noise = torch.stack([torch.randn(moments.mean.shape[1:], generator=g) for g in generators])
         return moments.mean.float() + moments.std.float() * noise.to(moments.mean.device)
 
     @torch.no_grad()
     def decode_latents(self, latents_BCHW: Tensor) -> tuple[np.ndarray, list[bool]]:
-        """Scaled latents → uint8 images (B, H, W, 3), and for each whether the picture was finite."""
+        """Scaled latents → uint8 images (B, H, W, 3), and whether each image is finite."""
         unscaled = (latents_BCHW.float() / self.latent_scale).to(self.vae.device, self.vae.dtype)
         pixels = self.vae.decode(unscaled, return_dict=False)[0].float()
         finite = pixels.flatten(1).isfinite().all(1).tolist()
@@ -230,16 +229,16 @@ class Base(ABC):
     def predict(
         self, noisy_BCHW: Tensor, timesteps_B: Tensor, states: TextStates, sizes: Sequence[Sizes]
     ) -> Tensor:
-        """The U-Net's prediction (B, C, h, w) in fp32.  ``sizes`` (one per row) matter to SDXL only."""
+        """The U-Net's prediction (B, C, h, w) in fp32.  ``sizes`` (one per row) are used by SDXL only."""
 
-    # Names a LoRA has in kohya's files
+    # Names of LoRA modules in kohya's files
 
     @abstractmethod
     def unet_key(self, path: str) -> str:
-        """kohya's key base of a U-Net module path, e.g. ``lora_unet_down_blocks_0_…``."""
+        """kohya's key prefix of a U-Net module, e.g. ``lora_unet_down_blocks_0_…``."""
 
     def lora_names(self) -> dict[str, dict[str, str]]:
-        """component → module path → kohya key base: what ``networks.lora`` of sd-scripts trains.
+        """component → module path → kohya key prefix of the modules that sd-scripts' ``networks.lora`` trains.
 
         U-Net: linear layers and 1×1 convolutions inside Transformer2DModel (SD1.5 192, SDXL 722).  Text
         encoders: linear layers inside attention and MLP (72; SDXL 72 + 192).
@@ -247,7 +246,7 @@ class Base(ABC):
         return self._names[0]
 
     def conv_names(self) -> dict[str, dict[str, str]]:
-        """The same for what ``conv_dim`` adds: layers of resnets and samplers (SD1.5 86, SDXL 66)."""
+        """The same for the modules that ``conv_dim`` adds: layers of resnets and samplers (SD1.5 86, SDXL 66)."""
         return self._names[1]
 
     @cached_property
@@ -264,8 +263,9 @@ class Base(ABC):
 
 
 def text_key(prefix: str, path: str) -> str:
-    """kohya's key base of a text encoder's module.  ``text_model_`` is part of it whether or not the installed
-    transformers wraps the encoder in ``text_model`` (flattened since 5.6): ComfyUI and A1111 know no other name."""
+    """kohya's key prefix of a text encoder module. It contains ``text_model_`` even if the installed
+    transformers does not wrap the encoder in ``text_model`` (removed in 5.6), because ComfyUI and A1111
+    accept no other name."""
     return f"{prefix}_text_model_{path.removeprefix('text_model.').replace('.', '_')}"
 
 
@@ -282,7 +282,7 @@ def inner_layers(model: nn.Module, owners: tuple[str, ...]) -> list[str]:
 
 
 def compute_type(mixed_precision: str, device: torch.device | str) -> torch.dtype:
-    """The type a network computes in.  auto: bf16 on cards that have it, fp16 on older ones, fp32 on CPU."""
+    """The dtype of computation. auto: bf16 on GPUs that support it, fp16 on older ones, fp32 on CPU."""
     named = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     if mixed_precision != "auto":
         return named[mixed_precision]
@@ -292,10 +292,10 @@ def compute_type(mixed_precision: str, device: torch.device | str) -> torch.dtyp
 
 
 def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
-    """ᾱ_t for every training timestep, fp32 on CPU.  Both families: scaled-linear β from 0.00085 to 0.012.
+    """ᾱ_t for every training timestep, fp32 on CPU. Both families use scaled-linear β from 0.00085 to 0.012.
 
-    A base with zero terminal SNR has its schedule rescaled; the last ᾱ is 2⁻²⁴ instead of 0, because samplers
-    divide by it (diffusers does so too).
+    The schedule of a base with zero terminal SNR is rescaled; the last ᾱ is 2⁻²⁴ instead of 0, as in
+    diffusers, because samplers divide by it.
     """
     alphas_T = plain_alphas_cumprod(scheduler_config)
     if scheduler_config.get("rescale_betas_zero_snr"):
@@ -305,7 +305,7 @@ def alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
 
 
 def plain_alphas_cumprod(scheduler_config: dict[str, Any]) -> Tensor:
-    """The same, never rescaled."""
+    """The same, without rescaling."""
     steps = scheduler_config.get("num_train_timesteps", 1000)
     start, end = scheduler_config.get("beta_start", 0.00085), scheduler_config.get("beta_end", 0.012)
     schedule = scheduler_config.get("beta_schedule", "scaled_linear")
@@ -329,21 +329,22 @@ def _latent_scale(value: Any) -> float:
     """Latents are multiplied by this before noise is added (0.18215 for SD1.5, 0.13025 for SDXL)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ModelFileError(
-            f"vae/config.json: scaling_factor = {str(value)[:80]} is no factor of latents",
-            "the configuration is damaged: get the model again",
+            f"vae/config.json: scaling_factor = {str(value)[:80]} is not a valid latent scale",
+            "the configuration is damaged; download the model again",
         )
     return float(value)
 
 
 def _bad_schedule(key: str, value: Any) -> ModelFileError:
     return ModelFileError(
-        f"scheduler_config.json: {key} = {str(value)[:80]} is no noise schedule that can be trained here",
-        "bases with β from beta_start to beta_end, linear or scaled_linear, are supported",
+        f"scheduler_config.json: {key} = {str(value)[:80]} is not a supported noise schedule",
+        "use a base with beta_start, beta_end and a linear or scaled_linear schedule",
     )
 
 
 def last_state(encoder: Any, ids_BL: Tensor, clip_skip: int | None) -> Tensor:
-    """SD1.5's text states (B, L, D): the last layer, or layer ``clip_skip`` from the end, then the final norm."""
+    """SD1.5's text states (B, L, D): the last layer, or layer ``clip_skip`` counted from the end,
+    after the final norm."""
     if clip_skip is None or clip_skip == 1:
         return encoder(ids_BL).last_hidden_state
     states = encoder(ids_BL, output_hidden_states=True).hidden_states
@@ -351,13 +352,13 @@ def last_state(encoder: Any, ids_BL: Tensor, clip_skip: int | None) -> Tensor:
 
 
 def inner_encoder(encoder: Any) -> Any:
-    """The network that holds ``final_layer_norm``: transformers wraps only some encoders in ``text_model``."""
+    """The network with ``final_layer_norm``: transformers wraps only some encoders in ``text_model``."""
     return getattr(encoder, "text_model", encoder)
 
 
 def join_windows(states_BWLD: Tensor) -> Tensor:
-    """States of W windows as those of one long text (B, 75·W + 2, D): one start mark, what is between the
-    marks of every window, and the last window's end mark (sd-scripts library/strategy_sd.py)."""
+    """States of W windows joined to one long text (B, 75·W + 2, D): the first start token, the inner tokens
+    of every window, and the end token of the last window (sd-scripts library/strategy_sd.py)."""
     if states_BWLD.shape[1] == 1:
         return states_BWLD[:, 0]
     middle_BLD = states_BWLD[:, :, 1:-1].flatten(1, 2)

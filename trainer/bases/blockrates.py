@@ -1,7 +1,7 @@
-"""Block-wise rates: down_lr_weight, mid_lr_weight and up_lr_weight as one multiplier per U-Net block.
+"""Block-wise learning rates: down_lr_weight, mid_lr_weight and up_lr_weight as one multiplier per U-Net block.
 
-Owns the arithmetic of sd-scripts' networks.lora.  Which LoRA module lies in which block is the base's and the
-adapter's business.  Pure: no torch.
+Owns the arithmetic of sd-scripts' networks.lora. Does not own the mapping of LoRA modules to blocks; see the
+base and the adapter. Does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SHAPES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
 
 @dataclass(frozen=True)
 class BlockRates:
-    """Multipliers of unet_lr.  0 means that a block has no LoRA."""
+    """Multipliers of unet_lr.  0: the block has no LoRA."""
 
     down: tuple[float, ...]
     mid: tuple[float, ...]
@@ -26,7 +26,7 @@ class BlockRates:
 
 
 def block_rates(config: TrainConfig, family: str) -> BlockRates | None:
-    """The multipliers for a family, or None if no block setting is given."""
+    """The multipliers for a family; None if no block setting is given."""
     given = (config.down_lr_weight, config.mid_lr_weight, config.up_lr_weight)
     if not any(given):
         return None
@@ -37,12 +37,15 @@ def block_rates(config: TrainConfig, family: str) -> BlockRates | None:
         )
     )
     if not any(down + mid + up):
-        raise ConfigError("all block rates are 0: nothing of the U-Net is trained", "set unet_lr = 0 instead")
+        raise ConfigError(
+            "all block multipliers are 0, so the U-Net is not trained",
+            "to train no U-Net, set unet_lr = 0 instead",
+        )
     return BlockRates(down, mid, up)
 
 
 def _weights(name: str, text: str, count: int) -> tuple[float, ...]:
-    """``0,0.5,1`` (a missing number is 0), or a shape with an optional sum, as ``cosine+.25``."""
+    """``0,0.5,1`` (a missing number is 0), or a shape with an optional offset, such as ``cosine+.25``."""
     if not text:
         return (1.0,) * count
     shape, _, plus = text.partition("+")
@@ -53,8 +56,8 @@ def _weights(name: str, text: str, count: int) -> tuple[float, ...]:
     if len(values) != count:
         filled = (*values, *(1.0,) * count)[:count]
         raise ConfigError(
-            f"{name} has {len(values)} values, this base has {count} such blocks",
-            f"sd-scripts would take {','.join(f'{value:g}' for value in filled)}: write that if you mean it",
+            f"{name} has {len(values)} values, but this base has {count} such blocks",
+            f"sd-scripts would use {','.join(f'{value:g}' for value in filled)}; write that if you want it",
         )
     return values
 
@@ -78,5 +81,5 @@ def _number(name: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 100:
-        raise ConfigError(f"{name}: {text[:20]!r} is no multiplier", "give numbers from 0 to 100")
+        raise ConfigError(f"{name}: {text[:20]!r} is not a multiplier", "give numbers from 0 to 100")
     return value

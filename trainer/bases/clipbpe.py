@@ -1,6 +1,6 @@
-"""CLIP's tokenizer, built from the byte-pair table that open_clip installs: no vocabulary need be shipped or fetched.
+"""CLIP's tokenizer, built from the BPE table in the open_clip package, so no vocabulary is shipped or downloaded.
 
-The original single-file layout carries no tokenizer; every SD1.5 and SDXL model uses this one.
+Single files in the original layout contain no tokenizer; all SD1.5 and SDXL models use this one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from trainer.bases.families import KNOWN_BASES, is_miniature
 from trainer.errors import MachineError
 
-MERGES = 48_894  # lines 1 to 48,894 of the table are CLIP's merges: 49,408 tokens with bytes and marks
+MERGES = 48_894  # lines 1 to 48,894 of the table are CLIP's merges: 49,408 tokens including bytes and special tokens
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_letters() -> list[str]:
-    """A printable letter for each of the 256 bytes, in the vocabulary's order (GPT-2's byte alphabet)."""
+    """A printable character for each of the 256 bytes, in vocabulary order (GPT-2's byte alphabet)."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -29,8 +29,8 @@ def byte_letters() -> list[str]:
 
 
 def clip_tokenizer(pad_id: int | None = None) -> Any:
-    """CLIP's tokenizer, 77 tokens long.  ``pad_id`` 0 is SDXL's second encoder; otherwise it pads
-    with the end mark."""
+    """CLIP's tokenizer, 77 tokens long.  ``pad_id`` is 0 for SDXL's second encoder; by default it pads
+    with the end token."""
     from transformers import CLIPTokenizer
 
     merges = _merges()
@@ -50,7 +50,7 @@ def clip_tokenizer(pad_id: int | None = None) -> Any:
 
 
 def tokenizer_of(name: str) -> Any:
-    """A miniature's tokenizer, from its folder; of every other base CLIP's.  Reads no weights."""
+    """The tokenizer of a base: from its folder for a miniature, otherwise CLIP's. Reads no weights."""
     from transformers import CLIPTokenizer
 
     if is_miniature(name):
@@ -60,7 +60,7 @@ def tokenizer_of(name: str) -> Any:
 
 
 def _merges() -> list[tuple[str, str]]:
-    package = importlib.util.find_spec("open_clip")  # found, not imported: importing it takes seconds
+    package = importlib.util.find_spec("open_clip")  # located but not imported, which would take seconds
     if package is None or package.origin is None:
         raise MachineError("the package open-clip-torch is not installed", "pip install open-clip-torch")
     table = Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz"

@@ -1,7 +1,7 @@
-"""Which family a model or a LoRA belongs to, from names, shapes, metadata and configurations – before
-anything is loaded.  The one place that tells; what it is told by are facts of ``families``.
+"""Detect the family of a model or a LoRA from names, shapes, metadata and configurations, before anything is loaded.
 
-An unsupported kind is refused by its name; "it did not load" is no answer to a person.
+The only place that detects families; their distinguishing properties are in ``families``. The error for an
+unsupported model names its kind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNET = "model.diffusion_model."
 SUPPORTED = "SD1.5 and SDXL bases and their fine-tunes are supported"
 MAX_JSON_BYTES = 1_000_000  # the largest configuration file of a published pipeline is a few KB
 
-# Any key that contains the text → what the file is instead of a base.  First match wins.
+# Text in any key → what the file is instead of a base. The first match wins.
 FOREIGN_KEYS = (
     (".lora_", "a LoRA"),
     ("lora_unet_", "a LoRA"),
@@ -33,13 +33,13 @@ FOREIGN_KEYS = (
     ("double_blocks.", "a Flux model"),
     ("joint_blocks.", "an SD3 model"),
 )
-# A marker key of a whole checkpoint → its kind.
+# Marker key of a complete checkpoint → its kind.
 MARKER_KEYS = {
     "edm_mean": "an EDM model (Playground)",
     "edm_vpred.sigma_max": "an EDM v-prediction model",
 }
 INPUT_CHANNELS = {9: "an inpainting model", 8: "an image-editing model (InstructPix2Pix)", 5: "a depth model"}
-# Width of the text states that cross-attention reads → the kind that is refused.
+# Width of the text states in cross-attention → the unsupported kind.
 CONTEXT_FOREIGN = {1024: "an SD2.x model", 1280: "the SDXL refiner"}
 PIPELINE_FOREIGN = {
     "StableDiffusionXLImg2ImgPipeline": "the SDXL refiner",
@@ -52,7 +52,7 @@ PIPELINE_FOREIGN = {
 
 @dataclass(frozen=True)
 class BaseConfigs:
-    """The configurations that tell how a base is built, without its weights: a folder with one for each network."""
+    """The configurations of the networks of a base, without its weights."""
 
     name: str
     family: str
@@ -60,7 +60,8 @@ class BaseConfigs:
 
 
 def configs_of(spec: str) -> BaseConfigs | None:
-    """Those of a known name, a hub id behind one, a diffusers folder or a single file; None for anything else."""
+    """The configurations of a short name or its hub id, a diffusers folder or a single file;
+    None for anything else."""
     if base := known_base(spec):
         return BaseConfigs(spec, base.family, base.configs)
     from trainer.tensorfile import refuse_pickle  # loads torch
@@ -75,8 +76,8 @@ def configs_of(spec: str) -> BaseConfigs | None:
 
 
 def family_of_spec(spec: str, metadata: Mapping[str, str] = MappingProxyType({})) -> str | None:
-    """The family of a base that may not be here: by its short name, else its files, else the metadata of a
-    LoRA that was trained on it, else what its name is like.  None if nothing tells."""
+    """The family of a base that may not be on this machine: from its short name, else its files, else the
+    metadata of a LoRA trained on it, else a guess from its name. None if unknown."""
     if spec in KNOWN_BASES:
         return KNOWN_BASES[spec].family
     path = Path(spec).expanduser()
@@ -99,8 +100,9 @@ def family_of_path(path: Path) -> str:
 def family_of_lora(
     metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], readers: Collection[str]
 ) -> str:
-    """The family of a LoRA: by kohya's metadata, else by names that only one has, else by what its ``readers`` are
-    made for: the tensors whose last side is as wide as what their module reads.  The first if nothing tells."""
+    """The family of a LoRA: from kohya's metadata, else from tensor names that only one family has, else from
+    the input width of ``readers``: tensors whose last dimension is the input width of their module. The first
+    family if nothing matches."""
     if (told := _family_of_metadata(metadata)) is not None:
         return told
     families = FAMILIES.values()
@@ -115,7 +117,7 @@ def family_of_lora(
 
 
 def family_of_file(path: Path, header: Header) -> str:
-    """The family of a single file in the original layout, or ModelFileError naming what it is."""
+    """The family of a single file in the original layout. Raises ModelFileError that names what the file is."""
     for text, kind in FOREIGN_KEYS:
         if any(text in name for name in header.shapes):
             raise _refused(path, kind)
@@ -125,8 +127,8 @@ def family_of_file(path: Path, header: Header) -> str:
     first = header.shapes.get(f"{UNET}input_blocks.0.0.weight")
     if first is None:
         raise ModelFileError(
-            f"{path} holds no U-Net in the original layout ({_sample(header)})",
-            "give a whole checkpoint, or the diffusers folder that this file belongs to",
+            f"{path} has no U-Net in the original layout ({_sample(header)})",
+            "give a full checkpoint, or the diffusers folder that this file belongs to",
         )
     if len(first) == 4 and first[1] in INPUT_CHANNELS:
         raise _refused(path, INPUT_CHANNELS[first[1]])
@@ -134,18 +136,18 @@ def family_of_file(path: Path, header: Header) -> str:
     for beginning, what in FAMILIES[family].file_parts.items():
         if not any(name.startswith(beginning) for name in header.shapes):
             raise ModelFileError(
-                f"{path} has no {what}: it holds only part of a model", "give a whole checkpoint"
+                f"{path} has no {what}: it contains only part of a model", "give a full checkpoint"
             )
     return family
 
 
 def family_of_folder(folder: Path) -> str:
-    """The family of a diffusers folder, or ModelFileError naming what it is."""
+    """The family of a diffusers folder. Raises ModelFileError that names what the folder is."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelFileError(
-            f"{folder} is no diffusers folder: it has no model_index.json",
-            "give the folder that holds unet/, vae/ and text_encoder/, or a single .safetensors file",
+            f"{folder} is not a diffusers folder: it has no model_index.json",
+            "give the folder with unet/, vae/ and text_encoder/, or a single .safetensors file",
         )
     pipeline = str(read_json(index).get("_class_name"))
     if pipeline in PIPELINE_FOREIGN:
@@ -169,8 +171,8 @@ def family_of_folder(folder: Path) -> str:
 
 
 def schedule_of_file(header: Header) -> dict[str, Any]:
-    """What a single file says of its noise schedule, in diffusers' names: marker keys ``v_pred`` and
-    ``ztsnr`` (as ComfyUI reads them), or modelspec's prediction type."""
+    """The noise schedule settings in a single file, under diffusers' names: from the marker keys ``v_pred``
+    and ``ztsnr`` (as ComfyUI does), or from modelspec's prediction type."""
     says_v = header.metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
     schedule: dict[str, Any] = {}
     if "v_pred" in header.shapes or says_v:
@@ -181,30 +183,33 @@ def schedule_of_file(header: Header) -> dict[str, Any]:
 
 
 def whole(path: Path, config: Mapping[str, Any], key: str, default: Any = None) -> int:
-    """A key of a configuration that must be a whole number above 0, or ModelFileError naming both."""
+    """The value of a configuration key that must be a whole number above 0. Raises ModelFileError
+    with key and value."""
     value = config.get(key, default)
     if type(value) is not int or not 0 < value < 2**31:
         raise ModelFileError(
             f"{path}: {key} = {str(value)[:80]} is not a whole number above 0",
-            "the configuration is damaged, or of a kind that is not supported",
+            "the configuration is damaged, or this kind of model is not supported",
         )
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file, bounded in size, as a table."""
+    """A JSON configuration file as a dict, with a size limit."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelFileError(f"{path} is too large for a configuration file", "get the model again")
+            raise ModelFileError(f"{path} is too large for a configuration file", "download the model again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelFileError(f"{path} is missing", "the model's folder is incomplete: get it again") from None
+        raise ModelFileError(
+            f"{path} is missing", "the model folder is incomplete; download it again"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(
-            f"{path} cannot be read: {type(error).__name__}", "get the model again"
+            f"{path} cannot be read: {type(error).__name__}", "download the model again"
         ) from None
     if not isinstance(content, dict):
-        raise ModelFileError(f"{path} is no table of settings", "get the model again")
+        raise ModelFileError(f"{path} does not contain a JSON object", "download the model again")
     return content
 
 
@@ -222,7 +227,7 @@ def _family_of_width(path: Path, width: int) -> str:
         raise _refused(path, CONTEXT_FOREIGN[width])
     family = _last(family for family in FAMILIES.values() if family.context_width == width)
     if family is None:
-        raise _refused(path, f"a model whose cross-attention reads {width} wide text states")
+        raise _refused(path, f"a model with text states of width {width} in cross-attention")
     return family
 
 
@@ -236,7 +241,7 @@ def _last(families: Iterable[BaseFamily]) -> str | None:
 
 
 def _refused(path: Path, kind: str) -> ModelFileError:
-    return ModelFileError(f"{path} is {kind}, which cannot be trained here", SUPPORTED)
+    return ModelFileError(f"{path} is {kind}, which is not supported", SUPPORTED)
 
 
 def _sample(header: Header) -> str:

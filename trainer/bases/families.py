@@ -1,8 +1,8 @@
-"""What is known of a base before it is loaded: the facts of each family, and the bases that have a short name.
+"""Properties of a base that are known before it is loaded: its family, and the bases with a short name.
 
-Data, and what settings mean on a family.  A difference between families that is no fact here is a method of their
-classes (``sd15``, ``sdxl``); what a search or a transfer does with the facts is theirs.  Telling which family a file
-belongs to is ``detect``'s; whether a loaded base can do what is asked is ``trainer.data.preflight``'s.  No torch.
+Owns these data and which settings a family supports. Differences in computation are methods of the family
+classes (``sd15``, ``sdxl``). Does not own the detection of families (``detect``) or the checks of a loaded
+base (``trainer.data.preflight``). Does not import torch.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from trainer.errors import ConfigError
 CONFIGS = Path(__file__).parent / "configs"
 MINIATURE_WEIGHTS = Path(__file__).parent / "miniature" / "weights"
 MINIATURE_SCORER, MINIATURE_LIKENESS = "mini-clip", "mini-likeness"
-NOT_USED = ("clip_skip",)  # settings that another family passes over, as sd-scripts does; it is said
+NOT_USED = ("clip_skip",)  # settings that the other family ignores, as in sd-scripts; the user is told
 
 
 @dataclass(frozen=True)
 class BaseFamily:
-    """Everything in which families differ and that is no computation."""
+    """All differences between families that are data."""
 
     name: str
     title: str
-    """How texts and ``Setting.only`` call it."""
+    """The name in texts and in ``Setting.only``."""
 
-    # What it is made of
+    # Architecture
     text_encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
     context_width: int
-    """Of the text states that cross-attention reads."""
+    """The width of the text states in cross-attention."""
     has_pooled_text: bool
     linear_projections: bool
-    """Whether proj_in of a transformer is a linear layer; otherwise it is a 1×1 convolution."""
+    """Whether proj_in of a transformer block is a linear layer; otherwise it is a 1×1 convolution."""
     blocks: tuple[int, int, int]
-    """Blocks of the U-Net that LoRA modules lie in: down, middle, up, as sd-scripts counts them."""
+    """Number of U-Net blocks for LoRA modules (down, middle, up), as counted by sd-scripts."""
     uses_clip_skip: bool
     half_vae: bool
     """Whether the VAE can run in fp16; otherwise it overflows (sd-scripts --no_half_vae)."""
 
-    # Pictures
+    # Images
     resolution_px: int
-    """The side of the square images that the published base was made for."""
+    """The side of the square images that the published base was trained on."""
     short_side_px: int | None
-    """Training images whose shorter side is below are worth a warning."""
+    """Training images whose shorter side is smaller cause a warning."""
 
-    # How it is recognised
+    # Detection
     pipelines: tuple[str, ...]
-    """Classes of diffusers' folders."""
+    """Pipeline classes of diffusers folders."""
     file_parts: Mapping[str, str]
-    """What a single file must hold: beginning of keys → what it is."""
+    """What a single file must contain: key prefix → component."""
     model_marks: tuple[str, ...]
-    """Texts in the name of a model that is not here."""
+    """Texts that identify the family in the name of a model that is not on this machine."""
     lora_marks: tuple[str, ...]
-    """Texts in the names of tensors that only its LoRAs have."""
+    """Texts in tensor names that only LoRAs of this family have."""
 
-    # What sd-scripts and readers of LoRA files call it
+    # Names in sd-scripts and in LoRA files
     text_prefixes: tuple[str, ...]
     """kohya's key prefix of each text encoder."""
     kohya_version: str
-    """ss_base_model_version: readers tell the family by it."""
+    """ss_base_model_version: other programs detect the family by it."""
     kohya_version_start: str
     kohya_architecture: str
     """modelspec.architecture of a LoRA."""
@@ -71,11 +71,11 @@ class BaseFamily:
     """modelspec.implementation."""
     kohya_script: str
     kohya_bucket_steps: int
-    """sd-scripts stops unless this divides bucket_reso_steps."""
+    """sd-scripts stops unless bucket_reso_steps is a multiple of this."""
 
     @property
     def configs(self) -> Path:
-        """The configurations of its networks: what a single file is read by."""
+        """The configurations of its networks, used for single files."""
         return CONFIGS / self.name
 
 
@@ -140,28 +140,28 @@ _SDXL = BaseFamily(
     kohya_script="sdxl_train_network.py",
     kohya_bucket_steps=32,
 )
-# Where the marks of two are found, the later one counts: "sdxl-v1.5" is an SDXL.
+# If a name matches two families, the later one counts: "sdxl-v1.5" is SDXL.
 FAMILIES: dict[str, BaseFamily] = {family.name: family for family in (_SD15, _SDXL)}
 
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base with a short name: published on the hub, or a miniature that comes with this tool."""
+    """A base with a short name: a model on the hub, or a bundled miniature."""
 
     name: str
     family: str
     hub: str = ""
-    """Its id on the hub; a miniature has none."""
+    """Its hub id; a miniature has none."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What is usual for it where that is not the default of ``TrainConfig``."""
+    """Its defaults where they differ from those of ``TrainConfig``."""
     schedule: Mapping[str, Any] = field(default_factory=dict)
-    """What its files do not say of its noise, in diffusers' names (prediction_type, rescale_betas_zero_snr)."""
+    """Noise schedule settings that its files lack, under diffusers' names (prediction_type, rescale_betas_zero_snr)."""
     study: str = ""
-    """The study that searches on it; without one it takes settings that were found elsewhere."""
+    """The study that searches on it; if empty, it only receives transferred settings."""
     scorer: str = ""
-    """The encoder that its images are scored with; unset, the one for real pictures."""
+    """The scorer of its images; if unset, the default for real images."""
     likeness: str = ""
-    """The same for likeness."""
+    """The likeness encoder, likewise."""
 
     @property
     def is_miniature(self) -> bool:
@@ -169,13 +169,13 @@ class KnownBase:
 
     @property
     def folder(self) -> Path:
-        """Where a miniature's weights are."""
+        """The folder with the weights of a miniature."""
         assert self.is_miniature, f"{self.name} is on the hub"
         return MINIATURE_WEIGHTS / self.name
 
     @property
     def configs(self) -> Path:
-        """The configurations of its networks; reading them needs no weights."""
+        """The configurations of its networks; no weights are needed."""
         return self.folder if self.is_miniature else FAMILIES[self.family].configs
 
 
@@ -206,31 +206,31 @@ KNOWN_BASES: dict[str, KnownBase] = {
 
 
 def known_base(spec: str) -> KnownBase | None:
-    """The base that a short name or its hub id stands for."""
+    """The base with this short name or hub id; None if there is none."""
     by_id = (base for base in KNOWN_BASES.values() if base.hub and base.hub == spec)
     return KNOWN_BASES.get(spec) or next(by_id, None)
 
 
 def short_names() -> list[str]:
-    """Every short name, the miniatures first: they are at hand."""
+    """All short names, the bundled miniatures first."""
     return sorted(KNOWN_BASES, key=lambda name: not KNOWN_BASES[name].is_miniature)
 
 
 def is_miniature(spec: str) -> bool:
-    """Whether a base is one of the miniatures that come with this tool, by its name."""
+    """Whether a name is that of a bundled miniature."""
     return spec in KNOWN_BASES and KNOWN_BASES[spec].is_miniature
 
 
 def published_name(spec: str) -> str:
-    """A short name as the hub, and so every other program, knows it; any other base as it is."""
+    """The hub id of a short name, for other programs; any other spec unchanged."""
     return (spec in KNOWN_BASES and KNOWN_BASES[spec].hub) or spec
 
 
-# What settings mean on a family
+# Settings that depend on the family
 
 
 def check(config: TrainConfig, family: str, base: str) -> None:
-    """ConfigError for a setting of the other family.  ``base`` is how the base is called."""
+    """Raise ConfigError for a setting of the other family. ``base`` is the name for the message."""
     usual, title = TrainConfig().as_dict(), FAMILIES[family].title
     for name, facts in SETTINGS.items():
         if facts.only in ("", title) or name in NOT_USED or getattr(config, name) == usual[name]:
@@ -239,7 +239,7 @@ def check(config: TrainConfig, family: str, base: str) -> None:
 
 
 def passed_over(config: TrainConfig, family: str) -> list[str]:
-    """Lines on settings that the family does not use."""
+    """One line for each setting that the family ignores."""
     if FAMILIES[family].uses_clip_skip or config.clip_skip is None:
         return []
-    return [f"clip_skip = {config.clip_skip} is not used: {family} always reads the last layer but one"]
+    return [f"clip_skip = {config.clip_skip} is ignored: {family} always uses the second-to-last layer"]

@@ -1,7 +1,7 @@
-"""Getting a base from the Hugging Face hub: the cached copy first, the network only when it answers.
+"""Download a base from the Hugging Face hub: the cached copy first, then the network if the hub is reachable.
 
-Downloads safetensors and configurations, never pickles.  HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and proxies are
-huggingface_hub's own and work as usual.
+Downloads safetensors and configurations, never pickles.  HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and proxies
+work as in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from pathlib import Path
 
 from trainer.errors import ModelFileError
 
-PROBE_SECONDS = (
-    5.0  # an unreachable hub costs huggingface_hub 47 s of retries; asking first costs this at most
-)
-INDEX = "*.safetensors.index*.json"  # of shards; diffusers also writes ….safetensors.index.fp16.json
+PROBE_SECONDS = 5.0  # timeout of our own check; huggingface_hub retries an unreachable hub for 47 s
+INDEX = "*.safetensors.index*.json"  # index of shards; diffusers also writes ….safetensors.index.fp16.json
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CONFIGURATION = (
     "model_index.json",
@@ -41,7 +39,7 @@ CONFIGURATION = (
 
 
 def hub_folder(repo: str, *, revision: str | None, is_complete: Callable[[Path], bool]) -> Path:
-    """The local folder of a hub model; downloads what is missing.  ``is_complete`` judges a cached copy."""
+    """The local folder of a hub model; downloads missing files. ``is_complete`` checks a cached copy."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -53,37 +51,37 @@ def hub_folder(repo: str, *, revision: str | None, is_complete: Callable[[Path],
         pass
     except HFValidationError as error:
         raise ModelFileError(
-            f"{repo} is no name of a hub model: {str(error)[:160]}", "write it as org/name"
+            f"{repo} is not a valid hub id: {str(error)[:160]}", "write it as org/name"
         ) from None
     require_network(repo)
     return _download(repo, revision)
 
 
 def require_network(repo: str) -> None:
-    """ModelFileError with the ways out, if the hub cannot be reached or may not be asked."""
+    """Raise ModelFileError if the hub cannot be reached or HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise _unreachable(repo, "HF_HUB_OFFLINE is set")
-    endpoint = without_login(constants.ENDPOINT)  # whether it answers can be asked without
+    endpoint = without_login(constants.ENDPOINT)  # a login is not needed for this check
     try:
         request = urllib.request.Request(endpoint, method="HEAD")
         urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
     except urllib.error.HTTPError:
-        return  # it answered
+        return  # any answer means that it is reachable
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise _unreachable(repo, f"{endpoint} does not answer ({reason})") from None
 
 
 def without_login(text: str) -> str:
-    """A text without the user names and passwords of the addresses in it: it may be printed."""
+    """A text without the user names and passwords in its URLs, safe to print."""
     return re.sub(r"//[^/\s]*@", "//", text)
 
 
 def weight_files(names: list[str]) -> list[str]:
-    """Which of a repository's files to download: per component the fp16 variant if there is one, else the
-    plain safetensors; a component that has only pickles is refused."""
+    """The files of a repository to download: per component the fp16 variant if there is one, else the plain
+    safetensors. Raises ModelFileError for a component that has only pickles."""
     chosen = [name for name in names if name in CONFIGURATION]
     for component in COMPONENTS:
         inside = [name for name in names if name.startswith(component + "/")]
@@ -92,7 +90,7 @@ def weight_files(names: list[str]) -> list[str]:
         half = [name for name in tensors if ".fp16" in name]
         if inside and not tensors and any(name.endswith(".bin") for name in inside):
             raise ModelFileError(
-                f"the model offers {component} as a pickle (.bin) only: loading it could run any code",
+                f"the model has {component} only as a pickle (.bin), which could run arbitrary code when loaded",
                 "choose a model with safetensors files",
             )
         chosen += half or [name for name in tensors if ".fp16" not in name]
@@ -106,7 +104,9 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
         if "model_index.json" not in names:
-            raise ModelFileError(f"{repo} on the hub is no diffusers model: it has no model_index.json", "")
+            raise ModelFileError(
+                f"{repo} on the hub is not a diffusers model: it has no model_index.json", ""
+            )
         return Path(snapshot_download(repo, revision=revision, allow_patterns=weight_files(names)))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise ModelFileError(
@@ -116,7 +116,7 @@ def _download(repo: str, revision: str | None) -> Path:
     except (HfHubHTTPError, OSError) as error:
         raise ModelFileError(
             f"downloading {repo} failed: {type(error).__name__}: {_first_line(error)}",
-            "run the same command again: finished files are kept",
+            "run the same command again; finished files are kept",
         ) from None
 
 

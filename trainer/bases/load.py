@@ -1,7 +1,7 @@
 """load_base(): a name, hub id, diffusers folder or single .safetensors → Base.
 
-Order: find the files, say what they are from headers and configurations, check every tensor's name and shape
-against the networks that the configurations describe, and only then read weights.  Nothing is ever unpickled.
+Steps: find the files, detect the family from headers and configurations, check the name and shape of every
+tensor against the networks in the configurations, and only then read weights. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ WEIGHTS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-# Names in older VAE folders → diffusers' names now.
+# Names in older VAE folders → current diffusers names.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 SHOWN_KEYS = 5
-# Keys of a configuration that say how it was written, besides those that start with "_".
+# Keys of a configuration that describe how it was written, in addition to those that start with "_".
 BOOKKEEPING = frozenset({"transformers_version", "torch_dtype", "dtype"})
 
 
@@ -59,11 +59,11 @@ def load_base(
     revision: str | None = None,
     no_half_vae: bool = False,
 ) -> Base:
-    """The base that ``spec`` names, frozen, on ``device``.
+    """Load the base ``spec``, frozen, on ``device``.
 
-    ``spec``: mini-sd15, mini-sdxl, sd15, sdxl, a hub id ``org/name``, a diffusers folder, or a single .safetensors in
-    the original layout.  ``dtype``: of the weights; unset takes ``compute_type("auto", device)``.  The VAE follows,
-    except that SDXL's runs in fp32 where it would be fp16, which overflows in it (sd-scripts --no_half_vae).
+    ``spec``: mini-sd15, mini-sdxl, sd15, sdxl, a hub id ``org/name``, a diffusers folder, or a single .safetensors
+    in the original layout.  ``dtype``: dtype of the weights; default ``compute_type("auto", device)``. The VAE uses
+    the same dtype, except that SDXL's VAE runs in fp32 instead of fp16, which overflows (sd-scripts --no_half_vae).
     """
     dtype = dtype or compute_type("auto", device)
     path = _locate(spec, revision)
@@ -84,7 +84,7 @@ def load_base(
 
 
 def _locate(spec: str, revision: str | None) -> Path:
-    """The folder or file of a spec; a hub model is downloaded if it is not cached."""
+    """The folder or file of a spec; downloads a hub model that is not cached."""
     if is_miniature(spec):
         if not KNOWN_BASES[spec].folder.is_dir():
             raise ModelFileError(f"the weights of {spec} are not installed", "reinstall lora-hpo")
@@ -115,13 +115,13 @@ def _locate(spec: str, revision: str | None) -> Path:
 
 
 def short_name(spec: str) -> str:
-    """What a base is called where no path may be told."""
+    """The name of a base without its path."""
     return Path(spec).name if Path(spec).expanduser().exists() else spec
 
 
 def _identity(family: str, weight_paths: Mapping[str, Path], configs: Path, parts: Parts) -> str:
-    """sha256 over everything that decides what the networks compute – weights, configurations, noise schedule,
-    tokenizers: the same model has the same identity wherever it lies; another fine-tune has another."""
+    """sha256 of everything that decides what the networks compute: weights, configurations, noise schedule
+    and tokenizers. It does not depend on the location; every fine-tune has its own identity."""
     facts = {"scheduler": _deciding(parts.scheduler_config)}
     for component in ("unet", "vae", *FAMILIES[family].text_encoders):
         facts[component] = _deciding(detect.read_json(configs / component / "config.json"))
@@ -139,7 +139,7 @@ def _identity(family: str, weight_paths: Mapping[str, Path], configs: Path, part
 
 
 def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what only tells where, when and with what it was written."""
+    """A configuration without the keys that only describe where, when and by which version it was written."""
     return {k: v for k, v in config.items() if not k.startswith("_") and k not in BOOKKEEPING}
 
 
@@ -149,7 +149,7 @@ def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
 def _parts_of_folder(
     folder: Path, family: str, dtype: torch.dtype, no_half_vae: bool
 ) -> tuple[Parts, dict[str, Path]]:
-    """Every network of a folder, checked and filled, and the weight files they came from."""
+    """All networks of a folder, checked and loaded, and their weight files."""
     networks: dict[str, Any] = {}
     weight_paths: dict[str, Path] = {}
     for component in ("unet", "vae", *FAMILIES[family].text_encoders):
@@ -176,7 +176,8 @@ def _parts_of_folder(
 
 
 def component_files(folder: Path, component: str) -> list[Path]:
-    """The safetensors files of one network: plain before fp16, whole before shards.  Pickles are refused."""
+    """The safetensors files of one network: plain before fp16, single file before shards.
+    Raises ModelFileError for pickles."""
     stem = WEIGHTS[component]
     inside = folder / component
     for variant in ("", ".fp16"):
@@ -191,10 +192,12 @@ def component_files(folder: Path, component: str) -> list[Path]:
                 return _shards(index)
     if any(inside.glob("*.bin")):
         raise ModelFileError(
-            f"{inside} has its weights as a pickle (.bin) only: it could run any code, so it was not opened",
-            "get the safetensors version, or convert it in a place you trust",
+            f"{inside} has its weights only as a pickle (.bin), which could run arbitrary code; it was not opened",
+            "download the safetensors version, or convert it in an environment you trust",
         )
-    raise ModelFileError(f"{inside} has no weights", f"{stem}.safetensors is missing: get the model again")
+    raise ModelFileError(
+        f"{inside} has no weights", f"{stem}.safetensors is missing; download the model again"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -204,7 +207,7 @@ def _shards(index: Path) -> list[Path]:
     bad = [path.name for path in paths if path.parent != index.parent or not path.is_file()]
     if bad or not paths:
         raise ModelFileError(
-            f"{index} names files that are missing: {', '.join(bad[:SHOWN_KEYS])}", "get it again"
+            f"{index} lists files that are missing: {', '.join(bad[:SHOWN_KEYS])}", "download it again"
         )
     return paths
 
@@ -226,7 +229,8 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _present_name(model: nn.Module, name: str) -> str:
-    """A tensor's name as the installed libraries call it: older VAE attention, and CLIP's ``text_model.`` wrapper."""
+    """The name of a tensor in the installed libraries: handles older VAE attention names
+    and CLIP's ``text_model.`` prefix."""
     for old, new in OLD_ATTENTION.items():
         if old in name and ".attentions." in name:
             name = name.replace(old, new)
@@ -236,23 +240,24 @@ def _present_name(model: nn.Module, name: str) -> str:
 
 
 def _folder_tokenizer(folder: Path, encoder: Any) -> Any:
-    """A folder's tokenizer.  Its length is the encoder's if the folder does not say (it is 10³⁰ then)."""
+    """The tokenizer of a folder. If the folder sets no maximum length (it is 10³⁰ then), that of
+    the encoder is used."""
     from transformers import CLIPTokenizer
 
     if not folder.is_dir():
-        raise ModelFileError(f"{folder} is missing", "the model's folder is incomplete: get it again")
+        raise ModelFileError(f"{folder} is missing", "the model folder is incomplete; download it again")
     limit = int(encoder.config.max_position_embeddings)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         tokenizer.model_max_length = min(int(tokenizer.model_max_length), limit)
-    except Exception as error:  # the library raises whatever its parsers raise
+    except Exception as error:  # the library passes on any parser error
         raise ModelFileError(
-            f"{folder} is no CLIP tokenizer: {first_line(error)[:160]}", "get the model again"
+            f"{folder} is not a CLIP tokenizer: {first_line(error)[:160]}", "download the model again"
         ) from None
     if not 256 <= len(tokenizer) <= encoder.config.vocab_size:
         raise ModelFileError(
-            f"{folder} knows {len(tokenizer)} words, the text encoder {encoder.config.vocab_size}",
-            "tokenizer and text encoder do not belong together",
+            f"{folder} has {len(tokenizer)} tokens, but the text encoder has {encoder.config.vocab_size}",
+            "use the tokenizer that belongs to this text encoder",
         )
     return tokenizer
 
@@ -263,8 +268,8 @@ def _folder_tokenizer(folder: Path, encoder: Any) -> Any:
 def _parts_of_file(
     path: Path, family: str, dtype: torch.dtype, no_half_vae: bool, schedule: Mapping[str, Any]
 ) -> Parts:
-    """Every network of a single file, renamed to diffusers' names, checked and filled from shipped
-    configurations; ``schedule`` is what the file says otherwise of its noise."""
+    """All networks of a single file, converted to diffusers' names, checked and loaded with the bundled
+    configurations. ``schedule`` holds the noise schedule settings of the file."""
     configs = FAMILIES[family].configs
     original = load_tensors(path)
     networks: dict[str, Any] = {}
@@ -282,7 +287,7 @@ def _parts_of_file(
 
 
 def _converted(component: str, model: Any, original: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one network under diffusers' names, by diffusers' own conversion."""
+    """The tensors of one network under diffusers' names, converted by diffusers."""
     from diffusers.loaders import single_file_utils as convert
 
     if component == "unet":
@@ -322,35 +327,35 @@ def empty_network(component: str, config: dict[str, Any]) -> Any:
                 return AutoencoderKL.from_config(config)
             kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
             return kind(CLIPTextConfig.from_dict(config))
-    except Exception as error:  # a configuration can be wrong in any way
+    except Exception as error:  # an invalid configuration can raise anything
         raise ModelFileError(
-            f"the configuration of {component} describes no network: {first_line(error)[:160]}",
-            "get the model again",
+            f"the configuration of {component} is invalid: {first_line(error)[:160]}",
+            "download the model again",
         ) from None
 
 
 def _check(path: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]], component: str = "") -> None:
-    """ModelFileError unless every tensor of the network is given in its shape."""
+    """Raise ModelFileError unless every tensor of the network is present with the right shape."""
     place = f"{path} ({component})" if component else str(path)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = [name for name in wanted if name not in given]
     if missing:
         raise ModelFileError(
             f"{place} lacks {len(missing)} of {len(wanted)} tensors: {', '.join(missing[:SHOWN_KEYS])}",
-            "the file is incomplete or of another kind",
+            "the file is incomplete or belongs to a different kind of model",
         )
     wrong = [
         f"{name} {given[name]} instead of {shape}" for name, shape in wanted.items() if given[name] != shape
     ]
     if wrong:
         raise ModelFileError(
-            f"{place} has {len(wrong)} tensors of another shape: {', '.join(wrong[:SHOWN_KEYS])}",
-            "the file is for another kind of model",
+            f"{place} has {len(wrong)} tensors with a different shape: {', '.join(wrong[:SHOWN_KEYS])}",
+            "the file belongs to a different kind of model",
         )
 
 
 def _fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]] | Any, dtype: torch.dtype) -> None:
-    """Give the network its weights, one tensor after another: the peak is the network plus one tensor."""
+    """Load the weights tensor by tensor, so that peak memory is the network plus one tensor."""
     wanted = model.state_dict().keys()
     for name, tensor in tensors:
         if name not in wanted:

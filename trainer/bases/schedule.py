@@ -1,4 +1,4 @@
-"""Noise schedules: what a base's betas become for zero terminal SNR.
+"""Noise schedules: rescaling for zero terminal SNR.
 
 Shapes: T training timesteps.  ᾱ is ``alphas_cumprod`` (T,).
 """
@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """ᾱ with √ᾱ shifted and scaled so that the last is 0 and the first stays (arXiv 2305.08891 alg. 1)."""
+    """ᾱ with √ᾱ shifted and scaled so that the last value is 0 and the first is unchanged
+    (arXiv 2305.08891 alg. 1)."""
     root_T = alphas_cumprod.sqrt()
     return ((root_T - root_T[-1]) * (root_T[0] / (root_T[0] - root_T[-1]))) ** 2

@@ -1,4 +1,4 @@
-"""SD1.5: one text encoder, no pooled vector, diffusers' block names in LoRA keys, 512 px."""
+"""SD1.5: one text encoder, no pooled vector, diffusers block names in LoRA keys, 512 px."""
 
 from __future__ import annotations
 

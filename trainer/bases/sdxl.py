@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.bases.base import Base, Sizes, TextStates, first_position, join_windows
 
-# diffusers' names inside a resnet and inside a sampler → sgm's (sd-scripts library/sdxl_model_util.py)
+# diffusers names in a resnet and in a sampler → sgm names (sd-scripts library/sdxl_model_util.py)
 _RESNET = {
     "conv1": "in_layers_2",
     "conv2": "out_layers_3",
@@ -27,15 +27,15 @@ class SDXL(Base):
     def encode_text(
         self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
     ) -> TextStates:
-        """Both encoders' last-but-one layers side by side, no final norm; the pooled vector is the second
-        encoder's final state at the first end mark of the first window × its projection.  ``clip_skip`` has
-        no meaning here and is not used."""
+        """The second-to-last layers of both encoders, concatenated, without the final norm. The pooled vector
+        is the final state of the second encoder at the first end token of the first window, times its
+        projection. ``clip_skip`` is ignored."""
         hidden = []
         for number, encoder in enumerate(self.text_encoders):
             ids_BWL = self.token_windows(captions, number, max_token_length)
             states = encoder(ids_BWL.flatten(0, 1), output_hidden_states=True)
             hidden.append(join_windows(states.hidden_states[-2].unflatten(0, ids_BWL.shape[:2])))
-        # of the second encoder, the last of the loop
+        # of the second encoder, which the loop handles last
         end_B = first_position(ids_BWL[:, 0], self._tokenizer(1).eos_token_id)
         final_BLD = states.last_hidden_state.unflatten(0, ids_BWL.shape[:2])[:, 0]
         final_BD = final_BLD[torch.arange(len(captions), device=end_B.device), end_B]
@@ -64,7 +64,7 @@ class SDXL(Base):
 
 
 def sgm_path(path: str, layers_per_block: int) -> str:
-    """A diffusers module path → the same module's path in Stability's own code (which kohya's SDXL keys use)."""
+    """A diffusers module path → the path of the module in Stability's code, which kohya's SDXL keys use."""
     for pattern, rename in _BLOCKS:
         match = re.fullmatch(pattern, path)
         if match:

@@ -1,6 +1,6 @@
-"""How a step is computed: recomputation, speed-ups, 8-bit base weights.
+"""How a step is computed: gradient checkpointing, speed-ups, fp8 base weights.
 
-Owns what changes memory and time of a step and not what it learns.
+Owns everything that changes the memory and time of a step but not what it learns.
 """
 
 import lazy_loader

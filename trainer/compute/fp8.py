@@ -1,12 +1,12 @@
-"""The frozen base in 8 bits: linear and convolution weights as float8 (E4M3) with one fp32 scale per output.
+"""The frozen base in fp8: linear and convolution weights as float8 (E4M3) with one fp32 scale per output.
 
-Owns the layers' number format and their forward and backward passes.  A weight is widened when it is used and
-thrown away again – also for the backward pass, which keeps the 8 bits only: a cast outside autograd would
-keep a wide copy of every weight alive and cost more than it saves.  Does not own when a base is converted
-(``hpo.train.placement``) or how an adapter is put on top (``adapter``).
+Owns the layers' number format and their forward and backward passes.  A weight is widened for each use and
+discarded afterwards, also in the backward pass, which saves only the fp8 weight: with an ordinary cast,
+autograd would keep a wide copy of every weight and cost more memory than fp8 saves. Does not own when a base
+is converted (``hpo.train.placement``) or how an adapter is injected (``trainer.adapters``).
 
-sd-scripts' fp8_base casts without a scale; most weights of a U-Net are below 2⁻⁶, where E4M3 has less than
-three bits of mantissa left.  The scale puts each output's largest weight at the format's largest number.
+sd-scripts' fp8_base casts without a scale; most weights of a U-Net are below 2⁻⁶, where E4M3 has less than three
+bits of mantissa left.  The scale maps the largest weight of each output to the largest number of the format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALE = "fp8_scale"
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as 8 bits and its scale (out, 1 …), fp32: weight ≈ 8 bits × scale."""
+    """A weight in fp8 and its fp32 scale (out, 1 …): weight ≈ fp8 × scale."""
     axes = tuple(range(1, weight.dim()))
     peak = weight.float().abs().amax(dim=axes, keepdim=True)
     scale = torch.where(peak > 0, peak / LARGEST, torch.ones_like(peak))
@@ -31,12 +31,12 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """8 bits × scale as ``dtype``."""
+    """fp8 × scale as ``dtype``."""
     return (weight.to(torch.float32) * scale).to(dtype)
 
 
 def weight_of(layer: Any) -> Tensor:
-    """A layer's weight as it computes with it: fp32 if it is kept in 8 bits, else as it is."""
+    """The weight that a layer computes with: widened to fp32 if it is stored in fp8, else unchanged."""
     weight: Tensor = layer.weight.detach()
     return widened(weight, getattr(layer, SCALE), torch.float32) if is_fp8(layer) else weight
 
@@ -46,13 +46,13 @@ def is_fp8(layer: Any) -> bool:
 
 
 def holds_fp8(model: nn.Module) -> bool:
-    """Whether any layer of a network is kept in 8 bits."""
+    """Whether any layer of a network is stored in fp8."""
     return any(is_fp8(module) for module in model.modules())
 
 
 def convert(model: nn.Module) -> None:
-    """Put every linear and convolution layer of a network into 8 bits, in place; the modules stay the same
-    objects.  What was lost does not come back."""
+    """Convert all linear and convolution layers of a network to fp8, in place; the module objects stay the
+    same. The lost precision cannot be restored."""
     for module in model.modules():
         if type(module) in _CLASSES:
             layer: Any = module
@@ -63,7 +63,7 @@ def convert(model: nn.Module) -> None:
 
 
 def nbytes(model: nn.Module) -> int:
-    """Bytes of a network's parameters and buffers."""
+    """Total bytes of a network's parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -99,7 +99,7 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _compute(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Input and bias in the type that autocast would use, else the input's."""
+    """Input and bias in the autocast dtype, if active, else in that of the input."""
     kind = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         kind = torch.get_autocast_dtype(x.device.type)
@@ -107,10 +107,10 @@ def _compute(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 class Fp8Linear(nn.Linear):
-    """A frozen nn.Linear whose weight is kept in 8 bits."""
+    """A frozen nn.Linear with its weight stored in fp8."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_fp8(self):  # PEFT makes an adapter's layers of the class that it finds
+        if not is_fp8(self):  # PEFT creates adapter layers with the class of the base layer
             return super().forward(input)
         x, bias = _compute(input, self.bias)
         result: Tensor = _Linear.apply(x, self.weight, getattr(self, SCALE), bias)
@@ -118,7 +118,7 @@ class Fp8Linear(nn.Linear):
 
 
 class Fp8Conv2d(nn.Conv2d):
-    """A frozen nn.Conv2d whose weight is kept in 8 bits."""
+    """A frozen nn.Conv2d with its weight stored in fp8."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_fp8(self):

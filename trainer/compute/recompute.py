@@ -1,7 +1,7 @@
-"""Gradient checkpointing: which blocks recompute their activations, for as long as training lasts.
+"""Gradient checkpointing: which blocks recompute their activations during training.
 
-Owns the order in which U-Net blocks are chosen and the switches in diffusers' and transformers' networks; the
-loop runs inside ``recomputing``, and so does the planner's trace.
+Owns the order in which U-Net blocks are chosen, and how it is switched on in diffusers and transformers
+networks. The training loop and the planner's trace run inside ``recomputing``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from trainer.config import TrainConfig
 
 
 def blocks_outermost_first(unet: Any) -> list[str]:
-    """Paths of the U-Net's blocks in the order in which they recompute: the outermost hold the most
-    activations for the least arithmetic.  up before down: it has one resnet more."""
+    """Paths of the U-Net blocks in the order in which they start to recompute. The outermost blocks have the
+    most activations for the least arithmetic; up comes before down because it has one more resnet."""
     downs, ups = len(unet.down_blocks), len(unet.up_blocks)
     pairs = [(f"up_blocks.{ups - 1 - level}", f"down_blocks.{level}") for level in range(min(downs, ups))]
     order = [path for pair in pairs for path in pair]
@@ -31,8 +31,8 @@ def blocks_outermost_first(unet: Any) -> list[str]:
 
 
 def _with_inputs_in_ram(module: Any, *inputs: Any) -> Any:
-    """Recompute a module in the backward pass from inputs that wait in the computer's memory.  What is saved
-    inside is not touched by this: recomputing throws it away anyway."""
+    """Recompute a module in the backward pass from inputs stored in RAM. Tensors saved inside the module are
+    not moved: recomputation discards them anyway."""
     pinned = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
     with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
         return torch.utils.checkpoint.checkpoint(module.__call__, *inputs, use_reentrant=False)
@@ -40,12 +40,12 @@ def _with_inputs_in_ram(module: Any, *inputs: Any) -> Any:
 
 @contextlib.contextmanager
 def recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
-    """Gradient checkpointing while training; the base is as before afterwards."""
+    """Gradient checkpointing during training; restores the base afterwards."""
     if not config.gradient_checkpointing:
         yield
         return
     encoders = base.text_encoders if config.updates_text_encoder else []
-    # transformers' own switch leaves a hook on the embeddings behind, so its layers are switched one by one
+    # the switch in transformers leaves a hook on the embeddings, so layers are switched one by one
     layers = [
         m for encoder in encoders for m in encoder.modules() if isinstance(m, GradientCheckpointingLayer)
     ]
@@ -59,7 +59,7 @@ def recomputing(base: Base, config: TrainConfig) -> Iterator[None]:
     for layer in layers:
         layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = True
-        layer.train()  # it recomputes in training mode only; CLIP has no dropout that would act
+        layer.train()  # recomputation needs training mode; CLIP has no active dropout
     try:
         yield
     finally:

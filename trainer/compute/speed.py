@@ -1,7 +1,7 @@
-"""What makes the U-Net's arithmetic faster without changing what is computed: memory layout and compilation.
+"""Speed-ups of the U-Net that do not change the result: memory layout and compilation.
 
-Attention needs no switch: diffusers and transformers call PyTorch's scaled_dot_product_attention, which takes
-flash kernels where the card has them.
+Attention needs no switch: diffusers and transformers call PyTorch's scaled_dot_product_attention, which uses
+flash kernels if the GPU supports them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from trainer.bases import Base
 from trainer.config import TrainConfig
 
-COMPILED = ("BasicTransformerBlock",)  # repeated up to 70 times in SDXL: compiled once, used everywhere
+COMPILED = ("BasicTransformerBlock",)  # repeated up to 70 times in SDXL: compiled once for all
 
 
 @contextlib.contextmanager
 def faster(base: Base, config: TrainConfig, backend: str = "inductor") -> Iterator[None]:
-    """opt_channels_last and torch_compile while training; the base is as before afterwards."""
+    """Apply opt_channels_last and torch_compile during training; restores the base afterwards."""
     blocks = [m for m in base.unet.modules() if type(m).__name__ in COMPILED] if config.torch_compile else []
     if config.opt_channels_last:
         torch.nn.Module.to(base.unet, memory_format=torch.channels_last)

@@ -61,15 +61,15 @@ WITHOUT_EFFECT = {
 }
 # key → (values that ask for nothing, why anything else is refused); sd-scripts takes these in both of its files
 PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "color_aug": ((False,), "colours are not changed: encoded images are kept and reused"),
+    "color_aug": ((False,), "not supported: latents are cached and reused"),
     "random_crop": (
         (False,),
-        "as in sd-scripts it needs images that are encoded anew each time; here they are encoded once",
+        "not supported: latents are cached and reused (sd-scripts refuses it with cached latents too)",
     ),
-    "face_crop_aug_range": ((), "images are cropped around their centre"),
+    "face_crop_aug_range": ((), "not supported: images are cropped around their centre"),
     "resize_interpolation": (
         (),
-        "images are shrunk by area and enlarged by Lanczos, as sd-scripts does by default",
+        "images are downscaled with area and upscaled with Lanczos, the defaults of sd-scripts",
     ),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {

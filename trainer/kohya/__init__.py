@@ -1,6 +1,6 @@
-"""sd-scripts' files: its settings and datasets read into a TrainConfig, and written back.
+"""Files of sd-scripts: settings and datasets are read into a TrainConfig and written back.
 
-Owns what becomes of each of its keys and every form of training file.  What a setting does is elsewhere.
+Owns the handling of each key of sd-scripts, and all formats of training files. Does not own the effect of a setting.
 """
 
 import lazy_loader

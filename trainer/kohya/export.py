@@ -1,7 +1,7 @@
-"""Our settings as sd-scripts' files: config.toml, dataset.toml and the command that takes both.
+"""Export of our settings to sd-scripts: config.toml, dataset.toml and the command line for both.
 
-Owns the way back from our settings to sd-scripts' keys; the way in is ``trainer.kohya.read``.  What
-sd-scripts cannot do is refused or said, never left out in silence.
+Owns the translation of our settings to sd-scripts' keys. Does not own the opposite direction; see
+``trainer.kohya.read``. Settings that sd-scripts does not support are refused or reported, never dropped silently.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
 from trainer.text import clean_text
 
 CONFIG, DATASET, COMMAND = "config.toml", "dataset.toml", "train.sh"
-# Settings that dataset.toml says, and those that have another form in sd-scripts.
+# Settings in dataset.toml, and settings with a different form in sd-scripts.
 _IN_DATASET = (*RUN_KEYS.values(), *OWN_KEYS, "train_data_dir", "dataset_config", "reg_data_dir")
-_IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts takes them there only
+_IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts accepts them there only
 _OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
 _OPTIMIZER_ARGUMENTS = {
     "Adafactor": ("scale_parameter=False", "relative_step=False", "warmup_init=False"),
     "Prodigy": ("decouple=True", "use_bias_correction=False"),
 }
 _PATHS = ("sample_prompts", "logging_dir", "network_weights")
-# Settings that sd-scripts has no word for → what is different without them.
+# Settings that sd-scripts does not have → what differs without them.
 _MISSING = {
-    "micro_batch_size": "sd-scripts computes a batch at once, which takes more memory; the result is the same",
-    "cpu_offload": "sd-scripts keeps all of it on the card, which takes more memory; the result is the same",
+    "micro_batch_size": "sd-scripts computes the whole batch at once: more memory, the result is the same",
+    "cpu_offload": "sd-scripts keeps everything on the GPU: more memory, the result is the same",
     "checkpoint_blocks": "sd-scripts recomputes all blocks: slower, the result is the same",
-    "opt_channels_last": "sd-scripts has no such layout: slower, the result is the same",
-    "hold_out_references": "sd-scripts trains on these images too; to keep them out, move them to another folder",
+    "opt_channels_last": "sd-scripts does not support this layout: slower, the result is the same",
+    "hold_out_references": "sd-scripts trains on these images too; to exclude them, move them to another folder",
 }
 _ALGORITHMS = {"DoRA": "locon", "LoHa": "loha", "LoKr": "lokr"}
 
 
 @dataclass(frozen=True)
 class Export:
-    """The two tables, the command line, and lines on what differs."""
+    """The two tables, the command line, and lines about differences."""
 
     config: Mapping[str, Any]
     dataset: Mapping[str, Any]
@@ -53,8 +53,8 @@ class Export:
 
 
 def to_kohya(config: TrainConfig, family: str, base: str, folder: Path, output: str = "output") -> Export:
-    """``config`` for sd-scripts.  ``base`` is the model as sd-scripts finds it; ``folder`` is where the files
-    will lie.  Every path is written in full, since the command is run elsewhere."""
+    """Convert ``config`` for sd-scripts. ``base`` is the model path or id for sd-scripts; the files will be
+    written to ``folder``. Paths are absolute, because the command runs in another folder."""
     folder = folder.resolve()
     if Path(base).expanduser().exists():
         base = str(Path(base).expanduser().resolve())
@@ -78,11 +78,16 @@ def write(found: Export, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / CONFIG, tomlkit.dumps(dict(found.config)))
     write_atomic(folder / DATASET, tomlkit.dumps(dict(found.dataset)))
-    write_atomic(folder / COMMAND, f"#!/bin/sh\n# run this in the folder of sd-scripts\n{found.command}\n")
+    write_atomic(
+        folder / COMMAND,
+        f"#!/bin/sh\
+# run this in the folder of sd-scripts\
+{found.command}\n",
+    )
 
 
 def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
-    """Settings that sd-scripts has under the same name, where its default would be another."""
+    """Settings that have the same name in sd-scripts but a different default."""
     table: dict[str, Any] = {}
     for name, value in config.as_dict().items():
         if name in _IN_DATASET or name in _OTHERWISE or name in OURS_ALONE or name.startswith("pretrained"):
@@ -90,12 +95,12 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
         usual = KOHYA_DEFAULTS.get(name, getattr(TrainConfig(), name))
         if value not in (None, "") and (value != usual or name in ("output_name", "seed", "learning_rate")):
             table[name] = _full(value) if name in _PATHS else value
-    if config.lr_warmup_steps >= 1:  # with a decimal point sd-scripts takes it for a share of all steps
+    if config.lr_warmup_steps >= 1:  # with a decimal point, sd-scripts reads it as a fraction of all steps
         table["lr_warmup_steps"] = int(config.lr_warmup_steps)
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16"
-        notes.append("mixed_precision = auto → bf16; write fp16 for a card without bf16")
+        notes.append("mixed_precision = auto → bf16; change it to fp16 for a GPU without bf16")
     length = (
         {"max_train_steps": config.max_train_steps}
         if config.max_train_steps is not None
@@ -124,7 +129,7 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
 
 
 def _said(config: TrainConfig, family: str) -> list[str]:
-    """Lines on what sd-scripts does not have."""
+    """Lines about settings that sd-scripts does not support."""
     usual = TrainConfig()
     lines = [
         f"{name} is left out: {why}"
@@ -134,10 +139,10 @@ def _said(config: TrainConfig, family: str) -> list[str]:
     steps = FAMILIES[family].kohya_bucket_steps
     if config.enable_bucket and config.bucket_reso_steps % steps:
         lines.append(
-            f"bucket_reso_steps = {config.bucket_reso_steps}: sd-scripts stops here, it wants a multiple of {steps}"
+            f"bucket_reso_steps = {config.bucket_reso_steps}: sd-scripts refuses this, it needs a multiple of {steps}"
         )
     if config.validation_split:
-        lines.append("validation_split needs sd-scripts later than v0.9.1")
+        lines.append("validation_split needs a version of sd-scripts after v0.9.1")
     return lines
 
 
@@ -150,11 +155,11 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
         if value not in (None, "") and value != getattr(usual, name):
             arguments.append(f"{name}={value}")
     if config.conv_dim is not None and config.conv_alpha is None:
-        arguments.append(f"conv_alpha={config.network_alpha:g}")  # sd-scripts would take 1
+        arguments.append(f"conv_alpha={config.network_alpha:g}")  # the default of sd-scripts is 1
     first, second = config.effective_text_encoder_lrs
     if len(FAMILIES[family].text_encoders) > 1 and first != second and not config.text_encoder_frozen:
         raise ConfigError(
-            f"sd-scripts has one rate for both text encoders, here they are {first:g} and {second:g}",
+            f"sd-scripts has one rate for both text encoders, but the settings have {first:g} and {second:g}",
             "set text_encoder_lr1 equal to text_encoder_lr2",
         )
     extra: dict[str, Any] = {}
@@ -172,8 +177,8 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
         if config.conv_dim is None:
             arguments.append("preset=attn-mlp")
         else:
-            notes.append("LyCORIS trains conv_in, conv_out and time_embedding too, which this tool does not")
-        notes.append(f"{config.network_type} needs LyCORIS beside sd-scripts: pip install lycoris_lora")
+            notes.append("LyCORIS also trains conv_in, conv_out and time_embedding; this tool does not")
+        notes.append(f"{config.network_type} needs LyCORIS in sd-scripts: pip install lycoris_lora")
     extra["network_module"] = module
     if arguments:
         extra["network_args"] = arguments
@@ -192,7 +197,7 @@ def _dataset(config: TrainConfig) -> dict[str, Any]:
             general[name] = value
     for name in _IN_SUBSETS:
         general.pop(name, None)
-    if not config.validation_split:  # sd-scripts up to v0.9.1 does not know the key
+    if not config.validation_split:  # sd-scripts up to v0.9.1 refuses the key
         general.pop("validation_split", None)
         general.pop("validation_seed", None)
     subsets = [_subset(subset, config) for subset in _subsets(config)]
@@ -223,7 +228,7 @@ def _subsets(config: TrainConfig) -> list[Subset]:
     if config.dataset_config:
         return list(read_dataset_file(Path(config.dataset_config)).subsets)
     if not config.train_data_dir:
-        raise ConfigError("no images are given", "set train_data_dir, or give --data FOLDER")
+        raise ConfigError("no training images are given", "set train_data_dir, or give --data FOLDER")
     found = _folders(Path(config.train_data_dir), is_reg=False)
     return found + (_folders(Path(config.reg_data_dir), is_reg=True) if config.reg_data_dir else [])
 
@@ -244,7 +249,7 @@ def _folders(root: Path, *, is_reg: bool) -> list[Subset]:
 
 
 def _quoted(path: Path) -> str:
-    """A path as a word of a shell."""
+    """A path quoted for a shell."""
     text = str(path)
     return text if all(c.isalnum() or c in "/._-" for c in text) else "'" + text.replace("'", "'\\''") + "'"
 

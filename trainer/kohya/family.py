@@ -1,4 +1,4 @@
-"""Which family a training file is for, before its base is loaded: ``detect`` tells, a file's own metadata helps."""
+"""The family of a training file before its base is loaded, from ``detect`` and the metadata of the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.text import clean_text
 
 
 def known_family(file: TrainFile) -> str | None:
-    """``family_of``, or None where neither name nor files tell."""
+    """Like ``family_of``, but None if the family is unknown."""
     try:
         return family_of(file)
     except ConfigError:
@@ -20,19 +20,19 @@ def known_family(file: TrainFile) -> str | None:
 
 
 def family_of(file: TrainFile) -> str:
-    """The family of the file's base, by its name or its files.  ConfigError where neither tells."""
+    """The family of the base of a training file, from its name or its files. Raises ConfigError if unknown."""
     spec = file.config.pretrained_model_name_or_path
     found = detect.family_of_spec(spec, _metadata(file.path))
     if found is None:
         raise ConfigError(
-            f"whether {clean_text(spec)} is SD1.5 or SDXL cannot be told",
-            "name a base that is here with --base",
+            f"whether {clean_text(spec)} is SD1.5 or SDXL is unknown",
+            "give a base that is on this machine with --base",
         )
     return found
 
 
 def _metadata(path: Path) -> Mapping[str, str]:
-    """What a LoRA file says of itself; a file of settings says nothing."""
+    """The metadata of a LoRA file; empty for a settings file."""
     if path.suffix != ".safetensors":
         return {}
     from trainer.tensorfile import read_header  # loads torch

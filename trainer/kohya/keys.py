@@ -1,7 +1,7 @@
-"""What every key of sd-scripts' configuration files means here: tables, read by ``trainer.kohya.read``.
+"""Tables of all keys in sd-scripts' configuration files and their meaning here, for ``trainer.kohya.read``.
 
-The four classes do not overlap and together are all keys that sd-scripts (48d368f, February 2026) accepts for
-training a LoRA of SD1.5 or SDXL, and those that the graphical front end kohya_ss adds.
+The four classes do not overlap. Together they contain all keys that sd-scripts (48d368f, February 2026)
+accepts for training a LoRA of SD1.5 or SDXL, and the keys that the GUI kohya_ss adds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from trainer.config import SCHEDULER_NAMES, SETTINGS
 from trainer.data import PIXELS_REFUSED
 
-# What sd-scripts takes for a setting that is not given, where that is not our own default.
+# Defaults of sd-scripts that differ from ours.
 KOHYA_DEFAULTS: dict[str, Any] = {
     "output_name": "last",
     "enable_bucket": False,
@@ -32,13 +32,13 @@ KOHYA_DEFAULTS: dict[str, Any] = {
     "cache_latents_to_disk": False,
     "vae_batch_size": 1,
 }
-# What sd-scripts has no default for: a base must be named, the others take ours.
+# Settings without a default in sd-scripts: the base must be given, the others use our defaults.
 NO_KOHYA_DEFAULT = ("pretrained_model_name_or_path", "resolution", "seed")
-# The libraries' own defaults, which sd-scripts leaves in place.
+# Defaults of the optimizer libraries, which sd-scripts does not change.
 WEIGHT_DECAY = {"AdamW": 0.01, "AdamW8bit": 0.01, "Lion8bit": 0.0, "Adafactor": 0.0, "Prodigy": 0.0}
 
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "the newest complete state is kept while a run lasts, and the same command goes on from it": (
+    "the latest state is always saved during a run; run the same command again to resume": (
         "save_state",
         "save_state_on_train_end",
         "save_last_n_epochs_state",
@@ -110,24 +110,24 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "zero3_save_16bit_model",
         "fp16_master_weights_and_gradients",
     ),
-    "encoded images and captions are always cached where they can be": (
+    "latents and text encoder outputs are always cached if possible": (
         "cache_latents",
         "cache_text_encoder_outputs",
         "cache_text_encoder_outputs_to_disk",
     ),
-    "it only matters together with a setting that is refused": (
+    "it only has an effect together with a refused setting": (
         "lr_decay_steps",
         "lr_scheduler_timescale",
         "lr_scheduler_min_lr_ratio",
         "dataset_repeats",
         "base_weights_multiplier",
     ),
-    "the validation loss is told after every epoch, over all images that are set apart": (
+    "the validation loss is computed after every epoch, over all validation images": (
         "validate_every_n_steps",
         "validate_every_n_epochs",
         "max_validation_steps",
     ),
-    "sd-scripts does not read it; kohya_ss writes the settings that follow from it": (
+    "sd-scripts does not read it; kohya_ss derives other settings from it": (
         "epoch",
         "noise_offset_type",
         "lowvram",
@@ -145,32 +145,35 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     ),
 }
 
-LORA_PLUS = "both halves of the LoRA are trained at one rate (no LoRA+)"
-# key → (values that ask for nothing, why anything else is refused)
+LORA_PLUS = "lora_down and lora_up use the same learning rate (LoRA+ is not supported)"
+# key → (values without an effect, why all other values are refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     **PIXELS_REFUSED,
-    "weighted_captions": ((False,), "captions are used as they are"),
-    "in_json": ((), "captions come from files beside the images"),
-    "dataset_class": ((), "code from elsewhere is not run"),
-    "vae": ((), "the base's own VAE is used; save the base with the VAE you want"),
-    "dim_from_weights": ((False,), "set network_dim and network_alpha to those of the file (hpo inspect)"),
+    "weighted_captions": ((False,), "not supported: captions are used without weights"),
+    "in_json": ((), "captions are read from the caption files next to the images"),
+    "dataset_class": ((), "external code is not run"),
+    "vae": ((), "the VAE of the base is used; to use another one, save it in the base"),
+    "dim_from_weights": (
+        (False,),
+        "set network_dim and network_alpha to those of the file (hpo inspect shows them)",
+    ),
     "base_weights": ((), "merge them into the base first"),
-    "resume": ((), "a state of sd-scripts cannot be resumed"),
-    "lr_scheduler_type": ((), "schedules are " + ", ".join(SCHEDULER_NAMES)),
-    "lr_scheduler_args": ((), "schedules have no further arguments"),
-    "initial_epoch": ((0, 1), "training starts at its beginning"),
-    "initial_step": ((0,), "training starts at its beginning"),
-    "skip_until_initial_step": ((False,), "training starts at its beginning"),
-    "stop_text_encoder_training": ((0,), "the text encoders are trained to the end or not at all"),
+    "resume": ((), "a training state of sd-scripts cannot be resumed"),
+    "lr_scheduler_type": ((), "supported schedules: " + ", ".join(SCHEDULER_NAMES)),
+    "lr_scheduler_args": ((), "schedules have no other arguments"),
+    "initial_epoch": ((0, 1), "training always starts at the beginning"),
+    "initial_step": ((0,), "training always starts at the beginning"),
+    "skip_until_initial_step": ((False,), "training always starts at the beginning"),
+    "stop_text_encoder_training": ((0,), "the text encoders are trained until the end or not at all"),
     "train_inpainting": ((False,), "inpainting bases are not supported"),
     "loraplus_lr_ratio": ((0,), LORA_PLUS),
     "loraplus_unet_lr_ratio": ((0,), LORA_PLUS),
     "loraplus_text_encoder_lr_ratio": ((0,), LORA_PLUS),
-    "fused_backward_pass": ((False,), "sd-scripts itself ignores it for LoRA; leave it out"),
+    "fused_backward_pass": ((False,), "sd-scripts ignores it for LoRA; remove it"),
 }
 
-# Optimizers that differ from ours in where their state is kept, not in what they compute.
+# Optimizers that differ from ours only in where their state is stored.
 SAME_OPTIMIZER = {
     "pagedadamw": "AdamW",
     "pagedadamw8bit": "AdamW8bit",
@@ -182,7 +185,7 @@ SAME_OPTIMIZER = {
     "bitsandbytes.optim.lion8bit": "Lion8bit",
     "bitsandbytes.optim.pagedlion8bit": "Lion8bit",
 }
-# optimizer_args that ask for what our optimizers do anyway.
+# optimizer_args that request what our optimizers always do.
 SAME_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "AdamW": {"betas": ((0.9, 0.999),), "eps": (1e-8,)},
     "AdamW8bit": {"betas": ((0.9, 0.999),), "eps": (1e-8,)},
@@ -197,7 +200,7 @@ SAME_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 NO_EFFECT_REASON = {key: reason for reason, keys in WITHOUT_EFFECT.items() for key in keys}
-# Keys that a method of _Reading translates.
+# Keys that a method of _SettingsReading translates.
 TRANSLATED = frozenset(
     {
         "caption_extention",
@@ -217,7 +220,7 @@ TRANSLATED = frozenset(
         "datasets",
     }
 )
-# Values of 0 that mean "not set" in sd-scripts or in its graphical front ends.
+# Keys for which 0 means "not set" in sd-scripts or its GUIs.
 ZERO_IS_UNSET = (
     "min_snr_gamma",
     "scale_weight_norms",
@@ -232,7 +235,7 @@ ZERO_IS_UNSET = (
     "sample_every_n_epochs",
     "sample_every_n_steps",
 )
-# What sd-scripts' networks.lora takes in network_args: used under the same name here.
+# network_args of sd-scripts' networks.lora, used under the same name here.
 NETWORK_ARGUMENTS = (
     "conv_dim",
     "conv_alpha",
@@ -246,7 +249,7 @@ NETWORK_ARGUMENTS = (
 )
 # LyCORIS' algo → our network_type.
 LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
-# Our settings that sd-scripts spells otherwise (inside network_args and optimizer_args) or does not have.
+# Our settings that sd-scripts spells differently (in network_args and optimizer_args) or does not have.
 OURS_ALONE = frozenset(
     {
         *NETWORK_ARGUMENTS,

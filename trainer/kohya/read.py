@@ -1,11 +1,12 @@
-"""kohya's configuration files, and our own: a TOML file becomes a TrainConfig, and nothing in it is passed over.
+"""Read configuration files of kohya and of this tool: a TOML file becomes a TrainConfig, and no
+key is ignored silently.
 
-Owns the reading and translating; the tables of keys are ``trainer.kohya.keys``.  Each key falls into one of
-four classes: used under its own name; translated (said once); without effect here (listed once); refused,
-where the result would differ.  A key that sd-scripts does not know is a typing error.  Keys missing in a
-kohya file take kohya's defaults, keys missing in our own file take ours.
+Owns reading and translating. Does not own the tables of keys; see ``trainer.kohya.keys``. Each key belongs to
+one of four classes: used under its own name, translated (reported), without effect here (listed), or refused
+because the result would differ. Unknown keys are treated as typos. Missing keys get kohya's defaults in a
+kohya file and ours in our own file.
 
-Sections are for the reader: field names are unique, so any section is accepted.
+Section names have no meaning: setting names are unique, so any section is accepted.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from trainer.tomlfile import as_text, flat, read_table
 
 @dataclass(frozen=True)
 class KohyaFile:
-    """What a kohya file means here.  ``given`` are the settings that the file decides; the rest of ``config``
-    is kohya's defaults.  The lists are lines to read, one per key."""
+    """A kohya file as settings of this tool. ``given`` are the settings from the file; the rest of ``config``
+    is kohya's defaults. The lists contain one line per key for the user."""
 
     path: Path
     config: TrainConfig
@@ -49,55 +50,57 @@ class KohyaFile:
     output_dir: str | None = None
 
     def require_all(self) -> KohyaFile:
-        """Raise ConfigError if anything was refused: the result would not be what the file asks for."""
+        """Raise ConfigError if any key was refused, because the result would differ from what the file requests."""
         if self.refused:
             raise ConfigError(
-                f"{clean_text(str(self.path))} asks for what is not built in: {'; '.join(self.refused)}",
-                "remove these lines if you can do without them",
+                f"{clean_text(str(self.path))} has settings that are not supported: {'; '.join(self.refused)}",
+                "remove these lines if you do not need them",
             )
         return self
 
 
 def read_kohya(path: Path) -> KohyaFile:
-    """Read a file for sd-scripts' ``--config_file``.  ConfigError for unreadable files, typing errors, bad values."""
+    """Read a file for sd-scripts' ``--config_file``.  Raises ConfigError for unreadable files,
+    typos and invalid values."""
     return from_kohya(path, flat(path, read_table(path)))
 
 
 def from_kohya(path: Path, settings: Mapping[str, Any]) -> KohyaFile:
-    """What sd-scripts' own settings mean; ``path`` is where they stand."""
+    """Translate settings of sd-scripts; ``path`` is the file they come from."""
     return _SettingsReading(Path(path), settings).result()
 
 
 def read_own(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """Read our own file: (the configuration, the settings that the file decides).  Our defaults fill the rest."""
+    """Read a file of this tool: (the configuration, the settings from the file). Missing
+    settings get our defaults."""
     given = flat(path, read_table(path))
     return from_own(path, given), given
 
 
 def from_own(path: Path, settings: Mapping[str, Any]) -> TrainConfig:
-    """Our own settings, our defaults for the rest."""
+    """A configuration from settings of this tool, with our defaults for the rest."""
     _check_names(Path(path), settings, SETTINGS, "see docs/settings.md")
     return TrainConfig().with_values(settings)
 
 
 def is_kohya(settings: Iterable[str]) -> bool:
-    """Whether settings are sd-scripts': one of them is a key that only sd-scripts has, as network_module."""
+    """Whether settings are in the form of sd-scripts: one of the keys exists only there, such as network_module."""
     return any(name in KNOWN_KEYS and name not in SETTINGS for name in settings)
 
 
 def _check_names(path: Path, given: Iterable[str], known: Collection[str], otherwise: str) -> None:
-    """Raise ConfigError for the first name that is not known, with the nearest one that is."""
+    """Raise ConfigError for the first unknown name, with the most similar known one."""
     for name in given:
         check_known(name, known, "setting", clean_text(str(path)), otherwise)
 
 
 class _SettingsReading:
-    """One kohya file on its way to a TrainConfig: each method handles a family of keys and removes them."""
+    """Translates one kohya file to a TrainConfig: each method handles a group of keys and removes them."""
 
     def __init__(self, path: Path, table: Mapping[str, Any]) -> None:
         _check_names(path, table, KNOWN_KEYS, "sd-scripts has no such key")
         self.path = path
-        # Graphical front ends write "" and [] for what is not set; sd-scripts takes them as such.
+        # GUIs write "" and [] for unset values, and sd-scripts reads them as unset.
         self.left = {name: value for name, value in table.items() if value not in ("", [])}
         self.given: dict[str, Any] = {}
         self.translated: list[str] = []
@@ -160,7 +163,7 @@ class _SettingsReading:
             self._say("caption_extention", extension, "caption_extension")
 
     def _resolution(self) -> None:
-        """A side, "side" or "width,height"; only squares, since the area is resolution²."""
+        """A side, "side" or "width,height"; only squares, because resolution² is the area."""
         value = self._take("resolution")
         if value is None:
             return
@@ -170,29 +173,31 @@ class _SettingsReading:
                 int(side) if isinstance(side, str) else check_value("resolution", side) for side in sides
             ]
         except ValueError:
-            hint = 'write 512 or "512,512"'
+            hint = 'write for example 512 or "512,512"'
             raise ConfigError(f"resolution = {as_text(value)} is not a size", hint) from None
         if len(set(numbers)) != 1 or len(numbers) > 2:
-            self._refuse("resolution", value, "only squares; buckets keep aspect ratios at the same area")
+            self._refuse(
+                "resolution", value, "only squares are supported; buckets keep aspect ratios at the same area"
+            )
             return
         self.given["resolution"] = numbers[0]
         if numbers[0] != value:
             self._say("resolution", value, str(numbers[0]))
 
     def _length(self) -> None:
-        """sd-scripts lets epochs win over steps; here steps win over epochs."""
+        """In sd-scripts, epochs override steps; here, steps override epochs."""
         epochs, steps = self._take("max_train_epochs"), self._take("max_train_steps")
         if epochs is not None:
             self.given |= {"max_train_epochs": epochs, "max_train_steps": None}
             if steps is not None:
-                self._say("max_train_steps", steps, "not used, since max_train_epochs is given")
+                self._say("max_train_steps", steps, "ignored, because max_train_epochs is given")
         elif steps is not None:
             self.given |= {"max_train_epochs": None, "max_train_steps": steps}
         ratio = self._take("save_n_epoch_ratio")
         if ratio:
             if not isinstance(epochs, int) or not isinstance(ratio, int) or ratio < 1:
                 self._refuse(
-                    "save_n_epoch_ratio", ratio, "it needs max_train_epochs; or use save_every_n_epochs"
+                    "save_n_epoch_ratio", ratio, "it needs max_train_epochs; use save_every_n_epochs instead"
                 )
                 return
             every = max(1, epochs // ratio)
@@ -200,7 +205,7 @@ class _SettingsReading:
             self._say("save_n_epoch_ratio", ratio, f"save_every_n_epochs = {every}")
 
     def _rates(self) -> None:
-        """sd-scripts accepts a list of text encoder rates, and for SD1.5 and SDXL uses its first."""
+        """sd-scripts accepts a list of text encoder rates and uses the first one for SD1.5 and SDXL."""
         rates = self._take("text_encoder_lr")
         if isinstance(rates, list):
             self._say(
@@ -221,14 +226,14 @@ class _SettingsReading:
             self._say("use_8bit_adam", True, "optimizer_type = AdamW8bit")
         if self._take("use_lion_optimizer"):
             self._refuse(
-                "use_lion_optimizer", True, "32-bit Lion is not built in; optimizer_type = Lion8bit is"
+                "use_lion_optimizer", True, "32-bit Lion is not supported; use optimizer_type = Lion8bit"
             )
         ours = KOHYA_DEFAULTS["optimizer_type"]
         if name is not None:
             exact = {known.lower(): known for known in OPTIMIZER_NAMES}
             found = exact.get(str(name).lower()) or SAME_OPTIMIZER.get(str(name).lower())
             if found is None:
-                self._refuse("optimizer_type", name, "optimizers are " + ", ".join(OPTIMIZER_NAMES))
+                self._refuse("optimizer_type", name, "supported optimizers: " + ", ".join(OPTIMIZER_NAMES))
             else:
                 ours = self.given["optimizer_type"] = found
                 if found != name:
@@ -243,22 +248,24 @@ class _SettingsReading:
             elif optimizer == "Prodigy" and name == "safeguard_warmup":
                 self._safeguard(value)
             elif not _is_one_of(value, SAME_ARGUMENTS[optimizer].get(name, ())):
-                self._refuse(f"optimizer_args {name}", value, f"{optimizer} runs with its usual arguments")
+                self._refuse(
+                    f"optimizer_args {name}", value, f"this argument of {optimizer} cannot be changed"
+                )
         if optimizer == "Adafactor" and "relative_step" not in arguments:
             self._refuse(
                 "optimizer_args relative_step",
                 True,
-                "Adafactor runs at the given rate: add relative_step=False",
+                "Adafactor needs a fixed learning rate: add relative_step=False",
             )
         if optimizer == "Prodigy" and "safeguard_warmup" not in arguments:
             self._safeguard(False)
 
     def _safeguard(self, value: Any) -> None:
-        """Prodigy runs with safeguard_warmup where there is a warm-up, else without."""
+        """Prodigy uses safeguard_warmup if there is a warm-up."""
         warms_up = bool(self.left.get("lr_warmup_steps"))
         warms_up &= self.left.get("lr_scheduler", KOHYA_DEFAULTS["lr_scheduler"]) != "constant"
         if bool(value) != warms_up:
-            why = "true, which warm-up needs" if warms_up else "false, since there is no warm-up"
+            why = "true, because of the warm-up" if warms_up else "false, because there is no warm-up"
             self._say("optimizer_args safeguard_warmup", value, why)
 
     def _schedule(self) -> None:
@@ -267,18 +274,18 @@ class _SettingsReading:
         if isinstance(warmup, float) and warmup >= 1:
             self._take("lr_warmup_steps")
             reason = (
-                "sd-scripts takes a number with a decimal point as a share of all steps; write it without"
+                "sd-scripts reads a number with a decimal point as a fraction of all steps; remove the point"
             )
             self._refuse("lr_warmup_steps", warmup, reason)
         if cycles == 0 and not isinstance(cycles, bool) and name != "cosine_with_restarts":
             self._take("lr_scheduler_num_cycles")
-            self.without_effect.append("lr_scheduler_num_cycles: it is for cosine_with_restarts")
+            self.without_effect.append("lr_scheduler_num_cycles: only used by cosine_with_restarts")
         if name is None:
             return
         if name in SCHEDULER_NAMES:
             self.given["lr_scheduler"] = name
         else:
-            self._refuse("lr_scheduler", name, "schedules are " + ", ".join(SCHEDULER_NAMES))
+            self._refuse("lr_scheduler", name, "supported schedules: " + ", ".join(SCHEDULER_NAMES))
 
     def _network(self) -> None:
         module = self._take("network_module")
@@ -288,42 +295,46 @@ class _SettingsReading:
         else:
             arguments = self._zero_convolutions(arguments)
         if module not in (None, "networks.lora", "lycoris.kohya"):
-            known = "networks.lora (with conv_dim: LoCon) and lycoris.kohya (locon, loha, lokr) are built in"
+            known = "supported: networks.lora (LoCon with conv_dim) and lycoris.kohya (locon, loha, lokr)"
             self._refuse("network_module", module, known)
         for name, value in arguments.items():
             if name in NETWORK_ARGUMENTS:
                 self.given[name] = _multipliers(value) if name.endswith("lr_weight") else value
                 self._say(f"network_args {name}", value, f"{name} = {as_text(self.given[name])}")
             elif value not in (0, None, False):
-                self._refuse(f"network_args {name}", value, "built in are " + ", ".join(NETWORK_ARGUMENTS))
+                self._refuse(f"network_args {name}", value, "supported: " + ", ".join(NETWORK_ARGUMENTS))
         if self.left.get("network_alpha") == 0:
             rank = self.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
             self.left["network_alpha"] = rank
             self._say("network_alpha", 0, f"{as_text(rank)}, which is network_dim")
 
     def _lycoris(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """LyCORIS' algorithm as network_type; what is left of its arguments."""
+        """Translate the LyCORIS algorithm to network_type; returns the remaining arguments."""
         left = dict(arguments)
         algorithm = str(left.pop("algo", "lora")).lower()
         kind = LYCORIS_TYPES.get(algorithm)
         if kind is None:
-            self._refuse("network_args algo", algorithm, "built in are " + ", ".join(LYCORIS_TYPES))
+            self._refuse("network_args algo", algorithm, "supported: " + ", ".join(LYCORIS_TYPES))
             return left
         if left.pop("dora_wd", False) not in (False, 0, "False", "false"):
             if kind not in ("LoRA", "LoCon"):
                 self._refuse(
-                    "network_args dora_wd", True, f"it goes with lora and locon, not with {algorithm}"
+                    "network_args dora_wd", True, f"supported for lora and locon, not for {algorithm}"
                 )
                 return left
             kind = "DoRA"
             if left.pop("wd_on_output", True) not in (False, "False", "false"):
-                self._say("network_args wd_on_output", True, "false: DoRA's magnitudes are those of inputs")
+                self._say("network_args wd_on_output", True, "false: DoRA magnitudes are per input here")
         if (dropout := left.pop("dropout", None)) is not None:
             self._lycoris_dropout(kind, dropout)
         preset = left.pop("preset", "full")
         if preset not in ("full", "attn-mlp"):
-            self._refuse("network_args preset", preset, "the modules of networks.lora are trained")
-        if preset == "full" and kind == "LoRA":  # LyCORIS' full trains convolutions too: that is LoCon
+            self._refuse(
+                "network_args preset", preset, "not supported: the modules of networks.lora are trained"
+            )
+        if (
+            preset == "full" and kind == "LoRA"
+        ):  # the LyCORIS preset full also trains convolutions, which is LoCon
             kind = "LoCon"
         rank = self.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
         usual = {
@@ -343,16 +354,16 @@ class _SettingsReading:
         return left
 
     def _lycoris_dropout(self, kind: str, value: Any) -> None:
-        """LyCORIS' name for network_dropout, which it prefers to that."""
+        """The LyCORIS name of network_dropout; it overrides network_dropout."""
         self._take("network_dropout")
         if kind in ("LoHa", "LoKr"):
-            self._say("network_args dropout", value, f"not used: LyCORIS has none for {kind}")
+            self._say("network_args dropout", value, f"ignored: LyCORIS has no dropout for {kind}")
             return
         self.given["network_dropout"] = value or 0.0
         self._say("network_args dropout", value, f"network_dropout = {as_text(value or 0.0)}")
 
     def _zero_convolutions(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """networks.lora trains no 3×3 convolutions of rank 0, and takes an alpha of 0 for the rank."""
+        """In networks.lora, rank 0 means no 3×3 convolutions, and alpha 0 means alpha = rank."""
         left = dict(arguments)
         if _is_one_of(left.get("conv_dim"), (0,)):
             self._say("network_args conv_dim", left.pop("conv_dim"), "unset: no 3×3 convolutions")
@@ -366,7 +377,7 @@ class _SettingsReading:
         return left
 
     def _zeros(self) -> None:
-        """0 turns these off, as in sd-scripts or its front ends."""
+        """0 turns these settings off, as in sd-scripts or its GUIs."""
         for name in ZERO_IS_UNSET:
             value = self.left.get(name)
             if not isinstance(value, bool) and value == 0:
@@ -375,42 +386,42 @@ class _SettingsReading:
 
     def _precision(self) -> None:
         if self._take("full_fp16"):
-            self._say("full_fp16", True, "mixed_precision = fp16; the adapter itself stays in fp32")
+            self._say("full_fp16", True, "mixed_precision = fp16; the weights of the LoRA stay in fp32")
             self.given["mixed_precision"] = "fp16"
             self.left.pop("mixed_precision", None)
         if self.left.get("full_bf16"):
             self.left["mixed_precision"] = "bf16"
         if self._take("fp8_base_unet"):
-            self._say("fp8_base_unet", True, "fp8_base = true, with a scale for every weight")
+            self._say("fp8_base_unet", True, "fp8_base = true, with one scale per output of each layer")
             self.given["fp8_base"] = True
             self.left.pop("fp8_base", None)
 
     def _attention(self) -> None:
         for name in ("xformers", "mem_eff_attn"):
             if self._take(name):
-                self._say(name, True, "SDPA, which computes the same")
+                self._say(name, True, "SDPA, which gives the same result")
 
     def _samples(self) -> None:
         sampler = self._take("sample_sampler")
         if sampler is not None:
-            self._say("sample_sampler", sampler, "samples are drawn with DPM-Solver++ (2M)")
+            self._say("sample_sampler", sampler, "sample images use DPM-Solver++ (2M)")
 
     def _datasets(self) -> None:
-        """sd-scripts reads ``[[datasets]]`` from its dataset_config only; whoever writes
-        settings there wants them."""
+        """sd-scripts reads ``[[datasets]]`` only from its dataset_config. Settings in it here
+        are refused, not ignored."""
         value = self._take("datasets")
         if value is None:
             return
         asked = sorted(set(_keys_inside(value)) - {"subsets", "image_dir"})
         if asked or not isinstance(value, list):
             self._refuse(
-                "datasets", ", ".join(asked) or value, "write these settings above, in the file itself"
+                "datasets", ", ".join(asked) or value, "move these settings to the top level of the file"
             )
         else:
-            self.without_effect.append("datasets: the dataset is the folder that this command is given")
+            self.without_effect.append("datasets: the dataset is the folder given to this command")
 
     def _rest(self) -> None:
-        """What needs no translation: used as it is, refused, or without effect."""
+        """Keys without translation: used unchanged, refused, or without effect."""
         for name, value in self.left.items():
             if name in SETTINGS:
                 self.given[name] = value
@@ -426,14 +437,14 @@ class _SettingsReading:
 
 
 def _keys_inside(value: Any) -> list[str]:
-    """The keys of tables in a list, and of lists of tables in them."""
+    """The keys of the tables in a list, including nested lists of tables."""
     tables = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
     pairs = [pair for table in tables for pair in table.items()]
     return [key for key, _ in pairs] + [key for _, inner in pairs for key in _keys_inside(inner)]
 
 
 def _arguments(name: str, value: Any) -> dict[str, Any]:
-    """``["key=value", …]`` of optimizer_args and network_args; the values as Python literals."""
+    """Parse ``["key=value", …]`` of optimizer_args and network_args; values are Python literals."""
     if value is None:
         return {}
     if isinstance(value, str):
@@ -446,7 +457,7 @@ def _arguments(name: str, value: Any) -> dict[str, Any]:
 
 
 def _multipliers(value: Any) -> str:
-    """Block rates as one text: a tuple of numbers, one number, or a shape's name."""
+    """Block multipliers as one text: from a tuple of numbers, a number, or the name of a shape."""
     return ",".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
 
 
@@ -458,5 +469,5 @@ def _literal(text: str) -> Any:
 
 
 def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
-    """Whether a value is among those that ask for nothing.  True is not 1 here."""
+    """Whether a value is one of the values without an effect. True and 1 are different here."""
     return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless)

@@ -1,6 +1,6 @@
-"""docs/settings.md, made from the code: ``python -m trainer.kohya.settingsdoc > docs/settings.md``.
+"""docs/settings.md, generated from the code: ``python -m trainer.kohya.settingsdoc > docs/settings.md``.
 
-Owns the page's sections and wording; every setting, limit and reason comes from the tables that act on it.
+Owns the sections and wording of the page. Settings, limits and reasons come from the tables that the code uses.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from trainer.config import SETTINGS, TrainConfig
 from trainer.data import subsets
 from trainer.kohya import keys as kohyakeys
 
-# Title → the first setting of the section, in the order of TrainConfig.
+# Title → first setting of the section, in the order of TrainConfig.
 SECTIONS = {
-    "What is trained, on what": "pretrained_model_name_or_path",
-    "Dataset": "resolution",
-    "How long, how much at once": "train_batch_size",
-    "Rates": "learning_rate",
+    "Base model and dataset": "pretrained_model_name_or_path",
+    "Images and captions": "resolution",
+    "Training length and batch size": "train_batch_size",
+    "Learning rates": "learning_rate",
     "Network": "network_type",
     "Loss": "min_snr_gamma",
     "Noise": "noise_offset",
     "Text encoder": "clip_skip",
-    "Machine": "mixed_precision",
-    "Saving, samples, log": "save_every_n_epochs",
+    "Speed and memory": "mixed_precision",
+    "Saving, sample images, logging": "save_every_n_epochs",
 }
 HEAD = """# Settings
 
-Every setting of `hpo train` and of `[train]` and `[space]` in a study, under the name that sd-scripts gives it.
-This page is made from the code (`python -m trainer.kohya.settingsdoc > docs/settings.md`) and checked by a test.
+All settings of `hpo train`, and of `[train]` and `[space]` in a study. Names are those of sd-scripts. This page is
+generated from the code (`python -m trainer.kohya.settingsdoc > docs/settings.md`); a test checks that it is current.
 
-`hpo train FILE` reads a TOML file of ours or of sd-scripts (`--config_file`), a dataset file (`--dataset_config`), a
-LoRA or the folder of a run. Sections are for the reader. A file with a key that only sd-scripts has, as
-`network_module`, is sd-scripts': what it leaves out takes the column *sd-scripts*; in any other file, *default*.
-`–` means not set; where only *sd-scripts* is not set, the base must be named, and `resolution` and `seed` take ours.
-`hpo train FILE --dry-run` shows every value and where it comes from.
+`hpo train FILE` reads a TOML file of this tool or of sd-scripts (`--config_file`), a dataset file
+(`--dataset_config`), a LoRA or the folder of a run. Section names in a TOML file have no meaning. A file with a key
+that only sd-scripts has, such as `network_module`, is treated as a file of sd-scripts. Its missing settings get the
+value in the column *sd-scripts*; in all other files, they get the value in the column *default*. `–` means not set.
+sd-scripts has no default for the base, `resolution` and `seed`: the base must be given, and the other two get the
+default of this tool. `hpo train FILE --dry-run` shows all values and where they come from.
 
-Values win in this order: `--base`, `--data` and `--set`, the dataset file, the file, the defaults.
+Precedence, highest first: `--base`, `--data` and `--set`; the dataset file; the file; the defaults.
 """
 RULES = """## sd-scripts' other keys
 
@@ -67,13 +68,13 @@ is_reg = true
 class_tokens = "girl"
 ```
 
-A value is looked up in the subset, then its dataset, then `[general]`, then the run's settings.
+A value is looked up in the subset first, then in its dataset, in `[general]`, and in the settings of the run.
 """
 SAMPLES = """## Sample prompts
 
-`sample_prompts` is a .txt file with one prompt a line, or .toml or .json as in sd-scripts. A line may end in
-`--w 512 --h 768 --d 1 --s 30 --l 7.5 --n negative prompt`: width, height, seed, steps, scale, negative prompt. Pictures
-go to `sample/` in the output folder and are drawn with DPM-Solver++ (2M).
+`sample_prompts` is a .txt file with one prompt per line, or a .toml or .json file as in sd-scripts. A line can end
+with `--w 512 --h 768 --d 1 --s 30 --l 7.5 --n negative prompt`: width, height, seed, steps, CFG scale, negative
+prompt. Sample images are generated with DPM-Solver++ (2M) and saved to `sample/` in the output folder.
 """
 
 
@@ -102,9 +103,9 @@ def _row(name: str) -> tuple[str, ...]:
     if name in kohyakeys.NETWORK_ARGUMENTS:
         where += " (in network_args)"
     elif name == "weight_decay":
-        where = "the optimizer's own (in optimizer_args)"
+        where = "default of the optimizer (in optimizer_args)"
     elif name in kohyakeys.OURS_ALONE:
-        where = "has none"
+        where = "not available"
     return (
         f"`{name}`",
         facts.doc,
@@ -128,19 +129,19 @@ def _values(name: str, facts: Rule) -> str:
 
 def _kohya_table() -> str:
     rows = [(f"`{name}`", "refused", reason) for name, (_, reason) in kohyakeys.REFUSED.items()]
-    rows += [(f"`{name}`", "translated", "said when the file is read") for name in kohyakeys.TRANSLATED]
+    rows += [(f"`{name}`", "translated", "shown when the file is read") for name in kohyakeys.TRANSLATED]
     rows += [(f"`{name}`", "without effect", reason) for name, reason in kohyakeys.NO_EFFECT_REASON.items()]
-    return _table(("key", "what becomes of it", "why"), sorted(rows))
+    return _table(("key", "handling", "details"), sorted(rows))
 
 
 def _dataset_table() -> str:
-    of_run = "{} of the run; all datasets agree"
+    of_run = "sets {} of the run; must be the same in all datasets"
     rows = [(key, "used in a dataset", of_run.format(name)) for key, name in subsets.RUN_KEYS.items()]
     rows += [(key, "used in a subset", "for its images") for key in (*subsets.PLACE_KEYS, *subsets.OWN_KEYS)]
     rows += [(key, "refused", reason) for key, (_, reason) in subsets.REFUSED.items()]
     rows += [(key, "without effect", reason) for key, reason in subsets.WITHOUT_EFFECT.items()]
     named = ((f"`{key}`", *rest) for key, *rest in rows)
-    return _table(("key", "what becomes of it", "why"), named)
+    return _table(("key", "handling", "details"), named)
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -157,7 +158,7 @@ def _shown(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """Whole numbers in full, others short."""
+    """Whole numbers in full, others in short form."""
     return str(int(value)) if value == int(value) and abs(value) < 2**63 else f"{value:g}"
 
 

@@ -1,7 +1,7 @@
-"""What ``hpo train`` is given – a file of ours, of sd-scripts, a dataset file, a LoRA – as settings.
+"""The input of ``hpo train`` as settings: a file of this tool or of sd-scripts, a dataset file, or a LoRA.
 
-Owns telling the forms apart, the order in which values win (``--set``, dataset file, file, defaults) and where each
-value came from.  Reading sd-scripts' keys is ``trainer.kohya.read``'s, datasets are ``trainer.data.subsets``'.
+Owns the detection of the format, the precedence of values (``--set``, dataset file, file, defaults) and the source
+of each value. Does not own the keys of sd-scripts (``trainer.kohya.read``) or datasets (``trainer.data.subsets``).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ OUTPUT = "output_dir"
 KOHYA_FILLS, SAVED = "sd-scripts' defaults", "saved settings"
 ITS_BASE = "its base was"
 SAMPLES = ("sample_prompts", "sample_every_n_epochs", "sample_every_n_steps", "sample_at_first")
-# The one of two settings that decides the length goes when the other is given.
+# Of two settings for the training length, giving one removes the other.
 RIVALS = {"max_train_epochs": "max_train_steps", "max_train_steps": "max_train_epochs"}
 
 
 @dataclass(frozen=True)
 class TrainFile:
-    """The settings of a run, and where they came from.  ``origins`` names a source for each setting that no
-    default decides; ``defaults`` says whose defaults fill the rest.  The lists are lines to read."""
+    """The settings of a run and their sources. ``origins`` names the source of each setting that is not a
+    default; ``defaults`` says whose defaults are used for the rest. The lists contain lines for the user."""
 
     path: Path
     form: str
@@ -47,11 +47,11 @@ class TrainFile:
     output_dir: str | None = None
 
     def require_all(self) -> TrainFile:
-        """Raise ConfigError if anything was refused: the result would not be what was asked for."""
+        """Raise ConfigError if any setting was refused, because the result would differ from the request."""
         if self.refused:
             raise ConfigError(
-                f"{clean_text(str(self.path))} asks for what is not built in: {'; '.join(self.refused)}",
-                "remove these lines if you can do without them",
+                f"{clean_text(str(self.path))} has settings that are not supported: {'; '.join(self.refused)}",
+                "remove these lines if you do not need them",
             )
         return self
 
@@ -63,10 +63,10 @@ def read_train_file(
     sets: Iterable[str] = (),
     places: Mapping[str, Any] | None = None,
 ) -> TrainFile:
-    """Everything that decides a run, checked.  ``dataset`` is a dataset file, ``sets`` are key=value texts,
-    ``places`` are settings that the command line has words of its own for (--base, --data).
+    """All settings of a run, validated. ``dataset`` is a dataset file, ``sets`` are key=value texts,
+    ``places`` are settings with their own command-line options (--base, --data).
 
-    Raises ConfigError, or ModelFileError for a LoRA that says nothing of its training.
+    Raises ConfigError, or ModelFileError for a LoRA without training metadata.
     """
     file = _read(Path(path))
     dataset_path = dataset or (Path(file.config.dataset_config) if file.config.dataset_config else None)
@@ -142,9 +142,9 @@ def _read_folder(folder: Path) -> TrainFile:
 
 
 def _from_saved(path: Path, form: str, values: Any) -> TrainFile:
-    """Settings that this tool saved, perhaps an older or newer version of it."""
+    """Settings saved by this tool, possibly by an older or newer version."""
     if not isinstance(values, dict):
-        raise ConfigError(f"the settings in {clean_text(str(path))} are no table", "give a TOML file")
+        raise ConfigError(f"the settings in {clean_text(str(path))} are not a table", "give a TOML file")
     known = {name: value for name, value in values.items() if name in SETTINGS}
     unknown = tuple(
         f"{clean_text(str(name))[:80]} = {clean_text(str(value))[:80]}: this version has no such setting"
@@ -158,7 +158,7 @@ def _from_saved(path: Path, form: str, values: Any) -> TrainFile:
 
 
 def _with_dataset(file: TrainFile, path: Path) -> TrainFile:
-    """The settings of the run that a dataset file decides: they win over the file's."""
+    """Apply the settings in a dataset file; they override those of the file."""
     found = read_dataset_file(path)
     values = {**found.settings, "dataset_config": str(path)}
     return replace(
@@ -176,12 +176,12 @@ def _with_values(file: TrainFile, given: Mapping[str, tuple[Any, str]]) -> Train
     lines = []
     for name, rival in RIVALS.items():
         if values.get(name) is not None and rival not in values and getattr(file.config, rival) is not None:
-            lines.append(f"{rival} = {getattr(file.config, rival)} → not used, since {name} is given")
+            lines.append(f"{rival} = {getattr(file.config, rival)} → ignored, because {name} is given")
             values[rival] = None
             origins.pop(rival, None)
     if "train_data_dir" in values and file.config.dataset_config:
         lines.append(
-            f"dataset_config = {clean_text(file.config.dataset_config)} → not used, since --data is given"
+            f"dataset_config = {clean_text(file.config.dataset_config)} → ignored, because --data is given"
         )
         values["dataset_config"] = ""
         origins.pop("dataset_config", None)
@@ -194,13 +194,14 @@ def _with_values(file: TrainFile, given: Mapping[str, tuple[Any, str]]) -> Train
 
 
 def _filled(file: TrainFile) -> TrainFile:
-    """A file of sd-scripts with what sd-scripts has no default for: ours is said, a base must be named."""
+    """A file of sd-scripts with the settings that have no default in sd-scripts: our defaults are reported,
+    the base must be given."""
     if file.defaults != KOHYA_FILLS:
         return file
     if "pretrained_model_name_or_path" not in file.origins:
         known = [line for line in file.without_effect if line.startswith(ITS_BASE)]
         hint = known[0] if known else "set pretrained_model_name_or_path, or give --base"
-        raise ConfigError(f"{clean_text(str(file.path))} names no base", hint)
+        raise ConfigError(f"{clean_text(str(file.path))} does not name a base", hint)
     lines = [
         f"{name} = unset → {getattr(file.config, name)}; sd-scripts has no default"
         for name in NO_KOHYA_DEFAULT
@@ -210,12 +211,12 @@ def _filled(file: TrainFile) -> TrainFile:
 
 
 def _without_lost_prompts(file: TrainFile) -> TrainFile:
-    """Settings that were saved elsewhere, without samples if their prompts are not here."""
+    """Settings from another machine, without sample images if the prompt file is missing here."""
     prompts = file.config.sample_prompts
     if file.origins.get("sample_prompts") != SAVED or Path(prompts).is_file():
         return file
     usual = TrainConfig().as_dict()
-    line = f"{', '.join(SAMPLES)}: the file {clean_text(prompts)} is not here, so no samples are drawn"
+    line = f"{', '.join(SAMPLES)}: the file {clean_text(prompts)} does not exist, so no sample images are generated"
     return replace(
         file,
         config=file.config.with_values({name: usual[name] for name in SAMPLES}),
@@ -228,7 +229,7 @@ def _without_lost_prompts(file: TrainFile) -> TrainFile:
 
 
 def _read_lora(path: Path) -> TrainFile:
-    """The settings in a LoRA's metadata: ours if they are there, else sd-scripts'."""
+    """The settings in the metadata of a LoRA: those of this tool if present, else those of sd-scripts."""
     from trainer.tensorfile import read_header  # loads torch
 
     metadata = read_header(path).metadata
@@ -240,13 +241,12 @@ def _read_lora(path: Path) -> TrainFile:
         return _from_saved(path, "a LoRA of this tool", values)
     if not tells_training(metadata):
         raise ModelFileError(
-            f"{path} does not say how it was trained", "its metadata was removed; write a TOML file instead"
+            f"{path} has no metadata about its training", "its metadata was removed; give a TOML file instead"
         )
     settings = kohya_settings(metadata)
     file = _of_kohya(path, "a LoRA of sd-scripts", from_kohya(path, settings), "metadata")
     notes = [
-        f"{name}: the metadata does not tell it"
-        for name in ("train_data_dir", "caption_extension", "save_precision")
+        f"{name}: not in the metadata" for name in ("train_data_dir", "caption_extension", "save_precision")
     ]
     base = metadata.get(BASE_NAME, "None")
     if base != "None":

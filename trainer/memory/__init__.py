@@ -1,7 +1,7 @@
-"""Memory: the peak of a step predicted without a GPU, and the settings that fit a card.
+"""Memory: predict the peak of a training step without a GPU, and find settings that fit a GPU.
 
-Owns tracing, the allocator's rules, the parts of the peak, the cheapest stack and the order
-of remedies.  Trains nothing.
+Owns tracing, the allocator model, the parts of the peak, the cheapest fitting settings and the out-of-memory
+ladder. Does not own training; see ``trainer.loop``.
 """
 
 import lazy_loader

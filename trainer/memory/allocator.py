@@ -1,9 +1,9 @@
-"""What PyTorch's caching allocator makes of a sequence of allocations: allocated and reserved bytes.
+"""A model of PyTorch's caching allocator: allocated and reserved bytes for a sequence of allocations.
 
 The rules are those of c10/cuda/CUDACachingAllocator.cpp with default settings: sizes in multiples of 512 B;
 up to 1 MiB from segments of 2 MiB, below 10 MiB from segments of 20 MiB, else segments rounded up to 2 MiB;
-the smallest free piece that fits is used, cut unless little would be left, and neighbours join again when
-freed. One stream; segments are not given back – the card is not full.
+the smallest free block that fits is used and split unless little would be left, and neighbours are merged
+when freed. There is one stream. Segments are not released, because the GPU is not full.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROUND_SEGMENT_BYTES = 2 * MIB
 
 @dataclass(eq=False)
 class _Piece:
-    """A part of a segment, between its neighbours."""
+    """A part of a segment, linked to its neighbours."""
 
     start: int
     size: int
@@ -37,7 +37,7 @@ class _Piece:
 
 
 class CachingAllocator:
-    """Allocates and frees without memory; ``allocated``, ``reserved`` and their peaks in bytes."""
+    """Simulates allocation and freeing; ``allocated``, ``reserved`` and their peaks are in bytes."""
 
     def __init__(self) -> None:
         self.allocated = self.peak_allocated = self.reserved = 0
@@ -46,7 +46,7 @@ class CachingAllocator:
         self._end = 0
 
     def allocate(self, size_bytes: int) -> int:
-        """A handle for ``free``."""
+        """Allocate a block; returns a handle for ``free``."""
         size = max(SMALLEST_BYTES, -(-size_bytes // SMALLEST_BYTES) * SMALLEST_BYTES)
         is_small = size <= SMALL_BYTES
         free = self._free[is_small]

@@ -1,8 +1,8 @@
-"""predict(): the peak GPU memory of a training step, part by part, without a GPU and without weights.
+"""predict(): the peak GPU memory of a training step, by component, without a GPU and without weights.
 
-Owns what is on the card beside the traced step (base, adapter, gradients, optimizer state, CUDA's own memory).
-``tracing`` makes the order of allocations, ``replay`` makes a peak of it, ``stacks`` chooses settings that fit.
-All sizes in bytes; GB in texts are 10⁹ bytes.
+Owns everything on the GPU in addition to the traced step (base, adapter, gradients, optimizer state, CUDA's
+own memory). ``tracing`` records the sequence of allocations, ``replay`` computes its peak, ``stacks`` finds
+settings that fit. All sizes are in bytes; GB in texts are 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from trainer.memory.recorder import CONV_DIM, DIM
 from trainer.memory.replay import Held, Peak, replay
 from trainer.oom import CUDA_CONTEXT_BYTES
 
-# PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, which is counted.
+# PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, the value used here.
 CUBLAS_BYTES = 32 * 2**20
 MIN_8BIT_ELEMENTS = 4096  # bitsandbytes' min_8bit_size: smaller tensors keep 32-bit state
-BLOCK_ELEMENTS = 256  # of bitsandbytes' blockwise state: one fp32 maximum each
+BLOCK_ELEMENTS = 256  # block size of bitsandbytes' blockwise state: one fp32 maximum per block
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a base is made of: its family and the configurations of its networks, as JSON texts."""
+    """The structure of a base: its family and the configurations of its networks, as JSON texts."""
 
     name: str
     family: str
@@ -55,7 +55,7 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class Footprint:
-    """A predicted peak and what it is made of.  ``parts`` add up to ``peak_bytes`` = what nvidia-smi shows."""
+    """A predicted peak and its parts. ``parts`` add up to ``peak_bytes``, the value that nvidia-smi shows."""
 
     parts: Mapping[str, int]
     peak_bytes: int
@@ -66,11 +66,11 @@ class Footprint:
 
 
 def base_facts(spec: str | Path) -> BaseFacts:
-    """Facts of a base with a short name, a diffusers folder or a single .safetensors file."""
+    """The structure of a base: a short name, a diffusers folder or a single .safetensors file."""
     found = detect.configs_of(str(spec))
     if found is None:
         raise ConfigError(
-            f"there is no base {str(spec)!r} on this machine to plan for",
+            f"there is no base {str(spec)!r} on this machine, so its memory cannot be planned",
             "give sdxl or sd15 (all fine-tunes need the same memory), mini-sd15, mini-sdxl, a folder or a file",
         )
     tables = {
@@ -82,16 +82,16 @@ def base_facts(spec: str | Path) -> BaseFacts:
 
 
 def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int] | None = None) -> Footprint:
-    """The peak of a training step on a card that computes in ``mixed_precision`` (auto: bf16).
+    """The peak of a training step on a GPU that computes in ``mixed_precision`` (auto: bf16).
 
-    ``bucket_px`` (width, height): unset takes resolution², the largest area a bucket can have.  Latents are
-    cached; text encoders are on the card only if one of them is trained or captions vary.
+    ``bucket_px`` is (width, height); by default resolution², the largest area of a bucket. Latents are
+    cached. Text encoders are on the GPU only if one of them is trained or captions vary.
     """
     bucket = bucket_px or (config.resolution, config.resolution)
     found = _trace(facts, _traced_settings(config), bucket)
     dim, conv_dim = (config.network_dim, config.conv_dim or 1)
     if config.network_type == "LoKr":
-        dim = conv_dim = 1  # traced with its own ranks
+        dim = conv_dim = 1  # this network type is traced with its own ranks
     shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
     adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
     updated = [shape for shape, is_updated in shapes if is_updated]
@@ -121,8 +121,8 @@ def _footprint(peak: Peak, held: Held, bucket_px: tuple[int, int], images_at_onc
 
 
 def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
-    """The same for training every weight of the U-Net itself in fp32, without an adapter.  Nothing here
-    trains so; it is shown beside what others measured."""
+    """The same for full fine-tuning of the U-Net in fp32, without an adapter. This tool cannot train that
+    way; the prediction is compared with published measurements."""
     bucket = (config.resolution, config.resolution)
     settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
     found = _trace(facts, settings, bucket, is_full=True)
@@ -132,21 +132,21 @@ def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
     return _footprint(replay(found, (1, 1), held), held, bucket, config.images_at_once)
 
 
-# What is on the card beside the step
+# Memory in addition to the traced step
 
 
 def accumulates(config: TrainConfig) -> bool:
-    """Whether gradients wait for those of another micro-batch."""
+    """Whether gradients are accumulated over micro-batches."""
     return config.gradient_accumulation_steps > 1 or config.images_at_once < config.train_batch_size
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
-    """The type a card computes in; auto is bf16 here."""
+    """The dtype of computation; auto means bf16 here."""
     return {"no": torch.float32, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
 
 
 def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
-    """component → bytes of the frozen networks that are on the card while training."""
+    """component → bytes of the frozen networks that stay on the GPU during training."""
     networks = _networks(facts)
     element = compute_dtype(config).itemsize
     found = {"unet": sum(_weight_bytes(tensor, element, config.fp8_base) for tensor in networks["unet"])}
@@ -157,13 +157,13 @@ def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
 
 
 def text_encoders_stay(config: TrainConfig) -> bool:
-    """Whether captions are encoded in every step: a text encoder is trained, or captions vary each time."""
+    """Whether captions are encoded in every step, because a text encoder is trained or captions vary."""
     varied = config.shuffle_caption or config.caption_tag_dropout_rate > 0 or config.enable_wildcard
     return config.trains_text_encoder or (varied and not config.cpu_offload)
 
 
 def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
-    """A weight's bytes; in 8 bits matrices and kernels have one fp32 scale an output (``trainer.compute.fp8``)."""
+    """Bytes of a weight; in fp8, matrices and kernels have one fp32 scale per output (``trainer.compute.fp8``)."""
     if is_fp8 and len(tensor) >= 2:
         return _count(tensor) + 4 * tensor[0]
     return element * _count(tensor)
@@ -180,7 +180,7 @@ def _networks(facts: BaseFacts) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...]) -> int:
-    """Bytes of an optimizer's state for one trained tensor; it sees fp32 weights, with full_bf16 too."""
+    """Bytes of the optimizer state for one trained tensor. The optimizer uses fp32 weights, also with full_bf16."""
     count = _count(shape)
     blocks = -(-count // BLOCK_ELEMENTS)
     small = count < MIN_8BIT_ELEMENTS
@@ -210,7 +210,7 @@ def _at_rank(shape: tuple[int, ...], dim: int, conv_dim: int) -> tuple[int, ...]
     return tuple(ranks.get(side, side) for side in shape)
 
 
-# Traces, made once each
+# Cached traces
 
 
 _DECIDES_A_TRACE = (
@@ -230,7 +230,7 @@ _DECIDES_A_TRACE = (
 
 
 def _traced_settings(config: TrainConfig) -> TrainConfig:
-    """The settings that decide the order of a step's allocations; all others at one value."""
+    """The settings that affect the sequence of allocations; all others are set to a fixed value."""
     ranks: dict[str, Any] = {"network_dim": DIM}
     if config.network_type == "LoKr":
         ranks = {"network_dim": config.network_dim, "conv_dim": config.conv_dim}
@@ -251,7 +251,7 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
     return TrainConfig(**values, **ranks)
 
 
-# Settings that leave an injected adapter as it is, at one value.
+# Settings that do not affect the injected adapter, with a fixed value.
 _SAME_ADAPTER = {
     "train_batch_size": 1,
     "gradient_checkpointing": False,
@@ -296,7 +296,7 @@ def _subject(facts: BaseFacts, config: TrainConfig) -> tracing.Subject:
 
 
 def meta_base(facts: BaseFacts) -> Base:
-    """Every module of a base, without memory for its weights."""
+    """All modules of a base, without memory for their weights."""
     encoders = []
     tokenizers = []
     for name in FAMILIES[facts.family].text_encoders:

@@ -1,7 +1,7 @@
-"""Kernels: what CUDA's kernels under autocast allocate and save for backward, on the meta device.
+"""Stand-ins for CUDA kernels on the meta device: they allocate and save for backward what the kernels would.
 
-Owns the stand-ins for functions of torch that know neither autocast nor fused attention there.  When they
-stand in is ``tracing``'s.
+Owns the replacements of functions of torch that support neither autocast nor fused attention there.
+``tracing`` decides when they are in place.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from trainer.memory.recorder import Recorder
 
 
 class _Product(torch.autograd.Function):
-    """Linear layers and convolutions: saves the input for a trained weight, the weight for an input that
-    needs a gradient.  Convolutions save both whatever is trained (one formula for all gradients in torch's
-    derivatives.yaml), except those of ``trainer.compute.fp8``."""
+    """Linear layers and convolutions: saves the input if the weight is trained, and the weight if the input
+    needs a gradient. Convolutions always save both (torch's derivatives.yaml has one formula for all
+    gradients), except those of ``trainer.compute.fp8``."""
 
     @staticmethod
     def forward(
@@ -58,13 +58,13 @@ class _Product(torch.autograd.Function):
 
 
 def _widened(weight: Tensor, recorder: Recorder) -> Tensor:
-    """An 8-bit weight for one use: twice in fp32 on the way (``trainer.compute.fp8.widened``)."""
+    """An fp8 weight, widened for one use: two fp32 copies exist temporarily (``trainer.compute.fp8.widened``)."""
     recorder.workspace(8 * weight.numel())
     return weight.new_empty(weight.shape)
 
 
 class _Norm(torch.autograd.Function):
-    """Layer and group norm in fp32: saves the input and the two statistics of each row."""
+    """Layer and group norm in fp32: saves the input and two statistics per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: int, weight: Tensor | None) -> Tensor:
@@ -77,8 +77,8 @@ class _Norm(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """FlashAttention 2 (arXiv 2307.08691): saves q, k, v, the output and one fp32 number a row; no L×L
-    matrix.  Backward sums dq in fp32."""
+    """FlashAttention 2 (arXiv 2307.08691): saves q, k, v, the output and one fp32 number per row, but no L×L
+    matrix. Backward accumulates dq in fp32."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, recorder: Any) -> Tensor:
@@ -96,8 +96,8 @@ class _Attention(torch.autograd.Function):
 
 
 class Kernels:
-    """The replaced functions.  ``low``: the autocast type, or None where everything is fp32.  ``fp8``: ids of
-    weights that are kept in 8 bits."""
+    """The replaced functions.  ``low``: the autocast dtype, or None for fp32. ``fp8``: ids of the weights
+    that are stored in fp8."""
 
     def __init__(self, recorder: Recorder, low: torch.dtype | None, fp8: frozenset[int]) -> None:
         self.recorder, self.low, self.fp8 = recorder, low, fp8
@@ -108,7 +108,7 @@ class Kernels:
             yield name, getattr(self, name)
 
     def end_autocast(self) -> None:
-        """Forward is over: kept casts go, and backward's recomputation keeps none."""
+        """End of the forward pass: cached casts are freed, and recomputation in backward caches none."""
         self.casts = None
 
     def _low(self, tensor: Tensor | None) -> Any:
@@ -166,7 +166,7 @@ class Kernels:
         return self._norm(x, x.shape[0] * groups, weight)
 
     def _norm(self, x: Tensor, rows: int, weight: Tensor | None) -> Tensor:
-        """CUDA's autocast runs norms in fp32 and leaves their output so (torch docs, amp op reference)."""
+        """CUDA's autocast runs norms in fp32 and returns fp32 (torch docs, amp op reference)."""
         return _Norm.apply(x.float(), rows, None if weight is None else weight.float())
 
     def scaled_dot_product_attention(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -178,7 +178,7 @@ def _axis(value: Any, axis: int) -> int:
 
 
 def inputs_elsewhere(module: Any, *inputs: Any) -> Any:
-    """``trainer.compute.recompute._with_inputs_in_ram``: what waits there is not on the card."""
+    """Stands in for ``trainer.compute.recompute._with_inputs_in_ram``: the inputs are not on the GPU."""
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (tensor.shape, tensor.dtype),
         lambda facts: torch.empty(facts[0], dtype=facts[1], device="meta"),

@@ -1,9 +1,10 @@
-"""The out-of-memory ladder of ``hpo train``: what to give up next, cheapest first.
+"""The out-of-memory ladder of ``hpo train``: which setting to change next, cheapest first.
 
-Pure: a configuration and the names of the rungs taken so far → the next one.  Catching the error, saving the state
-and starting again are ``hpo.train.ladder``'s; the value-neutral remedies of a search are ``hpo.search.trial``'s.
+A pure function: a configuration and the names of the rungs already tried → the next rung. Does not own
+catching the error, saving the state and restarting (``hpo.train.ladder``), or the remedies of a search that
+keep the result (``hpo.search.trial``).
 
-No rung changes the effective batch: the batch stays what it is and is computed in smaller parts.
+No rung changes the effective batch size: the same batch is computed in smaller parts.
 """
 
 from __future__ import annotations
@@ -14,20 +15,22 @@ from typing import Any
 
 from trainer.config import TrainConfig
 
-SMALLER_PX = 768  # decisions: the ladder's order
-SOME_BLOCKS = 3  # of SDXL's 7 or SD1.5's 9: the outermost hold most (trainer.compute.recompute)
+SMALLER_PX = 768  # assumed
+SOME_BLOCKS = (
+    3  # of SDXL's 7 or SD1.5's 9: the outermost blocks need the most memory (trainer.compute.recompute)
+)
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One step down: the settings to go on with, and what that means in words."""
+    """One rung of the ladder: the new settings, and their effect in words."""
 
     name: str
     config: TrainConfig
     says: str
 
 
-# A candidate: (name, values, what it says), or None where there is nothing left to give up.
+# A candidate: (name, values, message).
 Candidate = tuple[str, dict[str, Any], str]
 
 
@@ -38,7 +41,7 @@ def _batch(config: TrainConfig) -> Iterator[Candidate]:
         yield (
             f"batch {now}",
             {"micro_batch_size": now},
-            f"{now} of the {config.train_batch_size} images of a batch at once, the rest accumulated: "
+            f"{now} of the {config.train_batch_size} images of a batch are computed at once, with accumulation: "
             f"the effective batch stays {config.effective_batch_size}, the result is the same",
         )
 
@@ -54,7 +57,7 @@ def _checkpointing(config: TrainConfig) -> Iterator[Candidate]:
         yield (
             "checkpointing",
             {"gradient_checkpointing": True, "checkpoint_blocks": None},
-            "every block of the U-Net recomputes its activations: slower, the result is the same",
+            "all blocks of the U-Net recompute their activations: slower, the result is the same",
         )
 
 
@@ -63,7 +66,7 @@ def _fp8(config: TrainConfig) -> Iterator[Candidate]:
         yield (
             "fp8 base",
             {"fp8_base": True},
-            "the frozen base's weights are kept in 8 bits: its output changes slightly (docs/train.md)",
+            "the weights of the frozen base are stored in fp8: its output changes slightly (docs/train.md)",
         )
 
 
@@ -72,7 +75,7 @@ def _resolution(config: TrainConfig) -> Iterator[Candidate]:
         yield (
             "resolution 768",
             {"resolution": SMALLER_PX, "min_bucket_reso": min(config.min_bucket_reso, SMALLER_PX)},
-            f"resolution {config.resolution} → {SMALLER_PX} px: images are encoded anew, details are lost",
+            f"resolution {config.resolution} → {SMALLER_PX} px: images are encoded again, details are lost",
         )
 
 
@@ -81,7 +84,7 @@ def _text_encoders(config: TrainConfig) -> Iterator[Candidate]:
         yield (
             "frozen text encoders",
             {"text_encoder_frozen": True},
-            "the text encoders are not trained any further; what their LoRA has learned is kept",
+            "training of the text encoders stops; what their LoRA has learned so far is kept",
         )
 
 
@@ -90,8 +93,8 @@ def _offload(config: TrainConfig) -> Iterator[Candidate]:
         yield (
             "offload",
             {"cpu_offload": True, "cpu_offload_checkpointing": True},
-            "what recomputing keeps and the optimizer's state wait in the computer's memory, text encoders that "
-            "are not trained compute there: slower, the result is the same",
+            "checkpointed activations and the optimizer state are moved to RAM, and text encoders that are not "
+            "trained run on the CPU: slower, the result is the same",
         )
 
 
@@ -106,7 +109,7 @@ RUNGS: tuple[Callable[[TrainConfig], Iterator[Candidate]], ...] = (
 
 
 def next_rung(config: TrainConfig, tried: tuple[str, ...]) -> Rung | None:
-    """The first rung that changes something and was not tried, or None at the bottom."""
+    """The first rung that changes something and was not tried yet; None if there is none."""
     for candidates in RUNGS:
         for name, values, says in candidates(config):
             if name not in tried:
@@ -115,7 +118,7 @@ def next_rung(config: TrainConfig, tried: tuple[str, ...]) -> Rung | None:
 
 
 def encoding_rung(config: TrainConfig) -> Rung | None:
-    """The same while images are encoded: fewer at once, which changes no latent."""
+    """The same for encoding images: fewer images at once, which does not change the latents."""
     if config.vae_batch_size == 1:
         return None
     fewer = config.vae_batch_size // 2

@@ -1,7 +1,7 @@
-"""Recorder: what is allocated and freed on the meta device, in order, and how each size grows with the ranks.
+"""Recorder of allocations and frees on the meta device, in order, and of how each size depends on the ranks.
 
-Ranks: a trace is made with prime numbers as ranks that divide no other size, so every storage is known to be
-constant, or so many bytes per network_dim or per conv_dim, and one trace serves all ranks.
+Ranks: a trace uses prime numbers as ranks that divide no other size. So the size of every storage is known to
+be constant or proportional to network_dim or conv_dim, and one trace works for all ranks.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DIM, CONV_DIM = 257, 263  # primes above every latent side and text length, in no channel count
+DIM, CONV_DIM = 257, 263  # primes above every latent side and text length that divide no channel count
 CONSTANT, PER_DIM, PER_CONV_DIM = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Block:
-    """One allocation: ``size_bytes`` as a whole, or per unit of a rank."""
+    """One allocation: ``size_bytes`` in total, or per unit of rank."""
 
     size_bytes: int
     scales_with: int
@@ -31,7 +31,7 @@ class Block:
 
 
 class Recorder(TorchDispatchMode):
-    """Follows every storage from its first tensor to its last."""
+    """Tracks every storage from its first tensor to its last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def see(self, tensor: Tensor, *, is_new: bool = True) -> None:
-        """A tensor exists.  ``is_new = False``: it was there before the step and is not counted."""
+        """Register a tensor. ``is_new = False``: it existed before the step and is not counted."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.known:
@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
         self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
 
     def workspace(self, size_bytes: int) -> None:
-        """Memory that a kernel uses while it runs."""
+        """Record memory that a kernel uses while it runs."""
         self.events.append(~self._allocate(size_bytes, 1, is_workspace=True))
 
     def _allocate(self, size_bytes: int, element_bytes: int, *, is_workspace: bool = False) -> int:

@@ -1,7 +1,7 @@
-"""Replay: a traced step through the allocator of a card, beside what is held there already.
+"""Replay of a traced step in the allocator of a GPU, in addition to what is held there.
 
-Owns how an order of allocations becomes a peak.  ``tracing`` makes the order, ``allocator`` places each block.
-All sizes in bytes.
+Owns the peak of a sequence of allocations. ``tracing`` records the sequence, ``allocator`` places each block.
+All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from trainer.memory.tracing import Trace
 
 @dataclass(frozen=True)
 class Held:
-    """What is on the card beside the step: sizes of tensors.  ``update``: what is there only while the
-    optimizer works – bf16 weights and gradients as fp32, state from RAM.  ``is_accumulated``: the gradients
-    of the micro-batch before are there, and new ones go once they are added."""
+    """Bytes of the tensors on the GPU in addition to the step. ``update``: present only during the optimizer
+    step (fp32 copies of bf16 weights and gradients, state moved from RAM). ``is_accumulated``: the gradients
+    of the previous micro-batch are present, and new ones are freed after they are added."""
 
     base: Mapping[str, int]
     adapter: list[int]
@@ -28,7 +28,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that was allocated and reserved, and what of the step was there then."""
+    """The highest allocated and reserved bytes, and the parts of the step at that moment."""
 
     allocated: int
     reserved: int
@@ -38,7 +38,7 @@ class Peak:
 
 
 def replay(found: Trace, ranks: tuple[int, int], held: Held) -> Peak:
-    """Two steps through the allocator: the optimizer's state comes after the first.  ``ranks`` are
+    """Replay two steps in the allocator; the optimizer state is created after the first. ``ranks`` are
     network_dim and conv_dim."""
     allocator = CachingAllocator()
     sizes = [block.bytes_at(*ranks) for block in found.blocks]

@@ -1,7 +1,7 @@
-"""choose(): the settings that make a run fit a card, cheapest in speed first.
+"""choose(): settings that make a run fit a GPU, those with the lowest cost in speed first.
 
-Owns the moves and their order.  Pure over ``footprint.predict``: what it returns is a configuration and the
-reasons; nothing is loaded or run.  The ladder after a real failure is ``ladder``'s.
+Owns the moves and their order.  A pure function on top of ``footprint.predict``: returns a configuration and
+the reasons; nothing is loaded or run. Does not own the ladder after a real failure; see ``ladder``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory.footprint import BaseFacts, Footprint, predict, text_encoders_stay
 
-SAFE_SHARE = 15.5 / 16  # mission S4: above 15.5 of 16 GB is a warning
+SAFE_SHARE = 15.5 / 16  # assumed: 0.5 of 16 GB stays free
 SMALLER_PX = 768
 EIGHT_BIT = {"AdamW": "AdamW8bit"}
 
 
 @dataclass(frozen=True)
 class StackMove:
-    """One setting that was changed to fit, and why."""
+    """One setting that was changed to save memory, and why."""
 
     key: str
     old: Any
@@ -31,7 +31,7 @@ class StackMove:
 
 @dataclass(frozen=True)
 class Stack:
-    """Settings that fit, what was changed for it, and the predicted peak."""
+    """Settings that fit, the changes, and the predicted peak."""
 
     config: TrainConfig
     moves: tuple[StackMove, ...]
@@ -39,30 +39,30 @@ class Stack:
 
     @property
     def standing(self) -> tuple[str, ...]:
-        """What saves memory in these settings without costing speed, and what could but does not."""
+        """Lines on the memory savings that cost no speed, and whether they apply."""
         stays = text_encoders_stay(self.config)
         return (
-            "latents cached: always; the VAE leaves the card",
-            "text states not cached: text encoders are trained, or captions vary"
+            "latents cached: always; the VAE is not on the GPU",
+            "text encoder outputs not cached: text encoders are trained, or captions vary"
             if stays
-            else "text states cached: text encoders leave the card",
+            else "text encoder outputs cached: text encoders are not on the GPU",
         )
 
 
-# A move: values that may replace a configuration's, with the reason; each after the one before it failed to fit.
+# A move: alternative values with the reason; each is tried after the previous one did not fit.
 Candidates = Iterator[tuple[dict[str, Any], str]]
 
 
 def _bf16(config: TrainConfig, facts: BaseFacts) -> Candidates:
     if config.mixed_precision == "no":
-        yield {"mixed_precision": "bf16"}, "half the memory of fp32 weights and activations, and faster"
+        yield {"mixed_precision": "bf16"}, "half the memory of fp32 for weights and activations, and faster"
 
 
 def _eight_bit(config: TrainConfig, facts: BaseFacts) -> Candidates:
     if config.optimizer_type in EIGHT_BIT:
         yield (
             {"optimizer_type": EIGHT_BIT[config.optimizer_type]},
-            "a quarter of the optimizer's state, no slower",
+            "a quarter of the optimizer state, same speed",
         )
 
 
@@ -76,17 +76,17 @@ def _checkpointing(config: TrainConfig, facts: BaseFacts) -> Candidates:
 
 def _fp8(config: TrainConfig, facts: BaseFacts) -> Candidates:
     if not config.fp8_base:
-        yield {"fp8_base": True}, "the frozen U-Net in 8 bits, scaled: its output changes slightly"
+        yield {"fp8_base": True}, "the frozen U-Net in scaled fp8: its output changes slightly"
 
 
 def _accumulation(config: TrainConfig, facts: BaseFacts) -> Candidates:
-    """Fewer images at once at the same effective batch."""
+    """Fewer images at once with the same effective batch size."""
     at_once = config.images_at_once
     while at_once > 1:
         at_once //= 2
         yield (
             {"micro_batch_size": at_once},
-            f"{at_once} of {config.train_batch_size} images at once, the rest accumulated: same batch, slower",
+            f"{at_once} of {config.train_batch_size} images at once, with accumulation: same batch, slower",
         )
 
 
@@ -98,14 +98,14 @@ def _smaller(config: TrainConfig, facts: BaseFacts) -> Candidates:
 
 def _frozen_text(config: TrainConfig, facts: BaseFacts) -> Candidates:
     if config.trains_text_encoder and config.trains_unet:
-        yield {"network_train_unet_only": True}, "text encoders frozen: their states are cached"
+        yield {"network_train_unet_only": True}, "text encoders frozen: their outputs are cached"
 
 
 def _offload(config: TrainConfig, facts: BaseFacts) -> Candidates:
     if not (config.cpu_offload and config.cpu_offload_checkpointing):
         yield (
             {"cpu_offload": True, "cpu_offload_checkpointing": True},
-            "the optimizer's state and what recomputing keeps wait in the computer's memory: slowest",
+            "optimizer state and checkpointed activations in RAM: slowest",
         )
 
 
@@ -124,16 +124,16 @@ MOVES: tuple[Callable[[TrainConfig, BaseFacts], Candidates], ...] = (
 def choose(
     config: TrainConfig, facts: BaseFacts, vram_bytes: int, say: Callable[[str], None] = lambda text: None
 ) -> Stack:
-    """The first configuration in the order of ``MOVES`` that fits into 15.5/16 of ``vram_bytes``; then as few
-    blocks recompute as still fit.
+    """The first configuration in the order of ``MOVES`` that fits into 15.5/16 of ``vram_bytes``, with as few
+    recomputing blocks as possible.
 
-    Latents are always cached, text states wherever they can be.  ``say`` is told what is tried after the
-    settings as they are: a prediction can take half a minute.  Raises ConfigError if nothing fits.
+    Latents are always cached, text states whenever possible. ``say`` receives each attempt after the first,
+    because a prediction can take half a minute.  Raises ConfigError if nothing fits.
     """
     limit = int(vram_bytes * SAFE_SHARE)
     start, footprint = config, predict(config, facts)
     reasons: dict[str, str] = {}
-    checkpointed: TrainConfig | None = None  # the settings before all blocks recomputed
+    checkpointed: TrainConfig | None = None  # the settings before all blocks recompute
     for move in MOVES:
         for values, reason in move(config, facts):
             if footprint.peak_bytes <= limit:
@@ -148,8 +148,8 @@ def choose(
     if footprint.peak_bytes > limit:
         raise ConfigError(
             f"{facts.name} does not fit into {vram_bytes / 1e9:.1f} GB at network_dim {config.network_dim}: "
-            f"with everything that saves memory the peak is {footprint.peak_bytes / 1e9:.1f} GB",
-            "lower network_dim, take a smaller base, or a larger card",
+            f"even with all memory savings the peak is {footprint.peak_bytes / 1e9:.1f} GB",
+            "lower network_dim, or use a smaller base or a larger GPU",
         )
     if checkpointed is not None:
         config = _fewest_blocks(checkpointed, config, facts, limit, say)
@@ -162,8 +162,8 @@ def choose(
 def _fewest_blocks(
     before: TrainConfig, config: TrainConfig, facts: BaseFacts, limit: int, say: Callable[[str], None]
 ) -> TrainConfig:
-    """Between the blocks that recomputed before and all of them, which fits: the fewest that do, by halving.
-    With what came after them the first may be enough again."""
+    """The smallest number of recomputing blocks that fits, by bisection between the previous number and all
+    blocks. With the later moves, the previous number may be enough again."""
     low = (before.checkpoint_blocks or 0) if before.gradient_checkpointing else 0
     high = block_count(facts)
     while low < high:
@@ -182,7 +182,7 @@ def _blocks(count: int) -> dict[str, Any]:
 
 
 def _words(values: dict[str, Any]) -> list[str]:
-    """Settings as they stand in a file."""
+    """Settings as written in a TOML file."""
     return [
         f"{name} = {str(value).lower() if isinstance(value, bool) else value}"
         for name, value in values.items()
@@ -191,6 +191,6 @@ def _words(values: dict[str, Any]) -> list[str]:
 
 
 def block_count(facts: BaseFacts) -> int:
-    """Blocks of the U-Net that can recompute: down, middle and up (``trainer.compute.recompute``)."""
+    """Number of U-Net blocks that can recompute: down, middle and up (``trainer.compute.recompute``)."""
     unet = facts.config("unet")
     return len(unet["down_block_types"]) + 1 + len(unet["up_block_types"])

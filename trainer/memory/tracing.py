@@ -1,12 +1,13 @@
-"""One training step without data: what is allocated and freed, in order, as a CUDA card would do it.
+"""Trace one training step without data: allocations and frees in the order in which CUDA would make them.
 
 The networks are the real ones (diffusers, transformers, PEFT's layers, our adapter and checkpointing code) on
 the meta device, where tensors have shapes and storages but no memory.  Six functions of torch are replaced
-while tracing, because the meta device knows neither autocast nor fused attention: they allocate and save for
-backward what CUDA's kernels under autocast do (``kernels``).  Everything else is torch's own autograd.
+while tracing, because the meta device supports neither autocast nor fused attention. The replacements
+(``kernels``) allocate and save for backward what the CUDA kernels under autocast would. Everything else is
+torch's autograd.
 
-Owns the order and size of allocations of forward and backward.  Does not own weights, optimizer state or what
-an allocator makes of the order (``footprint``, ``allocator``).
+Owns the order and size of allocations of forward and backward.  Does not own weights and optimizer state
+(``footprint``) or the allocator (``allocator``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from trainer.adapters import KINDS
+from trainer.adapters import KINDS, targets_of
 from trainer.adapters import adapter as adapters
 from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
@@ -32,8 +33,8 @@ from trainer.memory.recorder import Block, Recorder, block_of
 
 @dataclass(frozen=True)
 class Trace:
-    """``events``: n ≥ 0 allocates block n, ~n frees it.  ``shapes``: of the adapter's tensors, and whether
-    each got a gradient."""
+    """``events``: n ≥ 0 allocates block n, ~n frees it. ``shapes``: the shapes of the adapter's tensors, and
+    whether each has a gradient."""
 
     blocks: tuple[Block, ...]
     events: tuple[int, ...]
@@ -42,7 +43,7 @@ class Trace:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """``owner.name`` is ``stand_in`` for a while."""
+    """Temporarily replace ``owner.name`` by ``stand_in``."""
     own = vars(owner).get(name)
     setattr(owner, name, stand_in)
     try:
@@ -56,7 +57,7 @@ def _replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
 
 @dataclass
 class Subject:
-    """A base on the meta device with an adapter in it; without one the U-Net itself is trained."""
+    """A base on the meta device with an injected adapter; without one, the U-Net itself is trained."""
 
     base: Base
     adapter: adapters.Adapter | None
@@ -66,8 +67,8 @@ class Subject:
 
 
 def subject(base: Base, config: TrainConfig) -> Subject:
-    """The adapter of these settings in a base on the meta device."""
-    targets = adapters.targets_of(base, config)
+    """A base on the meta device with the adapter of these settings."""
+    targets = targets_of(base, config)
     weights: dict[str, Tensor] = {}
     with torch.device("meta"):
         for target in targets:
@@ -130,7 +131,7 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
 
 
 def _set_kind(it: Subject, kind: torch.dtype) -> None:
-    """Trained weights as a number type, without gradients; DoRA's magnitudes are always fp32."""
+    """Convert trained weights to a dtype and drop gradients; DoRA magnitudes always stay fp32."""
     fp32 = (
         [] if it.adapter is None else [layer.weights.get(adapters.MAGNITUDE) for layer in it.adapter.layers]
     )
@@ -142,7 +143,7 @@ def _set_kind(it: Subject, kind: torch.dtype) -> None:
 
 
 def text_states(base: Base, config: TrainConfig, batch: int) -> TextStates:
-    """Cached states as they come to the card, or the encoders' own if one of them is trained."""
+    """Cached text states as copied to the GPU, or states from the encoders if one of them is trained."""
     windows = (config.max_token_length or 75) // 75
     if config.trains_text_encoder:
         ids_BWL = torch.zeros((batch, windows, base.caption_tokens + 2), dtype=torch.long)

@@ -1,7 +1,7 @@
 """CLIP-T beside torchmetrics' CLIPScore on the same weights: 100 × the mean cosine – and where the two differ.
 
 A small random CLIP of transformers, and the same weights in open_clip's layout, read by our own loader.
-torchmetrics takes a model that is no name of its list from a function.
+torchmetrics accepts other models than those in its list through a function.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[OpenClipScorer, Call
         model.logit_scale.fill_(4.6)
         ids = tokenizer(TEXTS, return_tensors="pt", padding=True)["input_ids"]
         mean = model.text_model(input_ids=ids).pooler_output.mean(0)
-        turn = model.text_projection.weight  # without what the texts share, every picture is like some
+        turn = model.text_projection.weight  # without what the texts share, every image is like some
         turn.sub_(torch.outer(turn @ mean, mean) / mean.dot(mean))  # and unlike others
     pictures = CLIPImageProcessor(
         size={"shortest_edge": SIDE_PX},
@@ -190,7 +190,7 @@ def test_a_text_that_is_too_long_loses_its_end_token_there_and_is_refused_here(b
     vectors = [model()[0].get_text_features(_cut(model, text)) for text in (cat, dog)]
     assert torch.equal(*vectors), "without its end token a text is read at its first token, alike for all"
     assert float(clip_score(picture, cat, model)) == float(clip_score(picture, dog, model))
-    with pytest.raises(ConfigError, match="would cut the text"):
+    with pytest.raises(ConfigError, match="would truncate the text"):
         scorer.text_features([cat])
 
 

@@ -294,7 +294,7 @@ def test_diffusers_does_not_read_loha_and_lokr(kind, tmp_path):
 
 
 def test_diffusers_reads_a_dora_file_without_its_magnitudes(tmp_path):
-    """The claim of docs/adapters.md: the picture is another one."""
+    """The claim of docs/adapters.md: the image is another one."""
     base = tiny_base("sd15")
     scored, _ = written(base, tmp_path / "a.safetensors", "DoRA")
     pipeline = tiny_pipeline(base)

@@ -69,10 +69,10 @@ def test_pickscore_is_the_cosine_of_a_transformers_folder(tmp_path: Path) -> Non
 def test_what_is_asked_for_and_missing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MachineError, match="package is not installed"):
         load_preference("imagereward")
-    with pytest.raises(ModelFileError, match="is not there"):
+    with pytest.raises(ModelFileError, match="does not exist"):
         load_preference(f"hpsv2.1:{tmp_path / 'absent.pt'}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelFileError, match=r"hpsv2\.1 is asked for, and .* is not on this machine"):
+    with pytest.raises(ModelFileError, match=r"hpsv2\.1 is requested, but .* is not on this machine"):
         load_preference("hpsv2.1")
     with pytest.raises(ModelFileError, match="PickScore_v1 is not on this machine"):
         load_preference("pickscore")

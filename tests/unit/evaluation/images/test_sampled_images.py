@@ -47,7 +47,7 @@ def test_a_dark_picture_with_something_in_it_is_valid() -> None:
 
 def test_one_invalid_picture_is_enough_to_refuse_all() -> None:
     check_valid([picture(0), picture(1)])
-    with pytest.raises(InvalidImages, match=r"1 of 3 images show nothing \(1 black\)"):
+    with pytest.raises(InvalidImages, match=r"1 of 3 images are invalid \(1 black\)"):
         check_valid([picture(0), picture(1), flat(0)])
 
 
@@ -57,7 +57,7 @@ def test_pictures_equal_to_the_bases_own_prove_that_no_adapter_was_at_work() -> 
         SampledImage(i.prompt_id, i.seed, i.pixels_HW3 ^ 1) for i in own
     ]  # ±1: another batch composition
     for same in (own, nearly):
-        with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+        with pytest.raises(ModelFileError, match="the LoRA has no effect"):
             prove_applied(same, own)
     prove_applied([own[0], SampledImage("p", 1, own[1].pixels_HW3 ^ 2)], own)
 

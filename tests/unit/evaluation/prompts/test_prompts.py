@@ -157,7 +157,7 @@ def test_what_is_lacking_is_said_for_the_confirmation_too() -> None:
     confirm = make(counts={"altered": 2, "style": 9}, exclude=search)
     said: list[str] = []
     say_notes(search, confirm, said.append)
-    assert said == ["confirmation prompts: 9 of 11 planned prompts: captions and templates are used up"]
+    assert said == ["confirmation prompts: 9 of 11 planned prompts: there are no more captions or templates"]
 
 
 def test_regularisation_images_make_no_prompts() -> None:
@@ -246,7 +246,7 @@ def test_a_caption_that_is_cut_keeps_its_trigger() -> None:
 
 def test_a_hand_written_prompt_over_75_tokens_is_refused(tmp_path: Path) -> None:
     assert load(tmp_path / "p.txt", "word " * 75 + "\nother").prompts[0].text == " ".join(["word"] * 75)
-    with pytest.raises(ConfigError, match=r"76 tokens.*cut at 75"):
+    with pytest.raises(ConfigError, match=r"76 tokens.*truncated at 75"):
         load(tmp_path / "p.txt", "word " * 76 + "\nother")
 
 
@@ -283,11 +283,11 @@ def test_prompt_files_fill_in_trigger_and_class(tmp_path: Path) -> None:
         ("promts = []", "did you mean prompts"),
         ('[[prompts]]\ntext = "a"\nkind = "styles"', "did you mean style"),
         ('[[prompts]]\ntext = "a {red|blue} cat"', "not known.*{trigger}"),
-        ('[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "a"', "there twice"),
+        ('[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "a"', "appears twice"),
         ('[[prompts]]\ntext = "a"', "at least 2"),
         ('[[prompts]]\nkind = "style"', "without a text"),
         ('[[prompts]]\ntext = " "', "is empty"),
-        ('[[prompts]]\ntext = "zkw"\nkind = "class-only"', "holds the trigger"),
+        ('[[prompts]]\ntext = "zkw"\nkind = "class-only"', "contains the trigger"),
         ('seeds = [1, 1]\n[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "b"', "repeated"),
         ('seeds = [1.5]\n[[prompts]]\ntext = "a"\n[[prompts]]\ntext = "b"', "whole numbers"),
         ('seeds = 3\n[[prompts]]\ntext = "a"', "wrong form"),

@@ -47,7 +47,7 @@ def test_diversity_is_seen_where_a_prompt_has_most_pictures() -> None:
 
 
 def anchors(base_prior_i: float | None, base_diversity: float | None) -> Anchors:
-    """Of a prompt with the trigger and perhaps one without; real pictures have a likeness of 0.9."""
+    """Of a prompt with the trigger and perhaps one without; real images have a likeness of 0.9."""
     prior = () if base_prior_i is None else (base_prior_i,)
     ids, asks, raw_P = ("a", "c")[: 1 + len(prior)], (True, False)[: 1 + len(prior)], (0.0, *prior)
     errors = {"real_i_se": 0.0, "t_unit_se": 0.0, "i_unit_se": 0.0}
@@ -55,7 +55,7 @@ def anchors(base_prior_i: float | None, base_diversity: float | None) -> Anchors
 
 
 class Same:
-    """An encoder that knows the pictures' vectors."""
+    """An encoder that knows the images' vectors."""
 
     name, sha = "same", "sha"
 

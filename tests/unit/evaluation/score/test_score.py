@@ -63,7 +63,7 @@ class Colours:
 
 
 class Texture:
-    """A likeness encoder that sees which half of a picture is brighter, not its colour."""
+    """A likeness encoder that sees which half of an image is brighter, not its colour."""
 
     name, sha = "texture", "sha-texture"
 
@@ -73,7 +73,7 @@ class Texture:
 
 
 def picture(colour: str, subject: float, noise: int) -> np.ndarray:
-    """A picture of a colour; ``subject`` 0..1 darkens the lower half, as in the references."""
+    """An image of a colour; ``subject`` 0..1 darkens the lower half, as in the references."""
     rng = np.random.default_rng(noise)
     pixels = (
         np.broadcast_to(np.float64(COLOURS[colour]), (16, 16, 3)) * np.linspace(0.9, 1, 16)[None, :, None]
@@ -86,7 +86,7 @@ def picture(colour: str, subject: float, noise: int) -> np.ndarray:
 def images(
     subject: float, follow: float = 1.0, noise: int = 0, prompts: PromptSet = PROMPTS
 ) -> list[SampledImage]:
-    """One picture a prompt and seed: the right colour mixed with grey by ``follow``."""
+    """One image a prompt and seed: the right colour mixed with grey by ``follow``."""
     found = []
     for number, prompt in enumerate(prompts.prompts):
         for seed in prompts.seeds:
@@ -228,7 +228,7 @@ def test_scoring_twice_gives_the_same_number_and_error(anchors: Anchors, referen
 
 
 def test_the_error_is_that_of_prompts_not_of_images(references: References) -> None:
-    """Prompts are clusters: copies of the same pictures under more seeds make nothing surer."""
+    """Prompts are clusters: copies of the same images under more seeds make nothing surer."""
     more = PromptSet(PROMPTS.prompts, tuple(range(8)), "zkw", "cat")
     uneven = [0.2, 0.6, 0.9, 0.5]
 
@@ -295,7 +295,7 @@ def test_scores_of_different_scales_are_not_compared(anchors: Anchors, reference
 def test_invalid_images_are_never_scored(anchors: Anchors, references: References) -> None:
     bad = images(0.5)
     bad[3] = dataclasses.replace(bad[3], pixels_HW3=np.zeros((16, 16, 3), np.uint8))
-    with pytest.raises(InvalidImages, match="1 of 8 images show nothing"):
+    with pytest.raises(InvalidImages, match="1 of 8 images are invalid"):
         scored(bad, anchors, references)
 
 
@@ -345,7 +345,7 @@ def test_prompts_that_differ_in_the_trigger_only_are_refused(references: Referen
 
 
 class Anything:
-    """A scorer for pictures and texts of any content: fixed random projections."""
+    """A scorer for images and texts of any content: fixed random projections."""
 
     name, sha = "anything", Colours.sha
 
@@ -402,7 +402,7 @@ def test_an_adapters_score_its_grid_and_its_images_are_left_in_the_folder(
 
 
 def test_metrics_are_written_as_older_versions_read_them(anchors: Anchors, references: References) -> None:
-    """They want to be told how many pictures were invalid, which has always been none."""
+    """They want to be told how many images were invalid, which has always been none."""
     written = scored(images(0.5), anchors, references).as_dict()
     assert list(written)[8:11] == ["n_images", "invalid", "scorer"] and written["invalid"] == 0
 
@@ -411,7 +411,7 @@ def test_a_lora_that_was_not_applied_is_an_error_never_the_bases_score(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     for batch_size in (4, 1):
-        with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+        with pytest.raises(ModelFileError, match="the LoRA has no effect"):
             evaluate(measured, tmp_path / "trial", batch_size=batch_size)
     assert not (tmp_path / "trial" / "metrics.json").exists()
 
@@ -420,7 +420,7 @@ def test_a_live_adapter_is_scored_in_place_once_it_was_trained(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     adapter = inject(base, TrainConfig(network_dim=2, network_alpha=2))
-    with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+    with pytest.raises(ModelFileError, match="the LoRA has no effect"):
         evaluate(measured, tmp_path / "untrained")
     with pytest.raises(AssertionError, match="hold an adapter"):
         make_anchors(measured, tmp_path / "anchors")
@@ -430,7 +430,7 @@ def test_a_live_adapter_is_scored_in_place_once_it_was_trained(
     trained = evaluate(measured, tmp_path / "trained")
     assert trained.n_images == PROMPTS.image_count
     adapter.remove()
-    with pytest.raises(ModelFileError, match="the LoRA changes nothing"):
+    with pytest.raises(ModelFileError, match="the LoRA has no effect"):
         evaluate(measured, tmp_path / "removed")
 
 
@@ -461,9 +461,9 @@ def test_anchors_in_the_folder_that_were_measured_otherwise_are_refused(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     other = sampled_otherwise(measured, steps=3)
-    with pytest.raises(ConfigError, match="measured with another sampling"):
+    with pytest.raises(ConfigError, match="measured with a different sampling"):
         make_anchors(other, tmp_path / "anchors")
-    with pytest.raises(ConfigError, match="another sampling"):
+    with pytest.raises(ConfigError, match="different sampling"):
         evaluate(measured, tmp_path / "trial", steps=3)
 
 
@@ -491,11 +491,11 @@ def test_a_base_that_draws_nothing_itself_is_named_as_the_cause(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     base.vae.decoder.conv_out.weight.data.zero_()
-    with pytest.raises(ModelFileError, match="untrained base itself draws 8 of 8 images as nothing"):
+    with pytest.raises(ModelFileError, match="8 of 8 images of the untrained base are invalid"):
         make_anchors(measured, tmp_path / "black")
 
 
 def test_a_file_that_is_no_score_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(DataError, match="is no score"):
+    with pytest.raises(DataError, match="is not a score"):
         read_score(tmp_path / "metrics.json")

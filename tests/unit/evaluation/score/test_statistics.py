@@ -60,7 +60,7 @@ def test_the_detectable_difference_is_seen_in_four_of_five_comparisons(seeds: in
 
 def test_prompts_see_more_than_seeds_at_equal_cost() -> None:
     plan = st.Components(8, 8, 4, prompt=3.0, seed=2.0, interaction=0.7, shared=0.5)
-    # the table of the facts: CLIP-T points, 8 × 4 → 0.50, 16 × 2 → 0.43, 25 × 4 → 0.28
+    # by hand from SE² = 2·interaction²/P + 2·seed²·(1 − shared)/(P·S): 8 × 4 → 0.50, 16 × 2 → 0.43, 25 × 4 → 0.28
     assert plan.paired_se() == pytest.approx(0.50, abs=0.005)
     assert plan.paired_se(16, 2) == pytest.approx(0.43, abs=0.005)
     assert plan.paired_se(25, 4) == pytest.approx(0.28, abs=0.005)
@@ -69,7 +69,7 @@ def test_prompts_see_more_than_seeds_at_equal_cost() -> None:
 
 def test_the_sentence_says_what_can_be_seen_and_with_what() -> None:
     text = st.Components(8, 16, 2, 0.3, 0.2, 0.02, 0.5).sentence()
-    assert text.startswith("a difference of 0.10 can be seen with this prompt set (16 prompts × 2 seeds")
+    assert text.startswith("a difference of 0.10 can be detected with this prompt set (16 prompts × 2 seeds")
     assert st.two_digits(0.0042) == "0.0042"
 
 
@@ -94,7 +94,7 @@ def test_rank_correlations_agree_with_counting_and_with_known_values() -> None:
 
 
 def test_small_samples_have_exact_p() -> None:
-    """Facts B3: four pairs can never reach 5 %; five need τ = 1; eight need τ = .643."""
+    """Exact two-sided tests: four pairs can never reach 5 %; five need τ = 1; eight need τ = 0.643."""
     four = st.kendall([1, 2, 3, 4], [1, 2, 3, 4])
     assert four.exact and four.p == pytest.approx(2 / 24)
     assert st.kendall([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]).p == pytest.approx(2 / 120)

@@ -87,8 +87,8 @@ def test_the_same_words_mean_the_same_in_every_command(
         ("network_dim=none", "network_dim must have a value", "it is rank of the LoRA"),
         ("loss_type=l3", "loss_type = l3 is not known", "choose one of l2, l1"),
         ("noise_offset=" + "9" * 400, "--set noise_offset has a whole number beyond", "64 bits"),
-        ("noise_offset=" + "9" * 5000, "is no value", "write a shorter one"),
-        ("noise_offset=" + "[" * 5000, "is no value", "write a shorter one"),
+        ("noise_offset=" + "9" * 5000, "is not a valid value", "write a shorter value"),
+        ("noise_offset=" + "[" * 5000, "is not a valid value", "write a shorter value"),
     ],
 )
 def test_the_same_words_are_refused_alike_in_every_command(

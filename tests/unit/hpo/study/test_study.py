@@ -31,7 +31,7 @@ def test_every_shipped_study_is_valid_to_its_last_edge(name: str) -> None:
     assert found.config(found.baseline).network_dim in (16, 32)
 
 
-def test_the_default_study_searches_the_twelve_settings_of_the_mission() -> None:
+def test_the_default_study_searches_its_twelve_settings() -> None:
     space = read_study(find_study(None, "sd15")).space
     decided = {
         "learning_rate", "text_encoder_lr_ratio", "network_dim_log2", "network_alpha_ratio", "optimizer_type",

@@ -201,7 +201,7 @@ def test_a_run_saves_along_the_way_and_can_be_trained_again_from_its_file(place:
 
     (place / "prompts.txt").rename(place / "moved.txt")
     again = train(base, "--output", "again", file="out/lora.safetensors")
-    assert again.exit_code == 0 and "prompts.txt is not here" in again.output, again.output
+    assert again.exit_code == 0 and "prompts.txt does not exist" in again.output, again.output
     (place / "moved.txt").rename(place / "prompts.txt")
     assert same("out/lora.safetensors", "again/lora.safetensors")
     folder = train(base, "--dry-run", "--json", file="out/lora.run")
@@ -411,7 +411,7 @@ def test_a_file_of_sd_scripts_is_trained_again_with_its_settings(place: Path) ->
         Image.open(picture).resize((64, 64)).save(picture)
     old = kohya_lora(place / "old-one.safetensors")
     nameless = hpo_command("train", str(old), "--data", "images", "--dry-run")
-    assert nameless.exit_code == 2 and "names no base" in nameless.stderr
+    assert nameless.exit_code == 2 and "does not name a base" in nameless.stderr
     assert "its base was mini.safetensors: name it with --base" in nameless.stderr
     result = hpo_command(
         "train", str(old), "--base", "mini-sd15", "--data", "images", "--device", "cpu", "--output", "again"

@@ -190,7 +190,7 @@ def test_what_was_translated_or_has_no_effect_is_said_once_per_key(tmp_path: Pat
         "optimizer_args weight_decay = 0.1",
         "network_args conv_dim = 8",
         "xformers = true → SDPA",
-        "max_train_steps = 5000 → not used",
+        "max_train_steps = 5000 → ignored",
     ):
         assert part in translated
     unused = {line.split(":")[0] for line in file.without_effect}
@@ -226,8 +226,8 @@ def test_zeros_dropouts_and_safeguards_are_said(tmp_path: Path) -> None:
     prodigy = 'optimizer_type = "Prodigy"\nlr_scheduler = "cosine"\n'
     given = 'optimizer_args = ["safeguard_warmup=True"]\n'
     for text, said in (
-        (given, ["true → false, since there is no warm-up"]),
-        ("lr_warmup_steps = 9\n", ["false → true, which warm-up needs"]),
+        (given, ["true → false, because there is no warm-up"]),
+        ("lr_warmup_steps = 9\n", ["false → true, because of the warm-up"]),
         (given + "lr_warmup_steps = 9\n", []),
         ("", []),
     ):
@@ -417,12 +417,12 @@ def test_a_key_means_the_same_here(tmp_path: Path, text: str, expected: dict[str
         ("resolution = 512.5", "resolution = 512.5 is not a whole number"),
         ('resolution = "wide"', "resolution = wide is not a size"),
         ("network_args = [3]", "network_args"),
-        ("a = 1\nb = ", "is not TOML"),
+        ("a = 1\nb = ", "is not valid TOML"),
         ("", "has no settings"),
         ("[a]\nseed = 1\n[b]\nseed = 2", "seed is set twice"),
         ("seed = " + "9" * 400, "seed"),
-        ("seed = " + "9" * 5000, "is not TOML"),
-        ("x = " + "[" * 5000, "is not TOML"),
+        ("seed = " + "9" * 5000, "is not valid TOML"),
+        ("x = " + "[" * 5000, "is not valid TOML"),
     ],
 )
 def test_wrong_values_and_broken_files_are_one_line_errors(tmp_path: Path, text: str, message: str) -> None:

@@ -83,7 +83,7 @@ def test_the_command_line_wins_over_the_dataset_file_and_that_over_the_file(
     file = read(tmp_path, text, "train_batch_size=2", "max_train_steps=7", dataset=described)
     assert (file.config.resolution, file.config.train_batch_size) == (64, 2)
     assert (file.origins["resolution"], file.origins["train_batch_size"]) == ("dataset file", "--set")
-    assert file.config.max_train_epochs is None and "max_train_epochs = 5 → not used" in file.translated[-1]
+    assert file.config.max_train_epochs is None and "max_train_epochs = 5 → ignored" in file.translated[-1]
     places = {"train_data_dir": str(data)}
     assert read(tmp_path, text, dataset=described, places=places).config.dataset_config == ""
 
@@ -368,7 +368,7 @@ def test_a_file_of_sd_scripts_must_name_its_base_and_what_it_leaves_open_is_said
 ) -> None:
     text = KOHYA.replace("{data}", str(data)).replace("resolution = 32\n", "")
     nameless = "\n".join(line for line in text.splitlines() if not line.startswith("pretrained"))
-    with pytest.raises(ConfigError, match=r"file\.toml names no base") as caught:
+    with pytest.raises(ConfigError, match=r"file\.toml does not name a base") as caught:
         read(tmp_path, nameless)
     assert "--base" in caught.value.hint
     places = {"pretrained_model_name_or_path": "mini-sd15"}
@@ -389,7 +389,7 @@ def test_samples_whose_prompts_are_not_here_are_left_out_and_said(tmp_path: Path
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
     file = read_train_file(tmp_path / "run")
     assert (file.config.sample_prompts, file.config.sample_every_n_steps) == ("", None)
-    assert file.config.network_dim == 8 and "the file prompts.txt is not here" in file.without_effect[0]
+    assert file.config.network_dim == 8 and "the file prompts.txt does not exist" in file.without_effect[0]
     (tmp_path / "p.txt").write_text("a cat")
     kept = read_train_file(tmp_path / "run", sets=[f"sample_prompts={tmp_path}/p.txt"])
     assert kept.config.sample_every_n_steps == 3 and kept.without_effect == ()
@@ -405,11 +405,11 @@ def test_two_text_encoder_rates_cannot_be_exported(tmp_path: Path, data: Path) -
     ("values", "family", "message"),
     [
         ({"mid_lr_weight": "0.5"}, "sdxl", "mid_lr_weight has 1 values"),
-        ({"down_lr_weight": "1,x"}, "sd15", "'x' is no multiplier"),
+        ({"down_lr_weight": "1,x"}, "sd15", "'x' is not a multiplier"),
         (
             {"down_lr_weight": "zeros", "mid_lr_weight": "0", "up_lr_weight": "zeros"},
             "sd15",
-            "all block rates are 0",
+            "all block multipliers are 0",
         ),
     ],
 )
