@@ -1,6 +1,6 @@
-"""The command line: options in, one call, lines out.
+"""The command line: parse the options, call one function, print the result.
 
-Owns the options and their help, exit codes, and the small commands that belong to no other room (plan, inspect,
+Owns the options and their help, exit codes, and the small commands that have no room of their own (plan, inspect,
 export, dataset, status).  Does not search, train, transfer or score.  Importing it loads neither torch nor Optuna.
 """
 

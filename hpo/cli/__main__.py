@@ -1,4 +1,4 @@
-"""``python -m hpo.cli``: the same as ``hpo``."""
+"""``python -m hpo.cli``: same as the ``hpo`` command."""
 
 from hpo.cli.main import main
 

@@ -1,7 +1,7 @@
-"""``hpo dataset check`` and ``hpo dataset prepare``: from the command line's words to what a person reads.
+"""``hpo dataset check`` and ``hpo dataset prepare``: the request, the report and its tables.
 
-Owns the tables.  The settings that a check assumes for each base are ``trainer.bases``', what is wrong with a
-dataset is ``trainer.data.findings``', the layout that prepare builds ``trainer.data.layout``'s.
+Owns the tables.  Does not own the settings that a check assumes for each base (``trainer.bases``), the
+findings (``trainer.data.findings``) or the folder layout that prepare builds (``trainer.data.layout``).
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from trainer.overrides import read_setting
 from trainer.text import clean_text
 
 STYLES = {REFUSED: "bold red", WARNING: "yellow"}
-BAR = 24  # columns of the histogram's longest bar
-LISTED_REFUSED = 20  # files of a refused finding that the table names; --json names all
+BAR = 24  # width of the longest histogram bar, in columns
+LISTED_REFUSED = 20  # files of a refused finding listed in the table; --json lists all
 
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """The words of ``hpo dataset check``."""
+    """The arguments of ``hpo dataset check``."""
 
     folder: Path
     base: str = "sd15"
@@ -71,7 +71,7 @@ class DatasetRequest:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found.  ``steps`` is of the images that can be used; None if there are none."""
+    """The result of a check.  ``steps`` counts only usable images; None if there are none."""
 
     survey: Survey
     config: TrainConfig
@@ -86,7 +86,7 @@ class Report:
 
 
 def check(request: DatasetRequest, console: Console, echo: Callable[[str], None]) -> None:
-    """Print the report.  Raises DataError after it if training would refuse the folder."""
+    """Print the report.  Raises DataError afterwards if training would refuse the folder."""
     report = examine(request)
     if request.as_json:
         echo(json.dumps(as_json(request, report), indent=1))
@@ -97,12 +97,12 @@ def check(request: DatasetRequest, console: Console, echo: Callable[[str], None]
         kinds = "one finding" if len(refused) == 1 else f"{len(refused)} findings"
         raise DataError(
             f"{shown(request.folder)} cannot be trained on: {kinds} marked {REFUSED}",
-            "mend them and check again",
+            "fix them and check again",
         )
 
 
 def examine(request: DatasetRequest) -> Report:
-    """Everything that is found, and whether training itself would take the folder."""
+    """Collect all findings, and check whether training itself would accept the folder."""
     config, root = request.config, request.folder
     seen = survey(root, config)
     notes: list[str] = []
@@ -115,7 +115,7 @@ def examine(request: DatasetRequest) -> Report:
     question = Question(request.family, config, _counter(request.base), trigger, class_word)
     found = list(findings(seen, question))
     refused = any(finding.severity == REFUSED for finding in found)
-    if not refused and trouble is None:  # what training says itself
+    if not refused and trouble is None:  # run the checks of training itself, too
         known = {p.path: (p.width_px, p.height_px, p.sha256) for p in seen.photos}
         try:
             notes = list(read_dataset(root, config, known=known).notes)
@@ -130,7 +130,7 @@ def examine(request: DatasetRequest) -> Report:
 
 
 def _counter(base: str) -> Callable[[str], int]:
-    """The tokens of a text.  The tokenizer is loaded when there is one to count."""
+    """A function that counts the tokens of a text.  The tokenizer is loaded on first use."""
 
     @cache
     def tokenizer() -> Any:
@@ -142,7 +142,7 @@ def _counter(base: str) -> Callable[[str], int]:
 
 
 def _steps(seen: Survey, config: TrainConfig) -> Steps | None:
-    """The arithmetic with the images that fit a bucket."""
+    """The step counts for the images that fit a bucket."""
     from trainer.data import BucketRules
 
     rules = BucketRules.of(config)
@@ -151,7 +151,7 @@ def _steps(seen: Survey, config: TrainConfig) -> Steps | None:
 
 
 def as_json(request: DatasetRequest, report: Report) -> dict[str, Any]:
-    """The report for scripts."""
+    """The report as JSON, for scripts."""
     return {
         "folder": shown(request.folder),
         "for": request.base,
@@ -166,7 +166,7 @@ def as_json(request: DatasetRequest, report: Report) -> dict[str, Any]:
 
 
 def show(console: Console, request: DatasetRequest, report: Report) -> None:
-    """The report for people."""
+    """Print the report for people."""
     seen, config = report.survey, report.config
     held_out = f", {len(seen.held_out)} held out" if seen.held_out else ""
     subject = " ".join(clean_text(word) for word in (report.trigger, report.class_word) if word)
@@ -176,7 +176,7 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
     if report.findings:
         console.print(_findings_table(report.findings))
     else:
-        say(console, "nothing to mend")
+        say(console, "no problems found")
     if report.steps:
         console.print(_histogram(report.steps))
         for line in arithmetic(report.steps, config, {photo.repeats for photo in seen.trained}):
@@ -189,7 +189,7 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
 def _findings_table(found: tuple[DatasetFinding, ...]) -> Table:
     table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
     table.add_column("", no_wrap=True)
-    table.add_column("found", overflow="fold", ratio=5)
+    table.add_column("finding", overflow="fold", ratio=5)
     table.add_column("what to do", overflow="fold", ratio=4)
     for finding in found:
         most = LISTED_REFUSED if finding.severity == REFUSED else LISTED
@@ -217,17 +217,17 @@ def arithmetic(steps: Steps, config: TrainConfig, repeats: set[int]) -> list[str
     """Images → samples → batches → steps, one line each."""
     groups = config.gradient_accumulation_steps
     times = f"{min(repeats)} repeats" if len(repeats) == 1 else "their repeats"
-    by = "" if groups == 1 else f" / {groups} accumulated"
+    by = "" if groups == 1 else f" / {groups} gradient accumulation steps"
     return [
-        f"{steps.images} images × {times} = {steps.samples_per_epoch} samples an epoch",
-        f"in batches of {config.train_batch_size}: {steps.batches_per_epoch} batches{by}"
-        f" = {steps.steps_per_epoch} steps an epoch",
-        f"× {steps.epochs} epochs = {steps.total_steps} steps (--set changes the settings)",
+        f"{steps.images} images × {times} = {steps.samples_per_epoch} samples per epoch",
+        f"batch size {config.train_batch_size}: {steps.batches_per_epoch} batches{by}"
+        f" = {steps.steps_per_epoch} steps per epoch",
+        f"× {steps.epochs} epochs = {steps.total_steps} steps (change the settings with --set)",
     ]
 
 
 def prepare(source: Path, folder: Path, wish: Wish, echo: Callable[[str], None]) -> None:
-    """Build the layout and say what was done and what comes next."""
+    """Build the folder layout, then print what was done and the next command."""
     built = build(source, folder, wish)
     for note in built.notes:
         echo(clean_text(f"note: {note}"))

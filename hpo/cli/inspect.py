@@ -1,7 +1,7 @@
-"""``hpo inspect``: everything a LoRA file says of itself – modules, ranks, alphas, metadata.
+"""``hpo inspect``: what a LoRA file contains: modules, ranks, alphas, metadata.
 
-Works on files of other tools.  Reads the header and the alphas, no weights.  All text from the file is
-shown without control characters.
+Also works with files from other tools.  Reads only the header and the alphas, not the weights.  Control
+characters in text from the file are removed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trainer.files import sha256_file
 from trainer.tensorfile import Header, read_header
 from trainer.text import clean_text
 
-LONG = 160  # characters of a metadata value shown in the table; --json has all
-# The part of a tensor's name that tells what it is, and which kind of adapter it belongs to.
+LONG = 160  # maximum length of a metadata value in the table; --json shows it in full
+# The end of a tensor's name: its role, and with it the kind of adapter.
 _ENDINGS = re.compile(
     r"\.(?P<what>lora_down\.weight|lora_up\.weight|lora_A(?:\.\w+)?\.weight|lora_B(?:\.\w+)?\.weight"
     r"|lora\.down\.weight|lora\.up\.weight|lora_linear_layer\.(?:down|up)\.weight|lora_mid\.weight"
@@ -46,7 +46,7 @@ _COMPONENTS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a LoRA file holds.  ``ranks`` and ``alphas`` count modules by value."""
+    """The contents of a LoRA file.  ``ranks`` and ``alphas`` count modules by value."""
 
     path: Path
     size_bytes: int
@@ -64,7 +64,7 @@ class Facts:
 
 
 def inspect(path: Path) -> Facts:
-    """The facts of a file.  ModelFileError if it is no safetensors file or holds no adapter."""
+    """Read a file.  Raises ModelFileError if it is not a safetensors file or contains no adapter."""
     header = read_header(path)
     modules: dict[str, set[str]] = {}
     others = []
@@ -76,7 +76,8 @@ def inspect(path: Path) -> Facts:
             modules.setdefault(name[: match.start()], set()).add(match["what"])
     if not modules:
         raise ModelFileError(
-            f"{path} holds no LoRA", "its tensors are " + ", ".join(clean_text(n[:80]) for n in others[:3])
+            f"{path} contains no LoRA",
+            "give a LoRA file; the tensors here are " + ", ".join(clean_text(n[:80]) for n in others[:3]),
         )
     ranks: Counter[str] = Counter()
     parameters = 0
@@ -106,7 +107,7 @@ def inspect(path: Path) -> Facts:
 
 
 def as_json(facts: Facts) -> dict[str, Any]:
-    """Everything, for scripts; metadata that is JSON itself is opened."""
+    """Everything, for scripts.  Metadata values that are JSON are parsed."""
     values = {name: getattr(facts, name) for name in Facts.__dataclass_fields__}
     values["path"] = str(facts.path)
     values["metadata"] = {name: _opened(text) for name, text in sorted(facts.metadata.items())}
@@ -115,7 +116,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
 
 
 def show(console: Console, facts: Facts) -> None:
-    """Everything, for people."""
+    """Print everything, for people."""
     rows = [
         ("file", f"{facts.path} ({facts.size_bytes / 1e6:.2f} MB)"),
         ("sha256", facts.sha256),
@@ -123,11 +124,11 @@ def show(console: Console, facts: Facts) -> None:
         ("modules", _words(facts.modules)),
         ("rank", _words(facts.ranks, "modules")),
         ("alpha", _words(facts.alphas, "modules")),
-        ("number type", _words(facts.types, "tensors")),
+        ("data type", _words(facts.types, "tensors")),
         ("parameters", f"{facts.parameters:,}"),
     ]
     if facts.other_tensors:
-        rows.append(("not of a LoRA", f"{len(facts.other_tensors)}: {', '.join(facts.other_tensors[:5])}"))
+        rows.append(("other tensors", f"{len(facts.other_tensors)}: {', '.join(facts.other_tensors[:5])}"))
     _print(console, rows)
     if facts.settings is not None:
         console.print(Text("\nsettings", style="bold"))
@@ -137,7 +138,10 @@ def show(console: Console, facts: Facts) -> None:
         )
     metadata = [(name, text) for name, text in sorted(facts.metadata.items()) if name != CONFIG_KEY]
     console.print(
-        Text("\nmetadata" if metadata else "\nno metadata: it does not say how it was trained", style="bold")
+        Text(
+            "\nmetadata" if metadata else "\nno metadata: the file does not record how it was trained",
+            style="bold",
+        )
     )
     _print(
         console, [(n, t if len(t) <= LONG else f"{t[:LONG]} … ({len(t)} characters)") for n, t in metadata]
@@ -164,7 +168,7 @@ def _by_count(counts: Counter[str]) -> dict[str, int]:
 
 
 def _rank(shapes: Mapping[str, tuple[int, ...]], module: str, parts: set[str]) -> str:
-    """The rank of a module: the side that its two factors share."""
+    """The rank of a module: the dimension shared by its two factors."""
     for part in sorted(parts):
         shape = shapes[f"{module}.{part}"]
         first = re.fullmatch(r"(lora_down|lora_A.*|lora\.down|lora_linear_layer\.down)(\.weight)?", part)
@@ -193,7 +197,7 @@ def _family(header: Header) -> str:
     version = header.metadata.get("ss_base_model_version", "")
     if version:
         return clean_text(version)[:40]
-    return f"{FAMILIES[lorafile.family_of(header.metadata, header.shapes)].title} (by its names)"
+    return f"{FAMILIES[lorafile.family_of(header.metadata, header.shapes)].title} (guessed from the tensor names)"
 
 
 def _component(module: str) -> str:
@@ -201,7 +205,7 @@ def _component(module: str) -> str:
 
 
 def _stored(path: Path, without_alpha: int) -> tuple[Counter[str], Counter[str]]:
-    """Number types of the tensors, and the values of the alphas."""
+    """Count the data types of the tensors and the values of the alphas."""
     types: Counter[str] = Counter()
     alphas: Counter[str] = Counter()
     try:
@@ -212,7 +216,9 @@ def _stored(path: Path, without_alpha: int) -> tuple[Counter[str], Counter[str]]
                 else:
                     types[str(file.get_slice(name).get_dtype())] += 1
     except (OSError, SafetensorError, ValueError) as error:
-        raise ModelFileError(f"cannot read {path}: {clean_text(str(error))}", "the file is damaged") from None
+        raise ModelFileError(
+            f"cannot read {path}: {clean_text(str(error))}", "the file is damaged; copy it again"
+        ) from None
     if without_alpha:
         alphas["none (readers take the rank)"] += without_alpha
     return types, alphas

@@ -1,6 +1,6 @@
-"""``hpo``: the group of all commands, and what the tool's errors look like on a terminal.
+"""``hpo``: the group of all commands, and how errors are printed.
 
-Each command parses, calls one function and prints.  Importing them loads no torch, no Optuna.
+Each command parses its options, calls one function and prints.  Importing this module loads neither torch nor Optuna.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainer.errors import Interrupted, ToolError
 
 
 def print_error(error: ToolError) -> None:
-    """What and where, and what to do: two lines, nothing in them that a terminal would act on."""
+    """Print two lines: what is wrong and what to do.  Control characters are removed."""
     from trainer.text import clean_text
 
     if isinstance(error, Interrupted):
@@ -28,7 +28,7 @@ def print_error(error: ToolError) -> None:
 
 
 class Commands(click.Group):
-    """click's group, with the tool's own errors as two lines and an exit code."""
+    """A click group that prints this tool's errors as two lines and sets the exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -37,7 +37,7 @@ class Commands(click.Group):
             print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("stopped at once; the same command goes on", err=True)
+            click.echo("stopped at once; run the same command again to resume", err=True)
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
@@ -57,7 +57,7 @@ def version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=version, help="Show the version."
 )
 def main() -> None:
-    """Find the best LoRA settings for your images: search on SD1.5, score by images, never lose a trial."""
+    """Find the best LoRA settings for your images: search on SD1.5, score generated images, transfer to SDXL."""
 
 
 for command in (

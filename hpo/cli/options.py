@@ -1,7 +1,7 @@
-"""The options that several commands share, each declared once, and the types of their values.
+"""Options shared by several commands, each declared once, and their value types.
 
-Owns names, types and the help that is the same everywhere; an option whose help differs takes it as an
-argument. Options of one command stand at that command.
+Owns names, types and common help texts.  An option whose help differs between commands takes it as an
+argument. Does not own the options of a single command; they are declared with that command.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PATH = click.Path(path_type=Path)
 
 
 class Finite(click.FloatRange):
-    """click's FloatRange without nan and infinity: "nan" reads as a number, and no comparison refuses it."""
+    """click's FloatRange without NaN and infinity.  "nan" parses as a float and passes every range check."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{number} is no amount; give a number.", param, ctx)
+            self.fail(f"{number} is not a finite number.", param, ctx)
         return number
 
 
@@ -48,7 +48,7 @@ def clip(help: str) -> Option:
     return click.option("--clip", metavar="MODEL[:WEIGHTS]", help=help)
 
 
-def device(help: str = "cpu, cuda, cuda:1 … Unset: the GPU if there is one.") -> Option:
+def device(help: str = "cpu, cuda, cuda:1 … Default: the GPU if there is one.") -> Option:
     return click.option("--device", help=help)
 
 
@@ -56,7 +56,7 @@ def study(metavar: str, help: str) -> Option:
     return click.option("--study", metavar=metavar, help=help)
 
 
-def sets(help: str = "A setting that wins over the file.") -> Option:
+def sets(help: str = "Override a setting of the file.") -> Option:
     return click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help=help)
 
 
@@ -64,31 +64,33 @@ def as_json(help: str) -> Option:
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
-prompts = click.option("--prompts", type=PATH, metavar="FILE", help="Your own prompts, one a line or TOML.")
-trigger = click.option("--trigger", help="The subject's trigger word. Unset: from the folder's name.")
+prompts = click.option(
+    "--prompts", type=PATH, metavar="FILE", help="Your own prompts: one per line, or TOML."
+)
+trigger = click.option("--trigger", help="The subject's trigger word. Default: from the folder name.")
 runs = click.option(
-    "--runs", type=PATH, default=Path("runs"), show_default=True, help="Folder that holds the studies."
+    "--runs", type=PATH, default=Path("runs"), show_default=True, help="Folder with the studies."
 )
 study_name = click.argument("name", required=False)
 
 
 def judged_by(command: Command) -> Command:
-    """What hpo evaluate and hpo compare take from the command line instead of from the run."""
+    """Options of hpo evaluate and hpo compare that replace values recorded in the run."""
     for option in reversed(
         (
-            data("The images it was trained on."),
+            data("The images that the LoRA was trained on."),
             references(
-                "Images it was not trained on, to measure likeness with. Unset: held_out/, or the study's."
+                "Images to measure likeness with, not used in training. Default: held_out/, or the study's."
             ),
             prompts,
-            clip("Scorer, as in hpo search."),
+            clip("Scoring model, as in hpo search."),
             trigger,
-            class_word("What the subject is. Unset: from the folder's name."),
-            click.option("--base", default="", metavar="BASE", help="The base model. Unset: the run's own."),
+            class_word("What the subject is (girl, style, vase). Default: from the folder name."),
+            click.option("--base", default="", metavar="BASE", help="The base model. Default: from the run."),
             study(
                 "NAME|FILE",
-                "By whose preset, [score], [limits] and prompts: a study file, as in hpo search, or "
-                "runs/NAME. Unset: the study that the run comes from, else the base's usual one.",
+                "Where to read the preset, [score], [limits] and prompts: a study file, as in hpo search, or "
+                "runs/NAME. Default: the study of the run, else the default study of the base.",
             ),
             device(),
         )

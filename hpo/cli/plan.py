@@ -1,7 +1,7 @@
-"""``hpo plan``: does a training fit the card, and with which settings – on a machine without a GPU.
+"""``hpo plan``: predict whether a training run fits into GPU memory, and with which settings.  Needs no GPU.
 
-Owns the command's words and its tables.  The prediction is ``trainer.memory.footprint``'s, the choice of a
-stack ``trainer.memory.stacks``', the users' figures ``hpo.cli.plantable``'s.
+Owns the command's texts and tables.  Does not own the prediction (``trainer.memory.footprint``), the choice
+of memory-saving settings (``trainer.memory.stacks``) or the users' measurements (``hpo.cli.plantable``).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from trainer.overrides import read_setting
 if TYPE_CHECKING:
     from trainer.memory import BaseFacts, Footprint, Stack
 
-# What a prediction cannot know or leaves out; shown under every plan.
+# The limits of a prediction; shown under every plan.
 SAYS = (
-    "GB are 10⁹ bytes. CUDA context and cuBLAS are assumed figures, all else is traced (docs/memory.md)",
-    "images drawn while training, the VAE's work before it, and other programs on the card are not in it",
+    "1 GB = 10⁹ bytes. CUDA context and cuBLAS are estimates, everything else is traced (docs/memory.md)",
+    "not included: sample images during training, VAE encoding before it, other programs on the GPU",
 )
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The words of ``hpo plan``."""
+    """The arguments of ``hpo plan``."""
 
     file: Path | None = None
     base: str | None = None
@@ -51,7 +51,7 @@ class PlanRequest:
 
 
 def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) -> None:
-    """Print the prediction and the stack.  Raises ConfigError if nothing fits, after the prediction."""
+    """Print the prediction and the changes that fit.  If nothing fits, raises ConfigError after the prediction."""
     if request.table:
         _table(request, console, echo)
         return
@@ -66,7 +66,7 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
         if not request.as_json:
             say(console, text)
 
-    progress(f"predicting the memory of {facts.name} …")
+    progress(f"predicting the memory use of {facts.name} …")
     given = footprint.predict(config, facts)
     if not request.as_json:
         show_footprint(console, f"{facts.name}, settings as given", config, given)
@@ -78,17 +78,17 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
 
 
 def read_settings(request: PlanRequest) -> TrainConfig:
-    """The settings of the file, else the defaults with the base and ``--set``.  ConfigError if neither is named."""
+    """The settings from the file, else the defaults with base and ``--set``.  Raises ConfigError without either."""
     places = {"pretrained_model_name_or_path": request.base} if request.base else {}
     if request.file is not None:
         return read_train_file(request.file, sets=request.sets, places=places).require_all().config
     if not request.base:
-        raise ConfigError("neither a base nor a file of settings is named", "hpo plan --base sdxl")
+        raise ConfigError("no base model and no settings file given", "for example: hpo plan --base sdxl")
     return TrainConfig().with_values({**places, **request.settings})
 
 
 def as_json(request: PlanRequest, facts: BaseFacts, given: Footprint, stack: Stack) -> dict[str, Any]:
-    """Everything of a plan, for scripts."""
+    """The whole plan as JSON, for scripts."""
     return {
         "base": facts.name,
         "family": facts.family,
@@ -114,7 +114,7 @@ def _footprint_json(found: Footprint) -> dict[str, Any]:
 
 
 def show_footprint(console: Console, title: str, config: TrainConfig, found: Footprint) -> None:
-    """The breakdown, largest bucket and batch said."""
+    """Print the breakdown for the largest bucket and batch."""
     width, height = found.bucket_px
     say(
         console,
@@ -131,16 +131,16 @@ def show_footprint(console: Console, title: str, config: TrainConfig, found: Foo
 
 
 def show_stack(console: Console, vram_gb: float, given: Footprint, stack: Stack) -> None:
-    """What is on already, what has to change, and the peak then."""
+    """Print what is enabled already, what has to change, and the new peak."""
     for line in stack.standing:
         say(console, line)
     if not stack.moves:
-        say(console, f"fits into {vram_gb:g} GB as it is: {given.peak_bytes / GB:.2f} GB")
+        say(console, f"fits into {vram_gb:g} GB without changes: {given.peak_bytes / GB:.2f} GB")
     else:
-        say(console, f"to fit into {vram_gb:g} GB, cheapest in speed first:")
+        say(console, f"to fit into {vram_gb:g} GB, smallest slowdown first:")
         for move in stack.moves:
             say(console, f"  {move.key}: {_shown(move.old)} → {_shown(move.new)} – {move.reason}")
-        say(console, f"peak then: {stack.footprint.peak_bytes / GB:.2f} GB")
+        say(console, f"peak with these changes: {stack.footprint.peak_bytes / GB:.2f} GB")
         show_footprint(console, "with these settings", stack.config, stack.footprint)
     for line in SAYS:
         say(console, line)
@@ -167,7 +167,8 @@ def _table(request: PlanRequest, console: Console, echo: Callable[[str], None]) 
     above = [cell for cell in judged if not cell.is_below]
     say(
         console,
-        f"{len(judged) - len(above)} of {len(judged)} LoRA and LoCon cells at or below the users' figure",
+        f"{len(judged) - len(above)} of {len(judged)} LoRA and LoCon predictions are at or below "
+        "the users' measurement",
     )
     say(console, f"assumed in every row: {plantable.ASSUMED}; full fine-tune: {plantable.ASSUMED_FULL}")
 
@@ -184,7 +185,7 @@ def _short(cell: Cell) -> str:
 
 
 def table_of(cells: list[Cell]) -> Table:
-    """Rows of the users' table; a cell is ours / theirs.  Readable at 80 columns."""
+    """The table with prediction / measurement in each cell.  Fits 80 columns."""
     batches = sorted({cell.batch for cell in cells})
     title = "SDXL 1024²: predicted / measured by users, GB (* prediction only, ! above)"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), show_edge=False)

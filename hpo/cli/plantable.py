@@ -27,7 +27,8 @@ ASSUMED_FULL = "U-Net only, fp32 weights under bf16 autocast, 8-bit Adam, cached
 
 @dataclass(frozen=True)
 class TableRow:
-    """One way of training; ``measured_gb`` by batch size.  ``is_full``: every weight is trained, no adapter."""
+    """One training setup; ``measured_gb`` by batch size.  ``is_full``: all weights are
+    trained, without an adapter."""
 
     name: str
     values: Mapping[str, Any]
@@ -44,7 +45,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Cell:
-    """A prediction beside the users' figure."""
+    """A prediction and the users' measurement."""
 
     row: TableRow
     batch: int
@@ -85,7 +86,7 @@ FULL_ROWS = tuple(row for row in ROWS if row.is_full)
 
 
 def predicted_cells(rows: tuple[TableRow, ...] = ROWS) -> Iterator[Cell]:
-    """Every cell, predicted one after the other: about ten seconds each on one core."""
+    """Predict every cell in turn.  Takes about ten seconds per cell on one core."""
     from trainer.memory import base_facts, predict, predict_full
 
     facts = base_facts("sdxl")

@@ -1,4 +1,4 @@
-"""What a command does before its work: quieten the libraries that it will load, and open the screen."""
+"""Setup before a command runs: silence the libraries it loads, and create the console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def calm_libraries() -> None:
-    """Before torch and its neighbours are imported: no progress bars, no advice meant for programmers."""
+    """Turn off progress bars and developer warnings.  Call before torch, diffusers and others are imported."""
     import logging
     import warnings
 

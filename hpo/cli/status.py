@@ -1,4 +1,4 @@
-"""``hpo status``: a study's trials, its best and where it stands, also while a search runs."""
+"""``hpo status``: a study's trials, its best trial and its progress, also while a search runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpo.cli.start import console
 @options.study_name
 @options.runs
 def status(name: str | None, runs: Path) -> None:
-    """Show a study's trials. Without NAME: the study that changed last. Works while a search runs."""
+    """Show a study's trials. Without NAME: the most recently changed study. Works while a search runs."""
     from hpo.confirm import status_lines
     from hpo.study import TOTAL, database_errors, find_folder, holder, open_study, standing
     from hpo.terminal import best_line, status_table, study_line

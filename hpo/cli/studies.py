@@ -1,4 +1,4 @@
-"""``hpo search``, ``confirm``, ``dashboard`` and ``transfer``: the commands that work on a study."""
+"""``hpo search``, ``confirm``, ``dashboard`` and ``transfer``: commands that work on a study."""
 
 from __future__ import annotations
 
@@ -17,37 +17,46 @@ from hpo.cli.start import calm_libraries, console
     "mini-sd15, mini-sdxl, sd15, a hub id, a diffusers folder or a .safetensors file.", required=True
 )
 @options.data(
-    "Images: kohya folders (10_name class), or images with .txt captions. The miniature brings its own."
+    "Images: kohya folders (10_name class), or images with .txt captions. Default for a miniature: demo images."
 )
 @click.option(
-    "--trials", type=click.IntRange(1, 10_000), default=30, show_default=True, help="The study's total."
+    "--trials",
+    type=click.IntRange(1, 10_000),
+    default=30,
+    show_default=True,
+    help="Total number of trials in the study.",
 )
-@options.study("FILE.toml", "Study file, or the name of a shipped one.")
-@click.option("--name", help="Name of the study's folder. Unset: made of the study file and the data.")
-@options.sets("Fix a setting (network_dim=16), or change a part of the study file (sampling.steps=10).")
-@options.clip("Scorer: an open_clip model with a tag or file, or a folder.")
+@options.study("FILE.toml", "Study file, or the name of a shipped study.")
+@click.option("--name", help="Name of the study's folder. Default: derived from the study file and the data.")
+@options.sets("Fix a setting (network_dim=16), or change a value of the study file (sampling.steps=10).")
+@options.clip("Scoring model: an open_clip model with a tag or file, or a folder.")
 @options.prompts
-@options.references("Images to measure likeness with, instead of held-out ones.")
+@options.references("Images to measure likeness with, instead of held-out images.")
 @options.trigger
-@options.class_word("What the subject is (girl, style, vase). Unset: from the folder's name.")
+@options.class_word("What the subject is (girl, style, vase). Default: from the folder name.")
 @click.option(
     "--enqueue",
     type=PATH,
     metavar="FILE",
-    help="A kohya configuration of your own, tried right after the usual settings.",
+    help="Your own kohya configuration, added as the trial after the baseline.",
 )
-@click.option("--max-hours", type=Finite(min=0, min_open=True), help="Begin no trial after this time.")
+@click.option(
+    "--max-hours", type=Finite(min=0, min_open=True), help="Start no new trials after this many hours."
+)
 @options.device()
 @click.option(
-    "--keep-best", type=click.IntRange(1), metavar="K", help="Keep the LoRA files of the best K trials only."
+    "--keep-best", type=click.IntRange(1), metavar="K", help="Keep only the LoRA files of the best K trials."
 )
 @click.option(
-    "--notify", multiple=True, metavar="URL", help="Tell this apprise URL of convergence. Also: HPO_NOTIFY."
+    "--notify",
+    multiple=True,
+    metavar="URL",
+    help="Send convergence alerts to this Apprise URL. Also: HPO_NOTIFY.",
 )
 @click.option(
-    "--stop-when-converged", is_flag=True, help="End the search once more trials are unlikely to help."
+    "--stop-when-converged", is_flag=True, help="End the search when more trials are unlikely to help."
 )
-@click.option("--seed", type=click.IntRange(0), help="Seed of the study. Unset: the study file's.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the study. Default: from the study file.")
 @options.runs
 def search(
     base: str,
@@ -70,7 +79,7 @@ def search(
     seed: int | None,
     runs: Path,
 ) -> None:
-    """Search LoRA settings. The same command goes on with a study that was stopped, killed or unplugged."""
+    """Search LoRA settings. Run the same command again to resume a study after a stop, crash or power loss."""
     calm_libraries()
     from hpo.search import SearchRequest
     from hpo.search import search as run
@@ -105,20 +114,25 @@ def search(
 
 @click.command()
 @options.study_name
-@click.option("--top", type=click.IntRange(1, 100), default=3, show_default=True, help="How many trials.")
-@click.option("--seeds", type=click.IntRange(1, 20), default=2, show_default=True, help="Trainings of each.")
-@click.option("--rescore-only", is_flag=True, help="Train nothing: score the saved LoRA files.")
-@click.option("--yes", is_flag=True, help="Do not ask after showing the cost.")
+@click.option(
+    "--top", type=click.IntRange(1, 100), default=3, show_default=True, help="Number of trials to confirm."
+)
+@click.option(
+    "--seeds", type=click.IntRange(1, 20), default=2, show_default=True, help="Training runs per trial."
+)
+@click.option("--rescore-only", is_flag=True, help="Skip training: score the saved LoRA files.")
+@click.option("--yes", is_flag=True, help="Do not ask before starting.")
 @options.runs
 def confirm(name: str | None, top: int, seeds: int, rescore_only: bool, yes: bool, runs: Path) -> None:
-    """Confirm a study's best trials beside trial 0: fresh training seeds, prompts that the search did not
-    use. The same command goes on with a confirmation that was stopped, killed or unplugged."""
+    """Confirm a study's best trials with new seeds and new prompts. Trial 0 is trained again, too,
+    for comparison. The search did not use these seeds and prompts. Run the same command again to
+    resume an interrupted confirmation."""
     calm_libraries()
     from hpo.confirm import ConfirmRequest
     from hpo.confirm import confirm as run
 
     def ask() -> bool:
-        return yes or not sys.stdin.isatty() or click.confirm("go on?", default=True)
+        return yes or not sys.stdin.isatty() or click.confirm("continue?", default=True)
 
     request = ConfirmRequest(name=name, top=top, seeds=seeds, rescore_only=rescore_only, runs=runs)
     run(request, console(), ask)
@@ -126,13 +140,15 @@ def confirm(name: str | None, top: int, seeds: int, rescore_only: bool, yes: boo
 
 @click.command()
 @options.study_name
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Beyond this machine: there is no password."
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port to listen on."
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. There is no password."
 )
 @options.runs
 def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
-    """Open optuna-dashboard on a study, with every trial's images. Works while a search runs."""
+    """Open optuna-dashboard for a study. Shows the sample images of every trial. Works while a search runs."""
     from hpo.search import serve
     from hpo.study import find_folder
 
@@ -143,32 +159,42 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
 
 
 @click.command()
-@click.option("--to", "to", required=True, metavar="FAMILY", help="sdxl, or mini-sdxl for the miniature.")
-@options.study("NAME", "The study that was searched. Unset: the last one.")
+@click.option(
+    "--to",
+    "to",
+    required=True,
+    metavar="FAMILY",
+    help="Target model family: sdxl, or mini-sdxl for the miniature.",
+)
+@options.study("NAME", "The study to transfer from. Default: the most recently changed study.")
 @click.option(
     "--vram",
     type=Finite(min=1, max=10_000),
     metavar="GB",
-    help="The card's memory. Unset: the profile's (sdxl-16gb: 16).",
+    help="GPU memory. Default: from the profile (sdxl-16gb: 16).",
 )
 @click.option(
-    "--profile", metavar="NAME", help="sdxl-16gb, sdxl-keep, or a FILE.toml of your own. Unset: the family's."
+    "--profile",
+    metavar="NAME",
+    help="sdxl-16gb, sdxl-keep, or your own FILE.toml. Default: the profile of the family.",
 )
 @click.option(
-    "--preset", metavar="NAME", help="conservative, balanced or aggressive. Unset: the profile's own."
+    "--preset", metavar="NAME", help="conservative, balanced or aggressive. Default: from the profile."
 )
 @click.option(
     "--probes",
     type=click.IntRange(0, 32),
     default=0,
     show_default=True,
-    help="Short runs on the target that correct what the rules cannot know; 6 is usual, the seventh "
-    "switches the text encoders.",
+    help="Number of short training runs on the target that test and correct the rules' settings. Usual: 6; "
+    "a seventh run switches text encoder training on or off.",
 )
 @click.option(
-    "--design", type=click.Choice(["ladder", "grid"]), help="How probes are chosen. Unset: the better one."
+    "--design",
+    type=click.Choice(["ladder", "grid"]),
+    help="How the settings of the probes are chosen. Default: ladder.",
 )
-@options.device("For probes: cpu, cuda, cuda:1 … Unset: the GPU if there is one.")
+@options.device("For probes: cpu, cuda, cuda:1 … Default: the GPU if there is one.")
 @options.runs
 def transfer(
     to: str,
@@ -181,8 +207,8 @@ def transfer(
     device: str | None,
     runs: Path,
 ) -> None:
-    """Carry a study's best settings over to SDXL: a table of what changes and why, and the files of the run.
-    With --probes the same command goes on with probes that were stopped."""
+    """Transfer a study's best settings to SDXL. Shows what changes and why, and writes the files for the run.
+    Run the same command again to resume interrupted probes."""
     calm_libraries()
     from hpo.transfer import TransferRequest, run
 

@@ -1,4 +1,4 @@
-"""``hpo inspect``, ``export`` and ``dataset``: the commands that look at files, or make files for other tools."""
+"""``hpo inspect``, ``export`` and ``dataset``: commands that inspect files or write files for other tools."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from trainer.bases import KNOWN_BASES
 
 @click.command()
 @click.argument("file", type=PATH)
-@options.as_json("The same for scripts, with all metadata in full.")
+@options.as_json("Print JSON, with the full metadata.")
 def inspect(file: Path, as_json: bool) -> None:
-    """Show what a LoRA file holds: kind, modules, ranks, alphas, settings, metadata. Any tool's files."""
+    """Show what a LoRA file contains. Prints kind, modules, ranks, alphas, settings and metadata. Works with
+    files from any tool."""
     calm_libraries()
     import json
 
@@ -31,16 +32,17 @@ def inspect(file: Path, as_json: bool) -> None:
 
 @click.group()
 def export() -> None:
-    """Settings for other tools."""
+    """Export settings for other tools."""
 
 
 @export.command()
 @click.argument("source", type=PATH, metavar="FILE")
 @click.argument("folder", type=PATH, metavar="OUT_DIR")
-@options.base("The base model, instead of the file's.")
-@options.data("Images, instead of the file's.")
+@options.base("Base model to use instead of the one in FILE.")
+@options.data("Training images to use instead of those in FILE.")
 def kohya(source: Path, folder: Path, base: str | None, data: Path | None) -> None:
-    """Write FILE (TOML, LoRA, run or trial folder) as sd-scripts' config.toml and dataset.toml into OUT_DIR."""
+    """Write sd-scripts' config.toml and dataset.toml to OUT_DIR. FILE: a TOML file, a LoRA, or the folder of
+    a run or trial."""
     calm_libraries()
     from hpo.cli.export import export_kohya
     from trainer.text import clean_text
@@ -52,14 +54,14 @@ def kohya(source: Path, folder: Path, base: str | None, data: Path | None) -> No
 
 @click.group()
 def dataset() -> None:
-    """Datasets."""
+    """Check and prepare datasets."""
 
 
 @dataset.command()
 @click.argument("subject", type=click.Choice(["character", "style", "object"]))
 @click.argument("folder", type=PATH, metavar="DIR")
 def demo(subject: str, folder: Path) -> None:
-    """Write a demo subject for the miniature bases into DIR: 24 training images and 8 held out, 24 of the style."""
+    """Write demo images for the miniature bases to DIR. 24 for training and 8 held out (style: 24 held out)."""
     import shlex
 
     from trainer.bases import write_subject
@@ -67,7 +69,9 @@ def demo(subject: str, folder: Path) -> None:
 
     write_subject(subject, folder)
     place = shlex.quote(clean_text(str(folder)))
-    click.echo(f"{subject} written; next: hpo search --base mini-sd15 --data {place} --trials 12")
+    click.echo(
+        f"wrote the demo images ({subject}); next: hpo search --base mini-sd15 --data {place} --trials 12"
+    )
 
 
 @dataset.command()
@@ -78,18 +82,19 @@ def demo(subject: str, folder: Path) -> None:
     type=click.Choice(list(KNOWN_BASES)),
     default="sd15",
     show_default=True,
-    help="What will be trained: decides size and tokens.",
+    help="Base that will be trained. Sets the image size and token limits to check.",
 )
 @options.trigger
-@options.class_word("What the subject is. Unset: from the folder's name.")
-@options.sets("A setting that training will have.")
-@options.as_json("The same for scripts, with every file.")
+@options.class_word("What the subject is (girl, style, vase). Default: from the folder name.")
+@options.sets("A training setting to check with.")
+@options.as_json("Print JSON, with every file.")
 def check(
     folder: Path, base: str, trigger: str | None, class_word: str | None, sets: tuple[str, ...], as_json: bool
 ) -> None:
-    """Look for everything in DIR that would stop a training or spoil its result, and say what to do.
+    """Find problems in the images and captions of DIR. Lists everything that would stop training or harm its
+    result, and how to fix it.
 
-    Ends with 0 if DIR can be trained on, with 3 if not."""
+    The exit code is 0 if DIR can be trained on, and 3 if not."""
     calm_libraries()
     from hpo.cli.dataset import DatasetRequest
     from hpo.cli.dataset import check as run
@@ -108,18 +113,18 @@ def check(
     type=click.IntRange(1),
     default=10,
     show_default=True,
-    help="How often an epoch shows each image.",
+    help="How often each image is used per epoch.",
 )
-@click.option("--name", required=True, help="The trigger word: one word that the base does not know.")
+@click.option("--name", required=True, help="The trigger word: one word that the base model does not know.")
 @options.class_word("What the subject is: girl, style, vase …")
 @click.option(
     "--held-out",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Images set apart in held_out/: never trained on, they judge the result.",
+    help="Number of images for held_out/: not used in training, only to score the result.",
 )
-@click.option("--skip-corrupt", is_flag=True, help="Leave out images that cannot be read.")
+@click.option("--skip-corrupt", is_flag=True, help="Skip images that cannot be read.")
 def prepare(
     source: Path,
     folder: Path,
@@ -129,7 +134,7 @@ def prepare(
     held_out: int,
     skip_corrupt: bool,
 ) -> None:
-    """Copy the images and captions of SRC into OUT as kohya's tools want them: OUT/10_name class/."""
+    """Copy SRC to OUT in the folder layout of kohya's tools. Images and captions go to OUT/10_name class/."""
     from hpo.cli.dataset import prepare as run
     from trainer.data import Wish
 

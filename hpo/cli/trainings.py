@@ -1,4 +1,4 @@
-"""``hpo plan``, ``train``, ``evaluate`` and ``compare``: the commands that work on one training or its settings."""
+"""``hpo plan``, ``train``, ``evaluate`` and ``compare``: commands that work on one training run or its settings."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from hpo.cli.start import calm_libraries, console
 @click.argument("file", type=PATH, required=False, metavar="[FILE]")
 @options.base("sdxl, sd15, mini-sdxl, mini-sd15, a folder or a .safetensors file.")
 @click.option(
-    "--vram", type=Finite(0.1, 1000), default=16.0, show_default=True, metavar="GB", help="Of the card."
+    "--vram", type=Finite(0.1, 1000), default=16.0, show_default=True, metavar="GB", help="GPU memory."
 )
 @options.sets()
-@click.option("--table", is_flag=True, help="Predict the users' table of SDXL trainings (minutes).")
-@options.as_json("The same for scripts.")
+@click.option(
+    "--table", is_flag=True, help="Predict every SDXL run that users measured, as a table (takes minutes)."
+)
+@options.as_json("Print JSON.")
 def plan(
     file: Path | None, base: str | None, vram: float, sets: tuple[str, ...], table: bool, as_json: bool
 ) -> None:
-    """Predict the peak GPU memory of training with FILE's settings, and what makes it fit. Needs no GPU, no
-    weights and no images."""
+    """Predict the peak GPU memory of a training run. Also finds the changes that make FILE's settings fit.
+    Needs no GPU, no weights and no images."""
     calm_libraries()
     from hpo.cli.plan import PlanRequest
     from hpo.cli.plan import plan as run
@@ -36,19 +38,19 @@ def plan(
 @click.command()
 @click.argument("file", type=PATH)
 @click.option(
-    "--dataset", type=PATH, metavar="FILE", help="A dataset file in the form of sd-scripts' --dataset_config."
+    "--dataset", type=PATH, metavar="FILE", help="Dataset file in the format of sd-scripts' --dataset_config."
 )
 @options.base("mini-sd15, mini-sdxl, sd15, sdxl, a hub id, a folder or a .safetensors file.")
-@options.data("Images, instead of the file's.")
+@options.data("Training images to use instead of those in FILE.")
 @options.sets()
 @click.option(
-    "--output", type=PATH, metavar="DIR", help="Folder for LoRA files. Unset: the file's, or output."
+    "--output", type=PATH, metavar="DIR", help="Folder for LoRA files. Default: from FILE, else output."
 )
 @options.device()
 @click.option(
-    "--dry-run", is_flag=True, help="Check everything and show what would be done; needs no weights."
+    "--dry-run", is_flag=True, help="Check everything and show what would be done. Needs no weights."
 )
-@options.as_json("With --dry-run: the same for scripts.")
+@options.as_json("With --dry-run: print JSON.")
 def train(
     file: Path,
     dataset: Path | None,
@@ -60,14 +62,14 @@ def train(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train one LoRA from FILE: settings of this tool or of sd-scripts (TOML), a dataset file, a LoRA, or the
-    folder of a run or trial. The same command goes on with a run that was stopped, killed or unplugged."""
+    """Train one LoRA from FILE. FILE: settings of this tool or of sd-scripts (TOML), a dataset file, a LoRA, or
+    the folder of a run or trial. Run the same command again to resume a run after a stop, crash or power loss."""
     calm_libraries()
     from hpo.train import TrainRequest
     from hpo.train import train as run
 
     if as_json and not dry_run:
-        raise click.UsageError("--json goes with --dry-run")
+        raise click.UsageError("--json needs --dry-run")
     request = TrainRequest(
         file=file,
         dataset=dataset,
@@ -97,9 +99,9 @@ def evaluate(
     study: str | None,
     device: str | None,
 ) -> None:
-    """Score every saved checkpoint of RUN, choose one, confirm it on other prompts, mark it best.safetensors.
-    RUN: the output folder of hpo train, OUTPUT/name, a trial's folder, or a folder of LoRA files. The same
-    command goes on with an evaluation that was stopped, killed or unplugged."""
+    """Score every saved checkpoint of RUN and mark one as best. The chosen checkpoint is confirmed on other
+    prompts and marked as best.safetensors. RUN: the output folder of hpo train, OUTPUT/name, a trial folder,
+    or a folder of LoRA files. Run the same command again to resume an interrupted evaluation."""
     calm_libraries()
     from hpo.judge import evaluate as run_it
     from hpo.study import Inputs
@@ -121,8 +123,8 @@ def evaluate(
 @click.argument("run_a", type=PATH, metavar="RUN_A")
 @click.argument("run_b", type=PATH, metavar="RUN_B")
 @options.judged_by
-@click.option("--base-b", default="", metavar="BASE", help="RUN_B's base model. Unset: the run's own.")
-@click.option("--data-b", type=PATH, metavar="DIR", help="The images RUN_B was trained on.")
+@click.option("--base-b", default="", metavar="BASE", help="RUN_B's base model. Default: from the run.")
+@click.option("--data-b", type=PATH, metavar="DIR", help="The images that RUN_B was trained on.")
 def compare(
     run_a: Path,
     run_b: Path,
@@ -138,9 +140,9 @@ def compare(
     base_b: str,
     data_b: Path | None,
 ) -> None:
-    """Compare the LoRAs of two runs, perhaps on two bases, on the same prompts. RUN: as in hpo evaluate, or
-    one LoRA file; the marked checkpoint is taken, else the result. --base, --data, --trigger and --class
-    describe RUN_A, whose prompts both draw."""
+    """Compare the LoRAs of two runs on the same prompts. The runs may have different bases. RUN: as in hpo
+    evaluate, or one LoRA file. Uses the marked checkpoint if there is one, else the final LoRA. --base,
+    --data, --trigger and --class describe RUN_A; both runs use the prompts of RUN_A."""
     calm_libraries()
     from hpo.judge import compare as run_it
     from hpo.study import Inputs

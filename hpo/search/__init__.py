@@ -1,7 +1,7 @@
-"""The search: trials claimed, trained, scored and told to Optuna, until the study has its total.
+"""The search: claim, train and score trials and report them to Optuna, until the study is complete.
 
-Owns one worker's loop, the sampler, what a trial does, its cost, convergence alerts and the dashboard.  Does
-not own what a study is (``hpo.study``) or how one LoRA is trained (``hpo.train``).
+Owns the loop of one worker, the sampler, the work of a trial, its cost, convergence alerts and the dashboard.
+Does not own the definition and files of a study (``hpo.study``) or the training of one LoRA (``hpo.train``).
 """
 
 import lazy_loader

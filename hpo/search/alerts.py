@@ -1,7 +1,8 @@
-"""Telling people: CONVERGENCE_ALERT.txt and notifications.
+"""Convergence alerts: CONVERGENCE_ALERT.txt and notifications.
 
-Owns the alert file (written whole, withdrawn when it no longer holds) and sending through apprise.  Nothing here
-may end a trial or print a secret: a notification that fails is one warning line, after five seconds at most.
+Owns the alert file (written atomically, withdrawn when the conditions no longer hold) and sending through
+Apprise. Nothing here may end a trial or print a secret: a failed notification causes one warning line, after
+at most five seconds.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from trainer.text import clean_text
 NOTIFY_SECONDS = 5.0
 NOTIFY_VARIABLE = "HPO_NOTIFY"
 MEANING = {
-    "converged": "more trials are unlikely to help: proposals have drawn together, and the best are alike",
-    "plateau": "no gain above the noise lately, and proposals have drawn together",
-    "no_signal": "the scoring noise hides the differences between trials: add prompts or seeds",
+    "converged": "more trials are unlikely to help: suggestions focus on one region, the best trials are equivalent",
+    "plateau": "no recent gain above the noise, and suggestions focus on one region",
+    "no_signal": "scoring noise hides the differences between trials: add prompts or seeds",
 }
 ALERTED = ("converged", "plateau")  # levels that write the file
 
@@ -38,12 +39,12 @@ def alert_text(
     *,
     withdrawn: str = "",
 ) -> str:
-    """The file's text.  ``grep "Best trial:"`` gives the line that scripts read, and that ``hpo status`` shows."""
+    """The text of the alert file.  ``grep "Best trial:"`` finds the line for scripts; ``hpo status`` shows it."""
     state = "withdrawn" if withdrawn else verdict.level
     meaning = "" if verdict.level == "none" else f" – {MEANING[verdict.level]}"
     lines = [
         f"Best trial: Trial {best.number}  score {best.value:.4f} ± {best.se:.4f}  ({state})",
-        f"status: withdrawn – {withdrawn}, the search goes on" if withdrawn else "status: active",
+        f"status: withdrawn – {withdrawn}, the search continues" if withdrawn else "status: active",
         f"level: {verdict.level}{meaning}",
         f"study: {folder.name}",
         f"time: {datetime.now(UTC).isoformat(timespec='seconds')}",
@@ -57,7 +58,7 @@ def alert_text(
             for row in top
         ),
         "",
-        "The best score of a search is optimistic, because it was selected: confirm it on fresh seeds.",
+        "The best search score is optimistic, because it was selected: confirm it with new seeds.",
         f"files: {folder.trial(best.number).root}",
         f"images: hpo dashboard {folder.words}",
         f"next: hpo {'status' if withdrawn else 'confirm'} {folder.words}",
@@ -68,10 +69,10 @@ def alert_text(
 def update_alert(
     folder: StudyFolder, verdict: ConvergenceVerdict | None, rows: Mapping[int, TrialRow]
 ) -> str | None:
-    """Bring CONVERGENCE_ALERT.txt in line with the verdict; the new level to tell people about, or None.
+    """Update CONVERGENCE_ALERT.txt to the verdict.  Returns the new level to notify about, or None.
 
-    An alert is told once per level.  It is withdrawn by a new best, and when the figures no longer say so;
-    the file then says why.  Once there, the file follows the figures, active or withdrawn.
+    Each level is notified once.  The alert is withdrawn if there is a new best trial or the conditions no longer
+    hold; the file then gives the reason.  Once the file exists, it is kept up to date, active or withdrawn.
     """
     before = read_json(folder.convergence) or {}
     told, best_then = before.get("level"), before.get("best")
@@ -83,7 +84,7 @@ def update_alert(
             return None
         status, why = "withdrawn", str(before.get("why", ""))
         if before["status"] == "active":
-            why = f"the figures no longer say {told}"
+            why = f"the conditions for {told} no longer hold"
             if verdict.best != best_then:
                 why = f"Trial {verdict.best} is better than Trial {best_then}"
     best, top = rows[verdict.best], [rows[n] for n in verdict.top[:5]]
@@ -98,43 +99,43 @@ def update_alert(
 
 
 def notification_urls(given: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """apprise URLs of ``--notify``, else of HPO_NOTIFY (separated by spaces: a URL may hold commas)."""
+    """Apprise URLs from ``--notify``, else from HPO_NOTIFY (separated by spaces: a URL may contain commas)."""
     if given:
         return tuple(given)
     return tuple(environment.get(NOTIFY_VARIABLE, "").split())
 
 
 def check_services(urls: Sequence[str]) -> None:
-    """Refuse a URL that apprise cannot read, now and not when there is news.  Never shows it: it is a secret."""
+    """Raise ConfigError for a URL that Apprise cannot parse, before the search starts.  Never prints the URL:
+    it is a secret."""
     for number, url in enumerate(urls, 1):
         if not _service(url):
             raise ConfigError(
-                f"--notify (or {NOTIFY_VARIABLE}): address {number} of {len(urls)} ({_scheme(url)}) is none "
-                "that apprise knows",
-                "write it as https://github.com/caronc/apprise shows, for example ntfy://TOPIC",
+                f"--notify (or {NOTIFY_VARIABLE}): URL {number} of {len(urls)} ({_scheme(url)}) is not an Apprise URL",
+                "use a format from https://github.com/caronc/apprise, for example ntfy://TOPIC",
             )
 
 
 def _scheme(url: str) -> str:
-    """What of a URL may be shown: which service it is."""
+    """The part of a URL that may be printed: the service."""
     scheme, separator, _ = url.partition("://")
     return clean_text(scheme)[:20] if separator else "no scheme://"
 
 
 def _service(url: str) -> Any:
-    """apprise with one service, or None.  apprise logs URLs, and with them secrets: its log is off."""
+    """Apprise with one service, or None.  Apprise logs URLs, which contain secrets, so its log is turned off."""
     try:
         import apprise
 
         logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
         service = apprise.Apprise()
         return service if service.add(url) else None
-    except Exception:  # whatever a plugin raises
+    except Exception:  # a plugin may raise anything
         return None
 
 
 def notify(urls: Sequence[str], title: str, body: str, warn: Callable[[str], None]) -> None:
-    """Send to every URL at once, five seconds at most.  Never raises; a warning names the service only."""
+    """Send to all URLs in parallel, for at most five seconds.  Never raises; a warning names only the service."""
     outcomes: dict[str, bool] = {}
 
     def send(url: str) -> None:
@@ -148,13 +149,13 @@ def notify(urls: Sequence[str], title: str, body: str, warn: Callable[[str], Non
         thread.join(max(0.0, deadline - time.monotonic()))
     failed = sorted({_scheme(url) for url in urls if not outcomes.get(url)})
     if failed:
-        warn(f"a notification could not be sent ({', '.join(failed)}); the search goes on")
+        warn(f"warning: could not send a notification ({', '.join(failed)}); the search continues")
 
 
 def _send(url: str, title: str, body: str) -> bool:
-    """One service."""
+    """Send to one service."""
     service = _service(url)
     try:
         return service is not None and bool(service.notify(title=title, body=body))
-    except Exception:  # a side channel never ends a trial, whatever a plugin raises
+    except Exception:  # a plugin may raise anything, and a notification must not end a trial
         return False

@@ -1,8 +1,8 @@
-"""Claiming a trial: who works on what.
+"""Claiming trials: each trial is run by one worker.
 
-Owns adoption and asking, all under the study's lock.  A claim is a kernel lock held by the living worker: a
-RUNNING trial whose lock is free belongs to a dead process, and is adopted under its own number.  What is
-proposed is its source's (``hpo.search.proposals``).
+Owns adopting trials of dead workers and asking for new ones, under the study lock.  A claim is a kernel lock
+held by a living worker.  A RUNNING trial whose lock is free belongs to a dead process, and is adopted under
+its own number. Does not own the suggested values; see ``hpo.search.proposals``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.files import sweep_tree
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial this process works on, and the lock that says so."""
+    """A trial that this process runs, and its lock."""
 
     trial: optuna.Trial
     suggested: dict[str, Any]
@@ -35,14 +35,14 @@ class Claim:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna marks what is used here as experimental; that is known and tested."""
+    """Hide Optuna's warnings about experimental features; the ones used here are tested."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
 
 
 class Claims:
-    """Hands out the trials of a study to this process."""
+    """Claims trials of a study for this process."""
 
     def __init__(self, study: optuna.Study, source: Proposals, teller: Teller) -> None:
         self.study = study
@@ -51,7 +51,8 @@ class Claims:
         self.folder: StudyFolder = teller.folder
 
     def take(self) -> Claim | None:
-        """A trial to work on: an orphan's, else a new one; None if the rest is done or in other hands."""
+        """Claim a trial: an orphaned one, else a new one.  None if the rest is finished or
+        claimed by other workers."""
         with self.folder.study_lock().held():
             orphan = self._adopt()
             if orphan is not None:
@@ -73,13 +74,13 @@ class Claims:
     def _claim(self, trial: optuna.Trial, suggested: dict[str, Any], *, adopted: bool) -> Claim:
         lock = self.folder.trial_lock(trial.number)
         taken = lock.try_acquire()
-        assert taken, f"trial {trial.number} is nobody's, but its lock is held"
+        assert taken, f"trial {trial.number} is unclaimed, but its lock is held"
         return Claim(trial, suggested, lock, adopted)
 
     def _adopt(self) -> Claim | None:
         """The first RUNNING trial whose worker is dead, if the study still needs it.
 
-        Results found on disk are told on the way, also those that it needs no more.
+        Results found on disk are reported to Optuna first, even if the study no longer needs them.
         """
         alive, orphans = 0, []
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -90,7 +91,7 @@ class Claims:
             try:
                 if not self._tell_found(frozen):
                     orphans.append(frozen)
-            finally:  # nobody takes it meanwhile: that is done under the study's lock only
+            finally:  # no other worker can claim it meanwhile: that needs the study lock
                 lock.release()
         for frozen in orphans if orphans and self.source.needs_more(alive) else ():
             trial, suggested = self._taken_up(frozen)
@@ -105,7 +106,7 @@ class Claims:
             return trial, self.source.suggest(trial)
 
     def _tell_found(self, frozen: FrozenTrial) -> bool:
-        """Tell the result that a dead worker left on disk, if there is one."""
+        """Report the result that a dead worker left on disk, if there is one."""
         folder = self.folder.trial(frozen.number)
         if not folder.result.is_file():
             return False
@@ -116,7 +117,9 @@ class Claims:
         if result is None:
             return False
         self.teller.tell(trial, result, self.source.settings(suggested))
-        self.teller.say(f"{self.source.noun} {frozen.number} had its result on disk; the study knows it now")
+        self.teller.say(
+            f"{self.source.noun} {frozen.number} was already finished on disk; its result was added to the study"
+        )
         return True
 
     def _fail(self, claim: Claim, reason: str) -> None:

@@ -1,6 +1,6 @@
-"""What a trial will cost, before the first one: steps, images, seconds, bytes.
+"""Estimated cost of a trial before the first one runs: steps, images, seconds, bytes.
 
-Owns the average over the search space, the timing of a few real steps, and the check that the disk suffices.
+Owns the average over the search space, the timing of a few real steps, and the disk space check.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from trainer.files import require_space
 from trainer.loop import loop
 
 PROBE_STEPS = 3  # the first step allocates; the last of three is timed
-RESERVE_BYTES = 200_000_000  # database, logs, checkpoints of the running trial (assumed)
-BYTES_PER_PIXEL = 2.0  # of a sample PNG with its share of the grid (assumed; photos stay below 2)
-DRAWS = 64  # proposals averaged
+RESERVE_BYTES = 200_000_000  # database, logs, checkpoints of the running trial (estimate)
+BYTES_PER_PIXEL = 2.0  # sample PNG plus its share of the grid (estimate; photos need less)
+DRAWS = 64  # suggestions to average over
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial takes on average over the space, and what the study's files take."""
+    """Average cost of one trial over the space, and the size of the study's files."""
 
     steps: float
     images: int
@@ -68,7 +68,7 @@ def estimate(bench: Workbench, *, probe: bool) -> Cost:
 
 
 def check_disk(bench: Workbench, cost: Cost, trials: int, keep_best: int | None) -> None:
-    """Refuse to start what the disk cannot hold."""
+    """Raise MachineError if there is not enough disk space."""
     try:
         require_space(bench.folder.root, cost.bytes_for(trials, keep_best))
     except MachineError as error:
@@ -78,7 +78,7 @@ def check_disk(bench: Workbench, cost: Cost, trials: int, keep_best: int | None)
 
 
 def _probe(bench: Workbench, config: TrainConfig) -> float | None:
-    """Seconds of one optimizer step, measured; None if it does not fit (the trial itself has a remedy)."""
+    """Measured seconds of one optimizer step.  None if it does not fit into memory (the trial itself can retry)."""
     short = config.with_values({"max_train_steps": PROBE_STEPS})
     prepared = bench.prepared(short)
     injected = adapter.inject(bench.base, short)
@@ -93,7 +93,7 @@ def _probe(bench: Workbench, config: TrainConfig) -> float | None:
 
 
 def _draws(bench: Workbench) -> list[dict[str, Any]]:
-    """Proposals spread over the space, without the sampler."""
+    """Random suggestions from the whole space, without the sampler."""
     random = np.random.default_rng(0)
     return [
         {

@@ -1,9 +1,10 @@
-"""What optuna-dashboard shows: each trial's sample grid and note – and the server itself.
+"""optuna-dashboard: the sample grid and note of each trial, and the server.
 
-Owns uploading, notes and the real dashboard process on a study's database.  Does not compute anything it shows.
+Owns uploads, notes and the dashboard server for a study's database.  Does not compute the values it shows.
 
 A trial has exactly one artifact, its grid: with SQLite the dashboard lists artifacts in random order, and its
-gallery compares one index over all trials.  Finished trials are frozen, so the grid goes up before Optuna is told.
+gallery compares the same index over all trials.  Finished trials are read-only, so the grid is uploaded
+before the result is reported to Optuna.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LEGACY_CONSTRAINTS = (
 
 
 def artifact_store(folder: StudyFolder) -> optuna.artifacts.FileSystemArtifactStore:
-    """The study's store.  Its folder must exist: an upload marks the trial before it writes the file."""
+    """The artifact store of the study.  Creates its folder: an upload marks the trial before it writes the file."""
     from optuna.artifacts import FileSystemArtifactStore
 
     folder.artifacts.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ def artifact_store(folder: StudyFolder) -> optuna.artifacts.FileSystemArtifactSt
 
 
 def upload_grid(trial: optuna.Trial, study_folder: StudyFolder, folder: TrialFolder) -> str | None:
-    """The trial's grid as its one artifact, once.  Returns the artifact's id, or None without a grid."""
+    """Upload the trial's grid as its only artifact, once.  Returns the artifact id, or None without a grid."""
     from optuna.artifacts import get_all_artifact_meta, upload_artifact
 
     store = artifact_store(study_folder)
@@ -62,16 +63,16 @@ def note_text(result: Result, settings: Mapping[str, Any], grid_path: str | None
         )
         lines += _safety(result)
         for line in beside_lines(result.beside):
-            lines += ["", f"beside the score: {_plain(line)}"]
+            lines += ["", f"extra metrics: {_plain(line)}"]
     else:
         lines.append(f"**{result.state}: {_plain(result.reason)}** – {_plain(result.message)}")
     if result.remedy:
-        lines += ["", f"run with {result.remedy} to fit the memory; the result is the same"]
+        lines += ["", f"ran with {result.remedy} to fit into memory; this does not change the result"]
     return "\n".join([*lines, *_settings_table(settings)])
 
 
 def _safety(result: Result) -> list[str]:
-    """Copies, diversity and what is left of the class word, where they were measured."""
+    """Copy rate, diversity and class prior, where they were measured."""
     figures = {"copy rate": result.copy_rate, "diversity": result.diversity, "prior": result.prior}
     known = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
     return ["", ", ".join(known)] if known else []
@@ -83,7 +84,7 @@ def _settings_table(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape text for Markdown."""
     return "".join("\\" + c if c in "\\`*_{}[]<>|#!" else c for c in clean_text(text))
 
 
@@ -98,7 +99,7 @@ def publish(
     settings: Mapping[str, Any],
     warn: Callable[[str], None],
 ) -> None:
-    """Grid and note of a trial that is about to be told.  A side channel: its failure is a warning."""
+    """Upload grid and note of a trial, before its result is reported to Optuna.  An OSError only causes a warning."""
     import optuna_dashboard
     from optuna_dashboard.artifact import get_artifact_path
 
@@ -113,7 +114,7 @@ def publish(
 def publish_failure(
     trial: optuna.Trial, reason: str, settings: Mapping[str, Any], warn: Callable[[str], None]
 ) -> None:
-    """The note of a trial that fails before any work: why.  A side channel, too."""
+    """Write the note of a trial that failed before it ran.  An OSError only causes a warning."""
     import optuna_dashboard
 
     try:
@@ -124,7 +125,7 @@ def publish_failure(
 
 
 def mark_infeasible(trial: optuna.Trial, amounts: Mapping[str, float]) -> None:
-    """Constraints in both forms, Optuna 5's and the one the dashboard reads.  Above 0 is violated."""
+    """Store constraints in both forms, for Optuna 5 and for the dashboard.  Above 0 means violated."""
     known = trial.constraints
     for key, amount in amounts.items():
         if key not in known:
@@ -146,7 +147,7 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Run the dashboard until Ctrl-C.  Works while a search runs: the database is opened on its own."""
+    """Run the dashboard until Ctrl-C.  Works while a search runs: it has its own database connection."""
     import socket
     from socketserver import ThreadingMixIn
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -169,21 +170,21 @@ def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None])
 
     if not is_loopback(host):
         say(
-            f"warning: {clean_text(host)} is reachable from other machines, and the dashboard asks for no password: "
-            "whoever reaches it can finish and delete trials"
+            f"warning: {clean_text(host)} is reachable from other machines, and the dashboard has no password: "
+            "anyone who can reach it can finish and delete trials"
         )
     try:
         server = make_server(host, port, app, server_class=Server, handler_class=Quiet)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise MachineError(
-            f"cannot listen on {host}:{port}: {reason}", "choose another --port or --host"
+            f"cannot listen on {host}:{port}: {reason}", "use another --port or --host"
         ) from None
     place = f"[{host}]" if ":" in host else host
     address = "/".join(
         [f"http://{place}:{server.server_port}/dashboard", *(f"studies/{n}" for n in studies[:1])]
     )
-    say(f"dashboard of {clean_text(folder.name)}: {address}  (Ctrl-C ends it)")
+    say(f"dashboard of {clean_text(folder.name)}: {address}  (press Ctrl-C to stop)")
     try:
         server.serve_forever()
     finally:
@@ -191,5 +192,6 @@ def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None])
 
 
 def constraint_amounts(reason: str, reasons: tuple[str, ...]) -> dict[str, float]:
-    """Every reason with 1 if it is what happened, else −1: healthy trials say so too."""
+    """A constraint for every reason: 1 for the one that occurred, −1 for the others.  Feasible trials get
+    all of them, too."""
     return {key: 1.0 if key == reason else -1.0 for key in reasons}

@@ -1,7 +1,7 @@
-"""A user's own kohya configuration as a trial: --enqueue FILE.toml.
+"""--enqueue FILE.toml: a user's own kohya configuration as a trial.
 
-Owns the proposal that means the file, and the lines on what of the file does not apply in this study. Reading
-the file is ``trainer.kohya.read``'s; queueing is ``hpo.search.session``'s.
+Owns the translation of the file to parameters of the study, and the notes about settings that are ignored.
+Does not own reading the file (``trainer.kohya.read``) or enqueueing (``hpo.search.session``).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from trainer.errors import ConfigError
 from trainer.kohya import read_kohya
 from trainer.text import clean_text
 
-# What a file means by these together are two rates, the U-Net's and the text encoders'.
+# Together these define two learning rates, one for the U-Net and one for the text encoders.
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "network_train_unet_only")
 
 
 def as_proposal(
     path: Path, config: StudyConfig, steps_of: Callable[[TrainConfig], int]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The file as a proposal of the study's space, and what to tell the user.
+    """The file as a proposal in the study's space, and notes for the user.
 
-    What the file leaves out takes kohya's defaults.  ``steps_of`` tells the optimizer steps of a run: warm-up
-    in steps becomes a share of them.  Raises ConfigError for values outside the study's ranges.
+    Settings that the file omits get kohya's defaults.  ``steps_of`` returns the optimizer steps of a run; it
+    converts warmup steps to a ratio.  Raises ConfigError for values outside the study's ranges.
     """
     file = read_kohya(path)
     name = clean_text(path.name)
@@ -39,7 +39,8 @@ def as_proposal(
     if searched.get("max_train_epochs", 0) is None:
         searched["max_train_epochs"] = baseline.max_train_epochs
         notes.append(
-            f"{name} counts steps, the study searches epochs: it is tried with {baseline.max_train_epochs}"
+            f"{name} sets the length in steps, but the study searches epochs: "
+            f"max_train_epochs = {baseline.max_train_epochs} is used"
         )
     complete = baseline.as_dict() | searched
     if searched.get("lr_warmup_steps", 0) >= 1:
@@ -52,23 +53,23 @@ def as_proposal(
     trained = config.config(proposal)
     notes += _left_out(file.given, trained, decided, name)
     for whose, wanted, found in (
-        ("the U-Net's rate", file.config.effective_unet_lr, trained.effective_unet_lr),
+        ("the U-Net learning rate", file.config.effective_unet_lr, trained.effective_unet_lr),
         (
-            "the text encoders' rate",
+            "the text encoder learning rate",
             file.config.effective_text_encoder_lr,
             trained.effective_text_encoder_lr,
         ),
     ):
         if not math.isclose(wanted, found, rel_tol=1e-9):
-            notes.append(f"{name}: {whose} is {wanted:g} there and {found:g} here, it is not searched")
-    for what, lines in (("translated", file.translated), ("not built in", file.refused)):
+            notes.append(f"{name}: {whose} {wanted:g} is ignored; the study uses {found:g}")
+    for what, lines in (("translated", file.translated), ("not supported", file.refused)):
         if lines:
             notes.append(f"{name}, {what}: " + "; ".join(lines))
     return proposal, notes
 
 
 def _rates(file: TrainConfig, decided: set[str], name: str) -> dict[str, Any]:
-    """The two rates that the file trains at, in the settings that the study searches."""
+    """The two learning rates of the file, as settings that the study searches."""
     unet, text = file.effective_unet_lr, file.effective_text_encoder_lr
     rates: dict[str, Any] = {}
     if "unet_lr" in decided:
@@ -77,8 +78,8 @@ def _rates(file: TrainConfig, decided: set[str], name: str) -> dict[str, Any]:
         rates = {"learning_rate": unet, "unet_lr": None}
     if rates and unet == 0:
         raise ConfigError(
-            f"--enqueue {name} trains no U-Net: its rate is 0, and the study searches that rate",
-            "give it learning_rate or unet_lr above 0",
+            f"--enqueue {name} does not train the U-Net (learning rate 0), but the study searches its learning rate",
+            "set learning_rate or unet_lr above 0 in the file",
         )
     if "text_encoder_lr" in decided:
         rates["text_encoder_lr"] = text
@@ -86,19 +87,19 @@ def _rates(file: TrainConfig, decided: set[str], name: str) -> dict[str, Any]:
 
 
 def _check_text_encoder_off(proposal: dict[str, Any], config: StudyConfig, name: str) -> None:
-    """A file without a text encoder fits only a space that holds 0."""
+    """Raise ConfigError if the file does not train the text encoders and the space does not contain 0."""
     for p in config.space:
         if settings_of(p.name) == ("text_encoder_lr",) and not p.domain.holds(proposal[p.name]):
             raise ConfigError(
-                f"--enqueue {name} trains no text encoder; the study searches {p.name} {p.domain.describe()}",
-                f"give it a text_encoder_lr, or start the range at 0: --set '{p.name}={{low=0.0, high=1.0}}'",
+                f"--enqueue {name} does not train the text encoder; the study searches {p.name} {p.domain.describe()}",
+                f"set text_encoder_lr in the file, or start the range at 0: --set '{p.name}={{low=0.0, high=1.0}}'",
             )
 
 
 def _left_out(given: Mapping[str, Any], trained: TrainConfig, decided: set[str], name: str) -> list[str]:
-    """A line for each setting of the file that the trial does not have: the study fixes it."""
+    """A line for each setting of the file that is ignored, because the study fixes it."""
     return [
-        f"{name}: {setting} = {value} stays {getattr(trained, setting)}, it is not searched"
+        f"{name}: {setting} = {value} is ignored; the study uses {getattr(trained, setting)}"
         for setting, value in given.items()
         if setting not in (*decided, *ELSEWHERE, *RATES) and value != getattr(trained, setting)
     ]

@@ -1,7 +1,7 @@
-"""A study in its folder, created or found unchanged, for whoever runs trials there.
+"""Open the study in a folder before trials run: create it, or check that its definition is unchanged.
 
-Owns the order: folders, database, the facts that must not change, the definition that readers need.  Does not own
-what is written (``hpo.search.workbench``, ``hpo.study.storage``) or what an error takes back (``hpo.study.use``).
+Owns the order: folders, database, the facts that must not change, the definition files.  Does not own what is
+written (``hpo.search.workbench``, ``hpo.study.storage``) or the clean-up after an error (``hpo.study.use``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def opened(
     objectives: Sequence[str] = (SCORE,),
     say: Say = lambda text: None,
 ) -> optuna.Study:
-    """The study of the bench's folder.  ``beside``: facts beyond the bench's that must not change either."""
+    """Open the study in the bench's folder.  ``beside``: additional facts that must not change."""
     from hpo.search.workbench import write_definition
 
     folder, facts = bench.folder, {**bench.facts(), **(beside or {})}

@@ -1,7 +1,8 @@
-"""The contract of a source of proposals: what a worker works on, and what only the command that asked for it knows.
+"""The interface between a worker and the command that supplies its trials.
 
-Owns what the worker asks.  Search, confirm and probes each answer in their own room (``hpo.search.sampled``,
-``hpo.confirm.proposals``, ``hpo.transfer.probes.proposals``); how a trial is claimed, run and told is not theirs.
+Owns the protocol that a worker calls.  Search, confirm and probes each implement it in their own room
+(``hpo.search.sampled``, ``hpo.confirm.proposals``, ``hpo.transfer.probes.proposals``).  Does not own how a
+trial is claimed, run and reported (``hpo.search.worker``).
 """
 
 from __future__ import annotations
@@ -20,46 +21,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial to be queued: its parameters, and its role if it has one."""
+    """A trial to enqueue: its parameters, and its role if it has one."""
 
     values: Mapping[str, Any]
     role: str = ""
 
 
 class Proposals(Protocol):
-    """A study's next trial, its settings, and what follows from its result.
+    """A study's next trial, its settings, and the actions after its result.
 
-    What has an answer here is what most commands answer.  Everything up to ``refusal`` is asked with
-    the study's lock held.
+    Methods with a body here are defaults that most commands use.  The methods up to ``refusal`` are called
+    with the study lock held.
     """
 
-    noun: str = "trial"  # what the user's lines call one
-    objectives: tuple[str, ...] = (SCORE,)  # what the study is told of a result
+    noun: str = "trial"  # the word for one trial in messages
+    objectives: tuple[str, ...] = (SCORE,)  # the values reported to Optuna
 
-    # What is next
+    # Choosing the next trial
 
     def needs_more(self, alive: int) -> bool:
-        """Whether a dead worker's trial is to be gone on with while ``alive`` others are at work."""
+        """Whether to resume a dead worker's trial while ``alive`` other trials are running."""
         return True
 
     def wants(self, suggested: Mapping[str, Any]) -> bool:
-        """Whether a dead worker's trial is one of those that this call is about."""
+        """Whether a dead worker's trial belongs to this command."""
         return True
 
     @abstractmethod
     def queued(self) -> Iterator[Proposal | None]:
-        """What to ask the study for, one after the other; None: what waits there, or else the sampler, decides."""
+        """The next proposals, in order.  None: take an enqueued trial of the study, else ask the sampler."""
 
     @abstractmethod
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """Every parameter of the trial; one that was taken up again gets what it had."""
+        """Every parameter of the trial.  A resumed trial keeps its values."""
 
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
-        """Why a proposal becomes no trial; empty if it does."""
+        """The reason to reject a proposal; empty to accept it."""
         return ""
 
     def over(self) -> str:
-        """Why no further trial begins, whatever is next; empty while one may."""
+        """The reason to start no more trials; empty to continue."""
         return ""
 
     # One trial
@@ -67,7 +68,7 @@ class Proposals(Protocol):
     @property
     @abstractmethod
     def total(self) -> int:
-        """How many trials there will be, as the user is shown it."""
+        """The total number of trials, as shown to the user."""
 
     @abstractmethod
     def config(self, suggested: Mapping[str, Any], number: int) -> TrainConfig:
@@ -78,27 +79,27 @@ class Proposals(Protocol):
         """The settings to show."""
 
     def inactive(self, suggested: Mapping[str, Any]) -> tuple[str, ...]:
-        """Parameters without effect beside the others."""
+        """Conditional parameters without effect in this proposal."""
         return ()
 
     def attributes(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
-        """What the study keeps of the trial beside its settings."""
+        """Additional user attributes of the trial."""
         return {}
 
     def begin(self, suggested: Mapping[str, Any]) -> None:
-        """A trial was claimed and is about to be shown."""
+        """Called after a trial is claimed, before it is shown."""
         return
 
     def prepare(self, suggested: Mapping[str, Any], folder: TrialFolder) -> None:
-        """Put into the trial's folder what its work finds there."""
+        """Write files that the trial needs into its folder."""
         return
 
     def after(self, suggested: Mapping[str, Any], result: Result) -> None:
-        """What follows from a result.  An error ends the worker."""
+        """Called after each result.  An error ends the worker."""
         return
 
     # The end
 
     def ended(self) -> str:
-        """Why there was nothing left to claim."""
+        """The reason why there is nothing left to claim."""
         return ""

@@ -1,7 +1,7 @@
-"""A search's proposals: the usual settings first, then what was queued and what the sampler makes of the rest.
+"""The trials of a search: the baseline first, then enqueued trials, then suggestions of the sampler.
 
-Owns the sampler and its seeds, the baseline's place in the queue, duplicates, and when a search ends: enough
-trials, no time left, no new proposal, failures in a row, convergence.
+Owns the sampler and its seeds, enqueueing the baseline, duplicates, and the end of a search: enough trials,
+no time left, no new suggestions, repeated failures, convergence.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from trainer.errors import StudyStopped
 if TYPE_CHECKING:
     from hpo.search.workbench import Workbench
 
-EQUAL_FAILURES = 3  # in a row, then the study stops itself
-MAX_DUPLICATES = 20  # proposals in a row that were tried already: then the space is used up
+EQUAL_FAILURES = 3  # in a row; then the search stops
+MAX_DUPLICATES = 20  # in a row; then the space is exhausted
 
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """When the search ends, and what is kept."""
+    """When the search ends, which LoRA files are kept, and where alerts are sent."""
 
     trials: int
     max_hours: float | None = None
@@ -57,14 +57,15 @@ class SearchLimits:
 
 
 def startup_trials(total: int) -> int:
-    """Trials before TPE has a model: 10 of 30 (5 hurt in simulation), a third of fewer."""
+    """Random trials before TPE starts: 10 of 30 (5 were worse in simulation), a third for smaller studies."""
     return min(10, max(5, total // 3))
 
 
 def make_sampler(seed: int, number: int, total: int) -> optuna.samplers.TPESampler:
-    """The sampler of trial ``number``: Optuna 5's TPE defaults made explicit.
+    """The sampler of trial ``number``: Optuna 5's TPE defaults, written out.
 
-    Seeded by (study seed, number), so a resumed study proposes what an uninterrupted one would, and workers differ.
+    The seed is derived from the study seed and the trial number.  So a resumed study gets the same
+    suggestions as an uninterrupted one, and workers get different ones.
     """
     state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     return optuna.samplers.TPESampler(
@@ -78,7 +79,7 @@ def make_sampler(seed: int, number: int, total: int) -> optuna.samplers.TPESampl
 
 
 def suggest(trial: optuna.Trial, config: StudyConfig) -> dict[str, Any]:
-    """Every parameter of the space, in order; an adopted trial that has them already gets the same again."""
+    """Suggest every parameter of the space, in order.  A resumed trial gets the same values again."""
     suggested: dict[str, Any] = {}
     for name, distribution in config.space.distributions().items():
         if isinstance(distribution, optuna.distributions.CategoricalDistribution):
@@ -96,7 +97,7 @@ def suggest(trial: optuna.Trial, config: StudyConfig) -> dict[str, Any]:
 
 
 class BenchProposals(Proposals):
-    """Trials of the workbench's own study, whoever proposes them."""
+    """Trials with the search space of the workbench's study."""
 
     def __init__(self, study: optuna.Study, bench: Workbench) -> None:
         self.study = study
@@ -120,14 +121,14 @@ class BenchProposals(Proposals):
 
 
 class SearchProposals(BenchProposals):
-    """What a search tries, until it ends."""
+    """The trials of a search."""
 
     def __init__(self, study: optuna.Study, bench: Workbench, limits: SearchLimits, say: Say) -> None:
         super().__init__(study, bench)
         self.folder: StudyFolder = bench.folder
         self.limits = limits
         self.say = say
-        self.used_up = False  # nothing new was found to propose
+        self.used_up = False  # only duplicates were suggested
         hours = math.inf if limits.max_hours is None else limits.max_hours
         self._until = time.monotonic() + 3600 * hours
         self._failures: list[str] = []
@@ -137,7 +138,7 @@ class SearchProposals(BenchProposals):
     def total(self) -> int:
         return self.limits.trials
 
-    # What is next
+    # Choosing the next trial
 
     def needs_more(self, alive: int) -> bool:
         return not self._stopped() and len(self._done()) + alive < self.total
@@ -150,7 +151,7 @@ class SearchProposals(BenchProposals):
             taken = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
             if taken >= self.total:
                 return
-            # Trial 0 is the usual settings; should it fail for the machine's fault, they are tried again.
+            # Trial 0 is the baseline.  If it fails (not because of its settings), the baseline is enqueued again.
             known = any(t.user_attrs.get(ROLE) == BASELINE and t.state != TrialState.FAIL for t in trials)
             yield None if known else Proposal(self.bench.study.baseline, BASELINE)
         self.used_up = len(self._done()) < self.total
@@ -160,7 +161,7 @@ class SearchProposals(BenchProposals):
         return suggest(trial, self.bench.study)
 
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
-        """The trial that has the same settings, if there is one."""
+        """Names the earlier trial with the same settings, if there is one."""
         own = self.bench.study.config(suggested)
         for other in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
             known = other.params.keys() == suggested.keys()
@@ -170,7 +171,7 @@ class SearchProposals(BenchProposals):
 
     def over(self) -> str:
         late = time.monotonic() >= self._until
-        return f"--max-hours {self.limits.max_hours:g} is over" if late else ""
+        return f"the time limit is reached (--max-hours {self.limits.max_hours:g})" if late else ""
 
     def _stopped(self) -> bool:
         return bool(self.study.user_attrs.get(STOP))
@@ -179,7 +180,7 @@ class SearchProposals(BenchProposals):
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def _proposals_left(self) -> int:
-        """How many more proposals may turn out to be duplicates; a call on a used-up space adds none."""
+        """How many more duplicates are allowed.  0 if an earlier command already exhausted the space."""
         in_a_row = 0
         for trial in reversed(self.study.get_trials(deepcopy=False)):
             if trial.state == TrialState.WAITING:
@@ -189,22 +190,22 @@ class SearchProposals(BenchProposals):
             in_a_row += 1
         return max(0, MAX_DUPLICATES - in_a_row)
 
-    # What follows from a result
+    # After a result
 
     def after(self, suggested: Mapping[str, Any], result: Result) -> None:
-        """Three equal failures, LoRA files to drop, convergence."""
+        """Stop after three equal failures, delete LoRA files, check convergence."""
         self._failures = [*self._failures, result.reason] if result.state == FAILED else []
         if self._failures[-EQUAL_FAILURES:] == [result.reason] * EQUAL_FAILURES:
             raise StudyStopped(
-                f"three trials in a row failed alike ({result.reason}): {result.message}",
-                f"see {self.folder.trial(result.number).log}; once it is mended, the same command goes on",
+                f"three trials in a row failed in the same way ({result.reason}): {result.message}",
+                f"see {self.folder.trial(result.number).log}; fix the cause and run the same command again",
             )
         if self.limits.keep_best is not None:
             drop_files(self.study, self.folder, self.limits.keep_best)
         self._check_convergence()
 
     def _check_convergence(self) -> None:
-        if len(self.bench.study.objectives) > 1:  # a front has no best score to wait for (session says so)
+        if len(self.bench.study.objectives) > 1:  # not defined for a Pareto front
             return
         points, rows = history(self.study, self.bench.study, self.folder, self.bench.anchors)
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -230,7 +231,7 @@ class SearchProposals(BenchProposals):
             alerts.notify(self.limits.notify, f"{self.folder.name}: {news}", text, self.say)
 
     def _set_stop(self, settled: bool) -> None:
-        """Tell every worker to begin no new trial; the last trial to finish has the last word."""
+        """Set or clear the flag that stops all workers from starting trials.  The last trial to finish decides."""
         before = self._stopped()
         if settled and not before and self.limits.stop_when_converged:
             self.study.set_user_attr(STOP, "converged")
@@ -245,14 +246,14 @@ class SearchProposals(BenchProposals):
         busy = ", ".join(f"trial {n} (process {pid})" for n, pid in pids.items() if pid)
         left = ", ".join(f"trial {n}" for n, pid in pids.items() if not pid)
         if stop := self.study.user_attrs.get(STOP):
-            why = f"{stop} (--stop-when-converged); without that option the same command goes on"
-            return f"{why}; in other hands: {busy}" if busy else why
+            why = f"{stop} (--stop-when-converged); to continue, run the same command without that option"
+            return f"{why}; still running in other processes: {busy}" if busy else why
         if busy:
-            return f"the rest is in other hands: {busy}"
+            return f"the remaining trials are running in other processes: {busy}"
         if self.used_up:
             return (
-                f"the search space is used up: {MAX_DUPLICATES} proposals in a row were tried already; "
-                "a study's space stays as it began, a wider one needs a new --name"
+                f"the search space is exhausted: {MAX_DUPLICATES} suggestions in a row repeat earlier trials; "
+                "for a larger space, start a new study with another --name"
             )
         total = f"{self.total} trials are done"
         return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total

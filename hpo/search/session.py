@@ -1,7 +1,7 @@
-"""One call of ``hpo search``: from the command line's words to the summary at the end.
+"""One run of ``hpo search``: from the command line to the summary.
 
-Owns the order of things: definition → inputs → folder → study → baseline → trials → summary.  A user's
-mistake is found before anything is written, or what was written is taken back.
+Owns the order: definition → inputs → folder → study → baseline → trials → summary.  User errors are found
+before anything is written; otherwise the new files are removed again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """The words of ``hpo search``."""
+    """The arguments of ``hpo search``."""
 
     inputs: Inputs
     trials: int
@@ -79,8 +79,8 @@ def search(request: SearchRequest, console: Console) -> None:
     config = read_study(find_study(request.study, request.inputs.base), sets=request.sets, seed=request.seed)
     if request.stop_when_converged and len(config.objectives) > 1:
         raise ConfigError(
-            "--stop-when-converged judges one score, and this study has two objectives",
-            "leave it out: the search ends after --trials or --max-hours",
+            "--stop-when-converged needs a single objective, but this study has two objectives",
+            "remove the option; the search ends after --trials or --max-hours",
         )
     name = study_name(request.name, config.name, request.inputs.base, request.inputs.data)
     folder = study_folder(name, request.runs)
@@ -96,7 +96,7 @@ def search(request: SearchRequest, console: Console) -> None:
     with database_errors(folder):
         _check_definition(folder, config)
         if request.enqueue:
-            read_kohya(request.enqueue)  # a mistake in it is found before anything is loaded
+            read_kohya(request.enqueue)  # find mistakes in the file before anything is loaded
         with in_use(folder) as use:
             _search(request, config, use, limits, view)
 
@@ -108,8 +108,8 @@ def _search(
     limits: SearchLimits,
     view: report.PlainView,
 ) -> None:
-    """The part that reads models and writes files."""
-    from hpo.search import workbench  # loads torch: after everything that can be checked without it
+    """The part of a search that loads models and writes files."""
+    from hpo.search import workbench  # imports torch, so only after all checks that do not need it
 
     bench = workbench.load(request.inputs, config, use.folder, view.say)
     study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
@@ -125,13 +125,14 @@ def _search(
         except Interrupted as error:
             view.say(report.study_line(use.folder.name, worker.standing()))
             raise Interrupted(
-                error.message, f"go on with the same command; so far: hpo status {use.folder.words}"
+                error.message,
+                f"run the same command again to resume; results so far: hpo status {use.folder.words}",
             ) from None
     _end(study, bench, worker.standing(), why, view)
 
 
 def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
-    """A changed definition is refused before anything is loaded."""
+    """Raise ConfigError for a changed definition, before anything is loaded."""
     try:
         study = begun_study(folder)
     except OSError as error:
@@ -164,7 +165,7 @@ def _begin(
     proposal: Mapping[str, Any] | None,
     view: report.PlainView,
 ) -> None:
-    """Say what will happen, measure the untrained base, check the disk, queue trial 0 and the user's own."""
+    """Print the plan, score the untrained base, check the disk, enqueue trial 0 and --enqueue."""
     now = standing(study, limits.trials)
     fresh = now.complete + now.running == 0
     if fresh:
@@ -173,7 +174,7 @@ def _begin(
     view.say(_data_line(bench))
     if now.left:
         if fresh:
-            view.say(f"drawing {bench.prompts.image_count} images with the untrained base …")
+            view.say(f"generating {bench.prompts.image_count} images with the untrained base …")
         from hpo.search.cost import check_disk, estimate
 
         bench.measure_anchors(view.say, fresh=fresh)
@@ -183,18 +184,18 @@ def _begin(
     with bench.folder.study_lock().held(), quiet():
         study.set_user_attr(TOTAL, limits.trials)
         if study.user_attrs.get(STOP) and not limits.stop_when_converged:
-            study.set_user_attr(STOP, "")  # whoever does not ask for the stop goes on
+            study.set_user_attr(STOP, "")  # without --stop-when-converged the search continues
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(dict(bench.study.baseline), user_attrs={ROLE: BASELINE})
         if proposal is not None:
             before = len(study.get_trials(deepcopy=False))
             study.enqueue_trial(dict(proposal), user_attrs={ROLE: ENQUEUED}, skip_if_exists=True)
             if len(study.get_trials(deepcopy=False)) == before:
-                view.say("the settings of --enqueue are in the study already")
+                view.say("the study already contains the settings of --enqueue")
     waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
     if proposal is not None and waiting and not now.left:
         view.say(
-            f"the settings of --enqueue wait as trial {waiting[-1].number}: the study has its "
+            f"the settings of --enqueue are queued as trial {waiting[-1].number}, but the study already has "
             f"{limits.trials} trials; raise --trials to run it"
         )
 
@@ -203,10 +204,10 @@ def _data_line(bench: Workbench) -> str:
     word = f", class {bench.data.class_word}" if bench.data.class_word else ""
     trigger = f", trigger {bench.data.trigger}" if bench.data.trigger else ""
     regular = sum(item.is_reg for item in bench.data.items)
-    beside = f" and {regular} regularisation images" if regular else ""
+    beside = f" and {regular} regularization images" if regular else ""
     return (
         f"{len(bench.data.items) - regular} training images{beside}{trigger}{word}; "
-        f"{len(bench.reference_items)} references; {bench.prompts.image_count} images a trial "
+        f"{len(bench.reference_items)} references; {bench.prompts.image_count} images per trial "
         f"({bench.prompts.size}), scored by {bench.evaluator.scorer.name}"
     )
 
@@ -214,7 +215,7 @@ def _data_line(bench: Workbench) -> str:
 def _cost_line(cost: Cost, now: Standing, limits: SearchLimits) -> str:
     seconds = now.mean_seconds if now.mean_seconds is not None else cost.trial_seconds
     about = (
-        f"about {report.clock(seconds)} a trial, {report.clock(seconds * now.left)} in all"
+        f"about {report.clock(seconds)} per trial, {report.clock(seconds * now.left)} in total"
         if seconds
         else "time unknown"
     )

@@ -1,4 +1,4 @@
-"""What a search says at its start and at its end."""
+"""The lines that a search prints at its start and at its end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def introduction(config: StudyConfig, trials: int) -> RenderableType:
-    """What is searched, once at the start."""
+    """The table of searched settings, shown once at the start."""
     table = Table(box=None, padding=(0, 2), title=None, show_edge=False)
     table.add_column("setting", style="bold", no_wrap=True)
     table.add_column("searched")
@@ -34,7 +34,8 @@ def ratio_line(settings: int, trials: int) -> str:
 def summary(
     folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
 ) -> list[str]:
-    """The end of a search: best settings, score beside the untrained base's and the usual settings', files, next."""
+    """The summary at the end: best settings, scores of best trial, baseline and untrained
+    base, files, next command."""
     from hpo.terminal import end_lines, trial_lines
 
     lines = [f"{folder.name}: {why}"]
@@ -50,16 +51,16 @@ def summary(
     lines += [
         f"search score: {figures(standing.best)}{confirm}",
         f"  usual settings{baseline}: {figures(standing.baseline) if standing.baseline else trouble}",
-        "  untrained base: 0.0000, by definition of the scale; 1 is its prompt following",
-        "  together with the likeness of real images; ± is one standard error over prompts",
-        *(f"  beside it: {line}" for line in trial_lines(trial)),
+        "  untrained base: 0.0000, by definition of the scale; 1 means its prompt following",
+        "  combined with the likeness of real images; ± is one standard error over prompts",
+        *(f"  extra metrics: {line}" for line in trial_lines(trial)),
         *said,
     ]
     if standing.front:
         lines += [
             "Pareto front of prompt following and likeness: trials " + ", ".join(map(str, standing.front)),
-            "  none of them is beaten in both; the best above has the highest score of the two together;",
-            "  convergence is judged of one score only, so nothing is said of it here",
+            "  no other trial is better in both; the best trial above has the highest combined score;",
+            "  convergence is not checked for a study with two objectives",
         ]
     if trial.lora.is_file():
         lines.append(f"LoRA: {trial.lora}")

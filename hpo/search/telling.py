@@ -1,6 +1,7 @@
-"""Telling Optuna a trial's result, once, whoever else finished the trial meanwhile.
+"""Report a trial's result to Optuna exactly once, even if another process finishes the trial at the same time.
 
-Owns a told trial's attributes and constraints.  What the dashboard shows of it is ``hpo.search.dashboard``'s.
+Owns the user attributes and constraints of a finished trial.  Does not own the dashboard; see
+``hpo.search.dashboard``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hpo.study import COMPLETE, FAILED, INFEASIBLE_REASONS, SCORE, Result, Study
 
 @dataclass(frozen=True)
 class Teller:
-    """Who tells the study in a folder.  ``say`` shows the user a line."""
+    """Reports results to the study in a folder.  ``say`` prints a line for the user."""
 
     study: optuna.Study
     folder: StudyFolder
@@ -27,19 +28,19 @@ class Teller:
     say: Callable[[str], None]
 
     def tell(self, trial: optuna.Trial, result: Result, settings: Mapping[str, Any]) -> None:
-        """Optuna learns the result.  Safe to repeat after a kill at any point of it."""
+        """Report the result to Optuna.  Can be repeated safely if the process is killed at any point."""
         try:
             if not self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
                 self._record(trial, result, settings)
                 return
         except UpdateFinishedTrialError:
-            pass  # somebody finished it between two of the writes
+            pass  # another process finished it between two writes
         self.say_finished(result.number)
 
     def say_finished(self, number: int) -> None:
         self.say(
-            f"trial {number} was finished by somebody else, in the dashboard perhaps: the study keeps that; "
-            f"what was measured is in {self.folder.trial(number).root}"
+            f"trial {number} was already finished elsewhere, perhaps in the dashboard; the study keeps that state. "
+            f"The measured result is in {self.folder.trial(number).root}"
         )
 
     def _record(self, trial: optuna.Trial, result: Result, settings: Mapping[str, Any]) -> None:

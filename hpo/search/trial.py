@@ -1,11 +1,11 @@
-"""One trial's work: train, save, score – and the Result that is written before anyone is told.
+"""The work of one trial: train, save, score, and write result.json before the result is reported.
 
-Owns the files of trial_NNNN/ and which failure means what.  Does not own proposals, storage or the
+Owns the files of trial_NNNN/ and the classification of failures.  Does not own proposals, storage or the
 order of trials (``hpo.search.worker``).
 
-What the settings caused is *infeasible*: the sampler learns from it.  What the machine or the tool caused is
-*failed*: it says nothing about the settings.  A trial that is interrupted writes no result and goes on later:
-from its newest checkpoint, or – once its LoRA is saved – with the images that are still missing.
+A trial is *infeasible* if its settings caused the failure: the sampler learns from it.  A trial is *failed* if the
+machine or this tool caused the failure: this contains no information about the settings.  An interrupted trial
+writes no result.  It resumes from its newest checkpoint or, once its LoRA is saved, with the missing images.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ if TYPE_CHECKING:
     from trainer.adapters import Adapter
     from trainer.events import Event
 
-# What is tried when the memory does not suffice, once each and in this order.  Neither changes a result.
+# Remedies for running out of memory, each tried once in this order.  Neither changes the result.
 CHECKPOINTING, SPLIT = "gradient_checkpointing", "single images"
 
 
 class NoEffect(SettingsFailure):
-    """The adapter is in place and sound, and so weak that it changes no pixel."""
+    """The adapter is applied and finite, but so weak that it does not change any pixel."""
 
     reason = "no_effect"
 
 
 class BeyondLimit(SettingsFailure):
-    """The pictures are sound, and what they show is no result: copies, all alike, the class word lost."""
+    """The images are valid but break a limit: copies of training images, low diversity, or a lost class prior."""
 
     def __init__(self, score: Score, safety: Safety) -> None:
         self.score = score
         self.reason = safety.broken[0]
         super().__init__(
             "; ".join(map(safety.says, safety.broken)),
-            "fewer epochs, a lower learning_rate or more images help; the limits are [limits] of the study file",
+            "try fewer epochs, a lower learning_rate or more images; [limits] of the study file sets the limits",
         )
 
 
 class Watch(Protocol):
-    """Who looks on while a trial runs."""
+    """Receives the progress of a trial and can stop it."""
 
     def on_event(self, event: Event) -> None: ...
     def on_image(self, done: int, total: int) -> None: ...
@@ -75,14 +75,15 @@ class Watch(Protocol):
 
 
 def failed(folder: TrialFolder, config: TrainConfig, reason: str, message: str) -> Result:
-    """The result of a trial that tells nothing about its settings."""
+    """The result of a failed trial: it contains no information about the settings."""
     return _result(folder, config, _Ending(FAILED, None, reason=reason, message=message))
 
 
 def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
-    """Do the trial's work from wherever it was left, write result.json, and clean up what only resuming needs.
+    """Start or resume the trial, write result.json, and delete the files needed only to resume.
 
-    Raises Interrupted (work is saved) and lets errors of result.json itself through: then nothing was decided.
+    Raises Interrupted (progress is saved).  Errors while writing result.json are not caught: the trial
+    then has no result.
     """
     sweep_tree(folder.root)
     _note(folder, "start")
@@ -133,7 +134,7 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
 
 
 def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> tuple[Adapter, str]:
-    """The trained adapter in the base, rounded as its file is; and the remedy that was needed, if any."""
+    """The trained adapter in the base, rounded to its file's precision, and the memory remedy that was needed."""
     from trainer.adapters import lorafile
     from trainer.oom import out_of_memory_named
 
@@ -141,7 +142,9 @@ def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: 
         file = lorafile.read(folder.lora)
         remedy = _saved_remedy(folder, config, json.loads(file.metadata[CONFIG_KEY]))
         return lorafile.attach(bench.base, file), remedy
-    remedies = _remedies(folder)  # of a process that was killed: without them it would run out again
+    remedies = _remedies(
+        folder
+    )  # of an earlier process that was killed: without them it would run out of memory again
     while True:
         try:
             with out_of_memory_named(config):
@@ -150,14 +153,14 @@ def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: 
             another = _next_remedy(config, remedies)
             if another is None:
                 raise
-            _log(folder, f"{error}; once more with {another}, which changes no result")
+            _log(folder, f"{error}; retrying with {another}, which does not change the result")
         remedies = (*remedies, another)
         _note(folder, "remedy", remedies=remedies)
         bench.empty_cache()
 
 
 def _next_remedy(config: TrainConfig, tried: tuple[str, ...]) -> str | None:
-    """What else may be tried without changing the result."""
+    """The next remedy that does not change the result, or None."""
     possible = {
         CHECKPOINTING: not config.gradient_checkpointing,
         SPLIT: config.images_at_once > 1,
@@ -166,18 +169,18 @@ def _next_remedy(config: TrainConfig, tried: tuple[str, ...]) -> str | None:
 
 
 def _remedies(folder: TrialFolder) -> tuple[str, ...]:
-    """What the trial has needed so far to fit the memory."""
+    """The memory remedies that the trial has needed so far."""
     rows = [row for row in read_records(folder.starts) if row.get("event") == "remedy"]
     return tuple(rows[-1].get("remedies", ())) if rows else ()
 
 
 def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, Any]) -> str:
-    """What a LoRA file's training needed to fit the memory.  What was trained must be what is asked for."""
+    """The memory remedy used to train a LoRA file.  Raises ModelFileError if its settings are not the trial's."""
     now, saved = deciding(config.as_dict()), deciding(saved)
     changed = sorted(name for name in now if saved.get(name) != now[name])
     if changed not in ([], [CHECKPOINTING]):
         raise ModelFileError(
-            f"{folder.lora} was trained with another {', '.join(changed)}", "delete the file"
+            f"{folder.lora} was trained with a different {', '.join(changed)}", "delete the file"
         )
     return ", ".join(_remedies(folder) or changed)
 
@@ -193,7 +196,9 @@ def _train(
 
     def on_encoded(done: int, total: int) -> None:
         if watch.should_stop() and done < total:
-            raise Interrupted(f"stopped after encoding image {done} of {total}", "the same command goes on")
+            raise Interrupted(
+                f"stopped after encoding image {done} of {total}", "run the same command again to resume"
+            )
 
     log = StepLog(folder.steps)
 
@@ -202,7 +207,7 @@ def _train(
         watch.on_event(event)
 
     how = Conduct(checkpoints=folder.checkpoints, should_stop=watch.should_stop)
-    # the batches stay what they are: each is computed in parts of one image (``trainer.loop.stepper``)
+    # the batches stay the same; each is computed one image at a time (``trainer.loop.stepper``)
     parts = config.with_values({"micro_batch_size": 1}) if SPLIT in remedies else config
     adapter = train_adapter(
         bench.base, parts, lambda adapter: (bench.prepared(config, on_encoded), how), on_event
@@ -228,7 +233,8 @@ def _scored(
         watch.on_image(done, total)
         if watch.should_stop() and done < total:
             raise Interrupted(
-                f"stopped after image {done} of {total}: they are kept", "the same command goes on"
+                f"stopped after image {done} of {total}; finished images are kept",
+                "run the same command again to resume",
             )
 
     try:
@@ -241,17 +247,17 @@ def _scored(
     except Unchanged:
         if _is_in_place(adapter, config):
             raise NoEffect(
-                "the LoRA is applied and changes no pixel of an image",
-                "a higher learning_rate or more epochs would",
+                "the LoRA is applied but does not change any pixel",
+                "try a higher learning_rate or more epochs",
             ) from None
         raise
-    except OutOfMemory as error:  # every trial draws the same images: not this trial's settings
+    except OutOfMemory as error:  # every trial generates the same images, so its settings are not the cause
         hint = f"--set sampling.batch_size={max(1, bench.evaluator.sampling.batch_size // 2)}"
         raise MachineError(error.message, hint) from None
 
 
 def _is_in_place(adapter: Adapter, config: TrainConfig) -> bool:
-    """Whether every module of these settings has its LoRA, switched on and finite, in the base."""
+    """Whether every target module in the base has its LoRA, and all of them are active and finite."""
     from trainer.adapters import NAME, targets_of
 
     wanted = {target.key for target in targets_of(adapter.base, config)}
@@ -268,7 +274,7 @@ def _is_in_place(adapter: Adapter, config: TrainConfig) -> bool:
 
 
 def deaths_without_progress(folder: TrialFolder) -> int:
-    """How often in a row a process died in this trial with nothing more saved than before."""
+    """How many processes in a row died in this trial without saving more progress."""
     count, saved = 0, None
     for row in read_records(folder.starts):
         if row.get("event") == "remedy":
@@ -283,7 +289,7 @@ def deaths_without_progress(folder: TrialFolder) -> int:
 
 
 def _saved(folder: TrialFolder) -> str:
-    """A word that changes whenever the trial has more on disk to go on from."""
+    """A string that changes whenever the trial has saved more progress."""
     images = len(list((folder.root / "samples").glob("*.png")))
     steps = max((p.name for p in folder.checkpoints.glob("step-*")), default="")
     return f"{steps}:{folder.lora.is_file()}:{images}"
@@ -305,7 +311,7 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class _Ending:
-    """How a trial's work ended: the state, what Optuna is to be told, and what led there."""
+    """The outcome of a trial: its state, the value for Optuna, and the reason."""
 
     state: str
     value: float | None

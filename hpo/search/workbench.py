@@ -1,7 +1,7 @@
-"""Workbench: everything that every trial of a study uses and none changes – loaded once.
+"""Workbench: everything that all trials of a study share.  It is loaded once.
 
-Owns the order of loading (cheap checks first, nothing written until all of a user's input is known to be good), the
-facts a study is frozen to, and what a trial will cost.  Does not run trials (``hpo.search.trial``) or propose them.
+Owns the order of loading (cheap checks first; nothing is written before all user input is checked) and the facts that
+must not change during a study.  Does not run trials (``hpo.search.trial``) or suggest them (``hpo.search.sampled``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Workbench:
-    """Data, and what is trained on and scored with.  One per process; trials inject into ``base`` and clean up."""
+    """Training data, base and scoring.  One per process; each trial injects its LoRA into ``base`` and removes it."""
 
     study: StudyConfig
     folder: StudyFolder
@@ -72,7 +72,7 @@ class Workbench:
         return self.evaluator.scale
 
     def config(self, suggested: Mapping[str, Any], number: int) -> TrainConfig:
-        """The complete settings of a trial, names and places included."""
+        """The complete settings of a trial, including names and paths."""
         return self.study.config(suggested).with_values(
             {
                 "pretrained_model_name_or_path": self.base_spec,
@@ -84,13 +84,13 @@ class Workbench:
     def prepared(
         self, config: TrainConfig, on_image: Callable[[int, int], None] | None = None
     ) -> cache.Prepared:
-        """Latents and text states: from the study's cache after the first trial."""
+        """Latents and text encoder outputs, from the study's cache after the first trial."""
         return cache.prepare(self.base, self.data, config, store=self.store, on_image=on_image)
 
     def measure_anchors(self, say: Say, *, fresh: bool = False) -> None:
-        """Score the untrained base, once per study; note how long an image takes.
+        """Score the untrained base, once per study, and measure the time per image.
 
-        Anchors that cannot be told apart end a fresh study (DataError); one that has begun is warned.
+        If the anchors cannot be distinguished, a fresh study raises DataError; a resumed study prints a warning.
         """
         started = time.monotonic()
         drawn: list[int] = []
@@ -110,12 +110,12 @@ class Workbench:
             torch.cuda.empty_cache()
 
     def facts(self) -> dict[str, str]:
-        """What must stay as it is while the study goes on: name → value in words."""
+        """The facts that must not change during a study: name → value as text."""
         by = self.evaluator
         return {
             "direction": "maximize",
             "base": f"{by.base.name} {by.base.identity[:16]}",
-            # mixed_precision = "auto" is another type on another machine
+            # mixed_precision = "auto" depends on the machine
             "compute type": str(compute_type(self.study.train.mixed_precision, by.base.device)),
             "images and captions": self.data.content_hash[:16],
             "references": by.references.hash[:16],
@@ -133,7 +133,7 @@ class Workbench:
 
 
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
-    """Read and check everything.  Only demo data is written (see ``hpo.study.use.in_use``)."""
+    """Load and check everything.  Writes only demo data (see ``hpo.study.use.in_use``)."""
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     train = study.train
@@ -150,13 +150,13 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     plan = plan_scoring(study, data, paths, inputs.base, inputs.clip)
     SampleConfig(**study.sample_values())
     prompt_sets(inputs, study, data, count_tokens=lambda text: 0)
-    # Up to here everything is cheap; a base can be a download of gigabytes.
+    # The checks up to here are cheap; loading a base may download gigabytes.
     dtype = compute_type(train.mixed_precision, device)
     base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae)
     if base.native_resolution_px < train.resolution and is_miniature(inputs.base):
         raise ConfigError(
-            f"{inputs.base} draws {base.native_resolution_px} px, resolution is {train.resolution}",
-            f"use --set resolution={base.native_resolution_px}, or leave out --study",
+            f"{inputs.base} has {base.native_resolution_px} px, but resolution is {train.resolution}",
+            f"use --set resolution={base.native_resolution_px}, or remove --study",
         )
     for config in (
         train,
@@ -182,10 +182,10 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
 
 
 def demo_data(base: str, folder: StudyFolder) -> Path:
-    """The miniature's demo character, for those who bring no images."""
+    """The demo character of a miniature base, used without --data."""
     if not is_miniature(base):
         raise ConfigError(
-            "no images are given", "add --data FOLDER (kohya folders, or images with .txt captions)"
+            "no training images given", "add --data FOLDER (kohya folders, or images with .txt captions)"
         )
     if not folder.data.is_dir():
         from trainer.bases import write_subject
@@ -195,13 +195,13 @@ def demo_data(base: str, folder: StudyFolder) -> Path:
             with atomic_folder(folder.data) as temporary:
                 write_subject("character", temporary)
         except MachineError:
-            if not folder.data.is_dir():  # another process was quicker: then there is nothing wrong
+            if not folder.data.is_dir():  # otherwise another process has just written them
                 raise
     return folder.data
 
 
 def write_definition(bench: Workbench, facts: Mapping[str, str], say: Say = lambda text: None) -> None:
-    """study.json, prompts.toml, confirmation.toml: what a reader, and a later confirmation, needs to know."""
+    """Write study.json, prompts.toml and confirmation.toml, for readers and for a later confirmation."""
     promptfiles.check_unedited(bench.folder, bench.prompts.hash)
     study = bench.study
     values = {

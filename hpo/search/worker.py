@@ -1,8 +1,8 @@
-"""The worker of a study: claim or adopt a trial → train and score → result.json → tell, until there is no more.
+"""The worker of a study: claim a trial → train and score → result.json → report, until no trial is left.
 
-Owns the loop, the same for a search, a confirmation and probes.  Does not own who works on what
-(``hpo.search.claim``), what is proposed and what follows from a result (``hpo.search.proposals``), a trial's
-work (``hpo.search.trial``) or what is shown (``hpo.terminal.live``).
+Owns the loop, which is the same for a search, a confirmation and probes.  Does not own claims
+(``hpo.search.claim``), the choice of trials and the actions after a result (``hpo.search.proposals``), the
+work of a trial (``hpo.search.trial``) or the output (``hpo.terminal.live``).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from hpo.search.proposals import Proposals
     from hpo.search.workbench import Workbench
 
-MAX_DEATHS = 5  # processes that died in one trial with nothing more saved
+MAX_DEATHS = 5  # processes in a row that died in one trial without saving more progress
 
 
 class SearchView(Watch, Protocol):
-    """Who shows the work."""
+    """Shows the progress of a worker."""
 
     def say(self, text: str) -> None: ...
     def on_trial(
@@ -60,7 +60,7 @@ class Worker:
         self.claims = Claims(study, source, self.teller)
 
     def run(self) -> str:
-        """Trial after trial until there are enough; returns why it ended."""
+        """Run trials until there are enough.  Returns the reason for the end."""
         sweep_tree(self.folder.root)
         try:
             return self._trials()
@@ -68,10 +68,10 @@ class Worker:
             if begun_study(self.folder) is not None:
                 raise
             raise StudyStopped(
-                f"study {self.folder.name} was deleted from {self.folder.database}, in the dashboard perhaps",
-                f"its trials' files are still in {self.folder.root}; begin again with another --name",
+                f"study {self.folder.name} was deleted from {self.folder.database}, perhaps in the dashboard",
+                f"the files of its trials are still in {self.folder.root}; start again with another --name",
             ) from None
-        finally:  # another worker may have died beside this one
+        finally:  # another worker may have died meanwhile
             sweep_tree(self.folder.root)
 
     def standing(self) -> Standing:
@@ -80,7 +80,9 @@ class Worker:
     def _trials(self) -> str:
         while True:
             if self.view.should_stop():
-                raise Interrupted(f"stopped between two {self.source.noun}s", "the same command goes on")
+                raise Interrupted(
+                    f"stopped between two {self.source.noun}s", "run the same command again to resume"
+                )
             if why := self.source.over():
                 return why
             claim = None
@@ -89,7 +91,7 @@ class Worker:
                 if claim is None:
                     return self.source.ended()
                 self._do(claim)
-            except UpdateFinishedTrialError:  # before its work began
+            except UpdateFinishedTrialError:  # it was finished elsewhere before it started here
                 if claim:
                     self.teller.say_finished(claim.trial.number)
             finally:
@@ -112,7 +114,7 @@ class Worker:
 
     def _result(self, folder: TrialFolder, config: TrainConfig, suggested: Mapping[str, Any]) -> Result:
         if deaths_without_progress(folder) >= MAX_DEATHS:
-            message = f"{MAX_DEATHS} processes died in this {self.source.noun} with nothing more saved"
+            message = f"{MAX_DEATHS} processes in a row died in this {self.source.noun} without saving more progress"
             result = failed(folder, config, "process_died", message)
             write_result(folder, result)
             return result
@@ -120,5 +122,5 @@ class Worker:
         return run_trial(self.bench, folder, config, self.view)
 
     def tell(self, claim: Claim, result: Result) -> None:
-        """Optuna learns the result."""
+        """Report the result to Optuna."""
         self.teller.tell(claim.trial, result, self.source.settings(claim.suggested))

@@ -1,7 +1,7 @@
-"""A study: its definition, its folder, its database and what its trials came to.
+"""A study: its definition, folder, database and results.
 
 Owns the study file and its sections, the search space, the paths in ``runs/<study>/``, locks, results,
-standing, convergence and noise.  Does not run trials (``hpo.search``) and prints nothing (``hpo.terminal``).
+progress, convergence and noise.  Does not run trials (``hpo.search``) or print (``hpo.terminal``).
 """
 
 import lazy_loader

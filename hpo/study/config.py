@@ -1,8 +1,8 @@
-"""StudyConfig: what a study is, read from a TOML file and checked before anything is loaded.
+"""StudyConfig: the definition of a study, read from a TOML file and checked before anything is loaded.
 
-Owns what the sections mean together, and where study files are found.  Does not own what ``--set`` does to
-them (``hpo.study.overrides``), parameters (``hpo.study.space.space``), paths and storage
-(``hpo.study.folder``) or the work (``hpo.search.worker``).
+Owns the combination of the sections and the search for study files.  Does not own the effect of ``--set``
+(``hpo.study.overrides``), parameters (``hpo.study.space.space``), paths and storage (``hpo.study.folder``)
+or running trials (``hpo.search.worker``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NEUTRAL_SETTINGS = (*ELSEWHERE, "gradient_checkpointing", "cache_latents_to_disk
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the command line says about data and models."""
+    """The data and models given on the command line."""
 
     base: str
     data: Path | None = None
@@ -49,8 +49,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A checked study definition.  ``baseline`` is trial 0 as a proposal of ``space``; ``sections`` are what
-    it was built from, ``--set`` included: ``build_study`` makes the same of them again."""
+    """A checked study definition.  ``baseline`` is trial 0 as a proposal in ``space``.  ``sections`` are the
+    tables it was built from, including ``--set``; ``build_study`` builds the same definition from them."""
 
     name: str
     study: StudySection
@@ -70,7 +70,7 @@ class StudyConfig:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What Optuna maximizes."""
+        """The values that Optuna maximizes."""
         return self.study.objectives
 
     def config(self, suggested: Mapping[str, Any]) -> TrainConfig:
@@ -78,13 +78,13 @@ class StudyConfig:
         return self.space.config(suggested, self.train)
 
     def sample_values(self) -> dict[str, Any]:
-        """Values for ``evaluation.images.settings.SampleConfig``, less those that are left to the base."""
+        """Values for ``evaluation.images.settings.SampleConfig``, without those that default to the base's."""
         values = {k: v for k, v in dataclasses.asdict(self.sampling).items() if v is not None}
         size = {"width_px": self.train.resolution, "height_px": self.train.resolution}
         return {**size, **values, "clip_skip": self.train.clip_skip}
 
     def frozen(self) -> dict[str, str]:
-        """What of the definition must stay as it is while the study goes on: name → value in words."""
+        """The parts of the definition that must not change during the study: name → value as text."""
         facts = {f"[space] {name}": text for name, text in self.space.describe().items()}
         decided = {setting for p in self.space for setting in settings_of(p.name)}
         for name, value in self.train.as_dict().items():
@@ -94,14 +94,14 @@ class StudyConfig:
 
 
 def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None) -> StudyConfig:
-    """The definition in a TOML file with ``--set`` values put in, checked to its last edge."""
+    """Read a TOML file, apply ``--set`` values, and check the definition including all range limits."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the study file {path}: {error.strerror}", "check the path") from None
-    except (ValueError, RecursionError) as error:  # of TOML, of UTF-8, of endless digits or brackets
+    except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8, huge numbers, deep nesting
         raise ConfigError(
-            f"{path} is not valid TOML: {clean_text(str(error))}", "correct that place"
+            f"{path} is not valid TOML: {clean_text(str(error))}", "fix the syntax at that position"
         ) from None
     try:
         return build_study(path.stem, table, sets=sets, seed=seed)
@@ -117,7 +117,7 @@ SECTIONS = (
 def build_study(
     name: str, table: Mapping[str, Any], *, sets: Iterable[str] = (), seed: int | None = None
 ) -> StudyConfig:
-    """A definition from the file's content."""
+    """Build a definition from the content of a study file."""
     for section in table:
         check_known(section, SECTIONS, "section", "the study file")
     check_whole(table, "the study file")
@@ -154,36 +154,36 @@ def _train(body: Mapping[str, Any], space: Space) -> TrainConfig:
     for name in body:
         check_name(name)
         if name in ELSEWHERE:
-            raise ConfigError(f"{name} does not belong in [train]", f"it is decided by {ELSEWHERE[name]}")
+            raise ConfigError(f"{name} does not belong in [train]", f"it is set by {ELSEWHERE[name]}")
         if name in decided:
             raise ConfigError(
-                f"{name} is fixed in [train] and searched by {decided[name]}", "keep one of the two"
+                f"{name} is fixed in [train] and searched by {decided[name]}", "remove one of the two"
             )
     for name, setting in shadows(body, decided):
         if setting in decided:
             where = "[train]" if name in body else "[space]"
             raise ConfigError(
-                f"{name} in {where} leaves {decided[setting]} without effect", "keep one of the two"
+                f"with {name} in {where}, {decided[setting]} has no effect", "remove one of the two"
             )
     return TrainConfig().with_values({name: unset(name, value) for name, value in body.items()})
 
 
 def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict[str, Any]:
-    """[baseline], written in kohya's settings, as a proposal."""
+    """[baseline], which uses kohya's settings, as a proposal."""
     decided = {setting for p in space for setting in settings_of(p.name)}
     values = {}
     for name, value in body.items():
         check_name(name)
         if name not in decided:
-            raise ConfigError(f"{name} in [baseline] is not searched", "fixed settings belong in [train]")
+            raise ConfigError(f"{name} in [baseline] is not searched", "move it to [train]")
         values[name] = unset(name, value)
     complete = train.with_values(values).as_dict()
-    # An inactive parameter is recorded too, with its lower edge.
+    # Inactive parameters are recorded with their lower limit.
     return space.check(space.proposal(complete, {p.name: p.domain.edges[0] for p in space}), BASELINE)
 
 
 def find_study(spec: str | None, base: str) -> Path:
-    """The study file of ``--study``, a path or a name.  The current folder wins over what is shipped."""
+    """Find the file for ``--study``, a path or a name.  The current folder takes precedence over shipped files."""
     if spec is None:
         spec = (base in KNOWN_BASES and KNOWN_BASES[base].study) or DEFAULT_STUDY
     path = Path(spec)
@@ -197,13 +197,15 @@ def find_study(spec: str | None, base: str) -> Path:
             if found is not None and found.is_file():
                 return found
     if path.is_file():
-        raise ConfigError(f"{spec} is not a .toml file", "give a study file, or the name of a shipped study")
+        raise ConfigError(f"{spec} is not a .toml file", "use a study file, or the name of a shipped study")
     known = sorted(n.removesuffix(".toml") for n in shipped)
-    raise ConfigError(f"no study file {spec}", suggestion(name, known) or "shipped: " + ", ".join(known))
+    raise ConfigError(
+        f"no study file {spec}", suggestion(name, known) or "shipped studies: " + ", ".join(known)
+    )
 
 
 def study_name(given: str | None, definition: str, base: str, data: Path | None) -> str:
-    """The folder's name under runs/: ``--name``, or one that the same command finds again."""
+    """The name of the study folder: ``--name``, or a name derived from the command, so that repeating it resumes."""
     if given is not None:
         return safe_name(given, "study name")
     parts = [base] if is_miniature(base) else []

@@ -1,11 +1,12 @@
-"""Is the study done?  Figures, not a feeling – pure numpy, no storage, no files.
+"""Convergence detection.  Pure numpy: no storage, no files.
 
-Stagnation alone is no evidence: of n independent random trials the last m hold no new best with probability
-(n − m) / n, 0.67 for m = 10 of n = 30.  So a plateau also needs the proposals to have drawn together and the
-expected further gain to be lost in the noise, and ``converged`` also needs the best ones to be alike within
-the scoring noise.  In simulation (12 parameters, TPE, up to 30 trials) the concentration test fires in 0–2 %
-of random searches; searching on to 60 trials still gains 0.06–0.09 of the distance between a median trial and
-the optimum.  Hence an alert, and a stop only on request.
+Stagnation alone is not evidence of convergence: among n independent random trials, the last m contain no new
+best with probability (n − m) / n, which is 0.67 for m = 10 and n = 30.  So a plateau also requires that the
+proposals focus on one region and that the expected further gain is below the noise.  ``converged`` also
+requires that the best trials are equivalent within the scoring noise.  In simulation (12 parameters, TPE, up
+to 30 trials) the concentration test is true for 0–2 % of random searches.  Continuing to 60 trials still
+gains 0.06–0.09 of the distance between a median trial and the optimum.  So convergence causes an alert, and
+stops the search only on request.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from typing import Any
 
 import numpy as np
 
-MIN_TRIALS = 20  # below that no claim is made
+MIN_TRIALS = 20  # with fewer, no plateau is reported
 TRIALS_PER_DIMENSION = 1.5
-RECENT = 8  # proposals whose spread is compared with the start's
+RECENT = 8  # proposals whose spread is compared with that of the startup trials
 CONCENTRATED = 0.75  # spread of the recent proposals, relative to the startup ones
-ALIKE = 0.5  # top trials are alike if their standard deviation is below this many standard errors
+ALIKE = 0.5  # top trials are equivalent if their standard deviation is below this many standard errors
 TOP = 10
 NO_SIGNAL_TRIALS = 12
 NO_SIGNAL = (
     2.0  # standard deviation of all scores, in standard errors, below which noise hides the differences
 )
-CONFIRMED_ALIKE_P = 0.1  # paired test, Holm's correction over the top trials
+CONFIRMED_ALIKE_P = 0.1  # paired test with Holm's correction over the top trials
 
 LEVELS = ("none", "no_signal", "plateau", "converged")
 
@@ -36,8 +37,8 @@ LEVELS = ("none", "no_signal", "plateau", "converged")
 class TrialPoint:
     """One feasible finished trial, in the order of the trials.
 
-    ``place`` is the proposal on the unit scale of each parameter; a choice is one number per option (0 or
-    1/√2, so that two different options are 1 apart).  ``per_prompt`` are its scores by prompt, if known.
+    ``place`` is the proposal on a 0 to 1 scale for each parameter.  A choice has one number per option (0 or
+    1/√2, so that two different options have distance 1).  ``per_prompt`` contains the scores by prompt, if known.
     """
 
     number: int
@@ -49,7 +50,7 @@ class TrialPoint:
 
 @dataclass(frozen=True)
 class ConvergenceVerdict:
-    """What the figures say.  ``level`` is one of LEVELS; the rest is what it was decided from."""
+    """The result of detection.  ``level`` is one of LEVELS; the other fields are the values behind it."""
 
     level: str
     n: int
@@ -66,33 +67,34 @@ class ConvergenceVerdict:
     top: tuple[int, ...]
     alike: bool
     expected_gain: float
-    settled: bool  # converged, but for trials that are still running
+    settled: bool  # converged, ignoring trials that are still running
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The figures, one statement a line."""
+        """The values as text, one per line."""
         return [
             f"trials: {self.n} feasible, {self.dimensions} settings searched",
             f"gain in the last {self.window} trials: {self.gain_in_window:.4f} "
-            f"(counts from {self.smallest_gain:.4f})",
+            f"(threshold {self.smallest_gain:.4f})",
             f"expected further gain, if {self.window} more trials are like the last {self.window}: "
-            f"{self.expected_gain:.4f} (counts from {self.smallest_gain:.4f})",
+            f"{self.expected_gain:.4f} (threshold {self.smallest_gain:.4f})",
             f"scoring noise: {self.noise_se:.4f} (median standard error)",
-            f"spread of the last {RECENT} proposals: {self.spread_ratio:.2f} of the startup's "
-            f"(drawn together below {CONCENTRATED})",
+            f"spread of the last {RECENT} suggestions: {self.spread_ratio:.2f} of the startup trials' spread "
+            f"(threshold {CONCENTRATED})",
             f"best {len(self.top)} trials: standard deviation {self.top_sd:.4f}, "
-            + ("alike within the noise" if self.alike else "not all alike"),
+            + ("equivalent within the noise" if self.alike else "not all equivalent"),
         ]
 
 
 def detect(
     points: Sequence[TrialPoint], *, dimensions: int, startup: int, min_delta: float = 0.0, running: int = 0
 ) -> ConvergenceVerdict | None:
-    """The verdict over the feasible trials so far; None before there is anything to say.
+    """The verdict for the feasible trials so far.  None for fewer than two trials.
 
-    ``startup`` trials were drawn before the sampler had a model; ``running`` trials of other workers are pending.
+    ``startup`` is the number of random trials before the sampler has a model.  ``running`` is the number of
+    unfinished trials of other workers.
     """
     if len(points) < 2:
         return None
@@ -115,7 +117,7 @@ def detect(
     plateau = enough and gain < smallest and further < smallest and ratio < CONCENTRATED
     level, settled = "none", False
     if n >= NO_SIGNAL_TRIALS and float(np.std(values, ddof=1)) < NO_SIGNAL * noise:
-        level = "no_signal"  # never "converged": more prompts or seeds would tell the trials apart
+        level = "no_signal"  # never "converged": more prompts or seeds are needed to distinguish the trials
     elif plateau:
         settled = alike
         level = "converged" if settled and running == 0 else "plateau"
@@ -127,17 +129,17 @@ def detect(
 
 
 def expected_gain(recent: np.ndarray, best: float, noise: float, trials: int) -> float:
-    """By how much the best true score is expected to rise if ``trials`` more are like the ``recent`` ones.
+    """The expected gain of the best true score from ``trials`` more trials that are like the ``recent`` ones.
 
-    The expected improvement E[max(0, max Y − b)] of a batch of independent trials (Jones et al. 1998,
+    This is the expected improvement E[max(0, max Y − b)] of a batch of independent trials (Jones et al. 1998,
     doi:10.1023/A:1008306431147, for one trial; Ginsbourger et al. 2010, doi:10.1007/978-3-642-10701-6_6, for
-    a batch), with Y ~ N(m, t²) and b from the scores themselves: m is their median, t² the mean square of
-    those above it (a bad proposal falls far, so the lower half says little about gains), with one standard
-    error on top because they are few, less the scoring variance; b is the best score shrunk towards m by t² /
-    (t² + noise²), because it was selected.  No model of the settings is needed.
+    a batch), with Y ~ N(m, t²).  m is the median of the scores.  t² is the mean squared deviation of the
+    scores above m (bad proposals can be far below, so the lower half contains little information about
+    gains), plus one standard error because they are few, minus the scoring variance.  b is the best score,
+    shrunk towards m by t² / (t² + noise²) because it was selected.  No model of the settings is needed.
 
-    In simulation (8 settings, 30 trials, scoring noise 0.01 and 0.03, 20 runs each) it says 0.009 and 0.013
-    where ten more trials of TPE brought 0.010 and 0.016; for random search it says 3 to 6 times too much.
+    In simulation (8 settings, 30 trials, scoring noise 0.01 and 0.03, 20 runs each) the estimate is 0.009 and
+    0.013, where ten more trials of TPE gained 0.010 and 0.016.  For random search it is 3 to 6 times too high.
     """
     middle = float(np.median(recent))
     above = recent[recent > middle]
@@ -155,7 +157,7 @@ def expected_gain(recent: np.ndarray, best: float, noise: float, trials: int) ->
 
 
 def _spread(points: Sequence[TrialPoint]) -> float:
-    """Median distance between pairs of proposals."""
+    """The median distance between pairs of proposals."""
     if len(points) < 2:
         return 0.0
     places = np.array([p.place for p in points], dtype=float)
@@ -164,20 +166,23 @@ def _spread(points: Sequence[TrialPoint]) -> float:
 
 
 def _alike(top: Sequence[TrialPoint], noise: float) -> bool:
-    """Whether the top trials cannot be told from the best: paired over prompts, else by their spread."""
+    """Whether no top trial differs from the best: a test paired over prompts if possible, else their spread."""
     best, others = top[0], top[1:]
     prompts = len(best.per_prompt)
-    if prompts < 6 or any(len(p.per_prompt) != prompts for p in others):  # 2^-5 is the smallest p below six
+    if prompts < 6 or any(
+        len(p.per_prompt) != prompts for p in others
+    ):  # with five prompts the smallest p is 2^-5
         return float(np.std([p.value for p in top], ddof=1)) < ALIKE * noise
     chances = [signed_rank_p(np.subtract(best.per_prompt, p.per_prompt)) for p in others]
-    # Holm steps down from the smallest p: if that one is not rejected, none is.
+    # Holm's method starts with the smallest p: if that is not rejected, none is.
     return min(chances) >= CONFIRMED_ALIKE_P / len(chances)
 
 
 def signed_rank_p(differences: np.ndarray) -> float:
-    """Wilcoxon's one-sided p that the differences are above zero: exact, by counting sign patterns.
+    """The exact one-sided p of Wilcoxon's signed-rank test that the differences are above zero.
 
-    Zeros are left out, ties share their mean rank (doubled ranks keep the counting whole).
+    Computed by counting sign patterns.  Zeros are dropped and ties get their mean rank (ranks are doubled, so
+    that they are integers).
     """
     moved = differences[differences != 0]
     if len(moved) == 0:

@@ -1,7 +1,7 @@
-"""StudyFolder: every path of runs/<study>/, and the Optuna study that lives in it.
+"""StudyFolder: every path in runs/<study>/.
 
-Owns names of files, opening and creating the SQLite study, and the check that a folder and its database
-belong together.  Does not own what is written there.
+Owns the file names and finding an existing study folder.  Does not own the database (``hpo.study.storage``)
+or the contents of the files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     pass
 
 RUNS = Path("runs")
-# Study user attributes: the facts that must not change, the trials last asked for, and why no new trial begins.
+# Study user attributes: the facts that must not change, the last --trials, and the reason to start no new trials.
 IDENTITY, TOTAL, STOP = "hpo:identity", "hpo:trials", "hpo:stop"
-GO_ON = "free some space or wait for the other program; the same command goes on"
+GO_ON = "free some disk space or wait for the other program, then run the same command again"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class StudyFolder:
 
     @property
     def words(self) -> str:
-        """How a command names this study: its name, and --runs where that is needed."""
+        """The command-line arguments for this study: its name, and --runs if needed."""
         runs = self.root.parent
         return self.name if runs == RUNS else f"{self.name} --runs {shlex.quote(str(runs))}"
 
@@ -92,15 +92,15 @@ class StudyFolder:
 
     @property
     def url(self) -> str:
-        """The database as SQLAlchemy names it.  Versions differ in whether they decode %3F and the like."""
+        """The SQLAlchemy URL of the database.  SQLAlchemy versions differ in decoding %3F and similar."""
         from sqlalchemy import make_url
 
         path = str(self.database.resolve())
         for url in (f"sqlite:///{quote(path)}", f"sqlite:///{path}"):
-            if make_url(url).database == path and "{" not in url:  # Optuna fills in what is in braces
+            if make_url(url).database == path and "{" not in url:  # Optuna treats {} as a format string
                 return url
         raise ConfigError(
-            f"{path} cannot be a database's address", "choose --runs without ? % { } in its path"
+            f"{path} cannot be used as a database path", "use a --runs folder without ? % { } in its path"
         )
 
     @property
@@ -155,7 +155,7 @@ class StudyFolder:
         return TrialFolder(self.root / f"trial_{number:04d}", number)
 
     def trial_folders(self) -> list[TrialFolder]:
-        """The trial folders that exist, by number."""
+        """The existing trial folders, sorted by number."""
         found = [p for p in self.root.glob("trial_*") if p.name.removeprefix("trial_").isdecimal()]
         return [self.trial(int(p.name.removeprefix("trial_"))) for p in sorted(found)]
 
@@ -172,13 +172,13 @@ def study_folder(name: str, runs: Path = RUNS) -> StudyFolder:
 
 
 def find_folder(name: str | None, runs: Path = RUNS) -> StudyFolder:
-    """An existing study: the named one, or the one that changed last."""
+    """An existing study: the named one, or the most recently changed one."""
     found = {p.parent.name: p for p in runs.glob("*/study.db")} if runs.is_dir() else {}
     if name is not None:
         folder = study_folder(name, runs)
         if folder.name not in found:
             known = ", ".join(sorted(found)) or "none yet"
-            raise ConfigError(f"no study {name} in {runs}", f"known: {known}")
+            raise ConfigError(f"no study {name} in {runs}", f"known studies: {known}")
         return folder
     if not found:
         raise ConfigError(f"no study in {runs}", "start one: hpo search --base mini-sd15 --trials 12")
@@ -186,13 +186,13 @@ def find_folder(name: str | None, runs: Path = RUNS) -> StudyFolder:
 
 
 def _changed(database: Path) -> float:
-    """When the study was last written to (the write-ahead log is newer than the database itself)."""
+    """When the study was last written to (the write-ahead log can be newer than the database)."""
     log = database.with_name(database.name + "-wal")
     return max(p.stat().st_mtime for p in (database, log) if p.exists())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object that this tool wrote, or None if it is absent or not whole."""
+    """Read a JSON object that this tool wrote.  None if the file is missing or incomplete."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

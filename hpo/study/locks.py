@@ -1,8 +1,9 @@
-"""Locks that a dead process cannot hold: fcntl.lockf on files of runs/<study>/.locks.
+"""Locks that the kernel releases when their process dies: fcntl.lockf on files in runs/<study>/.locks.
 
-Liveness is a kernel lock, not a clock: it is free the moment its holder dies, it is not inherited by forked
-children, and a suspended holder keeps it.  A process drops such a lock if it opens and closes the same file again,
-so a lock's file is opened once, here, and whether another process holds it is asked without opening it for writing.
+Whether a process is alive is decided by a kernel lock, not by a timeout.  The lock is released when its
+holder dies, is not inherited by forked children, and is kept by a suspended process.  A process loses such a
+lock when it closes any descriptor of the same file.  So this module opens each lock file only once, and
+``holder`` must not be used for locks of the same process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trainer.files import machine_error
 
 _FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, pid
 POLL_SECONDS = 0.05
-RETRIES = 100  # when a lock's file is deleted while it is opened
+RETRIES = 100  # if the lock file is deleted while it is being opened
 
 
 class Lock:
@@ -31,15 +32,16 @@ class Lock:
         self._descriptor: int | None = None
 
     def try_acquire(self, *, shared: bool = False) -> bool:
-        """Take the lock if it is free.  Shared: many may hold it so, and then nobody for itself alone."""
-        assert self._descriptor is None, f"{self.path} is held by this process already"
+        """Take the lock if it is free.  Several processes can hold a shared lock; then none
+        can hold it exclusively."""
+        assert self._descriptor is None, f"{self.path} is already held by this process"
         for attempt in range(RETRIES, -1, -1):
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and attempt:
-                    continue  # its folder was taken back this moment (hpo.study.use.in_use)
+                    continue  # its folder was just removed (hpo.study.use.in_use)
                 raise machine_error(error, self.path) from error
             try:
                 taken = self._lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
@@ -55,14 +57,14 @@ class Lock:
         return False
 
     def try_alone(self) -> bool:
-        """Make a shared lock this process's alone if nobody else shares it; else it stays shared."""
+        """Make a shared lock exclusive if no other process shares it; otherwise it stays shared."""
         assert self._descriptor is not None, f"{self.path} is not held"
         return self._lock(self._descriptor, fcntl.LOCK_EX)
 
     def _lock(self, descriptor: int, kind: int) -> bool:
         try:
             fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody else holds it
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: another process holds it
             return False
         except OSError as error:
             raise MachineError(
@@ -72,12 +74,13 @@ class Lock:
 
     def release(self) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)  # closing drops the lock
+            os.close(self._descriptor)  # closing releases the lock
             self._descriptor = None
 
     @contextmanager
     def held(self, wait_seconds: float = 120.0, *, shared: bool = False) -> Iterator[None]:
-        """Hold the lock for a block.  Blocks are short: whoever waits two minutes is told who holds it."""
+        """Hold the lock for a block.  Blocks are short, so waiting two minutes raises
+        MachineError with the holder."""
         until = time.monotonic() + wait_seconds
         while not self.try_acquire(shared=shared):
             if time.monotonic() > until:
@@ -93,7 +96,7 @@ class Lock:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at ``path``; it may have been deleted since it was opened."""
+    """Whether an open file is still the file at ``path``; it may have been deleted since."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:
@@ -101,7 +104,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def holder(path: Path) -> int | None:
-    """The process id that holds a lock, or None.  Never takes the lock; not for locks of this process."""
+    """The id of the process that holds a lock, or None.  Never takes the lock.  Not for locks of this process."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -118,13 +121,13 @@ def holder(path: Path) -> int | None:
 
 @contextmanager
 def alone(path: Path, work: str, hint: str = "wait for it, or stop that process") -> Iterator[None]:
-    """Nobody else does this for a block.  ``work`` is what its process does, in words: "trains NAME".
+    """Run a block in only one process at a time.  ``work`` describes it for the message, for example "trains NAME".
 
-    Raises MachineError where another process does it already.
+    Raises MachineError if another process is already doing it.
     """
     lock = Lock(path)
     if not lock.try_acquire():
-        raise MachineError(f"process {holder(path)} {work} already", hint)
+        raise MachineError(f"process {holder(path)} already {work}", hint)
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
-"""How large a difference between a study's trials must be to be seen.
+"""Scoring noise of a study: the smallest difference between trials that can be detected.
 
-Owns which trials the noise is estimated from, and reading their images' raw cosines from the trial folders.
-The estimate itself is ``evaluation.score.statistics``.  Loads no torch: ``hpo status`` shows it.
+Owns the choice of trials for the estimate, and reading the raw cosines of their images from the trial
+folders.  Does not own the estimate; see ``evaluation.score.statistics``.  Does not import torch, because
+``hpo status`` uses it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from trainer.errors import ConfigError
 if TYPE_CHECKING:
     import optuna
 
-ENOUGH = 6  # scored trials; the better half of them is compared, the rest says little about close calls
-FEWEST = 3  # trials of the better half whose images can be read
+ENOUGH = 6  # scored trials; only the better half is used, because close decisions are between good trials
+FEWEST = 3  # trials of the better half with readable image scores
 
 
 def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
-    """The variance components of the better half of the trials; None before there are enough of them."""
+    """The variance components of the better half of the trials.  None if there are too few."""
     found = [
         t
         for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -37,7 +38,7 @@ def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
     try:
         scale, ids = Scale.of(anchors or {}), list((anchors or {})["prompt_ids"])
         rows = [_image_scores(read_json(folder.trial(t.number).metrics), ids, scale) for t in better]
-    except (ConfigError, KeyError, TypeError, ValueError):  # of files that are not this tool's any more
+    except (ConfigError, KeyError, TypeError, ValueError):  # the files were edited by hand
         return None
     whole = [row for row in rows if row is not None]
     same = [row for row in whole if row.shape == whole[0].shape]
@@ -45,8 +46,8 @@ def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
 
 
 def _image_scores(metrics: dict[str, Any] | None, ids: list[str], scale: Scale) -> np.ndarray | None:
-    """(P, S) every image's share in a trial's score, by the formula it was scored with, of the seeds that all
-    prompts have; None if there are none."""
+    """(P, S) scores of a trial's images, by the formula it was scored with, for the seeds that all prompts
+    have.  None if there are none."""
     found = {(row["prompt_id"], row["seed"]): row for row in (metrics or {}).get("per_image", ())}
     of_prompt = [{seed for prompt, seed in found if prompt == p} for p in ids]
     seeds = sorted(set.intersection(*of_prompt)) if of_prompt else []

@@ -1,7 +1,7 @@
-"""``--set`` on a study's sections: what it fixes, searches or changes, and what that takes out of the search.
+"""``--set`` for study files: fix a setting, search it or change a value, and remove parameters without effect.
 
-Owns the effect of a value on the sections; the grammar is ``trainer.overrides``', the sections' own
-checks come after (``hpo.study.config``).
+Owns the effect of a value on the sections.  Does not own the syntax (``trainer.overrides``) or the checks of
+the sections, which run afterwards (``hpo.study.config``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Sections = dict[str, dict[str, Any]]
 
 
 def override(sections: Sections, sets: Iterable[str]) -> None:
-    """Put ``--set`` values into the sections, and take out of [space] what they leave without effect."""
+    """Apply ``--set`` values to the sections, and remove parameters from [space] that then have no effect."""
     before = shadows(sections["train"], _decided(sections["space"]))
     given = [name for name in [_put(sections, text) for text in sets] if name]
     _drop_shadowed(sections, before)
@@ -28,14 +28,14 @@ def override(sections: Sections, sets: Iterable[str]) -> None:
 
 
 def shadows(train: Mapping[str, Any], decided: Collection[str]) -> list[tuple[str, str]]:
-    """(a setting that is given or searched, a setting that it leaves without effect)."""
+    """Pairs (setting that is given or searched, setting that has no effect because of it)."""
     found = []
     if train.get("max_train_steps"):
         found.append(("max_train_steps", "max_train_epochs"))
     unet_only = bool(train.get("network_train_unet_only"))
     if unet_only:
         found.append(("network_train_unet_only", "text_encoder_lr"))
-    # learning_rate is the rate of whatever has none of its own
+    # learning_rate is the default for components without their own learning rate
     if ("unet_lr" in train or "unet_lr" in decided) and (
         unet_only or "text_encoder_lr" in train or "text_encoder_lr" in decided
     ):
@@ -44,9 +44,9 @@ def shadows(train: Mapping[str, Any], decided: Collection[str]) -> list[tuple[st
 
 
 def _put(sections: Sections, text: str) -> str | None:
-    """One ``--set key=value``: a setting, a range of the space, or section.key.
+    """Apply one ``--set key=value``: a setting, a range of the space, or section.key.
 
-    Returns the name of what is now fixed, or searched otherwise.
+    Returns the name of the setting or parameter that is now fixed or has a new range.
     """
     key, value = read_override(text)
     section, dot, inner = key.partition(".")
@@ -64,27 +64,29 @@ def _put(sections: Sections, text: str) -> str | None:
         return key
     if key in DERIVED:
         raise ConfigError(
-            f"--set {key}: a single value fixes nothing", f"set {DERIVED[key].sets} instead, or give a range"
+            f"--set {key}: cannot be fixed to a single value",
+            f"set {DERIVED[key].sets} instead, or give a range",
         )
     check_name(key)
     if key in ELSEWHERE:
-        raise ConfigError(f"{key} is not set with --set", f"it is decided by {ELSEWHERE[key]}")
+        raise ConfigError(f"{key} cannot be set with --set", f"it is set by {ELSEWHERE[key]}")
     sections["train"][key] = value
     _keep_ratios(sections, key, value)
-    for name in [n for n in sections["space"] if key in settings_of(n)]:  # what is fixed is not searched
+    for name in [n for n in sections["space"] if key in settings_of(n)]:  # a fixed setting is not searched
         _drop(sections, name)
     return key
 
 
 def _drop(sections: Sections, name: str) -> None:
-    """Take a parameter out of the search."""
+    """Remove a parameter from the search."""
     del sections["space"][name]
     for setting in settings_of(name):
         sections["baseline"].pop(setting, None)
 
 
 def _drop_shadowed(sections: Sections, before: Collection[tuple[str, str]]) -> None:
-    """What ``--set`` leaves without effect is not searched.  What the file itself does is refused later."""
+    """Remove parameters that have no effect because of ``--set``.  Such a parameter in the file
+    itself is an error."""
     now = shadows(sections["train"], _decided(sections["space"]))
     dead = {setting for name, setting in now if (name, setting) not in before}
     for name in [n for n in sections["space"] if dead & set(settings_of(n))]:
@@ -92,7 +94,7 @@ def _drop_shadowed(sections: Sections, before: Collection[tuple[str, str]]) -> N
 
 
 def _drop_inactive(sections: Sections, given: Collection[str]) -> None:
-    """What ``--set`` makes inactive for good is not searched; conditions that cannot occur any more go."""
+    """Remove parameters that are always inactive because of ``--set``, and conditions that can no longer occur."""
     for name, body in list(sections["space"].items()):
         off = body.get("inactive_when") if isinstance(body, dict) else None
         if not isinstance(off, dict) or not any(_was_given(other, given) for other in off):
@@ -122,7 +124,7 @@ def _was_given(parameter: str, given: Collection[str]) -> bool:
 
 
 def _possible(sections: Mapping[str, Mapping[str, Any]], parameter: str) -> list[Any]:
-    """The values that a parameter can have now, if they are few; a fixed one has one."""
+    """The values that a parameter can have: its choices, or the one value if it is fixed.  Empty for a range."""
     body = sections["space"].get(parameter)
     if isinstance(body, Mapping):
         body = body.get("choices")
@@ -138,7 +140,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _keep_ratios(sections: Sections, key: str, value: Any) -> None:
-    """Fixing what a searched ratio refers to (network_dim for network_alpha) keeps trial 0's ratio."""
+    """Keep the baseline's ratio when the setting that a ratio refers to is fixed (network_dim for network_alpha)."""
     baseline = sections["baseline"]
     for name, derivation in DERIVED.items():
         before = baseline.get(key, baseline.get("learning_rate") if key == "unet_lr" else None)

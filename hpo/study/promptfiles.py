@@ -1,7 +1,7 @@
-"""prompts.toml and confirmation.toml of a study folder: written once, kept, and never silently replaced.
+"""prompts.toml and confirmation.toml of a study folder: written once and never silently replaced.
 
-Owns when one may stay, and that a study does not go on beside a prompts.toml that says what no trial drew.
-Does not own their form (``evaluation.prompts.prompts``).
+Owns the rules for keeping existing files, and the check that prompts.toml contains the prompts that the
+trials used. Does not own the file format; see ``evaluation.prompts.prompts``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from trainer.errors import ConfigError
 
 
 def read(path: Path, count_tokens: CountTokens = lambda text: 0) -> PromptSet:
-    """One of these files: its trigger and class word stand in it.  Without ``count_tokens`` no text is too long."""
+    """Read one of these files; they contain trigger and class word.  Without ``count_tokens``,
+    any length is valid."""
     return load_prompts(path, trigger=None, class_word=None, count_tokens=count_tokens)
 
 
 def check_unedited(folder: StudyFolder, known: str) -> None:
-    """Raise ConfigError unless prompts.toml has the study's hash, ``known`` (or how it begins), or is not there."""
+    """Raise ConfigError if prompts.toml exists and its hash does not start with ``known``, the study's hash."""
     if not folder.prompts.is_file():
         return
     found = read(folder.prompts)
     if not found.hash.startswith(known):
         raise ConfigError(
-            f"{folder.prompts} was edited: the study's prompts are {known[:16]}, the file's {found.hash[:16]}",
-            "undo the change, or delete the file (it is written anew); a new study takes other prompts: "
+            f"{folder.prompts} was edited: the study uses prompts {known[:16]}, the file contains {found.hash[:16]}",
+            "undo the change, or delete the file (it is written again); to use other prompts, start a new study: "
             "--prompts FILE --name OTHER",
         )
 
@@ -39,7 +40,7 @@ def write(
     count_tokens: CountTokens,
     say: Callable[[str], None],
 ) -> None:
-    """What is not there yet.  A confirmation.toml is the user's to edit until ``hpo confirm`` has begun."""
+    """Write the files that do not exist yet.  Users may edit confirmation.toml until ``hpo confirm`` has started."""
     if not folder.prompts.is_file():
         save_prompts(prompts, folder.prompts)
     if confirmation is None:
@@ -50,6 +51,6 @@ def write(
     found = read(folder.confirmation, count_tokens)
     if found.hash != confirmation.hash:
         say(
-            f"{folder.confirmation} holds other prompts than would be written today: it is kept, and hpo confirm "
-            "draws it"
+            f"{folder.confirmation} differs from the prompts that would be generated now; it is kept, and "
+            "hpo confirm uses it"
         )

@@ -1,7 +1,7 @@
-"""What a trial came to: result.json and params.json, and what Optuna is told of them.
+"""The result of a trial: result.json, params.json and the objective values for Optuna.
 
-Owns the states of a result, the settings a result belongs to, and reading and writing both files.  Does not
-own the work that leads to them (``hpo.search.trial``).
+Owns the states of a result, the check that a result belongs to its settings, and reading and writing both
+files.  Does not own running the trial; see ``hpo.search.trial``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from trainer.errors import MachineError
 from trainer.files import make_folder, write_atomic
 
 COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
-# Below every score (0 to 1.1, evaluation.score.score): finite, the same always, and plainly no measurement.
+# Below every score (0 to 1.1, evaluation.score.score): finite, constant, and clearly not a measurement.
 INFEASIBLE_VALUE = -0.1
 PATHS = ("pretrained_model_name_or_path", "train_data_dir")
-# The last three are broken limits of the safeguards (evaluation.score.safeguards).
+# The last three are limits of evaluation.score.safeguards.
 INFEASIBLE_REASONS = (
     "diverged", "out_of_memory", "invalid_images", "no_effect", "copied", "collapsed", "prior_lost"
 )  # fmt: skip
@@ -32,7 +32,7 @@ INFEASIBLE_REASONS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a trial came to: result.json.  ``value`` is what Optuna is told; None for a failed trial."""
+    """The content of result.json.  ``value`` is reported to Optuna; None for a failed trial."""
 
     number: int
     state: str
@@ -57,8 +57,10 @@ class Result:
     copy_rate: float | None = None
     diversity: float | None = None
     prior: float | None = None
-    amounts: dict[str, float] = field(default_factory=dict)  # by how much limits are broken (> 0) or kept
-    beside: list[dict[str, Any]] = field(default_factory=list)  # other models' measure, model, mean raw value
+    amounts: dict[str, float] = field(default_factory=dict)  # distance from each limit; above 0: exceeded
+    beside: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # extra metrics: measure, model, mean raw value
 
     @property
     def seconds(self) -> float:
@@ -66,14 +68,14 @@ class Result:
 
 
 _NAMES = {f.name for f in fields(Result)}
-# An older version's result is one too: what came later has a default.
+# Results of older versions are valid, too: newer fields have defaults.
 _OLDEST = {f.name for f in fields(Result) if f.default is MISSING and f.default_factory is MISSING}
 
 
 def objective_values(result: Result, objectives: Sequence[str]) -> list[float]:
-    """What Optuna is told of a complete or infeasible result, one number for each objective.
+    """The values for Optuna of a complete or infeasible result, one per objective.
 
-    The parts are clipped as in the score, so that an infeasible trial is below every measured one.
+    The parts are clipped as in the score, so that an infeasible trial is below every measured trial.
     """
     if result.state == INFEASIBLE:
         return [INFEASIBLE_VALUE] * len(objectives)
@@ -87,19 +89,19 @@ def objective_values(result: Result, objectives: Sequence[str]) -> list[float]:
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a LoRA, as JSON gives them back.  Paths may change: contents are hashed."""
+    """The settings that determine a LoRA, as read back from JSON.  Paths are excluded; contents are hashed."""
     return json.loads(json.dumps({k: v for k, v in settings.items() if k not in PATHS}, sort_keys=True))
 
 
 def config_sha256(config: TrainConfig) -> str:
-    """What a result belongs to."""
+    """The hash that links a result to its settings."""
     return hashlib.sha256(json.dumps(deciding(config.as_dict())).encode()).hexdigest()
 
 
 def write_params(
     folder: TrialFolder, suggested: Mapping[str, Any], inactive: tuple[str, ...], config: TrainConfig
 ) -> None:
-    """params.json: the proposal and the settings it means.  Refuses a folder that another proposal began."""
+    """Write params.json: the proposal and its settings.  Raises MachineError if it contains another proposal."""
     values = {
         "trial": folder.number,
         "suggested": dict(suggested),
@@ -112,13 +114,13 @@ def write_params(
         write_atomic(folder.params, json.dumps(values, indent=1))
     elif before["suggested"] != suggested or deciding(before["train"]) != deciding(config.as_dict()):
         raise MachineError(
-            f"{folder.params} holds other settings than the study proposes for trial {folder.number}",
-            "the folder is of another study: move it away",
+            f"{folder.params} does not contain the settings of trial {folder.number} of this study",
+            "the folder belongs to another study; move it elsewhere",
         )
 
 
 def read_result(folder: TrialFolder, config: TrainConfig) -> Result | None:
-    """The trial's result if it is whole and belongs to these settings."""
+    """Read the trial's result.  None if it is incomplete or belongs to other settings."""
     values = read_json(folder.result)
     if values is None or not _OLDEST <= values.keys() <= _NAMES:
         return None

@@ -1,7 +1,8 @@
-"""What scores a study's trials and a run's checkpoints: prompts, references, and the Evaluator made of a definition.
+"""Scoring of a study's trials and a run's checkpoints: prompts, references and the Evaluator.
 
-Owns the one way from a definition to an ``evaluation.score.Evaluator``: a plan, checked before anything is loaded,
-and then the value.  Does not choose the definition or the images (``hpo.search.workbench``, ``hpo.judge.standard``).
+Owns the steps from a definition to an ``evaluation.score.Evaluator``: first a plan, which
+is checked before anything is loaded, then the Evaluator.  Does not choose the definition or
+the images (``hpo.search.workbench``, ``hpo.judge.standard``).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """What a study's definition, its images and the command line say of scoring.  Nothing of it is loaded yet."""
+    """The scoring settings from the definition, the images and the command line.  Nothing is loaded yet."""
 
     study: StudyConfig
     data: Dataset
@@ -48,9 +49,9 @@ class ScoringPlan:
 def plan_scoring(
     study: StudyConfig, data: Dataset, references: Sequence[Path], base: str, clip: str | None
 ) -> ScoringPlan:
-    """Which encoders score on a base, as ``load_base`` is told it.  ``clip``: the user's own choice.
+    """Choose the encoders for a base (``base`` as for ``load_base``).  ``clip`` is the user's choice.
 
-    Raises ToolError for what cannot be loaded, as far as this shows without loading it.
+    Raises ToolError if an encoder cannot be loaded, as far as this can be checked without loading it.
     """
     require_references(len(references))
     scorer = clip or study.study.clip or embed.default_scorer(base)
@@ -65,7 +66,7 @@ def plan_scoring(
 def make_evaluator(
     plan: ScoringPlan, base: Base, prompts: PromptSet, sampling: SampleConfig, say: Say
 ) -> Evaluator:
-    """What every adapter of a study or a run is scored with.  Loads the encoders to where the base is."""
+    """The Evaluator for all adapters of a study or run.  Loads the encoders to the device of the base."""
     scorer, likeness = _load_encoders(plan, base.device, say)
     also = plan.study.study.also
     return Evaluator(
@@ -87,7 +88,7 @@ def make_evaluator(
 def on_another_base(
     evaluator: Evaluator, base: Base, sampling: SampleConfig, data: Dataset, references: Sequence[Path]
 ) -> Evaluator:
-    """The same prompts and models for LoRAs of another base, which were trained on ``data``."""
+    """An Evaluator with the same prompts and models for LoRAs of another base, trained on ``data``."""
     assert evaluator.safeguards is not None, "make_evaluator makes them"
     limits = evaluator.safeguards.limits
     own = _safeguards(data, references, evaluator.scorer, evaluator.likeness, limits)
@@ -97,7 +98,7 @@ def on_another_base(
 def _load_encoders(
     plan: ScoringPlan, device: torch.device, say: Say
 ) -> tuple[embed.Scorer, embed.ImageEncoder]:
-    """The scorer, with its known answers asked, and what sees likeness – for the style preset, in patches."""
+    """Load the scorer, run its self-test, and load the likeness encoder.  The style preset encodes patches."""
     scorer = embed.load_scorer(plan.scorer, device)
     plain = embed.load_likeness(plan.likeness, scorer, device)
     self_test(scorer, say)
@@ -111,7 +112,7 @@ def _safeguards(
     likeness: embed.ImageEncoder,
     limits: SafeguardLimits,
 ) -> Safeguards:
-    """Copies are those of images that show the subject."""
+    """The safeguards.  The copy check uses only images that show the subject."""
     encoders = scene_encoders(scorer, likeness)
     copies = embed_copies([item.path for item in subject_items(data)], references, encoders)
     return Safeguards(encoders, copies, limits)
@@ -120,7 +121,7 @@ def _safeguards(
 def prompt_sets(
     inputs: Inputs, study: StudyConfig, data: Dataset, count_tokens: CountTokens
 ) -> tuple[PromptSet, PromptSet | None]:
-    """The search set and the disjoint confirmation set (None if a hand-written set needs no class word)."""
+    """The search set and the disjoint confirmation set (None for a hand-written set without a class word)."""
     plan, later = study.prompts, study.confirmation
     make = partial(
         generate,
@@ -145,12 +146,12 @@ def prompt_sets(
 
 
 def subject_items(data: Dataset) -> tuple[Item, ...]:
-    """What shows the subject: regularisation images show its class, without the trigger in their captions."""
+    """The images that show the subject.  Regularization images show its class; their captions have no trigger."""
     return tuple(item for item in data.items if not item.is_reg)
 
 
 def say_notes(prompts: PromptSet, confirmation: PromptSet | None, say: Say) -> None:
-    """What a user should know of generated sets, once."""
+    """Print the notes of generated prompt sets."""
     for note in prompts.notes:
         say(note)
     for note in confirmation.notes if confirmation else ():
@@ -158,22 +159,24 @@ def say_notes(prompts: PromptSet, confirmation: PromptSet | None, say: Say) -> N
 
 
 def reference_paths(folder: Path, data: Dataset) -> list[Path]:
-    """The images of --references, each of them sound.
+    """The images of --references.  Raises DataError for a corrupt image.
 
-    None may be trained on: likeness would be memory.
+    None may be a training image: likeness would then measure memorization.
     """
     try:
         if not folder.is_dir():
-            raise DataError(f"no folder {folder}", "give --references the folder of the reference images")
+            raise DataError(f"no folder {folder}", "--references must be a folder of reference images")
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and not p.is_dir())
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror}", "check its permissions") from None
     if len(found) < 2:
-        raise DataError(f"{folder} holds {len(found)} images", "likeness needs at least 2 references")
+        raise DataError(
+            f"{folder} contains {len(found)} images", "add images: likeness needs at least 2 references"
+        )
     trained = {item.sha256 for item in data.items}
     for path in found:
         if read_picture(path).sha256 in trained:
             raise DataError(
-                f"{path} is trained on too", "references must be images that training does not see"
+                f"{path} is also a training image", "use reference images that are not in the training data"
             )
     return found

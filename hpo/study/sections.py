@@ -1,8 +1,8 @@
-"""The sections of a study file that are not settings: what scores a study, its prompts, sampling and limits.
+"""The sections of a study file that are not training settings: scoring, prompts, sampling and limits.
 
-Owns their keys and the presets.  Defaults and limits stand where a value acts: [score] is ``evaluation.score``'s
-Formula, [limits] its SafeguardLimits, [sampling] follows ``evaluation.images``' SampleConfig.  Does not own
-[train], [space] and [baseline] (``hpo.study.config``), nor how a value is checked (``trainer.checks``).
+Owns their keys and the presets.  Defaults and limits are defined where a value is used: [score] is Formula and
+[limits] is SafeguardLimits in ``evaluation.score``; [sampling] follows SampleConfig in ``evaluation.images``.
+Does not own [train], [space] and [baseline] (``hpo.study.config``) or the checks of values (``trainer.checks``).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from trainer.config import TrainConfig
 
 @dataclass(frozen=True)
 class ScorePreset:
-    """What a subject of this kind is scored by: its style or itself, and how many prompts of each kind."""
+    """How a kind of subject is scored: by style or by subject, and the number of prompts of each kind."""
 
     style: bool
     counts: Mapping[str, int]
     confirm_counts: Mapping[str, int]
 
 
-# A style is not asked for in another style; a thing has no poses, so it is asked for in more places.
+# Style has no prompts in other styles.  An object has no poses, so it has more prompts with other places.
 PRESETS = {
     "character": ScorePreset(False, SEARCH_COUNTS, CONFIRM_COUNTS),
     "object": ScorePreset(
@@ -45,10 +45,10 @@ OBJECTIVES = ((SCORE,), (FOLLOWING, LIKENESS))
 
 @dataclass(frozen=True)
 class StudySection:
-    """[study]: what it is for, and what scores it.  Empty clip and likeness: the base's default.
+    """[study]: title, preset and scoring models.  Empty clip and likeness: the base's default.
 
-    ``also``: other models whose figures are reported beside the score.  ``objectives``: the score, or its two
-    parts, for a study that looks for a Pareto front.
+    ``also``: other models for extra metrics, reported with the score.  ``objectives``: the score, or its two
+    parts to search for a Pareto front.
     """
 
     title: str = setting("")
@@ -64,7 +64,7 @@ class StudySection:
 
 @dataclass(frozen=True)
 class PromptSection:
-    """[prompts] and [confirmation]: whose templates, how many of each kind, the seeds of each prompt."""
+    """[prompts] and [confirmation]: the templates, the number of each kind, and the seeds of each prompt."""
 
     words: str = setting("natural", choices=tuple(TEMPLATES))
     counts: Mapping[str, int] = setting(
@@ -75,7 +75,7 @@ class PromptSection:
 
 @dataclass(frozen=True)
 class SamplingSection:
-    """[sampling]: how scored images are drawn.  Unset size: the training resolution.  Unset batch: by the card."""
+    """[sampling]: how scored images are generated.  Default size: the training resolution. Default batch: per GPU."""
 
     steps: int = same(SampleConfig, "steps")
     cfg: float = same(SampleConfig, "cfg")

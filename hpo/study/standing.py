@@ -1,6 +1,6 @@
-"""Where a study stands, read from its database: counts, best, baseline, the history the detector reads.
+"""The progress of a study, read from its database: counts, best, baseline, the history for convergence detection.
 
-Owns what "best" and "feasible" mean and which LoRA files are kept.  Changes nothing in the study.
+Owns the definitions of "best" and "feasible", and which LoRA files are kept.  Does not change the study.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from evaluation.score import Anchors
 
 ROLE, BASELINE, ENQUEUED = "role", "baseline", "enqueued"  # a trial's user attribute and its values
-DUPLICATE = "duplicate"  # how the reason of a proposal that was tried already begins
+DUPLICATE = "duplicate"  # prefix of the reason of a proposal that repeats an earlier trial
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The study at a moment.  Best and baseline are (number, score, standard error), or None."""
+    """A snapshot of the study.  Best and baseline are (number, score, standard error), or None."""
 
     total: int
     complete: int
@@ -40,9 +40,9 @@ class Standing:
     best: tuple[int, float, float] | None
     baseline: tuple[int, float, float] | None
     mean_seconds: float | None
-    duplicates: int = 0  # proposals that were tried already; not counted as failed
-    baseline_trouble: str = ""  # why the baseline has no score, if it was run
-    front: tuple[int, ...] = ()  # with two objectives: the trials that no other beats in both
+    duplicates: int = 0  # proposals that repeat an earlier trial; not counted as failed
+    baseline_trouble: str = ""  # why the baseline has no score, if it has run
+    front: tuple[int, ...] = ()  # with two objectives: trials that no other trial beats in both
 
     @property
     def left(self) -> int:
@@ -75,20 +75,20 @@ def standing(study: optuna.Study, total: int) -> Standing:
 
 
 def score_of(trial: FrozenTrial) -> float | None:
-    """A trial's score, also where its two parts are the objectives; None unless it is complete."""
+    """A trial's score, also if its two parts are the objectives.  None unless it is complete."""
     if not trial.values:
         return None
     return trial.values[0] if len(trial.values) == 1 else trial.user_attrs.get(SCORE)
 
 
 def rank(trial: FrozenTrial) -> tuple[float, int]:
-    """The higher the better: by score, the earlier first."""
+    """Sort key, higher is better: by score; for equal scores the earlier trial is better."""
     value = score_of(trial)
     return (-np.inf if value is None else value), -trial.number
 
 
 def pareto_front(feasible: Sequence[FrozenTrial]) -> tuple[int, ...]:
-    """Numbers of the trials that no other equals in every objective and beats in one."""
+    """Numbers of the trials that no other trial dominates (as good in every objective and better in one)."""
     told = [(t.number, np.array(t.values)) for t in feasible if t.values]
     return tuple(
         number
@@ -98,7 +98,7 @@ def pareto_front(feasible: Sequence[FrozenTrial]) -> tuple[int, ...]:
 
 
 def _trouble(trials: list[FrozenTrial]) -> str:
-    """What became of the baseline's last attempt, if it is over without a score."""
+    """Why the last attempt of the baseline has no score; empty if there is no finished attempt."""
     own = [t for t in trials if t.user_attrs.get(ROLE) == BASELINE and t.state.is_finished()]
     if not own:
         return ""
@@ -124,7 +124,7 @@ def _figures(trial: FrozenTrial | None) -> tuple[int, float, float] | None:
 def history(
     study: optuna.Study, config: StudyConfig, folder: StudyFolder, anchors: Anchors
 ) -> tuple[list[TrialPoint], dict[int, TrialRow]]:
-    """The feasible trials as the detector wants them, and as rows for the alert."""
+    """The feasible trials, as points for convergence detection and as rows for the alert."""
     trials = [
         t
         for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -143,8 +143,8 @@ def history(
 
 
 def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
-    """A trial's score prompt by prompt, where the subject is asked for; empty without its metrics.json."""
-    # Here, not above: it loads torch, which a status table does not need.
+    """A trial's score for each prompt that asks for the subject.  Empty without its metrics.json."""
+    # Imported here because it loads torch, which hpo status does not need.
     from evaluation.score import anchored, composite, read_score
 
     try:
@@ -163,12 +163,12 @@ def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
 
 
 def searched_settings(config: StudyConfig, suggested: Mapping[str, Any]) -> dict[str, Any]:
-    """The searched settings under kohya's names, as a person reads them; inactive ones are left out."""
+    """The searched settings with kohya's names, without inactive ones."""
     return config.space.settings(suggested, config.train)
 
 
 def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
-    """Delete the LoRA files of all but the best ``keep`` trials (and a Pareto front's).  The rest stays."""
+    """Delete LoRA files, except of the best ``keep`` trials and of the Pareto front.  Other files are kept."""
     done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     ranked = sorted((t for t in done if is_feasible(t) and score_of(t) is not None), key=rank, reverse=True)
     kept = {t.number for t in ranked[:keep]} | set(standing(study, 0).front)
@@ -179,7 +179,7 @@ def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A trial of the top table."""
+    """A row of the table of best trials."""
 
     number: int
     value: float

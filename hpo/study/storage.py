@@ -1,4 +1,4 @@
-"""The study's database: opened, created, and its troubles said in the user's words."""
+"""The study's database: opening, creating, and readable errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.text import clean_text
 if TYPE_CHECKING:
     import optuna
 
-LOCK_WAIT_SECONDS = 60  # SQLite: how long a writer waits for another
+LOCK_WAIT_SECONDS = 60  # SQLite: how long a writer waits for another writer
 
 
 NETWORK_FILE_SYSTEMS = (
@@ -32,7 +32,7 @@ NETWORK_FILE_SYSTEMS = (
 
 @contextmanager
 def database_errors(folder: StudyFolder) -> Iterator[None]:
-    """A database that is locked, full or broken, as one line of what and one of what to do."""
+    """Turn errors of a locked, full or corrupt database into MachineError."""
     import optuna
 
     try:
@@ -43,22 +43,22 @@ def database_errors(folder: StudyFolder) -> Iterator[None]:
 
 
 def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
-    """The database as Optuna's storage.  Raises MachineError if it is not a database, or cannot be opened."""
+    """Open the database as an Optuna storage.  Raises MachineError if it cannot be opened or is not a database."""
     import optuna
 
     url = folder.url
     try:
         _write_ahead(folder.database)
         return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}})
-    except Exception as error:  # sqlite3, SQLAlchemy and alembic each raise their own kinds
+    except Exception as error:  # sqlite3, SQLAlchemy and alembic raise different types
         reason = clean_text(first_line(error))
         raise MachineError(
-            f"cannot open {folder.database}: {reason}", "restore the file, or give another --name"
+            f"cannot open {folder.database}: {reason}", "restore the file, or use another --name"
         ) from error
 
 
 def _write_ahead(database: Path) -> None:
-    """Readers (dashboard, status) and the writer do not wait for each other.  Local disks only."""
+    """Enable WAL, so that readers (dashboard, status) and the writer do not block each other.  Local disks only."""
     if file_system(database.parent) in NETWORK_FILE_SYSTEMS:
         return
     connection = sqlite3.connect(database, timeout=LOCK_WAIT_SECONDS)
@@ -69,7 +69,7 @@ def _write_ahead(database: Path) -> None:
 
 
 def file_system(folder: Path) -> str:
-    """Type of the file system a folder is on, from /proc/mounts; empty if unknown."""
+    """The file system type of a folder, from /proc/mounts.  Empty if unknown."""
     try:
         rows = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except OSError:
@@ -80,7 +80,7 @@ def file_system(folder: Path) -> str:
 
 
 def begun_study(folder: StudyFolder) -> optuna.Study | None:
-    """The study in the folder; None before there is one (a kill may leave a database without it)."""
+    """The study in the folder.  None if there is none (a killed process may leave a database without a study)."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -90,7 +90,9 @@ def begun_study(folder: StudyFolder) -> optuna.Study | None:
         storage = open_storage(folder)
         names = optuna.get_all_study_names(storage)
         if len(names) > 1:
-            raise ConfigError(f"{folder.database} holds {len(names)} studies, not one", "give another --name")
+            raise ConfigError(
+                f"{folder.database} contains {len(names)} studies instead of one", "use another --name"
+            )
         if not names:
             return None
         return optuna.load_study(
@@ -101,11 +103,12 @@ def begun_study(folder: StudyFolder) -> optuna.Study | None:
 def open_study(folder: StudyFolder) -> optuna.Study:
     """The study in an existing folder."""
     if not folder.database.is_file():
-        raise ConfigError(f"{folder.root} has no study.db", "restore it, or give another --name")
+        raise ConfigError(f"{folder.root} has no study.db", "restore it, or use another --name")
     study = begun_study(folder)
     if study is None:
         raise ConfigError(
-            f"{folder.database} holds no study", "begin it with hpo search, or restore it if it was deleted"
+            f"{folder.database} contains no study",
+            "start it with hpo search, or restore it if it was deleted",
         )
     return study
 
@@ -113,18 +116,20 @@ def open_study(folder: StudyFolder) -> optuna.Study:
 def create_study(
     folder: StudyFolder, facts: Mapping[str, str], objectives: Sequence[str] = ("score",)
 ) -> optuna.Study:
-    """The folder's study, created if need be.  Call with the study lock held.  ``objectives`` are maximized.
+    """Open the folder's study, or create it.  Call with the study lock held.  ``objectives`` are maximized.
 
-    Never makes a fresh, empty study where trial folders of a lost one lie.
+    Raises ConfigError instead of creating an empty study in a folder that has trials of a lost one.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if begun_study(folder) is None and folder.trial_folders():
-        missing = "its study is deleted" if folder.database.is_file() else "study.db is missing"
-        raise ConfigError(f"{folder.root} has trials but {missing}", "restore it, or give another --name")
+        missing = "its study was deleted" if folder.database.is_file() else "study.db is missing"
+        raise ConfigError(f"{folder.root} has trials but {missing}", "restore it, or use another --name")
     storage = open_storage(folder)
-    names = optuna.get_all_study_names(storage)  # one at most; a renamed folder keeps its study's name
+    names = optuna.get_all_study_names(
+        storage
+    )  # at most one; the study keeps its name if the folder is renamed
     study = optuna.create_study(
         study_name=names[0] if names else folder.name,
         storage=storage,
@@ -133,13 +138,15 @@ def create_study(
         sampler=optuna.samplers.RandomSampler(),
         pruner=optuna.pruners.NopPruner(),
     )
-    # load_if_exists keeps the directions it finds
+    # load_if_exists keeps the existing directions
     if any(direction != optuna.study.StudyDirection.MAXIMIZE for direction in study.directions):
-        raise ConfigError(f"{folder.database} minimizes; a score is maximized", "give another --name")
+        raise ConfigError(
+            f"the study in {folder.database} minimizes, but scores are maximized", "use another --name"
+        )
     if len(study.directions) != len(objectives):
         raise ConfigError(
-            f"study {folder.name} began with {len(study.directions)} objective(s), and now has {len(objectives)}",
-            "give the new study another --name, or undo the change",
+            f"study {folder.name} was started with {len(study.directions)} objective(s), but now has {len(objectives)}",
+            "use another --name for the new study, or undo the change",
         )
     if IDENTITY not in study.user_attrs:
         with warnings.catch_warnings():

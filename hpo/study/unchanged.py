@@ -1,4 +1,4 @@
-"""What must stay as it is while a study goes on: the facts that it began with, compared with those of now."""
+"""Compare the facts that a study was started with to the current ones; they must not change."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     for name in [*before, *(n for n in now if n not in before)]:
         old, new = before.get(name), now.get(name)
         if not _same(name, old, new):
-            lines.append(f"{name}: was {old or 'not there'}, is now {new or 'not there'}")
+            lines.append(f"{name}: was {old or 'not set'}, is now {new or 'not set'}")
     return lines
 
 
 def _same(name: str, old: str | None, new: str | None) -> bool:
-    """A base is its contents, whatever it is called: the last word of its fact."""
+    """Whether two facts are equal.  A base is compared by its hash, the last word of the fact, not by its name."""
     if name == "base" and old and new:
         return old.split()[-1] == new.split()[-1]
     return old == new
 
 
 def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
-    """Refuse to go on with a study that began with something else: its scores could not be compared."""
+    """Raise ConfigError if the definition changed: scores would not be comparable."""
     known = {key: value for key, value in before.items() if key in now or key.startswith("[")}
     usual = {f"[train] {name}": str(value) for name, value in TrainConfig().as_dict().items()}
-    # What an older version did not note cannot be compared; a setting that came later and has its default
-    # changes nothing.
+    # Facts that an older version did not record cannot be compared.  A newer setting with its default value has no
+    # effect.
     now = {
         key: value
         for key, value in now.items()
@@ -39,6 +39,6 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str
     changed = difference(known, now)
     if changed:
         raise ConfigError(
-            f"study {name} began with something else: " + "; ".join(changed[:5]),
-            "give the new study another --name, or undo the change",
+            f"study {name} was started with a different definition: " + "; ".join(changed[:5]),
+            "use another --name for the new study, or undo the change",
         )

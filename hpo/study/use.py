@@ -1,4 +1,4 @@
-"""A process's share in a study folder: an error before the study has begun takes back what was made."""
+"""Shared use of a study folder.  An error before the study starts removes the files that were created."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from hpo.study.folder import StudyFolder
 
 @dataclass
 class Use:
-    """A process's share in a study folder, and what it may take back of it."""
+    """One process's use of a study folder, and what it may remove after an error."""
 
     folder: StudyFolder
-    before: frozenset[str] | None  # what lay in the folder; None: there was none
-    made_study: bool = False  # the study in the database is this process's own
-    begun: bool = False  # from here on nothing is taken back
+    before: frozenset[str] | None  # names in the folder at the start; None: the folder did not exist
+    made_study: bool = False  # this process created the study in the database
+    begun: bool = False  # from now on nothing is removed
 
 
 @contextmanager
 def in_use(folder: StudyFolder) -> Iterator[Use]:
     """Share a study folder for a block.
 
-    An error before the study has begun takes back what the block made – unless another process shares the
-    folder too, or a study is in it that this process did not make, or that has trials.
+    An error before the study starts removes everything that the block created.  Exceptions: another process
+    shares the folder, or the folder contains a study that this process did not create or that has trials.
     """
     runs = folder.root.parent
     try:
@@ -55,7 +55,7 @@ def in_use(folder: StudyFolder) -> Iterator[Use]:
 
 
 def _is_own(use: Use) -> bool:
-    """Whether no work of anybody is in the folder.  Call while nobody else shares it."""
+    """Whether the folder contains no work of other processes.  Call while no other process shares it."""
     from optuna.trial import TrialState
 
     folder = use.folder
@@ -65,7 +65,7 @@ def _is_own(use: Use) -> bool:
             return not folder.trial_folders()
         trials = study.get_trials(deepcopy=False)
         return use.made_study and all(t.state == TrialState.WAITING for t in trials)
-    except Exception:  # a database that cannot be read is nobody's to delete
+    except Exception:  # never delete a database that cannot be read
         return False
 
 

@@ -1,7 +1,7 @@
-"""What a terminal shows, and how it asks to stop.
+"""Terminal output, and Ctrl-C.
 
-Owns the live view of a study, plain lines, wording of values and times, Ctrl-C.  Computes nothing but rates
-and times; what a single command prints beyond that stays in that command's room.
+Owns the live view of a study, plain-text lines, the format of values and times, and the stop signals.  Computes
+only rates and times.  Does not own output of a single command; that stays in the room of the command.
 """
 
 import lazy_loader

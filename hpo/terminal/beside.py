@@ -1,6 +1,6 @@
-"""The words for figures beside the score: which measure, by which model, and what it may be compared with.
+"""Text for the extra metrics of a trial: the metric, the model, and what the value can be compared with.
 
-Owns wording.  The figures are ``evaluation.gauges.gauge``'s, kept raw in a trial's result.json.
+Owns wording.  Does not own the metrics; see ``evaluation.gauges.gauge``.  A trial's result.json holds the raw values.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from hpo.study import TrialFolder, read_json
 from trainer.text import clean_text
 
 NAMES = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino_i": "DINO-I"}
-# OpenAI's own weights are what torchmetrics' CLIPScore takes; it prints 100 times the cosine.
+# torchmetrics' CLIPScore uses OpenAI's weights and prints 100 × the cosine similarity.
 OPENAI = ":openai"
 
 
 def beside_lines(figures: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a model; raw values."""
+    """One line per model, with raw values."""
     of_model: dict[str, list[str]] = {}
     for figure in figures:
         model, measure = clean_text(str(figure["model"])), str(figure["measure"])
@@ -29,9 +29,9 @@ def beside_lines(figures: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def trial_lines(trial: TrialFolder) -> list[str]:
-    """The same of a finished trial, from its result.json; empty if it has none."""
+    """The same lines for a finished trial, from its result.json.  Empty if it has no extra metrics."""
     figures = (read_json(trial.result) or {}).get("beside")
     try:
         return beside_lines(figures or [])
-    except (AttributeError, KeyError, TypeError, ValueError):  # of a file that is not this tool's any more
+    except (AttributeError, KeyError, TypeError, ValueError):  # the file was edited by hand
         return []

@@ -1,4 +1,4 @@
-"""What the terminal says of a study's confirmed result, or of its lack."""
+"""Lines about a study's confirmed result, or how to get one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def confirmed_lines(folder: StudyFolder) -> list[str]:
         text = f"confirmed ({found['how']}): trial {found['winner']}, score {found['score']:.4f}"
         text += f" (95 % {low:.4f} … {high:.4f})"
         if found["beats_trial0"] is False:
-            text += "; nothing beats trial 0"
+            text += "; no trial beats trial 0"
     except (KeyError, TypeError, ValueError):
-        return [f"{folder.confirmed} is damaged; make it again: hpo confirm {folder.words}"]
+        return [f"{folder.confirmed} is damaged; create it again with: hpo confirm {folder.words}"]
     return [clean_text(text)]
 
 
 def confirmed_trials(folder: StudyFolder) -> tuple[int, ...]:
-    """The trials that have a place in confirmed.json; empty without a sound one."""
+    """The trials listed in confirmed.json.  Empty if the file is missing or damaged."""
     found = read_json(folder.confirmed) or {}
     try:
         return (*(int(row["number"]) for row in found["rows"]), *map(int, found["infeasible"]))
@@ -37,20 +37,20 @@ def confirmed_trials(folder: StudyFolder) -> tuple[int, ...]:
 
 
 def end_lines(folder: StudyFolder, best: int) -> tuple[list[str], str]:
-    """What the end of a search says of its result, and the next command."""
+    """The lines about the result at the end of a search, and the next command."""
     known = confirmed_trials(folder)
     if not known:
         return [
-            "  The best of a search is optimistic, because it was selected: what it is worth",
-            "  shows only on fresh prompts and seeds. This is no result yet.",
+            "  The best search score is optimistic, because it was selected. Confirm it with new",
+            "  prompts and seeds to see how good the trial is. It is not a final result yet.",
         ], f"hpo confirm {folder.words}"
     lines = confirmed_lines(folder)
     if best in known:
         return [
             *lines,
-            "  That is the result; search scores are optimistic.",
+            "  This is the final result; search scores are optimistic.",
         ], f"hpo dashboard {folder.words}"
     return [
         *lines,
-        f"  Trial {best} is better by its search score, was not part of that confirmation, and so is no result yet.",
+        f"  Trial {best} has a better search score but was not confirmed: it is not a final result yet.",
     ], f"hpo confirm {folder.words}"

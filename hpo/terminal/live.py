@@ -1,7 +1,7 @@
-"""What the terminal shows: the live view of a search, its plain lines, the status table and the end.
+"""Terminal output of a search: the live view, the plain-text lines, the status table and the last lines.
 
-Owns wording and layout.  Every number comes from the study or an event; nothing is computed here but rates
-and times. All text that came from outside goes through ``clean_text`` and is printed without markup.
+Owns wording and layout.  Every number comes from the study or an event; only rates and times are computed
+here. All external text goes through ``clean_text`` and is printed without markup.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from hpo.study import Result, Standing
 
 PARTS = {"prompt_following": "following", "likeness": "likeness"}  # attribute of a trial → its column
-PLAIN_SECONDS = 10.0  # between progress lines without a terminal
+PLAIN_SECONDS = 10.0  # between progress lines if the output is not a terminal
 REFRESH_PER_SECOND = 4
-STOPPING = "stopping after this step; Ctrl-C once more stops at once"
-SMOOTHING = 0.9  # of the shown loss and rate
+STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
+SMOOTHING = 0.9  # of the displayed loss and rate
 
 
 @dataclass
 class Current:
-    """The trial at work, as the view sees it."""
+    """The running trial, as shown in the view."""
 
     number: int
     settings: Mapping[str, Any]
@@ -64,10 +64,10 @@ class Current:
             self.skipped += 1
 
     def on_image(self, done: int, total: int) -> None:
-        self.phase, self.done, self.total = "drawing images", done, total
+        self.phase, self.done, self.total = "generating images", done, total
 
     def seconds_left(self) -> float | None:
-        """Of the whole study, from the mean of its finished trials."""
+        """For the whole study, estimated from the mean duration of finished trials."""
         mean = self.standing.mean_seconds
         if mean is None:
             return None
@@ -84,7 +84,7 @@ class Current:
 
 
 class PlainView:
-    """Lines, for logs and pipes."""
+    """Plain-text lines, for logs and pipes."""
 
     def __init__(self, console: Console, settings: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
         self.console = console
@@ -94,21 +94,21 @@ class PlainView:
         self._last_line = 0.0
 
     def say(self, text: str) -> None:
-        """One line; long ones are left to the terminal to wrap, so that they can be searched and copied."""
+        """Print one line.  Long lines are wrapped by the terminal, so that they can be searched and copied."""
         self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
 
     def should_stop(self) -> bool:
         return self.asked_to_stop()
 
     def on_ask(self) -> None:
-        """The user asked to stop.  Runs in a signal handler, perhaps in the middle of a print: no rich here."""
+        """The user asked to stop.  Runs in a signal handler, possibly during a print, so it must not use rich."""
         os.write(sys.stderr.fileno(), f"{STOPPING}\n".encode())
 
     def on_trial(self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Standing) -> None:
         self.current = Current(number, self._settings(suggested), standing)
         place = f"trial {number} ({standing.complete + 1} of {standing.total})"
         words = ", ".join(f"{name} {short(value)}" for name, value in self.current.settings.items())
-        self.announce(f"{place}{', taken up again' if adopted else ''}: {words}")
+        self.announce(f"{place}{', resumed' if adopted else ''}: {words}")
         self._last_line = time.monotonic()
 
     def announce(self, text: str) -> None:
@@ -144,7 +144,7 @@ class PlainView:
 
 
 class LiveView(PlainView):
-    """A block at the bottom of a terminal that follows the trial; finished trials scroll above it."""
+    """A block at the bottom of the terminal that shows the running trial; finished trials scroll above it."""
 
     def __init__(
         self, console: Console, settings: Callable[[Mapping[str, Any]], Mapping[str, Any]], name: str
@@ -162,10 +162,10 @@ class LiveView(PlainView):
         )
 
     def announce(self, text: str) -> None:
-        """The block shows it."""
+        """Nothing to do: the block shows the trial."""
 
     def refresh(self) -> None:
-        """Live redraws by itself."""
+        """Nothing to do: rich's Live redraws by itself."""
 
     def on_ask(self) -> None:
         self.stopping = True
@@ -187,7 +187,7 @@ def make_view(
 def live_block(
     name: str, current: Current | None, *, stopping: bool = False, width: int = 80
 ) -> RenderableType:
-    """The moving block: what, settings, progress, best so far, time left.  Fits 80 columns with nothing cut."""
+    """The live block: trial, settings, progress, best so far, time left.  Fits 80 columns without truncation."""
     if current is None:
         return Text(f"{name}: choosing the next trial …", style="dim")
     standing = current.standing
@@ -225,7 +225,7 @@ def live_block(
 
 
 def _needed(cells: Sequence[tuple[str, str]], columns: int) -> int:
-    """Width of the settings in so many pairs of columns, two blanks apart."""
+    """Width of the settings in this many pairs of columns, separated by two spaces."""
     widths = [
         max(len(part) for part in parts)
         for n in range(columns)
@@ -235,7 +235,7 @@ def _needed(cells: Sequence[tuple[str, str]], columns: int) -> int:
 
 
 def trial_line(result: Result, standing: Standing) -> str:
-    """The last line of a trial: key=value words, for scripts."""
+    """The last line of a trial: key=value pairs, for scripts."""
     score = (
         f" score={result.value:.4f} se={result.se:.4f}"
         if result.se is not None
@@ -246,7 +246,7 @@ def trial_line(result: Result, standing: Standing) -> str:
 
 
 def study_line(name: str, standing: Standing) -> str:
-    """The last line of a search."""
+    """The last line of a search: key=value pairs, for scripts."""
     words = [f"study={clean_text(name)}", f"complete={standing.complete}/{standing.total}"]
     words += [f"infeasible={standing.infeasible}", f"failed={standing.failed}"]
     if standing.duplicates:
@@ -261,7 +261,7 @@ def study_line(name: str, standing: Standing) -> str:
 
 
 def best_line(study: optuna.Study, now: Standing) -> str:
-    """All settings of the best trial, which a narrow table cuts; on lines of 80 columns."""
+    """All settings of the best trial, in lines of 80 columns.  A narrow status table truncates them."""
     if now.best is None:
         return ""
     (best,) = [t for t in study.get_trials(deepcopy=False) if t.number == now.best[0]]
@@ -272,7 +272,7 @@ def best_line(study: optuna.Study, now: Standing) -> str:
 
 
 def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
-    """All trials, newest last: * the best score, + on the Pareto front of a study with two objectives."""
+    """All trials, newest last.  * marks the best score, + the Pareto front of a study with two objectives."""
     from hpo.study import is_duplicate, score_of, standing
 
     now = standing(study, 0)

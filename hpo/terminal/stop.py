@@ -1,4 +1,4 @@
-"""Stop: Ctrl-C and SIGTERM as a question that the work asks itself between two steps."""
+"""Stop: Ctrl-C and SIGTERM as a flag that a long task checks between two steps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: the first asks to finish the step, the second ends the process at once.
+    """Handle Ctrl-C and SIGTERM: the first signal stops after the current step, the second stops at once.
 
-    ``on_ask`` runs inside the signal handler, perhaps in the middle of a print: it must not print through rich.
+    ``on_ask`` runs inside the signal handler, possibly during a print, so it must not print through rich.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Words for a terminal: values, times and lines of text as a person reads them."""
+"""Readable values, times and lines of text for a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def short(value: Any) -> str:
-    """A setting as a person reads it: three digits, no long tails."""
+    """A setting in readable form: floats with three significant digits."""
     if isinstance(value, float):
         return (
             f"{value:.3g}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}".replace("e-0", "e-")
@@ -34,5 +34,5 @@ def figures(what: tuple[int, float, float] | None) -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """One line; long ones are left to the terminal to wrap."""
+    """Print one line.  Long lines are wrapped by the terminal."""
     console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)

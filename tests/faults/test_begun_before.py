@@ -145,8 +145,8 @@ def test_a_search_keeps_what_it_finished_and_takes_up_the_killed_trial_at_its_ch
 
     said = run(here, *SEARCH, "--trials", str(TRIALS))
 
-    assert f"trial {TELLING} had its result on disk; the study knows it now" in said
-    assert f"trial {TRAINING} ({TRIALS} of {TRIALS}), taken up again: " in said
+    assert f"trial {TELLING} was already finished on disk; its result was added to the study" in said
+    assert f"trial {TRAINING} ({TRIALS} of {TRIALS}), resumed: " in said
     assert kept(done) == done
     # Latents, texts and anchors of then are found: none was changed, and none made beside them.
     assert kept(path for name in ("base", "cache") for path in (study / name).rglob("*")) == shared
@@ -186,7 +186,7 @@ def test_a_confirmation_draws_only_the_images_that_are_missing(here: Path) -> No
 
     said = run(here, *CONFIRM)
 
-    assert "trial 1 (2 of 2), taken up again: " in said
+    assert "trial 1 (2 of 2), resumed: " in said
     assert kept(done) == done
     assert says_still(definition(study), begun)
     after, now = opened(study)

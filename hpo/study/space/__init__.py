@@ -1,4 +1,4 @@
-"""The search space: what a study varies, over which values, and how a proposal becomes kohya's settings.
+"""The search space: the parameters of a study, their values, and how a proposal becomes kohya's settings.
 
-An inner room of ``hpo.study``; others reach it through that room's front door.
+An inner room of ``hpo.study``; other rooms import its names from ``hpo.study``.
 """

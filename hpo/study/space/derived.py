@@ -1,7 +1,7 @@
-"""Derived parameters: quantities that only mean something relative to another setting, and how they become settings.
+"""Derived parameters: parameters that are converted to a setting, usually relative to another setting.
 
-Owns the mapping there and back, and the limits of each.  Which of them a study searches is
-``hpo.study.space.space``'s.
+Owns the conversion in both directions and the limits.  Does not own which of them a study searches; see
+``hpo.study.space.space``.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from trainer.errors import ConfigError
 
 @dataclass(frozen=True)
 class Derivation:
-    """How a parameter that is not itself a setting becomes one, and back.  ``limits`` hold for its range.
+    """Conversion of a derived parameter to a setting and back.  ``limits`` apply to its range.
 
-    ``forward`` takes the parameter's value and the settings so far; ``backward`` a whole configuration.
+    ``forward`` takes the value of the parameter and the settings so far.  ``backward``
+    takes a complete configuration.
     """
 
     sets: str
@@ -34,7 +35,7 @@ class Derivation:
 
 
 def _rate(settings: Values) -> float:
-    """The U-Net's rate, which the text encoders' rate is a ratio of."""
+    """The U-Net learning rate, which text_encoder_lr_ratio refers to."""
     return settings["learning_rate"] if settings.get("unet_lr") is None else settings["unet_lr"]
 
 
@@ -45,8 +46,8 @@ def _text_rate(settings: Values) -> float:
 def _text_ratio(settings: Values) -> float:
     if _rate(settings) == 0:
         raise ConfigError(
-            "text_encoder_lr_ratio is relative to the U-Net's rate, which is 0",
-            "give the U-Net a rate above 0, or fix text_encoder_lr: --set text_encoder_lr=5e-5",
+            "text_encoder_lr_ratio is relative to the U-Net learning rate, which is 0",
+            "set a U-Net learning rate above 0, or fix text_encoder_lr: --set text_encoder_lr=5e-5",
         )
     return _text_rate(settings) / _rate(settings)
 
@@ -72,7 +73,7 @@ DERIVED: dict[str, Derivation] = {
         lambda value, settings: value * settings["network_dim"],
         lambda settings: settings["network_alpha"] / settings["network_dim"],
     ),
-    # TrainConfig reads lr_warmup_steps below 1 as a share of all steps, as sd-scripts does.
+    # TrainConfig treats lr_warmup_steps below 1 as a ratio of all steps, as sd-scripts does.
     "warmup_ratio": Derivation(
         "lr_warmup_steps",
         (),

@@ -1,7 +1,7 @@
-"""Domain of a searched quantity: a range of numbers, or a few values that have no order.
+"""The domain of a parameter: a range of numbers, or a few unordered values.
 
-Owns what lies in it, its edges, a value's place between them and its form in Optuna.  Which quantity it is
-of, and whether its edges are valid settings, is ``hpo.study.space.space``'s.
+Owns membership, the edges, the position of a value between them and the Optuna distribution.  Does not own
+the parameter or the check that its edges are valid settings; see ``hpo.study.space.space``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 Values = Mapping[str, Any]
 
 
-BIG = 1e300  # no setting is near it, and every whole number below it has a float
+BIG = 1e300  # far above every setting, and every integer below it converts to float
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, both included; whole numbers if both ends are of type int."""
+    """Numbers from ``low`` to ``high``, inclusive.  Only integers if both limits are of type int."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ class Range:
         return abs(steps - round(steps)) < 1e-6
 
     def to_unit(self, value: Any) -> float:
-        """The value's place between the edges, 0 to 1; on the logarithmic scale if that is searched."""
+        """The position of a value between the edges, 0 to 1, on a log scale if ``log`` is set."""
         if self.low == self.high:
             return 0.5
         if self.log:
@@ -57,7 +57,7 @@ class Range:
         return (value - self.low) / (self.high - self.low)
 
     def from_unit(self, place: float) -> Any:
-        """The value at a place between the edges: the inverse of ``to_unit``, on the range's steps."""
+        """The value at a position between the edges: the inverse of ``to_unit``, rounded to ``step``."""
         if self.log:
             value = self.low * (self.high / self.low) ** place
         else:
@@ -81,7 +81,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few values that have no order."""
+    """One of a few unordered values."""
 
     options: tuple[Any, ...]
 

@@ -1,6 +1,6 @@
-"""Reading a study file's [space] section: ranges and choices, each mistake named with what to do about it.
+"""Read the [space] section of a study file: ranges and choices, with an error and a hint for each mistake.
 
-Owns the form of the section.  What parameters mean, and whether their edges are valid, is ``hpo.study.space.space``.
+Owns the format of the section.  Does not own parameters or the check of their edges; see ``hpo.study.space.space``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainer.checks import Rule, check, suggestion
 from trainer.config import SETTINGS, ZERO_IS_UNSET, check_value
 from trainer.errors import ConfigError
 
-STEP = Rule("leave it out for any value", low=0, low_is_excluded=True)
+STEP = Rule("remove it to allow any value", low=0, low_is_excluded=True)
 
 
 def read_space(table: Values) -> Space:
@@ -28,18 +28,19 @@ def _read_parameter(name: str, body: Any) -> Parameter:
         body = {"choices": body}
     if not isinstance(body, Mapping):
         raise ConfigError(
-            f"{name} = {body!r} in [space] is one value", "move it to [train], or give low and high"
+            f"{name} = {body!r} in [space] is a single value", "move it to [train], or give low and high"
         )
     known = ("choices", "low", "high", "log", "step", "inactive_when")
     for key in body:
         if key not in known:
             raise ConfigError(
-                f"{name} in [space] has an unknown {key}", suggestion(key, known) or ", ".join(known)
+                f"{name} in [space] has an unknown key {key}", suggestion(key, known) or ", ".join(known)
             )
     off = body.get("inactive_when", {})
     if not isinstance(off, Mapping):
         raise ConfigError(
-            f"inactive_when of {name} is not a table", 'write inactive_when = { lr_scheduler = "constant" }'
+            f"inactive_when of {name} is not a table",
+            'for example: inactive_when = { lr_scheduler = "constant" }',
         )
     conditions = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in off.items()}
     domain = _read_choice(name, body) if "choices" in body else _read_range(name, body)
@@ -50,19 +51,17 @@ def _read_choice(name: str, body: Values) -> Choice:
     options = body["choices"]
     numbers = [key for key in ("low", "high", "log", "step") if key in body]
     if numbers:
-        raise ConfigError(
-            f"{name} has choices and {numbers[0]}", "a parameter is a list of choices or a range"
-        )
+        raise ConfigError(f"{name} has choices and {numbers[0]}", "use either choices or a range")
     if (
         not isinstance(options, list)
         or not options
         or not all(isinstance(o, str | bool | int | float) for o in options)
     ):
         raise ConfigError(
-            f"the choices of {name} are not a list of values", 'write for example ["AdamW", "Lion8bit"]'
+            f"the choices of {name} are not a list of values", 'for example: ["AdamW", "Lion8bit"]'
         )
     if len({(type(option), option) for option in options}) != len(options):
-        raise ConfigError(f"{name} has a choice twice: {options}", "leave one of them out")
+        raise ConfigError(f"{name} has a duplicate choice: {options}", "remove one of them")
     return Choice(tuple(options))
 
 
@@ -71,31 +70,35 @@ def _read_range(name: str, body: Values) -> Range:
         value = body.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not -BIG < value < BIG:
             raise ConfigError(
-                f"{name} needs a number for {key}, has {value!r}", "write { low = …, high = … }"
+                f"{name} needs a number for {key}, but has {value!r}", "write { low = …, high = … }"
             )
     low, high = body["low"], body["high"]
     log = check("log", body.get("log", False), bool, where=f"{name} of [space]")
     step = check("step", body.get("step"), float | None, STEP, f"{name} of [space]")
-    if name in SETTINGS:  # the setting's own type and limits
+    if name in SETTINGS:  # the type and limits of the setting
         low, high = (_edge(name, value) for value in (low, high))
     elif name in DERIVED:
         least, most = DERIVED[name].limits
         if not least <= low or not high <= most:
-            raise ConfigError(f"{name}: {low} … {high} is outside its limits", f"from {least:g} to {most:g}")
+            raise ConfigError(
+                f"{name}: {low} … {high} is outside its limits", f"use values from {least:g} to {most:g}"
+            )
         if not DERIVED[name].whole:
             low, high = float(low), float(high)
         elif float(low).is_integer() and float(high).is_integer():
             low, high = int(low), int(high)
         else:
-            raise ConfigError(f"{name}: {low} … {high} are not whole numbers", "it is a power of two")
+            raise ConfigError(
+                f"{name}: {low} … {high} are not whole numbers", "use whole numbers: they are exponents of 2"
+            )
     if low > high:
         raise ConfigError(f"{name}: low {low} is above high {high}", "swap them")
     if log and low <= 0:
         raise ConfigError(
-            f"{name}: a logarithmic range cannot start at {low}", "start above 0, or leave log out"
+            f"{name}: a logarithmic range cannot start at {low}", "start above 0, or remove log"
         )
     if step is not None and log:
-        raise ConfigError(f"{name}: a logarithmic range has no steps", "leave out log or step")
+        raise ConfigError(f"{name}: log and step cannot be combined", "remove log or step")
     found = Range(low, high, log, step)
     if step is not None and not (found.holds(high) and (not found.whole or float(step).is_integer())):
         raise ConfigError(
@@ -105,5 +108,5 @@ def _read_range(name: str, body: Values) -> Range:
 
 
 def _edge(name: str, value: float) -> float:
-    """An end of a setting's range, in the setting's own type and limits."""
+    """A limit of a setting's range, checked against the type and limits of the setting."""
     return 0.0 if name in ZERO_IS_UNSET and value == 0 else check_value(name, value)

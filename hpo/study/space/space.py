@@ -1,13 +1,14 @@
-"""The search space: which settings are searched, in which ranges, and which TrainConfig a proposal means.
+"""The search space: which settings are searched, in which ranges, and how a proposal becomes a TrainConfig.
 
-Owns the parameters, the pure mapping from a proposal to settings, its inverse (for the baseline and for a
-user's own configuration) and the check of every edge.  Does not own what a parameter ranges over
-(``hpo.study.space.domain``), how a relative one becomes a setting (``hpo.study.space.derived``) or the study
-file (``hpo.study.config``), and never talks to a storage.
+Owns the parameters, the mapping from a proposal to settings (a pure function), its inverse (for the baseline
+and for a user's own configuration) and the check of every edge.  Does not own the domain of a parameter
+(``hpo.study.space.domain``), derived parameters (``hpo.study.space.derived``) or the study file
+(``hpo.study.config``).  Does not access the storage.
 
-The space is static: every parameter is proposed in every trial, under one name; what has no effect in a trial
-is recorded as inactive and not passed on (a conditional proposal would leave TPE's joint model unannounced).
-A quantity that only means something relative to another has a parameter of its own, see ``DERIVED``.
+The space is static: every parameter is suggested in every trial, under one name.  A conditional parameter
+without effect in a trial is recorded as inactive and not passed to training.  If it were suggested only in
+some trials, it would silently drop out of TPE's joint model.  A setting that only makes sense relative to
+another one has its own parameter; see ``DERIVED``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One searched quantity.  ``inactive_when``: another parameter → its values that switch this off."""
+    """One searched parameter.  ``inactive_when``: another parameter → the values with which this
+    one has no effect."""
 
     name: str
     domain: Range | Choice
@@ -44,8 +46,8 @@ class Parameter:
 
 BASELINE = "[baseline]"
 FOLDED_SCHEDULE = "cosine_with_restarts_"
-# Not part of what is compared between trials: names and places, not settings; and what the dataset is read with,
-# once for all trials.
+# Not comparable between trials: names and paths, and settings for reading the dataset, which is read once for all
+# trials.
 NOT_SEARCHABLE = (
     "pretrained_model_name_or_path",
     "train_data_dir",
@@ -62,7 +64,7 @@ NOT_SEARCHABLE = (
 )
 
 
-# Settings that a study decides elsewhere, and the ones that change no result: not frozen with a study.
+# Settings that are set elsewhere or do not change the result.  They may change during a study.
 ELSEWHERE = {
     "pretrained_model_name_or_path": "--base",
     "train_data_dir": "--data",
@@ -75,7 +77,7 @@ ELSEWHERE = {
 
 
 def settings_of(name: str) -> tuple[str, ...]:
-    """The settings that a parameter decides."""
+    """The settings that a parameter sets."""
     if name in DERIVED:
         return (DERIVED[name].sets,)
     return ("lr_scheduler", "lr_scheduler_num_cycles") if name == "lr_scheduler" else (name,)
@@ -83,7 +85,7 @@ def settings_of(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Space:
-    """The parameters of a study, in the order of its file."""
+    """The parameters of a study, in the order of the study file."""
 
     parameters: tuple[Parameter, ...]
 
@@ -93,7 +95,10 @@ class Space:
         for p in self.parameters:
             if p.name not in known:
                 if p.name in NOT_SEARCHABLE:
-                    raise ConfigError(f"{p.name} cannot be searched", "trials would not be comparable")
+                    raise ConfigError(
+                        f"{p.name} cannot be searched",
+                        "remove it from [space]: trials would not be comparable",
+                    )
                 hint = suggestion(p.name, known) or "use kohya's names, or one of " + ", ".join(DERIVED)
                 raise ConfigError(f"unknown setting {p.name} in [space]", hint)
             for other, values in p.inactive_when.items():
@@ -103,7 +108,7 @@ class Space:
             for setting in settings_of(name):
                 if setting in owner:
                     raise ConfigError(
-                        f"{owner[setting]} and {name} both decide {setting}", "search one of them"
+                        f"{owner[setting]} and {name} both set {setting}", "search only one of them"
                     )
                 owner[setting] = name
 
@@ -114,7 +119,8 @@ class Space:
         return len(self.parameters)
 
     def without(self, settings: set[str]) -> Space:
-        """The space less every parameter that decides one of ``settings``, and less conditions on those."""
+        """The space without the parameters that set one of ``settings``, and without
+        conditions on those parameters."""
         gone = {p.name for p in self if p.name in settings or settings & set(settings_of(p.name))}
         kept = []
         for p in self:
@@ -136,11 +142,11 @@ class Space:
         )
 
     def settings(self, suggested: Values, fixed: TrainConfig) -> dict[str, Any]:
-        """The settings that a proposal means: pure, and the only place where they are derived."""
+        """The settings of a proposal.  A pure function, and the only place where settings are derived."""
         off = self.inactive(suggested)
         values: dict[str, Any] = {}
         direct = [p.name for p in self if p.name not in DERIVED and p.name not in off]
-        # DERIVED is in the order of its needs: network_dim before network_alpha.
+        # DERIVED is sorted by dependency: network_dim before network_alpha.
         derived = [name for name in DERIVED if name in suggested and name not in off]
         for name in direct:
             value = suggested[name]
@@ -162,8 +168,8 @@ class Space:
         return fixed.with_values(self.settings(suggested, fixed))
 
     def place(self, suggested: Values) -> tuple[float, ...]:
-        """The proposal as numbers: 0 to 1 for a range; for a choice one number per option, 0 or 1/√2, so that
-        two different options are 1 apart.  Inactive parameters stay in the middle: they make no difference."""
+        """The proposal as numbers: 0 to 1 for a range.  A choice has one number per option, 0 or 1/√2, so that
+        two different options have distance 1.  Inactive parameters are 0.5, so that they do not add distance."""
         off = self.inactive(suggested)
         numbers: list[float] = []
         for p in self:
@@ -174,9 +180,9 @@ class Space:
         return tuple(numbers)
 
     def proposal(self, settings: Values, fallback: Values | None = None) -> dict[str, Any]:
-        """The proposal that means these (complete) settings: the inverse of ``settings``.
+        """The proposal for these (complete) settings: the inverse of ``settings``.
 
-        Values may lie outside the ranges; ``check`` tells.  Inactive parameters take ``fallback``.
+        Values may be outside the ranges; use ``check``.  Inactive parameters get the value from ``fallback``.
         """
         found: dict[str, Any] = {}
         for p in self:
@@ -195,9 +201,9 @@ class Space:
         return found
 
     def check(self, suggested: Values, what: str) -> dict[str, Any]:
-        """``suggested`` in the space's order, or ConfigError for a missing, unknown or out-of-range value.
+        """``suggested`` in the order of the space.  Raises ConfigError for missing, unknown or out-of-range values.
 
-        Optuna itself accepts out-of-range values with a warning and ignores unknown names.
+        Optuna itself only warns about out-of-range values and ignores unknown names.
         """
         names = [p.name for p in self]
         for name in suggested:
@@ -212,19 +218,20 @@ class Space:
             if p.name == "network_dim_log2" and not float(suggested[p.name]).is_integer():
                 raise ConfigError(
                     f"{what}: network_dim = {2 ** suggested[p.name]:.0f} is not a power of two",
-                    "give one, or search network_dim itself instead of network_dim_log2",
+                    "use a power of two, or search network_dim itself instead of network_dim_log2",
                 )
             if not p.domain.holds(suggested[p.name]):
                 raise ConfigError(
-                    f"{what}: {p.name} = {suggested[p.name]} is outside the study's {p.domain.describe()}",
+                    f"{what}: {p.name} = {suggested[p.name]} is outside the study's range: {p.domain.describe()}",
                     "change the value, or widen the range in the study file",
                 )
         return {name: suggested[name] for name in names}
 
     def check_edges(self, fixed: TrainConfig, baseline: Values) -> None:
-        """Every edge and choice, alone and with every other parameter's, must be a valid configuration.
+        """Check that every edge and choice is valid, alone and in pairs with those of other parameters.
 
-        The rest stays at the baseline.  TrainConfig's rules join at most two searched settings: pairs suffice.
+        The other parameters have their baseline values.  Rules of TrainConfig involve at most two searched
+        settings, so pairs are enough.
         """
         edges = [(p.name, value) for p in self for value in p.domain.edges]
         for name, value in edges:
@@ -241,12 +248,12 @@ class Space:
             raise ConfigError(f"[space] allows {where}, but {error.message}", error.hint) from None
 
     def describe(self) -> dict[str, str]:
-        """Parameter → what is searched, in words.  Frozen with a study: a change is refused on resume."""
+        """Parameter → its domain as text.  Stored with the study: resuming with a changed text is an error."""
         return {p.name: p.describe() for p in self}
 
 
 def _tidy(value: Any, domain: Range | Choice) -> Any:
-    """The value in its domain's own type; a quotient without its last, rounded digits.  Unset stays unset."""
+    """The value in the type of its domain.  Floats are rounded to 12 digits; None stays None."""
     if value is None:
         return None
     if isinstance(domain, Choice):
@@ -264,19 +271,18 @@ def _check_condition(
         raise ConfigError(f"{p.name} is inactive when {other} …, but {other} is not searched", hint)
     if all_[other].inactive_when:
         raise ConfigError(
-            f"{p.name} depends on {other}, which itself can be inactive", "depend on one that cannot"
+            f"{p.name} depends on {other}, which can itself be inactive",
+            "use a parameter that is always active",
         )
     for value in values:
         if not all_[other].domain.holds(value):
             known = all_[other].domain.describe()
             raise ConfigError(
-                f"{p.name} is inactive when {other} = {value}, which never happens", f"{other}: {known}"
+                f"{p.name} is inactive when {other} = {value}, which is not in the space", f"{other}: {known}"
             )
 
 
 def _cycles(value: Any, cycles: str) -> int:
     if not cycles.isdecimal() or int(cycles) < 1:
-        raise ConfigError(
-            f"lr_scheduler = {value!r} is not known", "write cosine_with_restarts_3 for three cycles"
-        )
+        raise ConfigError(f"unknown lr_scheduler {value!r}", "write cosine_with_restarts_3 for three cycles")
     return int(cycles)

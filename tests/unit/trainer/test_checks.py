@@ -1,4 +1,4 @@
-"""One checker for everything that is read: value, rule and remedy, the same for each of its readers."""
+"""One validation for all input: value, rule and hint are the same for every reader."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_is_right_is_taken_as_its_type() -> None:
     found = read(Section, body, "x", own="mine")
     assert found == Section(3, 2, 16, "two", False, (0, 2), ("a",), {"two": 1}, "mine")
     assert type(found.steps) is int and type(found.seeds[1]) is int
-    assert type(found.rate) is int, "a number stays as it is written: studies keep their values as texts"
+    assert type(found.rate) is int, "a number must stay as written: studies store values as texts"
     assert read(Section, {"steps": None, "side": None}, "x") == Section()
     assert Section().counts is not Section().counts
 

@@ -1,4 +1,4 @@
-"""Settings: every value is checked once, against limits that are written beside its name."""
+"""Settings: every value is checked once, against the limits in its declaration."""
 
 from __future__ import annotations
 

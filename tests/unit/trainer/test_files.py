@@ -1,4 +1,4 @@
-"""Files: after a crash or a full disk a path holds the old content or the new, nothing half-made stays."""
+"""Files: after a crash or on a full disk, a path has the old or the new content, and no incomplete files remain."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def listing(folder: Path) -> list[str]:
 def failing_after(
     monkeypatch: pytest.MonkeyPatch, calls: int, number: int, names: tuple[str, ...], forever: bool
 ) -> Callable[[], int]:
-    """Let the ``calls``-th of some os functions fail (and all after it); returns how many were made."""
+    """Make the ``calls``-th call of some os functions fail, and all later ones; returns a counter of calls."""
     made = 0
     real = {name: getattr(os, name) for name in names}
 
@@ -40,7 +40,7 @@ def failing_after(
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal made
             if name == "open" and not args[1] & (os.O_WRONLY | os.O_RDWR):
-                return real[name](*args, **kwargs)  # reading, and removing folders, works on a full disk
+                return real[name](*args, **kwargs)  # reading and removing folders work on a full disk
             made += 1
             if made == calls or (forever and made > calls):
                 raise OSError(number, os.strerror(number))
@@ -79,7 +79,7 @@ def test_whichever_call_fails_the_old_file_or_the_new_one_is_there(
             except MachineError as error:
                 assert str(target) in error.message
             else:
-                assert made() < rung, "a failing call was passed over in silence"
+                assert made() < rung, "a failing call was ignored silently"
                 break
         assert target.read_bytes() in (OLD, NEW)
         outcomes.add(target.read_bytes())

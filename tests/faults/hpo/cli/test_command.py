@@ -41,10 +41,10 @@ def test_a_search_that_is_killed_and_then_stopped_is_finished_by_the_same_comman
     code, said = run_until("trial 1 (2 of 3)", signal.SIGKILL, tmp_path)
     assert code == -signal.SIGKILL and "trial=0 state=complete score=" in said
     assert "cost: 3 trials" in said and "trials per dimension" in said
-    code, said = run_until("trial 1 (2 of 3), taken up again", signal.SIGINT, tmp_path)
+    code, said = run_until("trial 1 (2 of 3), resumed", signal.SIGINT, tmp_path)
     assert code == 130, said
-    assert said.count("trial 1 (2 of 3), taken up again") == 1  # nothing is printed twice by the handler
-    assert "stopping after this step" in said and "go on with the same command" in said
+    assert said.count("trial 1 (2 of 3), resumed") == 1  # nothing is printed twice by the handler
+    assert "stopping after this step" in said and "run the same command again to resume" in said
     code, said = run_until("", 0, tmp_path)
     assert code == 0, said
     assert said.splitlines()[-1].startswith("study=killed complete=3/3 infeasible=0 failed=0 best=")

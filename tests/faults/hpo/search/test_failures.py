@@ -210,12 +210,14 @@ def test_the_same_settings_are_not_trained_twice_and_a_used_up_space_ends_the_se
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "images"), study)
     search = make_search(bench, SearchLimits(9))
     why = search.run()
-    assert "used up" in why and "a new --name" in why
+    assert "space is exhausted" in why and "another --name" in why
     trials = search.study.get_trials(deepcopy=False)
     assert search.standing().failed == 0 and search.standing().duplicates == len(trials) - 2 == 20
     last = optuna.trial.Trial(search.study, trials[-1]._trial_id)
     assert "duplicate of trial" in optuna_dashboard.get_note(last)
-    assert "used up" in make_search(bench, SearchLimits(9)).run()  # a call later adds nothing to them
+    assert (
+        "space is exhausted" in make_search(bench, SearchLimits(9)).run()
+    )  # a call later adds nothing to them
     assert len(search.study.get_trials(deepcopy=False)) == len(trials)
     trained = [t for t in search.study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
     assert sorted(t.params["max_train_epochs"] for t in trained) == [1, 2]
@@ -274,7 +276,7 @@ def test_stop_when_converged_ends_the_search_and_leaves_the_alert(
 def stopped_worker(root: Path, data: Path) -> None:
     view = Recorder()
     why = make_search(tiny_bench(root, data), SearchLimits(9), view).run()
-    assert "converged" in why and "in other hands: trial 2" in why and view.started == []
+    assert "converged" in why and "still running in other processes: trial 2" in why and view.started == []
 
 
 def test_a_stop_holds_for_every_worker_and_the_trial_that_still_runs_has_the_last_word(

@@ -165,9 +165,9 @@ def test_a_deleted_study_is_not_begun_anew_over_its_trials(root: Path, data: Pat
     folder = StudyFolder(root)
     study = open_study(folder)
     optuna.delete_study(study_name=study.study_name, storage=study._storage)
-    with pytest.raises(ConfigError, match="has trials but its study is deleted"):
+    with pytest.raises(ConfigError, match="has trials but its study was deleted"):
         run_session(root, data)
-    with pytest.raises(ConfigError, match="holds no study"):
+    with pytest.raises(ConfigError, match="contains no study"):
         open_study(folder)
     assert folder.trial(0).result.is_file()
 
@@ -184,7 +184,7 @@ def replaced_prompt(bench: Workbench) -> None:
 def test_a_study_refuses_to_go_on_under_another_prompt_hash(root: Path, data: Path) -> None:
     run_session(root, data)
     before = StudyFolder(root).prompts.read_bytes()
-    with pytest.raises(ConfigError, match="began with something else: prompts: was"):
+    with pytest.raises(ConfigError, match="was started with a different definition: prompts: was"):
         run_session(root, data, trials=2, loaded=replaced_prompt)
     assert StudyFolder(root).prompts.read_bytes() == before
     assert len(open_study(StudyFolder(root)).get_trials(deepcopy=False)) == 1
@@ -198,7 +198,7 @@ def test_an_edited_prompt_file_is_refused_before_anything_is_loaded_and_not_over
     written = path.read_text()
     edited = written.replace("zkw figure a", "zkw figure a at night")
     path.write_text(edited)
-    with pytest.raises(ConfigError, match="was edited: the study's prompts are") as caught:
+    with pytest.raises(ConfigError, match="was edited: the study uses prompts") as caught:
         run_session(root, data, trials=2, loaded=fail(ZeroDivisionError("loaded")))
     assert "delete the file" in caught.value.hint and path.read_text() == edited
     path.write_text("# a remark\n" + written)
@@ -241,7 +241,7 @@ def test_enqueued_settings_that_must_wait_for_more_trials_are_named(root: Path, 
     file.write_text("learning_rate = 2e-3\nnetwork_dim = 2\nnetwork_alpha = 2\nmax_train_epochs = 1\n")
     run_session(root, data)
     said = run_session(root, data, enqueue=file)
-    assert "the settings of --enqueue wait as trial 1" in said and "raise --trials" in said
+    assert "the settings of --enqueue are queued as trial 1" in said and "raise --trials" in said
 
 
 def test_a_stop_is_for_those_who_ask_for_it(root: Path, data: Path) -> None:
@@ -318,5 +318,5 @@ def test_a_trial_finished_by_hand_while_it_is_told_is_left_as_it_is(
     monkeypatch.setattr(hpo.search.dashboard, "publish", finished_by_hand)
     search.run()
     assert search.study.get_trials(deepcopy=False)[1].value == 0.5
-    assert any("trial 1 was finished by somebody else" in line for line in view.lines)
+    assert any("trial 1 was already finished elsewhere" in line for line in view.lines)
     assert StudyFolder(root).trial(1).result.is_file()

@@ -1,6 +1,6 @@
-"""CLIP-T beside torchmetrics' CLIPScore on the same weights: 100 × the mean cosine – and where the two differ.
+"""Our CLIP-T against torchmetrics' CLIPScore with the same weights: 100 × the mean cosine, and the known differences.
 
-A small random CLIP of transformers, and the same weights in open_clip's layout, read by our own loader.
+A small random transformers CLIP, and the same weights in open_clip's layout, loaded by our loader.
 torchmetrics accepts other models than those in its list through a function.
 """
 
@@ -60,7 +60,7 @@ class PooledClip(CLIPModel):
 
 
 def open_clip_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under open_clip's names: q, k, v in one matrix, projections turned."""
+    """The same weights under open_clip's names: q, k, v in one matrix, projections transposed."""
     ours = {name: theirs[key] for key, name in SINGLE.items()}
     ours["text_projection"] = theirs["text_projection.weight"].T
     ours["visual.proj"] = theirs["visual_projection.weight"].T
@@ -99,7 +99,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[OpenClipScorer, Call
     torch.manual_seed(0)
     model = PooledClip(CLIPConfig(text_config=text, vision_config=vision, projection_dim=EMBED)).eval()
     with torch.no_grad():
-        for weight in model.parameters():  # louder than at the start of a training, so that texts matter
+        for weight in model.parameters():  # larger than at initialisation, so that texts matter
             weight.add_(torch.randn(weight.shape) * 0.05)
         model.logit_scale.fill_(4.6)
         ids = tokenizer(TEXTS, return_tensors="pt", padding=True)["input_ids"]
@@ -133,7 +133,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[OpenClipScorer, Call
 
 
 def pictures(count: int, side_px: int = SIDE_PX) -> list[np.ndarray]:
-    """Smooth ones: each channel rises from one corner to another."""
+    """Smooth images: each channel rises from one corner to another."""
     rng = np.random.default_rng(1)
     y, x = np.mgrid[0:side_px, 0:side_px] / (side_px - 1)
     corners = rng.uniform(0, 1, (count, 2, 3))
@@ -199,7 +199,7 @@ def _cut(model: Any, text: str) -> Tensor:
 
 
 def test_smooth_pictures_of_another_size_agree_too(both: Any) -> None:
-    """torchvision's bicubic there, Pillow's here."""
+    """torchmetrics resizes with torchvision's bicubic, we with Pillow's."""
     scorer, model = both
     images = pictures(4, side_px=80)
     own_NP = cosines(scorer, images, TEXTS)

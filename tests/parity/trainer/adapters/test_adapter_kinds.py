@@ -1,5 +1,5 @@
-"""Every kind of adapter: what it computes is what readers make of its file – by the formulas of ComfyUI
-(comfy/weight_adapter) and A1111 (extensions-builtin/Lora), written here a second time on merged weights."""
+"""Every kind of adapter gives the same output as its file in ComfyUI (comfy/weight_adapter) and A1111
+(extensions-builtin/Lora). Their formulas are reimplemented here on merged weights."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def a1111_weight(weight, parts):
 
 
 def merged_prediction(base, path, formula):
-    """What the base predicts with the file merged into its weights by a reader's formula."""
+    """The prediction of the base with the file merged into its weights by another program's formula."""
     places = {
         key: (component, module)
         for table in (base.lora_names(), base.conv_names())
@@ -164,7 +164,7 @@ def test_a_fresh_adapter_of_every_kind_changes_nothing_and_all_of_it_learns(kind
     adapter = inject(base, settings(kind))
     assert torch.equal(prediction(base), before)
     optimizer = torch.optim.SGD(adapter.trainable(), lr=1e-2)
-    for _ in range(2):  # what starts at zero keeps others' gradients at zero for a step
+    for _ in range(2):  # weights that start at zero keep the gradients of others at zero for one step
         states = base.encode_text(["a cat"])
         noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         base.predict(noisy, torch.tensor([300]), states, [SIZES]).square().sum().backward()
@@ -196,7 +196,7 @@ def test_the_full_module_set_has_this_kinds_names(family, modules, kind):
 
 
 def test_a_dora_per_output_as_peft_and_lycoris_write_it_is_read_as_peft_computes_it(tmp_path):
-    """LyCORIS' default and PEFT keep one magnitude per output; such files keep their meaning here."""
+    """LyCORIS (by default) and PEFT store one magnitude per output; such files are read correctly."""
     from diffusers.utils import recurse_remove_peft_layers
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -284,7 +284,7 @@ def test_a_file_of_two_kinds_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
 def test_diffusers_does_not_read_loha_and_lokr(kind, tmp_path):
-    """The claim of docs/adapters.md: it says so with an error."""
+    """As stated in docs/adapters.md: diffusers raises an error."""
     base = tiny_base("sd15")
     written(base, tmp_path / "a.safetensors", kind)
     with pytest.raises(Exception, match=r"(?i)lora|renamed|invalid|keys"):
@@ -294,7 +294,7 @@ def test_diffusers_does_not_read_loha_and_lokr(kind, tmp_path):
 
 
 def test_diffusers_reads_a_dora_file_without_its_magnitudes(tmp_path):
-    """The claim of docs/adapters.md: the image is another one."""
+    """As stated in docs/adapters.md: the image differs."""
     base = tiny_base("sd15")
     scored, _ = written(base, tmp_path / "a.safetensors", "DoRA")
     pipeline = tiny_pipeline(base)

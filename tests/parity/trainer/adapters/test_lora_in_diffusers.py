@@ -1,8 +1,7 @@
-"""A LoRA file loads in diffusers and draws what the adapter drew that was scored; names are
-kohya's, letter by letter.
+"""A LoRA file loads in diffusers and gives the same output as the scored adapter, with kohya's key names.
 
-The names are asserted literally elsewhere too (tests/unit/trainer/bases/test_bases.py): diffusers also
-accepts names that ComfyUI and A1111 do not know, so that it loads proves nothing about them.
+The names are also checked literally in tests/unit/trainer/bases/test_bases.py: diffusers accepts names that
+ComfyUI and A1111 do not, so loading in diffusers proves nothing about those programs.
 """
 
 import re
@@ -115,7 +114,7 @@ def test_a_unet_only_file_loads_in_diffusers(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_file_that_diffusers_wrote_gives_the_same_output_here(family, tmp_path):
-    """diffusers' own naming in: what save_lora_weights writes is read back by us."""
+    """Files from save_lora_weights, with diffusers' key names, are read correctly."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""The tokenizer built from open_clip's table splits text as open_clip does."""
+"""The tokenizer built from open_clip's BPE table gives the same tokens as open_clip."""
 
 import open_clip
 

@@ -1,4 +1,4 @@
-"""150 and 225 tokens are read as sd-scripts reads them: its windows, written here a second time in plain lists."""
+"""150 and 225 tokens are handled as in sd-scripts, whose windows are reimplemented here with plain lists."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Noise, targets and weights equal their formulas, written here a second time, and diffusers' where it has them."""
+"""Noise, targets and weights equal their formulas, reimplemented here, and those of diffusers if available."""
 
 import math
 

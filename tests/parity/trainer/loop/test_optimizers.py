@@ -1,5 +1,4 @@
-"""8-bit optimizers follow their 32-bit counterparts – on tensors that bitsandbytes really quantizes, which it
-does from 4,096 numbers."""
+"""8-bit optimizers follow their 32-bit counterparts, on tensors that bitsandbytes quantizes (from 4,096 elements)."""
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ STEPS = 60
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion as its paper writes it (arXiv 2302.06675, algorithm 2), β = 0.9 and 0.99."""
+    """Lion as in its paper (arXiv 2302.06675, algorithm 2), β = 0.9 and 0.99."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -63,7 +62,7 @@ def test_an_8_bit_optimizers_curve_is_its_32_bit_ones(name, reference):
 
 
 def test_small_tensors_are_not_quantized():
-    """What makes the test above mean something: below 4,096 numbers the state stays 32-bit."""
+    """Makes the test above meaningful: below 4,096 elements, the state stays 32-bit."""
     config = TrainConfig(optimizer_type="AdamW8bit", weight_decay=0.01)
     _, weight, optimizer = curve(lambda groups: OPTIMIZERS["AdamW8bit"](groups, config), 32)
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]

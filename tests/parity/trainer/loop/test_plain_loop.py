@@ -1,5 +1,5 @@
-"""The training loop equals one written plainly with diffusers' and torch's own parts: the same losses on the
-same noise, and the same weights after every step."""
+"""The training loop equals a plain loop made of diffusers and torch parts: the same losses on the same noise,
+and the same weights after every step."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ GAMMA = 5.0
 
 
 def batches(config, prepared):
-    """(images, noise, timesteps) of every micro-batch, drawn as the loop draws them: by image and epoch."""
+    """(images, noise, timesteps) of every micro-batch, drawn as in the loop: by image and epoch."""
     for epoch in range(config.max_train_epochs):
         for batch in epochs.epoch_batches(prepared.dataset, prepared.buckets, config, epoch):
             items = [prepared.dataset.items[index] for index in batch.items]
@@ -29,7 +29,7 @@ def batches(config, prepared):
 
 
 def plain_loop(base, config, prepared, start):
-    """diffusers' example scripts for LoRA (text encoders trained too), without this project's trainer."""
+    """Like diffusers' example scripts for LoRA (including text encoders), without this project's trainer."""
     unet, encoders = base.unet, base.text_encoders
     adapted = dict(zip(("unet", "text_encoder", "text_encoder_2"), (unet, *encoders), strict=False))
     parameters = []

@@ -1,5 +1,5 @@
 """Predicted against measured memory on a CUDA card: full-size SDXL with random weights, the real loop.  Needs
-a card; the checks that need none are in tests/unit/trainer/memory/test_footprint.py."""
+a GPU; the checks without one are in tests/unit/trainer/memory/test_footprint.py."""
 
 import gc
 from pathlib import Path
@@ -22,12 +22,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
 ]
 
-TOLERANCE = 0.08  # issue 5, §3
+TOLERANCE = 0.08  # assumed
 CELLS = [(row, batch) for row in ADAPTER_ROWS for batch in row.measured_gb]
 
 
 def random_sdxl(is_fp8):
-    """The U-Net on the card in bf16; VAE and text encoders are not there, as in a run with cached states."""
+    """The U-Net on the GPU in bf16, without VAE and text encoders, as in a run with cached states."""
     base = footprint.meta_base(footprint.base_facts("sdxl"))
     base.unet.to_empty(device="cpu").to(torch.bfloat16)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The choice of a checkpoint and the comparison of two bases, on constructed figures."""
+"""The choice of a checkpoint and the comparison of two bases, on constructed scores."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def anchors(base: str = "b", t: float = 0.3, i: float = 0.1) -> Anchors:
 
 
 def scored(likeness_P: np.ndarray, scale: Anchors, t: float = 0.3) -> Score:
-    """A score whose likeness, prompt by prompt, is given on the anchored scale."""
+    """A score with a given anchored likeness per prompt."""
     raw_P = np.asarray(likeness_P) * (0.9 - scale.base_i_P[0]) + scale.base_i_P[0]
     rows = tuple(ImageScore(p, 0, t, float(raw)) for p, raw in zip(IDS, raw_P, strict=True))
     t_P, i_P = np.full(PROMPTS, t), raw_P
@@ -86,8 +86,7 @@ def test_a_clear_best_is_chosen_though_the_error_bars_overlap() -> None:
 
 @pytest.mark.parametrize("best", [0, 1, 2])
 def test_every_checkpoint_counts_not_only_the_last(best: int) -> None:
-    """A fault of the origin pipeline (tests/unit/hpo/search/test_origin_faults.py): only the
-    final epoch was scored."""
+    """Scoring only the final epoch would be a fault (see tests/unit/hpo/search/test_origin_faults.py)."""
     points = curve(*(0.6 if n == best else 0.4 for n in range(3)))
     choice = choose(points, anchors())
     assert choice.best == choice.chosen == best

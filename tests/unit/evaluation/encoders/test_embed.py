@@ -1,4 +1,4 @@
-"""Promises of evaluation.encoders.embed and evaluation.encoders.scorerfile, on tiny open_clip and
+"""Tests of evaluation.encoders.embed and evaluation.encoders.scorerfile with tiny open_clip and
 DINOv2 models; no network."""
 
 import hashlib
@@ -43,7 +43,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tmp_path: Path, weights: dict[str, torch.Tensor]) -> Path:
-    """An open_clip folder, as the miniature's is."""
+    """An open_clip folder, like that of the miniature."""
     target = tmp_path / "clip"
     target.mkdir()
     (target / "open_clip_config.json").write_text(
@@ -55,7 +55,7 @@ def folder(tmp_path: Path, weights: dict[str, torch.Tensor]) -> Path:
 
 @pytest.fixture
 def named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """open_clip knows the models tiny-clip and tiny-clip-quickgelu, and some tags of them.  → the weights."""
+    """Register the models tiny-clip and tiny-clip-quickgelu with some tags in open_clip. Returns the weights file."""
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-clip", CONFIG)
     monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-clip-quickgelu", {**CONFIG, "quick_gelu": True})
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-clip", TAGS)
@@ -119,7 +119,7 @@ def test_a_file_named_after_a_tag_takes_the_tags_mean_std_and_resizing(named: Pa
 
 
 def test_what_a_file_does_not_tell_is_said_once(named: Path, tmp_path: Path) -> None:
-    """A file of no known tag and no known sha256 gets OpenAI's mean and std, and the model's own activation."""
+    """A file without a known tag or sha256 gets OpenAI's mean and std, and the activation of the model."""
     said: list[str] = []
     nameless = load_scorer(f"tiny-clip:{named}")
     with pytest.raises(ModelFileError, match="cannot tell a red circle"):  # random weights

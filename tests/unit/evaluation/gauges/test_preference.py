@@ -1,4 +1,4 @@
-"""Promises of evaluation.gauges.preference: the real file layouts, on tiny random weights."""
+"""Tests of evaluation.gauges.preference: the real file layouts with tiny random weights."""
 
 import copy
 from pathlib import Path

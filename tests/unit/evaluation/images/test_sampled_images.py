@@ -1,4 +1,4 @@
-"""Promises of evaluation.images.images."""
+"""Tests of evaluation.images.images."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_the_grid_shows_every_picture_with_its_prompt() -> None:
     )
     images = [picture(seed, p.id) for p in prompts.prompts for seed in prompts.seeds]
     grid = np.asarray(sample_grid(images, prompts, columns=2))
-    cell = 16 * 6  # enlarged whole times to at most half a cell
+    cell = 16 * 6  # enlarged by a whole factor to at most half a cell
     assert grid.shape == (2 * (cell + 16), 4 * cell, 3)
     assert (grid[:cell:6, cell : 2 * cell : 6] == images[1].pixels_HW3).all()
     assert (grid[cell : cell + 16, : 2 * cell] < 128).any(), "no label"

@@ -1,4 +1,4 @@
-"""Promises of evaluation.images.sampling, on a tiny random base."""
+"""Tests of evaluation.images.sampling on a tiny random base."""
 
 import dataclasses
 from pathlib import Path
@@ -205,7 +205,9 @@ def test_the_live_adapter_and_its_file_draw_the_same_bytes(
     config = tiny_config(save_precision=precision)
     adapter = inject(base, config)
     with torch.no_grad():
-        for number, weight in enumerate(adapter.trainable()):  # as trained: numbers that no half type holds
+        for number, weight in enumerate(
+            adapter.trainable()
+        ):  # as after training: values that fp16 and bf16 cannot represent
             weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
     rough = sample(base, PROMPTS, CONFIG)
     adapter.round_to(precision)

@@ -1,4 +1,4 @@
-"""Promises of evaluation.prompts.prompts."""
+"""Tests of evaluation.prompts.prompts."""
 
 from functools import partial
 from pathlib import Path
@@ -161,7 +161,7 @@ def test_what_is_lacking_is_said_for_the_confirmation_too() -> None:
 
 
 def test_regularisation_images_make_no_prompts() -> None:
-    """Their captions have no trigger: such a prompt does not ask for the subject, and would be scored for it."""
+    """Their captions have no trigger: such a prompt does not contain the subject but would be scored for likeness."""
     study = read_study(SHIPPED / "sd15-character.toml")
     own = [Item(Path(f"{n}.png"), f"zkw girl {n}", 1, 64, 64, str(n)) for n in range(4)]
     class_images = [Item(Path(f"r{n}.png"), f"girl {n}", 1, 64, 64, f"r{n}", is_reg=True) for n in range(40)]
@@ -192,9 +192,9 @@ def test_a_search_says_what_its_sets_lack_and_what_its_images_are(tmp_path: Path
     assert any(line.startswith("confirmation prompts: ") and "of 70 planned" in line for line in said), said
     line = _data_line(bench)
     assert line.startswith(
-        "24 training images and 5 regularisation images, trigger luca, class figure; 8 ref"
+        "24 training images and 5 regularization images, trigger luca, class figure; 8 ref"
     )
-    assert "38 images a trial (15 prompts × 2 seeds, 1 × 8)" in line
+    assert "38 images per trial (15 prompts × 2 seeds, 1 × 8)" in line
     assert not any("zkw" in prompt.text for prompt in bench.prompts.prompts)
     assert bench.evaluator.safeguards is not None
     own = [item.path for item in bench.data.items if not item.is_reg]
@@ -233,7 +233,7 @@ def test_a_long_caption_is_shortened_at_a_clause_and_it_is_said() -> None:
 
 
 def test_a_caption_that_is_cut_keeps_its_trigger() -> None:
-    """Such a prompt is scored for likeness, so it has to ask for the subject."""
+    """Such a prompt is scored for likeness, so it must contain the subject."""
     clause = "word " * 19 + "word"
     captions = [f"{clause}, {clause}, zkw girl", f"{clause}, {clause}, nobody"]
     made = generate(captions, trigger="zkw", class_word="girl", count_tokens=words)

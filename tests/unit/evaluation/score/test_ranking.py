@@ -1,4 +1,4 @@
-"""The recorded study: does the score rank LoRAs as the world's ground truth does?  Everything from raw cosines."""
+"""The recorded study: does the score rank LoRAs like the ground truth of the world? Computed from raw cosines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_recording_is_whole(found: Recorded) -> None:
 
 
 def test_the_recording_can_be_made_again(tmp_path: Path) -> None:
-    """The bench's base, prompts, references, encoders and sampling are those that the file was recorded with."""
+    """Base, prompts, references, encoders and sampling of the bench are those of the recording."""
     bench = bench_in(tmp_path)
     rows = read_records(ranking.FILE)
     for which, prompts in Recording(bench, ranking.FILE).sets.items():
@@ -62,7 +62,7 @@ def test_the_score_ranks_as_the_ground_truth_does_and_clip_alone_does_not(
 
 
 def test_the_score_ranks_so_whichever_prompts_had_been_drawn(found: Recorded) -> None:
-    """The same bar with the prompts drawn anew instead of the configurations."""
+    """The same threshold, with resampled prompts instead of resampled configurations."""
     draws_KP = prompt_draws(16)[:200]
     scores_KN = np.stack([m.values(draws_KP) for m in found.trials], axis=1)
     weights_KP = draws_KP * found.trials[0].prompts.asks_P
@@ -72,7 +72,7 @@ def test_the_score_ranks_so_whichever_prompts_had_been_drawn(found: Recorded) ->
 
 
 def test_the_untrained_base_follows_prompts_and_has_no_likeness(found: Recorded) -> None:
-    """Drawn with the trigger in its prompts; 1 and 0 within two standard errors."""
+    """Sampled with the trigger in its prompts; 1 and 0 within two standard errors."""
     base = found.on[SEARCH]["base"]
     t_K, i_K = base.parts(prompt_draws(16))
     t, i = (float(part[0]) for part in base.parts())
@@ -115,7 +115,7 @@ def test_the_noise_of_the_recorded_study_is_known(found: Recorded) -> None:
 def test_a_score_that_is_another_formula_would_be_noticed(
     found: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CLIP alone in the composite's place fails the bar: the test above can fail."""
+    """CLIP alone instead of the composite fails the threshold, so the test above can fail."""
     monkeypatch.setattr(Measured, "score", property(lambda m: m.clip_t))
     assert spearman(found.column("score"), found.column("strict")).value < 0.5
 

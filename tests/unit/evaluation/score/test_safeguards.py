@@ -1,4 +1,4 @@
-"""Promises of evaluation.score.safeguards: copies, diversity, the class word; their way to the sampler."""
+"""Tests of evaluation.score.safeguards: copies, diversity, the class word, and how they reach the sampler."""
 
 import io
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_diversity_is_seen_where_a_prompt_has_most_pictures() -> None:
 
 
 def anchors(base_prior_i: float | None, base_diversity: float | None) -> Anchors:
-    """Of a prompt with the trigger and perhaps one without; real images have a likeness of 0.9."""
+    """Anchors of a prompt with the trigger and optionally one without; real images have a likeness of 0.9."""
     prior = () if base_prior_i is None else (base_prior_i,)
     ids, asks, raw_P = ("a", "c")[: 1 + len(prior)], (True, False)[: 1 + len(prior)], (0.0, *prior)
     errors = {"real_i_se": 0.0, "t_unit_se": 0.0, "i_unit_se": 0.0}
@@ -55,7 +55,7 @@ def anchors(base_prior_i: float | None, base_diversity: float | None) -> Anchors
 
 
 class Same:
-    """An encoder that knows the images' vectors."""
+    """An encoder that returns given vectors."""
 
     name, sha = "same", "sha"
 
@@ -90,7 +90,7 @@ def test_prompts_without_class_only_ones_set_no_prior_limit() -> None:
 
 
 def test_a_copy_of_a_training_image_trips_the_copy_rate_and_a_held_out_one_does_not(tmp_path: Path) -> None:
-    """The miniature's own encoders; the copies are at the base's size, and through a JPEG."""
+    """With the encoders of the miniature; the copies have the size of the base and are saved as JPEG."""
     write_subject("character", tmp_path)
     training, held_out = (
         sorted(p for p in tmp_path.rglob("*.png") if ("held_out" in p.parts) == held)

@@ -1,4 +1,4 @@
-"""Promises of evaluation.score.anchors and evaluation.score.score: maths on fake encoders, the path
+"""Tests of evaluation.score.anchors and evaluation.score.score: the maths on fake encoders, the whole path
 on a tiny base."""
 
 import dataclasses
@@ -86,7 +86,7 @@ def picture(colour: str, subject: float, noise: int) -> np.ndarray:
 def images(
     subject: float, follow: float = 1.0, noise: int = 0, prompts: PromptSet = PROMPTS
 ) -> list[SampledImage]:
-    """One image a prompt and seed: the right colour mixed with grey by ``follow``."""
+    """One image per prompt and seed: the right colour, mixed with grey by ``follow``."""
     found = []
     for number, prompt in enumerate(prompts.prompts):
         for seed in prompts.seeds:
@@ -105,7 +105,7 @@ def references() -> References:
 
 
 def judged_by(references: References, prompts: PromptSet = PROMPTS, **changes: Any) -> Evaluator:
-    """On a base that is never drawn with."""
+    """An evaluator with a base that is never sampled."""
     parts = {"scorer": Colours(), "likeness": Texture(), **changes}
     return Evaluator(cast(Base, SimpleNamespace(identity="b")), prompts, CONFIG, references, **parts)
 
@@ -131,7 +131,7 @@ def test_the_untrained_base_follows_as_itself_has_no_likeness_and_scores_0(
 
 def test_clip_score_alone_cannot_win(anchors: Anchors, references: References) -> None:
     base, good = scored(images(0.1), anchors, references), scored(images(0.9, 0.9), anchors, references)
-    shuffled = images(0.95)  # the subject to perfection, but what the other prompts ask for
+    shuffled = images(0.95)  # a perfect subject, but the content of other prompts
     shuffled = [dataclasses.replace(shuffled[k - 2], prompt_id=i.prompt_id) for k, i in enumerate(shuffled)]
     collapsed = scored(shuffled, anchors, references)
     assert base.clip_t > good.clip_t > collapsed.clip_t
@@ -203,7 +203,7 @@ def test_anchors_that_cannot_be_told_apart_are_reported_and_cannot_blow_up_a_sco
 ) -> None:
     blind = measure_anchors(
         judged_by(references), images(0.95, 0.0)
-    )  # all grey, and as like the references as they are
+    )  # all grey, and as similar to the references as they are to each other
     assert len(blind.problems) == 2 and "prompts" in blind.problems[0] and "references" in blind.problems[1]
     with pytest.raises(DataError, match=r"cannot tell .* ± 0\.\d{4} – use more"):
         blind.require_separable()
@@ -228,7 +228,7 @@ def test_scoring_twice_gives_the_same_number_and_error(anchors: Anchors, referen
 
 
 def test_the_error_is_that_of_prompts_not_of_images(references: References) -> None:
-    """Prompts are clusters: copies of the same images under more seeds make nothing surer."""
+    """Prompts are clusters: copies of the same images under more seeds do not reduce the error."""
     more = PromptSet(PROMPTS.prompts, tuple(range(8)), "zkw", "cat")
     uneven = [0.2, 0.6, 0.9, 0.5]
 
@@ -366,7 +366,7 @@ def base() -> Base:
 
 @pytest.fixture
 def measured(base: Base, tmp_path: Path) -> Evaluator:
-    """With its anchors, of the base as it is."""
+    """An evaluator with anchors of the untrained base."""
     real = References(
         torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(5))),
         "r",
@@ -385,7 +385,7 @@ def evaluate(measured: Evaluator, folder: Path, **changes: int) -> Score:
 
 
 def train(base: Base) -> None:
-    """What an adapter does: other weights."""
+    """Change the weights, as an adapter does."""
     base.unet.conv_out.weight.data.mul_(1.5)
 
 
@@ -402,7 +402,7 @@ def test_an_adapters_score_its_grid_and_its_images_are_left_in_the_folder(
 
 
 def test_metrics_are_written_as_older_versions_read_them(anchors: Anchors, references: References) -> None:
-    """They want to be told how many images were invalid, which has always been none."""
+    """They expect the number of invalid images, which is always 0."""
     written = scored(images(0.5), anchors, references).as_dict()
     assert list(written)[8:11] == ["n_images", "invalid", "scorer"] and written["invalid"] == 0
 

@@ -1,6 +1,6 @@
-"""The same LoRA file, the same score: repeated, and drawn in other batch sizes – on mini-sd15 with its real scorers.
+"""The same LoRA file gives the same score: repeated, and with other batch sizes, on mini-sd15 with its real scorers.
 
-A LoRA of 20 steps on the demo character: it has likeness and still follows prompts, so that nothing is clipped.
+The LoRA has 20 steps on the demo character: it has likeness and still follows prompts, so that nothing is clipped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Trained:
     folder: Path
 
     def score(self, name: str, batch_size: int) -> Score:
-        """From the file, as ``hpo confirm --rescore-only`` does it."""
+        """Score the file as ``hpo confirm --rescore-only`` does."""
         bench = self.bench
         lora = lorafile.attach(bench.base, lorafile.read(self.file))
         try:

@@ -1,4 +1,4 @@
-"""Promises of evaluation.score.statistics, against counting by hand, simulations and the score itself."""
+"""Tests of evaluation.score.statistics against counting by hand, simulations and the score."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def test_variance_components_are_those_that_were_put_in() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_the_detectable_difference_is_seen_in_four_of_five_comparisons(seeds: int) -> None:
-    """Power simulated: two configurations that truly differ by it, compared by their paired draws."""
+    """Simulated power: two configurations that differ by this amount, compared by their paired draws."""
     rng, noise = np.random.default_rng(2), (0.3, 0.1, 0.1, 0.2)
     detectable = st.variance_components(simulated(rng, (200, 16, seeds), *noise)).detectable
     weights_KP, seen = st.prompt_draws(16), []
@@ -122,7 +122,9 @@ def test_the_interval_of_a_rank_correlation_covers_the_truth() -> None:
         x = rng.normal(size=30)
         found = st.spearman(x.tolist(), (0.8 * x + 0.6 * rng.normal(size=30)).tolist())
         inside += found.low <= 0.786 <= found.high
-    assert inside >= 34  # 95 % of 40 is 38; the bootstrap's known shortfall at 30 pairs, and chance
+    assert (
+        inside >= 34
+    )  # 95 % of 40 is 38, minus the known undercoverage of the bootstrap at 30 pairs, and chance
 
 
 def draws_of(means: list[float], sd: float, seed: int = 6) -> tuple[list[float], np.ndarray]:
@@ -149,7 +151,9 @@ def test_equal_configurations_are_told_apart_as_rarely_as_the_level_says() -> No
         scores_CP = rng.normal(0, 0.3, 24) + rng.normal(0, 0.1, (4, 24))
         draws_CK = (st.prompt_draws(24) @ scores_CP.T / 24).T
         lost += len(st.tied_with_best(scores_CP.mean(1).tolist(), draws_CK)) < 4
-    assert lost <= 25  # tests against the best of four are a little freer than 5 %: the best is selected
+    assert (
+        lost <= 25
+    )  # tests against the best of four reject slightly more often than 5 %, because the best is selected
 
 
 def test_equal_scores_share_the_chance_to_be_best() -> None:

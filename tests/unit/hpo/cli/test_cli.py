@@ -148,7 +148,7 @@ def test_plain_images_without_a_class_word_name_the_flag(place: Path) -> None:
 
 def test_references_that_are_trained_on_are_refused(place: Path) -> None:
     words = search("--references", "../images/1_zkw figure")
-    refused(place, 3, "is trained on too", *words)
+    refused(place, 3, "is also a training image", *words)
     refused(place, 3, "holds 0 images", *search("--references", "../images"))
 
 
@@ -189,7 +189,9 @@ def test_a_runs_folder_that_is_a_file_is_refused(place: Path) -> None:
 
 
 def test_no_images_at_all_name_the_flag(place: Path) -> None:
-    assert "--data" in refused(place, 2, "no images are given", "search", "--base", "sd15", "--trials", "1")
+    assert "--data" in refused(
+        place, 2, "no training images given", "search", "--base", "sd15", "--trials", "1"
+    )
 
 
 def test_a_pickle_is_refused_unopened(place: Path) -> None:

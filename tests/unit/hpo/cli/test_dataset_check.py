@@ -57,7 +57,7 @@ def test_a_good_folder_has_no_findings_and_ends_with_0(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     good(tmp_path / "data")
     result = check("data", *MINI)
-    assert result.exit_code == 0 and "nothing to mend" in result.stdout
+    assert result.exit_code == 0 and "no problems found" in result.stdout
     found = report(tmp_path / "data")
     assert (
         found["usable"] and found["findings"] == [] and (found["trigger"], found["class"]) == ("zed", "man")

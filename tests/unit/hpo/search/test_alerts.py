@@ -72,7 +72,7 @@ def test_figures_that_no_longer_say_so_withdraw_the_alert_and_the_file_follows_t
     assert update_alert(folder, replace(CONVERGED, level="none", noise_se=0.0123), ROWS) == "withdrawn"
     text = folder.alert.read_text(encoding="utf-8")
     assert text.startswith("Best trial: Trial 25  score 0.6075 ± 0.0200  (withdrawn)")
-    assert "status: withdrawn – the figures no longer say converged" in text and "0.0123" in text
+    assert "status: withdrawn – the conditions for converged no longer hold" in text and "0.0123" in text
     assert "next: hpo status" in text
     assert update_alert(folder, replace(CONVERGED, level="no_signal", best=27), ROWS) is None
     assert folder.alert.read_text(encoding="utf-8").startswith("Best trial: Trial 27")
@@ -118,7 +118,7 @@ def test_a_list_of_receivers_in_one_address_stays_one_address() -> None:
     "url", ["s3cretToken12345", "nonsuch://s3cretToken12345", "slack://s3cretToken12345"]
 )
 def test_an_address_that_cannot_be_read_is_refused_at_once_and_not_shown(url: str) -> None:
-    with pytest.raises(ConfigError, match="address 2 of 2") as caught:
+    with pytest.raises(ConfigError, match="URL 2 of 2") as caught:
         check_services(("ntfy://a", url))
     assert "s3cret" not in str(caught.value)
 

@@ -198,7 +198,7 @@ def test_a_failure_is_a_failure_and_nothing_is_pruned(tmp_path: Path) -> None:
         raise ModuleNotFoundError("No module named 'lpips'")
 
     vars(bench.evaluator.scorer)["image_features"] = broken
-    with pytest.raises(ToolError, match="three trials in a row failed alike"):
+    with pytest.raises(ToolError, match="three trials in a row failed in the same way"):
         search.run()
     found = open_study(bench.folder).get_trials(deepcopy=False)
     assert {t.state.name for t in found} == {"FAIL"} and found[0].user_attrs["outcome"] == FAILED

@@ -47,7 +47,7 @@ def test_a_study_with_two_objectives_runs_resumes_and_has_a_front(tmp_path: Path
     assert any("confirm" in line for line in status_lines(study, bench.folder))
     assert any("Pareto front" in line for line in summary(bench.folder, now, {"a": 1}, "done"))
     assert not bench.folder.alert.exists()
-    with pytest.raises(ConfigError, match="began with 2 objective"):
+    with pytest.raises(ConfigError, match="was started with 2 objective"):
         create_study(bench.folder, {})
 
 

@@ -248,8 +248,8 @@ def test_a_trials_figures_beside_its_score_reach_its_note_the_status_and_the_end
     words = f"CLIP-I {figure.value:.4f} by arithmetic"
     notes = study._storage.get_study_system_attrs(study._study_id).items()
     note = " ".join(str(value) for name, value in notes if "note_str" in name)
-    assert f"beside the score: {words}" in note
+    assert f"extra metrics: {words}" in note
     assert f"trial 0, beside its score: {words}" in status_lines(study, bench.folder)
-    assert f"  beside it: {words}" in summary(
+    assert f"  extra metrics: {words}" in summary(
         bench.folder, standing(study, 1), {"learning_rate": 1e-3}, "done"
     )

@@ -62,8 +62,11 @@ def test_a_mistyped_study_name_is_suggested() -> None:
         ({"trainn": {}}, "unknown section trainn"),
         ({"train": {"network_dims": 8}}, "unknown setting network_dims"),
         ({"train": {**STUDY["train"], "learning_rate": 1e-3}}, "fixed in .train. and searched"),
-        ({"train": {**STUDY["train"], "max_train_steps": 5}}, "leaves max_train_epochs without effect"),
-        ({"train": {**STUDY["train"], "seed": 3}}, "decided by --seed"),
+        (
+            {"train": {**STUDY["train"], "max_train_steps": 5}},
+            "in .train., max_train_epochs has no effect",
+        ),
+        ({"train": {**STUDY["train"], "seed": 3}}, "set by --seed"),
         ({"space": {}}, "is empty"),
         ({"baseline": {"learning_rate": 5.0}}, "learning_rate = 5.0 is outside the study's"),
         ({"baseline": {"noise_offset": 0.1}}, "is not searched"),
@@ -110,8 +113,8 @@ def test_steps_given_by_set_replace_searched_epochs() -> None:
     [
         ("network_dims=8", "unknown setting network_dims", "did you mean network_dim"),
         ("network_dim", "has no value", "key=value"),
-        ("network_alpha_ratio=1", "fixes nothing", "set network_alpha instead"),
-        ("seed=3", "not set with --set", "--seed"),
+        ("network_alpha_ratio=1", "cannot be fixed to a single value", "set network_alpha instead"),
+        ("seed=3", "cannot be set with --set", "--seed"),
         ("smapling.steps=3", "no section smapling", "did you mean sampling"),
         ("network_dim=abc", "not a number", "rank"),
         ("network_dim=0", "outside its limits", "from 1 to"),
@@ -141,7 +144,7 @@ def test_a_changed_definition_is_refused_with_what_changed() -> None:
     lines = difference(before, now.frozen())
     assert "[space] learning_rate: was 0.0001 … 0.1, log, is now 0.001 … 0.01, log" in lines
     assert "[train] noise_offset: was 0.0, is now 0.05" in lines
-    with pytest.raises(ConfigError, match="began with something else") as caught:
+    with pytest.raises(ConfigError, match="was started with a different definition") as caught:
         check_unchanged(before, now.frozen(), "x")
     assert "--name" in caught.value.hint
 
@@ -178,7 +181,7 @@ def test_a_users_kohya_file_becomes_a_proposal(tmp_path: Path) -> None:
         "max_train_epochs": 3,
     }
     assert proposal == expected
-    assert any("train_batch_size = 2 stays 4" in note for note in notes)
+    assert any("train_batch_size = 2 is ignored; the study uses 4" in note for note in notes)
 
 
 def with_ratio() -> Any:
@@ -212,9 +215,9 @@ def test_an_enqueued_file_is_trained_at_its_own_two_rates(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rate = 1e-3\nunet_lr = 0", "trains no U-Net"),
-        ("learning_rate = 1e-3\nnetwork_train_unet_only = true", "trains no text encoder"),
-        ("learning_rate = 1e-3\ntext_encoder_lr = 0", "trains no text encoder"),
+        ("learning_rate = 1e-3\nunet_lr = 0", "does not train the U-Net"),
+        ("learning_rate = 1e-3\nnetwork_train_unet_only = true", "does not train the text encoder"),
+        ("learning_rate = 1e-3\ntext_encoder_lr = 0", "does not train the text encoder"),
     ],
 )
 def test_an_enqueued_file_with_a_rate_of_0_is_refused_with_the_reason(
@@ -241,7 +244,7 @@ def test_a_rate_that_the_study_fixes_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(KOHYA + "text_encoder_lr = 5e-5\n")
     _, notes = as_proposal(path, study(), lambda config: 10)
-    assert "mine.toml: the text encoders' rate is 5e-05 there and 0.003 here, it is not searched" in notes
+    assert "mine.toml: the text encoder learning rate 5e-05 is ignored; the study uses 0.003" in notes
 
 
 def test_a_users_file_outside_the_ranges_is_refused(tmp_path: Path) -> None:
@@ -329,7 +332,7 @@ def test_what_a_fixed_setting_leaves_without_effect_is_not_searched() -> None:
 
 def test_a_file_that_searches_what_has_no_effect_is_refused() -> None:
     fixed = {"train": {**STUDY["train"], "unet_lr": 1e-4, "text_encoder_lr": 1e-5}}
-    with pytest.raises(ConfigError, match=r"unet_lr in .train. leaves learning_rate without effect"):
+    with pytest.raises(ConfigError, match=r"with unet_lr in .train., learning_rate has no effect"):
         study(**fixed)
 
 
@@ -355,7 +358,7 @@ def test_warm_up_in_steps_becomes_a_share_of_the_users_steps(tmp_path: Path) -> 
     proposal, notes = as_proposal(path, build_study("t", table), lambda config: 100)
     assert proposal["warmup_ratio"] == pytest.approx(0.2)
     assert proposal["network_dim_log2"] == 2  # kohya's default: 4
-    assert any("counts steps" in note for note in notes)
+    assert any("sets the length in steps" in note for note in notes)
 
 
 def test_no_mutation_of_a_study_file_raises_anything_but_a_named_error() -> None:

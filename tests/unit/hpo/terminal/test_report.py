@@ -78,7 +78,7 @@ def test_the_live_block_follows_the_images_too() -> None:
     current = Current(7, SETTINGS, EMPTY)
     current.on_image(8, 32)
     text = printed(live_block("x", current))
-    assert "drawing images" in text and "8/32 images" in text
+    assert "generating images" in text and "8/32 images" in text
     assert "known after the first trial" in text
 
 
@@ -102,7 +102,7 @@ def test_without_a_terminal_there_are_plain_lines_only() -> None:
         view.on_result(result(), STANDING)
     text = screen.getvalue()
     assert "\x1b" not in text and "\r" not in text
-    assert "trial 7 (8 of 30), taken up again: learning_rate 1.30e-4" in text
+    assert "trial 7 (8 of 30), resumed: learning_rate 1.30e-4" in text
     assert "step 63/1200" in text
     assert text.splitlines()[-1] == "trial=7 state=complete score=0.5312 se=0.0213 best=4 seconds=14.0"
 
@@ -158,7 +158,7 @@ def test_the_end_names_files_next_command_and_that_a_search_score_is_no_result(t
         "grid.png",
         "metrics.json",
         "search score: 0.6123 ± 0.0212, confirm with: hpo confirm x --runs",
-        "no result yet",
+        "not a final result yet",
         "next: hpo confirm x --runs",
     ]:
         assert part in text, part
@@ -175,10 +175,12 @@ def test_the_end_of_a_confirmed_search_says_its_result(tmp_path: Path) -> None:
     folder.confirmed.write_text(json.dumps(CONFIRMED))
     text = "\n".join(summary(folder, STANDING, SETTINGS, "30 trials are done"))
     assert "confirmed (retrained): trial 4, score 0.5710 (95 % 0.5200 … 0.6200)" in text
-    assert "no result yet" not in text and "hpo confirm" not in text and "next: hpo dashboard x" in text
+    assert (
+        "not a final result yet" not in text and "hpo confirm" not in text and "next: hpo dashboard x" in text
+    )
     newer = "\n".join(summary(folder, replace(STANDING, best=(9, 0.7, 0.02)), SETTINGS, "40 trials are done"))
-    assert "score 0.5710" in newer and "Trial 9 is better by its search score" in newer
-    assert "no result yet" in newer and "next: hpo confirm x" in newer
+    assert "score 0.5710" in newer and "Trial 9 has a better search score" in newer
+    assert "not a final result yet" in newer and "next: hpo confirm x" in newer
     folder.confirmed.write_text("{}")
     assert "next: hpo confirm x" in "\n".join(summary(folder, STANDING, SETTINGS, "30 trials are done"))
 
@@ -197,12 +199,12 @@ def test_figures_beside_the_score_are_shown_with_their_models(tmp_path: Path) ->
     folder.trial(4).root.mkdir(parents=True)
     write_result(folder.trial(4), result(number=4, beside=BESIDE))
     text = summary(folder, STANDING, SETTINGS, "30 trials are done")
-    assert f"  beside it: {clip}" in text and f"  beside it: {dino}" in text
+    assert f"  extra metrics: {clip}" in text and f"  extra metrics: {dino}" in text
     note = note_text(result(beside=BESIDE), SETTINGS, None)
-    assert f"beside the score: {clip}" in note and "dinov2-small\\[31m" in note
+    assert f"extra metrics: {clip}" in note and "dinov2-small\\[31m" in note
     assert "beside" not in note_text(result(), SETTINGS, None)
     folder.trial(4).result.write_text('{"beside": [{"measure": 1}]}')
-    assert not any("beside it" in line for line in summary(folder, STANDING, SETTINGS, ""))
+    assert not any("extra metrics" in line for line in summary(folder, STANDING, SETTINGS, ""))
 
 
 def test_the_end_names_the_usual_settings_trial_or_what_became_of_it(tmp_path: Path) -> None:

@@ -357,14 +357,14 @@ def test_inspect_shows_foreign_files_and_nothing_a_terminal_would_act_on(tmp_pat
         "4": 1,
         "none (readers take the rank)": 1,
     }
-    assert (found["kind"], found["family"]) == ("LoRA", "SDXL (by its names)")
+    assert (found["kind"], found["family"]) == ("LoRA", "SDXL (guessed from the tensor names)")
     assert found["other_tensors"] == ["surplus"] and found["metadata"]["ss_tag_frequency"] == {"a": 1}
 
 
 def test_inspect_refuses_what_is_no_lora(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     result = hpo_command("inspect", str(tmp_path / "x.safetensors"))
-    assert result.exit_code == 4 and "holds no LoRA" in result.stderr
+    assert result.exit_code == 4 and "contains no LoRA" in result.stderr
 
 
 def test_export_writes_what_sd_scripts_reads(place: Path) -> None:

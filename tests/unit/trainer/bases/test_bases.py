@@ -1,4 +1,4 @@
-"""What a base promises: kohya's module sets and names, text states, images there and back."""
+"""Tests of bases: kohya's module sets and names, text states, encoding and decoding of images."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_sdxl_reads_the_last_but_one_layer_without_final_norm_and_pools_at_the_f
 
 
 def test_an_exclamation_mark_is_a_word_even_where_it_is_the_padding():
-    """Published SDXL folders pad the second encoder with "!"; a word "!" must stay a word (sd-scripts does so)."""
+    """Published SDXL folders pad the second encoder with "!"; the word "!" must stay a word, as in sd-scripts."""
     base = tiny_base("sdxl")
     first, second = (base.token_ids(["wow!"], encoder)[0].tolist() for encoder in (0, 1))
     assert first[:6] == second[:6]

@@ -1,4 +1,4 @@
-"""Families are facts: nobody outside trainer/bases asks for one by its name, and a fact is stated once."""
+"""Families are data: no code outside trainer/bases checks the name of a family, and each property is defined once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from trainer.bases.load import CLASSES
 TITLES = [family.title for family in FAMILIES.values()]
 STARTS = [family.kohya_version_start for family in FAMILIES.values()]
 WORDS = {*FAMILIES, *KNOWN_BASES, *TITLES, *STARTS, "mini-"}
-# What asks a text for a part of it: a.startswith("mini-").
+# Methods that test a part of a text: a.startswith("mini-").
 ASKS = ("startswith", "endswith", "removeprefix", "removesuffix", "find", "get", "count", "index")
 
 
 def asked_words(tree: ast.AST) -> Iterator[int]:
-    """Lines where a family's name decides something: compared, the key of a table, in a list, or a name for
-    one.  As an argument, a default or a word in a text it only names a base to somebody who asks the facts."""
+    """Lines where the name of a family decides something: in a comparison, as a key of a table, in a list, or
+    as a constant. As an argument, a default or a word in a text, it only names a base."""
     for node in ast.walk(tree):
         asked: list[ast.AST | None] = []
         match node:

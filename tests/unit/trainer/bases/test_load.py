@@ -1,4 +1,4 @@
-"""What load_base promises: the same networks from a folder and from a single file, and a clear line for the rest."""
+"""Tests of load_base: the same networks from a folder and from a single file, and clear errors otherwise."""
 
 import dataclasses
 import json
@@ -31,13 +31,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def folder(folders, tmp_path):
-    """A folder of SD1.5 that a test may spoil."""
+    """A folder of SD1.5 that a test may modify."""
     return shutil.copytree(folders["sd15"], tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
 def narrow_configs(tmp_path_factory):
-    """The shipped configurations, but of the narrow full-structure bases; and their single files."""
+    """The configurations of narrow bases with full structure, and their single files."""
     root = tmp_path_factory.mktemp("configs")
     files = {}
     for family in ("sd15", "sdxl"):
@@ -48,7 +48,7 @@ def narrow_configs(tmp_path_factory):
 
 
 def narrow_families(monkeypatch, root):
-    """The families with narrow networks: told by their widths instead of 768 and 2048."""
+    """The families with narrow networks: detected by their widths instead of 768 and 2048."""
     monkeypatch.setattr(families, "CONFIGS", root)
     for name, width in (("sd15", 16), ("sdxl", 32)):
         narrow = dataclasses.replace(families.FAMILIES[name], context_width=width)
@@ -121,7 +121,7 @@ def swap_words(tokenizer):
     ],
 )
 def test_whatever_changes_what_the_networks_compute_changes_the_identity(file, change, folders, folder):
-    """Cached captions and images are found by it: a stale one would be trained on without a word."""
+    """It is the key of cached captions and latents: stale ones would be used silently."""
     content = json.loads((folder / file).read_text())
     change(content)
     (folder / file).write_text(json.dumps(content))
@@ -161,7 +161,7 @@ def test_a_single_file_in_the_original_layout_gives_the_same_networks(
 
 
 def test_diffusers_reads_the_same_single_file_alike(narrow_configs):
-    """Our converter in tests is not its own witness: diffusers' loader must agree with it."""
+    """The converter in these tests is verified against diffusers' loader."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     root, files = narrow_configs
@@ -177,7 +177,7 @@ def test_diffusers_reads_the_same_single_file_alike(narrow_configs):
 
 
 def single(path, **shapes):
-    """A file with the original layout's tell-tale tensors; shapes override or, as None, remove."""
+    """A file with the tensors that identify the original layout; ``shapes`` override or, if None, remove tensors."""
     tensors = {
         "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),
         "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (2, 768),

@@ -1,4 +1,4 @@
-"""Rebuilding the miniature: stages save, go on where they were killed, and put their data on the model's device."""
+"""Rebuilding the miniature: stages save, resume after a kill, and put their data on the device of the model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_stage_that_was_killed_ends_as_if_nothing_had_happened(
 def test_a_finished_stage_is_not_trained_again(tmp_path: Path) -> None:
     trained = train(tmp_path)
     assert finished(PLAN, tmp_path)
-    again = train(tmp_path, kill_at=0)  # its loss is not asked for
+    again = train(tmp_path, kill_at=0)  # its loss is not computed
     assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
 
 

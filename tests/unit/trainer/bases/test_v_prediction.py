@@ -1,4 +1,4 @@
-"""A fine-tune that predicts v is data: its own files say so, or an entry among the known bases does."""
+"""A v-prediction fine-tune needs no code: its files declare it, or an entry in the known bases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ V_TO_PURE_NOISE = {**V, "rescale_betas_zero_snr": True}
 
 
 def loss_and_velocity(base: Base, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
-    """One step on one image, seen twice: the loss that is told, and the error against diffusers' velocity."""
+    """One step on one image: the reported loss, and the error against diffusers' velocity."""
     is_zero = bool(base.scheduler_config.get("rescale_betas_zero_snr"))
     config = tiny_config(v_parameterization=True, zero_terminal_snr=is_zero, max_train_epochs=1)
     prepared = tiny_prepared(base, config, images=1, repeats=2)
@@ -78,7 +78,7 @@ def test_a_single_file_that_says_so_is_trained_on_the_velocity(
     plain = save_single_file(narrow, tmp_path / "plain.safetensors")
     tuned = tmp_path / "tuned.safetensors"
     save_file({**load_file(plain), **{key: torch.zeros(0) for key in markers}}, tuned, metadata)
-    # the narrow networks' own width, configurations and words
+    # width, configurations and vocabulary of the narrow networks
     width = narrow.unet.config.cross_attention_dim
     monkeypatch.setattr(families, "CONFIGS", tmp_path)
     monkeypatch.setitem(FAMILIES, family, dataclasses.replace(FAMILIES[family], context_width=width))

@@ -1,4 +1,4 @@
-"""The world: the same scene from the same seed, read back rightly from its pixels, captions in its own words."""
+"""The world: the same scene from the same seed, recognised from its pixels, with captions from its vocabulary."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_captions_say_only_words_of_the_world_and_the_full_wording_names_everyth
         assert scene.background in full
         for thing in scene.things:
             assert thing.colour in full and thing.shape in full
-    assert 0 < unknown < 80  # a few invented names, so that an unknown name changes nothing
+    assert 0 < unknown < 80  # a few invented names, so that an unknown name has no effect
 
 
 def test_wording_varies() -> None:

@@ -1,4 +1,4 @@
-"""An 8-bit base: half the bytes of bf16, nearly its output, and a LoRA on top that is an ordinary LoRA."""
+"""An fp8 base: half the bytes of bf16, nearly the same output, and a normal LoRA on top."""
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ def test_an_8_bit_unet_takes_half_the_bytes_of_bf16(family):
     unet = base.unet.to(torch.bfloat16)
     before = fp8.nbytes(unet)
     weights = [m.weight for m in unet.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
-    saved = sum(weight.numel() - 4 * weight.shape[0] for weight in weights)  # a byte each, but for the scales
+    saved = sum(
+        weight.numel() - 4 * weight.shape[0] for weight in weights
+    )  # one byte per weight, minus the scales
     fp8.convert(unet)
     assert before - fp8.nbytes(unet) == saved
     assert all(m.weight.dtype == fp8.FORMAT for m in unet.modules() if fp8.is_fp8(m))
@@ -54,7 +56,7 @@ def test_the_output_is_near_and_much_nearer_than_that_of_a_cast_without_scale(la
     layer.requires_grad_(False)
     fp8.convert(layer)
     error = relative(layer(x), expected)
-    assert error < 0.035  # three bits of mantissa: at most 2⁻⁴ of each weight, 2.6 % in the mean
+    assert error < 0.035  # three mantissa bits: at most 2⁻⁴ of each weight, 2.6 % on average
     assert error < 0.5 * relative(cast, expected)
     (again,) = torch.autograd.grad(layer(x).square().sum(), x)
     assert relative(again, gradient) < 0.06

@@ -1,4 +1,4 @@
-"""kohya's files: every key is used, translated, without effect, or refused; none is passed over silently."""
+"""kohya's files: every key is used, translated, without effect, or refused; none is ignored silently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.errors import ConfigError, ToolError
 from trainer.kohya import keys as kohyakeys
 from trainer.kohya.read import KohyaFile, read_kohya, read_own
 
-# A file as graphical front ends write them: sections, empty values, machine settings.
+# A file as written by GUIs: sections, empty values, machine settings.
 KNOWN_GOOD = """
 [model]
 pretrained_model_name_or_path = "v1-5-pruned-emaonly.safetensors"
@@ -72,7 +72,7 @@ logging_dir = "/log"
 """
 
 
-# What the LoRA tab of kohya_ss writes for a character: keys sorted, empty lists, percentages made steps.
+# A file from the LoRA tab of kohya_ss: keys sorted, empty lists, percentages converted to steps.
 FRONT_END = """
 bucket_no_upscale = true
 bucket_reso_steps = 64
@@ -199,7 +199,7 @@ def test_what_was_translated_or_has_no_effect_is_said_once_per_key(tmp_path: Pat
 
 
 def test_every_line_of_a_file_is_accounted_for(tmp_path: Path) -> None:
-    """Each key that asks for something is a setting, or appears in one of the three lists."""
+    """Each key with an effect is a setting, or appears in one of the three lists."""
     file = read(tmp_path, KNOWN_GOOD)
     said = " ".join((*file.translated, *file.without_effect, *file.refused))
     harmless = {

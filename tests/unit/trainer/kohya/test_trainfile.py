@@ -1,4 +1,4 @@
-"""What ``hpo train`` is given: every form becomes settings with their sources, and goes back to sd-scripts."""
+"""The input of ``hpo train``: every format becomes settings with their sources, and can be exported to sd-scripts."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def whole_numbers(table: Any) -> Iterator[tuple[str, Any]]:
 def test_an_exported_number_has_the_type_that_sd_scripts_acts_on(
     tmp_path: Path, data: Path, warmup: float, kind: type
 ) -> None:
-    """sd-scripts multiplies lr_warmup_steps by all steps if it is written with a decimal point."""
+    """sd-scripts multiplies lr_warmup_steps by the total steps if it has a decimal point."""
     steps = {
         "save_every_n_steps": 50,
         "max_train_steps": 900,

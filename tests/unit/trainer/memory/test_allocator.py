@@ -1,4 +1,4 @@
-"""The caching allocator's rules, as far as a peak depends on them."""
+"""The rules of the caching allocator that affect the peak."""
 
 import random
 
@@ -39,7 +39,7 @@ def test_freed_neighbours_join_and_are_used_again():
     assert (allocator.reserved, allocator.allocated) == (
         20 * MIB,
         20 * MIB,
-    )  # the last MiB is not worth a cut
+    )  # the last MiB is too small to split off
 
 
 def test_a_hole_that_is_too_small_makes_a_new_segment():

@@ -1,4 +1,4 @@
-"""Predicted memory against memory that was really allocated, and what the parts are made of."""
+"""Predicted memory against allocated memory, and the parts of the prediction."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from trainer.memory import footprint, stacks, tracing
 from trainer.memory.footprint import BaseFacts, base_facts, optimizer_bytes, predict
 
 SIDE_PX = 128
-GENERATOR_BYTES = torch.get_rng_state().numel()  # each recomputed piece keeps one, in the computer's memory
+GENERATOR_BYTES = torch.get_rng_state().numel()  # each recomputed block stores one in RAM
 
 
 def tiny_facts(family="sd15"):
@@ -40,8 +40,8 @@ def settings(**values):
 
 
 def real_peak(family, config, compute):
-    """Bytes that a real forward and backward on the CPU allocate at most, by torch's own profiler.  Norms run
-    in fp32, as CUDA's autocast has them."""
+    """Peak bytes of a real forward and backward on the CPU, from torch's profiler. Norms run in fp32,
+    as under CUDA's autocast."""
     base = tiny_base(family)
     for module in base.modules():
         module.to(compute)
@@ -90,7 +90,7 @@ def traced_peak(family, config, compute):
     live = highest = 0
     for event in found.events:
         block = found.blocks[event if event >= 0 else ~event]
-        if not block.is_workspace:  # of cuDNN, which a CPU has not
+        if not block.is_workspace:  # of cuDNN, which is not used on a CPU
             live += block.size_bytes if event >= 0 else -block.size_bytes
             highest = max(highest, live)
     return highest
@@ -210,7 +210,7 @@ def test_what_fits_is_left_as_it_is():
 
 
 def just_below(peak_bytes):
-    """A card on which a run of this peak does not fit any more."""
+    """GPU memory that is just too small for this peak."""
     return int(peak_bytes / stacks.SAFE_SHARE) - 10_000
 
 
@@ -228,7 +228,7 @@ def test_as_few_blocks_as_needed_recompute():
 
 
 def test_no_block_recomputes_that_need_not_after_what_came_later():
-    """All blocks do not suffice here; with half the images at once two of them do."""
+    """All blocks are not enough here; with half the images at once, two blocks are."""
     facts, config = tiny_facts(), settings(train_batch_size=16, network_dim=4)
     vram = just_below(predict(config.with_values({"gradient_checkpointing": True}), facts).peak_bytes)
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""The pieces of the memory stack in the loop: dry step, bf16 weights, partial recomputation, offload, layouts."""
+"""Memory savings in the training loop: dry step, bf16 weights, partial recomputation, offload, layouts."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_what_the_dry_step_found_is_kept_and_a_cpu_claims_nothing(tmp_path):
 
 
 def rehearsed_on_a_card(tmp_path, process_bytes, card_peak_bytes):
-    """What is said and kept of a dry step's figures."""
+    """The messages and stored values of a dry step."""
     said: list[str] = []
     config = TrainConfig(pretrained_model_name_or_path="mini-sd15", resolution=64)
     event = Rehearsed((64, 64), 1, 1.5, process_bytes, card_peak_bytes, 16_000_000_000)
@@ -145,7 +145,7 @@ def test_a_card_is_full_above_98_percent_or_15_and_a_half_of_16_gb():
 
 
 def test_the_plan_is_applied_said_and_remembered(tmp_path):
-    """A card a little smaller than what the settings take."""
+    """A GPU slightly too small for the settings."""
     config = TrainConfig(pretrained_model_name_or_path="mini-sd15", train_batch_size=4, resolution=128)
     before = predict(config, base_facts("mini-sd15")).peak_bytes
     said: list[str] = []
@@ -157,13 +157,17 @@ def test_the_plan_is_applied_said_and_remembered(tmp_path):
     assert len((tmp_path / "ladder.jsonl").read_text().splitlines()) == 1
     again = RunLadder(tmp_path / "ladder.jsonl", config, said.append)
     assert again.config == ladder.config
-    assert not again.changed  # every checkpoint is made with the plan: one of other settings is not followed
+    assert (
+        not again.changed
+    )  # checkpoints belong to the plan; a checkpoint with other settings is not resumed
     runmemory.apply_plan(again, before, 0, said.append)
     assert again.config == ladder.config
     by_hand = RunLadder(tmp_path / "ladder.jsonl", ladder.config, said.append)
     assert by_hand.config == ladder.config and not by_hand.tried
     otherwise = RunLadder(tmp_path / "ladder.jsonl", config.with_values({"train_batch_size": 8}), said.append)
-    runmemory.apply_plan(otherwise, 1, 5, said.append)  # from a checkpoint the settings stay
+    runmemory.apply_plan(
+        otherwise, 1, 5, said.append
+    )  # settings do not change when resuming from a checkpoint
     assert otherwise.tried == ("plan",)
 
 
@@ -276,7 +280,7 @@ def test_what_saves_memory_or_time_does_not_change_the_result(values):
 
 
 def test_the_optimizers_state_is_elsewhere_between_steps_with_cpu_offload(monkeypatch):
-    """On one device the moves are seen, not felt: to the device before the update, away after it."""
+    """With one device, moves are only recorded: to the device before the update, away after it."""
     base = tiny_base("sd15")
     moves = []
     move = optim.move_state
@@ -311,8 +315,8 @@ def test_channels_last_and_compiled_blocks_leave_the_base_as_it_was():
 
 
 def test_sdxl_trains_with_everything_at_once(tmp_path: Path):
-    """225 tokens, both text encoders at rates of their own, bf16 all through, no_half_vae, 8-bit Adam,
-    min-SNR, noise offset, restarts, warm-up, some blocks recomputed, parts of a batch, an 8-bit base."""
+    """225 tokens, separate rates for both text encoders, full bf16, no_half_vae, 8-bit Adam, min-SNR, noise
+    offset, restarts, warm-up, some blocks recomputed, split batches, an fp8 base."""
     from trainer.adapters import lorafile
     from trainer.compute import fp8
 
