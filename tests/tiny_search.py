@@ -9,7 +9,6 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from evaluation.encoders.references import embed_references
 from evaluation.images.sampling import default_config
 from evaluation.prompts.prompts import PromptSet, make_prompt
 from evaluation.score.evaluator import Evaluator
-from evaluation.score.formula import Formula
 from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.workbench import Workbench
 from hpo.search.worker import Worker
@@ -114,7 +112,7 @@ def tiny_bench(root: Path, data: Path, study: StudyConfig | None = None) -> Work
             references=embed_references([item.path for item in held_out.items], scorer),
             scorer=scorer,
             likeness=scorer,
-            formula=Formula(**asdict(study.score)),
+            formula=study.score,
         ),
         data=images,
         reference_items=tuple(str(item.path) for item in held_out.items),

@@ -63,7 +63,7 @@ def _check_same(a: ComparedSide, b: ComparedSide) -> None:
     for what in ("prompts", "scorer", "likeness", "references"):
         if a.anchors.identity[what] != b.anchors.identity[what]:
             raise ConfigError(
-                f"the two sides were measured with different {what}", "score both with the same {what}"
+                f"the two sides were measured with different {what}", f"score both with the same {what}"
             )
     if a.score.formula != b.score.formula:
         raise ConfigError("the two scores use different formulas", "score both with the same formula")

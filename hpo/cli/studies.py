@@ -124,9 +124,9 @@ def search(
 @click.option("--yes", is_flag=True, help="Do not ask before starting.")
 @options.runs
 def confirm(name: str | None, top: int, seeds: int, rescore_only: bool, yes: bool, runs: Path) -> None:
-    """Confirm a study's best trials with new seeds and new prompts. Trial 0 is trained again, too,
-    for comparison. The search did not use these seeds and prompts. Run the same command again to
-    resume an interrupted confirmation."""
+    """Confirm a study's best trials with new seeds and new prompts. Trial 0 is included for comparison. The
+    search did not use these seeds and prompts. Run the same command again to resume an interrupted
+    confirmation."""
     calm_libraries()
     from hpo.confirm import ConfirmRequest
     from hpo.confirm import confirm as run

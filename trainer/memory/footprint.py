@@ -1,8 +1,8 @@
 """predict(): the peak GPU memory of a training step, by component, without a GPU and without weights.
 
 Owns everything on the GPU in addition to the traced step (base, adapter, gradients, optimizer state, CUDA's
-own memory). ``tracing`` records the sequence of allocations, ``replay`` computes its peak, ``stacks`` finds
-settings that fit. All sizes are in bytes; GB in texts are 10⁹ bytes.
+own memory), and the peak of a sequence of allocations. ``tracing`` records that sequence, ``replay`` replays
+it, ``stacks`` finds settings that fit. All sizes are in bytes; GB in texts are 10⁹ bytes.
 """
 
 from __future__ import annotations

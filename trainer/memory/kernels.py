@@ -1,7 +1,7 @@
-"""Stand-ins for CUDA kernels on the meta device: they allocate and save for backward what the kernels would.
+"""Kernels: what CUDA's kernels under autocast allocate and save for backward, on the meta device.
 
-Owns the replacements of functions of torch that support neither autocast nor fused attention there.
-``tracing`` decides when they are in place.
+Owns the replacements of torch functions that support neither autocast nor fused attention there. Does not own
+when they are used; see ``tracing``.
 """
 
 from __future__ import annotations

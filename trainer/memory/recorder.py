@@ -1,4 +1,4 @@
-"""Recorder of allocations and frees on the meta device, in order, and of how each size depends on the ranks.
+"""Recorder: the sequence of allocations and frees on the meta device, and how each size depends on the ranks.
 
 Ranks: a trace uses prime numbers as ranks that divide no other size. So the size of every storage is known to
 be constant or proportional to network_dim or conv_dim, and one trace works for all ranks.

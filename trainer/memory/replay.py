@@ -1,7 +1,7 @@
-"""Replay of a traced step in the allocator of a GPU, in addition to what is held there.
+"""Replay: run a traced step through the simulated allocator, in addition to the memory that is already in use.
 
-Owns the peak of a sequence of allocations. ``tracing`` records the sequence, ``allocator`` places each block.
-All sizes are in bytes.
+Owns how a sequence of allocations becomes a peak. ``tracing`` records the sequence, ``allocator`` places each
+block. All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from trainer.memory.tracing import Trace
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of the tensors on the GPU in addition to the step. ``update``: present only during the optimizer
-    step (fp32 copies of bf16 weights and gradients, state moved from RAM). ``is_accumulated``: the gradients
-    of the previous micro-batch are present, and new ones are freed after they are added."""
+    """Sizes of the tensors on the GPU in addition to the step. ``update``: tensors present only during the
+    optimizer step (fp32 copies of bf16 weights and gradients, state moved from RAM). ``is_accumulated``: the
+    gradients of the previous micro-batch are present, and new ones are freed after they are added."""
 
     base: Mapping[str, int]
     adapter: list[int]
@@ -28,7 +28,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest allocated and reserved bytes, and the parts of the step at that moment."""
+    """Peak allocated and reserved memory, and the part of the step at that time."""
 
     allocated: int
     reserved: int
@@ -38,8 +38,8 @@ class Peak:
 
 
 def replay(found: Trace, ranks: tuple[int, int], held: Held) -> Peak:
-    """Replay two steps in the allocator; the optimizer state is created after the first. ``ranks`` are
-    network_dim and conv_dim."""
+    """Replay two steps in the allocator; the optimizer state is created after the first. ``ranks``
+    are network_dim and conv_dim."""
     allocator = CachingAllocator()
     sizes = [block.bytes_at(*ranks) for block in found.blocks]
     for size in (*held.base.values(), *held.adapter):

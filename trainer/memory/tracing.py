@@ -1,10 +1,9 @@
 """Trace one training step without data: allocations and frees in the order in which CUDA would make them.
 
-The networks are the real ones (diffusers, transformers, PEFT's layers, our adapter and checkpointing code) on
-the meta device, where tensors have shapes and storages but no memory.  Six functions of torch are replaced
-while tracing, because the meta device supports neither autocast nor fused attention. The replacements
-(``kernels``) allocate and save for backward what the CUDA kernels under autocast would. Everything else is
-torch's autograd.
+The networks are the real ones (diffusers, transformers, PEFT's layers, our adapter and checkpointing code) on the
+meta device, where tensors have shapes and storages but no memory.  Six functions of torch are replaced while
+tracing, because the meta device supports neither autocast nor fused attention. The replacements allocate and save
+for backward what CUDA's kernels under autocast would (``kernels``).  Everything else is torch's autograd.
 
 Owns the order and size of allocations of forward and backward.  Does not own weights and optimizer state
 (``footprint``) or the allocator (``allocator``).

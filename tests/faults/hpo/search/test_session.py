@@ -78,7 +78,7 @@ def test_an_error_after_the_study_was_made_leaves_no_file_nor_its_definition(
 def test_anchors_that_cannot_be_told_apart_end_a_fresh_search_and_warn_one_that_has_begun(
     root: Path, data: Path
 ) -> None:
-    with pytest.raises(DataError, match="a score would mean nothing here") as refused:
+    with pytest.raises(DataError, match="scores would be meaningless") as refused:
         run_session(root, data, guarded=True)
     assert "±" in refused.value.message and "use more" in (refused.value.hint or "")
     assert nothing_left(root)
@@ -211,7 +211,7 @@ def test_an_edited_confirmation_set_is_kept_and_said(root: Path, data: Path) -> 
     path = StudyFolder(root).confirmation
     edited = path.read_text().replace("zkw figure c", "zkw figure c at night")
     path.write_text(edited)
-    assert "confirmation.toml holds other prompts" in run_session(root, data, trials=2)
+    assert "confirmation.toml differs from" in run_session(root, data, trials=2)
     assert path.read_text() == edited
 
 

@@ -140,7 +140,7 @@ def test_a_flat_curve_and_one_at_zero_are_said_as_such() -> None:
 
 def test_a_run_that_still_trains_is_told_to_go_on() -> None:
     points = curve(0.4, 0.5, 0.6)
-    assert "go on" in verdict(points, choose(points, anchors()), finished=False).advice
+    assert "run to its end" in verdict(points, choose(points, anchors()), finished=False).advice
 
 
 def test_the_choice_the_best_and_the_next_best_are_measured_anew() -> None:
@@ -181,7 +181,7 @@ def test_sides_measured_on_other_prompts_are_refused() -> None:
     scale = anchors()
     other = replace(scale, identity={**scale.identity, "prompts": "q"})
     one = scored(EASY_AND_HARD + 0.5, scale)
-    with pytest.raises(ConfigError, match="other prompts"):
+    with pytest.raises(ConfigError, match="different prompts"):
         compare(ComparedSide(one, scale), ComparedSide(replace(one, anchors_key=other.key), other))
 
 
@@ -231,14 +231,14 @@ BLACK, SAME, DAMAGED = (SPOILED, "32 images show nothing"), (UNCHANGED, "it chan
 @pytest.mark.parametrize(
     ("causes", "means", "word", "why"),
     [
-        ({2: BLACK}, (0.3, 0.5, 0.1), "overtrained", "after it there is no result: zed-000003: 32 images"),
+        ({2: BLACK}, (0.3, 0.5, 0.1), "overtrained", "a later checkpoint is unusable: zed-000003: 32 images"),
         (
             {0: SAME, 1: SAME, 3: BLACK},
             (0.1, 0.1, 0.6, 0.1),
             "overtrained",
-            "zed-000003 is the best, and after",
+            "zed-000003 is the best; a later checkpoint is unusable",
         ),
-        ({1: BLACK, 2: BLACK}, (0.5, 0.1, 0.1), "overtrained", "after it there is no result: zed-000002"),
+        ({1: BLACK, 2: BLACK}, (0.5, 0.1, 0.1), "overtrained", "a later checkpoint is unusable: zed-000002"),
         ({2: DAMAGED}, (0.3, 0.5, 0.1), "undertrained", "the last checkpoint that can be scored, zed-000002"),
         ({0: DAMAGED}, (0.3, 0.5, 0.1), "overtrained", "the first checkpoint that can be scored, zed-000002"),
         ({0: SAME}, (0.1, 0.5, 0.3), "between", "neither the first nor the last"),

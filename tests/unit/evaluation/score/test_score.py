@@ -305,14 +305,14 @@ def test_anchors_of_another_scorer_prompt_set_or_encoder_are_refused(
     other, texture = Colours(), Texture()
     other.sha = "other"
     for match, evaluator in (
-        ("another scorer", judged_by(references, scorer=other)),
-        ("another prompts", judged_by(references, dataclasses.replace(PROMPTS, seeds=(0, 2)))),
-        ("another references", judged_by(dataclasses.replace(references, hash="x"))),
+        ("a different scorer", judged_by(references, scorer=other)),
+        ("a different prompts", judged_by(references, dataclasses.replace(PROMPTS, seeds=(0, 2)))),
+        ("a different references", judged_by(dataclasses.replace(references, hash="x"))),
     ):
         with pytest.raises(ConfigError, match=match):
             score(images(0.5), evaluator.with_anchors(anchors))
     texture.sha = "other"
-    with pytest.raises(ConfigError, match="another encoder"):
+    with pytest.raises(ConfigError, match="a different encoder"):
         score(images(0.5), judged_by(references, likeness=texture, anchors=anchors))
 
 

@@ -143,13 +143,13 @@ def test_a_corrupt_image_is_named(place: Path) -> None:
 
 def test_plain_images_without_a_class_word_name_the_flag(place: Path) -> None:
     (place.parent / "images" / "1_zkw figure").rename(place.parent / "plain")
-    assert "--class" in refused(place, 2, "no class word is known", *search("--data", "../plain"))
+    assert "--class" in refused(place, 2, "no class word is given", *search("--data", "../plain"))
 
 
 def test_references_that_are_trained_on_are_refused(place: Path) -> None:
     words = search("--references", "../images/1_zkw figure")
     refused(place, 3, "is also a training image", *words)
-    refused(place, 3, "holds 0 images", *search("--references", "../images"))
+    refused(place, 3, "contains 0 images", *search("--references", "../images"))
 
 
 def test_references_that_are_no_images_are_named(place: Path) -> None:
@@ -217,7 +217,7 @@ def test_sd15_without_network_says_at_once_what_to_do(place: Path) -> None:
 
 def test_an_enqueued_file_that_is_no_configuration_is_refused(place: Path) -> None:
     (place.parent / "x.toml").write_text("x = [")
-    refused(place, 2, "x.toml is not TOML", *search("--enqueue", "../x.toml"))
+    refused(place, 2, "x.toml is not valid TOML", *search("--enqueue", "../x.toml"))
 
 
 @pytest.mark.parametrize("words", [("status",), ("status", "x"), ("dashboard",), ("dashboard", "a/b")])

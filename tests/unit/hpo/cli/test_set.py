@@ -83,7 +83,7 @@ def test_the_same_words_mean_the_same_in_every_command(
         ("conv_dim=four", "conv_dim = 'four' is not a number", "rank of 3×3 convolutions"),
         ("conv_dim=4.5", "conv_dim = 4.5 is not a whole number", "rank of 3×3 convolutions"),
         ("conv_dim=0", "conv_dim = 0 is outside its limits", "from 1 to 1024"),
-        ("flip_aug=True", "flip_aug = 'True' is not true or false", "train each image mirrored"),
+        ("flip_aug=True", "flip_aug = 'True' is not true or false", "random horizontal flip"),
         ("network_dim=none", "network_dim must have a value", "it is rank of the LoRA"),
         ("loss_type=l3", "loss_type = l3 is not known", "choose one of l2, l1"),
         ("noise_offset=" + "9" * 400, "--set noise_offset has a whole number beyond", "64 bits"),
@@ -104,7 +104,9 @@ def test_a_key_with_a_dot_is_a_section_where_there_are_any(tmp_path: Path) -> No
     study = build_study("t", copy.deepcopy(STUDY), sets=sets)
     assert (study.sampling.steps, study.study.clip, study.prompts.seeds) == (3, "mini-clip", (4, 5))
     for command in (trained, planned, checked):
-        with pytest.raises(ConfigError, match=r"--set sampling\.steps: there are no sections here") as caught:
+        with pytest.raises(
+            ConfigError, match=r"--set sampling\.steps: this command has no sections"
+        ) as caught:
             command(tmp_path, "sampling.steps=3")
         assert "hpo search" in caught.value.hint
 

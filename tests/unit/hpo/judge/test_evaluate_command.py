@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_has_a_place_on_the_curve_and_is_never_chosen(place
     result = evaluate("out15")
     assert result.exit_code == 0, result.output
     rows = read(place / "out15/zkw.run/evaluation/evaluation.json")["search"]["checkpoints"]
-    assert rows[1]["value"] is None and "cut off" in rows[1]["reason"]
+    assert rows[1]["value"] is None and "incomplete" in rows[1]["reason"]
 
 
 def test_files_of_another_program_are_scored_once_base_and_images_are_named(place: Path) -> None:

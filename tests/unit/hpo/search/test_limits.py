@@ -64,9 +64,9 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("reason", "near", "limits", "says"),
     [
-        (COPIED, EXACT, SafeguardLimits(0.05, 0.0, 1e9), "100% of the images repeat a training image"),
-        (COLLAPSED, FAR, SafeguardLimits(0.05, 50.0, 1e9), "the images of one prompt are all alike"),
-        (PRIOR_LOST, FAR, SafeguardLimits(0.05, 0.0, 0.5), "the class word alone draws the subject"),
+        (COPIED, EXACT, SafeguardLimits(0.05, 0.0, 1e9), "100% of the images are copies of a training image"),
+        (COLLAPSED, FAR, SafeguardLimits(0.05, 50.0, 1e9), "the images of a prompt all look alike"),
+        (PRIOR_LOST, FAR, SafeguardLimits(0.05, 0.0, 0.5), "the class word alone produces the subject"),
     ],
 )
 def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
@@ -144,6 +144,6 @@ def test_a_checkpoint_that_repeats_training_images_is_never_chosen(
     said = run(*judged).output
     after = json.loads((folder / "evaluation.json").read_text())
     reasons = {row["checkpoint"]: row["reason"] for row in after["search"]["checkpoints"]}
-    assert "repeat a training image" in reasons.pop(before["chosen"])
+    assert "are copies of a training image" in reasons.pop(before["chosen"])
     assert after["chosen"] in reasons and not any(reasons.values())
-    assert "repeat a training image" in said and (tmp_path / "out" / "best.safetensors").is_file()
+    assert "are copies of a training image" in said and (tmp_path / "out" / "best.safetensors").is_file()

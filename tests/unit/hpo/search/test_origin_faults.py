@@ -109,7 +109,7 @@ def test_a_missing_scorer_is_an_error_never_a_zero(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError):
         load_scorer(f"ViT-B-32:{tmp_path / 'absent.safetensors'}")
     for spec in ("imagereward", f"hpsv2.1:{tmp_path / 'absent.pt'}", f"pickscore:{tmp_path / 'absent'}"):
-        with pytest.raises(ToolError, match=r"asked for"):
+        with pytest.raises(ToolError, match=r"is requested, but"):
             check_preference(spec)
 
 

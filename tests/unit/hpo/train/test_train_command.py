@@ -126,7 +126,7 @@ def test_a_dry_run_knows_the_family_of_its_base(place: Path, base: str, text: st
 def test_a_dry_run_says_what_the_family_passes_over(place: Path) -> None:
     words = ("--data", "images", "--base")
     lines = json.loads(dry_run(place, "clip_skip = 2", *words, "mini-sdxl").stdout)["without_effect"]
-    assert lines == ["clip_skip = 2 is not used: sdxl always reads the last layer but one"]
+    assert lines == ["clip_skip = 2 is ignored: sdxl always uses the second-to-last layer"]
     assert json.loads(dry_run(place, "clip_skip = 2", *words, "mini-sd15").stdout)["without_effect"] == []
 
 

@@ -30,7 +30,7 @@ def test_sdxl_says_that_it_reads_no_clip_skip():
     preflight.check(base, config)
     dataset = tiny_prepared(base, tiny_config()).dataset
     assert preflight.notes(base, config, dataset) == (
-        "clip_skip = 3 is not used: sdxl always reads the last layer but one",
+        "clip_skip = 3 is ignored: sdxl always uses the second-to-last layer",
     )
     assert preflight.notes(base, tiny_config(resolution=128), dataset) == ()
 
