@@ -1,5 +1,6 @@
 from .command import TransferRequest as TransferRequest
 from .command import run as run
+from .draft import RATE_FREE as RATE_FREE
 from .mapping import Transfer as Transfer
 from .plan import PLANNER as PLANNER
 from .plan import normalised as normalised
@@ -7,10 +8,9 @@ from .plan import snap_down as snap_down
 from .plan import two_digits as two_digits
 from .plan import updates_of as updates_of
 from .profile import ProfileLimits as ProfileLimits
-from .rules import ADAM as ADAM
+from .rates import ADAM as ADAM
 from .rules import MAPPING_VERSION as MAPPING_VERSION
 from .rules import MOST_WARMUP as MOST_WARMUP
-from .rules import RATE_FREE as RATE_FREE
 from .rules import transfer as transfer
 from .source import SOURCE_STUDY as SOURCE_STUDY
 from .source import SourceCandidate as SourceCandidate

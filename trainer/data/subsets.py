@@ -56,10 +56,10 @@ OWN_KEYS = (
 )
 PLACE_KEYS = ("image_dir", "num_repeats", "class_tokens", "is_reg")
 WITHOUT_EFFECT = {
-    "cache_info": "images are read anew, which is quick",
-    "custom_attributes": "sd-scripts hands it to other models only",
+    "cache_info": "image sizes are read again for each run",
+    "custom_attributes": "sd-scripts uses it for other models only",
 }
-# key → (values that ask for nothing, why anything else is refused); sd-scripts takes these in both of its files
+# key → (values without an effect, why all other values are refused); sd-scripts accepts these in both of its files
 PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "color_aug": ((False,), "not supported: latents are cached and reused"),
     "random_crop": (
@@ -73,9 +73,9 @@ PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "metadata_file": ((), "captions come from files beside the images"),
+    "metadata_file": ((), "captions are read from the caption files next to the images"),
     **PIXELS_REFUSED,
-    "network_multiplier": ((1,), "the LoRA is trained at full strength"),
+    "network_multiplier": ((1,), "the LoRA is always trained at full strength"),
 }
 REPEATS = Rule(low=1, high=MAX_REPEATS)
 KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT, *REFUSED)
@@ -106,8 +106,8 @@ class DatasetFile:
         """Raise ConfigError if anything was refused."""
         if self.refused:
             raise ConfigError(
-                f"{shown(self.path)} asks for what is not built in: {'; '.join(self.refused)}",
-                "remove these lines if you can do without them",
+                f"{shown(self.path)} has settings that are not supported: {'; '.join(self.refused)}",
+                "remove these lines if you do not need them",
             )
         return self
 

@@ -103,7 +103,7 @@ def _prodigy(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     2306.06101)."""
     if len({group["lr"] for group in groups}) > 1:
         raise ConfigError(
-            "Prodigy estimates a single rate and cannot use a separate text_encoder_lr",
+            "Prodigy adapts one learning rate and cannot use a separate text_encoder_lr",
             "set text_encoder_lr equal to learning_rate (usually 1.0), or to 0",
         )
     from prodigyopt import Prodigy

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from trainer.adapters import KINDS
+from trainer.adapters import KINDS, targets_of
 from trainer.adapters import adapter as adapters
 from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
@@ -67,7 +67,7 @@ class Subject:
 
 def subject(base: Base, config: TrainConfig) -> Subject:
     """A base on the meta device with the adapter of these settings."""
-    targets = adapters.targets_of(base, config)
+    targets = targets_of(base, config)
     weights: dict[str, Tensor] = {}
     with torch.device("meta"):
         for target in targets:

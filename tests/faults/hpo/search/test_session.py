@@ -211,7 +211,7 @@ def test_an_edited_confirmation_set_is_kept_and_said(root: Path, data: Path) -> 
     path = StudyFolder(root).confirmation
     edited = path.read_text().replace("zkw figure c", "zkw figure c at night")
     path.write_text(edited)
-    assert "confirmation.toml holds other prompts" in run_session(root, data, trials=2)
+    assert "confirmation.toml differs from" in run_session(root, data, trials=2)
     assert path.read_text() == edited
 
 

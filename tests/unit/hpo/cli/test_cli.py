@@ -149,7 +149,7 @@ def test_plain_images_without_a_class_word_name_the_flag(place: Path) -> None:
 def test_references_that_are_trained_on_are_refused(place: Path) -> None:
     words = search("--references", "../images/1_zkw figure")
     refused(place, 3, "is also a training image", *words)
-    refused(place, 3, "holds 0 images", *search("--references", "../images"))
+    refused(place, 3, "contains 0 images", *search("--references", "../images"))
 
 
 def test_references_that_are_no_images_are_named(place: Path) -> None:

@@ -250,7 +250,7 @@ def test_other_data_than_the_searchs_is_refused_and_leaves_nothing(source: Study
     def other(bench: object) -> None:
         bench.evaluator.scorer.sha = "1" * 64  # type: ignore[attr-defined]
 
-    with pytest.raises(ConfigError, match="began with something else: scorer"):
+    with pytest.raises(ConfigError, match="started with a different definition: scorer"):
         run_confirm(source, data, loaded=other)
     assert not source.root.with_name("study__confirm").exists() and not source.confirmed.exists()
 

@@ -269,8 +269,8 @@ def test_a_dim_that_is_no_power_of_two_is_called_that(tmp_path: Path) -> None:
         (["unet_lr={low=1e-4,high=1e-3}"], "unet_lr has no value", "--set baseline.unet_lr"),
         (["unet_lr=0", "text_encoder_lr_ratio={low=0.1,high=1.0}"], "which is 0", "above 0"),
         (["learning_rate={low=1e-4,high=" + "9" * 400 + "}"], "64 bits|beyond", "64 bits"),
-        (["learning_rate=" + "9" * 5000], "no value", "shorter"),
-        (["learning_rate=" + "[" * 5000], "no value", "shorter"),
+        (["learning_rate=" + "9" * 5000], "is not a valid value", "shorter"),
+        (["learning_rate=" + "[" * 5000], "is not a valid value", "shorter"),
     ],
 )
 def test_a_set_that_cannot_be_searched_is_one_line_and_what_to_do(

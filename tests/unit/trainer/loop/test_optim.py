@@ -74,13 +74,13 @@ def test_a_component_that_is_not_trained_has_no_group():
 
 
 def test_prodigy_refuses_a_text_encoder_rate_of_its_own():
-    with pytest.raises(ConfigError, match="Prodigy estimates a single rate"):
+    with pytest.raises(ConfigError, match="Prodigy adapts one learning rate"):
         TrainConfig(optimizer_type="Prodigy", learning_rate=1.0, text_encoder_lr=0.5)
     groups = [
         {"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 1.0},
         {"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.5},
     ]
-    with pytest.raises(ConfigError, match="Prodigy estimates a single rate"):
+    with pytest.raises(ConfigError, match="Prodigy adapts one learning rate"):
         OPTIMIZERS["Prodigy"](groups, TrainConfig())
 
 
