@@ -122,13 +122,6 @@ class Adapter:
         for number, layer in enumerate(self.layers):
             self._prepare(number, layer)
 
-    def parameters_by_component(self) -> dict[str, list[nn.Parameter]]:
-        """component → its trainable weights, layer by layer."""
-        parameters: dict[str, list[nn.Parameter]] = {}
-        for layer in self.layers:
-            parameters.setdefault(layer.target.component, []).extend(layer.weights.values())
-        return parameters
-
     def trainable(self) -> list[nn.Parameter]:
         """All trainable weights, in module order."""
         return [weight for layer in self.layers for weight in layer.weights.values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ import pytest
 
 from hpo.study.folder import StudyFolder, read_json
 from hpo.terminal.live import PlainView
-from tests.faults.zygote import attempt
+from tests.faults.zygote import attempt, die_at
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
 from trainer.files import read_records
 
@@ -45,20 +44,7 @@ def target_of(source: StudyFolder) -> StudyFolder:
 
 def confirm_killed_at(source: StudyFolder, data: Path, place: str, call: int, when: str) -> None:
     """Run the command in a process that kills itself before or after the n-th call of a function."""
-    module_name, _, name = place.rpartition(".")
-    owner = importlib.import_module(module_name)
-    original, calls = getattr(owner, name), [0]
-
-    def killing(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        value = original(*args, **kwargs)
-        if calls[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return value
-
-    setattr(owner, name, killing)
+    die_at(place, call, when)
     run_confirm(source, data, **WORDS)
 
 

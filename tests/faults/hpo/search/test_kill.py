@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from hpo.terminal.stop import Stop
-from tests.faults.zygote import attempt
+from tests.faults.zygote import attempt, die_at
 from tests.tiny_search import Recorder, check_study, make_search, table, tiny_bench
 from trainer.errors import Interrupted
 from trainer.events import Step
@@ -42,31 +41,10 @@ def search(root: Path, data: Path, change: Callable[[Recorder], None] = lambda v
 
 def search_killed_at(root: Path, data: Path, place: str, call: int, when: str) -> None:
     """The search in a process that kills itself before or after the n-th call of a function."""
-    module, _, name = place.rpartition(".")
-    owner: Any = (
-        importlib.import_module(module)
-        if module in MODULES
-        else getattr(importlib.import_module(module.rpartition(".")[0]), module.rpartition(".")[2])
-    )
-    original, calls = getattr(owner, name), [0]
-
-    def killing(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        value = original(*args, **kwargs)
-        if calls[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return value
-
-    setattr(owner, name, killing)
+    die_at(place, call, when)
     search(root, data)
 
 
-MODULES = (
-    "hpo.study.storage", "hpo.search.worker", "hpo.search.sampled", "hpo.search.trial", "hpo.search.dashboard",
-    "tests.tiny_search", "trainer.adapters.lorafile",
-)  # fmt: skip
 SEAMS = [
     ("hpo.study.storage.open_storage", 1, "after"),  # a database without a study
     ("tests.tiny_search.create_study", 1, "after"),  # a study without a single trial

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sqlite3
@@ -22,7 +21,7 @@ from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import Workbench
 from hpo.study.folder import STOP, StudyFolder
 from hpo.study.storage import begun_study, open_study
-from tests.faults.zygote import attempt, finish, start
+from tests.faults.zygote import attempt, die_at, finish, start
 from tests.tiny_search import Recorder, check_study, make_search, tiny_bench
 from tests.tiny_session import run_session
 from trainer.errors import ConfigError, DataError, MachineError, StudyStopped, ToolError
@@ -130,15 +129,7 @@ def test_a_failing_call_leaves_its_study_to_a_worker_that_has_joined(
 
 
 def killed_after(place: str, root: Path, data: Path) -> None:
-    module, _, name = place.rpartition(".")
-    owner = importlib.import_module(f"hpo.{module}")
-    original = getattr(owner, name)
-
-    def killing(*args: Any, **kwargs: Any) -> Any:
-        original(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(owner, name, killing)
+    die_at(f"hpo.{place}")
     run_session(root, data)
 
 
