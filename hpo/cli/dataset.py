@@ -7,7 +7,6 @@ findings (``trainer.data.findings``) or the folder layout that prepare builds (`
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal import say
+from hpo.terminal import command, say
 from hpo.train import Steps, count_steps
 from trainer.bases import KNOWN_BASES
 from trainer.config import TrainConfig
@@ -182,8 +181,15 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
         for line in arithmetic(report.steps, config, {photo.repeats for photo in seen.trained}):
             say(console, line)
     if report.is_usable:
-        command = "search" if KNOWN_BASES[request.base].study else "train FILE.toml"
-        say(console, f"next: hpo {command} --base {request.base} --data {shlex.quote(shown(request.folder))}")
+        say(console, f"next: {_search_command(request, report)}")
+
+
+def _search_command(request: DatasetRequest, report: Report) -> str:
+    """The search on these images: on the base itself, or on SD1.5, from which settings are transferred to SDXL."""
+    base = request.base if KNOWN_BASES[request.base].study else "sd15"
+    words: list[str | Path] = ["hpo", "search", "--base", base, "--data", request.folder]
+    named = {"--trigger": request.trigger, "--class": request.class_word}
+    return command(*words, *(word for flag, value in named.items() if value for word in (flag, value)))
 
 
 def _findings_table(found: tuple[DatasetFinding, ...]) -> Table:
@@ -233,4 +239,4 @@ def prepare(source: Path, folder: Path, wish: Wish, echo: Callable[[str], None])
         echo(clean_text(f"note: {note}"))
     apart = f", {built.held_out} held out" if built.held_out else ""
     echo(clean_text(f"{built.images} images in {built.folder}{apart}"))
-    echo(f"next: hpo dataset check {shlex.quote(shown(folder))} --for sd15   (or sdxl)")
+    echo(f"next: {command('hpo', 'dataset', 'check', folder)}")

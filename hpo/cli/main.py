@@ -5,19 +5,21 @@ Each command parses its options, calls one function and prints.  Importing this 
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from hpo.cli import status, studies, tools, trainings
+from hpo.cli import folders, status, studies, tools, trainings
 from trainer.errors import Interrupted, ToolError
+from trainer.text import clean_text
 
 
 def print_error(error: ToolError) -> None:
     """Print two lines: what is wrong and what to do.  Control characters are removed."""
-    from trainer.text import clean_text
-
     if isinstance(error, Interrupted):
         what, then = "", "next: "
     else:
@@ -30,6 +32,17 @@ def print_error(error: ToolError) -> None:
 class Commands(click.Group):
     """A click group that prints this tool's errors as two lines and sets the exit code."""
 
+    def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
+        """Note the command line: the steps of a study are recorded with it, and repeated by ``hpo resume``."""
+        from hpo.study import INVOCATION, Invocation
+
+        words = tuple(sys.argv[1:] if args is None else args)
+        token = INVOCATION.set(Invocation(words, os.getcwd()))
+        try:
+            return super().main(args, *more, **named)
+        finally:
+            INVOCATION.reset(token)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -37,7 +50,15 @@ class Commands(click.Group):
             print_error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("stopped at once; run the same command again to resume", err=True)
+            from hpo.study import INVOCATION
+
+            said = INVOCATION.get()
+            click.echo("stopped at once", err=True)
+            if said is not None:
+                click.echo("next: " + clean_text(shlex.join(["hpo", *said.stored])), err=True)
+            sys.exit(130)
+        except click.Abort:  # Ctrl-C or Ctrl-D at a question
+            click.echo("\nnothing was started", err=True)
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()
@@ -65,6 +86,9 @@ for command in (
     status.status,
     studies.confirm,
     studies.dashboard,
+    folders.resume,
+    folders.studies,
+    folders.delete,
     studies.transfer,
     trainings.plan,
     trainings.train,

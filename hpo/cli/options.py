@@ -1,17 +1,20 @@
 """Options shared by several commands, each declared once, and their value types.
 
-Owns names, types and common help texts.  An option whose help differs between commands takes it as an
-argument. Does not own the options of a single command; they are declared with that command.
+Owns names, types, common help texts and the old names of options.  An option whose help differs between
+commands takes it as an argument. Does not own the options of a single command; they are declared with that
+command.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from hpo.cli.which import complete_name
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Command], Command]
@@ -52,8 +55,32 @@ def device(help: str = "cpu, cuda, cuda:1 … Default: the GPU if there is one."
     return click.option("--device", help=help)
 
 
-def study(metavar: str, help: str) -> Option:
-    return click.option("--study", metavar=metavar, help=help)
+def definition(metavar: str, help: str) -> Option:
+    return click.option("--definition", "study", metavar=metavar, help=help)
+
+
+class Renamed(click.Command):
+    """A command that still takes old names of options, and says their new names.
+
+    ``renamed``: old name → new name; "" if the value is an argument now.
+    """
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.renamed = dict(renamed or {})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        for word in args:
+            old, equals, value = word.partition("=")
+            if old not in self.renamed:
+                words.append(word)
+                continue
+            new = self.renamed[old]
+            click.echo(f"note: {old} is now {new or 'an argument without a name'}; {old} works until the next release",
+                       err=True)  # fmt: skip
+            words += [new + equals + value] if new else [value] if equals else []
+        return super().parse_args(ctx, words)
 
 
 def sets(help: str = "Override a setting of the file.") -> Option:
@@ -71,7 +98,7 @@ trigger = click.option("--trigger", help="The subject's trigger word. Default: f
 runs = click.option(
     "--runs", type=PATH, default=Path("runs"), show_default=True, help="Folder with the studies."
 )
-study_name = click.argument("name", required=False)
+study_name = click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_name)
 
 
 def judged_by(command: Command) -> Command:
@@ -87,10 +114,10 @@ def judged_by(command: Command) -> Command:
             trigger,
             class_word("What the subject is (girl, style, vase). Default: from the folder name."),
             click.option("--base", default="", metavar="BASE", help="The base model. Default: from the run."),
-            study(
+            definition(
                 "NAME|FILE",
                 "Where to read the preset, [score], [limits] and prompts: a study file, as in hpo search, or "
-                "runs/NAME. Default: the study of the run, else the default study of the base.",
+                "a study. Default: the study of the run, else the default study of the base.",
             ),
             device(),
         )

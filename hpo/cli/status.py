@@ -8,18 +8,19 @@ import click
 
 from hpo.cli import options
 from hpo.cli.start import console
+from hpo.cli.which import chosen_study
 
 
 @click.command()
 @options.study_name
 @options.runs
 def status(name: str | None, runs: Path) -> None:
-    """Show a study's trials. Without NAME: the most recently changed study. Works while a search runs."""
+    """Show a study's trials. Without NAME: the study last worked on. Works while a search runs."""
     from hpo.confirm import status_lines
-    from hpo.study import TOTAL, database_errors, find_folder, holder, open_study, standing
+    from hpo.study import TOTAL, database_errors, holder, open_study, standing
     from hpo.terminal import best_line, status_table, study_line
 
-    folder = find_folder(name, runs)
+    folder = chosen_study(name, runs, own=True)
     with database_errors(folder):
         study = open_study(folder)
         now = standing(study, study.user_attrs.get(TOTAL, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -10,9 +9,11 @@ import click
 from hpo.cli import options
 from hpo.cli.options import PATH, Finite
 from hpo.cli.start import calm_libraries, console
+from hpo.cli.which import agreed, chosen_study
 
 
-@click.command()
+@click.command(cls=options.Renamed, renamed={"--study": "--definition", "--name": ""})
+@options.study_name
 @options.base(
     "mini-sd15, mini-sdxl, sd15, a hub id, a diffusers folder or a .safetensors file.", required=True
 )
@@ -26,8 +27,7 @@ from hpo.cli.start import calm_libraries, console
     show_default=True,
     help="Total number of trials in the study.",
 )
-@options.study("FILE.toml", "Study file, or the name of a shipped study.")
-@click.option("--name", help="Name of the study's folder. Default: derived from the study file and the data.")
+@options.definition("FILE.toml", "Study file: what is searched. Or the name of a shipped study file.")
 @options.sets("Fix a setting (network_dim=16), or change a value of the study file (sampling.steps=10).")
 @options.clip("Scoring model: an open_clip model with a tag or file, or a folder.")
 @options.prompts
@@ -59,11 +59,11 @@ from hpo.cli.start import calm_libraries, console
 @click.option("--seed", type=click.IntRange(0), help="Seed of the study. Default: from the study file.")
 @options.runs
 def search(
+    name: str | None,
     base: str,
     data: Path | None,
     trials: int,
     study: str | None,
-    name: str | None,
     sets: tuple[str, ...],
     clip: str | None,
     prompts: Path | None,
@@ -79,7 +79,8 @@ def search(
     seed: int | None,
     runs: Path,
 ) -> None:
-    """Search LoRA settings. Run the same command again to resume a study after a stop, crash or power loss."""
+    """Search LoRA settings. NAME: the name of the study; its files are in runs/NAME. Default: derived from the
+    study file and the data. To resume after a stop, crash or power loss: hpo resume, or the same command again."""
     calm_libraries()
     from hpo.search import SearchRequest
     from hpo.search import search as run
@@ -131,11 +132,11 @@ def confirm(name: str | None, top: int, seeds: int, rescore_only: bool, yes: boo
     from hpo.confirm import ConfirmRequest
     from hpo.confirm import confirm as run
 
-    def ask() -> bool:
-        return yes or not sys.stdin.isatty() or click.confirm("continue?", default=True)
-
-    request = ConfirmRequest(name=name, top=top, seeds=seeds, rescore_only=rescore_only, runs=runs)
-    run(request, console(), ask)
+    folder = chosen_study(name, runs)
+    request = ConfirmRequest(
+        name=folder.name, top=top, seeds=seeds, rescore_only=rescore_only, runs=folder.root.parent
+    )
+    run(request, console(), lambda: agreed("start?", yes=yes))
 
 
 @click.command()
@@ -150,15 +151,15 @@ def confirm(name: str | None, top: int, seeds: int, rescore_only: bool, yes: boo
 def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     """Open optuna-dashboard for a study. Shows the sample images of every trial. Works while a search runs."""
     from hpo.search import serve
-    from hpo.study import find_folder
 
     try:
-        serve(find_folder(name, runs), host, port, lambda text: click.echo(text))
+        serve(chosen_study(name, runs, own=True), host, port, lambda text: click.echo(text))
     except KeyboardInterrupt:
         click.echo("")
 
 
-@click.command()
+@click.command(cls=options.Renamed, renamed={"--study": ""})
+@options.study_name
 @click.option(
     "--to",
     "to",
@@ -166,7 +167,6 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     metavar="FAMILY",
     help="Target model family: sdxl, or mini-sdxl for the miniature.",
 )
-@options.study("NAME", "The study to transfer from. Default: the most recently changed study.")
 @click.option(
     "--vram",
     type=Finite(min=1, max=10_000),
@@ -197,8 +197,8 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
 @options.device("For probes: cpu, cuda, cuda:1 … Default: the GPU if there is one.")
 @options.runs
 def transfer(
+    name: str | None,
     to: str,
-    study: str | None,
     vram: float | None,
     profile: str | None,
     preset: str | None,
@@ -207,20 +207,21 @@ def transfer(
     device: str | None,
     runs: Path,
 ) -> None:
-    """Transfer a study's best settings to SDXL. Shows what changes and why, and writes the files for the run.
-    Run the same command again to resume interrupted probes."""
+    """Transfer the best settings of the study NAME to SDXL. Shows what changes and why, and writes the files for
+    the run. To resume interrupted probes: hpo resume, or the same command again."""
     calm_libraries()
     from hpo.transfer import TransferRequest, run
 
+    folder = chosen_study(name, runs)
     request = TransferRequest(
         to=to,
-        study=study,
+        study=folder.name,
         vram=vram,
         profile=profile,
         preset=preset,
         probes=probes,
         design=design,
         device=device,
-        runs=runs,
+        runs=folder.root.parent,
     )
     run(request, console())

@@ -84,7 +84,7 @@ def train(
     run(request, console(), click.echo)
 
 
-@click.command()
+@click.command(cls=options.Renamed, renamed={"--study": "--definition"})
 @click.argument("run", type=PATH, metavar="RUN")
 @options.judged_by
 def evaluate(
@@ -119,7 +119,7 @@ def evaluate(
     run_it(run, inputs, console(), study)
 
 
-@click.command()
+@click.command(cls=options.Renamed, renamed={"--study": "--definition"})
 @click.argument("run_a", type=PATH, metavar="RUN_A")
 @click.argument("run_b", type=PATH, metavar="RUN_B")
 @options.judged_by

@@ -39,12 +39,14 @@ from hpo.study import (
     Inputs,
     StudyFolder,
     Use,
+    Work,
     build_study,
     check_unchanged,
     database_errors,
     in_use,
     open_study,
     read_json,
+    recorded,
 )
 from hpo.terminal import Stop
 from hpo.terminal import live as report
@@ -71,8 +73,12 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
         view.say(cost_line(asked))
         if not ask():
             return None
-    with database_errors(asked.target), in_use(asked.target) as use:
-        return _confirm(study, asked, use, view, console)
+    with (
+        database_errors(asked.target),
+        in_use(asked.target) as use,
+        recorded(source.root, "confirm", begun=False) as work,
+    ):
+        return _confirm(study, asked, use, view, console, work)
 
 
 def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -> Workbench:
@@ -116,6 +122,7 @@ def _confirm(
     use: Use,
     view: report.PlainView,
     console: Console,
+    work: Work,
 ) -> Confirmed:
     """The part that loads models and writes files."""
     bench = load(asked.source, use.folder, view.say)
@@ -123,7 +130,7 @@ def _confirm(
     with use.folder.study_lock().held():
         study.set_user_attr(TOTAL, max(len(asked.wanted), study.user_attrs.get(TOTAL, 0)))
     bench.measure_anchors(view.say)
-    use.begun = True
+    use.begun = work.begun = True
     runs = ConfirmProposals(study, bench, asked)
     with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.study import StudyFolder
-from hpo.terminal import clock, confirmed_lines, short
+from hpo.terminal import after_search, clock, confirmed_lines, short
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def outcome_lines(outcome: Confirmed, source: StudyFolder, target: StudyFolder, 
         lines.append(
             f"{source.confirmed} was not replaced: it holds a confirmation with retraining; runs: {target.root}"
         )
-    return [*lines, f"next: hpo dashboard {target.words}"]
+    return [*lines, f"next: {after_search(source, won.number)}"]
 
 
 def _against_trial0(outcome: Confirmed) -> str:

@@ -105,7 +105,7 @@ def fresh_seed(study_seed: int, repeat: int) -> int:
 
 
 def source_of(request: ConfirmRequest) -> StudyFolder:
-    """The searched study: the named one, else the most recent one.  A confirmation's name leads to its search."""
+    """The searched study: the named one, else the one last worked on.  A confirmation's name leads to its search."""
     found = find_folder(request.name, request.runs)
     name = searched(found.name)
     return found if name is None else find_folder(name, request.runs)

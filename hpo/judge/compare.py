@@ -21,7 +21,7 @@ from rich.text import Text
 from hpo.judge.evaluate import CONFIRMATION, beside_values, drawing_alone
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
 from hpo.judge.view import JudgeView
-from hpo.study import Inputs
+from hpo.study import Inputs, record_root, recorded
 from hpo.terminal import Stop
 from trainer.files import make_folder, sha256_file, write_atomic
 from trainer.tensorfile import read_header
@@ -57,14 +57,16 @@ def compare(
 ) -> Path:
     """Compare two runs; returns the folder with compare.json and sheet.png.
 
-    ``study``: the study whose definition is used (``--study``).
+    ``study``: the study whose definition is used (``--definition``).
     """
     view = JudgeView(console)
     runs = find_run(paths[0]), find_run(paths[1])
     files = _file(paths[0], runs[0]), _file(paths[1], runs[1])
     from hpo.judge import judge as judges  # loads torch
 
-    with Stop(view.on_ask) as stop:
+    root = record_root(runs[1].evaluation, runs[1].evaluation.parent)
+    step = f"compare {files[0].name} {files[1].name}"
+    with recorded(root, step, begun=False) as work, Stop(view.on_ask) as stop:
         view.should_stop = stop
         first = judges.load(runs[0], inputs, view.say, named=study)
         if first.confirmation:
@@ -74,6 +76,7 @@ def compare(
             f"{files[0].path.name} against {files[1].path.name}: {prompts.image_count} images each "
             f"({prompts.size}), {first.evaluator.scorer.name}"
         )
+        work.begun = True
         a = _measure(runs[0], files[0], first, view)
         first.free()
         # base, data and trigger belong to the second run; prompts, references and encoders are those of the first

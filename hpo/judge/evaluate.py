@@ -23,7 +23,7 @@ from rich.console import Console
 from hpo.judge.outcome import Evaluated
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.judge.view import JudgeView
-from hpo.study import Inputs, alone
+from hpo.study import Inputs, alone, record_root, recorded
 from hpo.terminal import Stop, clock
 from trainer.errors import ConfigError, InvalidImages, ModelFileError
 from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
@@ -40,7 +40,7 @@ SEARCH, CONFIRMATION = "search", "confirmation"
 def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = None) -> Path:
     """Score, choose, confirm and mark; returns the chosen file.
 
-    ``study``: the study whose definition is used (``--study``).  Raises ToolError, or Interrupted if stopped.
+    ``study``: the study whose definition is used (``--definition``).  Raises ToolError, or Interrupted if stopped.
     """
     view = JudgeView(console)
     run = find_run(path)
@@ -49,7 +49,8 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
 
     judge = judges.load(run, inputs, view.say, named=study)
     damaged = _unfit(run, judge)
-    with drawing_alone(run), Stop(view.on_ask) as stop:
+    root = record_root(run.evaluation, run.evaluation.parent)
+    with drawing_alone(run), recorded(root, f"evaluate {run.name}"), Stop(view.on_ask) as stop:
         view.should_stop = stop
         outcome = _judged(run, judge, damaged, view)
         _write(run, judge, outcome)

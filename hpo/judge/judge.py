@@ -186,7 +186,7 @@ def load(
 ) -> Judge:
     """Load and check everything needed to score a run.  Writes nothing.
 
-    ``named``: the value of ``--study``.  ``like``: judge of another run, whose prompts, references, encoders
+    ``named``: the value of ``--definition``.  ``like``: judge of another run, whose prompts, references, encoders
     and limits are used, so that two bases can be compared.
     """
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,6 +29,7 @@ from hpo.study import (
     read_json,
     read_study,
     reference_paths,
+    study_at,
 )
 from trainer.adapters import CONFIG_KEY, RESOLUTION
 from trainer.bases import Base, is_miniature
@@ -61,17 +62,18 @@ class Standard:
 def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
     """The definition with prompts, encoders, formula and limits.
 
-    It is taken from ``--study``, else from the run's own study, else from the default study of the base.
+    It is taken from ``--definition``, else from the run's own study, else from the default study of the base.
     """
     spec = config.pretrained_model_name_or_path
     mini = is_miniature(spec)
     folder = run.study or _carried_over_from(run, config)
     if named is not None:
-        place = StudyFolder(Path(named))
-        if place.facts.is_file():
+        if (place := _study_named(named)) is not None:
             found = _stored(place)
             if found is None:
-                raise ConfigError(f"{place.facts} has no study definition", "give a study file with --study")
+                raise ConfigError(
+                    f"{place.facts} has no study definition", "give a study file with --definition"
+                )
             return Standard(
                 found, folder, mini, _clip(place), f"scored with the definition of study {place.name}"
             )
@@ -90,6 +92,20 @@ def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
         return Standard(found, folder, mini, clip, "" if run.study else says)
     path = find_study(None, spec)
     return Standard(read_study(path), folder, mini or not _is_shipped(path), clip)
+
+
+def _study_named(named: str) -> StudyFolder | None:
+    """The study that ``--definition`` names: a path in its folder, or its name in runs/.  None: a study file."""
+    path = Path(named)
+    if path.suffix == ".toml":
+        return None
+    if ("/" in named or path.is_dir()) and (place := study_at(path)) is not None:
+        return place
+    place = StudyFolder(path)
+    if place.facts.is_file():  # a copy without its database
+        return place
+    place = StudyFolder(RUNS / named)
+    return place if "/" not in named and place.database.is_file() else None
 
 
 def _is_shipped(path: Path) -> bool:

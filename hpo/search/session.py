@@ -34,6 +34,7 @@ from hpo.study import (
     StudyConfig,
     StudyFolder,
     Use,
+    Work,
     begun_study,
     check_unchanged,
     database_errors,
@@ -41,6 +42,7 @@ from hpo.study import (
     in_use,
     promptfiles,
     read_study,
+    recorded,
     standing,
     study_folder,
     study_name,
@@ -97,8 +99,8 @@ def search(request: SearchRequest, console: Console) -> None:
         _check_definition(folder, config)
         if request.enqueue:
             read_kohya(request.enqueue)  # find mistakes in the file before anything is loaded
-        with in_use(folder) as use:
-            _search(request, config, use, limits, view)
+        with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
+            _search(request, config, use, limits, view, work)
 
 
 def _search(
@@ -107,6 +109,7 @@ def _search(
     use: Use,
     limits: SearchLimits,
     view: report.PlainView,
+    work: Work,
 ) -> None:
     """The part of a search that loads models and writes files."""
     from hpo.search import workbench  # imports torch, so only after all checks that do not need it
@@ -115,7 +118,7 @@ def _search(
     study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
     proposal = _proposal(request, bench, view)
     _begin(study, bench, limits, proposal, view)
-    use.begun = True
+    use.begun = work.begun = True
     worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say), view)
     with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop

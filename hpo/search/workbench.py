@@ -156,7 +156,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     if base.native_resolution_px < train.resolution and is_miniature(inputs.base):
         raise ConfigError(
             f"{inputs.base} has {base.native_resolution_px} px, but resolution is {train.resolution}",
-            f"use --set resolution={base.native_resolution_px}, or remove --study",
+            f"use --set resolution={base.native_resolution_px}, or remove --definition",
         )
     for config in (
         train,

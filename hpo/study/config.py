@@ -183,7 +183,7 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
 
 
 def find_study(spec: str | None, base: str) -> Path:
-    """Find the file for ``--study``, a path or a name.  The current folder takes precedence over shipped files."""
+    """Find the file for ``--definition``, a path or a name.  The current folder takes precedence over shipped files."""
     if spec is None:
         spec = (base in KNOWN_BASES and KNOWN_BASES[base].study) or DEFAULT_STUDY
     path = Path(spec)

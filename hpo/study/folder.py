@@ -1,7 +1,7 @@
 """StudyFolder: every path in runs/<study>/.
 
-Owns the file names and finding an existing study folder.  Does not own the database (``hpo.study.storage``)
-or the contents of the files.
+Owns the file names.  Does not own the choice of a study (``hpo.study.which``), the database
+(``hpo.study.storage``) or the contents of the files.
 """
 
 from __future__ import annotations
@@ -169,26 +169,6 @@ class StudyFolder:
 def study_folder(name: str, runs: Path = RUNS) -> StudyFolder:
     """The folder of a study, whether or not it exists."""
     return StudyFolder(runs / safe_name(name, "study name"))
-
-
-def find_folder(name: str | None, runs: Path = RUNS) -> StudyFolder:
-    """An existing study: the named one, or the most recently changed one."""
-    found = {p.parent.name: p for p in runs.glob("*/study.db")} if runs.is_dir() else {}
-    if name is not None:
-        folder = study_folder(name, runs)
-        if folder.name not in found:
-            known = ", ".join(sorted(found)) or "none yet"
-            raise ConfigError(f"no study {name} in {runs}", f"known studies: {known}")
-        return folder
-    if not found:
-        raise ConfigError(f"no study in {runs}", "start one: hpo search --base mini-sd15 --trials 12")
-    return StudyFolder(max(found.values(), key=_changed).parent)
-
-
-def _changed(database: Path) -> float:
-    """When the study was last written to (the write-ahead log can be newer than the database)."""
-    log = database.with_name(database.name + "-wal")
-    return max(p.stat().st_mtime for p in (database, log) if p.exists())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

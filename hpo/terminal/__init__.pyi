@@ -3,6 +3,8 @@ from .beside import beside_lines as beside_lines
 from .beside import trial_lines as trial_lines
 from .confirmation import confirmed_lines as confirmed_lines
 from .confirmation import end_lines as end_lines
+from .following import after_search as after_search
+from .following import command as command
 from .live import PLAIN_SECONDS as PLAIN_SECONDS
 from .live import REFRESH_PER_SECOND as REFRESH_PER_SECOND
 from .live import SMOOTHING as SMOOTHING

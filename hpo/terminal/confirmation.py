@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hpo.study import StudyFolder, read_json
+from hpo.terminal.following import after_search
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def end_lines(folder: StudyFolder, best: int) -> tuple[list[str], str]:
         return [
             *lines,
             "  This is the final result; search scores are optimistic.",
-        ], f"hpo dashboard {folder.words}"
+        ], after_search(folder, int((read_json(folder.confirmed) or {}).get("winner", best)))
     return [
         *lines,
         f"  Trial {best} has a better search score but was not confirmed: it is not a final result yet.",

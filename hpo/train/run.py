@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study import alone
-from hpo.terminal import Stop
+from hpo.study import alone, record_root, recorded
+from hpo.terminal import Stop, command
 from hpo.train import memory as runmemory
 from hpo.train.adapter import StepLog, check_device, train_adapter
 from hpo.train.folder import RunFolder, run_folder
@@ -78,13 +78,26 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
             vram = ranks.lowest(runmemory.free_bytes(device), device)
             runmemory.apply_plan(ladder, vram, steps_behind(folder.checkpoints), view.say)
             place = Place(load(ladder.config, data, device, view.say))
-            _Run(folder, data, prompts, place, ladder, view, ranks).do()
+            root = record_root(folder.root, folder.root)
+            with recorded(root, f"train {folder.name}") if ranks.is_first else contextlib.nullcontext():
+                _Run(folder, data, prompts, place, ladder, view, ranks).do()
         finally:
             leave()
     view.say(f"LoRA: {folder.lora}")
     view.say(f"log: {folder.steps}")
-    view.say(f"next: hpo evaluate {output}")
+    view.say(_following(config, data, output))
     return folder.lora
+
+
+def _following(config: TrainConfig, data: Dataset, output: Path) -> str:
+    """The command that scores the checkpoints, or what it needs that the run does not say."""
+    transferred = config.training_comment and config.hold_out_references
+    needed = (
+        [] if transferred or data.class_word else ["--class WORD (what the subject is: girl, style, vase)"]
+    )
+    needed += [] if transferred or data.held_out else ["--references DIR (images that were not trained on)"]
+    scored = command("hpo", "evaluate", output)
+    return f"to score the checkpoints: {scored} with {' and '.join(needed)}" if needed else f"next: {scored}"
 
 
 def _check_parts(config: TrainConfig, ranks: Ranks, say: Callable[[str], None]) -> None:

@@ -12,5 +12,4 @@ from .rates import ADAM as ADAM
 from .rules import MAPPING_VERSION as MAPPING_VERSION
 from .rules import MOST_WARMUP as MOST_WARMUP
 from .rules import transfer as transfer
-from .source import SOURCE_STUDY as SOURCE_STUDY
 from .source import SourceCandidate as SourceCandidate

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hpo.study import RUNS
+from hpo.study import RUNS, StudyFolder, Work, recorded
 from hpo.terminal import say
 from hpo.transfer import files as transferfile
 from hpo.transfer.files import Places, derived_lines, kept_line, shown
@@ -55,18 +55,21 @@ def run(request: TransferRequest, console: Console) -> None:
         raise ConfigError("--design has no effect without probes", "add --probes 6")
     profile = _profile(request)
     folder = find_source(request.study, request.runs, profile.family)
+    with recorded(folder.root, f"transfer {request.to}", begun=False) as work:
+        _transfer(folder, profile, request, console, work)
+
+
+def _transfer(
+    folder: StudyFolder, profile: Profile, request: TransferRequest, console: Console, work: Work
+) -> None:
     source = read_source(folder)
-    if request.study is None:
-        say(
-            console,
-            f"study {folder.name}: the most recent one that can be transferred to {profile.family.title}",
-        )
     say(console, f"from {folder.name}, {source.says}")
     done = make(source, profile, request.preset, lambda text: say(console, text))
     show(console, done.plan)
     _check_refused(done.plan)
     from hpo.transfer.probes import consult
 
+    work.begun = True
     places = Places(folder.root / "transfer", profile.family.name)
     more: list[str] = []
     if request.probes:

@@ -20,6 +20,7 @@ from hpo.study import (
     find_folder,
     is_feasible,
     open_study,
+    parent_of,
     read_json,
     score_of,
 )
@@ -31,7 +32,6 @@ from trainer.data import Dataset, read_training_data
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
-SOURCE_STUDY = "source_study"  # user attribute of a probe study: the study that the settings come from
 CONFIRMED = "confirmed.json"
 
 
@@ -65,27 +65,10 @@ class TransferSource:
 
 
 def find_source(name: str | None, runs: Path, family: Family) -> StudyFolder:
-    """The named study, or the most recent one that can be transferred to the family."""
-    if name is not None:
-        folder = find_folder(name, runs)
-        _check_base(folder, family)
-        return folder
-    find_folder(None, runs)  # raises an error with a hint if there is no study
-    found = sorted(runs.glob("*/study.db"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in found:
-        folder = StudyFolder(path.parent)
-        if kind_of_base(folder) in family.sources and not is_derived(folder):
-            return folder
-    raise ConfigError(
-        f"no study in {runs} can be transferred to {family.title}",
-        f"run a search on {' or '.join(family.sources)} first: hpo search --base {family.sources[0]}",
-    )
-
-
-def is_derived(folder: StudyFolder) -> bool:
-    """Whether the study contains probes or a confirmation instead of a search."""
-    facts = (read_json(folder.facts) or {}).get("facts", {})
-    return SOURCE_STUDY in facts or "confirms" in facts
+    """The named study, else the one last worked on.  Raises ConfigError if it cannot be transferred to the family."""
+    folder = find_folder(name, runs)
+    _check_base(folder, family)
+    return folder
 
 
 def kind_of_base(folder: StudyFolder) -> str:
@@ -98,10 +81,9 @@ def kind_of_base(folder: StudyFolder) -> str:
 
 def _check_base(folder: StudyFolder, family: Family) -> None:
     kind = kind_of_base(folder)
-    if is_derived(folder):
+    if parent := parent_of(folder):
         raise ConfigError(
-            f"study {folder.name} contains probes or a confirmation, not a search",
-            "give the study of the search",
+            f"study {folder.name} is not a search: it belongs to study {parent}", f"give {parent} instead"
         )
     if kind not in family.sources:
         hint = f"give a study with a search on {' or '.join(family.sources)}"

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study import Inputs, StudyFolder, read_json
+from hpo.study import SOURCE_STUDY, Inputs, StudyFolder, read_json
 from hpo.terminal import say
-from hpo.transfer import MAPPING_VERSION, SOURCE_STUDY
+from hpo.transfer import MAPPING_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
 from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS, Probe, ProbeScore, find, horizon_shift
 from hpo.transfer.probes.findings import Findings, Found, read_saved, write_saved

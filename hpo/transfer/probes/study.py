@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hpo.study import StudyFolder, alone, in_use
-from hpo.transfer import SOURCE_STUDY
+from hpo.study import SOURCE_STUDY, StudyFolder, alone, in_use
 from hpo.transfer.probes.design import ProbeScore
 from hpo.transfer.probes.side import ProbeSide
 from trainer.errors import Interrupted

@@ -13,8 +13,8 @@ from rich.console import Console
 import hpo.search.workbench
 from hpo.search.session import SearchRequest, search
 from hpo.study.config import Inputs
-from hpo.study.folder import find_folder
 from hpo.study.storage import open_study
+from hpo.study.which import find_folder
 from tests.tiny_search import draw_images
 from trainer.bases.base import Base
 

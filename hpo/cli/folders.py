@@ -1,0 +1,260 @@
+"""``hpo resume``, ``studies`` and ``delete``: commands on the folders of studies and runs.
+
+Does not own the record of commands (``hpo.study.work``) or the choice of a study (``hpo.study.which``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from hpo.cli import options
+from hpo.cli.start import console
+from hpo.cli.which import agreed, ask_which, chosen_study, complete_name
+from hpo.study import alone
+from trainer.errors import ConfigError, MachineError, ToolError
+from trainer.files import machine_error
+from trainer.text import clean_text
+
+if TYPE_CHECKING:
+    from hpo.study import Step, StudyFolder, WorkedOn
+
+TRASH = ".trash"
+RUNNING = "running"
+OUTPUT = Path("output")  # where hpo train writes if nothing else is said
+
+
+@dataclass(frozen=True)
+class Left:
+    """A step that was interrupted or failed, and the folder that records it."""
+
+    root: Path
+    step: Step
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["hpo", *self.step.words])
+
+    @property
+    def when(self) -> datetime:
+        return datetime.fromisoformat(self.step.last_utc).astimezone()
+
+    @property
+    def says(self) -> str:
+        return f"{self.command} ({self.step.state} {self.when:%-d %b %H:%M})"
+
+
+@click.command()
+@options.study_name
+@click.option(
+    "--notify", multiple=True, metavar="URL", help="As for the command itself: its URLs are not stored."
+)
+@options.runs
+@click.pass_context
+def resume(ctx: click.Context, name: str | None, notify: tuple[str, ...], runs: Path) -> None:
+    """Go on with the command that was interrupted last, with its own arguments: search, confirm, transfer, train,
+    evaluate or compare. NAME: a study, or the output folder of hpo train. Default: whatever was interrupted last."""
+    left = _left(name, runs)
+    group = ctx.find_root().command
+    assert isinstance(group, click.Group)
+    command = group.commands.get(left.step.words[0])
+    takes = {param.name for param in command.params} if command else set()
+    words = list(left.step.words)
+    if "yes" in takes and "--yes" not in words:
+        words.append("--yes")  # the question was answered when the command was started
+    if "notify" in takes:
+        words += [word for url in notify for word in ("--notify", url)]
+    if left.step.notified and not notify and not os.environ.get("HPO_NOTIFY"):
+        click.echo(
+            "note: the URLs of --notify are not stored; give --notify again, or set HPO_NOTIFY", err=True
+        )
+    click.echo(clean_text(f"resuming: {left.says}"), err=True)
+    if left.step.cwd and Path(left.step.cwd) != Path.cwd():
+        try:
+            os.chdir(left.step.cwd)
+        except OSError:
+            raise MachineError(
+                f"cannot enter {left.step.cwd}, the folder in which the command was started",
+                f"run: {left.command}",
+            ) from None
+        click.echo(clean_text(f"in {left.step.cwd}"), err=True)
+    group.main(args=words, prog_name="hpo")
+
+
+def _left(name: str | None, runs: Path) -> Left:
+    """The step to go on with.  Raises ConfigError if nothing was interrupted, or if it is still running."""
+    from hpo.study import SAME_DAY, steps
+
+    roots = list(_roots(name, runs))
+    found = sorted((left for root in roots for left in _open(root)), key=lambda left: left.when, reverse=True)
+    if not found:
+        where = f" in {name}" if name else ""
+        running = [step for root in roots for step in steps(root) if step.state == RUNNING]
+        if running:
+            raise ConfigError(
+                f"nothing was interrupted{where}; {running[-1].step} is still running", "wait for it"
+            )
+        raise ConfigError(f"nothing was interrupted{where}", "list the studies and their states: hpo studies")
+    newest = {left.root: left for left in reversed(found)}  # the last one of each folder
+    rivals = [left for left in newest.values() if found[0].when - left.when <= SAME_DAY]
+    if len(rivals) == 1:
+        return found[0]
+    rivals.sort(key=lambda left: left.when, reverse=True)
+    if not sys.stdin.isatty():
+        names = "   or: ".join(f"hpo resume {shlex.quote(str(left.root))}" for left in rivals)
+        raise ConfigError(
+            "several commands were interrupted within a day: " + "; ".join(left.says for left in rivals),
+            f"name one: {names}",
+        )
+    return ask_which("several commands were interrupted within a day", rivals, [left.says for left in rivals])
+
+
+def _open(root: Path) -> list[Left]:
+    from hpo.study import open_steps
+
+    return [Left(root, step) for step in open_steps(root) if step.words]
+
+
+def _roots(name: str | None, runs: Path) -> Iterator[Path]:
+    """The folders that can hold a record of commands: studies, and runs of ``hpo train``."""
+    from hpo.study import WORK, find_folder, study_at, study_folder
+
+    if name is None:
+        yield from (path.parent for path in sorted(runs.glob(f"*/{WORK}")))
+        yield from (path.parent for path in sorted(OUTPUT.glob(f"*.run/{WORK}")))
+        return
+    path = Path(name)
+    if "/" not in name and (study_folder(name, runs).root / WORK).is_file():
+        yield study_folder(name, runs).root  # also a study whose first command was killed at once
+    elif path.is_dir() and study_at(path) is None:
+        yield path
+        yield from (found.parent for found in sorted(path.glob(f"*.run/{WORK}")))
+    else:
+        yield find_folder(name, runs).root
+
+
+@click.command()
+@options.as_json("Print JSON.")
+@options.runs
+def studies(as_json: bool, runs: Path) -> None:
+    """List the studies in --runs with their state, best score and last command, the last one worked on first."""
+    import json
+
+    rows = [_row(one) for one in _worked_on(runs)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        click.echo(f"no study in {clean_text(str(runs))}; start one: hpo search --base mini-sd15 --trials 12")
+        return
+    screen = console()
+    if not screen.is_terminal:
+        click.echo("\t".join(rows[0]))
+        for row in rows:
+            click.echo("\t".join("" if value is None else clean_text(str(value)) for value in row.values()))
+        return
+    screen.print(_table(rows))
+
+
+def _worked_on(runs: Path) -> list[WorkedOn]:
+    from hpo.study import worked_on
+
+    return worked_on(runs)
+
+
+def _row(one: WorkedOn) -> dict[str, Any]:
+    """One study as text and numbers.  ``best``: the confirmed score if there is one, else the best search score."""
+    from hpo.study import TOTAL, database_errors, open_study, read_json, standing
+
+    folder = one.folder
+    row: dict[str, Any] = {"study": folder.name, "state": "", "trials": None, "of": None, "best": None, "score": None,
+                           "confirmed": None, "last": one.step.step if one.step else "search",
+                           "when": one.when.astimezone().isoformat(timespec="minutes")}  # fmt: skip
+    try:
+        with database_errors(folder):
+            study = open_study(folder)
+            now = standing(study, study.user_attrs.get(TOTAL, 0))
+    except ToolError as error:
+        return {**row, "state": f"cannot be read: {error.message}"}
+    state = one.step.state if one.step else "finished" if not now.left else "interrupted"
+    confirmed = read_json(folder.confirmed)
+    row |= {"state": state, "trials": now.complete, "of": now.total}
+    if now.best:
+        row |= {"best": now.best[0], "score": round(now.best[1], 4), "confirmed": False}
+    if confirmed is not None and isinstance(confirmed.get("score"), float):
+        row |= {"best": confirmed.get("winner"), "score": round(confirmed["score"], 4), "confirmed": True}
+    return row
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    table.add_column("study", overflow="fold")
+    for name in ("trials", "best", "score", "last command"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        score = (
+            ""
+            if row["score"] is None
+            else f"{row['score']:.4f}" + ("" if row["confirmed"] else " unconfirmed")
+        )
+        when = datetime.fromisoformat(row["when"])
+        counts = "" if row["trials"] is None else f"{row['trials']}/{row['of']}"
+        cells = (row["study"], counts, "" if row["best"] is None else f"trial {row['best']}", score,
+                 f"{row['last']} {row['state']}, {when:%-d %b %H:%M}")  # fmt: skip
+        table.add_row(*(Text(clean_text(str(cell))) for cell in cells))
+    return table
+
+
+@click.command()
+@click.argument("name", shell_complete=complete_name)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@options.runs
+def delete(name: str, yes: bool, runs: Path) -> None:
+    """Move the study NAME to the trash: its trials, its confirmation and its target trials. Says how much disk space
+    it takes. Nothing is lost until the trash folder is deleted."""
+    folder = chosen_study(name, runs)
+    parts = _family(folder)
+    size = sum(_bytes(part.root) for part in parts)
+    names = ", ".join(clean_text(str(part.root)) for part in parts)
+    click.echo(f"{names}: {size / 1e6:.1f} MB")
+    if not agreed("move this to the trash?", yes=yes):
+        return
+    place = folder.root.parent / TRASH / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    with contextlib.ExitStack() as held:
+        for part in parts:  # no process may be working on any of them
+            held.enter_context(
+                alone(part.locks / "use.lock", f"works on {part.name}", "stop it first: Ctrl-C")
+            )
+        try:
+            place.mkdir(parents=True)
+            for part in parts:
+                os.rename(part.root, place / part.name)
+        except OSError as error:
+            raise machine_error(error, place) from error
+    shown = shlex.quote(str(place))
+    click.echo(
+        clean_text(f"moved to {place}; to get it back: mv {shown}/* {shlex.quote(str(folder.root.parent))}/")
+    )
+    click.echo(clean_text(f"to free {size / 1e6:.1f} MB: rm -r {shown}"))
+
+
+def _family(folder: StudyFolder) -> list[StudyFolder]:
+    """The study, and the confirmations and target trials that belong to it."""
+    from hpo.study import all_studies, parent_of
+
+    return [folder, *(one for one in all_studies(folder.root.parent) if parent_of(one) == folder.name)]
+
+
+def _bytes(root: Path) -> int:
+    return sum(path.lstat().st_size for path in root.rglob("*") if not path.is_dir())

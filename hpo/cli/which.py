@@ -1,0 +1,95 @@
+"""The NAME argument of every command: completion with Tab, and the question which study is meant.
+
+Does not own the rule (``hpo.study.which``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from hpo.study import StudyFolder
+
+T = TypeVar("T")
+
+
+def chosen_study(name: str | None, runs: Path, *, own: bool = False) -> StudyFolder:
+    """The ``StudyFolder`` that a command works on.
+
+    ``own``: the command also works on a confirmation or on target trials; otherwise their study is used.  Says on
+    standard error which study it is, unless it was named.  Raises ConfigError.
+    """
+    from hpo.study import SeveralStudies, find_folder, parent_of, study_folder
+    from trainer.text import clean_text
+
+    try:
+        folder = find_folder(name, runs)
+    except SeveralStudies as error:
+        if not sys.stdin.isatty():
+            raise
+        question = "several studies were worked on within a day:"
+        return ask_which(
+            question,
+            [one.folder for one in error.worked],
+            [f"{one.folder.name}, {one.says}" for one in error.worked],
+        )
+    parent = None if own else parent_of(folder)
+    if parent is not None:
+        found = study_folder(parent, folder.root.parent)
+        if found.database.is_file():
+            click.echo(f"study {clean_text(parent)}, which {clean_text(folder.name)} belongs to", err=True)
+            return found
+    if name is None:
+        click.echo(f"study {clean_text(folder.name)}, the one last worked on", err=True)
+    return folder
+
+
+def ask_which(question: str, choices: Sequence[T], says: Sequence[str]) -> T:
+    """Ask at the terminal which one is meant.  Enter takes the first."""
+    from trainer.text import clean_text
+
+    click.echo(clean_text(question), err=True)
+    for number, text in enumerate(says, 1):
+        click.echo(f"  {number}  {clean_text(text)}", err=True)
+    place = click.prompt("which one", type=click.IntRange(1, len(choices)), default=1, err=True)
+    return choices[place - 1]
+
+
+def complete_name(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of studies in --runs that begin with the typed text, then files and folders."""
+    from hpo.study import all_studies
+
+    runs = ctx.params.get("runs") or Path("runs")
+    names = [folder.name for folder in all_studies(Path(runs)) if folder.name.startswith(incomplete)]
+    return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
+
+
+def agreed(question: str, *, yes: bool) -> bool:
+    """Ask before something expensive or final.  The answer may come through a pipe.
+
+    Without a terminal and without an answer on standard input, raises ConfigError that names --yes.
+    """
+    from trainer.errors import ConfigError
+    from trainer.text import clean_text
+
+    if yes:
+        return True
+    if sys.stdin.isatty():
+        return click.confirm(question, default=True)
+    click.echo(f"{question} [y/N]: ", nl=False)
+    for line in sys.stdin:
+        answer = line.strip().lower()
+        click.echo(clean_text(answer[:20]))
+        if answer in ("y", "yes"):
+            return True
+        if answer in ("", "n", "no"):
+            return False
+        click.echo(f"{question} [y/N]: ", nl=False)
+    click.echo("")
+    raise ConfigError("not started: there is no terminal to ask at", "add --yes to start without a question")

@@ -1,0 +1,213 @@
+"""The record of the commands that worked on a study or a run: what was run, from where, and how it ended.
+
+Owns work.jsonl, and the decision which step is finished, interrupted or still running.  Does not own the choice of
+a study (``hpo.study.which``) or the repetition of a command (``hpo.cli.resume``).
+
+    {"id": "…", "event": "started", "step": "confirm", "words": ["confirm", "luca"], "cwd": "…", "time_utc": "…"}
+    {"id": "…", "event": "finished" | "interrupted" | "failed" | "refused", "time_utc": "…"}
+
+A step that has started and not ended belongs to a living process if that process still holds the step's lock, and
+was killed if not.  ``refused`` steps ended before they changed anything and are ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import uuid
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hpo.study.folder import StudyFolder
+from hpo.study.locks import Lock, holder
+from trainer.errors import Interrupted
+from trainer.files import append_line, read_records
+
+WORK = "work.jsonl"
+STARTED, RUNNING, FINISHED, INTERRUPTED, FAILED, REFUSED = (
+    "started", "running", "finished", "interrupted", "failed", "refused"
+)  # fmt: skip
+_OWN: set[str] = set()  # the steps of this process: asking for the holder of an own lock would release it
+SECRET = "--notify"  # its URLs contain passwords, so they are not stored
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """The command line of this process: the words after ``hpo``, and the folder that its paths start from."""
+
+    words: tuple[str, ...]
+    cwd: str
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The words without the URLs of ``--notify``."""
+        kept: list[str] = []
+        words = iter(self.words)
+        for word in words:
+            if word == SECRET:
+                next(words, None)
+            elif not word.startswith(f"{SECRET}="):
+                kept.append(word)
+        return tuple(kept)
+
+
+# Set by the command line.  None where this package is used as a library: then nothing is recorded.
+INVOCATION: ContextVar[Invocation | None] = ContextVar("INVOCATION", default=None)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command that worked on a folder.  ``step`` names what it worked on, for example ``train sdxl``.
+
+    ``state``: running, finished, interrupted (also: killed) or failed.  ``ended_utc``: empty while running, and if
+    the process was killed.
+    """
+
+    id: str
+    step: str
+    words: tuple[str, ...]
+    cwd: str
+    started_utc: str
+    ended_utc: str
+    state: str
+    notified: bool = False  # the command had --notify
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something left to do."""
+        return self.state in (INTERRUPTED, FAILED)
+
+    @property
+    def last_utc(self) -> str:
+        return self.ended_utc or self.started_utc
+
+
+class Work:
+    """One running step.  Until ``begun`` is set, an error counts as a refusal: nothing was changed."""
+
+    def __init__(self, begun: bool) -> None:
+        self.begun = begun
+
+
+@contextlib.contextmanager
+def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
+    """Record the block as a step of this process's command in ``root``/work.jsonl."""
+    record, invocation = Work(begun), INVOCATION.get()
+    if invocation is None:
+        yield record
+        return
+    name = uuid.uuid4().hex[:12]
+    lock = Lock(_lock(root, name))
+    lock.try_acquire()
+    _OWN.add(name)
+    _sweep_locks(root)
+    row: dict[str, object] = {
+        "id": name,
+        "event": STARTED,
+        "step": step,
+        "words": invocation.stored,
+        "cwd": invocation.cwd,
+        "time_utc": _now(),
+    }
+    if invocation.stored != invocation.words:
+        row["notified"] = True
+    append_line(root / WORK, json.dumps(row))
+    state = FAILED
+    try:
+        yield record
+        state = FINISHED
+    except Interrupted as error:
+        state = INTERRUPTED
+        raise Interrupted(error.message, f"hpo resume {_name(root)}") from None
+    except KeyboardInterrupt:
+        state = INTERRUPTED
+        raise
+    finally:
+        if state == FAILED and not record.begun:
+            state = REFUSED
+        with contextlib.suppress(Exception):  # the folder may be full or gone: the step's own error is shown
+            append_line(root / WORK, json.dumps({"id": name, "event": state, "time_utc": _now()}))
+        lock.path.unlink(missing_ok=True)
+        lock.release()
+        _OWN.discard(name)
+
+
+def steps(root: Path) -> list[Step]:
+    """The steps recorded in a folder, oldest first."""
+    begun: dict[str, dict[str, object]] = {}
+    ended: dict[str, tuple[str, str]] = {}
+    for row in read_records(root / WORK):
+        name = str(row.get("id"))
+        if row.get("event") == STARTED:
+            begun[name] = row
+        else:
+            ended[name] = str(row.get("event")), str(row.get("time_utc", ""))
+    found = []
+    for name, row in begun.items():
+        state, when = ended.get(name, ("", ""))
+        if state == REFUSED:
+            continue
+        words = row.get("words")
+        found.append(
+            Step(
+                id=name,
+                step=str(row.get("step", "")),
+                words=tuple(map(str, words)) if isinstance(words, list) else (),
+                cwd=str(row.get("cwd", "")),
+                started_utc=str(row.get("time_utc", "")),
+                ended_utc=when,
+                state=state or (RUNNING if _is_alive(root, name) else INTERRUPTED),
+                notified=bool(row.get("notified")),
+            )
+        )
+    return found
+
+
+def record_root(path: Path, otherwise: Path) -> Path:
+    """Where a command that works at ``path`` is recorded: in the study that contains it, else in ``otherwise``."""
+    return next((place for place in path.absolute().parents if (place / "study.db").is_file()), otherwise)
+
+
+def open_steps(root: Path) -> list[Step]:
+    """The steps that were interrupted or failed and were not finished or started again later, oldest first."""
+    latest: dict[str, Step] = {}
+    for step in steps(root):
+        latest.pop(step.step, None)  # keeps the order of the last start
+        latest[step.step] = step
+    return [step for step in latest.values() if step.is_open]
+
+
+def _is_alive(root: Path, name: str) -> bool:
+    return name in _OWN or holder(_lock(root, name)) is not None
+
+
+def _lock(root: Path, name: str) -> Path:
+    return root / ".locks" / f"work-{name}.lock"
+
+
+def _sweep_locks(root: Path) -> None:
+    """Delete the lock files of killed processes."""
+    own = {_lock(root, name) for name in _OWN}
+    for path in (root / ".locks").glob("work-*.lock"):
+        if path not in own and holder(path) is None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _name(root: Path) -> str:
+    """The argument of ``hpo resume`` for a study's or a run's folder."""
+    study = StudyFolder(root)
+    return study.words if study.database.is_file() else shlex.quote(str(root))
+
+
+def words_with_name(words: Sequence[str], name: str) -> tuple[str, ...]:
+    """A command line with a study's name after the command."""
+    return (words[0], name, *words[1:])
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
