@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,18 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
 from hpo.cli import options
 from hpo.cli.start import console
-from hpo.cli.which import agreed, ask_which, chosen_study, complete_name
-from hpo.study import alone
+from hpo.cli.which import agreed, ask_which, at_terminal, chosen_study, complete_name
 from trainer.errors import ConfigError, MachineError, ToolError
 from trainer.files import machine_error
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from hpo.study import Step, StudyFolder, WorkedOn
 
 TRASH = ".trash"
@@ -111,7 +109,7 @@ def _left(name: str | None, runs: Path) -> Left:
     if len(rivals) == 1:
         return found[0]
     rivals.sort(key=lambda left: left.when, reverse=True)
-    if not sys.stdin.isatty():
+    if not at_terminal():
         names = "   or: ".join(f"hpo resume {shlex.quote(str(left.root))}" for left in rivals)
         raise ConfigError(
             "several commands were interrupted within a day: " + "; ".join(left.says for left in rivals),
@@ -198,6 +196,9 @@ def _row(one: WorkedOn) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
     table.add_column("study", overflow="fold")
     for name in ("trials", "best", "score", "last command"):
@@ -223,6 +224,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 def delete(name: str, yes: bool, runs: Path) -> None:
     """Move the study NAME to the trash: its trials, its confirmation and its target trials. Says how much disk space
     it takes. Nothing is lost until the trash folder is deleted."""
+    from hpo.study import alone
+
     folder = chosen_study(name, runs)
     parts = _family(folder)
     size = sum(_bytes(part.root) for part in parts)

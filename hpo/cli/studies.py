@@ -9,7 +9,7 @@ import click
 from hpo.cli import options
 from hpo.cli.options import PATH, Finite
 from hpo.cli.start import calm_libraries, console
-from hpo.cli.which import agreed, chosen_study
+from hpo.cli.which import agreed, chosen_study, new_study
 
 
 @click.command(cls=options.Renamed, renamed={"--study": "--definition", "--name": ""})
@@ -86,6 +86,8 @@ def search(
     from hpo.search import search as run
     from hpo.study import Inputs
 
+    if name is not None:
+        name, runs = new_study(name, runs)
     inputs = Inputs(
         base=base,
         data=data,
@@ -215,7 +217,7 @@ def transfer(
     folder = chosen_study(name, runs)
     request = TransferRequest(
         to=to,
-        study=folder.name,
+        name=folder.name,
         vram=vram,
         profile=profile,
         preset=preset,

@@ -31,7 +31,7 @@ def chosen_study(name: str | None, runs: Path, *, own: bool = False) -> StudyFol
     try:
         folder = find_folder(name, runs)
     except SeveralStudies as error:
-        if not sys.stdin.isatty():
+        if not at_terminal():
             raise
         question = "several studies were worked on within a day:"
         return ask_which(
@@ -48,6 +48,24 @@ def chosen_study(name: str | None, runs: Path, *, own: bool = False) -> StudyFol
     if name is None:
         click.echo(f"study {clean_text(folder.name)}, the one last worked on", err=True)
     return folder
+
+
+def new_study(name: str, runs: Path) -> tuple[str, Path]:
+    """The name and runs folder of a study that may not exist yet: NAME, runs/NAME or a path inside a study."""
+    from hpo.study import study_at
+
+    path = Path(name)
+    if "/" not in name:
+        return name, runs
+    found = study_at(path)
+    if found is not None:
+        return found.name, found.root.parent
+    return (path.name, runs) if path.parent.resolve() == runs.resolve() else (name, runs)
+
+
+def at_terminal() -> bool:
+    """Whether a person can be asked."""
+    return sys.stdin.isatty()
 
 
 def ask_which(question: str, choices: Sequence[T], says: Sequence[str]) -> T:
@@ -80,7 +98,7 @@ def agreed(question: str, *, yes: bool) -> bool:
 
     if yes:
         return True
-    if sys.stdin.isatty():
+    if at_terminal():
         return click.confirm(question, default=True)
     click.echo(f"{question} [y/N]: ", nl=False)
     for line in sys.stdin:

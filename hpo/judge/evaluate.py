@@ -65,6 +65,7 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
 
 def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: JudgeView) -> Evaluated:
     from evaluation.choice import checkpoints
+    from hpo.judge.judge import LORA_NAME
 
     anchors = _anchors(judge, run, view)
     count, prompts = len(run.checkpoints) - len(damaged), judge.evaluator.prompts
@@ -72,6 +73,8 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: Judge
         f"{count} checkpoint{'' if count == 1 else 's'} × {prompts.image_count} images ({prompts.size}), "
         f"{len(judge.reference_files)} references, {judge.evaluator.scorer.name}"
     )
+    if before := sum((run.evaluation / c.name / SEARCH / LORA_NAME).is_file() for c in run.checkpoints):
+        view.say(f"{before}/{count} checkpoints were scored before")
     points = [
         _unscored(checkpoint, damaged[checkpoint.name])
         if checkpoint.name in damaged

@@ -288,6 +288,15 @@ def deaths_without_progress(folder: TrialFolder) -> int:
     return count if saved == _saved(folder) else 0
 
 
+def resumes_from(folder: TrialFolder) -> str:
+    """Where an interrupted trial goes on, for the user."""
+    if folder.lora.is_file():
+        images = len(list((folder.root / "samples").glob("*.png")))
+        return f"it is trained; {images} images are done" if images else "it is trained; its images come next"
+    step = max((p.name for p in folder.checkpoints.glob("step-*")), default="").removeprefix("step-")
+    return f"from step {int(step)}" if step.isdecimal() else "from its beginning"
+
+
 def _saved(folder: TrialFolder) -> str:
     """A string that changes whenever the trial has saved more progress."""
     images = len(list((folder.root / "samples").glob("*.png")))

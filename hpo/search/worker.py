@@ -15,7 +15,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 
 from hpo.search.claim import Claim, Claims
 from hpo.search.telling import Teller
-from hpo.search.trial import Watch, deaths_without_progress, failed, run_trial
+from hpo.search.trial import Watch, deaths_without_progress, failed, resumes_from, run_trial
 from hpo.study import (
     Result,
     Standing,
@@ -106,6 +106,8 @@ class Worker:
         for name, value in attributes.items():
             claim.trial.set_user_attr(name, value)
         source.begin(suggested)
+        if claim.adopted:
+            self.view.say(f"resuming trial {number}: {resumes_from(folder)}")
         self.view.on_trial(number, suggested, claim.adopted, self.standing())
         result = self._result(folder, config, suggested)
         self.tell(claim, result)

@@ -64,6 +64,8 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     for note in data.notes:
         view.say(f"note: {note}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
+    if behind := steps_behind(folder.checkpoints):
+        view.say(f"resuming from step {behind}")
     device = own_device(device, ranks.local)
     check_device(device)
     _check_parts(config, ranks, view.say)

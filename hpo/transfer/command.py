@@ -36,7 +36,7 @@ class TransferRequest:
     """The command-line arguments of ``hpo transfer``."""
 
     to: str
-    study: str | None = None
+    name: str | None = None
     vram: float | None = None
     profile: str | None = None
     preset: str | None = None
@@ -54,7 +54,7 @@ def run(request: TransferRequest, console: Console) -> None:
     if request.design and not request.probes:
         raise ConfigError("--design has no effect without probes", "add --probes 6")
     profile = _profile(request)
-    folder = find_source(request.study, request.runs, profile.family)
+    folder = find_source(request.name, request.runs, profile.family)
     with recorded(folder.root, f"transfer {request.to}", begun=False) as work:
         _transfer(folder, profile, request, console, work)
 

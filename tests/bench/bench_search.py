@@ -125,7 +125,7 @@ def confirm(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     study_root: Path = args.study or args.out / "runs" / "bench"
     if args.study is None:
-        command = ["hpo", "search", "--base", args.base, "--trials", "12", "--name", "bench"]
+        command = ["hpo", "search", "--base", args.base, "--trials", "12", "bench"]
         subprocess.run([*command, "--runs", str(args.out / "runs")], check=True)
     study = open_study(StudyFolder(study_root))
     best = study.best_trial.number

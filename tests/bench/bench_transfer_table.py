@@ -96,18 +96,18 @@ def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig
         hpo(args.work, "dataset", "demo", subject, str(data.resolve()))
     sets = [word for text in args.sets for word in ("--set", text)]
     search = ("search", "--data", str(data.resolve()), *sets)
-    hpo(args.work, *search, "--base", "mini-sd15", "--name", name, "--trials", str(args.trials))
+    hpo(args.work, *search, "--base", "mini-sd15", name, "--trials", str(args.trials))
     family, profile = read_family("mini-sdxl"), read_profile("mini-sdxl")
     source = read_source(StudyFolder(args.work / "runs" / name))
     plain = make(source, profile, None)
-    words = ("transfer", "--to", "mini-sdxl", "--study", name, "--probes", str(args.probes))
+    words = ("transfer", "--to", "mini-sdxl", name, "--probes", str(args.probes))
     hpo(args.work, *words)
     samples = plain.plan.figures.samples
     epochs = [t.config.max_train_epochs or 1 for t in source.trials]
     target = (plain.plan.config.max_train_epochs or 1) * samples
     count = direct_trials(sum(epochs) * samples, args.probes, target, family.cost_of_a_sample)
     direct = f"{subject}-mini-sdxl-direct"
-    hpo(args.work, *search, "--base", "mini-sdxl", "--name", direct, "--trials", str(count))
+    hpo(args.work, *search, "--base", "mini-sdxl", direct, "--trials", str(count))
     found = read_source(StudyFolder(args.work / "runs" / direct))
 
     def carried(trial: Any) -> TrainConfig:

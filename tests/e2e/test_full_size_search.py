@@ -74,7 +74,7 @@ def search(place: Path, base: Path) -> tuple[str, int]:
     (place / "prompts.toml").write_text(
         'seeds = [0]\n[[prompts]]\ntext = "a photo of zkw figure"\n[[prompts]]\ntext = "zkw figure on a beach"\n'
     )
-    words = ["search", "--base", str(base), "--data", "images", "--trials", "1", "--name", "full"]
+    words = ["search", "--base", str(base), "--data", "images", "--trials", "1", "full"]
     words += [
         "--clip",
         f"ViT-B-32:{clip}",

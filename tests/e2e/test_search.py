@@ -33,7 +33,7 @@ def hpo(folder: Path, *words: str) -> str:
 def finished(tmp_path_factory) -> tuple[Path, str]:
     """A study of two very short trials, and what was printed."""
     folder = tmp_path_factory.mktemp("search")
-    return folder, hpo(folder, "search", "--base", "mini-sd15", "--trials", "2", "--name", "e2e", *SHORT)
+    return folder, hpo(folder, "search", "--base", "mini-sd15", "--trials", "2", "e2e", *SHORT)
 
 
 def test_each_trial_leaves_its_settings_lora_log_samples_and_result(finished):
@@ -59,7 +59,7 @@ def test_the_same_command_again_repeats_nothing(finished):
     folder, _ = finished
     results = [folder / "runs" / "e2e" / f"trial_{n:04d}" / "result.json" for n in (0, 1)]
     before = [path.stat().st_mtime_ns for path in results]
-    printed = hpo(folder, "search", "--base", "mini-sd15", "--trials", "2", "--name", "e2e", *SHORT)
+    printed = hpo(folder, "search", "--base", "mini-sd15", "--trials", "2", "e2e", *SHORT)
     assert "study=e2e complete=2/2" in printed
     assert [path.stat().st_mtime_ns for path in results] == before
     assert not (folder / "runs" / "e2e" / "trial_0002").exists()

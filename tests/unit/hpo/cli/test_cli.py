@@ -89,7 +89,7 @@ def test_a_shared_option_reads_the_same_in_every_command() -> None:
 
 def test_every_command_explains_itself() -> None:
     names = {"search", "status", "confirm", "dashboard", "dataset", "plan", "transfer", "train"}
-    names |= {"inspect", "evaluate", "compare", "export"}
+    names |= {"inspect", "evaluate", "compare", "export", "resume", "studies", "delete"}
     assert set(main.commands) == names
     for words in ([], *([name] for name in sorted(names)), ["dataset", "demo"], ["export", "kohya"]):
         result = hpo(*words, "--help")
@@ -108,11 +108,11 @@ def test_every_command_explains_itself() -> None:
             "0 to 10",
         ),
         (["--set", "network_dim=0"], 2, "network_dim = 0 is outside its limits", "1 to 1024"),
-        (["--name", "a/b"], 2, "study name 'a/b'", "a–z"),
-        (["--name", "../up"], 2, "study name '../up'", "a–z"),
-        (["--name", "\x1b[31mred"], 2, "study name", "a–z"),
-        (["--study", "mimi"], 2, "no study file mimi", "did you mean mini?"),
-        (["--study", "missing.toml"], 2, "no study file missing.toml", "shipped"),
+        (["a/b"], 2, "study name 'a/b'", "a–z"),
+        (["../up"], 2, "study name '../up'", "a–z"),
+        (["\x1b[31mred"], 2, "study name", "a–z"),
+        (["--definition", "mimi"], 2, "no study file mimi", "did you mean mini?"),
+        (["--definition", "missing.toml"], 2, "no study file missing.toml", "shipped"),
         (["--data", "../nowhere"], 3, "../nowhere", "folder"),
         (["--device", "cuda:7"], 5, "device cuda:7 cannot be used", "leave out --device"),
         (["--device", "meta"], 2, "device 'meta' is not known", "cpu, cuda"),
@@ -200,12 +200,12 @@ def test_a_pickle_is_refused_unopened(place: Path) -> None:
             return os.mkdir, (str(place / "opened"),)
 
     (place.parent / "model.ckpt").write_bytes(pickle.dumps(Canary()))
-    refused(place, 4, "model.ckpt", *search("--base", "../model.ckpt", "--study", "mini"))
+    refused(place, 4, "model.ckpt", *search("--base", "../model.ckpt", "--definition", "mini"))
 
 
 def test_a_file_that_is_no_base_is_refused(place: Path) -> None:
     (place.parent / "model.safetensors").write_bytes(b"\x10" + b"\0" * 40)
-    refused(place, 4, "model.safetensors", *search("--base", "../model.safetensors", "--study", "mini"))
+    refused(place, 4, "model.safetensors", *search("--base", "../model.safetensors", "--definition", "mini"))
 
 
 def test_sd15_without_network_says_at_once_what_to_do(place: Path) -> None:
@@ -253,7 +253,8 @@ def study(place: Path) -> Path:
 def test_status_shows_the_table_of_the_last_study(study: Path) -> None:
     result = hpo("status")
     assert result.exit_code == 0
-    lines = result.output.splitlines()
+    assert result.stderr == "study tiny, the one last worked on\n"
+    lines = result.stdout.splitlines()
     assert max(map(len, lines[:-1])) <= 80 and lines[0].split()[:2] == ["trial", "state"]
     assert sum(line.split()[1:2] == ["complete"] for line in lines) == 2
     assert lines[-2] == "scores above are search scores; confirm with: hpo confirm tiny"

@@ -370,7 +370,7 @@ def test_a_study_can_be_named_to_judge_by(place: Path) -> None:
     )
     _, said = judge("out15", study="greedy.toml")
     assert "confirmation prompts: 37 of 60 planned prompts" in said
-    result = evaluate("out15", "--study", "nothing")
+    result = evaluate("out15", "--definition", "nothing")
     assert result.exit_code == 2 and "no study file nothing" in result.stderr
 
 

@@ -172,11 +172,14 @@ def test_the_end_of_a_confirmed_search_says_its_result(tmp_path: Path) -> None:
     """The search's command once more, after hpo confirm."""
     folder = StudyFolder(tmp_path / "x")
     folder.root.mkdir()
+    folder.facts.write_text(json.dumps({"base": "mini-sd15"}))
     folder.confirmed.write_text(json.dumps(CONFIRMED))
     text = "\n".join(summary(folder, STANDING, SETTINGS, "30 trials are done"))
     assert "confirmed (retrained): trial 4, score 0.5710 (95 % 0.5200 … 0.6200)" in text
     assert (
-        "not a final result yet" not in text and "hpo confirm" not in text and "next: hpo dashboard x" in text
+        "not a final result yet" not in text
+        and "hpo confirm" not in text
+        and f"next: hpo transfer {folder.words} --to mini-sdxl" in text
     )
     newer = "\n".join(summary(folder, replace(STANDING, best=(9, 0.7, 0.02)), SETTINGS, "40 trials are done"))
     assert "score 0.5710" in newer and "Trial 9 has a better search score" in newer

@@ -60,7 +60,7 @@ def transferred(runs: Path) -> Transfer:
 def test_the_last_study_is_taken_and_said_and_the_files_are_written(searched: Path) -> None:
     result = call(searched)
     assert result.exit_code == 0, result.output
-    assert "study s: the most recent one" in result.output and "unconfirmed" in result.output
+    assert "study s, the one last worked on" in result.stderr and "unconfirmed" in result.output
     for word in ("resolution", "res.native", "batch.micro", "effective batch", "kept:"):
         assert word in result.output
     place = searched / "s" / "transfer"
@@ -76,7 +76,7 @@ def test_the_last_study_is_taken_and_said_and_the_files_are_written(searched: Pa
 
 def test_the_table_is_readable_at_80_columns(searched: Path) -> None:
     result = CliRunner(env={"COLUMNS": "80"}).invoke(
-        main, ["transfer", "--to", "mini-sdxl", "--runs", str(searched), "--study", "s"]
+        main, ["transfer", "--to", "mini-sdxl", "--runs", str(searched), "s"]
     )
     table = result.output.split("setting", 1)[1].split("kept:")[0].splitlines()
     assert max(map(len, table)) <= 80
@@ -115,7 +115,7 @@ def test_the_best_trial_counts_until_a_winner_is_confirmed(searched: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--study", "x"), "no study x"),
+        (("x",), "no study x"),
         (("--preset", "balance"), "balanced"),
         (("--profile", "sdxl-16gb"), "is for sdxl"),
         (("--profile", "absent.toml"), "cannot read"),
@@ -130,7 +130,7 @@ def test_a_mistake_is_two_lines_and_nothing_is_lost(
 
 
 def test_miniature_settings_are_not_carried_to_the_real_family(searched: Path) -> None:
-    result = CliRunner().invoke(main, ["transfer", "--to", "sdxl", "--runs", str(searched), "--study", "s"])
+    result = CliRunner().invoke(main, ["transfer", "--to", "sdxl", "--runs", str(searched), "s"])
     assert result.exit_code == 2 and "--to mini-sdxl" in result.output
     result = CliRunner().invoke(main, ["transfer", "--to", "sdx", "--runs", str(searched)])
     assert result.exit_code == 2 and "sdxl" in result.output
