@@ -74,9 +74,8 @@ class Safety:
             f"untrained base's is {self.base_diversity or 0:.2f}",
             PRIOR_LOST: f"the class word alone produces the subject: likeness {self.prior or 0:.2f} without the "
             "trigger (untrained base: 0, real images: 1)",
-            SHOWS_NOTHING: "the images show nothing of their prompts and nothing known: prompt following "
-            f"{self.prompt_following or 0:.2f} (untrained base: 1, images of other prompts: 0), strangeness "
-            f"{self.strangeness or 0:.2f} (above 1: unlike the base's images and unlike the real ones)",
+            SHOWS_NOTHING: f"the images show nothing: prompt following {self.prompt_following or 0:.2f} (images of "
+            f"other prompts: 0), strangeness {self.strangeness or 0:.2f} (above 1: unlike everything known)",
         }[name]
 
     @property

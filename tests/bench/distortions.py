@@ -109,7 +109,7 @@ DISTORTIONS: dict[str, Distort] = {
     "stripes of 2 colours, 1/16 wide": stripes(1 / 16, 2),
     "stripes of 2 colours, 1/8 wide": stripes(1 / 8, 2),
     "stripes of 9 colours, 1/16 wide": stripes(1 / 16, 9),
-    **{f"blur, σ {round(100 * s)} % of the height": blur(s) for s in (0.02, 0.05, 0.1, 0.15, 0.3)},
+    **{f"blur, σ {round(100 * s)} % of the height": blur(s) for s in (0.02, 0.05, 0.1, 0.15, 0.2)},
     **{f"posterised, {n} levels": posterised(n) for n in (4, 3, 2)},
     "posterised, black and white": posterised(2, grey=True),
     "greyscale": posterised(256, grey=True),

@@ -38,7 +38,7 @@ NOTHING = (
     "stripes of 2 colours, 1/8 wide",
     "stripes of 9 colours, 1/16 wide",
     "blur, σ 15 % of the height",
-    "blur, σ 30 % of the height",
+    "blur, σ 20 % of the height",
     "posterised, 2 levels",
     "posterised, black and white",
     REPEATED_NOISE,

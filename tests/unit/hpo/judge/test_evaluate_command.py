@@ -322,15 +322,18 @@ def test_limits_that_changed_judge_what_is_drawn_already(
     before, by = first.score(lora, folder), first.evaluator
     assert not before.safety.broken
     monkeypatch.setattr(sampling, "_draw", None)  # generating an image fails from here on
-    strict = SafeguardLimits(copy_rate=-1.0, diversity=0.0)
-    for changed in (
-        replace(first, evaluator=replace(by, safeguards=replace(first.safeguards, limits=strict))),
-        replace(first, data=replace(first.data, items=first.data.items[:1])),
-        replace(first, evaluator=replace(by, gauges=())),
+
+    def limited(limits: SafeguardLimits) -> Any:
+        return replace(first, evaluator=replace(by, safeguards=replace(first.safeguards, limits=limits)))
+
+    for changed, broken in (
+        (limited(SafeguardLimits(copy_rate=-1.0, diversity=0.0, shown=None)), ("copied",)),
+        (limited(SafeguardLimits(copy_rate=1.0, diversity=0.0, shown=0.1)), ("shows_nothing",)),
+        (replace(first, data=replace(first.data, items=first.data.items[:1])), ()),
+        (replace(first, evaluator=replace(by, gauges=())), ()),
     ):
         again = changed.score(lora, folder)
-        assert again.value == before.value
-        assert again.safety.broken == (("copied",) if changed.safeguards != first.safeguards else ())
+        assert again.value == before.value and again.safety.broken == broken
         assert len(again.beside) == len(changed.evaluator.gauges)
         assert read(folder / "lora.json")["watch"] == changed.watch != first.watch
     metrics = folder / "metrics.json"
