@@ -385,7 +385,9 @@ def carried_over(place: Path, output: Path) -> None:
     study = place / "runs" / "s"
     study.mkdir(parents=True)
     facts = {"data": "images", "references": [], "sampling": {}, "inputs": {"base": "x"}}
-    (study / "study.json").write_text(json.dumps({**facts, "sections": tomllib.loads(HARMONIC)}))
+    sections = tomllib.loads(HARMONIC)
+    del sections["limits"]["shown"]  # there was no such limit when it was begun
+    (study / "study.json").write_text(json.dumps({**facts, "sections": sections}))
     shutil.copytree(place / "out15", output)
     settings = read(output / "zkw.run" / "config.json")
     settings["training_comment"] = "s trial 3, mapping 1"
@@ -399,6 +401,7 @@ def test_a_run_with_settings_of_a_study_is_judged_as_the_study_says(place: Path,
     assert found.evaluator.formula.mean == "harmonic"
     assert "scored with the definition of study s, because the settings were transferred from it" in said
     assert found.safeguards.limits.prior == 100 and len(found.evaluator.prompts.prompts) == 4
+    assert found.safeguards.limits.shown is None, "so it stays off"
     named, said = judge("out15", study="runs/s")
     assert named.evaluator.formula.mean == "harmonic" and "scored with the definition of study s" in said
 
