@@ -48,6 +48,7 @@ seeds = [1000]
 copy_rate = 1.0
 diversity = 0.0
 prior = 100.0
+shown = -100.0    # a random base shows nothing
 [sampling]
 steps = 2
 """

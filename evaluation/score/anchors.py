@@ -7,25 +7,29 @@ Owns the value, its file, and the check that the anchors can be told apart. Does
     T_chance         images of the base with the texts of the other prompts
     I_real           every held-out reference with the other references
 
-Shapes: P prompts.
+Shapes: P prompts, N images of the base, D vector width.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from evaluation.images import SampledImage
 from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomic
 
-ANCHORS_NAME = "anchors.json"
+ANCHORS_NAME, VECTORS_NAME = "anchors.json", "vectors.npy"
+ELSEWHERE = ("untouched", "base_ND")  # fields that are not in anchors.json
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Anchors:
     ``*_P`` are raw cosines in the order of ``prompt_ids``. For class-only prompts, ``base_i_P`` anchors prior
     preservation, not likeness. ``base_diversity`` is the mean Vendi score of the base
     (``evaluation.score.safeguards``). ``untouched``: first images of the untrained base with the trigger;
-    images of an adapter must differ from them.
+    images of an adapter must differ from them. ``base_ND``: the base's images, in the order of the prompt set's
+    jobs, as joint vectors (``evaluation.score.safeguards``); None if no limit needs them.
     """
 
     identity: dict[str, str]
@@ -50,6 +55,11 @@ class Anchors:
     i_unit_se: float
     untouched: tuple[SampledImage, ...] = ()
     base_diversity: float | None = None
+    base_ND: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of anchors.json."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ELSEWHERE}
 
     @property
     def key(self) -> str:
@@ -117,12 +127,27 @@ def read_anchors(path: Path, identity: Mapping[str, str]) -> Anchors | None:
             f"{path} was measured with a different {', '.join(changed)}: scores would not be comparable",
             "start a new study with --name, or restore the original settings",
         )
-    tuples = {f.name for f in fields(Anchors) if str(f.type).startswith("tuple")} - {"untouched"}
+    tuples = {f.name for f in fields(Anchors) if str(f.type).startswith("tuple")} - set(ELSEWHERE)
     found: dict[str, Any] = {k: tuple(v) if k in tuples else v for k, v in values.items()}
     return Anchors(**found)
 
 
 def write_anchors(path: Path, anchors: Anchors) -> None:
-    """Write everything except the images, which are stored separately."""
-    values = {f.name: getattr(anchors, f.name) for f in fields(anchors) if f.name != "untouched"}
-    write_atomic(path, json.dumps(values, indent=1))
+    """Write everything except images and vectors, which are stored separately."""
+    write_atomic(path, json.dumps(anchors.as_dict(), indent=1))
+
+
+def read_vectors(path: Path, count: int) -> Tensor | None:
+    """The stored vectors of ``count`` images; None if the file is missing, damaged or of other images."""
+    try:
+        vectors = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    sound = vectors.ndim == 2 and len(vectors) == count and vectors.dtype == np.float32
+    return torch.from_numpy(vectors) if sound and np.isfinite(vectors).all() else None
+
+
+def write_vectors(path: Path, vectors_ND: Tensor) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, vectors_ND.numpy())
+    write_atomic(path, buffer.getvalue())

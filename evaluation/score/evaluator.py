@@ -19,7 +19,15 @@ from evaluation.encoders import ImageEncoder, References, Scorer, Vectors, check
 from evaluation.gauges import Gauge
 from evaluation.images import OnImages, SampleConfig, SampledImage, invalid_reason, sample
 from evaluation.prompts import PromptSet
-from evaluation.score.anchors import ANCHORS_NAME, Anchors, read_anchors, write_anchors
+from evaluation.score.anchors import (
+    ANCHORS_NAME,
+    VECTORS_NAME,
+    Anchors,
+    read_anchors,
+    read_vectors,
+    write_anchors,
+    write_vectors,
+)
 from evaluation.score.formula import USUAL, Formula
 from evaluation.score.safeguards import Safeguards, diversity, scene_encoders
 from trainer.bases import Base
@@ -63,6 +71,11 @@ class Evaluator:
         assert self.anchors is not None, "make_anchors first"
         return self.anchors
 
+    @property
+    def needs_base_vectors(self) -> bool:
+        """Whether a limit compares images with those of the untrained base."""
+        return self.safeguards is not None and self.safeguards.limits.shown is not None
+
     def with_anchors(self, anchors: Anchors) -> Evaluator:
         return replace(self, anchors=anchors)
 
@@ -81,7 +94,8 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
     """The anchors of a study: read from ``folder``, or measured on the untrained base and stored.
 
     Call it before an adapter is injected. Raises ConfigError if the stored anchors have a different identity,
-    because scores would not be comparable.
+    because scores would not be comparable. An earlier version stored no vectors of the base's images: where a limit
+    needs them, they are computed from its images, and the stored anchors stay.
     """
     base, prompts, sampling = evaluator.base, evaluator.prompts, evaluator.sampling
     injected = [name for name, network in base.components().items() if hasattr(network, "peft_config")]
@@ -91,10 +105,17 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
     untouched = tuple(
         sample(base, prompts, sampling, folder / "untouched", identity=base.identity, only_first_chunk=True)
     )
-    if stored:
-        return replace(stored, untouched=untouched)
+    base_ND = read_vectors(folder / VECTORS_NAME, prompts.image_count) if stored else None
+    if stored and (base_ND is not None or not evaluator.needs_base_vectors):
+        return replace(stored, untouched=untouched, base_ND=base_ND)
     images = sample(
-        base, prompts, sampling, folder / "samples", identity=base.identity, as_class=True, on_image=on_image
+        base,
+        prompts,
+        sampling,
+        folder / "samples",
+        identity=base.identity,
+        as_class=True,
+        on_image=None if stored else on_image,  # usually only read then
     )
     bad = [reason for reason in map(invalid_reason, images) if reason]
     if bad:
@@ -103,6 +124,10 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
             'try --set no_half_vae=true or mixed_precision = "no"; if that does not help, the base file is damaged',
         )
     anchors = measure_anchors(evaluator, images, untouched)
+    assert anchors.base_ND is not None, "measured just now"
+    write_vectors(folder / VECTORS_NAME, anchors.base_ND)
+    if stored:
+        return replace(stored, untouched=untouched, base_ND=anchors.base_ND)
     write_anchors(folder / ANCHORS_NAME, anchors)
     return anchors
 
@@ -139,6 +164,7 @@ def measure_anchors(
         i_unit_se=float(np.hypot(real_i_se, base_i_se)),
         untouched=tuple(untouched),
         base_diversity=diversity(seen_ND, images, prompts),
+        base_ND=seen_ND,
     )
 
 

@@ -43,7 +43,7 @@ from evaluation.images import (
 from evaluation.score.anchors import Anchors
 from evaluation.score.evaluator import Evaluator
 from evaluation.score.formula import USUAL, Formula, composite
-from evaluation.score.safeguards import Safety
+from evaluation.score.safeguards import Parts, Safety
 from evaluation.score.statistics import Difference, interval
 from evaluation.score.statistics import prompt_draws as prompt_draws
 from trainer.errors import ConfigError, DataError
@@ -124,7 +124,9 @@ def score(images: Sequence[SampledImage], evaluator: Evaluator) -> Score:
     safety = None
     if evaluator.safeguards:
         prior_i = None if asks_P.all() else float(i_P[~asks_P].mean())
-        safety = evaluator.safeguards.measure(vectors, images, prompts, prior_i, anchors)
+        safety = evaluator.safeguards.measure(
+            vectors, images, prompts, Parts(float(following[0]), prior_i), anchors
+        )
     return Score(
         value=float(composite(following, alike, formula)[0]),
         se=_spread(composite(following_K, alike_K, formula)),

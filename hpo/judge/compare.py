@@ -126,6 +126,9 @@ def _measure(run: RunFiles, file: Checkpoint, judge: Judge, view: JudgeView) -> 
         raise
     for problem in anchors.problems:
         view.say(f"warning: {base.name}: {problem}")
+    if score.safety:
+        for name in score.safety.broken:
+            view.say(f"warning: {file.path.name}: {score.safety.says(name)}")
     sampling = judge.evaluator.sampling
     size = f"{sampling.width_px}×{sampling.height_px} px"
     return Measured(

@@ -148,7 +148,7 @@ def _point(
         )
     else:
         safety = score.safety
-        if safety and safety.broken:  # copied or collapsed images are unusable, whatever their score
+        if safety and safety.broken:  # such images are unusable, whatever their score
             point = _unscored(checkpoint, "; ".join(map(safety.says, safety.broken)), SPOILED)
         else:
             point = CheckpointPoint(checkpoint.name, checkpoint.epoch, checkpoint.step, score)
@@ -222,7 +222,7 @@ def _values(run: RunFiles, judge: Judge, outcome: Evaluated) -> dict[str, Any]:
         "scorer": {"name": by.scorer.name, "sha256": by.scorer.sha},
         "likeness": {"name": by.likeness.name, "sha256": by.likeness.sha},
         "formula": asdict(by.formula),
-        "limits": asdict(judge.safeguards.limits),
+        "limits": judge.safeguards.limits.as_dict(),
         "references": [str(path) for path in judge.reference_files],
         SEARCH: {"prompts": by.prompts.hash, **_curve(outcome.points, outcome.choice)},
         CONFIRMATION: {

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -80,7 +80,7 @@ class Judge:
     def watch(self) -> str:
         """Hash of what is reported next to the score: limits, training images (copy check) and extra metrics."""
         parts = (
-            asdict(self.safeguards.limits),
+            self.safeguards.limits.as_dict(),
             sorted({item.sha256 for item in subject_items(self.data)}),
             [encoder.sha for encoder in self.safeguards.encoders],
             [(gauge.measure, gauge.model, gauge.sha) for gauge in self.evaluator.gauges],

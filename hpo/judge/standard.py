@@ -22,6 +22,7 @@ from hpo.study import (
     Inputs,
     StudyConfig,
     StudyFolder,
+    as_begun,
     build_study,
     find_study,
     prompt_sets,
@@ -114,8 +115,9 @@ def _is_shipped(path: Path) -> bool:
 
 def _stored(folder: StudyFolder) -> StudyConfig | None:
     """The study definition in study.json."""
-    sections = facts(folder).get("sections")
-    return build_study("study", sections) if sections else None
+    known = facts(folder)
+    sections = known.get("sections")
+    return as_begun(build_study("study", sections), known.get("facts", {})) if sections else None
 
 
 def _clip(folder: StudyFolder) -> str | None:

@@ -72,8 +72,13 @@ def note_text(result: Result, settings: Mapping[str, Any], grid_path: str | None
 
 
 def _safety(result: Result) -> list[str]:
-    """Copy rate, diversity and class prior, where they were measured."""
-    figures = {"copy rate": result.copy_rate, "diversity": result.diversity, "prior": result.prior}
+    """Copy rate, diversity, class prior and strangeness, where they were measured."""
+    figures = {
+        "copy rate": result.copy_rate,
+        "diversity": result.diversity,
+        "prior": result.prior,
+        "strangeness": result.strangeness,
+    }
     known = [f"{name} {value:.3f}" for name, value in figures.items() if value is not None]
     return ["", ", ".join(known)] if known else []
 

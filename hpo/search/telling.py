@@ -56,6 +56,7 @@ class Teller:
             "copy_rate": result.copy_rate,
             "diversity": result.diversity,
             "prior": result.prior,
+            "strangeness": result.strangeness,
             "seconds": round(result.seconds, 1),
             "settings": dict(settings),
         }

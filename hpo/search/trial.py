@@ -55,15 +55,13 @@ class NoEffect(SettingsFailure):
 
 
 class BeyondLimit(SettingsFailure):
-    """The images are valid but break a limit: copies of training images, low diversity, or a lost class prior."""
+    """The images are valid but break a limit: copies of training images, low diversity, a lost class prior, or
+    nothing that can be recognised."""
 
     def __init__(self, score: Score, safety: Safety) -> None:
         self.score = score
         self.reason = safety.broken[0]
-        super().__init__(
-            "; ".join(map(safety.says, safety.broken)),
-            "try fewer epochs, a lower learning_rate or more images; [limits] of the study file sets the limits",
-        )
+        super().__init__("; ".join(map(safety.says, safety.broken)), safety.advice)
 
 
 class Watch(Protocol):
@@ -360,6 +358,7 @@ def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result
         copy_rate=safety.copy_rate if safety else None,
         diversity=safety.diversity if safety else None,
         prior=safety.prior if safety else None,
+        strangeness=safety.strangeness if safety else None,
         amounts=dict(safety.amounts) if safety else {},
         beside=[
             {"measure": of.measure, "model": of.model, "value": of.value}

@@ -21,10 +21,13 @@ from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
 from evaluation.score import Anchors, Evaluator, make_anchors
 from hpo.study import (
+    IDENTITY,
     Inputs,
     Say,
     StudyConfig,
     StudyFolder,
+    as_begun,
+    begun_study,
     make_evaluator,
     plan_scoring,
     prompt_sets,
@@ -126,7 +129,7 @@ class Workbench:
             "seed": str(self.study.study.seed),
             "objectives": ", ".join(self.study.objectives),
             "composite": by.formula.words(),
-            "limits": json.dumps(dataclasses.asdict(self.study.limits)),
+            "limits": json.dumps(self.study.limits.as_dict()),
             "beside": ", ".join(f"{g.measure} {g.model} {g.sha[:16]}" for g in by.gauges),
             **self.study.frozen(),
         }
@@ -136,6 +139,8 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     """Load and check everything.  Writes only demo data (see ``hpo.study.use.in_use``)."""
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
+    begun = begun_study(folder)
+    study = as_begun(study, begun.user_attrs.get(IDENTITY) if begun else None)
     train = study.train
     data_folder = inputs.data or demo_data(inputs.base, folder)
     data = read_dataset(data_folder, train, trigger=inputs.trigger, class_word=inputs.class_word)

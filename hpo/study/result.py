@@ -24,9 +24,10 @@ COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
 # Below every score (0 to 1.1, evaluation.score.score): finite, constant, and clearly not a measurement.
 INFEASIBLE_VALUE = -0.1
 PATHS = ("pretrained_model_name_or_path", "train_data_dir")
-# The last three are limits of evaluation.score.safeguards.
+# The last four are limits of evaluation.score.safeguards.
 INFEASIBLE_REASONS = (
-    "diverged", "out_of_memory", "invalid_images", "no_effect", "copied", "collapsed", "prior_lost"
+    "diverged", "out_of_memory", "invalid_images", "no_effect", "copied", "collapsed", "prior_lost",
+    "shows_nothing",
 )  # fmt: skip
 
 
@@ -61,6 +62,7 @@ class Result:
     beside: list[dict[str, Any]] = field(
         default_factory=list
     )  # extra metrics: measure, model, mean raw value
+    strangeness: float | None = None
 
     @property
     def seconds(self) -> float:

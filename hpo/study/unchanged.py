@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hpo.study.config import StudyConfig
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -42,3 +48,14 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str
             f"study {name} was started with a different definition: " + "; ".join(changed[:5]),
             "use another --name for the new study, or undo the change",
         )
+
+
+def as_begun(config: StudyConfig, facts: Mapping[str, str] | None) -> StudyConfig:
+    """The definition as the study was begun with: a limit that did not exist then stays off, unless the file sets it.
+
+    ``facts``: those that the study was started with; None for a study that has not begun.
+    """
+    if facts is None:
+        return config
+    known = {*json.loads(facts.get("limits", "{}")), *config.sections.get("limits", {})}
+    return dataclasses.replace(config, limits=config.limits.without_newer(known))

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class Recording:
         if recorded is not None and recorded["anchors"]["identity"] != anchors.identity:
             raise ConfigError(f"{self.path} was recorded with other {which} anchors", "give another --file")
         if recorded is None:
-            kept = {f.name: getattr(anchors, f.name) for f in fields(anchors) if f.name != "untouched"}
+            kept = anchors.as_dict()
             asked = [{"id": p.id, "text": p.text, "kind": p.kind} for p in prompts.prompts]
             row = {"prompts": asked, "seeds": list(prompts.seeds), "anchors": kept}
             facts = {"scorer": bench.evaluator.scorer.name, "likeness": bench.evaluator.likeness.name}

@@ -164,6 +164,7 @@ def test_a_search_keeps_what_it_finished_and_takes_up_the_killed_trial_at_its_ch
     result, lora = read(lost / "result.json"), lost / f"lora_trial_{TRAINING}.safetensors"
     assert (result["number"], result["state"], result["steps"]) == (TRAINING, "complete", STEPS)
     assert result.keys() >= stored[0].keys() and result["value"] == now[TRAINING].value
+    assert result["amounts"].keys() == stored[0]["amounts"].keys(), "a limit that it began without stays off"
     assert hashlib.sha256(lora.read_bytes()).hexdigest() == result["lora_sha256"]
     assert described(lora) == described(finished[0] / "lora_trial_0.safetensors")
     assert not (lost / "checkpoints").exists()

@@ -14,7 +14,15 @@ from evaluation.images.images import SampledImage
 from evaluation.prompts.prompts import Prompt, PromptSet
 from evaluation.score.anchors import Anchors
 from evaluation.score.limits import SafeguardLimits
-from evaluation.score.safeguards import Copies, Safeguards, diversity, embed_copies, scene_encoders, vendi
+from evaluation.score.safeguards import (
+    Copies,
+    Parts,
+    Safeguards,
+    diversity,
+    embed_copies,
+    scene_encoders,
+    vendi,
+)
 from tests.tiny_search import tiny_study
 from trainer.bases.miniature.subjects import write_subject
 from trainer.data.images import read_picture
@@ -77,7 +85,7 @@ def test_each_limit_is_broken_by_its_own_fault_only() -> None:
     for broken, (features, training, prior_i) in faults.items():
         guards = Safeguards((Same(features),), Copies(training, 0.1), SafeguardLimits())
         vectors = Vectors([i.pixels_HW3 for i in IMAGES])
-        found = guards.measure(vectors, IMAGES, PROMPTS, prior_i, anchors(0.2, 4.0))
+        found = guards.measure(vectors, IMAGES, PROMPTS, Parts(0.9, prior_i), anchors(0.2, 4.0))
         assert found.broken == broken, found
         assert all(found.says(name) for name in broken)
         assert found.amounts.keys() == {"copied", "collapsed", "prior_lost"}
@@ -85,7 +93,7 @@ def test_each_limit_is_broken_by_its_own_fault_only() -> None:
 
 def test_prompts_without_class_only_ones_set_no_prior_limit() -> None:
     guards = Safeguards((Same(torch.eye(6)),), Copies(torch.eye(6)[:1], 0.0), SafeguardLimits())
-    found = guards.measure(Vectors([]), IMAGES, PROMPTS, None, anchors(None, None))
+    found = guards.measure(Vectors([]), IMAGES, PROMPTS, Parts(0.9, None), anchors(None, None))
     assert found.prior is None and found.amounts.keys() == {"copied"}
 
 

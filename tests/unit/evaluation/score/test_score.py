@@ -449,8 +449,8 @@ def test_anchors_are_measured_once(
     anchors = measured.scale
     monkeypatch.setattr(base, "predict", None)
     again = make_anchors(measured, tmp_path / "anchors")
-    without = {f.name: getattr(again, f.name) for f in dataclasses.fields(again) if f.name != "untouched"}
-    assert without == {name: getattr(anchors, name) for name in without}
+    assert again.as_dict() == anchors.as_dict()
+    assert again.base_ND is not None and anchors.base_ND is not None and again.base_ND.equal(anchors.base_ND)
     assert [i.pixels_HW3.tobytes() for i in again.untouched] == [
         i.pixels_HW3.tobytes() for i in anchors.untouched
     ]

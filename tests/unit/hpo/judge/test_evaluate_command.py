@@ -322,15 +322,18 @@ def test_limits_that_changed_judge_what_is_drawn_already(
     before, by = first.score(lora, folder), first.evaluator
     assert not before.safety.broken
     monkeypatch.setattr(sampling, "_draw", None)  # generating an image fails from here on
-    strict = SafeguardLimits(copy_rate=-1.0, diversity=0.0)
-    for changed in (
-        replace(first, evaluator=replace(by, safeguards=replace(first.safeguards, limits=strict))),
-        replace(first, data=replace(first.data, items=first.data.items[:1])),
-        replace(first, evaluator=replace(by, gauges=())),
+
+    def limited(limits: SafeguardLimits) -> Any:
+        return replace(first, evaluator=replace(by, safeguards=replace(first.safeguards, limits=limits)))
+
+    for changed, broken in (
+        (limited(SafeguardLimits(copy_rate=-1.0, diversity=0.0, shown=None)), ("copied",)),
+        (limited(SafeguardLimits(copy_rate=1.0, diversity=0.0, shown=0.1)), ("shows_nothing",)),
+        (replace(first, data=replace(first.data, items=first.data.items[:1])), ()),
+        (replace(first, evaluator=replace(by, gauges=())), ()),
     ):
         again = changed.score(lora, folder)
-        assert again.value == before.value
-        assert again.safety.broken == (("copied",) if changed.safeguards != first.safeguards else ())
+        assert again.value == before.value and again.safety.broken == broken
         assert len(again.beside) == len(changed.evaluator.gauges)
         assert read(folder / "lora.json")["watch"] == changed.watch != first.watch
     metrics = folder / "metrics.json"
@@ -382,7 +385,9 @@ def carried_over(place: Path, output: Path) -> None:
     study = place / "runs" / "s"
     study.mkdir(parents=True)
     facts = {"data": "images", "references": [], "sampling": {}, "inputs": {"base": "x"}}
-    (study / "study.json").write_text(json.dumps({**facts, "sections": tomllib.loads(HARMONIC)}))
+    sections = tomllib.loads(HARMONIC)
+    del sections["limits"]["shown"]  # there was no such limit when it was begun
+    (study / "study.json").write_text(json.dumps({**facts, "sections": sections}))
     shutil.copytree(place / "out15", output)
     settings = read(output / "zkw.run" / "config.json")
     settings["training_comment"] = "s trial 3, mapping 1"
@@ -396,6 +401,7 @@ def test_a_run_with_settings_of_a_study_is_judged_as_the_study_says(place: Path,
     assert found.evaluator.formula.mean == "harmonic"
     assert "scored with the definition of study s, because the settings were transferred from it" in said
     assert found.safeguards.limits.prior == 100 and len(found.evaluator.prompts.prompts) == 4
+    assert found.safeguards.limits.shown is None, "so it stays off"
     named, said = judge("out15", study="runs/s")
     assert named.evaluator.formula.mean == "harmonic" and "scored with the definition of study s" in said
 

@@ -1,4 +1,5 @@
-"""A broken limit on its way to a verdict: of a trial (copied, collapsed, prior lost) and of a checkpoint (copied)."""
+"""A broken limit on its way to a verdict: of a trial (copied, collapsed, prior lost, shows nothing) and of a
+checkpoint (copied, shows nothing)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from evaluation.prompts.prompts import PromptSet, make_prompt
 from evaluation.score.limits import SafeguardLimits
-from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, Copies, Safeguards
+from evaluation.score.safeguards import COLLAPSED, COPIED, PRIOR_LOST, SHOWS_NOTHING, Copies, Safeguards
 from evaluation.score.score import read_score
 from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits as Length
@@ -67,6 +68,12 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[Path]:
         (COPIED, EXACT, SafeguardLimits(0.05, 0.0, 1e9), "100% of the images are copies of a training image"),
         (COLLAPSED, FAR, SafeguardLimits(0.05, 50.0, 1e9), "the images of a prompt all look alike"),
         (PRIOR_LOST, FAR, SafeguardLimits(0.05, 0.0, 0.5), "the class word alone produces the subject"),
+        (
+            SHOWS_NOTHING,
+            FAR,
+            SafeguardLimits(0.05, 0.0, 1e9, 1e9),
+            "the images show nothing: prompt following",
+        ),
     ],
 )
 def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
@@ -86,6 +93,16 @@ def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
         ]
         lower = replace(bench.anchors, base_i_P=tuple(base_i_P), real_i=-0.5)
         bench.evaluator = bench.evaluator.with_anchors(lower)
+    if reason == SHOWS_NOTHING:  # whatever the base and the real images show, it is nothing like these
+        guards = bench.evaluator.safeguards
+        assert guards is not None
+        unlike_TD = -guards.copies.features_TD
+        copies = replace(guards.copies, features_TD=unlike_TD)
+        bench.evaluator = replace(
+            bench.evaluator,
+            safeguards=replace(guards, copies=copies),
+            anchors=replace(bench.anchors, base_ND=unlike_TD),
+        )
     search.run()
     study, folder = open_study(bench.folder), bench.folder.trial(0)
     (trial,) = study.get_trials(deepcopy=False)
@@ -147,3 +164,7 @@ def test_a_checkpoint_that_repeats_training_images_is_never_chosen(
     assert "are copies of a training image" in reasons.pop(before["chosen"])
     assert after["chosen"] in reasons and not any(reasons.values())
     assert "are copies of a training image" in said and (tmp_path / "out" / "best.safetensors").is_file()
+    # the same images under a stricter limit: what is drawn already is judged again
+    (tmp_path / "sd15-character.toml").write_text(study.replace("shown = -100.0", "shown = 1.0"))
+    said = CliRunner().invoke(main, list(judged), catch_exceptions=False).output
+    assert "the images show nothing" in said and "a lower learning_rate if their images show nothing" in said

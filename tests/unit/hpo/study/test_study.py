@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import random
 import tomllib
 from pathlib import Path
@@ -14,7 +16,7 @@ from hpo.search.enqueue import as_proposal
 from hpo.study.config import build_study, find_study, read_study, study_name
 from hpo.study.folder import StudyFolder
 from hpo.study.storage import create_study, open_study
-from hpo.study.unchanged import check_unchanged, difference
+from hpo.study.unchanged import as_begun, check_unchanged, difference
 from tests.tiny_search import STUDY
 from trainer.errors import ConfigError, ToolError
 
@@ -415,3 +417,19 @@ def test_a_study_lies_where_its_folder_is_whatever_the_path(tmp_path: Path, name
     study.enqueue_trial({"x": 1})
     assert folder.database.is_file() and [path.name for path in tmp_path.iterdir()] == [name]
     assert len(open_study(folder).trials) == 1
+
+
+def test_a_limit_that_did_not_exist_when_a_study_began_stays_off_unless_its_file_sets_it() -> None:
+    then = json.dumps({"copy_rate": 0.05, "diversity": 0.6, "prior": 1.0})
+    own = study()
+    assert as_begun(own, None).limits.shown == 0.1, "not begun"
+    for facts in ({"limits": then}, {}):  # {}: begun before limits were recorded
+        old = as_begun(own, facts)
+        assert old.limits.shown is None and old.limits.copy_rate == own.limits.copy_rate
+        assert json.dumps(old.limits.as_dict()) == then, "so its facts are those it began with"
+        assert old == dataclasses.replace(own, limits=old.limits)
+    assert as_begun(own, {"limits": json.dumps(own.limits.as_dict())}) == own
+    wanted = study(limits={"shown": 0.1})
+    assert as_begun(wanted, {"limits": then}).limits.shown == 0.1
+    with pytest.raises(ConfigError, match=r"limits: was .* is now .*shown"):
+        check_unchanged({"limits": then}, {"limits": json.dumps(wanted.limits.as_dict())}, "x")
