@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainConfig
 from trainer.data.captions import read_captions, shown
-from trainer.data.folders import HELD_OUT, FolderPart, common, images_in, parts_of, regularisation
+from trainer.data.folders import (
+    HELD_OUT,
+    FolderPart,
+    held_out_folder,
+    images_in,
+    no_folder,
+    parts_of,
+    regularisation,
+    subject_of_parts,
+)
 from trainer.data.images import IMAGE_EXTENSIONS, read_picture
 from trainer.errors import DataError
 from trainer.files import sha256_file
@@ -111,15 +120,11 @@ def read_dataset(
     """
     root = Path(folder)
     if not root.is_dir():
-        what = (
-            f"{shown(root)} is a file"
-            if root.exists()
-            else f"the dataset folder {shown(root)} does not exist"
-        )
-        raise DataError(what, "give the folder that holds the images")
+        raise no_folder(root)
     try:
         parts, notes = parts_of(root, default_repeats)
-        held_paths = images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []
+        held_out = held_out_folder(root)
+        held_paths = images_in(held_out, held_out.parent) if held_out else []
         if config.reg_data_dir:
             reg_parts, reg_notes = regularisation(Path(config.reg_data_dir))
             parts, notes = parts + reg_parts, notes + reg_notes
@@ -170,7 +175,7 @@ def assemble(
         held_out += apart
         said.append(f"{len(apart)} images are set apart for the validation loss (validation_split)")
     items, more = _balanced(items)
-    trigger, class_word = _subject([part for part in parts if not part.is_reg])
+    trigger, class_word = subject_of_parts([part for part in parts if not part.is_reg])
     return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
 
 
@@ -239,11 +244,6 @@ def _mask(image: Path, part: FolderPart, config: TrainConfig) -> Path | None:
             if (mask := place / f"{image.stem}{extension}").is_file():
                 return mask
     raise DataError(f"{shown(image)} has no mask in {shown(folder)}", "masks are named like the images")
-
-
-def _subject(parts: Sequence[FolderPart]) -> tuple[str | None, str | None]:
-    """Trigger and class word, each where all folders agree on it."""
-    return common([part.trigger for part in parts]), common([part.class_word for part in parts])
 
 
 def _image_facts(path: Path) -> Facts:
