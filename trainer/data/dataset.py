@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 MAX_REFERENCES = 8
 REFERENCE_SHARE = 0.2
+MIN_REFERENCES = 2  # likeness is measured between them (evaluation.encoders.require_references)
 _READERS = 4  # threads that decode; each holds one image
 Facts = tuple[int, int, str]  # of an image: width in px, height in px, sha256 of the file
 
@@ -274,7 +275,7 @@ def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, D
     if dataset.held_out:
         return dataset, replace(dataset, items=dataset.held_out, held_out=())
     distinct = sorted({item.sha256 for item in dataset.items if not item.is_reg})
-    count = min(MAX_REFERENCES, int(len(distinct) * REFERENCE_SHARE)) if n is None else n
+    count = references_apart(len(distinct)) if n is None else n
     if count < 0 or count >= len(distinct):
         raise DataError(
             f"{count} reference images cannot be set apart from {len(distinct)} images",
@@ -285,6 +286,11 @@ def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, D
         replace(dataset, items=tuple(item for item in dataset.items if item.sha256 not in chosen)),
         replace(dataset, items=tuple(item for item in dataset.items if item.sha256 in chosen)),
     )
+
+
+def references_apart(images: int) -> int:
+    """How many of ``images`` different images are held out as references."""
+    return min(MAX_REFERENCES, int(images * REFERENCE_SHARE))
 
 
 def tag_frequency(dataset: Dataset) -> dict[str, dict[str, int]]:
