@@ -30,8 +30,10 @@ def require_references(count: int) -> None:
     """Raise DataError for fewer than two references: likeness is measured between them."""
     if count < 2:
         raise DataError(
-            f"{count} held-out reference image(s); likeness needs at least 2",
-            "add images to the dataset, or give another folder with --references",
+            f"likeness needs at least 2 images that are not trained on, and there {'is' if count == 1 else 'are'} "
+            f"{count}",
+            "add images (with 10 or more, 2 are held out), put 2 into held_out/ (hpo dataset prepare --held-out 2), "
+            "or give other images with --references DIR",
         )
 
 

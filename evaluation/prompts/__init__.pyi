@@ -11,4 +11,5 @@ from .prompts import generate as generate
 from .prompts import load_prompts as load_prompts
 from .prompts import no_class_word as no_class_word
 from .prompts import save_prompts as save_prompts
+from .templates import STYLE as STYLE
 from .templates import TEMPLATES as TEMPLATES

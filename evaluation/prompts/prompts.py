@@ -146,7 +146,8 @@ def _names(trigger: str, text: str) -> bool:
 def no_class_word() -> ConfigError:
     return ConfigError(
         "no class word is given; the scored texts need it",
-        "give it with --class, for example --class girl, or in the folder name: 10_trigger class",
+        "give it with --class, for example --class girl (for a style: --class style), or in the folder name: "
+        "10_trigger class",
     )
 
 

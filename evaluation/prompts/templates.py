@@ -1,11 +1,17 @@
-"""Templates of generated prompts, in addition to captions: one wording for real bases, one for the miniature.
+"""Templates of generated prompts, in addition to captions: for real bases and for the miniature, of a subject or
+of a style.
 
 Owns the wording. Does not own the choice; see ``evaluation.prompts.prompts``. Order matters: a smaller set takes
 the first templates, so add new ones at the end, where they do not change existing sets. ``altered`` also fills
 the gap if another kind runs out: 15 of a search set and 22 of a confirmation set if there are no captions at all.
+
+A style is not a thing that can stand on a beach: its prompts name what is drawn and then the style, and the
+class-only prompts name neither trigger nor class word, because a style must not appear where it is not asked for.
 """
 
 from __future__ import annotations
+
+STYLE = "-style"  # ends the name of the wording for a style
 
 _NATURAL_ALTERED = (
     "a photo of {trigger} {class} on a beach",
@@ -49,6 +55,48 @@ _NATURAL_ALTERED = (
     "{trigger} {class} next to a wooden fence",
     "{trigger} {class} in thick fog",
 )
+_NATURAL_SCENES = (
+    "a lighthouse on a rocky coast",
+    "a portrait of an old man with a beard",
+    "a cat sleeping on a windowsill",
+    "a city street at night in the rain",
+    "a bowl of fruit on a wooden table",
+    "a girl reading a book under a tree",
+    "a mountain lake at sunrise",
+    "a red car in front of a house",
+    "a horse running across a field",
+    "a knight in armour in front of a castle",
+    "a kitchen with plants on the shelf",
+    "two children playing on a beach",
+    "a sailing ship in a storm",
+    "a fox in a snowy forest",
+    "a robot in a workshop",
+    "a woman with an umbrella on a bridge",
+    "a vase of sunflowers",
+    "a train crossing a valley",
+    "a dragon above a village",
+    "a man playing a guitar in a park",
+    "a desert with cactuses at noon",
+    "a crowded market square",
+    "an owl on a branch at night",
+    "a spaceship over a strange planet",
+    "a cup of coffee beside a notebook",
+    "a dancer on a stage",
+    "a wooden cabin in autumn",
+    "a dog with a ball in a garden",
+    "a waterfall in a jungle",
+    "a musician with a violin",
+    "a bicycle leaning against a brick wall",
+    "a fishing harbour with small boats",
+    "a queen on a throne",
+    "a rainy window with a view of the street",
+    "an astronaut on the moon",
+    "a field of poppies under a blue sky",
+    "a library with tall bookshelves",
+    "a bear fishing in a river",
+    "a boy flying a kite on a hill",
+    "a narrow alley with laundry lines",
+)
 _MINIATURE_PLACES = (
     "on grass, at the top",
     "on water, on the left",
@@ -87,6 +135,12 @@ _MINIATURE_PLACES = (
     "on the right",
 )
 _MINIATURE_SIZES = ("small", "large")
+_MINIATURE_SHAPES = ("circle", "star", "square", "cross", "triangle", "ring")
+_MINIATURE_COLOURS = ("red", "green", "yellow", "purple", "black", "cyan", "white")
+_MINIATURE_SCENES = tuple(
+    f"{_MINIATURE_COLOURS[n % len(_MINIATURE_COLOURS)]} {_MINIATURE_SHAPES[n % len(_MINIATURE_SHAPES)]} {where}"
+    for n, where in enumerate(_MINIATURE_PLACES)
+)
 TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     "natural": {
         "altered": _NATURAL_ALTERED,
@@ -124,6 +178,32 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
             "a {class} on grass, on the left",
             "a {class} on sand",
             "a {class} on water, at the bottom",
+        ),
+    },
+    "natural-style": {
+        "altered": tuple(f"{scene}, {{trigger}} {{class}}" for scene in _NATURAL_SCENES),
+        "class-only": (
+            "a photo of a woman in a park",
+            "a photo of a house by a river",
+            "a photo of a dog on a sofa",
+            "a photo of a bridge in a city",
+            "a photo of a table with a lamp",
+        ),
+    },
+    "miniature-style": {
+        "altered": (
+            *(f"a {scene}, {{trigger}} {{class}}" for scene in _MINIATURE_SCENES),
+            *(
+                f"a {size} {scene}, {{trigger}} {{class}}"
+                for scene in _MINIATURE_SCENES[:3]
+                for size in _MINIATURE_SIZES
+            ),
+        ),
+        "class-only": (
+            "a green circle on stone, in the centre",
+            "a red square on grass, on the left",
+            "a yellow star on sand",
+            "a purple cross on water, at the bottom",
         ),
     },
 }

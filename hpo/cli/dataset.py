@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hpo.study import STYLE_PRESET, preset_of
 from hpo.terminal import command, say
 from hpo.train import Steps, count_steps
 from trainer.bases import KNOWN_BASES
@@ -157,6 +158,7 @@ def as_json(request: DatasetRequest, report: Report) -> dict[str, Any]:
         "usable": report.is_usable,
         "trigger": report.trigger,
         "class": report.class_word,
+        "preset": preset_of(report.trigger, report.class_word),
         "images": len(report.survey.trained),
         "held_out": len(report.survey.held_out),
         "findings": [asdict(finding) for finding in report.findings],
@@ -169,7 +171,8 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
     seen, config = report.survey, report.config
     held_out = f", {len(seen.held_out)} held out" if seen.held_out else ""
     subject = " ".join(clean_text(word) for word in (report.trigger, report.class_word) if word)
-    about = f", subject {subject}" if subject else ""
+    is_style = preset_of(report.trigger, report.class_word) == STYLE_PRESET
+    about = f", {'style' if is_style else 'subject'} {subject}" if subject else ""
     say(console, f"{shown(request.folder)}: {len(seen.trained)} images{held_out}{about}")
     say(console, f"checked for {request.base} at resolution {config.resolution}")
     if report.findings:
@@ -180,7 +183,7 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
         console.print(_histogram(report.steps))
         for line in arithmetic(report.steps, config, {photo.repeats for photo in seen.trained}):
             say(console, line)
-    if report.is_usable:
+    if report.is_usable and not any(finding.kind == "few" for finding in report.findings):
         say(console, f"next: {_search_command(request, report)}")
 
 
@@ -222,7 +225,7 @@ def _histogram(steps: Steps) -> Table:
 def arithmetic(steps: Steps, config: TrainConfig, repeats: set[int]) -> list[str]:
     """Images → samples → batches → steps, one line each."""
     groups = config.gradient_accumulation_steps
-    times = f"{min(repeats)} repeats" if len(repeats) == 1 else "their repeats"
+    times = f"{min(repeats)} repeat{'s'[: min(repeats) > 1]}" if len(repeats) == 1 else "their repeats"
     by = "" if groups == 1 else f" / {groups} gradient accumulation steps"
     return [
         f"{steps.images} images × {times} = {steps.samples_per_epoch} samples per epoch",

@@ -9,7 +9,7 @@ import click
 from hpo.cli import options
 from hpo.cli.options import PATH, Finite
 from hpo.cli.start import calm_libraries, console
-from hpo.cli.which import agreed, chosen_study, new_study
+from hpo.cli.which import agreed, asker, chosen_study, new_study
 
 
 @click.command(cls=options.Renamed, renamed={"--study": "--definition", "--name": ""})
@@ -34,6 +34,11 @@ from hpo.cli.which import agreed, chosen_study, new_study
 @options.references("Images to measure likeness with, instead of held-out images.")
 @options.trigger
 @options.class_word("What the subject is (girl, style, vase). Default: from the folder name.")
+@click.option(
+    "--preset",
+    type=click.Choice(["character", "style", "object"]),
+    help="How the images are searched and scored. Default: style if the class word says so, else character.",
+)
 @click.option(
     "--enqueue",
     type=PATH,
@@ -70,6 +75,7 @@ def search(
     references: Path | None,
     trigger: str | None,
     class_word: str | None,
+    preset: str | None,
     enqueue: Path | None,
     max_hours: float | None,
     device: str | None,
@@ -111,6 +117,8 @@ def search(
         stop_when_converged=stop_when_converged,
         seed=seed,
         runs=runs,
+        preset=preset,
+        ask=asker(),
     )
     run(request, console())
 

@@ -105,7 +105,7 @@ def check(
     run(request, console(), click.echo)
 
 
-@dataset.command()
+@dataset.command(cls=options.Renamed, renamed={"--name": "--trigger"})
 @click.argument("source", type=PATH, metavar="SRC")
 @click.argument("folder", type=PATH, metavar="OUT")
 @click.option(
@@ -115,7 +115,9 @@ def check(
     show_default=True,
     help="How often each image is used per epoch.",
 )
-@click.option("--name", required=True, help="The trigger word: one word that the base model does not know.")
+@click.option(
+    "--trigger", required=True, help="The trigger word: one word that the base model does not know."
+)
 @options.class_word("What the subject is: girl, style, vase …")
 @click.option(
     "--held-out",
@@ -129,14 +131,14 @@ def prepare(
     source: Path,
     folder: Path,
     repeats: int,
-    name: str,
+    trigger: str,
     class_word: str | None,
     held_out: int,
     skip_corrupt: bool,
 ) -> None:
-    """Copy SRC to OUT in the folder layout of kohya's tools. Images and captions go to OUT/10_name class/."""
+    """Copy SRC to OUT in the folder layout of kohya's tools. Images and captions go to OUT/10_trigger class/."""
     from hpo.cli.dataset import prepare as run
     from trainer.data import Wish
 
-    wish = Wish(name, class_word or "", repeats, held_out, skip_corrupt)
+    wish = Wish(trigger, class_word or "", repeats, held_out, skip_corrupt)
     run(source, folder, wish, click.echo)

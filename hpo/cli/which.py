@@ -6,7 +6,7 @@ Does not own the rule (``hpo.study.which``).
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -77,6 +77,19 @@ def ask_which(question: str, choices: Sequence[T], says: Sequence[str]) -> T:
         click.echo(f"  {number}  {clean_text(text)}", err=True)
     place = click.prompt("which one", type=click.IntRange(1, len(choices)), default=1, err=True)
     return choices[place - 1]
+
+
+def asker() -> Callable[[str, tuple[str, ...]], str] | None:
+    """What asks at the terminal: (question, what may be answered, the first by default; empty: any text) → the
+    answer.  None if there is no terminal."""
+
+    def ask(question: str, answers: tuple[str, ...]) -> str:
+        from trainer.text import clean_text
+
+        kind = click.Choice(answers) if answers else str
+        return str(click.prompt(clean_text(question), type=kind, default=next(iter(answers), None), err=True))
+
+    return ask if at_terminal() else None
 
 
 def complete_name(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

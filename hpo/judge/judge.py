@@ -47,7 +47,7 @@ from hpo.study import (
 from hpo.train import check_device
 from trainer.adapters import DATASET_KEY, lorafile
 from trainer.bases import Base, compute_type, load_base
-from trainer.data import Dataset
+from trainer.data import Dataset, shown
 from trainer.errors import ConfigError, DataError, OutOfMemory
 from trainer.files import make_folder, sha256_file, write_atomic
 
@@ -193,11 +193,13 @@ def load(
     check_device(device)
     config = standards.settings(run, inputs, "-b" if like else "")
     spec = config.pretrained_model_name_or_path
-    known = standards.standard(run, config, named)
+    data = standards.training_data(run, config, inputs)
+    known = standards.standard(run, config, named, data)
     study = known.study
-    data = standards.training_data(run, config, inputs, known)
     paths = list(like.reference_files) if like else standards.references(run, inputs, data, known)
     standards.check_unseen(run, paths, data)
+    if data.held_out and paths == [item.path for item in data.held_out]:
+        say(f"references: {len(paths)} images in {', '.join(sorted({shown(path.parent) for path in paths}))}")
     plan = None
     if like is None:
         plan = plan_scoring(study, data, paths, spec, inputs.clip or known.clip)

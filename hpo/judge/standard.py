@@ -17,6 +17,7 @@ from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
 from hpo.judge.runfiles import RunFiles
 from hpo.study import (
+    CHARACTER,
     RUNS,
     SHIPPED,
     Inputs,
@@ -25,6 +26,7 @@ from hpo.study import (
     as_begun,
     build_study,
     find_study,
+    preset_of,
     prompt_sets,
     promptfiles,
     read_json,
@@ -60,14 +62,15 @@ class Standard:
     says: str = ""
 
 
-def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
+def standard(run: RunFiles, config: TrainConfig, named: str | None, data: Dataset) -> Standard:
     """The definition with prompts, encoders, formula and limits.
 
-    It is taken from ``--definition``, else from the run's own study, else from the default study of the base.
+    It is taken from ``--definition``, else from the run's own study, else from the default study of the base for a
+    style, if the class word of ``data`` says so, or for a character.
     """
     spec = config.pretrained_model_name_or_path
     mini = is_miniature(spec)
-    folder = run.study or _carried_over_from(run, config)
+    folder = origin(run, config)
     if named is not None:
         if (place := _study_named(named)) is not None:
             found = _stored(place)
@@ -91,8 +94,12 @@ def standard(run: RunFiles, config: TrainConfig, named: str | None) -> Standard:
     if folder and found:
         says = f"scored with the definition of study {folder.name}, because the settings were transferred from it"
         return Standard(found, folder, mini, clip, "" if run.study else says)
-    path = find_study(None, spec)
-    return Standard(read_study(path), folder, mini or not _is_shipped(path), clip)
+    preset = preset_of(data.trigger, data.class_word) or CHARACTER
+    path = find_study(None, spec, preset)
+    is_shipped = _is_shipped(path)
+    found = read_study(path, preset=preset if is_shipped else None)
+    says = "judged as a style; --definition selects another definition" if found.preset.style else ""
+    return Standard(found, folder, mini or not is_shipped, clip, says)
 
 
 def _study_named(named: str) -> StudyFolder | None:
@@ -123,6 +130,11 @@ def _stored(folder: StudyFolder) -> StudyConfig | None:
 def _clip(folder: StudyFolder) -> str | None:
     given = facts(folder).get("inputs")
     return given.get("clip") if isinstance(given, dict) else None
+
+
+def origin(run: RunFiles, config: TrainConfig) -> StudyFolder | None:
+    """The study that the run comes from, as its trial or by transfer."""
+    return run.study or _carried_over_from(run, config)
 
 
 def _carried_over_from(run: RunFiles, config: TrainConfig) -> StudyFolder | None:
@@ -175,11 +187,12 @@ def settings(run: RunFiles, inputs: Inputs, flags: str = "") -> TrainConfig:
     return config
 
 
-def training_data(run: RunFiles, config: TrainConfig, inputs: Inputs, known: Standard) -> Dataset:
+def training_data(run: RunFiles, config: TrainConfig, inputs: Inputs) -> Dataset:
     """The training images of the run.  For a trial, the references of its study are removed."""
     trigger, class_word = inputs.trigger, inputs.class_word
-    if known.folder is not None and known.folder.prompts.is_file() and inputs.data is None:
-        chosen = promptfiles.read(known.folder.prompts)
+    folder = origin(run, config)
+    if folder is not None and folder.prompts.is_file() and inputs.data is None:
+        chosen = promptfiles.read(folder.prompts)
         trigger, class_word = trigger or chosen.trigger, class_word or chosen.class_word
     data = read_training_data(config, trigger=trigger, class_word=class_word)
     if run.study is None:

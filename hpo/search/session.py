@@ -7,7 +7,7 @@ before anything is written; otherwise the new files are removed again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import optuna
 from rich.console import Console
 
 from hpo.search import alerts
+from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal
 from hpo.search.opening import opened
@@ -38,14 +39,10 @@ from hpo.study import (
     begun_study,
     check_unchanged,
     database_errors,
-    find_study,
     in_use,
     promptfiles,
-    read_study,
     recorded,
     standing,
-    study_folder,
-    study_name,
 )
 from hpo.terminal import Stop
 from hpo.terminal import live as report
@@ -74,18 +71,19 @@ class SearchRequest:
     stop_when_converged: bool = False
     seed: int | None = None
     runs: Path = RUNS
+    preset: str | None = None
+    ask: Ask | None = None  # None: nobody can be asked
 
 
 def search(request: SearchRequest, console: Console) -> None:
     """Run the search to its end.  Raises ToolError; Interrupted if the user stopped it."""
-    config = read_study(find_study(request.study, request.inputs.base), sets=request.sets, seed=request.seed)
+    choice = choose(request)
+    config, folder = choice.config, choice.folder
     if request.stop_when_converged and len(config.objectives) > 1:
         raise ConfigError(
             "--stop-when-converged needs a single objective, but this study has two objectives",
             "remove the option; the search ends after --trials or --max-hours",
         )
-    name = study_name(request.name, config.name, request.inputs.base, request.inputs.data)
-    folder = study_folder(name, request.runs)
     limits = SearchLimits(
         trials=request.trials,
         max_hours=request.max_hours,
@@ -94,13 +92,17 @@ def search(request: SearchRequest, console: Console) -> None:
         notify=alerts.notification_urls(request.notify),
     )
     alerts.check_services(limits.notify)
-    view = report.make_view(console, lambda suggested: config.space.settings(suggested, config.train), name)
+    view = report.make_view(
+        console, lambda suggested: config.space.settings(suggested, config.train), folder.name
+    )
     with database_errors(folder):
         _check_definition(folder, config)
         if request.enqueue:
             read_kohya(request.enqueue)  # find mistakes in the file before anything is loaded
         with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
-            _search(request, config, use, limits, view, work)
+            for line in choice.says:
+                view.say(line)
+            _search(replace(request, inputs=choice.inputs), config, use, limits, view, work)
 
 
 def _search(

@@ -32,6 +32,7 @@ from hpo.study import (
     plan_scoring,
     prompt_sets,
     promptfiles,
+    read_json,
     reference_paths,
     say_notes,
 )
@@ -142,13 +143,13 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     begun = begun_study(folder)
     study = as_begun(study, begun.user_attrs.get(IDENTITY) if begun else None)
     train = study.train
-    data_folder = inputs.data or demo_data(inputs.base, folder)
+    data_folder = inputs.data or demo_data(inputs.base, folder, study.study.preset)
     data = read_dataset(data_folder, train, trigger=inputs.trigger, class_word=inputs.class_word)
     for note in data.notes:
         say(note)
     if not data.class_word and inputs.prompts is None:
         raise no_class_word()
-    data, held_out = split_references(data, 0 if inputs.references else None)
+    data, held_out = split_references(_as_begun(data, folder), 0 if inputs.references else None)
     paths = [item.path for item in held_out.items]
     if inputs.references:
         paths = reference_paths(inputs.references, data)
@@ -186,8 +187,17 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     )
 
 
-def demo_data(base: str, folder: StudyFolder) -> Path:
-    """The demo character of a miniature base, used without --data."""
+def _as_begun(data: Dataset, folder: StudyFolder) -> Dataset:
+    """The dataset without its held-out images if the study was begun with references from the training images:
+    earlier versions did not look for ``held_out/`` next to a folder like ``10_luca man``."""
+    stored = (read_json(folder.facts) or {}).get("references", [])
+    before = {Path(str(path)).resolve() for path in stored}
+    apart = any(item.path.resolve() in before for item in data.items)
+    return dataclasses.replace(data, held_out=()) if apart and data.held_out else data
+
+
+def demo_data(base: str, folder: StudyFolder, preset: str = "character") -> Path:
+    """The demo images of a preset for a miniature base, used without --data."""
     if not is_miniature(base):
         raise ConfigError(
             "no training images given", "add --data FOLDER (kohya folders, or images with .txt captions)"
@@ -198,7 +208,7 @@ def demo_data(base: str, folder: StudyFolder) -> Path:
         make_folder(folder.root)
         try:
             with atomic_folder(folder.data) as temporary:
-                write_subject("character", temporary)
+                write_subject(preset, temporary)
         except MachineError:
             if not folder.data.is_dir():  # otherwise another process has just written them
                 raise

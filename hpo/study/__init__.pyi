@@ -22,6 +22,11 @@ from .locks import holder as holder
 from .noise import components as components
 from .optunaparts import set_system_attribute as set_system_attribute
 from .optunaparts import take_up as take_up
+from .presets import CHARACTER as CHARACTER
+from .presets import STYLE_PRESET as STYLE_PRESET
+from .presets import STYLE_WORD as STYLE_WORD
+from .presets import check_preset as check_preset
+from .presets import preset_of as preset_of
 from .promptfiles import read as read
 from .result import COMPLETE as COMPLETE
 from .result import FAILED as FAILED
@@ -43,6 +48,7 @@ from .scoring import prompt_sets as prompt_sets
 from .scoring import reference_paths as reference_paths
 from .scoring import say_notes as say_notes
 from .scoring import subject_items as subject_items
+from .sections import PRESETS as PRESETS
 from .sections import SCORE as SCORE
 from .space.domain import Choice as Choice
 from .space.space import ELSEWHERE as ELSEWHERE

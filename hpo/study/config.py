@@ -16,6 +16,7 @@ from typing import Any
 
 from evaluation.score import Formula, SafeguardLimits
 from hpo.study.overrides import override, shadows
+from hpo.study.presets import CHARACTER, Sections, default_study, keep_wording, use_preset, word_style
 from hpo.study.sections import PRESETS, PromptSection, SamplingSection, ScorePreset, StudySection
 from hpo.study.space.file import read_space
 from hpo.study.space.space import BASELINE, ELSEWHERE, Space, settings_of
@@ -93,8 +94,18 @@ class StudyConfig:
         return facts
 
 
-def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None) -> StudyConfig:
-    """Read a TOML file, apply ``--set`` values, and check the definition including all range limits."""
+def read_study(
+    path: Path,
+    *,
+    sets: Iterable[str] = (),
+    seed: int | None = None,
+    preset: str | None = None,
+    before: Mapping[str, Any] | None = None,
+) -> StudyConfig:
+    """Read a TOML file, apply ``--preset`` and ``--set``, and check the definition including all range limits.
+
+    ``before``: the stored sections of this study if it was begun; it keeps the wording of its prompts.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -104,7 +115,14 @@ def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None)
             f"{path} is not valid TOML: {clean_text(str(error))}", "fix the syntax at that position"
         ) from None
     try:
-        return build_study(path.stem, table, sets=sets, seed=seed)
+        sections = _sections(table)
+        if preset is not None:
+            use_preset(sections, preset)
+        override(sections, sets)
+        word_style(sections)
+        if before is not None:
+            keep_wording(sections, before)
+        return _built(path.stem, sections, seed)
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error.message}", error.hint) from None
 
@@ -117,14 +135,20 @@ SECTIONS = (
 def build_study(
     name: str, table: Mapping[str, Any], *, sets: Iterable[str] = (), seed: int | None = None
 ) -> StudyConfig:
-    """Build a definition from the content of a study file."""
+    """Build a definition from stored sections, word for word, with ``--set`` values."""
+    sections = _sections(table)
+    override(sections, sets)
+    return _built(name, sections, seed)
+
+
+def _sections(table: Mapping[str, Any]) -> Sections:
     for section in table:
         check_known(section, SECTIONS, "section", "the study file")
     check_whole(table, "the study file")
-    sections: dict[str, dict[str, Any]] = {}
-    for section in SECTIONS:
-        sections[section] = dict(checks.section(table.get(section, {}), section))
-    override(sections, sets)
+    return {name: dict(checks.section(table.get(name, {}), name)) for name in SECTIONS}
+
+
+def _built(name: str, sections: Sections, seed: int | None) -> StudyConfig:
     if seed is not None:
         sections["study"]["seed"] = seed
     if not sections["space"]:
@@ -182,10 +206,12 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
     return space.check(space.proposal(complete, {p.name: p.domain.edges[0] for p in space}), BASELINE)
 
 
-def find_study(spec: str | None, base: str) -> Path:
-    """Find the file for ``--definition``, a path or a name.  The current folder takes precedence over shipped files."""
+def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:
+    """Find the file for ``--definition``, a path or a name; if None, the default for base and preset.  The current
+    folder takes precedence over shipped files."""
     if spec is None:
-        spec = (base in KNOWN_BASES and KNOWN_BASES[base].study) or DEFAULT_STUDY
+        usual = (base in KNOWN_BASES and KNOWN_BASES[base].study) or DEFAULT_STUDY
+        spec = default_study(usual, preset, SHIPPED)
     path = Path(spec)
     if path.suffix == ".toml" and path.is_file():
         return path
@@ -204,8 +230,13 @@ def find_study(spec: str | None, base: str) -> Path:
     )
 
 
-def study_name(given: str | None, definition: str, base: str, data: Path | None) -> str:
-    """The name of the study folder: ``--name``, or a name derived from the command, so that repeating it resumes."""
+def study_name(
+    given: str | None, definition: str, base: str, data: Path | None, preset: str = CHARACTER
+) -> str:
+    """The name of the study folder: ``--name``, or a name derived from the command, so that repeating it resumes.
+
+    ``preset`` chooses the demo images if there is no ``data``.
+    """
     if given is not None:
         return safe_name(given, "study name")
     parts = [base] if is_miniature(base) else []
@@ -213,6 +244,8 @@ def study_name(given: str | None, definition: str, base: str, data: Path | None)
         parts.append(definition)
     if data is not None:
         parts.append(data.resolve().name)
+    elif preset != CHARACTER:
+        parts.append(preset)
     slug = "".join(c if c.isascii() and c.isalnum() else "-" for c in "-".join(parts).lower())
     return safe_name("-".join(filter(None, slug.split("-")))[:64].rstrip("-"), "study name")
 

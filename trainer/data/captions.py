@@ -81,7 +81,10 @@ def _other_extension_hint(missing: Sequence[Path], extension: str) -> str:
     for other in (".txt", ".caption"):
         if other != extension and any(caption_file(path, other) for path in missing):
             return f'there are {other} files: set caption_extension = "{other}"'
-    return f"put a {extension} file with the same name beside each image"
+    return (
+        f"put a {extension} file with the same name beside each image, or copy the folder with hpo dataset prepare, "
+        "which writes trigger and class word"
+    )
 
 
 def read_text(file: Path) -> str:

@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainConfig
 from trainer.data.captions import read_captions, shown
-from trainer.data.folders import HELD_OUT, FolderPart, common, images_in, parts_of, regularisation
+from trainer.data.folders import (
+    HELD_OUT,
+    FolderPart,
+    held_out_folder,
+    images_in,
+    no_folder,
+    parts_of,
+    regularisation,
+    subject_of_parts,
+)
 from trainer.data.images import IMAGE_EXTENSIONS, read_picture
 from trainer.errors import DataError
 from trainer.files import sha256_file
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
 
 MAX_REFERENCES = 8
 REFERENCE_SHARE = 0.2
+MIN_REFERENCES = 2  # likeness is measured between them (evaluation.encoders.require_references)
 _READERS = 4  # threads that decode; each holds one image
 Facts = tuple[int, int, str]  # of an image: width in px, height in px, sha256 of the file
 
@@ -111,15 +121,11 @@ def read_dataset(
     """
     root = Path(folder)
     if not root.is_dir():
-        what = (
-            f"{shown(root)} is a file"
-            if root.exists()
-            else f"the dataset folder {shown(root)} does not exist"
-        )
-        raise DataError(what, "give the folder that holds the images")
+        raise no_folder(root)
     try:
         parts, notes = parts_of(root, default_repeats)
-        held_paths = images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []
+        held_out = held_out_folder(root)
+        held_paths = images_in(held_out, held_out.parent) if held_out else []
         if config.reg_data_dir:
             reg_parts, reg_notes = regularisation(Path(config.reg_data_dir))
             parts, notes = parts + reg_parts, notes + reg_notes
@@ -170,7 +176,7 @@ def assemble(
         held_out += apart
         said.append(f"{len(apart)} images are set apart for the validation loss (validation_split)")
     items, more = _balanced(items)
-    trigger, class_word = _subject([part for part in parts if not part.is_reg])
+    trigger, class_word = subject_of_parts([part for part in parts if not part.is_reg])
     return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
 
 
@@ -241,11 +247,6 @@ def _mask(image: Path, part: FolderPart, config: TrainConfig) -> Path | None:
     raise DataError(f"{shown(image)} has no mask in {shown(folder)}", "masks are named like the images")
 
 
-def _subject(parts: Sequence[FolderPart]) -> tuple[str | None, str | None]:
-    """Trigger and class word, each where all folders agree on it."""
-    return common([part.trigger for part in parts]), common([part.class_word for part in parts])
-
-
 def _image_facts(path: Path) -> Facts:
     """Width, height and sha256 of an image, which is decoded completely."""
     picture = read_picture(path)
@@ -274,7 +275,7 @@ def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, D
     if dataset.held_out:
         return dataset, replace(dataset, items=dataset.held_out, held_out=())
     distinct = sorted({item.sha256 for item in dataset.items if not item.is_reg})
-    count = min(MAX_REFERENCES, int(len(distinct) * REFERENCE_SHARE)) if n is None else n
+    count = references_apart(len(distinct)) if n is None else n
     if count < 0 or count >= len(distinct):
         raise DataError(
             f"{count} reference images cannot be set apart from {len(distinct)} images",
@@ -285,6 +286,11 @@ def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, D
         replace(dataset, items=tuple(item for item in dataset.items if item.sha256 not in chosen)),
         replace(dataset, items=tuple(item for item in dataset.items if item.sha256 in chosen)),
     )
+
+
+def references_apart(images: int) -> int:
+    """How many of ``images`` different images are held out as references."""
+    return min(MAX_REFERENCES, int(images * REFERENCE_SHARE))
 
 
 def tag_frequency(dataset: Dataset) -> dict[str, dict[str, int]]:

@@ -19,6 +19,7 @@ from trainer.bases import FAMILIES
 from trainer.config import TOKEN_LENGTHS, TrainConfig
 from trainer.data.buckets import BucketRules
 from trainer.data.captions import shown
+from trainer.data.dataset import MIN_REFERENCES, references_apart
 from trainer.data.survey import Photo, Survey
 
 REFUSED, WARNING, NOTE = "refused", "warning", "note"
@@ -28,6 +29,11 @@ NEAR_BITS = (
 )
 NEAR_LEVELS = 6.0  # of 255, mean over the thumbnail
 BUCKET_SLACK = 1.06  # buckets of up to 3:1 have 0.91 to 1 of the resolution's area; a side is its root
+# Left out of the words that could be a trigger.
+_COMMON = frozenset({
+    "a", "an", "and", "are", "at", "by", "drawing", "for", "from", "her", "his", "image", "in", "is", "its", "of",
+    "on", "or", "photo", "picture", "the", "to", "with",
+})  # fmt: skip
 MIN_CAPTIONS = 4  # assumed: in fewer, every tag is in all of them by chance
 _ODD_MODES = {
     "CMYK": (WARNING, "CMYK", "converted without a colour profile: save them as sRGB if colours look off"),
@@ -153,6 +159,18 @@ def _enlargement(photo: Photo, config: TrainConfig) -> float:
     return fit.resized_width_px / photo.width_px
 
 
+def _few(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
+    """Too few images for a search to set some apart."""
+    images = len({photo.sha256 for photo in survey.trained})
+    apart = len(survey.held_out) or references_apart(images)
+    if images and apart < MIN_REFERENCES:
+        what = (
+            f"{_count(range(images), 'image')}: too few for hpo search to hold out {MIN_REFERENCES} of them"
+        )
+        do = "add images, put some into held_out/ (hpo dataset prepare --held-out 2), or search with --references"
+        yield DatasetFinding("few", NOTE, what, do)
+
+
 def _modes(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     groups: dict[tuple[str, str, str], list[Photo]] = defaultdict(list)
     for photo in survey.trained:
@@ -231,7 +249,8 @@ def _caption_files(survey: Survey, question: Question) -> Iterator[DatasetFindin
     extension = question.config.caption_extension
     if survey.uncaptioned:
         what = f"{_count(survey.uncaptioned, 'image')} without a caption ({extension})"
-        do = f"put a {extension} file of the same name beside each"
+        do = f"put a {extension} file of the same name beside each, or copy the folder with hpo dataset prepare, "
+        do += "which writes trigger and class word"
         others = [e for e in (".txt", ".caption") if e != extension]
         found = [e for e in others if any(p.with_suffix(e).is_file() for p in survey.uncaptioned)]
         if found:
@@ -287,12 +306,11 @@ def _words(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
     """The trigger, and tags that are everywhere."""
     config, trigger = question.config, question.trigger
     captioned = [photo for photo in survey.trained if photo.caption]
+    if survey.trained and (trigger is None or question.class_word is None):
+        yield _unnamed(question, [photo.caption or "" for photo in captioned])
     if not captioned:
         return
-    if trigger is None:
-        what, do = "no trigger word is known", "name the folder like 10_trigger class, or give --trigger"
-        yield DatasetFinding("trigger", NOTE, what, do)
-    else:
+    if trigger is not None:
         frame = f"{config.caption_prefix} {config.caption_suffix}"
         without = [p for p in captioned if not _says(f"{frame} {p.caption}", trigger)]
         if without:
@@ -308,10 +326,37 @@ def _words(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
         for tag, count in tags.items()
         if count == len(captioned) and not any(_says(tag, w) for w in meant)
     ]
-    if everywhere:
+    if everywhere and trigger is not None:  # without a trigger, the note about it names them
         what = "in every caption: " + ", ".join(shown(tag)[:40] for tag in sorted(everywhere)[:8])
         do = "remove a tag that is the subject itself; else it works like a second trigger"
         yield DatasetFinding("tag-everywhere", NOTE, what, do)
+
+
+def _unnamed(question: Question, captions: Sequence[str]) -> DatasetFinding:
+    """The note that trigger or class word are not known, with words that could be the trigger."""
+    missing = {"--trigger": question.trigger, "--class": question.class_word}
+    flags = [flag for flag, word in missing.items() if word is None]
+    names = [
+        {"--trigger": "trigger word", "--class": "class word (girl, man, vase, style)"}[f] for f in flags
+    ]
+    what = f"no {' and no '.join(names)} is known"
+    words = words_everywhere(captions) if question.trigger is None else []
+    if words:
+        what += f"; in every caption: {', '.join(shown(word)[:40] for word in words[:8])}"
+    do = f"name the folder like 10_trigger class, or give {' and '.join(flags)}: prompts are made from them"
+    return DatasetFinding("trigger" if "--trigger" in flags else "class", NOTE, what, do)
+
+
+def words_everywhere(captions: Sequence[str]) -> list[str]:
+    """Words that are in every caption, in the order of the first one; common English words are left out.
+
+    Empty for fewer than MIN_CAPTIONS captions: any word could be in all of them.
+    """
+    if len(captions) < MIN_CAPTIONS:
+        return []
+    found = [re.findall(r"[^\W_][\w-]*", caption.lower()) for caption in captions]
+    shared = set(found[0]).intersection(*found[1:])
+    return [word for word in dict.fromkeys(found[0]) if word in shared and word not in _COMMON]
 
 
 def _says(text: str, word: str) -> bool:
@@ -330,5 +375,6 @@ RULES: tuple[Rule, ...] = (
     _duplicates,
     _length,
     _words,
+    _few,
     _modes,
 )

@@ -108,10 +108,50 @@ def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Folde
     return FolderPart(tuple(images), repeats, *subject_of(match[2]))
 
 
+def named_subject(root: Path) -> tuple[str | None, str | None]:
+    """Trigger and class word as the folder's names say them, without reading any image.  Raises DataError."""
+    if not root.is_dir():
+        raise no_folder(root)
+    try:
+        return subject_of_parts(parts_of(root, 1)[0])
+    except OSError as error:
+        raise DataError(f"cannot read {shown(root)}: {error.strerror}", "check its permissions") from error
+
+
+def subject_of_parts(parts: Sequence[FolderPart]) -> tuple[str | None, str | None]:
+    """Trigger and class word, each where all folders agree on it."""
+    return common([part.trigger for part in parts]), common([part.class_word for part in parts])
+
+
+def no_folder(root: Path) -> DataError:
+    what = f"{shown(root)} is a file" if root.exists() else f"the dataset folder {shown(root)} does not exist"
+    return DataError(what, "give the folder that holds the images")
+
+
 def subject_of(name: str) -> tuple[str | None, str | None]:
     """Trigger and class word in what follows ``10_``."""
     words = clean_text(name).split(maxsplit=1)
     return words[0] if words else None, words[1].strip() if len(words) > 1 else None
+
+
+def held_out_folder(root: Path) -> Path | None:
+    """The ``held_out/`` of a dataset: in it, or next to it if it is one folder like ``10_luca man`` of a dataset."""
+    inside = root / HELD_OUT
+    if not inside.is_dir() and KOHYA_FOLDER.fullmatch(root.resolve().name):
+        return _beside(root)
+    return inside if inside.is_dir() else None
+
+
+def held_out_of_subsets(folders: Sequence[Path]) -> list[Path]:
+    """The images of ``held_out/`` in or next to the folders of a dataset file, each once, sorted."""
+    places = [held_out_folder(folder) or _beside(folder) for folder in folders]
+    distinct = {place.resolve(): place for place in places if place is not None}
+    return sorted(path for place in distinct.values() for path in images_in(place, place.parent))
+
+
+def _beside(folder: Path) -> Path | None:
+    place = folder.resolve().parent / HELD_OUT
+    return place if place.is_dir() and place != folder.resolve() else None
 
 
 def images_in(folder: Path, root: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A plain folder of images → kohya's layout: ``OUT/10_name class/`` with a ``.txt`` caption beside each image.
+"""A plain folder of images → kohya's layout: ``OUT/10_trigger class/`` with a ``.txt`` caption beside each image.
 
 Owns which files are copied under which names.  The source is only read; the copies are independent files. The
 result appears in one step or not at all.
@@ -33,7 +33,7 @@ class Wish:
     """What the layout shall say: trigger word, class word, repeats, images set apart, and whether images that
     cannot be read are left out."""
 
-    name: str
+    trigger: str
     class_word: str = ""
     repeats: int = 10
     held_out: int = 0
@@ -41,17 +41,17 @@ class Wish:
 
     @property
     def folder(self) -> str:
-        return f"{self.repeats}_{self.name} {self.class_word}".strip()
+        return f"{self.repeats}_{self.trigger} {self.class_word}".strip()
 
     @property
     def words(self) -> str:
-        return f"{self.name} {self.class_word}".strip()
+        return f"{self.trigger} {self.class_word}".strip()
 
     def check(self) -> None:
         """ConfigError for what cannot be a folder's name or would be read back as something else."""
-        if not _NAME.fullmatch(self.name) or clean_text(self.name) != self.name:
+        if not _NAME.fullmatch(self.trigger) or clean_text(self.trigger) != self.trigger:
             raise ConfigError(
-                f"--name {shown(self.name)[:80]!r} cannot be a trigger word in a folder's name",
+                f"--trigger {shown(self.trigger)[:80]!r} cannot be a trigger word in a folder's name",
                 "give one word without spaces or slashes; what the subject is goes into --class",
             )
         if not _CLASS.fullmatch(self.class_word) or clean_text(self.class_word) != self.class_word:

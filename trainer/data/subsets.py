@@ -17,7 +17,15 @@ from trainer.checks import Rule, check, check_known
 from trainer.config import TrainConfig, check_value
 from trainer.data.captions import shown
 from trainer.data.dataset import Dataset, assemble, read_dataset, split_references
-from trainer.data.folders import HELD_OUT, MAX_REPEATS, FolderPart, images_in
+from trainer.data.folders import (
+    HELD_OUT,
+    KOHYA_FOLDER,
+    MAX_REPEATS,
+    FolderPart,
+    held_out_of_subsets,
+    images_in,
+    subject_of,
+)
 from trainer.errors import ConfigError, DataError
 from trainer.text import clean_text
 from trainer.tomlfile import as_text, read_table
@@ -156,7 +164,13 @@ def _all_images(
             default_repeats=default_repeats,
         )
     file = read_dataset_file(Path(config.dataset_config)).require_all()
-    found = assemble(Path(config.dataset_config).parent, [_part(s) for s in file.subsets], (), config)
+    parts = [_part(subset) for subset in file.subsets]
+    folders = [Path(subset.image_dir) for subset in file.subsets if not subset.is_reg]
+    try:
+        held_paths = held_out_of_subsets(folders)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
+    found = assemble(Path(config.dataset_config).parent, parts, (), config, held_paths)
     return replace(found, trigger=trigger or found.trigger, class_word=class_word or found.class_word)
 
 
@@ -176,12 +190,16 @@ def _part(subset: Subset) -> FolderPart:
             else "put images in it"
         )
         raise DataError(f"no images in {shown(folder)}", hint)
-    words = subset.class_tokens.split(maxsplit=1)
+    trigger, class_word = subject_of(subset.class_tokens)
+    named = KOHYA_FOLDER.fullmatch(folder.resolve().name)
+    if named and not class_word:  # as a search of this folder would read it
+        own = subject_of(named[2])
+        trigger, class_word = own if trigger in (None, own[0]) else (trigger, own[1])
     return FolderPart(
         tuple(images),
         subset.num_repeats,
-        trigger=words[0] if words else None,
-        class_word=words[1] if len(words) > 1 else None,
+        trigger=trigger,
+        class_word=class_word,
         words=subset.class_tokens,
         own=subset.own,
         is_reg=subset.is_reg,

@@ -18,7 +18,7 @@ from PIL import Image
 from trainer.config import TrainConfig
 from trainer.data.captions import caption_file, check_inside, read_text, shown
 from trainer.data.dataset import Item
-from trainer.data.folders import HELD_OUT, KOHYA_FOLDER, MAX_REPEATS, common, subject_of
+from trainer.data.folders import KOHYA_FOLDER, MAX_REPEATS, common, held_out_folder, subject_of
 from trainer.data.images import IMAGE_EXTENSIONS, read_picture
 from trainer.errors import DataError
 
@@ -115,7 +115,10 @@ def survey(root: Path, config: TrainConfig, *, default_repeats: int = 1) -> Surv
     jobs = [(path, repeats) for folder, repeats in folders for path in listing[folder] if is_image(path)]
     with ThreadPoolExecutor(READERS) as pool:
         read = list(pool.map(lambda job: _photo(job[0], job[1], root), jobs))
-    texts = [_caption(found, root, config) if isinstance(found, Photo) else None for found in read]
+    texts = [
+        _caption(found, root, config) if isinstance(found, Photo) and not found.is_held_out else None
+        for found in read
+    ]
     photos = []
     for found, text in zip(read, texts, strict=True):
         if isinstance(found, Photo):
@@ -160,12 +163,13 @@ def _folders(root: Path, default_repeats: int) -> list[tuple[Path, int]]:
         match = KOHYA_FOLDER.fullmatch(root.resolve().name)
         found = [(root, int(match[1]) if match else default_repeats)]
     found = [(path, repeats if 1 <= repeats <= MAX_REPEATS else 1) for path, repeats in found]
-    return found + [(path, 0) for path in inside if path.name == HELD_OUT]
+    held_out = held_out_folder(root)
+    return found + ([(held_out, 0)] if held_out else [])
 
 
 def _photo(path: Path, repeats: int, root: Path) -> Photo | Broken:
     try:
-        check_inside(path, root)
+        check_inside(path, root if repeats else path.parent.parent)  # held_out/ may lie next to the root
         picture = read_picture(path)
     except DataError as error:
         return Broken(path, error)

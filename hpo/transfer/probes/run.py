@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study import SOURCE_STUDY, Inputs, StudyFolder, read_json
+from evaluation.prompts import STYLE
+from hpo.study import CHARACTER, SOURCE_STUDY, STYLE_PRESET, Inputs, StudyFolder, read_json
 from hpo.terminal import say
 from hpo.transfer import MAPPING_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
@@ -129,15 +130,24 @@ class _Probing:
     def _side(
         self, name: str, whole: Mapping[str, TrainConfig], bounds: tuple[float, float], fraction: float
     ) -> ProbeSide:
-        miniature = is_miniature(self.done.profile.family.base)
+        words = "miniature" if is_miniature(self.done.profile.family.base) else "natural"
+        preset = self._preset(self.folder.root.with_name(name))
         runs = ShortRuns(
             samples=self.done.plan.figures.samples,
             sampling=self.facts.get("sampling", {}),
             seed=self.done.plan.config.seed,
-            words="miniature" if miniature else "natural",
+            words=f"{words}{STYLE}" if preset == STYLE_PRESET else words,
             fraction=fraction,
+            preset=preset,
         )
         return make_side(name, whole, runs, self.request.probes, bounds)
+
+    def _preset(self, root: Path) -> str:
+        """The preset of the search; probes that were begun with another one keep it."""
+        for facts in (read_json(StudyFolder(root).facts), self.facts):
+            if facts and isinstance(study := facts.get("sections", {}).get("study"), dict):
+                return str(study.get("preset", CHARACTER))
+        return CHARACTER
 
     def _probed(self, folder: StudyFolder, side: ProbeSide, choose: Choose, base: str) -> list[ProbeScore]:
         study = SideStudy(folder, side, self._inputs(base), self._provenance())

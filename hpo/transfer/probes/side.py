@@ -35,6 +35,7 @@ class ShortRuns:
     seed: int
     words: str
     fraction: float = FRACTION
+    preset: str = "character"
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _sections(short: Mapping[str, TrainConfig], runs: ShortRuns) -> dict[str, di
         train.pop("max_train_epochs", None)
     baseline = {key: getattr(own, key) for key in space}
     return {
-        "study": {"title": "Probes of transferred settings", "seed": runs.seed},
+        "study": {"title": "Probes of transferred settings", "preset": runs.preset, "seed": runs.seed},
         "train": train,
         "space": space,
         "baseline": {key: 0 if value is None else value for key, value in baseline.items()},

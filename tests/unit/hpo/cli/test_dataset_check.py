@@ -55,9 +55,10 @@ def kinds(folder: Path, *words: str) -> dict[str, dict[str, Any]]:
 
 def test_a_good_folder_has_no_findings_and_ends_with_0(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    good(tmp_path / "data")
+    good(tmp_path / "data", count=10)
     result = check("data", *MINI)
     assert result.exit_code == 0 and "no problems found" in result.stdout
+    assert "next: hpo search --base mini-sd15 --data data\n" in result.stdout
     found = report(tmp_path / "data")
     assert (
         found["usable"] and found["findings"] == [] and (found["trigger"], found["class"]) == ("zed", "man")
@@ -142,7 +143,7 @@ def test_odd_modes_are_named_with_what_becomes_of_them(tmp_path: Path) -> None:
 
 
 def test_tokens_are_counted_by_clips_own_tokenizer(tmp_path: Path) -> None:
-    place = good(tmp_path, side_px=512)
+    place = good(tmp_path, count=10, side_px=512)
     (place / "0.txt").write_text("zed " + "man " * 74)  # 75
     (place / "1.txt").write_text("zed " + "man " * 75)  # 76
     (place / "2.txt").write_text("zed " + "man " * 225)  # 226
@@ -184,6 +185,42 @@ def test_tags_in_every_caption_and_captions_without_the_trigger(tmp_path: Path) 
     assert [Path(f).name for f in kinds(tmp_path)["trigger"]["files"]] == ["4.png"]
     assert "tag-everywhere" not in kinds(tmp_path)
     assert "trigger" not in kinds(tmp_path, *MINI, "--set", "caption_prefix=zed")
+
+
+def test_a_folder_that_does_not_say_what_it_shows_is_told_which_flags_say_it(tmp_path: Path) -> None:
+    place = good(tmp_path, count=10).rename(tmp_path / "photos")
+    for number in range(10):
+        (place / f"{number}.txt").write_text(f"a photo of luca woman in scene{number}")
+    said = kinds(place)["trigger"]
+    assert "no trigger word and no class word" in said["what"]
+    assert "in every caption: luca, woman" in said["what"] and "--trigger and --class" in said["do"]
+    assert "tag-everywhere" not in kinds(place), "the note about the trigger names them"
+    assert "class" in kinds(place, *MINI, "--trigger", "luca")
+    assert not {"class", "trigger"} & set(kinds(place, *MINI, "--trigger", "luca", "--class", "woman"))
+    next_line = check(str(place), *MINI, "--trigger", "luca", "--class", "woman").stdout.splitlines()[-1]
+    assert next_line.startswith("next: hpo search") and next_line.endswith("--trigger luca --class woman")
+
+
+def test_a_style_is_called_one(tmp_path: Path) -> None:
+    good(tmp_path, count=10).rename(tmp_path / "10_vexa style")
+    assert (
+        report(tmp_path)["preset"] == "style" and ", style vexa style" in check(str(tmp_path), *MINI).stdout
+    )
+
+
+def test_too_few_images_for_a_search_are_a_note_and_no_next_step(tmp_path: Path) -> None:
+    place = good(tmp_path, count=9)
+    said = kinds(tmp_path)["few"]
+    assert said["severity"] == "note" and "9 images: too few" in said["what"] and "held_out/" in said["do"]
+    assert "next:" not in check(str(tmp_path), *MINI).stdout
+    for number in (0, 1):
+        (tmp_path / "held_out").mkdir(exist_ok=True)
+        (place / f"{number}.png").rename(tmp_path / "held_out" / f"{number}.png")
+        (place / f"{number}.txt").unlink()
+    assert "few" not in kinds(tmp_path) and "few" not in kinds(place), (
+        "held_out/ beside one folder of it counts"
+    )
+    assert report(place)["held_out"] == 2 and report(place)["usable"]
 
 
 def test_images_of_one_stem_share_a_caption_and_it_is_said(tmp_path: Path) -> None:

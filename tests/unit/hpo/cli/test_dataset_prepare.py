@@ -53,7 +53,7 @@ def test_the_layout_is_what_training_reads_and_the_source_stays_as_it_is(
 ) -> None:
     before = contents(source)
     out = tmp_path / "out"
-    result = prepare(str(source), str(out), "--repeats", "7", "--name", "luca", "--class", "girl")
+    result = prepare(str(source), str(out), "--repeats", "7", "--trigger", "luca", "--class", "girl")
     assert result.exit_code == 0, result.output
     assert contents(source) == before
     place = "7_luca girl"
@@ -69,7 +69,7 @@ def test_the_layout_is_what_training_reads_and_the_source_stays_as_it_is(
 
 
 def test_editing_a_copy_does_not_change_the_source(source: Path, tmp_path: Path) -> None:
-    prepare(str(source), str(tmp_path / "out"), "--name", "luca")
+    prepare(str(source), str(tmp_path / "out"), "--trigger", "luca")
     copy = tmp_path / "out" / "10_luca" / "a.png"
     with copy.open("ab") as file:
         file.write(b"edited")
@@ -83,7 +83,7 @@ def test_images_of_one_name_keep_their_own_captions(tmp_path: Path) -> None:
     (source / "a.jpg.txt").write_text("second")
     add(source / "x", "A.png", "third")
     add(source / "x" / "y", "a.png", "fourth")
-    result = prepare(str(source), str(out), "--name", "luca")
+    result = prepare(str(source), str(out), "--trigger", "luca")
     assert "renamed, because" in result.stdout
     items = read_dataset(out, CONFIG).items
     by_caption = {item.caption: hashlib.sha256(item.path.read_bytes()).hexdigest() for item in items}
@@ -102,17 +102,17 @@ def test_images_that_cannot_be_read_are_all_named_and_nothing_is_made(source: Pa
     (source / "bad.png").write_bytes(b"x")
     (source / "trip" / "cut.jpg").write_bytes((source / "b.jpg").read_bytes()[:200])
     out = tmp_path / "out"
-    result = prepare(str(source), str(out), "--name", "luca")
+    result = prepare(str(source), str(out), "--trigger", "luca")
     assert result.exit_code == 3 and "bad.png" in result.stderr and "cut.jpg" in result.stderr
     assert not out.exists() and os.listdir(tmp_path) == ["photos"]
-    result = prepare(str(source), str(out), "--name", "luca", "--skip-corrupt")
+    result = prepare(str(source), str(out), "--trigger", "luca", "--skip-corrupt")
     assert result.exit_code == 0 and "bad.png" in result.stdout and "cut.jpg" in result.stdout
     assert len(read_dataset(out, CONFIG).items) == 3
 
 
 def test_images_without_a_caption_get_the_subjects_words_and_it_is_said(source: Path, tmp_path: Path) -> None:
     add(source, "bare.png", None)
-    result = prepare(str(source), str(tmp_path / "out"), "--name", "luca", "--class", "girl")
+    result = prepare(str(source), str(tmp_path / "out"), "--trigger", "luca", "--class", "girl")
     assert "without a caption, so 'luca girl' is written: " in result.stdout
     captions = {i.path.stem: i.caption for i in read_dataset(tmp_path / "out", CONFIG).items}
     assert captions["bare"] == "luca girl"
@@ -122,31 +122,31 @@ def test_held_out_images_are_chosen_by_content_and_never_trained_on(tmp_path: Pa
     source = tmp_path / "in"
     for number in range(6):
         add(source, f"{number}.png", f"luca {number}", seed=number)
-    prepare(str(source), str(tmp_path / "one"), "--name", "luca", "--held-out", "2")
+    prepare(str(source), str(tmp_path / "one"), "--trigger", "luca", "--held-out", "2")
     data = read_dataset(tmp_path / "one", CONFIG)
     assert (len(data.items), len(data.held_out)) == (4, 2)
     for path in sorted(source.glob("*")):
         path.rename(path.with_name("renamed" + path.name))
-    prepare(str(source), str(tmp_path / "two"), "--name", "luca", "--held-out", "2")
+    prepare(str(source), str(tmp_path / "two"), "--trigger", "luca", "--held-out", "2")
     again = read_dataset(tmp_path / "two", CONFIG)
     assert {i.sha256 for i in data.held_out} == {i.sha256 for i in again.held_out}
 
 
 def test_held_out_images_of_the_source_stay_held_out(source: Path, tmp_path: Path) -> None:
     add(source / "held_out", "h.png", "luca there")
-    prepare(str(source), str(tmp_path / "out"), "--name", "luca")
+    prepare(str(source), str(tmp_path / "out"), "--trigger", "luca")
     assert [item.path.name for item in read_dataset(tmp_path / "out", CONFIG).held_out] == ["h.png"]
 
 
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (("--name", "two words"), "cannot be a trigger word"),
-        (("--name", "a/b"), "cannot be a trigger word"),
-        (("--name", ".."), "cannot be a trigger word"),
-        (("--name", "luca", "--class", "a/b"), "cannot be in a folder's name"),
-        (("--name", "luca", "--repeats", "20000"), "--repeats 20000"),
-        (("--name", "luca", "--held-out", "3"), "leaves none"),
+        (("--trigger", "two words"), "cannot be a trigger word"),
+        (("--trigger", "a/b"), "cannot be a trigger word"),
+        (("--trigger", ".."), "cannot be a trigger word"),
+        (("--trigger", "luca", "--class", "a/b"), "cannot be in a folder's name"),
+        (("--trigger", "luca", "--repeats", "20000"), "--repeats 20000"),
+        (("--trigger", "luca", "--held-out", "3"), "leaves none"),
     ],
 )
 def test_names_that_would_be_read_back_as_something_else_are_refused(
@@ -159,17 +159,27 @@ def test_names_that_would_be_read_back_as_something_else_are_refused(
 def test_a_folder_with_something_in_it_is_never_written_to(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    assert prepare(str(source), str(out), "--name", "luca").exit_code == 0  # an empty one is taken
+    assert prepare(str(source), str(out), "--trigger", "luca").exit_code == 0  # an empty one is taken
     before = contents(out)
-    result = prepare(str(source), str(out), "--name", "luca")
+    result = prepare(str(source), str(out), "--trigger", "luca")
     assert result.exit_code == 2 and "is not empty" in result.stderr and contents(out) == before
-    inside = prepare(str(source), str(source / "out"), "--name", "luca")
+    inside = prepare(str(source), str(source / "out"), "--trigger", "luca")
     assert inside.exit_code == 2 and "lies inside" in inside.stderr and not (source / "out").exists()
-    assert prepare(str(tmp_path / "no"), str(tmp_path / "new"), "--name", "luca").exit_code == 3
+    assert prepare(str(tmp_path / "no"), str(tmp_path / "new"), "--trigger", "luca").exit_code == 3
 
 
 def test_a_link_out_of_the_source_is_not_copied(source: Path, tmp_path: Path) -> None:
     secret = add(tmp_path / "elsewhere", "secret.png")
     (source / "link.png").symlink_to(secret)
-    result = prepare(str(source), str(tmp_path / "out"), "--name", "luca")
+    result = prepare(str(source), str(tmp_path / "out"), "--trigger", "luca")
     assert result.exit_code == 3 and "link.png" in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_the_old_name_of_the_trigger_option_works_once_more_and_says_the_new_one(
+    source: Path, tmp_path: Path
+) -> None:
+    for number, words in enumerate((("--name", "luca"), ("--name=luca",))):
+        result = prepare(str(source), str(tmp_path / f"out{number}"), *words, "--class", "style")
+        assert result.exit_code == 0 and "--name is now --trigger" in result.stderr
+        assert (tmp_path / f"out{number}" / "10_luca style").is_dir()
+    assert "--name" not in prepare("--help").output
