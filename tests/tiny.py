@@ -79,6 +79,29 @@ def tiny_vae() -> AutoencoderKL:
     )
 
 
+LOUDER = 2.0**15  # fp16 ends at 65,504
+
+
+def make_vae_overflow(vae: AutoencoderKL) -> None:
+    """Scale what flows between the blocks of encoder and decoder. Every block, and the last layers, begin with a
+    group norm, which removes the factor: in fp32 the VAE computes what it did before; in fp16 it overflows."""
+    with torch.no_grad():
+        for half in (vae.encoder, vae.decoder):
+            ends = [half.conv_in]
+            for module in half.modules():
+                if type(module).__name__ == "ResnetBlock2D":
+                    ends.append(module.conv2)
+                    if module.conv_shortcut is not None:
+                        module.conv_shortcut.bias.mul_(LOUDER)
+                elif type(module).__name__ == "Attention":
+                    ends.append(module.to_out[0])
+                elif type(module).__name__ in ("Upsample2D", "Downsample2D"):
+                    module.conv.bias.mul_(LOUDER)
+            for layer in ends:
+                layer.weight.mul_(LOUDER)
+                layer.bias.mul_(LOUDER)
+
+
 def tiny_sd15_unet(full_structure: bool) -> UNet2DConditionModel:
     attentive = 3 if full_structure else 1
     return UNet2DConditionModel(

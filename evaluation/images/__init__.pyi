@@ -1,7 +1,9 @@
+from .images import INVALID_HINT as INVALID_HINT
 from .images import SampledImage as SampledImage
 from .images import Unchanged as Unchanged
 from .images import check_valid as check_valid
 from .images import invalid_reason as invalid_reason
+from .images import invalid_words as invalid_words
 from .images import png_bytes as png_bytes
 from .images import prove_applied as prove_applied
 from .images import sample_grid as sample_grid

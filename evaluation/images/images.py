@@ -21,6 +21,7 @@ from trainer.errors import InvalidImages, ModelFileError
 
 BLACK_LEVEL = 10  # assumed: largest pixel value of an image that counts as black (0-255)
 UNIFORM_RANGE = 6  # assumed: largest range of any channel of an image that counts as uniform (0-255)
+INVALID_HINT = 'try a lower learning_rate, fewer epochs or mixed_precision = "bf16"'
 # The same image may differ by this much between batch compositions; a trained adapter must change it by more.
 SAME_WITHIN = 1
 GRID_CELL_PX = 192
@@ -49,15 +50,17 @@ def invalid_reason(image: SampledImage) -> str | None:
     return None
 
 
+def invalid_words(images: Sequence[SampledImage]) -> str:
+    """``3 of 8 images are invalid (1 black, 2 uniform)``; empty if all images are valid."""
+    reasons = [reason for reason in map(invalid_reason, images) if reason]
+    counts = ", ".join(f"{reasons.count(r)} {r}" for r in sorted(set(reasons)))
+    return f"{len(reasons)} of {len(images)} images are invalid ({counts})" if reasons else ""
+
+
 def check_valid(images: Sequence[SampledImage]) -> None:
     """Raise InvalidImages if any image is black, uniform or not finite."""
-    reasons = [reason for reason in map(invalid_reason, images) if reason]
-    if reasons:
-        counts = ", ".join(f"{reasons.count(r)} {r}" for r in sorted(set(reasons)))
-        raise InvalidImages(
-            f"{len(reasons)} of {len(images)} images are invalid ({counts})",
-            'try a lower learning_rate, fewer epochs or mixed_precision = "bf16"',
-        )
+    if words := invalid_words(images):
+        raise InvalidImages(words, INVALID_HINT)
 
 
 def largest_change(images: Sequence[SampledImage], base_images: Sequence[SampledImage]) -> int:

@@ -223,7 +223,10 @@ class _Store:
         return index if isinstance(index, dict) and isinstance(index.get("images"), dict) else {}
 
     def read(self, chunk: Sequence[tuple[Prompt, int]]) -> list[SampledImage] | None:
-        """The images of the chunk, or None if any of them is missing or changed."""
+        """The images of the chunk, or None if any of them is missing, changed or not finite.
+
+        An image that is not finite is drawn again: earlier versions stored grey images of an overflowing VAE.
+        """
         images = []
         for prompt, seed in chunk:
             name = file_name(prompt.id, seed)
@@ -232,10 +235,10 @@ class _Store:
                 content = (self.folder / name).read_bytes()
             except (KeyError, OSError):
                 return None
-            if hashlib.sha256(content).hexdigest() != row["sha256"]:
+            if hashlib.sha256(content).hexdigest() != row["sha256"] or not row["finite"]:
                 return None
             pixels_HW3 = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-            images.append(SampledImage(prompt.id, seed, pixels_HW3, bool(row["finite"])))
+            images.append(SampledImage(prompt.id, seed, pixels_HW3))
         return images
 
     def write(self, images: Sequence[SampledImage]) -> None:

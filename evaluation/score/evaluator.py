@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluation.encoders import ImageEncoder, References, Scorer, Vectors, check_encoder
 from evaluation.gauges import Gauge
-from evaluation.images import OnImages, SampleConfig, SampledImage, invalid_reason, sample
+from evaluation.images import OnImages, SampleConfig, SampledImage, invalid_reason, invalid_words, sample
 from evaluation.prompts import PromptSet
 from evaluation.score.anchors import (
     ANCHORS_NAME,
@@ -32,6 +32,10 @@ from evaluation.score.formula import USUAL, Formula
 from evaluation.score.safeguards import Safeguards, diversity, scene_encoders
 from trainer.bases import Base
 from trainer.errors import ConfigError, ModelFileError
+from trainer.files import write_atomic
+from trainer.text import clean_text
+
+OVERFLOW_NAME = "vae-overflows.txt"
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,15 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
     assert not injected, f"anchors must be measured on the untrained base; {injected} hold an adapter"
     check_encoder(evaluator.references, evaluator.likeness)
     stored = read_anchors(folder / ANCHORS_NAME, evaluator.identity)
+    _remember_overflow(base, folder / OVERFLOW_NAME)
     untouched = tuple(
         sample(base, prompts, sampling, folder / "untouched", identity=base.identity, only_first_chunk=True)
     )
     base_ND = read_vectors(folder / VECTORS_NAME, prompts.image_count) if stored else None
     if stored and (base_ND is not None or not evaluator.needs_base_vectors):
         return replace(stored, untouched=untouched, base_ND=base_ND)
+    if all(map(invalid_reason, untouched)):  # no need to draw the others, which can take minutes
+        raise _draws_nothing(untouched)
     images = sample(
         base,
         prompts,
@@ -117,12 +124,8 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
         as_class=True,
         on_image=None if stored else on_image,  # usually only read then
     )
-    bad = [reason for reason in map(invalid_reason, images) if reason]
-    if bad:
-        raise ModelFileError(
-            f"{len(bad)} of {len(images)} images of the untrained base are invalid ({bad[0]})",
-            'try --set no_half_vae=true or mixed_precision = "no"; if that does not help, the base file is damaged',
-        )
+    if any(map(invalid_reason, images)):
+        raise _draws_nothing(images)
     anchors = measure_anchors(evaluator, images, untouched)
     assert anchors.base_ND is not None, "measured just now"
     write_vectors(folder / VECTORS_NAME, anchors.base_ND)
@@ -130,6 +133,28 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
         return replace(stored, untouched=untouched, base_ND=anchors.base_ND)
     write_anchors(folder / ANCHORS_NAME, anchors)
     return anchors
+
+
+def _draws_nothing(images: Sequence[SampledImage]) -> ModelFileError:
+    return ModelFileError(
+        f"the untrained base draws images that show nothing: {invalid_words(images)}",
+        'try --set no_half_vae=true or mixed_precision = "no"; if that does not help, the base file is damaged',
+    )
+
+
+def _remember_overflow(base: Base, note: Path) -> None:
+    """Keep beside the anchors that the base's VAE overflows in fp16. A later process then decodes in fp32 from the
+    start, so that its images equal those of a process that was not interrupted."""
+
+    def write() -> None:
+        write_atomic(note, f"The VAE of {clean_text(base.name)} overflows in fp16; images are decoded in fp32.\n")
+
+    if note.is_file():
+        base.vae_overflows = True
+    elif base.vae_overflows:
+        write()
+    else:
+        base.on_overflow.append(write)
 
 
 def measure_anchors(

@@ -23,6 +23,7 @@ from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
 from hpo.judge.view import JudgeView
 from hpo.study import Inputs, record_root, recorded
 from hpo.terminal import Stop
+from trainer.errors import InvalidImages
 from trainer.files import make_folder, sha256_file, write_atomic
 from trainer.tensorfile import read_header
 from trainer.text import clean_text
@@ -117,8 +118,11 @@ def _measure(run: RunFiles, file: Checkpoint, judge: Judge, view: JudgeView) -> 
             with view.drawing(f"untrained {base.name}") as on_image:
                 anchors = judge.measure_anchors(run.evaluation, on_image)
             folder = run.evaluation / file.name / _set_name(judge)
-            with view.drawing(file.name) as on_image:
-                score = judge.score(file.path, folder, on_image)
+            try:
+                with view.drawing(file.name) as on_image:
+                    score = judge.score(file.path, folder, on_image)
+            except InvalidImages as error:
+                raise InvalidImages(f"{file.path.name}: {error.message}", error.hint) from None
             untrained = judge.untrained_images(run.evaluation)
             images = judge.images(file.path, folder)
     except BaseException:

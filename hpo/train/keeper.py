@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hpo.train.folder import RunFolder
 from hpo.train.plan import count_steps
-from hpo.train.samples import draw_samples
+from hpo.train.samples import draw_samples, drawn_lines
 from trainer.adapters import Saved, dataset_metadata
 from trainer.config import TrainConfig
 from trainer.data import Dataset
@@ -89,11 +89,12 @@ class Keeper:
         base, name = self.place.base, f"{self.folder.name}_{suffix}"
         try:
             with out_of_memory_named(self.config), self.place.gathered():
-                paths = draw_samples(base, self.prompts, self.config, self.folder.samples, name)
+                drawn = draw_samples(base, self.prompts, self.config, self.folder.samples, name)
         except OutOfMemory:
             self.say(f"samples {suffix} are left out: out of memory")
             return
-        self.say(f"drawn: {len(paths)} samples, {paths[0].name} …")
+        for line in drawn_lines(drawn):
+            self.say(line)
 
 
 def _due(number: int, every: int | None) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -95,6 +96,10 @@ class Base(ABC):
         self.alphas_cumprod = alphas_cumprod(self.scheduler_config)
         self.latent_scale = _latent_scale(self.vae.config.scaling_factor)
         self.compute_dtype: torch.dtype = next(self.unet.parameters()).dtype
+        self.say: Callable[[str], None] = lambda text: None
+        self.vae_overflows = False  # once an image was not finite in fp16 but is in fp32
+        self.on_overflow: list[Callable[[], None]] = []  # called when that is found out
+        self._said: set[str] = set()
         for module in self.modules():
             module.requires_grad_(False).eval()
 
@@ -216,12 +221,63 @@ class Base(ABC):
 
     @torch.no_grad()
     def decode_latents(self, latents_BCHW: Tensor) -> tuple[np.ndarray, list[bool]]:
-        """Scaled latents → uint8 images (B, H, W, 3), and whether each image is finite."""
-        unscaled = (latents_BCHW.float() / self.latent_scale).to(self.vae.device, self.vae.dtype)
-        pixels = self.vae.decode(unscaled, return_dict=False)[0].float()
-        finite = pixels.flatten(1).isfinite().all(1).tolist()
+        """Scaled latents → uint8 images (B, H, W, 3), and whether each image is finite.
+
+        A VAE that overflows in fp16 decodes these images again in fp32, and from then on all others, as A1111 does
+        ("Automatically revert VAE to 32-bit floats"); ``vae_overflows`` remembers it. In fp32 and bf16 nothing is
+        repeated.
+        """
+        unscaled = latents_BCHW.float() / self.latent_scale
+        if self.vae.dtype != torch.float16:
+            pixels = self._decode(unscaled)
+        elif self.vae_overflows:
+            pixels = self._decode_singly(unscaled)
+        else:
+            pixels = self._decode(unscaled)
+            if bool((~_finite_rows(pixels) & _finite_rows(unscaled).to(pixels.device)).any()):
+                again = self._decode_singly(unscaled)
+                if _finite_rows(again).sum() > _finite_rows(pixels).sum():
+                    pixels = again
+                    self._remember_overflow()
         shown = (pixels.nan_to_num(0.0) / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-        return shown.permute(0, 2, 3, 1).cpu().numpy(), finite
+        return shown.permute(0, 2, 3, 1).cpu().numpy(), _finite_rows(pixels).tolist()
+
+    def _decode(self, unscaled_BCHW: Tensor) -> Tensor:
+        given = unscaled_BCHW.to(self.vae.device, self.vae.dtype)
+        return self.vae.decode(given, return_dict=False)[0].float()
+
+    def _decode_singly(self, unscaled_BCHW: Tensor) -> Tensor:
+        """In fp32 and one image at a time: a batch that fits into memory in fp16 may not fit in fp32."""
+        with self.vae_as(torch.float32):
+            return torch.cat([self._decode(row_1CHW) for row_1CHW in unscaled_BCHW.split(1)])
+
+    def _remember_overflow(self) -> None:
+        self.vae_overflows = True
+        for listener in self.on_overflow:
+            listener()
+        self.say_once(
+            f"the VAE of {self.name} overflows in fp16: its images are decoded in fp32 from now on (training is "
+            "not affected)"
+        )
+
+    def say_once(self, text: str) -> None:
+        """Tell the user something about this base, once per process."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
+
+    @contextmanager
+    def vae_as(self, dtype: torch.dtype) -> Iterator[None]:
+        """The VAE in another dtype for a while.  fp16 → fp32 → fp16 loses nothing."""
+        before = self.vae.dtype
+        if before == dtype:
+            yield
+            return
+        nn.Module.to(self.vae, dtype)  # diffusers' own ``to`` warns of every cast
+        try:
+            yield
+        finally:
+            nn.Module.to(self.vae, before)
 
     # Noise
 
@@ -260,6 +316,11 @@ class Base(ABC):
             paths = inner_layers(encoder, ("CLIPAttention", "CLIPMLP"))
             linear[component] = {p: text_key(prefix, p) for p in paths}
         return linear, conv
+
+
+def _finite_rows(values_BCHW: Tensor) -> Tensor:
+    """(B) whether every value of a row is finite."""
+    return values_BCHW.flatten(1).isfinite().all(1)
 
 
 def text_key(prefix: str, path: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,14 @@ def load_base(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     no_half_vae: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Base:
     """Load the base ``spec``, frozen, on ``device``.
 
     ``spec``: mini-sd15, mini-sdxl, sd15, sdxl, a hub id ``org/name``, a diffusers folder, or a single .safetensors
     in the original layout.  ``dtype``: dtype of the weights; default ``compute_type("auto", device)``. The VAE uses
     the same dtype, except that SDXL's VAE runs in fp32 instead of fp16, which overflows (sd-scripts --no_half_vae).
+    ``say`` gets what the base finds out about itself later, for example that another VAE overflows in fp16.
     """
     dtype = dtype or compute_type("auto", device)
     path = _locate(spec, revision)
@@ -80,6 +82,7 @@ def load_base(
     if (known := known_base(spec)) is not None and known.schedule:
         parts = replace(parts, scheduler_config={**parts.scheduler_config, **known.schedule})
     base = CLASSES[family](short_name(spec), _identity(family, weight_paths, configs, parts), parts)
+    base.say = say
     return base.to(device)
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -257,6 +257,10 @@ def _encode(
             again = _vae_sample(base, pixels_BCHW[broken], [group[row] for row in broken], torch.float32)
             for row, latent in zip(broken, again, strict=True):
                 latents[row] = latent
+            if all(latent.isfinite().all() for latent in again):
+                base.say_once(
+                    f"the VAE of {base.name} overflows in half precision: such images are encoded again in fp32"
+                )
     except torch.OutOfMemoryError:
         raise OutOfMemory(
             f"out of memory while encoding images at vae_batch_size {config.vae_batch_size}",
@@ -274,26 +278,12 @@ def _encode(
 def _vae_sample(base: Base, pixels_BCHW: Tensor, group: Sequence[Item], kind: torch.dtype) -> list[Tensor]:
     """One unscaled VAE sample per image, fp32 on CPU, from a generator seeded by the image's content."""
     generators = [torch.Generator().manual_seed(int(item.sha256[:15], 16)) for item in group]
-    with _vae_as(base, kind):
+    with base.vae_as(kind):
         latents_BCHW = base.encode_images(pixels_BCHW.to(base.device), generators)
     return [
         latent.clone(memory_format=torch.contiguous_format)
         for latent in latents_BCHW.to("cpu", torch.float32)
     ]
-
-
-@contextmanager
-def _vae_as(base: Base, kind: torch.dtype) -> Iterator[None]:
-    """The VAE in a number type for a while.  Half → fp32 → half loses nothing."""
-    before = base.vae.dtype
-    if before == kind:
-        yield
-        return
-    torch.nn.Module.to(base.vae, kind)  # diffusers' own ``to`` warns of every cast
-    try:
-        yield
-    finally:
-        torch.nn.Module.to(base.vae, before)
 
 
 # Captions

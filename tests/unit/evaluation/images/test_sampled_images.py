@@ -9,9 +9,7 @@ from evaluation.images.images import (
     invalid_reason,
     png_bytes,
     prove_applied,
-    sample_grid,
 )
-from evaluation.prompts.prompts import Prompt, PromptSet
 from trainer.errors import InvalidImages, ModelFileError
 
 
@@ -64,15 +62,3 @@ def test_pictures_equal_to_the_bases_own_prove_that_no_adapter_was_at_work() -> 
 
 def test_the_same_pixels_give_the_same_png_bytes() -> None:
     assert png_bytes(picture(3).pixels_HW3) == png_bytes(picture(3).pixels_HW3.copy())
-
-
-def test_the_grid_shows_every_picture_with_its_prompt() -> None:
-    prompts = PromptSet(
-        tuple(Prompt(f"prompt {n} – ü {'long ' * n * 9}", "", "style") for n in range(3)), (0, 1)
-    )
-    images = [picture(seed, p.id) for p in prompts.prompts for seed in prompts.seeds]
-    grid = np.asarray(sample_grid(images, prompts, columns=2))
-    cell = 16 * 6  # enlarged by a whole factor to at most half a cell
-    assert grid.shape == (2 * (cell + 16), 4 * cell, 3)
-    assert (grid[:cell:6, cell : 2 * cell : 6] == images[1].pixels_HW3).all()
-    assert (grid[cell : cell + 16, : 2 * cell] < 128).any(), "no label"

@@ -491,7 +491,7 @@ def test_a_base_that_draws_nothing_itself_is_named_as_the_cause(
     base: Base, measured: Evaluator, tmp_path: Path
 ) -> None:
     base.vae.decoder.conv_out.weight.data.zero_()
-    with pytest.raises(ModelFileError, match="8 of 8 images of the untrained base are invalid"):
+    with pytest.raises(ModelFileError, match="untrained base draws images that show nothing: 4 of 4 images"):
         make_anchors(measured, tmp_path / "black")
 
 
