@@ -9,11 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.choice.checkpoints import CheckpointPoint
-from evaluation.images import SampledImage
+from evaluation.images import SampledImage, fitted, framed, in_a_row, lettered, stacked, text_strip
 from evaluation.prompts import PromptSet
 
 SMOOTH = 2  # drawn at this factor and downscaled, for smooth lines
@@ -23,8 +22,9 @@ LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 64, 24, 48, 92
 COLOURS = {"prompt following": (0, 114, 178), "likeness": (213, 94, 0), "score": (20, 20, 20)}
 GREY, PALE = (120, 120, 120), (228, 228, 228)
 CELL_PX = 192  # display size of every image of a comparison, whatever its resolution
-CELL_LABEL_PX, HEAD_PX = 18, 24
-BLOCK_ROWS = 12  # rows of prompts before a second block starts to the right
+LABEL_PX, HEAD_PX = 25, 22  # of four columns; readable at 400 px width
+GAP_PX, MARGIN_PX = 8, 12
+HEAD_EVERY = 4  # rows
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def _grid(
                 draw.text((x, bottom + 23 * SMOOTH), f"ep. {point.epoch}", GREY, font, anchor="mt")
     middle = SMOOTH * (LEFT_PX + WIDTH_PX - RIGHT_PX) / 2
     draw.text((middle, SMOOTH * (HEIGHT_PX - BOTTOM_PX + 42)), axis, GREY, font, anchor="mt")
-    draw.text((SMOOTH * LEFT_PX, SMOOTH * 14), _plain(title), "black", _font(15), anchor="lt")
+    title, font = lettered(title, SMOOTH * 15)
+    draw.text((SMOOTH * LEFT_PX, SMOOTH * 14), title, "black", font, anchor="lt")
 
 
 def _line(
@@ -183,11 +184,6 @@ def _legend(draw: ImageDraw.ImageDraw, with_circles: bool) -> None:
     draw.text((x, y), text, GREY, font, anchor="lm")
 
 
-def _plain(text: str) -> str:
-    """The text, reduced to what Pillow's built-in font can show."""
-    return text.encode("ascii", "replace").decode()
-
-
 # Two bases side by side
 
 
@@ -200,45 +196,14 @@ class Column:
 
 
 def contact_sheet(columns: Sequence[Column], prompts: PromptSet) -> Image.Image:
-    """One row per prompt (with its first seed) and one column per set of weights, all images at the same size."""
-    count = len(prompts.prompts)
-    blocks = math.ceil(count / BLOCK_ROWS)
-    rows = math.ceil(count / blocks)
-    gap = CELL_PX // 8
-    block_px = len(columns) * CELL_PX + gap
-    row_px = CELL_PX + CELL_LABEL_PX
-    sheet = Image.new("RGB", (blocks * block_px - gap, HEAD_PX + rows * row_px), "white")
-    draw = ImageDraw.Draw(sheet)
-    heads, labels = ImageFont.load_default(size=13), ImageFont.load_default(size=11)
+    """One row per prompt (with its first seed), below its whole text, and one column per set of weights, all images
+    at the same size. The titles of the columns are repeated every few rows."""
     shown = [{(i.prompt_id, i.seed): i.pixels_HW3 for i in column.images} for column in columns]
+    heads = in_a_row([text_strip(column.title, CELL_PX, HEAD_PX, GREY) for column in columns], GAP_PX)
+    parts = []
     for number, prompt in enumerate(prompts.prompts):
-        block, row = divmod(number, rows)
-        left, top = block * block_px, HEAD_PX + row * row_px
-        for place, column in enumerate(columns):
-            if row == 0:
-                head = _cut(_plain(column.title), CELL_PX - 6, draw, heads)
-                draw.text((left + place * CELL_PX + 3, 5), head, "black", heads)
-            pixels_HW3 = shown[place][prompt.id, prompts.seeds_of(prompt)[0]]
-            sheet.paste(_cell(pixels_HW3), (left + place * CELL_PX, top))
-        text = _cut(_plain(prompt.text), len(columns) * CELL_PX - 6, draw, labels)
-        draw.text((left + 3, top + CELL_PX + 2), text, GREY, labels)
-    return sheet
-
-
-def _cell(pixels_HW3: np.ndarray) -> Image.Image:
-    """An image at display size: its longer side fills the cell. Small images are enlarged without smoothing."""
-    picture = Image.fromarray(pixels_HW3)
-    scale = CELL_PX / max(picture.size)
-    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    resized = picture.resize((round(picture.width * scale), round(picture.height * scale)), method)
-    cell = Image.new("RGB", (CELL_PX, CELL_PX), "white")
-    cell.paste(resized, ((CELL_PX - resized.width) // 2, (CELL_PX - resized.height) // 2))
-    return cell
-
-
-def _cut(text: str, width_px: int, draw: ImageDraw.ImageDraw, font: object) -> str:
-    if draw.textlength(text, font=font) <= width_px:  # type: ignore[arg-type]
-        return text
-    while text and draw.textlength(text + "...", font=font) > width_px:  # type: ignore[arg-type]
-        text = text[:-1]
-    return text + "..."
+        key = prompt.id, prompts.seeds_of(prompt)[0]
+        row = in_a_row([fitted(images[key], CELL_PX, CELL_PX) for images in shown], GAP_PX)
+        lines = [text_strip(prompt.text, row.width, LABEL_PX), row]
+        parts.append(stacked([heads, *lines] if number % HEAD_EVERY == 0 else lines, GAP_PX))
+    return framed(stacked(parts, 2 * GAP_PX), MARGIN_PX)

@@ -1,3 +1,8 @@
+from .grid import SHOWN_REFERENCES as SHOWN_REFERENCES
+from .grid import Beside as Beside
+from .grid import Heading as Heading
+from .grid import sample_grid as sample_grid
+from .grid import thumbnail as thumbnail
 from .images import INVALID_HINT as INVALID_HINT
 from .images import SampledImage as SampledImage
 from .images import Unchanged as Unchanged
@@ -6,10 +11,16 @@ from .images import invalid_reason as invalid_reason
 from .images import invalid_words as invalid_words
 from .images import png_bytes as png_bytes
 from .images import prove_applied as prove_applied
-from .images import sample_grid as sample_grid
+from .lettering import fitted as fitted
+from .lettering import framed as framed
+from .lettering import in_a_row as in_a_row
+from .lettering import lettered as lettered
+from .lettering import stacked as stacked
+from .lettering import text_strip as text_strip
 from .sampling import OnImages as OnImages
 from .sampling import default_config as default_config
 from .sampling import denoise as denoise
 from .sampling import initial_noise as initial_noise
+from .sampling import read_images as read_images
 from .sampling import sample as sample
 from .settings import SampleConfig as SampleConfig

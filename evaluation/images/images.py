@@ -1,7 +1,7 @@
-"""Sampled images as values: the check for invalid images, the check that an adapter has an effect, PNG and grid.
+"""Sampled images as values: the check for invalid images, the check that an adapter has an effect, PNG.
 
 Owns everything that is done with finished images. Does not own sampling
-(``evaluation.images.sampling``) or embedding (``evaluation.encoders.embed``).
+(``evaluation.images.sampling``), grids (``evaluation.images.grid``) or embedding (``evaluation.encoders.embed``).
 
 Shapes: H, W pixels; 3 colour channels; uint8.
 """
@@ -9,14 +9,12 @@ Shapes: H, W pixels; 3 colour channels; uint8.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from evaluation.prompts import PromptSet
 from trainer.errors import InvalidImages, ModelFileError
 
 BLACK_LEVEL = 10  # assumed: largest pixel value of an image that counts as black (0-255)
@@ -24,8 +22,6 @@ UNIFORM_RANGE = 6  # assumed: largest range of any channel of an image that coun
 INVALID_HINT = 'try a lower learning_rate, fewer epochs or mixed_precision = "bf16"'
 # The same image may differ by this much between batch compositions; a trained adapter must change it by more.
 SAME_WITHIN = 1
-GRID_CELL_PX = 192
-GRID_LABEL_PX = 16
 
 
 @dataclass(frozen=True)
@@ -92,52 +88,3 @@ def png_bytes(pixels_HW3: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels_HW3).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def sample_grid(
-    images: Sequence[SampledImage], prompts: PromptSet, columns: int | None = None
-) -> Image.Image:
-    """A contact sheet: the images of a prompt side by side, with its text below.
-
-    ``columns``: prompts per row; by default the sheet is about square. A prompt with seeds of its own shows
-    only as many images as the others.
-    """
-    seeds = len(prompts.seeds)
-    by_key = {(i.prompt_id, i.seed): i.pixels_HW3 for i in images}
-    height_px, width_px = images[0].pixels_HW3.shape[:2]
-    scale = min(1.0, GRID_CELL_PX / max(height_px, width_px))
-    if (
-        max(height_px, width_px) < GRID_CELL_PX // 2
-    ):  # images of the miniature: enlarged by a whole factor, without smoothing
-        scale = float(GRID_CELL_PX // 2 // max(height_px, width_px))
-    cell_w, cell_h = round(width_px * scale), round(height_px * scale)
-    columns = columns or max(
-        1, round(math.sqrt(len(prompts.prompts) * (cell_h + GRID_LABEL_PX) / (cell_w * seeds)))
-    )
-    rows = math.ceil(len(prompts.prompts) / columns)
-    sheet = Image.new("RGB", (columns * seeds * cell_w, rows * (cell_h + GRID_LABEL_PX)), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=11)
-    for index, prompt in enumerate(prompts.prompts):
-        left, top = index % columns * seeds * cell_w, index // columns * (cell_h + GRID_LABEL_PX)
-        for place, seed in enumerate(prompts.seeds_of(prompt)[:seeds]):
-            pixels = by_key.get((prompt.id, seed))
-            if pixels is not None:
-                method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-                sheet.paste(
-                    Image.fromarray(pixels).resize((cell_w, cell_h), method), (left + place * cell_w, top)
-                )
-        label = _fitting(prompt.text.encode("ascii", "replace").decode(), seeds * cell_w - 4, draw, font)
-        draw.text((left + 2, top + cell_h + 1), label, fill="black", font=font)
-    return sheet
-
-
-def _fitting(
-    text: str, width_px: int, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> str:
-    """``text`` shortened to a width, with dots at the end if it was cut."""
-    if draw.textlength(text, font=font) <= width_px:
-        return text
-    while text and draw.textlength(text + "...", font=font) > width_px:
-        text = text[:-1]
-    return text + "..."

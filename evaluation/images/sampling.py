@@ -203,7 +203,7 @@ class _Store:
         self.folder = folder
         self.key = key
         self.rows: dict[str, dict[str, Any]] = {}
-        index = self._read_index()
+        index = _read_index(folder)
         if index.get("key") == key:
             self.rows = index["images"]
             return
@@ -215,30 +215,15 @@ class _Store:
         except OSError as error:
             raise machine_error(error, folder) from error
 
-    def _read_index(self) -> dict[str, Any]:
-        try:
-            index = json.loads((self.folder / INDEX_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return index if isinstance(index, dict) and isinstance(index.get("images"), dict) else {}
-
     def read(self, chunk: Sequence[tuple[Prompt, int]]) -> list[SampledImage] | None:
-        """The images of the chunk, or None if any of them is missing, changed or not finite.
-
-        An image that is not finite is drawn again: earlier versions stored grey images of an overflowing VAE.
-        """
+        """The images of the chunk, or None if any of them cannot be used."""
         images = []
         for prompt, seed in chunk:
             name = file_name(prompt.id, seed)
-            try:
-                row = self.rows[name]
-                content = (self.folder / name).read_bytes()
-            except (KeyError, OSError):
+            image = _read_image(self.folder / name, prompt, seed, self.rows.get(name))
+            if image is None:
                 return None
-            if hashlib.sha256(content).hexdigest() != row["sha256"] or not row["finite"]:
-                return None
-            pixels_HW3 = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-            images.append(SampledImage(prompt.id, seed, pixels_HW3))
+            images.append(image)
         return images
 
     def write(self, images: Sequence[SampledImage]) -> None:
@@ -248,6 +233,40 @@ class _Store:
             write_atomic(self.folder / name, content)
             self.rows[name] = {"sha256": hashlib.sha256(content).hexdigest(), "finite": image.finite}
         write_atomic(self.folder / INDEX_NAME, json.dumps({"key": self.key, "images": self.rows}, indent=1))
+
+
+def read_images(folder: Path, prompts: PromptSet) -> list[SampledImage]:
+    """The images of these prompts that ``sample`` stored in a folder, whatever the chunks; some may be missing."""
+    rows = _read_index(folder).get("images", {})
+    found = []
+    for prompt, seed in prompts.jobs:
+        name = file_name(prompt.id, seed)
+        image = _read_image(folder / name, prompt, seed, rows.get(name))
+        if image is not None:
+            found.append(image)
+    return found
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) and isinstance(index.get("images"), dict) else {}
+
+
+def _read_image(path: Path, prompt: Prompt, seed: int, row: dict[str, Any] | None) -> SampledImage | None:
+    """A stored image, or None if it is missing, changed or not finite.
+
+    An image that is not finite is drawn again: earlier versions stored grey images of an overflowing VAE.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if row is None or hashlib.sha256(content).hexdigest() != row["sha256"] or not row["finite"]:
+        return None
+    return SampledImage(prompt.id, seed, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 def file_name(prompt_id: str, seed: int) -> str:

@@ -29,7 +29,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.files import write_atomic
 
 ANCHORS_NAME, VECTORS_NAME = "anchors.json", "vectors.npy"
-ELSEWHERE = ("untouched", "base_ND")  # fields that are not in anchors.json
+ELSEWHERE = ("untouched", "base_ND", "base_images")  # fields that are not in anchors.json
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Anchors:
     preservation, not likeness. ``base_diversity`` is the mean Vendi score of the base
     (``evaluation.score.safeguards``). ``untouched``: first images of the untrained base with the trigger;
     images of an adapter must differ from them. ``base_ND``: the base's images, in the order of the prompt set's
-    jobs, as joint vectors (``evaluation.score.safeguards``); None if no limit needs them.
+    jobs, as joint vectors (``evaluation.score.safeguards``); None if no limit needs them. ``base_images``: thumbnails
+    of these images, for grids; without those that are no longer stored.
     """
 
     identity: dict[str, str]
@@ -56,6 +57,7 @@ class Anchors:
     untouched: tuple[SampledImage, ...] = ()
     base_diversity: float | None = None
     base_ND: Tensor | None = field(default=None, compare=False, repr=False)
+    base_images: tuple[SampledImage, ...] = field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of anchors.json."""

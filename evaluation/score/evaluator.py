@@ -9,7 +9,7 @@ Shapes: N images, P prompts, R references, D vector width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,16 @@ from torch import Tensor
 
 from evaluation.encoders import ImageEncoder, References, Scorer, Vectors, check_encoder
 from evaluation.gauges import Gauge
-from evaluation.images import OnImages, SampleConfig, SampledImage, invalid_reason, invalid_words, sample
+from evaluation.images import (
+    OnImages,
+    SampleConfig,
+    SampledImage,
+    invalid_reason,
+    invalid_words,
+    read_images,
+    sample,
+    thumbnail,
+)
 from evaluation.prompts import PromptSet
 from evaluation.score.anchors import (
     ANCHORS_NAME,
@@ -42,7 +51,8 @@ OVERFLOW_NAME = "vae-overflows.txt"
 class Evaluator:
     """What is sampled, how it is scored and, once measured, the anchors.
 
-    ``safeguards`` and ``gauges`` are reported with the score but are not part of it. The caller injects the
+    ``safeguards`` and ``gauges`` are reported with the score but are not part of it. ``reference_pictures`` are
+    thumbnails (H, W, 3) for grids. The caller injects the
     adapter into ``base`` before scoring and removes it afterwards.
     """
 
@@ -56,6 +66,7 @@ class Evaluator:
     safeguards: Safeguards | None = None
     gauges: tuple[Gauge, ...] = ()
     anchors: Anchors | None = None
+    reference_pictures: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -112,7 +123,8 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
     )
     base_ND = read_vectors(folder / VECTORS_NAME, prompts.image_count) if stored else None
     if stored and (base_ND is not None or not evaluator.needs_base_vectors):
-        return replace(stored, untouched=untouched, base_ND=base_ND)
+        shown = _thumbnails(read_images(folder / "samples", prompts))
+        return replace(stored, untouched=untouched, base_ND=base_ND, base_images=shown)
     if all(map(invalid_reason, untouched)):  # no need to draw the others, which can take minutes
         raise _draws_nothing(untouched)
     images = sample(
@@ -126,13 +138,19 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
     )
     if any(map(invalid_reason, images)):
         raise _draws_nothing(images)
-    anchors = measure_anchors(evaluator, images, untouched)
+    anchors = replace(measure_anchors(evaluator, images, untouched), base_images=_thumbnails(images))
     assert anchors.base_ND is not None, "measured just now"
     write_vectors(folder / VECTORS_NAME, anchors.base_ND)
     if stored:
-        return replace(stored, untouched=untouched, base_ND=anchors.base_ND)
+        return replace(
+            stored, untouched=untouched, base_ND=anchors.base_ND, base_images=anchors.base_images
+        )
     write_anchors(folder / ANCHORS_NAME, anchors)
     return anchors
+
+
+def _thumbnails(images: Sequence[SampledImage]) -> tuple[SampledImage, ...]:
+    return tuple(replace(image, pixels_HW3=thumbnail(image.pixels_HW3)) for image in images)
 
 
 def _draws_nothing(images: Sequence[SampledImage]) -> ModelFileError:
@@ -147,7 +165,9 @@ def _remember_overflow(base: Base, note: Path) -> None:
     start, so that its images equal those of a process that was not interrupted."""
 
     def write() -> None:
-        write_atomic(note, f"The VAE of {clean_text(base.name)} overflows in fp16; images are decoded in fp32.\n")
+        write_atomic(
+            note, f"The VAE of {clean_text(base.name)} overflows in fp16; images are decoded in fp32.\n"
+        )
 
     if note.is_file():
         base.vae_overflows = True

@@ -31,9 +31,12 @@ import numpy as np
 from evaluation.encoders import Vectors, check_encoder
 from evaluation.gauges import Beside
 from evaluation.gauges import gauge as beside
+from evaluation.images import Beside as GridBeside
 from evaluation.images import (
+    Heading,
     OnImages,
     SampledImage,
+    Unchanged,
     check_valid,
     png_bytes,
     prove_applied,
@@ -46,7 +49,7 @@ from evaluation.score.formula import USUAL, Formula, composite
 from evaluation.score.safeguards import Parts, Safety
 from evaluation.score.statistics import Difference, interval
 from evaluation.score.statistics import prompt_draws as prompt_draws
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, InvalidImages
 from trainer.files import write_atomic
 
 METRICS_NAME, GRID_NAME, SAMPLES_NAME = "metrics.json", "grid.png", "samples"
@@ -215,23 +218,57 @@ def read_score(path: Path) -> Score:
 
 
 def evaluate_adapter(
-    evaluator: Evaluator, folder: Path, *, identity: str = "", on_image: OnImages | None = None
+    evaluator: Evaluator,
+    folder: Path,
+    *,
+    identity: str = "",
+    heading: Heading | None = None,
+    on_image: OnImages | None = None,
 ) -> Score:
     """Sample the base with its injected adapter and score the images; writes folder/samples, grid.png, metrics.json.
 
     ``identity`` names the weights (base and adapter); with it, an interrupted call resumes where it stopped.
+    ``heading`` stands on the grid, with the score or the reason why there is none. metrics.json is written last.
     Raises InvalidImages for invalid images and Unchanged if they equal those of the base. A broken safeguard
     limit raises nothing; see ``Score.safety``.
     """
     evaluator.scale.check(evaluator.identity)
     base, prompts, sampling = evaluator.base, evaluator.prompts, evaluator.sampling
     images = sample(base, prompts, sampling, folder / SAMPLES_NAME, identity=identity, on_image=on_image)
-    grid = np.asarray(sample_grid(images, prompts))
-    write_atomic(folder / GRID_NAME, png_bytes(grid))
-    prove_applied(images, evaluator.scale.untouched)
-    result = score(images, evaluator)
+    grid = _Grid(evaluator, images, heading)
+    try:
+        prove_applied(images, evaluator.scale.untouched)
+        result = score(images, evaluator)
+    except (InvalidImages, Unchanged) as error:
+        grid.write(folder, f"no score: {error.message}", failed=True)
+        raise
+    grid.write(folder, _verdict(result), failed=bool(result.safety and result.safety.broken))
     write_atomic(folder / METRICS_NAME, json.dumps(result.as_dict(), indent=1))
     return result
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """grid.png of some images, once it is known what to say of them."""
+
+    evaluator: Evaluator
+    images: Sequence[SampledImage]
+    heading: Heading | None
+
+    def write(self, folder: Path, verdict: str, *, failed: bool) -> None:
+        beside = GridBeside(self.evaluator.scale.base_images, self.evaluator.reference_pictures)
+        grid = sample_grid(self.images, self.evaluator.prompts, self.heading, verdict, beside, failed=failed)
+        write_atomic(folder / GRID_NAME, png_bytes(np.asarray(grid)))
+
+
+def _verdict(result: Score) -> str:
+    """The score in words, and the limits that are broken."""
+    words = (
+        f"score {result.value:.4f} ± {result.se:.4f}: prompt following {result.prompt_following:.2f}, "
+        f"likeness {result.likeness:.2f}"
+    )
+    safety = result.safety
+    return "; ".join([words, *map(safety.says, safety.broken)] if safety else [words])
 
 
 # Small helpers

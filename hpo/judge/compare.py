@@ -136,7 +136,7 @@ def _measure(run: RunFiles, file: Checkpoint, judge: Judge, view: JudgeView) -> 
     sampling = judge.evaluator.sampling
     size = f"{sampling.width_px}×{sampling.height_px} px"
     return Measured(
-        ComparedSide(score, replace(anchors, untouched=())),
+        ComparedSide(score, replace(anchors, untouched=(), base_images=())),
         base.name,
         base.identity,
         size,

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+<<<<<<< HEAD
 from dataclasses import dataclass, replace
+=======
+from dataclasses import asdict, dataclass, field, replace
+>>>>>>> fd9fc85 (grid.png: whole captions, the untrained base, references, score and settings; wip)
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from evaluation.images import OnImages, SampledImage, sample
+from evaluation.images import Heading, OnImages, SampledImage, sample
 from evaluation.prompts import MAX_TOKENS, PromptSet
 from evaluation.score import (
     METRICS_NAME,
@@ -44,6 +48,7 @@ from hpo.study import (
     say_notes,
     subject_items,
 )
+from hpo.terminal import short
 from hpo.train import check_device
 from trainer.adapters import DATASET_KEY, lorafile
 from trainer.bases import Base, compute_type, load_base
@@ -57,12 +62,22 @@ if TYPE_CHECKING:
 LORA_NAME = (
     "lora.json"  # the LoRA that was scored, and a hash of the limits, training images and extra metrics
 )
+# the settings that a grid names
+TOLD = (
+    "learning_rate",
+    "network_dim",
+    "network_alpha",
+    "optimizer_type",
+    "max_train_epochs",
+    "max_train_steps",
+)
 T = TypeVar("T")
 
 
 @dataclass
 class Judge:
-    """Everything needed to score the LoRAs of a run.  ``name``: name of the run."""
+    """Everything needed to score the LoRAs of a run.  ``name``: name of the run; ``settings``: some of its settings,
+    for grids."""
 
     name: str
     data: Dataset
@@ -70,6 +85,7 @@ class Judge:
     confirmation: PromptSet | None
     reference_files: tuple[Path, ...]
     say: Say
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def safeguards(self) -> Safeguards:
@@ -112,9 +128,12 @@ class Judge:
         if found is not None:
             return found
         make_folder(folder)
+        heading = Heading(f"{self.name}: {lora.name} on {self.evaluator.base.name}", self.settings)
         with self._applied(lora) as identity:
             result = self._within_memory(
-                lambda: evaluate_adapter(self.evaluator, folder, identity=identity, on_image=on_image)
+                lambda: evaluate_adapter(
+                    self.evaluator, folder, identity=identity, heading=heading, on_image=on_image
+                )
             )
         note = {"file": lora.name, "sha256": sha256_file(lora), "watch": self.watch}
         write_atomic(folder / LORA_NAME, json.dumps(note))
@@ -229,7 +248,8 @@ def load(
                 f"warning: {run.name} was trained with {words} (from {like.name}); the LoRA may not respond to it"
             )
         evaluator = on_another_base(like.evaluator, base, sampling, data, paths)
-    return Judge(run.name, data, evaluator, confirmation, tuple(paths), say)
+    told = {name: short(getattr(config, name)) for name in TOLD if getattr(config, name) is not None}
+    return Judge(run.name, data, evaluator, confirmation, tuple(paths), say, told)
 
 
 def _say_changes(run: RunFiles, base: Base, data: Dataset, say: Say) -> None:

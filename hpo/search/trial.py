@@ -29,8 +29,10 @@ from hpo.study import (
     TrialFolder,
     config_sha256,
     deciding,
+    settings_of,
     write_result,
 )
+from hpo.terminal import short
 from hpo.train import StepLog, train_adapter
 from trainer.adapters import COMMENT, CONFIG_KEY, dataset_metadata
 from trainer.config import TrainConfig
@@ -224,7 +226,7 @@ def _train(
 def _scored(
     bench: Workbench, folder: TrialFolder, adapter: Adapter, config: TrainConfig, watch: Watch
 ) -> Score:
-    from evaluation.images import Unchanged
+    from evaluation.images import Heading, Unchanged
     from evaluation.score import evaluate_adapter
 
     def on_image(done: int, total: int) -> None:
@@ -240,6 +242,7 @@ def _scored(
             bench.evaluator,
             folder.root,
             identity=f"{bench.base.identity}:{adapter.fingerprint()}",
+            heading=Heading(f"{bench.folder.name}, trial {folder.number}", _searched(bench, config)),
             on_image=on_image,
         )
     except Unchanged:
@@ -252,6 +255,12 @@ def _scored(
     except OutOfMemory as error:  # every trial generates the same images, so its settings are not the cause
         hint = f"--set sampling.batch_size={max(1, bench.evaluator.sampling.batch_size // 2)}"
         raise MachineError(error.message, hint) from None
+
+
+def _searched(bench: Workbench, config: TrainConfig) -> dict[str, str]:
+    """The settings of a trial that the study searches, in words."""
+    names = [name for parameter in bench.study.space for name in settings_of(parameter.name)]
+    return {name: short(getattr(config, name)) for name in dict.fromkeys(names)}
 
 
 def _is_in_place(adapter: Adapter, config: TrainConfig) -> bool:

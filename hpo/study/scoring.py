@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 
 from evaluation.encoders import (
@@ -24,7 +25,7 @@ from evaluation.encoders import (
     self_test,
 )
 from evaluation.gauges import others
-from evaluation.images import SampleConfig
+from evaluation.images import SHOWN_REFERENCES, SampleConfig, thumbnail
 from evaluation.prompts import CONFIRM_SEEDS, SEARCH_SEEDS, CountTokens, PromptSet, generate, load_prompts
 from evaluation.score import Evaluator, SafeguardLimits, Safeguards, embed_copies, scene_encoders
 from hpo.study.config import Inputs, StudyConfig
@@ -82,6 +83,7 @@ def make_evaluator(
             *others.usual(scorer, likeness, plan.references),
             *others.also(also, scorer, plan.references, base.device, say),
         ),
+        reference_pictures=_pictures(plan.references),
     )
 
 
@@ -93,6 +95,11 @@ def on_another_base(
     limits = evaluator.safeguards.limits
     own = _safeguards(data, references, evaluator.scorer, evaluator.likeness, limits)
     return replace(evaluator, base=base, sampling=sampling, safeguards=own, anchors=None)
+
+
+def _pictures(paths: Sequence[Path]) -> tuple[np.ndarray, ...]:
+    """Thumbnails of the references, to be shown beside the images."""
+    return tuple(thumbnail(read_picture(path).pixels_HW3) for path in paths[:SHOWN_REFERENCES])
 
 
 def _load_encoders(

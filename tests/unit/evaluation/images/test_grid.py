@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.images import grid as grids
-from evaluation.images import lettering
-from evaluation.images.grid import MARGIN_PX, WIDTH_PX, Beside, Heading, sample_grid
+import evaluation.images.lettering as lettering
+from evaluation.images.grid import (
+    MARGIN_PX,
+    SMALL_PX,
+    TEXT_PX,
+    TITLE_PX,
+    WIDTH_PX,
+    Beside,
+    Heading,
+    sample_grid,
+)
 from evaluation.images.images import SampledImage
 from evaluation.images.lettering import fitted, lettered, lines_of, text_strip
 from evaluation.prompts.prompts import Prompt, PromptSet
@@ -68,7 +76,7 @@ def test_texts_are_whole_however_long_they_are() -> None:
 
 def test_text_can_be_read_on_a_phone() -> None:
     """400 px wide, the smallest text still has 10 px, browsers' smallest sensible size."""
-    assert grids.SMALL_PX * 400 / (WIDTH_PX + 2 * MARGIN_PX) > 10
+    assert SMALL_PX * 400 / (WIDTH_PX + 2 * MARGIN_PX) > 10
 
 
 def test_title_score_and_settings_stand_above_the_images() -> None:
@@ -76,9 +84,9 @@ def test_title_score_and_settings_stand_above_the_images() -> None:
     heading = Heading("demo, trial 7", {"network_dim": "16", "learning_rate": "1e-4"})
     sheet = sample_grid(images(prompts), prompts, heading, "score 0.4213 ± 0.0100")
     top = sheet.crop((0, 0, sheet.width, 200))
-    assert holds(top, text_strip("demo, trial 7", WIDTH_PX, grids.TITLE_PX))
-    assert holds(top, text_strip("score 0.4213 ± 0.0100", WIDTH_PX, grids.TEXT_PX))
-    settings = text_strip("network_dim 16, learning_rate 1e-4", WIDTH_PX, grids.SMALL_PX, lettering.GREY)
+    assert holds(top, text_strip("demo, trial 7", WIDTH_PX, TITLE_PX))
+    assert holds(top, text_strip("score 0.4213 ± 0.0100", WIDTH_PX, TEXT_PX))
+    settings = text_strip("network_dim 16, learning_rate 1e-4", WIDTH_PX, SMALL_PX, lettering.GREY)
     assert holds(top, settings)
 
 

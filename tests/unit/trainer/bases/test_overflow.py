@@ -62,7 +62,9 @@ def test_an_overflow_is_decoded_again_in_fp32_said_once_and_remembered(
     seen = seen_types(base, monkeypatch)
     first, finite = base.decode_latents(latents())
     right = loud(family, torch.float32).decode_latents(latents())[0].astype(int)
-    assert finite == [True] * 3 and np.abs(first.astype(int) - right).max() <= 3  # the weights were rounded to fp16
+    assert (
+        finite == [True] * 3 and np.abs(first.astype(int) - right).max() <= 3
+    )  # the weights were rounded to fp16
     assert seen == [(torch.float16, 3)] + [(torch.float32, 1)] * 3
     assert base.vae_overflows and base.vae.dtype == torch.float16
     del seen[:]
@@ -73,7 +75,9 @@ def test_an_overflow_is_decoded_again_in_fp32_said_once_and_remembered(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_types_are_decoded_at_once_as_before(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_types_are_decoded_at_once_as_before(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = loud("sd15", dtype)
     base.vae_overflows = True  # found out by an earlier run in fp16
     seen = seen_types(base, monkeypatch)
@@ -101,7 +105,9 @@ def test_latents_that_are_not_finite_are_no_fault_of_the_vae(monkeypatch: pytest
 
 def test_the_caller_of_load_base_is_told(tmp_path: Path) -> None:
     said: list[str] = []
-    base = load_base(str(save_folder(loud("sd15", torch.float32), tmp_path / "loud")), dtype=torch.float16, say=said.append)
+    base = load_base(
+        str(save_folder(loud("sd15", torch.float32), tmp_path / "loud")), dtype=torch.float16, say=said.append
+    )
     base.decode_latents(latents())
     assert len(said) == 1 and "the VAE of loud overflows" in said[0]
 
