@@ -20,7 +20,7 @@ Colour = tuple[int, int, int]
 BLACK, GREY, RED = (0, 0, 0), (100, 100, 100), (190, 0, 0)
 # Usual names of fonts with many letters, looked for where the system keeps its fonts.
 OTHER_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-zenhei.ttc")
-SIMPLER = str.maketrans({"–": "-", "—": "-", "×": "x", "→": ">", "“": '"', "”": '"', "’": "'", "…": "..."})
+SIMPLER = str.maketrans({"–": "-", "—": "-", "×": "x", "→": ">"})
 LACKING = "?"
 LINE = 1.3  # height of a line, in font sizes
 

@@ -142,9 +142,7 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
     assert anchors.base_ND is not None, "measured just now"
     write_vectors(folder / VECTORS_NAME, anchors.base_ND)
     if stored:
-        return replace(
-            stored, untouched=untouched, base_ND=anchors.base_ND, base_images=anchors.base_images
-        )
+        return replace(stored, untouched=untouched, base_ND=anchors.base_ND, base_images=anchors.base_images)
     write_anchors(folder / ANCHORS_NAME, anchors)
     return anchors
 

@@ -14,11 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-<<<<<<< HEAD
-from dataclasses import dataclass, replace
-=======
-from dataclasses import asdict, dataclass, field, replace
->>>>>>> fd9fc85 (grid.png: whole captions, the untrained base, references, score and settings; wip)
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
