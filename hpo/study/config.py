@@ -14,9 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.score import Formula, SafeguardLimits
+from evaluation.score import SIGNED, Formula, SafeguardLimits
 from hpo.study.overrides import override, shadows
-from hpo.study.sections import PRESETS, PromptSection, SamplingSection, ScorePreset, StudySection
+from hpo.study.sections import (
+    BELOW_ZERO,
+    PRESETS,
+    PromptSection,
+    SamplingSection,
+    ScorePreset,
+    StudySection,
+)
 from hpo.study.space.file import read_space
 from hpo.study.space.space import BASELINE, ELSEWHERE, Space, settings_of
 from trainer import checks
@@ -90,11 +97,17 @@ class StudyConfig:
         for name, value in self.train.as_dict().items():
             if name not in NEUTRAL_SETTINGS and name not in decided:
                 facts[f"[train] {name}"] = str(value)
+        if self.score.signed:
+            facts[BELOW_ZERO] = self.score.below_zero
         return facts
 
 
 def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None) -> StudyConfig:
-    """Read a TOML file, apply ``--set`` values, and check the definition including all range limits."""
+    """Read a TOML file, apply ``--set`` values, and check the definition including all range limits.
+
+    A file without ``[score] below_zero`` defines a study that is told signed values; in the stored definition of a
+    begun study (``build_study``) the missing key means clipped ones.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -103,6 +116,8 @@ def read_study(path: Path, *, sets: Iterable[str] = (), seed: int | None = None)
         raise ConfigError(
             f"{path} is not valid TOML: {clean_text(str(error))}", "fix the syntax at that position"
         ) from None
+    if isinstance(score := table.setdefault("score", {}), dict):
+        score.setdefault("below_zero", SIGNED)
     try:
         return build_study(path.stem, table, sets=sets, seed=seed)
     except ConfigError as error:
@@ -146,6 +161,20 @@ def build_study(
         read(Formula, sections["score"], "score"),
         read(SafeguardLimits, sections["limits"], "limits"),
         sections=sections,
+    )
+
+
+def as_begun(config: StudyConfig, begun: Mapping[str, str] | None) -> StudyConfig:
+    """The definition with the objective that a study was begun with.  ``begun``: its facts, None if it is new.
+
+    Studies of versions that told only clipped values have no fact about it, and go on with clipped values.
+    """
+    if not begun or BELOW_ZERO in begun or not config.score.signed:
+        return config
+    sections = dict(config.sections)
+    sections["score"] = {k: v for k, v in sections.get("score", {}).items() if k != "below_zero"}
+    return dataclasses.replace(
+        config, score=dataclasses.replace(config.score, below_zero=Formula.below_zero), sections=sections
     )
 
 
