@@ -210,19 +210,31 @@ def climbs(found: Recorded, *, everywhere: bool = False) -> dict[str, np.ndarray
 MARKS = (10, 15, 20, 30)
 
 
-def tables(found: Recorded) -> str:
-    lines = [
-        "| told | Spearman, all | Kendall, all | score above 0 | score 0 |",
-        "|---|---|---|---|---|",
-    ]
-    for name, of in agreements(found).items():
+def form_lines(forms: Mapping[str, Agreement]) -> list[str]:
+    lines = ["| told | Spearman, all | Kendall, all | score above 0 | score 0 |", "|---|---|---|---|---|"]
+    for name, of in forms.items():
         lines.append(f"| {name} | {of.spearman:.3f} | {of.kendall:.3f} | {of.above:.3f} | {of.below:.3f} |")
+    return lines
+
+
+def climb_lines(words: str, climbed_by: Mapping[str, np.ndarray]) -> list[str]:
+    lines = []
+    for form, best_ST in climbed_by.items():
+        cells = [f"{best_ST[:, n - 1].mean():.3f}" for n in MARKS]
+        cells += [f"{int((best_ST[:, n - 1] <= 0).sum())} of {SEEDS}" for n in (20, 30)]
+        lines.append(f"| {words} | {form} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def tables(found: Recorded) -> str:
     heads = " | ".join(f"after {n}" for n in MARKS)
-    lines += ["", f"| noise | told below zero | {heads} | still at 0 after 20 | after 30 |"]
-    lines.append("|---|---|" + "---|" * (len(MARKS) + 2))
-    for words, everywhere in (("as recorded", False), ("0.02 everywhere", True)):
-        for form, best_ST in climbs(found, everywhere=everywhere).items():
-            cells = [f"{best_ST[:, n - 1].mean():.3f}" for n in MARKS]
-            cells += [f"{int((best_ST[:, n - 1] <= 0).sum())} of {SEEDS}" for n in (20, 30)]
-            lines.append(f"| {words} | {form} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *form_lines(agreements(found)),
+            "",
+            f"| noise | told below zero | {heads} | still at 0 after 20 | after 30 |",
+            "|---|---|" + "---|" * (len(MARKS) + 2),
+            *climb_lines("as recorded", climbs(found)),
+            *climb_lines("0.02 everywhere", climbs(found, everywhere=True)),
+        ]
+    )

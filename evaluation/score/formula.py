@@ -95,7 +95,10 @@ USUAL = Formula()
 
 def composite(following: np.ndarray, alike: np.ndarray, formula: Formula = USUAL) -> np.ndarray:
     """The score: weighted mean of the clipped parts; 0 if either part is 0."""
-    t, i = np.clip(following, 0, CEILING) + 0.0, np.clip(alike, 0, CEILING) + 0.0  # never −0, whose inverse is −inf
+    t, i = (
+        np.clip(following, 0, CEILING) + 0.0,
+        np.clip(alike, 0, CEILING) + 0.0,
+    )  # never −0, whose inverse is −inf
     w_t, w_i = formula.prompt_following, formula.likeness
     if formula.mean == "geometric":
         if w_t == w_i == 1:
