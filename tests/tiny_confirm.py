@@ -73,7 +73,7 @@ def check_confirmation(folder: StudyFolder, runs: int) -> dict[tuple[int, int], 
     for t in complete:
         params, result = read_json(folder.trial(t.number).params), read_json(folder.trial(t.number).result)
         assert params is not None and result is not None
-        assert params["suggested"] == t.params and result["value"] == t.value
+        assert params["suggested"] == t.params and result["objective"] == t.value
         assert len([k for k in t.system_attrs if k.startswith("artifacts:")]) == 1
         assert not folder.trial(t.number).checkpoints.exists()
     assert not list(folder.root.rglob(".tmp-*"))

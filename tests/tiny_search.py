@@ -43,6 +43,7 @@ STUDY: dict[str, Any] = {
     },
     "baseline": {"learning_rate": 1e-3, "network_dim": 2, "network_alpha": 2, "max_train_epochs": 2},
     "sampling": {"steps": 2, "cfg": 1.0},
+    "score": {"below_zero": "signed"},  # as in a study file; a stored definition without the key is clipped
 }
 
 
@@ -188,7 +189,7 @@ def check_study(folder: StudyFolder, trials: int) -> None:
         params, result = read_json(files.params), read_json(files.result)
         assert params is not None and result is not None
         assert params["suggested"] == t.params
-        assert result["value"] == t.value and result["number"] == t.number
+        assert result["objective"] == t.value and result["number"] == t.number
         assert sha256_file(files.lora) == result["lora_sha256"]
         artifacts = [k for k in t.system_attrs if k.startswith("artifacts:")]
         assert len(artifacts) == 1

@@ -76,7 +76,7 @@ def choose(points: Sequence[CheckpointPoint], anchors: Anchors) -> CheckpointCho
             f"none of {len(points)} checkpoints can be scored: {'; '.join(reasons)}",
             "a lower learning_rate if their images show nothing; else train them again",
         )
-    best = max(scored, key=lambda n: (scored[n].value, -n))
+    best = max(scored, key=lambda n: (scored[n].objective, -n))
     lead = tuple(
         paired_difference(scored[best], scored[n], anchors) if n in scored and n != best else None
         for n in range(len(points))
@@ -99,14 +99,14 @@ def finalists(
 ) -> tuple[int, ...]:
     """The points to score again, in training order: the chosen one, the best, and the next best."""
     scored = [n for n, point in enumerate(points) if point.score is not None]
-    by_value = sorted(scored, key=lambda n: -_value(points[n]))
-    ranked = dict.fromkeys([choice.chosen, choice.best, *by_value])
+    by_objective = sorted(scored, key=lambda n: -_score(points[n]).objective)
+    ranked = dict.fromkeys([choice.chosen, choice.best, *by_objective])
     return tuple(sorted(list(ranked)[:count]))
 
 
-def _value(point: CheckpointPoint) -> float:
+def _score(point: CheckpointPoint) -> Score:
     assert point.score is not None
-    return point.score.value
+    return point.score
 
 
 def verdict(
@@ -122,7 +122,7 @@ def verdict(
             "the run saved one checkpoint, so there is no curve",
             "train with save_every_n_epochs, for example --set save_every_n_epochs=2",
         )
-    if _value(points[choice.best]) <= 0:
+    if _score(points[choice.best]).value <= 0:
         return CheckpointVerdict(
             NO_BETTER,
             "no checkpoint scores above 0, the score of the untrained base",

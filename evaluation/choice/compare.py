@@ -65,7 +65,7 @@ def _check_same(a: ComparedSide, b: ComparedSide) -> None:
             raise ConfigError(
                 f"the two sides were measured with different {what}", f"score both with the same {what}"
             )
-    if a.score.formula != b.score.formula:
+    if a.score.formula.words() != b.score.formula.words():
         raise ConfigError("the two scores use different formulas", "score both with the same formula")
     for side in (a, b):
         if side.score.anchors_key != side.anchors.key:

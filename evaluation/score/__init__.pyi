@@ -2,8 +2,12 @@ from .anchors import Anchors as Anchors
 from .evaluator import Evaluator as Evaluator
 from .evaluator import make_anchors as make_anchors
 from .formula import CEILING as CEILING
+from .formula import CLIPPED as CLIPPED
+from .formula import SIGNED as SIGNED
 from .formula import Formula as Formula
 from .formula import composite as composite
+from .formula import objective as objective
+from .formula import told_part as told_part
 from .limits import SafeguardLimits as SafeguardLimits
 from .safeguards import Safeguards as Safeguards
 from .safeguards import Safety as Safety

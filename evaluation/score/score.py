@@ -15,12 +15,16 @@ i = 0 and score 0, and a high CLIP score alone (which the untrained base has) ca
 (arXiv 2406.16855) also uses a product of two alignments; the anchors are specific to this project. Raw cosines are
 stored and are scaled only here and in output. A study can weight t and i or use their harmonic mean (``Formula``).
 
+The score is what is shown.  The *objective* is what decides, and what Optuna is told: it equals the score where that
+is above 0 and continues below it, so ``score = max(0, objective)``.
+
 Shapes: N images, P prompts, R references, D vector width, K bootstrap draws.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +49,7 @@ from evaluation.images import (
 )
 from evaluation.score.anchors import Anchors
 from evaluation.score.evaluator import Evaluator
-from evaluation.score.formula import USUAL, Formula, composite
+from evaluation.score.formula import USUAL, Formula, composite, objective
 from evaluation.score.safeguards import Parts, Safety
 from evaluation.score.statistics import Difference, interval
 from evaluation.score.statistics import prompt_draws as prompt_draws
@@ -74,6 +78,8 @@ class Score:
     class-only prompts. ``*se`` are standard errors from a cluster bootstrap over prompts, which keeps the
     images of a prompt together (Efron & Tibshirani 1993, ch. 6). They cover the choice of prompts and seeds but
     not the training seed. ``safety`` and ``beside`` are reported with the score but are not part of it.
+    ``objective`` is the score continued below 0 (``evaluation.score.formula``); files of older versions have none,
+    and then it is the score.
     """
 
     value: float
@@ -94,6 +100,13 @@ class Score:
     formula: Formula = USUAL
     safety: Safety | None = None
     beside: tuple[Beside, ...] = ()
+    objective: float = math.nan
+    objective_se: float = math.nan
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.objective):
+            object.__setattr__(self, "objective", self.value)
+            object.__setattr__(self, "objective_se", self.se)
 
     def as_dict(self) -> dict[str, Any]:
         """The content of metrics.json. ``invalid`` is kept for older versions and always 0, because invalid
@@ -149,6 +162,8 @@ def score(images: Sequence[SampledImage], evaluator: Evaluator) -> Score:
         formula=formula,
         safety=safety,
         beside=beside.read(evaluator.gauges, vectors, images, prompts),
+        objective=float(objective(following, alike, formula)[0]),
+        objective_se=_spread(objective(following_K, alike_K, formula)),
     )
 
 
@@ -175,14 +190,15 @@ def anchored(
 
 
 def by_draw(one: Score, anchors: Anchors) -> np.ndarray:
-    """(K) the score of each bootstrap draw of the prompts (``evaluation.score.statistics.prompt_draws``)."""
-    return _values(one, anchors, prompt_draws(len(anchors.prompt_ids)))
+    """(K) the objective of each bootstrap draw of the prompts (``evaluation.score.statistics.prompt_draws``)."""
+    return _objectives(one, anchors, prompt_draws(len(anchors.prompt_ids)))
 
 
 def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], anchors: Anchors) -> Difference:
-    """Score of ``a`` minus score of ``b``, prompt by prompt, with a 95 % interval.
+    """Objective of ``a`` minus objective of ``b``, prompt by prompt, with a 95 % interval.
 
-    Several scores on a side (training seeds) are averaged. The interval covers prompts, not training seeds.
+    For scores above 0 this is the difference of the scores. Several scores on a side (training seeds) are averaged.
+    The interval covers prompts, not training seeds.
     """
     sides = [[s] if isinstance(s, Score) else list(s) for s in (a, b)]
     formulas = {s.formula for side in sides for s in side}
@@ -191,7 +207,7 @@ def paired_difference(a: Score | Sequence[Score], b: Score | Sequence[Score], an
     point_K = np.ones((1, len(anchors.prompt_ids)))
     draws_KP = prompt_draws(len(anchors.prompt_ids))
     point, draws_K = (
-        np.subtract(*(np.mean([_values(s, anchors, w) for s in side], axis=0) for side in sides))
+        np.subtract(*(np.mean([_objectives(s, anchors, w) for s in side], axis=0) for side in sides))
         for w in (point_K, draws_KP)
     )
     return Difference(float(point[0]), *interval(draws_K))
@@ -289,6 +305,11 @@ def _prompt_means(rows: Sequence[ImageScore], anchors: Anchors) -> tuple[np.ndar
 def _values(one: Score, anchors: Anchors, weights_KP: np.ndarray) -> np.ndarray:
     parts = anchored(*_prompt_means(one.per_image, anchors), anchors, weights_KP)
     return composite(*parts, one.formula)
+
+
+def _objectives(one: Score, anchors: Anchors, weights_KP: np.ndarray) -> np.ndarray:
+    parts = anchored(*_prompt_means(one.per_image, anchors), anchors, weights_KP)
+    return objective(*parts, one.formula)
 
 
 def _spread(draws_K: np.ndarray) -> float:

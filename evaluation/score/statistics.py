@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.score.formula import USUAL, Formula, composite
+from evaluation.score.formula import USUAL, Formula, objective
 
 DRAWS = 1000  # bootstrap draws; a standard error is then accurate to about 2 %
 BOOTSTRAP_SEED = 20240229
@@ -155,20 +155,21 @@ class Scale:
 def image_scores(
     clip_t_PS: np.ndarray, clip_i_PS: np.ndarray, scale: Scale, formula: Formula = USUAL
 ) -> np.ndarray | None:
-    """The contribution (P, S) of every image to the score of a configuration; their mean is the score.
+    """The contribution (P, S) of every image to the objective of a configuration (its score, where that is above
+    0); their mean is the objective.
 
-    The score is not a mean over images, so this is its first-order approximation: the score plus the
-    influence of each image (Hampel 1974, doi:10.1080/01621459.1974.10482962). None if the score is 0, where
+    The objective is not a mean over images, so this is its first-order approximation: the objective plus the
+    influence of each image (Hampel 1974, doi:10.1080/01621459.1974.10482962). None if it is clipped at 0, where
     it has no slope.
     """
     asks = scale.asks_P
     t_unit_P, i_unit_P = scale.base_t_P - scale.chance_t_P, scale.real_i - scale.base_i_P[asks]
     following_PS, t = _influence(clip_t_PS - scale.chance_t_P[:, None], t_unit_P, 2 * scale.t_unit_se)
     alike_PS, i = _influence((clip_i_PS - scale.base_i_P[:, None])[asks], i_unit_P, 2 * scale.i_unit_se)
-    if t <= 0 or i <= 0:
+    if (t <= 0 or i <= 0) and not formula.signed:
         return None
     slope_t, slope_i = formula.slopes(t, i)
-    out_PS = float(composite(np.array(t), np.array(i), formula)) + slope_t * following_PS
+    out_PS = float(objective(np.array(t), np.array(i), formula)) + slope_t * following_PS
     out_PS[asks] += slope_i * alike_PS * len(asks) / asks.sum()
     return out_PS
 

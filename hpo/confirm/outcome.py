@@ -36,7 +36,11 @@ RETRAINED, RESCORED = "retrained", "rescored"
 
 @dataclass(frozen=True)
 class Repeat:
-    """One scored run of a configuration on the confirmation set."""
+    """One scored run of a configuration on the confirmation set.
+
+    ``objective`` and ``draws_K`` decide: the score and its bootstrap draws, continued below 0 in a study that is told
+    signed values.  ``score`` is shown; without an ``objective`` it decides, too.
+    """
 
     trial: int  # of the confirmation study
     train_seed: int
@@ -44,6 +48,11 @@ class Repeat:
     draws_K: np.ndarray
     train_seconds: float
     trained_images: int  # optimizer steps × effective batch; the cost of a run, independent of machine load
+    objective: float | None = None
+
+    @property
+    def told(self) -> float:
+        return self.score if self.objective is None else self.objective
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,10 @@ class ConfirmCandidate:
     @property
     def score(self) -> float:
         return float(np.mean([r.score for r in self.repeats]))
+
+    @property
+    def objective(self) -> float:
+        return float(np.mean([r.told for r in self.repeats]))
 
     @property
     def cost(self) -> tuple[float, int, int]:
@@ -132,14 +145,10 @@ def decide(
         return None
     baseline = next((c for c in sound if c.number == trial0), None)
     sd, freedom = repeat_sd([[r.score for r in c.repeats] for c in sound])
-    draws_CK = with_repeat_noise(
-        np.stack([np.mean([r.draws_K for r in c.repeats], axis=0) for c in sound]),
-        [len(c.repeats) for c in sound],
-        sd,
-        freedom,
-    )
+    draws_CK = _draws(sound, shown=True)
     values = [c.score for c in sound]
-    tied = [sound[k] for k in tied_with_best(values, draws_CK)]
+    told_C, told_CK = [c.objective for c in sound], _draws(sound, shown=False)
+    tied = [sound[k] for k in tied_with_best(told_C, told_CK)]
     over: dict[int, Difference] = {}
     if baseline is not None:
         zero = sound.index(baseline)
@@ -154,8 +163,8 @@ def decide(
         tied.append(baseline)  # no configuration is significantly better than trial 0, so it counts as tied
     winner = min(better or tied, key=lambda c: c.cost)
     rows = []
-    chances = p_best(draws_CK)
-    for k in sorted(range(len(sound)), key=lambda k: (-values[k], sound[k].number)):
+    chances = p_best(told_CK)
+    for k in sorted(range(len(sound)), key=lambda k: (-told_C[k], sound[k].number)):
         c = sound[k]
         rows.append(
             ConfirmedRow(
@@ -188,6 +197,15 @@ def decide(
         expected=expected_best(searched, math.hypot(own_se, sd)) if own_se else None,
         troubles={c.number: c.trouble for c in candidates if c.trouble},
     )
+
+
+def _draws(candidates: Sequence[ConfirmCandidate], *, shown: bool) -> np.ndarray:
+    """(C, K) draws of the mean over the repeats, widened by their noise: of the score that is shown, or of the
+    objective."""
+    floor = 0.0 if shown else -math.inf
+    means = [np.mean([np.maximum(r.draws_K, floor) for r in c.repeats], axis=0) for c in candidates]
+    values = [[r.score if shown else r.told for r in c.repeats] for c in candidates]
+    return with_repeat_noise(np.stack(means), [len(c.repeats) for c in candidates], *repeat_sd(values))
 
 
 def expected_best(searched: Sequence[float], noise: float) -> float | None:

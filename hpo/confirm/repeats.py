@@ -80,4 +80,5 @@ def _repeat(trial: FrozenTrial, runs: ConfirmProposals) -> Repeat:
         by_draw(score, runs.bench.anchors),
         float(cost.get("train_seconds", 0.0)),
         int(cost.get("steps", 0)) * batch,
+        score.objective,
     )

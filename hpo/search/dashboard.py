@@ -56,6 +56,8 @@ def note_text(result: Result, settings: Mapping[str, Any], grid_path: str | None
     lines = [f"![samples]({grid_path})", ""] if grid_path else []
     if result.state == "complete":
         lines.append(f"**score {result.value:.4f} ± {result.se:.4f}** ({result.n_images} images)")
+        if result.objective is not None and result.objective < 0:
+            lines += ["", f"objective {result.objective:.4f}: what the sampler is told where the score is 0"]
         lines.append("")
         lines.append(
             f"prompt following {result.prompt_following:.3f}, likeness {result.likeness:.3f} "

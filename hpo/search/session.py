@@ -36,6 +36,7 @@ from hpo.study import (
     StudyFolder,
     Use,
     Work,
+    as_begun,
     begun_study,
     check_unchanged,
     database_errors,
@@ -96,7 +97,13 @@ def search(request: SearchRequest, console: Console) -> None:
         console, lambda suggested: config.space.settings(suggested, config.train), folder.name
     )
     with database_errors(folder):
-        _check_definition(folder, config)
+        begun = _as_begun(folder, config)
+        if begun.score.signed != config.score.signed:
+            view.say(
+                f"study {folder.name} was begun with an earlier version and keeps its objective: "
+                "the sampler is told 0 where the score is 0"
+            )
+        config = begun
         if request.enqueue:
             read_kohya(request.enqueue)  # find mistakes in the file before anything is loaded
         with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
@@ -136,19 +143,24 @@ def _search(
     _end(study, bench, worker.standing(), why, view)
 
 
-def _check_definition(folder: StudyFolder, config: StudyConfig) -> None:
-    """Raise ConfigError for a changed definition, before anything is loaded."""
+def _as_begun(folder: StudyFolder, config: StudyConfig) -> StudyConfig:
+    """The definition with the objective that the folder's study was begun with.
+
+    Raises ConfigError for a changed definition, before anything is loaded.
+    """
     try:
         study = begun_study(folder)
     except OSError as error:
         raise machine_error(error, folder.root) from error
     if study is not None:
         before = study.user_attrs.get(IDENTITY, {})
+        config = as_begun(config, before)
         known = {key: value for key, value in before.items() if key.startswith("[")}
         if known:
             check_unchanged(known, config.frozen(), folder.name)
         if "prompts" in before:
             promptfiles.check_unedited(folder, before["prompts"])
+    return config
 
 
 def _proposal(request: SearchRequest, bench: Workbench, view: report.PlainView) -> Mapping[str, Any] | None:

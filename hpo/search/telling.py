@@ -15,7 +15,16 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from hpo.search import dashboard
-from hpo.study import COMPLETE, FAILED, INFEASIBLE_REASONS, SCORE, Result, StudyFolder, objective_values
+from hpo.study import (
+    COMPLETE,
+    FAILED,
+    INFEASIBLE_REASONS,
+    OBJECTIVE,
+    SCORE,
+    Result,
+    StudyFolder,
+    objective_values,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Teller:
             "remedy": result.remedy,
             SCORE: result.value if result.state == COMPLETE else None,
             "se": result.se,
+            OBJECTIVE: result.objective if result.state == COMPLETE else None,
+            f"{OBJECTIVE}_se": result.objective_se,
             "prompt_following": result.prompt_following,
             "likeness": result.likeness,
             "copy_rate": result.copy_rate,

@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from evaluation.score import CLIPPED
 from hpo.study import (
     COMPLETE,
     FAILED,
     INFEASIBLE,
-    INFEASIBLE_VALUE,
     Result,
     TrialFolder,
     config_sha256,
     deciding,
+    infeasible_value,
     settings_of,
     write_result,
 )
@@ -94,13 +95,15 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
         raise
     except SettingsFailure as error:
         _log(folder, f"infeasible: {error.reason}: {error}")
+        below_zero = bench.evaluator.formula.below_zero
         ending = _Ending(
             INFEASIBLE,
-            INFEASIBLE_VALUE,
+            infeasible_value(below_zero),
             reason=error.reason,
             message=error.message,
             remedy=", ".join(_remedies(folder)),
             score=error.score if isinstance(error, BeyondLimit) else None,
+            below_zero=below_zero,
         )
         result = _result(folder, config, ending)
     except ToolError as error:
@@ -125,11 +128,18 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
         seconds = time.monotonic() - started
     finally:
         adapter.remove()
-    if not (math.isfinite(score.value) and math.isfinite(score.se)):
+    if not all(map(math.isfinite, (score.value, score.se, score.objective, score.objective_se))):
         raise ModelFileError(f"the score of trial {folder.number} is {score.value}", "see its metrics.json")
-    ending = _Ending(COMPLETE, score.value, score=score, score_seconds=seconds, remedy=remedy)
+    ending = _Ending(
+        COMPLETE,
+        score.value,
+        score=score,
+        score_seconds=seconds,
+        remedy=remedy,
+        below_zero=score.formula.below_zero,
+    )
     result = _result(folder, config, ending)
-    _log(folder, f"score {score.value:.6f} ± {score.se:.6f}")
+    _log(folder, f"score {score.value:.6f} ± {score.se:.6f}, objective {score.objective:.6f}")
     return result
 
 
@@ -327,7 +337,7 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class _Ending:
-    """The outcome of a trial: its state, the value for Optuna, and the reason."""
+    """The outcome of a trial: its state, its value, and the reason."""
 
     state: str
     value: float | None
@@ -336,6 +346,7 @@ class _Ending:
     reason: str = ""
     message: str = ""
     remedy: str = ""
+    below_zero: str = CLIPPED
 
 
 def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result:
@@ -343,11 +354,12 @@ def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result
     kept = folder.lora.is_file()
     score = ending.score
     safety = score.safety if score else None
+    measured = score if ending.state == COMPLETE else None
     return Result(
         number=folder.number,
         state=ending.state,
         value=ending.value,
-        se=score.se if score and ending.state == COMPLETE else None,
+        se=measured.se if measured else None,
         reason=ending.reason,
         message=clean_text(ending.message),
         config_sha256=config_sha256(config),
@@ -373,4 +385,7 @@ def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result
             {"measure": of.measure, "model": of.model, "value": of.value}
             for of in (score.beside if score else ())
         ],
+        objective=measured.objective if measured else ending.value,
+        objective_se=measured.objective_se if measured else None,
+        below_zero=ending.below_zero,
     )

@@ -36,6 +36,7 @@ from .result import INFEASIBLE_VALUE as INFEASIBLE_VALUE
 from .result import Result as Result
 from .result import config_sha256 as config_sha256
 from .result import deciding as deciding
+from .result import infeasible_value as infeasible_value
 from .result import objective_values as objective_values
 from .result import read_result as read_result
 from .result import write_params as write_params
@@ -48,6 +49,7 @@ from .scoring import prompt_sets as prompt_sets
 from .scoring import reference_paths as reference_paths
 from .scoring import say_notes as say_notes
 from .scoring import subject_items as subject_items
+from .sections import OBJECTIVE as OBJECTIVE
 from .sections import PRESETS as PRESETS
 from .sections import SCORE as SCORE
 from .space.domain import Choice as Choice
@@ -65,6 +67,7 @@ from .standing import drop_files as drop_files
 from .standing import history as history
 from .standing import is_duplicate as is_duplicate
 from .standing import is_feasible as is_feasible
+from .standing import objective_of as objective_of
 from .standing import rank as rank
 from .standing import score_of as score_of
 from .standing import searched_settings as searched_settings

@@ -14,10 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.score import Formula, SafeguardLimits
+from evaluation.score import SIGNED, Formula, SafeguardLimits
 from hpo.study.overrides import override, shadows
 from hpo.study.presets import CHARACTER, Sections, default_study, keep_wording, use_preset, word_style
-from hpo.study.sections import PRESETS, PromptSection, SamplingSection, ScorePreset, StudySection
+from hpo.study.sections import (
+    BELOW_ZERO,
+    PRESETS,
+    PromptSection,
+    SamplingSection,
+    ScorePreset,
+    StudySection,
+)
 from hpo.study.space.file import read_space
 from hpo.study.space.space import BASELINE, ELSEWHERE, Space, settings_of
 from trainer import checks
@@ -91,6 +98,8 @@ class StudyConfig:
         for name, value in self.train.as_dict().items():
             if name not in NEUTRAL_SETTINGS and name not in decided:
                 facts[f"[train] {name}"] = str(value)
+        if self.score.signed:
+            facts[BELOW_ZERO] = self.score.below_zero
         return facts
 
 
@@ -105,6 +114,9 @@ def read_study(
     """Read a TOML file, apply ``--preset`` and ``--set``, and check the definition including all range limits.
 
     ``before``: the stored sections of this study if it was begun; it keeps the wording of its prompts.
+
+    A file without ``[score] below_zero`` defines a study that is told signed values; in the stored definition of a
+    begun study (``build_study``) the missing key means clipped ones.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -114,6 +126,8 @@ def read_study(
         raise ConfigError(
             f"{path} is not valid TOML: {clean_text(str(error))}", "fix the syntax at that position"
         ) from None
+    if isinstance(score := table.setdefault("score", {}), dict):
+        score.setdefault("below_zero", SIGNED)
     try:
         sections = _sections(table)
         if preset is not None:

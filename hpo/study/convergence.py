@@ -38,7 +38,8 @@ class TrialPoint:
     """One feasible finished trial, in the order of the trials.
 
     ``place`` is the proposal on a 0 to 1 scale for each parameter.  A choice has one number per option (0 or
-    1/√2, so that two different options have distance 1).  ``per_prompt`` contains the scores by prompt, if known.
+    1/√2, so that two different options have distance 1).  ``value`` is the objective, ``per_prompt`` the objectives
+    by prompt, if known.
     """
 
     number: int

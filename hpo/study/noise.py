@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from evaluation.score import Components, Formula, Scale, image_scores, variance_components
 from hpo.study.folder import StudyFolder, read_json
-from hpo.study.standing import is_feasible, rank, score_of
+from hpo.study.standing import is_feasible, objective_of, rank
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def components(study: optuna.Study, folder: StudyFolder) -> Components | None:
     found = [
         t
         for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if is_feasible(t) and (score_of(t) or 0.0) > 0
+        if is_feasible(t) and objective_of(t)  # a score clipped at 0 has no slope
     ]
     if len(found) < ENOUGH:
         return None

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
-from evaluation.score import CEILING
+from evaluation.score import CLIPPED, SIGNED, told_part
 from hpo.study.folder import TrialFolder, read_json
 from hpo.study.sections import FOLLOWING, LIKENESS, SCORE
 from trainer.config import TrainConfig
@@ -21,8 +21,9 @@ from trainer.errors import MachineError
 from trainer.files import make_folder, write_atomic
 
 COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
-# Below every score (0 to 1.1, evaluation.score.score): finite, constant, and clearly not a measurement.
-INFEASIBLE_VALUE = -0.1
+# Below every measured value, which is above 0 or, in a study that is told signed values, above -1
+# (evaluation.score.formula): finite, constant, and clearly not a measurement.
+INFEASIBLE_VALUE, SIGNED_INFEASIBLE_VALUE = -0.1, -1.0
 PATHS = ("pretrained_model_name_or_path", "train_data_dir")
 # The last four are limits of evaluation.score.safeguards.
 INFEASIBLE_REASONS = (
@@ -33,7 +34,12 @@ INFEASIBLE_REASONS = (
 
 @dataclass(frozen=True)
 class Result:
-    """The content of result.json.  ``value`` is reported to Optuna; None for a failed trial."""
+    """The content of result.json.
+
+    ``value`` is the score, which is shown; of an infeasible trial the constant that Optuna is told; None for a failed
+    trial.  ``objective`` is what Optuna is told: equal to ``value`` above 0.  Results of older versions have no
+    ``objective`` and tell ``value``.  ``below_zero`` names the form of the told values (``Formula``).
+    """
 
     number: int
     state: str
@@ -63,6 +69,9 @@ class Result:
         default_factory=list
     )  # extra metrics: measure, model, mean raw value
     strangeness: float | None = None
+    objective: float | None = None
+    objective_se: float | None = None
+    below_zero: str = CLIPPED
 
     @property
     def seconds(self) -> float:
@@ -77,17 +86,23 @@ _OLDEST = {f.name for f in fields(Result) if f.default is MISSING and f.default_
 def objective_values(result: Result, objectives: Sequence[str]) -> list[float]:
     """The values for Optuna of a complete or infeasible result, one per objective.
 
-    The parts are clipped as in the score, so that an infeasible trial is below every measured trial.
+    The parts are bounded as in the objective, so that an infeasible trial is below every measured trial.
     """
     if result.state == INFEASIBLE:
-        return [INFEASIBLE_VALUE] * len(objectives)
-    parts = {SCORE: result.value, FOLLOWING: result.prompt_following, LIKENESS: result.likeness}
+        return [infeasible_value(result.below_zero)] * len(objectives)
+    told = result.value if result.objective is None else result.objective
+    parts = {SCORE: told, FOLLOWING: result.prompt_following, LIKENESS: result.likeness}
     values = []
     for name in objectives:
         part = parts[name]
         assert part is not None and math.isfinite(part), f"{name} of trial {result.number} is {part}"
-        values.append(part if name == SCORE else min(max(part, 0.0), CEILING))
+        values.append(part if name == SCORE else told_part(part, result.below_zero))
     return values
+
+
+def infeasible_value(below_zero: str) -> float:
+    """What Optuna is told of an infeasible trial: below every value that a measured trial can have."""
+    return SIGNED_INFEASIBLE_VALUE if below_zero == SIGNED else INFEASIBLE_VALUE
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,8 @@ PRESETS = {
     ),
 }
 SCORE, FOLLOWING, LIKENESS = "score", "prompt_following", "likeness"
+OBJECTIVE = "objective"  # a trial's user attribute: the score continued below 0, as it decides
+BELOW_ZERO = "[score] below_zero"  # a fact of studies that are told signed values
 OBJECTIVES = ((SCORE,), (FOLLOWING, LIKENESS))
 
 

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.study.config import StudyConfig
 from hpo.study.convergence import TOP, TrialPoint
 from hpo.study.folder import StudyFolder
-from hpo.study.sections import SCORE
+from hpo.study.sections import OBJECTIVE, SCORE
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -75,15 +75,26 @@ def standing(study: optuna.Study, total: int) -> Standing:
 
 
 def score_of(trial: FrozenTrial) -> float | None:
-    """A trial's score, also if its two parts are the objectives.  None unless it is complete."""
+    """A trial's score, which is shown, also if its two parts are the objectives.  None unless it is complete."""
+    return _figure(trial, SCORE)
+
+
+def objective_of(trial: FrozenTrial) -> float | None:
+    """What decides between trials: the score, continued below 0 if the study is told signed values."""
+    own = _figure(trial, OBJECTIVE)
+    return score_of(trial) if own is None else own
+
+
+def _figure(trial: FrozenTrial, name: str) -> float | None:
+    """A stored figure; for a single objective without it (older versions, the dashboard) the value told."""
     if not trial.values:
         return None
-    return trial.values[0] if len(trial.values) == 1 else trial.user_attrs.get(SCORE)
+    return trial.user_attrs.get(name, trial.values[0] if len(trial.values) == 1 else None)
 
 
 def rank(trial: FrozenTrial) -> tuple[float, int]:
-    """Sort key, higher is better: by score; for equal scores the earlier trial is better."""
-    value = score_of(trial)
+    """Sort key, higher is better: by objective; for equal objectives the earlier trial is better."""
+    value = objective_of(trial)
     return (-np.inf if value is None else value), -trial.number
 
 
@@ -124,7 +135,7 @@ def _figures(trial: FrozenTrial | None) -> tuple[int, float, float] | None:
 def history(
     study: optuna.Study, config: StudyConfig, folder: StudyFolder, anchors: Anchors
 ) -> tuple[list[TrialPoint], dict[int, TrialRow]]:
-    """The feasible trials, as points for convergence detection and as rows for the alert."""
+    """The feasible trials, as points for convergence detection (objectives) and as rows for the alert (scores)."""
     trials = [
         t
         for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -133,19 +144,20 @@ def history(
     compared = sorted(trials, key=rank, reverse=True)[:TOP]
     points, rows = [], {}
     for t in trials:
-        value = score_of(t)
-        assert value is not None
+        value, objective = score_of(t), objective_of(t)
+        assert value is not None and objective is not None
         se = float(t.user_attrs.get("se", 0.0))
+        objective_se = float(t.user_attrs.get(f"{OBJECTIVE}_se", se))
         prompts = by_prompt(folder.trial(t.number).metrics, anchors) if t in compared else ()
-        points.append(TrialPoint(t.number, value, se, config.space.place(t.params), prompts))
+        points.append(TrialPoint(t.number, objective, objective_se, config.space.place(t.params), prompts))
         rows[t.number] = TrialRow(t.number, value, se, searched_settings(config, t.params))
     return points, rows
 
 
 def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
-    """A trial's score for each prompt that asks for the subject.  Empty without its metrics.json."""
+    """A trial's objective for each prompt that asks for the subject.  Empty without its metrics.json."""
     # Imported here because it loads torch, which hpo status does not need.
-    from evaluation.score import anchored, composite, read_score
+    from evaluation.score import anchored, objective, read_score
 
     try:
         score = read_score(metrics)
@@ -158,7 +170,7 @@ def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
         return ()
     t_P = np.array([np.mean([r.clip_t for r in of]) for of in means])
     i_P = np.array([np.mean([r.clip_i for r in of]) for of in means])
-    scores_P = composite(*anchored(t_P, i_P, anchors, np.eye(len(ids))), score.formula)
+    scores_P = objective(*anchored(t_P, i_P, anchors, np.eye(len(ids))), score.formula)
     return tuple(float(s) for s, asks in zip(scores_P, anchors.asks_for_subject, strict=True) if asks)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.study.folder import GO_ON, IDENTITY, StudyFolder
+from hpo.study.sections import BELOW_ZERO, OBJECTIVE, SCORE
 from trainer.errors import ConfigError, MachineError, first_line
 from trainer.text import clean_text
 
@@ -150,6 +151,12 @@ def create_study(
     if IDENTITY not in study.user_attrs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(list(objectives))
+            study.set_metric_names(metric_names(facts, objectives))
         study.set_user_attr(IDENTITY, dict(facts))
     return study
+
+
+def metric_names(facts: Mapping[str, str], objectives: Sequence[str]) -> list[str]:
+    """The names of the told values in the dashboard.  A score that continues below 0 is called the objective."""
+    signed = BELOW_ZERO in facts
+    return [OBJECTIVE if name == SCORE and signed else name for name in objectives]

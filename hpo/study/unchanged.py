@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from evaluation.score import Formula
+from hpo.study.sections import BELOW_ZERO
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 
@@ -51,11 +53,27 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str
 
 
 def as_begun(config: StudyConfig, facts: Mapping[str, str] | None) -> StudyConfig:
-    """The definition as the study was begun with: a limit that did not exist then stays off, unless the file sets it.
+    """The definition as the study was begun with: its objective, and no limit that did not exist then and that the
+    file does not set.
 
     ``facts``: those that the study was started with; None for a study that has not begun.
     """
     if facts is None:
         return config
     known = {*json.loads(facts.get("limits", "{}")), *config.sections.get("limits", {})}
+    config = _told_as_begun(config, facts)
     return dataclasses.replace(config, limits=config.limits.without_newer(known))
+
+
+def _told_as_begun(config: StudyConfig, facts: Mapping[str, str]) -> StudyConfig:
+    """The definition with the objective that a study was begun with.
+
+    Studies of versions that told only clipped values have no fact about it, and go on with clipped values.
+    """
+    if not facts or BELOW_ZERO in facts or not config.score.signed:
+        return config
+    sections = dict(config.sections)
+    sections["score"] = {k: v for k, v in sections.get("score", {}).items() if k != "below_zero"}
+    return dataclasses.replace(
+        config, score=dataclasses.replace(config.score, below_zero=Formula.below_zero), sections=sections
+    )

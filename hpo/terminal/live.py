@@ -241,6 +241,8 @@ def trial_line(result: Result, standing: Standing) -> str:
         if result.se is not None
         else f" reason={result.reason}"
     )
+    if result.objective is not None and result.value != result.objective:
+        score += f" objective={result.objective:.4f}"
     best = f" best={standing.best[0]}" if standing.best else ""
     return f"trial={result.number} state={result.state}{score}{best} seconds={result.seconds:.1f}"
 

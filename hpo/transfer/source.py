@@ -19,6 +19,7 @@ from hpo.study import (
     database_errors,
     find_folder,
     is_feasible,
+    objective_of,
     open_study,
     parent_of,
     read_json,
@@ -37,13 +38,15 @@ CONFIRMED = "confirmed.json"
 
 @dataclass(frozen=True)
 class SourceCandidate:
-    """A scored trial of the search.  ``place``: its searched settings, each scaled to 0..1."""
+    """A scored trial of the search.  ``place``: its searched settings, each scaled to 0..1.  ``objective``: its
+    score, continued below 0."""
 
     number: int
     config: TrainConfig
     score: float
     se: float
     place: Mapping[str, float]
+    objective: float
 
 
 @dataclass(frozen=True)
@@ -102,14 +105,15 @@ def read_source(folder: StudyFolder) -> TransferSource:
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     trials, baseline = [], None
     for trial in done:
-        score = score_of(trial)
-        if score is None or not is_feasible(trial):
+        score, objective = score_of(trial), objective_of(trial)
+        if score is None or objective is None or not is_feasible(trial):
             continue
         config = _trained(folder, trial.number)
         if config is None:
             continue
         place = {name: _unit(trial.distributions[name], value) for name, value in trial.params.items()}
-        found = SourceCandidate(trial.number, config, score, float(trial.user_attrs.get("se", 0.0)), place)
+        se = float(trial.user_attrs.get("se", 0.0))
+        found = SourceCandidate(trial.number, config, score, se, place, objective)
         trials.append(found)
         if baseline is None and trial.user_attrs.get(ROLE) == BASELINE:
             baseline = found
@@ -118,7 +122,7 @@ def read_source(folder: StudyFolder) -> TransferSource:
             f"study {folder.name} has no scored trial yet",
             f"continue the search; for its state: hpo status {folder.words}",
         )
-    trials.sort(key=lambda t: (-t.score, t.number))
+    trials.sort(key=lambda t: (-t.objective, t.number))
     confirmed = read_json(folder.root / CONFIRMED)
     best, tied = trials[0], [t for t in trials if t.score >= trials[0].score - math.hypot(t.se, trials[0].se)]
     says = f"trial {best.number}, the best of the search ({best.score:.4f}); unconfirmed, see hpo confirm"

@@ -2,6 +2,7 @@
 
     python -m tests.bench.bench_ranking record                  # ~20 minutes on one core; resumable
     python -m tests.bench.bench_ranking tables                  # the tables of docs/evaluation.md
+    python -m tests.bench.bench_ranking objectives              # its tables of what is told below zero
     python -m tests.bench.bench_ranking picture > docs/images/optimism.svg
 
 ``record`` trains ``--trials`` quasi-random configurations of studies/mini.toml on the demo character, trial 0,
@@ -34,7 +35,7 @@ from hpo.search.workbench import Workbench, load
 from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder
 from hpo.study.space.space import Choice
-from tests import ranking
+from tests import objectives, ranking
 from trainer.adapters import adapter as adapters
 from trainer.bases.miniature import captions, checker, subjects
 from trainer.config import TrainConfig
@@ -228,7 +229,11 @@ def main(argv: Sequence[str]) -> None:
     recorder.add_argument("--threads", type=int, default=1)
     recorder.add_argument("--set", dest="sets", action="append", default=[])
     recorder.set_defaults(do=record)
-    for name, do in (("tables", ranking.tables), ("picture", ranking.picture)):
+    for name, do in (
+        ("tables", ranking.tables),
+        ("objectives", objectives.tables),
+        ("picture", ranking.picture),
+    ):
         parts.add_parser(name).set_defaults(do=lambda a, do=do: print(do(ranking.read(a.file)), end=""))
     for part in parts.choices.values():
         part.add_argument("--file", type=Path, default=ranking.FILE)

@@ -66,7 +66,7 @@ def test_what_settings_cause_is_complete_violated_and_finite(
     search.run()
     trials = search.study.get_trials(deepcopy=False)
     assert [t.state.name for t in trials] == ["COMPLETE"] * 3  # it counts
-    assert trials[1].value == -0.1 and trials[1].user_attrs["reason"] == reason
+    assert trials[1].value == -1 and trials[1].user_attrs["reason"] == reason
     assert trials[1].constraints[reason] == 1.0
     assert trials[1].system_attrs["constraints"] == [1.0 if r == reason else -1.0 for r in REASONS]
     assert all(c <= 0 for t in (trials[0], trials[2]) for c in t.constraints.values())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from evaluation.choice.checkpoints import (
+    NO_BETTER,
     SPOILED,
     UNCHANGED,
     CheckpointPoint,
@@ -22,6 +23,7 @@ from evaluation.choice.pictures import CELL_PX, Column, contact_sheet, curve_pic
 from evaluation.images.images import SampledImage
 from evaluation.prompts.prompts import Prompt, PromptSet
 from evaluation.score.anchors import Anchors
+from evaluation.score.formula import SIGNED, Formula, objective
 from evaluation.score.score import ImageScore, Score, anchored, composite
 from trainer.errors import ConfigError, ModelFileError
 
@@ -253,3 +255,22 @@ def test_what_lies_beside_the_best_without_a_score_is_not_passed_over(
     points = without(curve(*means), causes)
     found = verdict(points, choose(points, anchors()))
     assert found.word == word and why in found.why, found
+
+
+def test_of_checkpoints_that_all_score_zero_the_best_is_the_one_with_the_highest_objective() -> None:
+    scale = anchors()
+    points = [
+        CheckpointPoint(f"zed-{n}", n, n, signed(scored(np.full(PROMPTS, mean), scale), scale))
+        for n, mean in enumerate((-0.08, -0.02, -0.05), 1)
+    ]
+    choice = choose(points, scale)
+    assert [p.score.value for p in points if p.score] == [0.0] * 3
+    assert choice.best == choice.chosen == 1 and choice.within == (1,)
+    assert verdict(points, choice).word == NO_BETTER
+
+
+def signed(score: Score, scale: Anchors) -> Score:
+    """The score as a study with signed values has it."""
+    formula = Formula(below_zero=SIGNED)
+    told = float(objective(np.array(score.prompt_following), np.array(score.likeness), formula))
+    return replace(score, formula=formula, objective=told, objective_se=0.01)

@@ -90,7 +90,7 @@ def test_the_score_of_this_file_is_one_that_could_move(trained: Trained) -> None
 
 def test_what_is_loaded_has_the_studys_formula_limits_and_training_images(trained: Trained) -> None:
     bench = trained.bench
-    assert bench.evaluator.formula == trained.first.formula == Formula(likeness=2.0)
+    assert bench.evaluator.formula == trained.first.formula == Formula(likeness=2.0, below_zero="signed")
     t, i = trained.first.prompt_following, trained.first.likeness
     assert trained.first.value == pytest.approx((t * i**2) ** (1 / 3))
     guards = bench.evaluator.safeguards

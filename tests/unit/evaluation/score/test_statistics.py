@@ -4,12 +4,13 @@ import itertools
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from evaluation.score import statistics as st
-from evaluation.score.formula import Formula, composite
+from evaluation.score.formula import SIGNED, Formula, composite, objective
 
 
 def simulated(
@@ -194,21 +195,27 @@ def scale(prompts: int = 12) -> st.Scale:
 FORMULAS = [Formula(), Formula(likeness=3.0), Formula("harmonic"), Formula("harmonic", 0.5, 2.0)]
 
 
-@pytest.mark.parametrize("formula", FORMULAS, ids=Formula.words)
-def test_image_scores_average_to_the_score_and_spread_like_its_standard_error(formula: Formula) -> None:
+def anchored_parts(
+    own: st.Scale, t_PS: np.ndarray, i_PS: np.ndarray, weights_KP: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     from evaluation.score.anchors import Anchors
     from evaluation.score.score import anchored
 
-    own, rng = scale(), np.random.default_rng(9)
-    clip_t = own.chance_t_P[:, None] + rng.normal(0.1, 0.02, (12, 2))
-    clip_i = rng.normal(0.55, 0.04, (12, 2))
     anchors = Anchors(
         {}, tuple(map(str, range(12))), tuple(map(bool, own.asks_P)), tuple(own.base_t_P), tuple(own.chance_t_P),
         tuple(own.base_i_P), own.real_i, 0.0, 0.0, 0.0,
     )  # fmt: skip
+    return anchored(t_PS.mean(1), i_PS.mean(1), anchors, weights_KP)
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=Formula.words)
+def test_image_scores_average_to_the_score_and_spread_like_its_standard_error(formula: Formula) -> None:
+    own, rng = scale(), np.random.default_rng(9)
+    clip_t = own.chance_t_P[:, None] + rng.normal(0.1, 0.02, (12, 2))
+    clip_i = rng.normal(0.55, 0.04, (12, 2))
 
     def score(t_PS: np.ndarray, i_PS: np.ndarray, weights_KP: np.ndarray) -> np.ndarray:
-        return composite(*anchored(t_PS.mean(1), i_PS.mean(1), anchors, weights_KP), formula)
+        return composite(*anchored_parts(own, t_PS, i_PS, weights_KP), formula)
 
     alike = np.ones((1, 12))
     value = float(score(clip_t, clip_i, alike)[0])
@@ -232,6 +239,32 @@ def test_the_slopes_of_a_formula_are_its_derivatives(formula: Formula) -> None:
         numeric = (composite(up, also[0], formula) - composite(low, also[1], formula)) / 2e-6
         assert formula.slopes(t, i) == pytest.approx(numeric.tolist(), abs=1e-7)
     assert formula.slopes(1.2, 0.5)[0] == 0 and formula.slopes(0.5, 1.2)[1] == 0
+    assert formula.slopes(0.5, -0.2) == (0, 0)
+
+
+@pytest.mark.parametrize("formula", FORMULAS, ids=Formula.words)
+def test_the_slopes_of_an_objective_below_zero_are_its_derivatives(formula: Formula) -> None:
+    signed = replace(formula, below_zero=SIGNED)
+    for t, i in ((0.9, -0.08), (-0.7, 0.3), (-0.2, -0.4), (1.3, -0.1), (-0.3, 1.2)):
+        up, low = np.array([t + 1e-6, t]), np.array([t - 1e-6, t])
+        also = np.array([i, i + 1e-6]), np.array([i, i - 1e-6])
+        numeric = (objective(up, also[0], signed) - objective(low, also[1], signed)) / 2e-6
+        assert signed.slopes(t, i) == pytest.approx(numeric.tolist(), abs=1e-7)
+    assert min(signed.slopes(1.0, 0.0)) >= 0 and signed.slopes(1.0, 0.0)[1] > 0
+
+
+def test_the_standard_error_of_an_objective_below_zero_is_that_of_its_images() -> None:
+    own, rng = scale(), np.random.default_rng(9)
+    clip_t = own.chance_t_P[:, None] + rng.normal(0.14, 0.02, (12, 2))
+    clip_i = rng.normal(0.33, 0.03, (12, 2))
+    signed = Formula(below_zero=SIGNED)
+    assert st.image_scores(clip_t, clip_i, own) is None
+    found = st.image_scores(clip_t, clip_i, own, signed)
+    t, i = (float(part[0]) for part in anchored_parts(own, clip_t, clip_i, np.ones((1, 12))))
+    assert i < 0 and found is not None
+    assert found.mean() == pytest.approx(float(objective(np.array(t), np.array(i), signed)))
+    draws_K = objective(*anchored_parts(own, clip_t, clip_i, st.prompt_draws(12)), signed)
+    assert found.mean(1).std() / math.sqrt(12) == pytest.approx(float(np.std(draws_K)), rel=0.15)
 
 
 def test_a_score_of_zero_has_no_image_scores_and_a_part_at_its_ceiling_has_no_influence() -> None:

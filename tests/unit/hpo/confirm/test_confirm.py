@@ -284,3 +284,27 @@ def test_saying_no_to_the_cost_leaves_everything_as_it_was(source: StudyFolder, 
     screen = Console(file=io.StringIO(), width=160)
     assert confirm(ConfirmRequest("study", runs=source.root.parent), screen, lambda: False) is None
     assert not source.root.with_name("study__confirm").exists()
+
+
+def test_of_configurations_that_all_score_zero_the_order_is_that_of_the_objective() -> None:
+    """Their scores are equal; what is told is not, and P(best), ties and order follow it."""
+    found = decided(
+        below_zero(candidate(0, 0.0), -0.06),
+        below_zero(candidate(4, 0.0), -0.30),
+        below_zero(candidate(7, 0.0), -0.01),
+    )
+    assert [row.number for row in found.rows] == [7, 0, 4]
+    assert [row.score for row in found.rows] == [0.0] * 3 and 7 in found.ties
+    assert 4 not in found.ties and found.rows[0].p_best > 0.9
+    assert not found.beats_trial0, "nothing that scores 0 beats anything"
+
+
+def below_zero(of: ConfirmCandidate, objective: float) -> ConfirmCandidate:
+    """The candidate with this objective and the score 0; its draws keep their spread."""
+    repeats = tuple(
+        dataclasses.replace(
+            r, score=0.0, objective=objective, draws_K=0.1 * (r.draws_K - r.draws_K.mean()) + objective
+        )
+        for r in of.repeats
+    )
+    return dataclasses.replace(of, repeats=repeats)

@@ -19,7 +19,7 @@ from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits as Length
 from hpo.search.workbench import Workbench
 from hpo.study.folder import read_json
-from hpo.study.result import INFEASIBLE_REASONS, INFEASIBLE_VALUE
+from hpo.study.result import INFEASIBLE_REASONS, SIGNED_INFEASIBLE_VALUE
 from hpo.study.standing import standing
 from hpo.study.storage import open_study
 from tests.tiny_run import JUDGING, MINI_CLIP, THREE_CHECKPOINTS, loud_base
@@ -106,7 +106,9 @@ def test_a_trial_beyond_a_limit_is_infeasible_whatever_it_scores(
     search.run()
     study, folder = open_study(bench.folder), bench.folder.trial(0)
     (trial,) = study.get_trials(deepcopy=False)
-    assert trial.state.name == "COMPLETE" and trial.value == INFEASIBLE_VALUE, "the sampler learns from it"
+    assert trial.state.name == "COMPLETE" and trial.value == SIGNED_INFEASIBLE_VALUE, (
+        "the sampler learns from it"
+    )
     assert trial.user_attrs["outcome"] == "infeasible" and trial.user_attrs["reason"] == reason
     assert [name for name in INFEASIBLE_REASONS if trial.constraints[name] > 0] == [reason]
     now = standing(study, 1)

@@ -144,7 +144,7 @@ def unchanged(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wor
 
 def test_a_lora_in_place_that_changes_no_pixel_is_its_settings_fault(unchanged: Workbench) -> None:
     result = run_trial(unchanged, unchanged.folder.trial(0), settings(unchanged), Recorder())
-    assert (result.state, result.reason, result.value) == ("infeasible", "no_effect", -0.1)
+    assert (result.state, result.reason, result.value) == ("infeasible", "no_effect", -1)
 
 
 def test_a_lora_that_is_switched_off_is_the_tools_fault(

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from evaluation.score.formula import told_part
 from hpo.confirm.view import status_lines
 from hpo.search.sampled import SearchLimits, make_sampler
 from hpo.search.session import SearchRequest, search
 from hpo.search.summary import summary
 from hpo.study.config import Inputs
 from hpo.study.noise import components
-from hpo.study.result import INFEASIBLE_VALUE
+from hpo.study.result import SIGNED_INFEASIBLE_VALUE
 from hpo.study.standing import pareto_front, score_of, standing
 from hpo.study.storage import create_study, open_study
 from hpo.terminal.live import status_table, study_line
@@ -32,8 +33,8 @@ def test_a_study_with_two_objectives_runs_resumes_and_has_a_front(tmp_path: Path
     trials = study.get_trials(deepcopy=False)
     assert [number for number, _ in view.started] == [2] and len(trials) == 3
     for trial in trials:
-        assert trial.values and all(0 <= value <= 1.1 for value in trial.values)
-        assert trial.values[1] == min(max(trial.user_attrs["likeness"], 0), 1.1)
+        assert trial.values and all(-1 < value <= 1.1 for value in trial.values)
+        assert trial.values[1] == told_part(trial.user_attrs["likeness"], "signed")
         assert score_of(trial) == trial.user_attrs["score"]
     now = standing(study, 3)
     assert now.front == pareto_front(trials) == tuple(t.number for t in study.best_trials)
@@ -64,7 +65,7 @@ def test_an_infeasible_trial_is_below_every_measured_one_and_not_on_the_front(tm
         ([0.5, 0.1], -1.0),
         ([0.2, 0.2], -1.0),
         ([0.1, 0.1], -1.0),
-        ([INFEASIBLE_VALUE] * 2, 1.0),
+        ([SIGNED_INFEASIBLE_VALUE] * 2, 1.0),
     ):
         trial = study.ask()
         trial.set_constraint("copied", broken)

@@ -182,7 +182,7 @@ def test_a_study_is_scored_by_its_own_formula_and_by_no_other(bench: Workbench, 
     assert scored.value == pytest.approx(expected)
     assert bench.facts()["composite"] == "harmonic mean, prompt following 1 : likeness 3"
     kept = read_score(bench.folder.root / "trial" / "metrics.json")
-    assert kept == scored and kept.formula == Formula("harmonic", 1.0, 3.0)
+    assert kept == scored and kept.formula == Formula("harmonic", 1.0, 3.0, "signed")
     with pytest.raises(ConfigError, match="composite"):
         check_unchanged(bench.facts() | {"composite": Formula().words()}, bench.facts(), "x")
 
