@@ -6,7 +6,7 @@ Each command parses its options, calls one function and prints.  Importing this 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -27,12 +27,32 @@ def print_error(error: ToolError) -> None:
         click.echo(then + clean_text(error.hint), err=True)
 
 
+def _refuse(error: click.UsageError) -> NoReturn:
+    from hpo.cli.usage import as_error
+
+    refused = as_error(error)
+    print_error(refused)
+    sys.exit(refused.exit_code)
+
+
 class Commands(click.Group):
-    """A click group that prints this tool's errors as two lines and sets the exit code."""
+    """A click group that prints this tool's errors, and click's own, as two lines and sets the exit code."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **more)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            _refuse(error)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            _refuse(error)
         except ToolError as error:
             print_error(error)
             sys.exit(error.exit_code)
