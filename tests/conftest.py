@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Traces that tests and the commands they start keep: never in the home of whoever runs the tests."""
+    before, folder = os.environ.get("HPO_CACHE"), tmp_path_factory.mktemp("cache")
+    os.environ["HPO_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["HPO_CACHE"]
+    else:
+        os.environ["HPO_CACHE"] = before
 
 
 @pytest.fixture(scope="module")

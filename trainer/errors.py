@@ -69,6 +69,18 @@ class ModelFileError(ToolError):
     exit_code = 4
 
 
+class MissingData(DataError):
+    """A folder or file of images that was named and does not exist."""
+
+    exit_code = 2
+
+
+class MissingModel(ModelFileError):
+    """A base, LoRA or scorer that was named and does not exist."""
+
+    exit_code = 2
+
+
 class MachineError(ToolError):
     """A problem of the machine, not of the settings: disk, lock, network, permission or package."""
 

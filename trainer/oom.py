@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from trainer.config import TrainConfig
 from trainer.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    import torch
 
 # CUDA's own memory in a process: context and loaded kernels. Assumed 0.55 GB: nvidia-smi shows 0.5–0.6 GB for a
 # PyTorch process with one small tensor on current GPUs, with lazy loading (CUDA ≥ 11.7).
@@ -37,12 +39,16 @@ def out_of_memory_named(config: TrainConfig) -> Iterator[None]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def forget_peak(device: torch.device) -> None:
     """Start a new measurement of ``peak_bytes``. Cached memory counts as used: call ``release`` before."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -51,6 +57,8 @@ def peak_bytes(device: torch.device) -> int | None:
     None on a CPU."""
     if device.type != "cuda":
         return None
+    import torch
+
     return int(torch.cuda.max_memory_reserved(device)) + CUDA_CONTEXT_BYTES
 
 
@@ -59,6 +67,8 @@ def card_peak_bytes(device: torch.device) -> int | None:
     None on a CPU."""
     if device.type != "cuda":
         return None
+    import torch
+
     free, total = torch.cuda.mem_get_info(device)
     beside = (total - free) - torch.cuda.memory_reserved(device)
     return int(torch.cuda.max_memory_reserved(device) + beside)
@@ -66,11 +76,17 @@ def card_peak_bytes(device: torch.device) -> int | None:
 
 def device_bytes(device: torch.device) -> int | None:
     """Total memory of a GPU; None on a CPU."""
-    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[1])
 
 
 def release(device: torch.device) -> None:
     """Release cached memory that is not in use."""
     gc.collect()
     if device.type == "cuda":
+        import torch
+
         torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -29,8 +29,24 @@ def print_error(error: ToolError) -> None:
         click.echo(then + clean_text(error.hint), err=True)
 
 
+def _refuse(error: click.UsageError) -> NoReturn:
+    from hpo.cli.usage import as_error
+
+    refused = as_error(error)
+    print_error(refused)
+    sys.exit(refused.exit_code)
+
+
 class Commands(click.Group):
-    """A click group that prints this tool's errors as two lines and sets the exit code."""
+    """A click group that prints this tool's errors, and click's own, as two lines and sets the exit code."""
+
+    def make_context(self, *args: Any, **more: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **more)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            _refuse(error)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> Any:
         """Note the command line: the steps of a study are recorded with it, and repeated by ``hpo resume``."""
@@ -46,6 +62,10 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            _refuse(error)
         except ToolError as error:
             print_error(error)
             sys.exit(error.exit_code)

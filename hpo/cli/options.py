@@ -8,6 +8,7 @@ command.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,58 @@ class Finite(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
+
+
+class Form(click.ParamType):
+    """A text of a certain form, refused while parsing. ``hint``: what to write instead. ``is_secret``: the text is
+    not repeated in the message."""
+
+    def __init__(self, name: str, form: str, hint: str, *, is_secret: bool = False) -> None:
+        self.name, self.form, self.hint, self.is_secret = name, re.compile(form), hint, is_secret
+
+    def __repr__(self) -> str:
+        return f"Form({self.name})"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not self.form.fullmatch(text):
+            shown = "" if self.is_secret else f"{text[:80]!r} "
+            self.fail(f"{shown}is not {self.name}\n{self.hint}", param, ctx)
+        return text
+
+
+DEVICE = Form("a device", r"cpu|cuda(:\d{1,3})?", "give cpu, cuda or cuda:1, or leave out --device")
+CLIP = Form(
+    "a scorer",
+    r"(?!\s)(?!:)[^\x00-\x1f]+(?<![\s:])",
+    "give MODEL, MODEL:TAG, MODEL:FILE (an open_clip model, as ViT-B-32:openai), or a folder",
+)
+NOTIFY = Form(
+    "an Apprise URL",
+    r"[A-Za-z][A-Za-z0-9+.-]*://\S+",
+    "write SERVICE://…, for example ntfy://TOPIC; see https://github.com/caronc/apprise",
+    is_secret=True,
+)
+SEED = click.IntRange(0, 2**63 - 1)  # as the setting seed
+
+
+# of hpo transfer: with fewer, no decision is possible (hpo.transfer.probes.run)
+LEAST_TRIALS, MOST_TRIALS = 3, 32
+
+
+class TargetTrials(click.IntRange):
+    """``hpo transfer --trials``: 0 for none, else enough for a decision."""
+
+    def __init__(self) -> None:
+        super().__init__(0, MOST_TRIALS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if 0 < number < LEAST_TRIALS:
+            hint = f"give {LEAST_TRIALS} to {MOST_TRIALS} (6 is usual), or 0 for none"
+            self.fail(f"{number} is too few for a decision\n{hint}", param, ctx)
         return number
 
 
@@ -48,11 +100,11 @@ def class_word(help: str) -> Option:
 
 
 def clip(help: str) -> Option:
-    return click.option("--clip", metavar="MODEL[:WEIGHTS]", help=help)
+    return click.option("--clip", type=CLIP, metavar="MODEL[:WEIGHTS]", help=help)
 
 
 def device(help: str = "cpu, cuda, cuda:1 … Default: the GPU if there is one.") -> Option:
-    return click.option("--device", help=help)
+    return click.option("--device", type=DEVICE, metavar="DEVICE", help=help)
 
 
 def definition(metavar: str, help: str) -> Option:

@@ -25,7 +25,7 @@ from trainer.kohya import read_train_file
 from trainer.overrides import read_setting
 
 if TYPE_CHECKING:
-    from trainer.memory import BaseFacts, Footprint, Stack
+    from trainer.memory import Attempt, BaseFacts, Footprint, Stack
 
 # The limits of a prediction; shown under every plan.
 SAYS = (
@@ -62,19 +62,29 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
     if request.file is None and "resolution" not in request.settings:
         config = config.with_values({"resolution": facts.native_resolution_px})
 
-    def progress(text: str) -> None:
-        if not request.as_json:
-            say(console, text)
-
-    progress(f"predicting the memory use of {facts.name} …")
-    given = footprint.predict(config, facts)
-    if not request.as_json:
-        show_footprint(console, f"{facts.name}, settings as given", config, given)
-    stack = stacks.choose(config, facts, int(request.vram * GB), progress)
+    vram_bytes = int(request.vram * GB)
     if request.as_json:
+        stack = stacks.choose(config, facts, vram_bytes)
+        given = footprint.predict(config, facts)
         echo(json.dumps(as_json(request, facts, given, stack), indent=1))
-    else:
-        show_stack(console, request.vram, given, stack)
+        return
+    say(console, f"predicting the memory use of {facts.name} …")
+    given = footprint.predict(config, facts)
+    show_footprint(console, f"{facts.name}, settings as given", config, given)
+    limit_gb = vram_bytes * stacks.SAFE_SHARE / GB
+    say(console, f"candidates, cheapest change first; {limit_gb:.2f} of {request.vram:g} GB may be used:")
+    stack = stacks.choose(
+        config, facts, vram_bytes, lambda tried: console.print(attempt_row(tried, console.width))
+    )
+    show_stack(console, request.vram, given, stack)
+
+
+def attempt_row(tried: Attempt, width: int) -> Text:
+    """A row of the table of candidates, printed as soon as its peak is known."""
+    verdict = "fits" if tried.fits else "too much"
+    wide = max(20, min(56, width - 24))
+    row = f"  {tried.words:<{wide}} {tried.peak_bytes / GB:>7.2f} GB  {verdict}"
+    return Text(row, style="green" if tried.fits else "dim")
 
 
 def read_settings(request: PlanRequest) -> TrainConfig:
@@ -94,6 +104,10 @@ def as_json(request: PlanRequest, facts: BaseFacts, given: Footprint, stack: Sta
         "family": facts.family,
         "vram_bytes": int(request.vram * GB),
         "given": _footprint_json(given),
+        "tried": [
+            {"settings": dict(tried.values), "peak_bytes": tried.peak_bytes, "fits": tried.fits}
+            for tried in stack.tried
+        ],
         "moves": [
             {"key": move.key, "old": move.old, "new": move.new, "reason": move.reason} for move in stack.moves
         ],

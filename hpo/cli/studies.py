@@ -46,14 +46,20 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
     help="Your own kohya configuration, added as the trial after the baseline.",
 )
 @click.option(
-    "--max-hours", type=Finite(min=0, min_open=True), help="Start no new trials after this many hours."
+    "--max-hours",
+    type=Finite(min=0, min_open=True, max=10_000),
+    help="Start no new trials after this many hours.",
 )
 @options.device()
 @click.option(
-    "--keep-best", type=click.IntRange(1), metavar="K", help="Keep only the LoRA files of the best K trials."
+    "--keep-best",
+    type=click.IntRange(1, 10_000),
+    metavar="K",
+    help="Keep only the LoRA files of the best K trials.",
 )
 @click.option(
     "--notify",
+    type=options.NOTIFY,
     multiple=True,
     metavar="URL",
     help="Send convergence alerts to this Apprise URL. Also: HPO_NOTIFY.",
@@ -61,7 +67,7 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
 @click.option(
     "--stop-when-converged", is_flag=True, help="End the search when more trials are unlikely to help."
 )
-@click.option("--seed", type=click.IntRange(0), help="Seed of the study. Default: from the study file.")
+@click.option("--seed", type=options.SEED, help="Seed of the study. Default: from the study file.")
 @options.runs
 def search(
     name: str | None,
@@ -168,7 +174,7 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
         click.echo("")
 
 
-@click.command(cls=options.Renamed, renamed={"--study": ""})
+@click.command(cls=options.Renamed, renamed={"--study": "", "--probes": "--trials"})
 @options.study_name
 @click.option(
     "--to",
@@ -192,19 +198,20 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     "--preset", metavar="NAME", help="conservative, balanced or aggressive. Default: from the profile."
 )
 @click.option(
-    "--probes",
-    type=click.IntRange(0, 32),
+    "--trials",
+    type=options.TargetTrials(),
     default=0,
     show_default=True,
-    help="Number of short training runs on the target that test and correct the rules' settings. Usual: 6; "
-    "a seventh run switches text encoder training on or off.",
+    metavar="N",
+    help="Number of short training runs on the target that test and correct the rules' settings: 0, or 3 to 32. "
+    "Usual: 6; a seventh run switches text encoder training on or off.",
 )
 @click.option(
     "--design",
     type=click.Choice(["ladder", "grid"]),
-    help="How the settings of the probes are chosen. Default: ladder.",
+    help="How the settings of the trials are chosen. Default: ladder.",
 )
-@options.device("For probes: cpu, cuda, cuda:1 … Default: the GPU if there is one.")
+@options.device("For --trials: cpu, cuda, cuda:1 … Default: the GPU if there is one.")
 @options.runs
 def transfer(
     name: str | None,
@@ -212,7 +219,7 @@ def transfer(
     vram: float | None,
     profile: str | None,
     preset: str | None,
-    probes: int,
+    trials: int,
     design: str | None,
     device: str | None,
     runs: Path,
@@ -229,7 +236,7 @@ def transfer(
         vram=vram,
         profile=profile,
         preset=preset,
-        probes=probes,
+        probes=trials,
         design=design,
         device=device,
         runs=folder.root.parent,

@@ -110,7 +110,7 @@ def check(
 @click.argument("folder", type=PATH, metavar="OUT")
 @click.option(
     "--repeats",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10_000),
     default=10,
     show_default=True,
     help="How often each image is used per epoch.",
@@ -121,7 +121,7 @@ def check(
 @options.class_word("What the subject is: girl, style, vase …")
 @click.option(
     "--held-out",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 10_000),
     default=0,
     show_default=True,
     help="Number of images for held_out/: not used in training, only to score the result.",

@@ -15,7 +15,7 @@ from hpo.cli.start import calm_libraries, console
 @click.argument("file", type=PATH, required=False, metavar="[FILE]")
 @options.base("sdxl, sd15, mini-sdxl, mini-sd15, a folder or a .safetensors file.")
 @click.option(
-    "--vram", type=Finite(0.1, 1000), default=16.0, show_default=True, metavar="GB", help="GPU memory."
+    "--vram", type=Finite(0.1, 10_000), default=16.0, show_default=True, metavar="GB", help="GPU memory."
 )
 @options.sets()
 @click.option(

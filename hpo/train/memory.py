@@ -48,7 +48,12 @@ def apply_plan(ladder: RunLadder, vram_bytes: int | None, step: int, say: Callab
         return
     say(f"planning for {vram_bytes / 1e9:.1f} GB …")
     try:
-        stack = choose(ladder.config, base_facts(_spec(ladder.config)), vram_bytes, say)
+        stack = choose(
+            ladder.config,
+            base_facts(_spec(ladder.config)),
+            vram_bytes,
+            lambda tried: say(f"tried {tried.line}"),
+        )
     except ToolError as error:
         say(f"no plan: {error}; the dry step will tell")
         return

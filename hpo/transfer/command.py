@@ -52,7 +52,7 @@ def run(request: TransferRequest, console: Console) -> None:
     Raises ToolError.  Writes nothing if the result is refused.
     """
     if request.design and not request.probes:
-        raise ConfigError("--design has no effect without probes", "add --probes 6")
+        raise ConfigError("--design has no effect without trials on the target", "add --trials 6")
     profile = _profile(request)
     folder = find_source(request.name, request.runs, profile.family)
     with recorded(folder.root, f"transfer {request.to}", begun=False) as work:

@@ -193,7 +193,7 @@ def plan_text(contents: Contents, places: Places, more: Sequence[str]) -> str:
     lines += ["", "## Next", "", "```", clean_text(places.train_command), "```", ""]
     lines += [_cell(text) + "\n" for text in more]
     lines.append(
-        "The rules are an informed guess with named sources, not a measurement on these images. `--probes` measures. "
+        "The rules are an informed guess with named sources, not a measurement on these images. `--trials 6` measures. "
         "For what each rule does, see docs/transfer.md."
     )
     return "\n".join(lines) + "\n"

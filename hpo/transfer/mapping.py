@@ -55,8 +55,12 @@ def planned(
 
     facts = footprint.base_facts(profile.family.base)
     try:
-        told(f"predicting the memory use of a step on {profile.vram_gb:g} GB (takes seconds to a minute)")
-        stack = stacks.choose(plan.config, facts, round(profile.vram_gb * GB), say=told)
+        told(
+            f"predicting the memory use of a step on {profile.vram_gb:g} GB (seconds; remembered afterwards)"
+        )
+        stack = stacks.choose(
+            plan.config, facts, round(profile.vram_gb * GB), lambda tried: told(f"tried {tried.line}")
+        )
     except ConfigError as error:
         more = () if plan.of_level("refuse") else (TransferFinding("refuse", "vram", error.message),)
         return dataclasses.replace(plan, findings=(*plan.findings, *more))

@@ -100,7 +100,7 @@ def settings_of(args: argparse.Namespace, subject: str) -> dict[str, TrainConfig
     family, profile = read_family("mini-sdxl"), read_profile("mini-sdxl")
     source = read_source(StudyFolder(args.work / "runs" / name))
     plain = make(source, profile, None)
-    words = ("transfer", "--to", "mini-sdxl", name, "--probes", str(args.probes))
+    words = ("transfer", "--to", "mini-sdxl", name, "--trials", str(args.probes))
     hpo(args.work, *words)
     samples = plain.plan.figures.samples
     epochs = [t.config.max_train_epochs or 1 for t in source.trials]

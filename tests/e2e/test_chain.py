@@ -84,7 +84,7 @@ def test_a_search_becomes_an_evaluated_run_on_the_larger_base(form: Form, tmp_pa
     source = StudyFolder(tmp_path / "runs" / "chain")
     check_study(source, form.trials)
 
-    said = hpo(tmp_path, "transfer", "--to", "mini-sdxl", "chain", "--probes", str(form.probes))
+    said = hpo(tmp_path, "transfer", "--to", "mini-sdxl", "chain", "--trials", str(form.probes))
     settings = source.root / "transfer" / "mini-sdxl.toml"
     assert f"hpo train {settings.relative_to(tmp_path)}" in said
     assert "res.native" in (source.root / "transfer" / "plan.md").read_text()

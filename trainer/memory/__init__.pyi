@@ -8,5 +8,6 @@ from .footprint import predict_full as predict_full
 from .ladder import Rung as Rung
 from .ladder import encoding_rung as encoding_rung
 from .ladder import next_rung as next_rung
+from .stacks import Attempt as Attempt
 from .stacks import Stack as Stack
 from .stacks import choose as choose

@@ -7,23 +7,20 @@ it, ``stacks`` finds settings that fit. All sizes are in bytes; GB in texts are 
 
 from __future__ import annotations
 
-import gc
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from trainer.bases import CLASSES, FAMILIES, Base, Parts, detect, empty_network
+from trainer.bases import FAMILIES, detect
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError
-from trainer.memory import tracing
-from trainer.memory.recorder import CONV_DIM, DIM
+from trainer.errors import MissingModel
+from trainer.memory import store
 from trainer.memory.replay import Held, Peak, replay
+from trainer.memory.traces import CONV_DIM, DIM, Trace, as_table, from_table
 from trainer.oom import CUDA_CONTEXT_BYTES
 
 # PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, the value used here.
@@ -69,7 +66,7 @@ def base_facts(spec: str | Path) -> BaseFacts:
     """The structure of a base: a short name, a diffusers folder or a single .safetensors file."""
     found = detect.configs_of(str(spec))
     if found is None:
-        raise ConfigError(
+        raise MissingModel(
             f"there is no base {str(spec)!r} on this machine, so its memory cannot be planned",
             "give sdxl or sd15 (all fine-tunes need the same memory), mini-sd15, mini-sdxl, a folder or a file",
         )
@@ -81,6 +78,7 @@ def base_facts(spec: str | Path) -> BaseFacts:
     return BaseFacts(found.name, found.family, tuple(texts.items()))
 
 
+@lru_cache(maxsize=256)
 def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int] | None = None) -> Footprint:
     """The peak of a training step on a GPU that computes in ``mixed_precision`` (auto: bf16).
 
@@ -140,19 +138,19 @@ def accumulates(config: TrainConfig) -> bool:
     return config.gradient_accumulation_steps > 1 or config.images_at_once < config.train_batch_size
 
 
-def compute_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype of computation; auto means bf16 here."""
-    return {"no": torch.float32, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
+def compute_type(config: TrainConfig) -> str:
+    """torch's name of the dtype of computation; auto means bf16 here."""
+    return {"no": "float32", "fp16": "float16"}.get(config.mixed_precision, "bfloat16")
 
 
 def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
     """component → bytes of the frozen networks that stay on the GPU during training."""
     networks = _networks(facts)
-    element = compute_dtype(config).itemsize
-    found = {"unet": sum(_weight_bytes(tensor, element, config.fp8_base) for tensor in networks["unet"])}
+    element = 4 if compute_type(config) == "float32" else 2
+    found = {"unet": sum(n * _weight_bytes(shape, element, config.fp8_base) for shape, n in networks["unet"])}
     if text_encoders_stay(config):
         for name in FAMILIES[facts.family].text_encoders:
-            found[name] = sum(_weight_bytes(tensor, element, False) for tensor in networks[name])
+            found[name] = sum(n * _weight_bytes(shape, element, False) for shape, n in networks[name])
     return found
 
 
@@ -170,13 +168,17 @@ def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
 
 
 @lru_cache(maxsize=8)
-def _networks(facts: BaseFacts) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """component → shapes of its tensors."""
-    names = ("unet", *FAMILIES[facts.family].text_encoders)
-    return {
-        name: tuple(tuple(p.shape) for p in empty_network(name, facts.config(name)).parameters())
-        for name in names
-    }
+def _networks(facts: BaseFacts) -> dict[str, list[tuple[tuple[int, ...], int]]]:
+    """component → shapes of its tensors, and how many have each."""
+
+    def compute() -> tuple[Any, Any]:
+        found = _loaded_networks().tensor_shapes(facts)
+        return found, found
+
+    def unpack(table: Any) -> Any:
+        return {name: [(tuple(shape), int(n)) for shape, n in shapes] for name, shapes in table.items()}
+
+    return store.stored({"what": "tensors", **_asked(facts)}, unpack, compute)
 
 
 def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...]) -> int:
@@ -210,7 +212,29 @@ def _at_rank(shape: tuple[int, ...], dim: int, conv_dim: int) -> tuple[int, ...]
     return tuple(ranks.get(side, side) for side in shape)
 
 
-# Cached traces
+# Traces
+
+
+def _loaded_networks() -> Any:
+    """The module ``networks``, with torch and PEFT. PEFT imports bitsandbytes (a second or two) for layers that are
+    not used here; it leaves them out if it does not find the package."""
+    if "trainer.memory.networks" in sys.modules:
+        return sys.modules["trainer.memory.networks"]
+    absent = "peft" not in sys.modules and "bitsandbytes" not in sys.modules
+    if absent:
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    with store.uncollected():
+        try:
+            import peft.import_utils
+
+            peft.import_utils.is_bnb_available()  # remembers its answer
+            peft.import_utils.is_bnb_4bit_available()
+        finally:
+            if absent:
+                del sys.modules["bitsandbytes"]
+        from trainer.memory import networks
+
+    return networks
 
 
 _DECIDES_A_TRACE = (
@@ -251,58 +275,25 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
     return TrainConfig(**values, **ranks)
 
 
-# Settings that do not affect the injected adapter, with a fixed value.
-_SAME_ADAPTER = {
-    "train_batch_size": 1,
-    "gradient_checkpointing": False,
-    "checkpoint_blocks": None,
-    "full_bf16": False,
-    "fp8_base": False,
-    "cpu_offload_checkpointing": False,
-    "text_encoder_frozen": False,
-    "mixed_precision": "auto",
-    "max_token_length": None,
-    "clip_skip": None,
-}
+def _asked(facts: BaseFacts) -> dict[str, Any]:
+    """A base as part of a question to the store; its name makes no difference."""
+    return {"family": facts.family, "configs": dict(facts.configs)}
 
 
 @lru_cache(maxsize=64)
 def _trace(
     facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int], *, is_full: bool = False
-) -> tracing.Trace:
-    it = _whole(facts) if is_full else _subject(facts, config.with_values(_SAME_ADAPTER))
-    compute = compute_dtype(config)
-    for module in it.base.components().values():
-        for parameter in module.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(compute)
-    it.base.compute_dtype = compute
-    try:
-        return tracing.trace(it, config, bucket_px, compute)
-    finally:
-        gc.collect()
+) -> Trace:
+    """The trace of these settings (``_traced_settings``), stored or fresh."""
 
+    def compute() -> tuple[Trace, Any]:
+        found = _loaded_networks().traced(facts, config, bucket_px, compute_type(config), is_full=is_full)
+        return found, as_table(found)
 
-@lru_cache(maxsize=1)
-def _whole(facts: BaseFacts) -> tracing.Subject:
-    base = meta_base(facts)
-    base.unet.requires_grad_(True)
-    return tracing.Subject(base, None)
-
-
-@lru_cache(maxsize=1)
-def _subject(facts: BaseFacts, config: TrainConfig) -> tracing.Subject:
-    return tracing.subject(meta_base(facts), config)
-
-
-def meta_base(facts: BaseFacts) -> Base:
-    """All modules of a base, without memory for their weights."""
-    encoders = []
-    tokenizers = []
-    for name in FAMILIES[facts.family].text_encoders:
-        text = facts.config(name)
-        encoders.append(empty_network(name, text))
-        length, end = text.get("max_position_embeddings", 77), text.get("eos_token_id", 49407)
-        tokenizers.append(SimpleNamespace(model_max_length=length, eos_token_id=end, get_vocab=dict))
-    unet, vae = (empty_network(name, facts.config(name)) for name in ("unet", "vae"))
-    return CLASSES[facts.family](facts.name, "meta", Parts(unet, vae, tuple(encoders), tuple(tokenizers), {}))
+    question = {
+        "what": "full step" if is_full else "step",
+        **_asked(facts),
+        "settings": config.as_dict(),
+        "bucket_px": list(bucket_px),
+    }
+    return store.stored(question, from_table, compute)

@@ -1,33 +1,28 @@
-"""Recorder: the sequence of allocations and frees on the meta device, and how each size depends on the ranks.
-
-Ranks: a trace uses prime numbers as ranks that divide no other size. So the size of every storage is known to
-be constant or proportional to network_dim or conv_dim, and one trace works for all ranks.
-"""
+"""Recorder: the sequence of allocations and frees on the meta device, and how each size depends on the ranks."""
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DIM, CONV_DIM = 257, 263  # primes above every latent side and text length that divide no channel count
-CONSTANT, PER_DIM, PER_CONV_DIM = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Block:
-    """One allocation: ``size_bytes`` in total, or per unit of rank."""
-
-    size_bytes: int
-    scales_with: int
-    is_gradient: bool = False
-    is_workspace: bool = False
-
-    def bytes_at(self, dim: int, conv_dim: int) -> int:
-        return self.size_bytes * (1, dim, conv_dim)[self.scales_with]
+_aten = torch.ops.aten
+# Functions that run thousands of times in a step and whose result follows from the shapes, strides and dtypes of the
+# arguments alone. torch computes that in Python on the meta device (torch._refs), so it is remembered.
+_PURE = frozenset(
+    {
+        _aten.mul.Tensor,
+        _aten.add.Tensor,
+        _aten.div.Tensor,
+        _aten.gelu.default,
+        _aten.gelu_backward.default,
+        _aten.new_empty.default,
+    }
+)
+_Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class Recorder(TorchDispatchMode):
@@ -39,9 +34,13 @@ class Recorder(TorchDispatchMode):
         self.sizes: list[tuple[int, int, bool]] = []
         self.known: dict[int, int] = {}
         self._references: dict[int, Any] = {}
+        self._forms: dict[Any, _Form] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        if function in _PURE:
+            result = self._remembered(function, args, kwargs or {})
+        else:
+            result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.see(result)
         elif isinstance(result, tuple | list):
@@ -62,6 +61,20 @@ class Recorder(TorchDispatchMode):
         self.known[key] = number
         self._references[key] = weakref.ref(storage, lambda _: self._gone(key))
 
+    def _remembered(self, function: Any, args: Any, kwargs: Any) -> Tensor:
+        """What ``function`` returns on the meta device; computed by torch only for new kinds of arguments."""
+        kind = (function, *map(_kind, args), *((name, _kind(value)) for name, value in kwargs.items()))
+        form = self._forms.get(kind)
+        if form is not None:
+            return torch.empty_strided(form[0], form[1], dtype=form[2], device="meta")
+        result: Tensor = function(*args, **kwargs)
+        if result.is_meta and all(arg.is_meta for arg in args if isinstance(arg, Tensor)):
+            form = (tuple(result.shape), result.stride(), result.dtype)
+            same = torch.empty_strided(form[0], form[1], dtype=form[2], device="meta")
+            if same.untyped_storage().nbytes() == result.untyped_storage().nbytes():
+                self._forms[kind] = form
+        return result
+
     def workspace(self, size_bytes: int) -> None:
         """Record memory that a kernel uses while it runs."""
         self.events.append(~self._allocate(size_bytes, 1, is_workspace=True))
@@ -78,8 +91,8 @@ class Recorder(TorchDispatchMode):
             self.events.append(~number)
 
 
-def block_of(size_bytes: int, elements: int, is_workspace: bool, is_gradient: bool) -> Block:
-    for scale, prime in ((PER_DIM, DIM), (PER_CONV_DIM, CONV_DIM)):
-        if elements and elements % prime == 0 and size_bytes % prime == 0:
-            return Block(size_bytes // prime, scale, is_gradient, is_workspace)
-    return Block(size_bytes, CONSTANT, is_gradient, is_workspace)
+def _kind(value: Any) -> Any:
+    """What a result's form can depend on. 1, 1.0 and True are different kinds of numbers."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return (type(value), tuple(value) if isinstance(value, list) else value)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainer.memory.allocator import CachingAllocator
-from trainer.memory.tracing import Trace
+from trainer.memory.traces import Trace
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the reasons; nothing is loaded or run. Does not own the ladder after a real fail
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,30 @@ class StackMove:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """A candidate: the settings that were changed in this attempt (none: as given), its peak, and whether it fits."""
+
+    values: Mapping[str, Any]
+    peak_bytes: int
+    fits: bool
+
+    @property
+    def words(self) -> str:
+        return ", ".join(_words(self.values)) or "settings as given"
+
+    @property
+    def line(self) -> str:
+        return f"{self.words}: {self.peak_bytes / 1e9:.2f} GB, {'fits' if self.fits else 'too much'}"
+
+
+@dataclass(frozen=True)
 class Stack:
-    """Settings that fit, the changes, and the predicted peak."""
+    """Settings that fit, the changes, the predicted peak, and everything that was tried, in order."""
 
     config: TrainConfig
     moves: tuple[StackMove, ...]
     footprint: Footprint
+    tried: tuple[Attempt, ...] = ()
 
     @property
     def standing(self) -> tuple[str, ...]:
@@ -122,56 +140,69 @@ MOVES: tuple[Callable[[TrainConfig, BaseFacts], Candidates], ...] = (
 
 
 def choose(
-    config: TrainConfig, facts: BaseFacts, vram_bytes: int, say: Callable[[str], None] = lambda text: None
+    config: TrainConfig,
+    facts: BaseFacts,
+    vram_bytes: int,
+    on_try: Callable[[Attempt], None] = lambda attempt: None,
 ) -> Stack:
     """The first configuration in the order of ``MOVES`` that fits into 15.5/16 of ``vram_bytes``, with as few
     recomputing blocks as possible.
 
-    Latents are always cached, text states whenever possible. ``say`` receives each attempt after the first,
-    because a prediction can take half a minute.  Raises ConfigError if nothing fits.
+    Latents are always cached, text states whenever possible. ``on_try`` receives each candidate with its peak, as
+    soon as it is known. Raises ConfigError if nothing fits.
     """
-    limit = int(vram_bytes * SAFE_SHARE)
-    start, footprint = config, predict(config, facts)
+    trial = _Trial(facts, int(vram_bytes * SAFE_SHARE), on_try)
+    start, footprint = config, trial.peak(config, {})
     reasons: dict[str, str] = {}
     checkpointed: TrainConfig | None = None  # the settings before all blocks recompute
     for move in MOVES:
         for values, reason in move(config, facts):
-            if footprint.peak_bytes <= limit:
+            if footprint.peak_bytes <= trial.limit:
                 break
-            say(f"{footprint.peak_bytes / 1e9:.1f} GB; trying {', '.join(_words(values))} …")
-            smaller = predict(config.with_values(values), facts)
+            smaller = trial.peak(config, values)
             if smaller.peak_bytes < footprint.peak_bytes:
                 if move is _checkpointing:
                     checkpointed = config
                 config, footprint = config.with_values(values), smaller
                 reasons |= dict.fromkeys(values, reason)
-    if footprint.peak_bytes > limit:
+    if footprint.peak_bytes > trial.limit:
         raise ConfigError(
-            f"{facts.name} does not fit into {vram_bytes / 1e9:.1f} GB at network_dim {config.network_dim}: "
-            f"even with all memory savings the peak is {footprint.peak_bytes / 1e9:.1f} GB",
+            f"{facts.name} does not fit into {vram_bytes / 1e9:g} GB at network_dim {config.network_dim}: "
+            f"even with all memory savings the peak is {footprint.peak_bytes / 1e9:.2f} GB",
             "lower network_dim, or use a smaller base or a larger GPU",
         )
     if checkpointed is not None:
-        config = _fewest_blocks(checkpointed, config, facts, limit, say)
+        config = _fewest_blocks(checkpointed, config, trial)
         footprint = predict(config, facts)
     old, new = start.as_dict(), config.as_dict()
     moves = tuple(StackMove(k, old[k], new[k], reasons[k]) for k in reasons if old[k] != new[k])
-    return Stack(config, moves, footprint)
+    return Stack(config, moves, footprint, tuple(trial.tried))
 
 
-def _fewest_blocks(
-    before: TrainConfig, config: TrainConfig, facts: BaseFacts, limit: int, say: Callable[[str], None]
-) -> TrainConfig:
+class _Trial:
+    """Predicts candidates, and keeps and reports them."""
+
+    def __init__(self, facts: BaseFacts, limit: int, on_try: Callable[[Attempt], None]) -> None:
+        self.facts, self.limit, self.on_try = facts, limit, on_try
+        self.tried: list[Attempt] = []
+
+    def peak(self, config: TrainConfig, values: Mapping[str, Any]) -> Footprint:
+        found = predict(config.with_values(values), self.facts)
+        attempt = Attempt(values, found.peak_bytes, found.peak_bytes <= self.limit)
+        self.tried.append(attempt)
+        self.on_try(attempt)
+        return found
+
+
+def _fewest_blocks(before: TrainConfig, config: TrainConfig, trial: _Trial) -> TrainConfig:
     """The smallest number of recomputing blocks that fits, by bisection between the previous number and all
     blocks. With the later moves, the previous number may be enough again."""
     low = (before.checkpoint_blocks or 0) if before.gradient_checkpointing else 0
-    high = block_count(facts)
+    high = block_count(trial.facts)
     while low < high:
         middle = (low + high) // 2
-        tried = config.with_values(_blocks(middle))
-        say(f"trying {', '.join(_words(_blocks(middle)))} …")
-        if predict(tried, facts).peak_bytes <= limit:
-            high, config = middle, tried
+        if trial.peak(config, _blocks(middle)).peak_bytes <= trial.limit:
+            high, config = middle, config.with_values(_blocks(middle))
         else:
             low = middle + 1
     return config
@@ -181,7 +212,7 @@ def _blocks(count: int) -> dict[str, Any]:
     return {"gradient_checkpointing": count > 0, "checkpoint_blocks": count or None}
 
 
-def _words(values: dict[str, Any]) -> list[str]:
+def _words(values: Mapping[str, Any]) -> list[str]:
     """Settings as written in a TOML file."""
     return [
         f"{name} = {str(value).lower() if isinstance(value, bool) else value}"

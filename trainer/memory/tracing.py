@@ -27,17 +27,8 @@ from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
 from trainer.config import TrainConfig
 from trainer.memory.kernels import Kernels, inputs_elsewhere
-from trainer.memory.recorder import Block, Recorder, block_of
-
-
-@dataclass(frozen=True)
-class Trace:
-    """``events``: n ≥ 0 allocates block n, ~n frees it. ``shapes``: the shapes of the adapter's tensors, and
-    whether each has a gradient."""
-
-    blocks: tuple[Block, ...]
-    events: tuple[int, ...]
-    shapes: tuple[tuple[tuple[int, ...], bool], ...]
+from trainer.memory.recorder import Recorder
+from trainer.memory.traces import Trace, block_of
 
 
 @contextlib.contextmanager
@@ -107,10 +98,10 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
         if it.adapter is not None and (config.network_dropout or config.rank_dropout):
             it.adapter.apply_dropout(1)
         side = base.latent_factor_px
-        with torch.device("meta"):
-            shape = (batch, base.unet.config.in_channels, height_px // side, width_px // side)
-            noisy_BCHW, timesteps_B = torch.empty(shape), torch.zeros(batch, dtype=torch.long)
-            states = text_states(base, config, batch)
+        shape = (batch, base.unet.config.in_channels, height_px // side, width_px // side)
+        noisy_BCHW = torch.empty(shape, device="meta")
+        timesteps_B = torch.zeros(batch, dtype=torch.long, device="meta")
+        states = text_states(base, config, batch)
         sizes = [Sizes((height_px, width_px), (0, 0), (height_px, width_px))] * batch
         predicted_BCHW = base.predict(noisy_BCHW, timesteps_B, states, sizes)
         kernels.end_autocast()
@@ -145,12 +136,14 @@ def text_states(base: Base, config: TrainConfig, batch: int) -> TextStates:
     """Cached text states as copied to the GPU, or states from the encoders if one of them is trained."""
     windows = (config.max_token_length or 75) // 75
     if config.trains_text_encoder:
-        ids_BWL = torch.zeros((batch, windows, base.caption_tokens + 2), dtype=torch.long)
+        ids_BWL = torch.zeros((batch, windows, base.caption_tokens + 2), dtype=torch.long, device="meta")
         updates = torch.set_grad_enabled(config.updates_text_encoder)
         with updates, _replaced(base, "token_windows", lambda *_: ids_BWL):
             return base.encode_text([""] * batch, config.clip_skip, config.max_token_length)
     width = int(base.unet.config.cross_attention_dim)
-    hidden_BLD = torch.empty(batch, windows * 75 + 2, width)
+    hidden_BLD = torch.empty(batch, windows * 75 + 2, width, device="meta")
     if not base.facts.has_pooled_text:
         return TextStates(hidden_BLD)
-    return TextStates(hidden_BLD, torch.empty(batch, base.text_encoders[1].config.projection_dim))
+    return TextStates(
+        hidden_BLD, torch.empty(batch, base.text_encoders[1].config.projection_dim, device="meta")
+    )

@@ -51,7 +51,7 @@ def consult(done: Transfer, request: TransferRequest, console: Console) -> Found
     if request.probes < LEAST:
         raise ConfigError(
             f"{request.probes} probes are too few for a decision",
-            f"use --probes {LEAST} or more (6 is usual)",
+            f"use --trials {LEAST} or more (6 is usual)",
         )
     return _Probing(done, request, folder, design, console).run()
 

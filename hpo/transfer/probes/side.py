@@ -116,10 +116,10 @@ def make_side(
         if config.optimizer_type in RATE_FREE:
             raise ConfigError(
                 f"{config.optimizer_type} adapts its learning rate itself, so probing rates has no effect",
-                "run without --probes; compare LoRA files with hpo evaluate",
+                "run without --trials; compare LoRA files with hpo evaluate",
             )
     if not own.trains_unet:
-        raise ConfigError("the U-Net is not trained, so there is no rate to probe", "run without --probes")
+        raise ConfigError("the U-Net is not trained, so there is no rate to probe", "run without --trials")
     short = {key: short_run(config, runs.samples, runs.fraction) for key, config in whole.items()}
     short = {
         key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]

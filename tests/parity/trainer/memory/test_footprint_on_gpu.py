@@ -15,7 +15,7 @@ from trainer.data.cache import Prepared
 from trainer.data.dataset import Dataset, Item
 from trainer.data.epoch import assign_buckets
 from trainer.loop import loop
-from trainer.memory import footprint
+from trainer.memory import footprint, networks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ CELLS = [(row, batch) for row in ADAPTER_ROWS for batch in row.measured_gb]
 
 def random_sdxl(is_fp8):
     """The U-Net on the GPU in bf16, without VAE and text encoders, as in a run with cached states."""
-    base = footprint.meta_base(footprint.base_facts("sdxl"))
+    base = networks.meta_base(footprint.base_facts("sdxl"))
     base.unet.to_empty(device="cpu").to(torch.bfloat16)
     with torch.no_grad():
         for name, weight in base.unet.named_parameters():

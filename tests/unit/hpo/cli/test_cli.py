@@ -115,7 +115,7 @@ def test_every_command_explains_itself() -> None:
         (["--definition", "missing.toml"], 2, "no study file missing.toml", "shipped"),
         (["--data", "../nowhere"], 3, "../nowhere", "folder"),
         (["--device", "cuda:7"], 5, "device cuda:7 cannot be used", "leave out --device"),
-        (["--device", "meta"], 2, "device 'meta' is not known", "cpu, cuda"),
+        (["--device", "meta"], 2, "--device 'meta' is not a device", "cpu, cuda"),
     ],
 )
 def test_a_mistake_is_two_lines_and_leaves_nothing(

@@ -119,7 +119,7 @@ def test_the_best_trial_counts_until_a_winner_is_confirmed(searched: Path, tmp_p
         (("--preset", "balance"), "balanced"),
         (("--profile", "sdxl-16gb"), "is for sdxl"),
         (("--profile", "absent.toml"), "cannot read"),
-        (("--probes", "2"), "too few for a decision"),
+        (("--trials", "2"), "too few for a decision"),
     ],
 )
 def test_a_mistake_is_two_lines_and_nothing_is_lost(
@@ -180,7 +180,7 @@ def test_a_candidate_is_computed_as_the_planner_wants_the_transferred_settings(s
 
 def test_a_design_without_probes_is_said_to_mean_nothing(searched: Path) -> None:
     result = call(searched, "--design", "grid")
-    assert result.exit_code == 2 and "--probes 6" in result.output
+    assert result.exit_code == 2 and "--trials 6" in result.output
 
 
 def test_probed_rates_stay_below_what_the_rules_refuse() -> None:

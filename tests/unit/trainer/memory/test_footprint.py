@@ -231,12 +231,15 @@ def test_no_block_recomputes_that_need_not_after_what_came_later():
     """All blocks are not enough here; with half the images at once, two blocks are."""
     facts, config = tiny_facts(), settings(train_batch_size=16, network_dim=4)
     vram = just_below(predict(config.with_values({"gradient_checkpointing": True}), facts).peak_bytes)
-    said: list[str] = []
-    chosen = stacks.choose(config, facts, vram, said.append)
+    tried: list[stacks.Attempt] = []
+    chosen = stacks.choose(config, facts, vram, tried.append)
     assert (chosen.config.micro_batch_size, chosen.config.checkpoint_blocks) == (8, 2)
     fewer = predict(chosen.config.with_values({"checkpoint_blocks": 1}), facts)
     assert chosen.footprint.peak_bytes <= vram * stacks.SAFE_SHARE < fewer.peak_bytes
-    assert any("trying micro_batch_size = 8" in line for line in said)
+    assert tuple(tried) == chosen.tried and tried[0].words == "settings as given"
+    assert "micro_batch_size = 8" in [attempt.words for attempt in tried]
+    assert all(attempt.fits == (attempt.peak_bytes <= int(vram * stacks.SAFE_SHARE)) for attempt in tried)
+    assert chosen.footprint.peak_bytes in [attempt.peak_bytes for attempt in tried if attempt.fits]
 
 
 def test_cheaper_moves_come_before_dearer_ones():
