@@ -79,16 +79,6 @@ def test_a_number_beyond_its_limits_is_refused_while_parsing(
             "give 3 to 32",
         ),
         (
-            ("transfer", "--to", "sdxl", "--probes", "2"),
-            "--probes 2 is too few for a decision",
-            "give 3 to 32",
-        ),
-        (
-            ("transfer", "--to", "sdxl", "--trials", "6", "--probes", "6"),
-            "the old name of --trials",
-            "--help",
-        ),
-        (
             ("transfer", "--to", "sdxl", "--design", "gird"),
             "--design gird is not known",
             "did you mean grid?",

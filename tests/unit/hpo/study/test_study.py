@@ -15,6 +15,7 @@ import pytest
 from hpo.search.enqueue import as_proposal
 from hpo.study.config import build_study, find_study, read_study, study_name
 from hpo.study.folder import StudyFolder
+from hpo.study.sections import BELOW_ZERO
 from hpo.study.storage import create_study, open_study
 from hpo.study.unchanged import as_begun, check_unchanged, difference
 from tests.tiny_search import STUDY
@@ -423,12 +424,13 @@ def test_a_limit_that_did_not_exist_when_a_study_began_stays_off_unless_its_file
     then = json.dumps({"copy_rate": 0.05, "diversity": 0.6, "prior": 1.0})
     own = study()
     assert as_begun(own, None).limits.shown == 0.1, "not begun"
-    for facts in ({"limits": then}, {}):  # {}: begun before limits were recorded
+    told = {BELOW_ZERO: "signed"}
+    for facts in ({"limits": then, **told}, {}):  # {}: begun before limits were recorded
         old = as_begun(own, facts)
         assert old.limits.shown is None and old.limits.copy_rate == own.limits.copy_rate
         assert json.dumps(old.limits.as_dict()) == then, "so its facts are those it began with"
         assert old == dataclasses.replace(own, limits=old.limits)
-    assert as_begun(own, {"limits": json.dumps(own.limits.as_dict())}) == own
+    assert as_begun(own, {"limits": json.dumps(own.limits.as_dict()), **told}) == own
     wanted = study(limits={"shown": 0.1})
     assert as_begun(wanted, {"limits": then}).limits.shown == 0.1
     with pytest.raises(ConfigError, match=r"limits: was .* is now .*shown"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import optuna
@@ -99,9 +100,10 @@ def test_the_best_of_trials_that_all_score_zero_is_the_best_by_objective() -> No
 def test_a_study_begun_before_keeps_its_clipped_values() -> None:
     new = read_study(find_study(None, "mini-sd15"))
     assert new.score.below_zero == SIGNED and new.frozen()[BELOW_ZERO] == SIGNED
-    assert as_begun(new, None) is new and as_begun(new, new.frozen()) is new
+    limits = {"limits": json.dumps(new.limits.as_dict())}
+    assert as_begun(new, None) is new and as_begun(new, new.frozen() | limits) == new
     before = {name: value for name, value in new.frozen().items() if name != BELOW_ZERO}
-    begun = as_begun(new, before)
+    begun = as_begun(new, before | limits)
     assert (
         begun.score == Formula() and begun.frozen() == before and "below_zero" not in begun.sections["score"]
     )
