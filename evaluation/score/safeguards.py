@@ -151,7 +151,8 @@ class Safeguards:
         following, strange = parts.prompt_following, None
         if self.limits.shown is not None and anchors.base_ND is not None:
             of_base = [prompt.id for prompt, _ in prompts.jobs]
-            strange = strangeness(own_ND, anchors.base_ND, of_base, self.copies.real_KD)
+            widths = [vectors.of(encoder).shape[1] for encoder in self.encoders]
+            strange = strangeness(own_ND, anchors.base_ND, of_base, self.copies.real_KD, widths)
             amounts[SHOWS_NOTHING] = min(
                 self.limits.shown - following, strange - 1
             )  # both conditions must hold

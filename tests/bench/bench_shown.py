@@ -1,14 +1,17 @@
 """Which images show nothing?  Records what tests/unit/evaluation/score/test_shown.py reads.
 
-    python -m tests.bench.bench_shown record --images FOLDER    # ~8 minutes on one core; resumable
+    python -m tests.bench.bench_shown record --images FOLDER    # ~6 minutes on one core; resumable
     python -m tests.bench.bench_shown table                     # the table of docs/evaluation.md
 
-``record`` scores the base's images, each distortion of them (``tests.bench.distortions``) and the images of trained
-LoRAs as a trial of the study is scored. The LoRAs are configurations of the recorded ranking study
-(``tests.bench.bench_ranking``): good, weak and overfitted ones and those that destroyed the base; some on other
-subjects and on mini-sdxl, and some with rates that are higher still. FOLDER keeps the images of the LoRAs, so that a
-new limit can be measured without training. What the ranking study recorded of all its configurations, prompt
-following, settles the others: it alone keeps them on the right side of the limit.
+``record`` scores as a trial of the study is scored: the untrained base's images; distortions of them
+(``tests.bench.distortions``); images that are sound but ignore every prompt; and the images of trained LoRAs. The LoRAs
+are configurations of the recorded ranking study (``tests.bench.bench_ranking``): weak, good and overfitted ones and
+those that destroyed the base. FOLDER keeps their images, so that a new limit can be measured without training. What the
+ranking study recorded of all its configurations, prompt following, settles the others: it alone keeps them on the right
+side of the limit.
+
+The other subjects and mini-sdxl get only the distortions that leave nothing: what else remains depends on what an
+encoder knows.
 """
 
 from __future__ import annotations
@@ -17,9 +20,8 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder
 from tests import ranking
 from tests.bench.bench_ranking import proposals
-from tests.bench.distortions import DISTORTIONS, REPEATED, REPEATED_NOISE, distorted
+from tests.bench.distortions import BLANK, DISTORTIONS, REPEATED, REPEATED_NOISE, distorted
 from trainer.adapters import adapter as adapters
 from trainer.bases.miniature import captions, checker, subjects
 from trainer.config import TrainConfig
@@ -41,14 +43,13 @@ from trainer.files import append_line, read_records
 from trainer.loop import loop
 
 FILE = Path(__file__).parent.parent / "data" / "shown.jsonl"
-BASE, DISTORTED, TRAINED = "untrained base", "distorted", "trained"
-SETS: dict[tuple[str, str], tuple[int, ...]] = {  # base, subject → configurations of the ranking study
-    ("mini-sd15", "character"): (6, 9, 17, 22, 24, 29),
-    ("mini-sd15", "style"): (9, 22),
-    ("mini-sd15", "object"): (9, 22),
-    ("mini-sdxl", "character"): (9, 22),
-}
-HOT = (3, 10, 30)  # times the rates of configuration 9, on the character and mini-sd15
+BASE, DISTORTED, HEEDLESS, TRAINED = "untrained base", "distorted", "heedless", "trained"
+MAIN = ("mini-sd15", "character")
+SETS = (MAIN, ("mini-sd15", "style"), ("mini-sd15", "object"), ("mini-sdxl", "character"))
+TRIALS = (6, 9, 17, 22, 24, 29)  # of the ranking study, on MAIN
+HOT = (3, 10, 30)  # times the rates of configuration 9
+FRESH = "new pictures of the subject, whatever the prompt"
+SHUFFLED = "the base's images in another order"
 
 
 @dataclass(frozen=True)
@@ -143,43 +144,55 @@ def _read(file: Path, prompts: PromptSet) -> list[SampledImage]:
     return [SampledImage(p.id, seed, own) for (p, seed), own in zip(prompts.jobs, pixels, strict=True)]
 
 
-def runs(bench: Workbench, subject: str, numbers: Sequence[int]) -> Iterator[tuple[str, TrainConfig]]:
+def runs(bench: Workbench) -> Iterator[tuple[str, TrainConfig]]:
     """Names (as in the ranking study) and settings."""
-    found = proposals(bench, max(numbers) + 1)
+    found = proposals(bench, max(TRIALS) + 1)
     yield "trial 0", bench.config(dict(bench.study.baseline), 0)
-    for number in numbers:
+    for number in TRIALS:
         yield f"random {number}", bench.config(found[number], 0)
-    if (bench.base_spec, subject) == ("mini-sd15", "character"):
-        config = bench.config(found[9], 0)
-        rates = {name: rate for name in ranking.RATES if (rate := getattr(config, name)) is not None}
-        for factor in HOT:
-            yield (
-                f"random 9, rates × {factor}",
-                config.with_values({name: factor * rate for name, rate in rates.items()}),
-            )
+    config = bench.config(found[9], 0)
+    rates = {name: rate for name in ranking.RATES if (rate := getattr(config, name)) is not None}
+    for factor in HOT:
+        values = {name: factor * rate for name, rate in rates.items()}
+        yield f"random 9, rates × {factor}", config.with_values(values)
+
+
+def heedless(name: str, images: Sequence[SampledImage], subject: str) -> list[SampledImage]:
+    """Sound images that ignore the prompt: as an overfitted LoRA draws them, or those of other prompts."""
+    if name == FRESH:
+        side_px = images[0].pixels_HW3.shape[0]
+        pixels = [subjects.picture(subject, 5000 + n, 7, side_px)[0] for n in range(len(images))]
+    else:
+        order = np.random.default_rng(0).permutation(len(images))
+        pixels = [images[n].pixels_HW3 for n in order]
+    return [replace(image, pixels_HW3=own) for image, own in zip(images, pixels, strict=True)]
+
+
+def sets_of(bench: Workbench, subject: str, folder: Path) -> Iterator[tuple[str, str, list[SampledImage]]]:
+    """Name, source and images of everything that is measured on a subject."""
+    own, is_main = base_images(bench), (bench.base_spec, subject) == MAIN
+    yield BASE, BASE, own
+    for name in (*(DISTORTIONS if is_main else BLANK), REPEATED, REPEATED_NOISE):
+        yield name, DISTORTED, distorted(name, own)
+    for name in (FRESH, SHUFFLED):
+        yield name, HEEDLESS, heedless(name, own, subject)
+    for name, config in runs(bench) if is_main else ():
+        file = folder / (name.replace(" ", "_").replace("×", "x") + ".npz")
+        yield name, TRAINED, trained(bench, config, file)
 
 
 def record(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     known = {(row.base, row.subject, row.name) for row in read(args.file)}
-    for (base, subject), numbers in SETS.items():
+    for base, subject in SETS:
         folder = args.images / f"{base}-{subject}"
         folder.mkdir(parents=True, exist_ok=True)
         bench = bench_of(base, subject, folder)
-        own = base_images(bench)
-        made: list[tuple[str, str, Any]] = [(BASE, BASE, lambda own=own: own)]
-        for name in (*DISTORTIONS, REPEATED, REPEATED_NOISE):
-            made.append((name, DISTORTED, lambda name=name, own=own: distorted(name, own)))
-        for name, config in runs(bench, subject, numbers):
-            file = folder / (name.replace(" ", "_").replace("×", "x") + ".npz")
-            made.append(
-                (name, TRAINED, lambda config=config, file=file, bench=bench: trained(bench, config, file))
-            )
-        for name, source, images in made:
+        for name, source, images in sets_of(bench, subject, folder):
             if (base, subject, name) not in known:
-                row = measured(bench, images(), name, source, subject)
+                row = measured(bench, images, name, source, subject)
                 append_line(args.file, json.dumps(vars(row)))
-                print(name, row.amount, row.reason, flush=True)
+                print(base, subject, name, row.amount, row.reason, flush=True)
 
 
 def read(path: Path = FILE) -> list[Row]:
@@ -187,32 +200,32 @@ def read(path: Path = FILE) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Every distortion of the character's base images, and the trained LoRAs as ranges."""
+    """The character's images on mini-sd15 one by one, noise and stripes of the others as ranges, the LoRAs."""
     lines = [
         "| images | prompt following | strangeness | likeness | diversity | verdict |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if (row.base, row.subject) == ("mini-sd15", "character") and row.source != TRAINED:
+        if (row.base, row.subject) == MAIN and row.source != TRAINED:
             lines.append(
                 f"| {row.name} | {row.prompt_following:.2f} | {row.strangeness:.2f} | {row.likeness:.2f} "
                 f"| {row.diversity:.2f} | {f'`{row.reason}`' if row.reason else 'feasible'} |"
             )
-    lines += [
-        "",
-        "| trained LoRAs | number | prompt following | strangeness | verdict |",
-        "|---|---|---|---|---|",
-    ]
+    lines += ["", "| noise and stripes | prompt following | strangeness | verdict |", "|---|---|---|---|"]
     for base, subject in SETS:
-        own = [row for row in rows if (row.base, row.subject, row.source) == (base, subject, TRAINED)]
-        for nothing in (False, True):
-            group = [row for row in own if (row.amount > 0) == nothing]
-            if group:
-                lines.append(
-                    f"| {subject}, {base} | {len(group)} | {_range([r.prompt_following for r in group])} "
-                    f"| {_range([r.strangeness for r in group])} "
-                    f"| {'`shows_nothing`' if nothing else 'shows something'} |"
-                )
+        group = [r for r in rows if (r.base, r.subject) == (base, subject) and r.name in BLANK]
+        verdicts = " and ".join(sorted({f"`{r.reason}`" if r.reason else "feasible" for r in group}))
+        lines.append(
+            f"| {subject}, {base} | {_range([r.prompt_following for r in group])} "
+            f"| {_range([r.strangeness for r in group])} | {verdicts} |"
+        )
+    lines += ["", "| trained LoRAs | prompt following | strangeness | verdict |", "|---|---|---|---|"]
+    for row in rows:
+        if row.source == TRAINED:
+            lines.append(
+                f"| {row.name} | {row.prompt_following:.2f} | {row.strangeness:.2f} "
+                f"| {f'`{row.reason}`' if row.reason else 'feasible'} |"
+            )
     return "\n".join(lines)
 
 

@@ -114,6 +114,11 @@ DISTORTIONS: dict[str, Distort] = {
     "posterised, black and white": posterised(2, grey=True),
     "greyscale": posterised(256, grey=True),
 }
+# No trace of the image is left of these.
+BLANK = (
+    *(name for name in DISTORTIONS if "noise" in name and not name.startswith("added")),
+    *(name for name in DISTORTIONS if name.startswith("stripes")),
+)
 REPEATED, REPEATED_NOISE = "one image repeated", "one noise image repeated"
 
 

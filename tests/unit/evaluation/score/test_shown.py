@@ -16,12 +16,24 @@ from evaluation.score.anchors import VECTORS_NAME, read_vectors
 from evaluation.score.evaluator import make_anchors
 from evaluation.score.limits import SafeguardLimits
 from evaluation.score.safeguards import Safety
-from evaluation.score.strangeness import reach, strangeness
+from evaluation.score.strangeness import FAR, reach, strangeness
 from hpo.search.workbench import Workbench
 from tests import ranking
 from tests.bench import bench_shown
-from tests.bench.bench_shown import BASE, DISTORTED, SETS, TRAINED, Row
-from tests.bench.distortions import DISTORTIONS, REPEATED, REPEATED_NOISE, distorted
+from tests.bench.bench_shown import (
+    BASE,
+    DISTORTED,
+    FRESH,
+    HEEDLESS,
+    HOT,
+    MAIN,
+    SETS,
+    SHUFFLED,
+    TRAINED,
+    TRIALS,
+    Row,
+)
+from tests.bench.distortions import BLANK, DISTORTIONS, REPEATED, REPEATED_NOISE, distorted
 from tests.places import ROOT
 
 NOTHING = (
@@ -66,14 +78,15 @@ def of(rows: list[Row], base: str, subject: str, source: str) -> list[Row]:
 
 
 def test_the_recording_is_whole(recorded: list[Row]) -> None:
-    for (base, subject), numbers in SETS.items():
-        assert len(of(recorded, base, subject, TRAINED)) >= 1 + len(numbers)
+    for base, subject in SETS:
         names = {row.name for row in of(recorded, base, subject, DISTORTED)}
-        assert names == {*DISTORTIONS, REPEATED, REPEATED_NOISE}
+        assert names == {*(DISTORTIONS if (base, subject) == MAIN else BLANK), REPEATED, REPEATED_NOISE}
+        assert {row.name for row in of(recorded, base, subject, HEEDLESS)} == {FRESH, SHUFFLED}
+    assert len(of(recorded, *MAIN, TRAINED)) == 1 + len(TRIALS) + len(HOT)
 
 
 def test_no_recorded_lora_that_draws_anything_is_beyond_the_limit(recorded: list[Row]) -> None:
-    """The truth is read from pixels: the subject's parts and grounds (character), or the grounds alone.
+    """The truth is read from pixels: the subject's parts, background and place.
 
     Of most configurations of the ranking study only the cosines were recorded: prompt following alone decides.
     """
@@ -82,14 +95,19 @@ def test_no_recorded_lora_that_draws_anything_is_beyond_the_limit(recorded: list
     low = [m for m in runs if m.parts()[0][0] < 0.2]
     assert len(runs) == 41 and len(low) == 3 and all(m.graded <= 0.02 for m in low)
     truth = known.on[ranking.SEARCH]
-    for row in of(recorded, "mini-sd15", "character", TRAINED):
+    for row in of(recorded, *MAIN, TRAINED):
         if row.name in truth:
             assert (row.amount > 0) == (truth[row.name].graded < 0.03), row
     for row in recorded:
-        if row.source == TRAINED and row.grounds is not None:
-            assert row.amount <= 0 or row.grounds < 0.5, row
         if row.source == BASE:
             assert row.amount < -0.5 and not row.reason, row
+
+
+def test_sound_images_that_ignore_every_prompt_do_show_something(recorded: list[Row]) -> None:
+    """An overfitted LoRA draws its subject whatever it is asked for: not strange, so this limit is silent."""
+    for row in recorded:
+        if row.source == HEEDLESS:
+            assert row.prompt_following < 0.1 and row.strangeness < 0.2 and row.amount < -0.8, row
 
 
 def test_what_a_far_too_high_rate_leaves_is_beyond_the_limit(recorded: list[Row]) -> None:
@@ -103,8 +121,10 @@ def test_what_shows_nothing_is_beyond_the_limit_on_every_subject_and_base(
     recorded: list[Row], base: str, subject: str
 ) -> None:
     for row in of(recorded, base, subject, DISTORTED):
-        if row.name in NOTHING:
+        if row.name in (NOTHING if (base, subject) == MAIN else (*BLANK, REPEATED_NOISE)):
             assert row.reason == "shows_nothing" and row.amount > 0, row
+        elif row.name == REPEATED:
+            assert row.reason == ("collapsed" if row.diversity < 0.25 else "") and row.amount <= 0, row
         elif row.name in SOMETHING:
             assert row.amount <= 0, row
 
@@ -239,15 +259,16 @@ def test_strangeness_is_the_median_distance_in_units_of_the_bases_own_reach() ->
     real_KD = eye[3:4]
     # each without its own prompt: eye 0 to half, half to eye 0, eye 2 to nothing
     near = 1 - 0.5**0.5
-    assert reach(base_ND, ("a", "b", "c"), real_KD) == pytest.approx(np.quantile([near, near, 1], 0.95))
+    assert reach(base_ND, ("a", "b", "c"), real_KD) == pytest.approx(np.quantile([near, near, 1], FAR))
     assert reach(base_ND, ("a", "a", "c"), real_KD) == pytest.approx(1.0)
-    assert strangeness(torch.stack([eye[3], eye[0], half]), base_ND, ("a", "a", "c"), real_KD) == (
-        pytest.approx(0, abs=1e-6)
-    )
-    assert strangeness(torch.stack([eye[4], -eye[2], eye[0]]), base_ND, ("a", "a", "c"), real_KD) == (
-        pytest.approx(1.0)
-    )
-    assert np.isfinite(strangeness(eye[4:5], eye[:1], ("a",), eye[:1])), "a base without reach"
+    known, odd = torch.stack([eye[3], eye[0], half]), torch.stack([eye[4], -eye[2], eye[0]])
+    of = ("a", "a", "c")
+    assert strangeness(known, base_ND, of, real_KD, [6]) == pytest.approx(0, abs=1e-6)
+    assert strangeness(odd, base_ND, of, real_KD, [6]) == pytest.approx(1.0)
+    assert np.isfinite(strangeness(eye[4:5], eye[:1], ("a",), eye[:1], [6])), "a base without reach"
+    # a second encoder that sees nothing but what is known hides nothing
+    joint = [torch.cat([v, base_ND[:1].expand(len(v), -1)], dim=1) / 2**0.5 for v in (odd, base_ND, real_KD)]
+    assert strangeness(joint[0], joint[1], of, joint[2], [6, 6]) == pytest.approx(1.0)
 
 
 def test_images_that_show_nothing_are_called_that_even_if_they_are_also_alike() -> None:
