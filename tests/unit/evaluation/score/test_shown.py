@@ -107,7 +107,7 @@ def test_sound_images_that_ignore_every_prompt_do_show_something(recorded: list[
     """An overfitted LoRA draws its subject whatever it is asked for: not strange, so this limit is silent."""
     for row in recorded:
         if row.source == HEEDLESS:
-            assert row.prompt_following < 0.1 and row.strangeness < 0.2 and row.amount < -0.8, row
+            assert row.prompt_following < 0.15 and row.strangeness < 0.2 and row.amount < -0.8, row
 
 
 def test_what_a_far_too_high_rate_leaves_is_beyond_the_limit(recorded: list[Row]) -> None:
