@@ -150,8 +150,9 @@ def held_out_of_subsets(folders: Sequence[Path]) -> list[Path]:
 
 
 def _beside(folder: Path) -> Path | None:
-    place = folder.resolve().parent / HELD_OUT
-    return place if place.is_dir() and place != folder.resolve() else None
+    has_name = folder.name not in ("", "..")
+    place = (folder if has_name else folder.resolve()).parent / HELD_OUT
+    return place if place.is_dir() and place.resolve() != folder.resolve() else None
 
 
 def images_in(folder: Path, root: Path) -> list[Path]:
