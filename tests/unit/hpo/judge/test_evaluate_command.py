@@ -447,14 +447,24 @@ def with_data(place: Path, name: str, **values: str) -> str:
     return name
 
 
-def judged(found: Any) -> tuple[set[str], str | None, str | None]:
-    prompts = found.evaluator.prompts
-    return {path.parent.name for path in found.reference_files}, prompts.trigger, prompts.class_word
+def judged(path: str, **words: Any) -> tuple[list[str], str | None, str | None]:
+    """What a run is judged with, without loading a model: the folders of the references, trigger, class word."""
+    from hpo.judge import standard as standards
+    from hpo.judge.runfiles import find_run
+    from hpo.study.config import Inputs
+
+    run, inputs = find_run(Path(path)), Inputs(**{"base": "", **words})
+    config = standards.settings(run, inputs)
+    data = standards.training_data(run, config, inputs)
+    paths = standards.references(run, inputs, data, standards.standard(run, config, None, data))
+    standards.check_unseen(run, paths, data)
+    assert len(paths) == 3
+    return sorted({str(path.parent) for path in paths}), data.trigger, data.class_word
 
 
 def test_references_and_words_are_found_from_any_form_of_the_training_images(place: Path) -> None:
     """The kohya folder, one folder in it, dataset files that name it, and another program's LoRA."""
-    expected = ({"held_out"}, "zkw", "figure")
+    expected = (["images/held_out"], "zkw", "figure")
     folder = "images/1_zkw figure"
     described = {"whole": folder, "named": folder, "absolute": str(place / folder)}
     runs = [
@@ -466,13 +476,12 @@ def test_references_and_words_are_found_from_any_form_of_the_training_images(pla
         (place / f"{name}.toml").write_text(SUBSET.format(folder=image_dir, more=more))
         runs.append(with_data(place, name, dataset_config=f"{name}.toml"))
     for run_name in runs:
-        found, said = judge(run_name)
-        assert judged(found) == expected, run_name
-        assert "references: 3 images in" in said and "held_out" in said
+        places, *words = judged(run_name)
+        assert words == ["zkw", "figure"], run_name
+        assert [Path(found).resolve() for found in places] == [place / "images" / "held_out"], run_name
     foreign_lora(place)
     for data in ("images", folder):
-        found, _ = judge("foreign", base="tiny-sd15", data=Path(data))
-        assert judged(found) == expected, data
+        assert judged("foreign", base="tiny-sd15", data=Path(data)) == expected, data
 
 
 def foreign_lora(place: Path) -> None:
@@ -494,17 +503,15 @@ def test_a_run_of_a_dataset_file_with_plain_folders_is_trained_and_judged(place:
     words = ("settings.toml", "--dataset", "set.toml", "--base", "tiny-sd15", "--device", "cpu")
     result = run("train", *words, "--output", "outset")
     assert result.exit_code == 0, result.output
-    found, said = judge("outset")
-    assert judged(found) == ({"held_out"}, "zkw", "figure")
-    assert "references: 3 images in set/held_out" in said
+    assert judged("outset") == (["set/held_out"], "zkw", "figure")
 
 
 def test_a_folder_that_says_no_class_word_is_an_error_that_names_the_flag(place: Path) -> None:
     name = with_data(place, "plainrun", train_data_dir=str(plain_images(place)))
     result = refused(2, "no class word", name, "--references", "images/held_out")
     assert "--class" in result.stderr
-    found, _ = judge(name, references=Path("images/held_out"), class_word="figure", trigger="zkw")
-    assert judged(found) == ({"held_out"}, "zkw", "figure")
+    own = {"references": Path("images/held_out"), "class_word": "figure", "trigger": "zkw"}
+    assert judged(name, **own) == (["images/held_out"], "zkw", "figure")
 
 
 def test_a_run_that_belongs_to_no_study_is_judged_as_what_its_folder_says(place: Path) -> None:
@@ -514,6 +521,7 @@ def test_a_run_that_belongs_to_no_study_is_judged_as_what_its_folder_says(place:
     (place / "art" / "1_zkw figure").rename(place / "art" / "1_zkw style")
     found, said = judge(with_data(place, "stylish", train_data_dir="art"))
     assert found.evaluator.likeness.name.startswith("style of") and "judged as a style" in said
+    assert "references: 3 images in art/held_out" in said
     assert any(prompt.text.endswith(", zkw style") for prompt in found.evaluator.prompts.prompts)
     named, said = judge("stylish", study="sd15-character.toml")
     assert not named.evaluator.likeness.name.startswith("style of") and "judged as a style" not in said

@@ -204,3 +204,11 @@ def test_references_stay_those_that_a_study_was_begun_with(here: Path) -> None:
     )
     old = load(Inputs("mini-sd15", place), study, begun, lambda text: None)
     assert {Path(path).parent for path in old.reference_items} == {place} and len(old.data.items) == 20
+
+
+def test_a_search_without_a_trigger_says_so_and_names_words_that_could_be_it(here: Path) -> None:
+    data = draw_images(here / "photos", count=10, size_px=64)
+    said: list[str] = []
+    study = read_study(find_study(None, "mini-sd15"))
+    load(Inputs("mini-sd15", data, class_word="figure"), study, StudyFolder(here / "study"), said.append)
+    assert any("no trigger word is known" in line and "zkw, figure" in line for line in said)
