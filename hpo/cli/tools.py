@@ -66,7 +66,7 @@ def demo(subject: str, folder: Path) -> None:
     from trainer.bases import write_subject
 
     write_subject(subject, folder)
-    words = ["hpo", "search", "--base", "mini-sd15", "--data", folder, "--trials", "12"]
+    words: list[str | Path] = ["hpo", "search", "--base", "mini-sd15", "--data", folder, "--trials", "12"]
     if subject == "object":  # its folder's name does not say that it is one
         words += ["--preset", subject]
     click.echo(f"wrote the demo images ({subject})")
