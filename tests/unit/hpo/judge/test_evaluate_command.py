@@ -482,6 +482,8 @@ def test_references_and_words_are_found_from_any_form_of_the_training_images(pla
     foreign_lora(place)
     for data in ("images", folder):
         assert judged("foreign", base="tiny-sd15", data=Path(data)) == expected, data
+    shown = {"data": plain_images(place), "references": Path("images/held_out")}
+    assert judged("foreign", base="tiny-sd15", **shown) == expected, "the LoRA's metadata name its folders"
 
 
 def foreign_lora(place: Path) -> None:
