@@ -200,10 +200,10 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
             ),
         ),
         "class-only": (
-            "a green circle on stone, in the centre",
-            "a red square on grass, on the left",
-            "a yellow star on sand",
-            "a purple cross on water, at the bottom",
+            "a shape on stone",  # drawn with eight seeds: what it leaves open shows the diversity
+            "a shape on grass, on the left",
+            "a thing on sand",
+            "a shape on water, at the bottom",
         ),
     },
 }

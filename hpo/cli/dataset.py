@@ -240,6 +240,8 @@ def prepare(source: Path, folder: Path, wish: Wish, echo: Callable[[str], None])
     built = build(source, folder, wish)
     for note in built.notes:
         echo(clean_text(f"note: {note}"))
+    if not wish.class_word:
+        echo("note: no class word: hpo search needs one; --class girl puts it into the folder's name")
     apart = f", {built.held_out} held out" if built.held_out else ""
     echo(clean_text(f"{built.images} images in {built.folder}{apart}"))
     echo(f"next: {command('hpo', 'dataset', 'check', folder)}")

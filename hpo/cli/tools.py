@@ -62,16 +62,15 @@ def dataset() -> None:
 @click.argument("folder", type=PATH, metavar="DIR")
 def demo(subject: str, folder: Path) -> None:
     """Write demo images for the miniature bases to DIR. 24 for training and 8 held out (style: 24 held out)."""
-    import shlex
-
+    from hpo.terminal import command
     from trainer.bases import write_subject
-    from trainer.text import clean_text
 
     write_subject(subject, folder)
-    place = shlex.quote(clean_text(str(folder)))
-    click.echo(
-        f"wrote the demo images ({subject}); next: hpo search --base mini-sd15 --data {place} --trials 12"
-    )
+    words: list[str | Path] = ["hpo", "search", "--base", "mini-sd15", "--data", folder, "--trials", "12"]
+    if subject == "object":  # its folder's name does not say that it is one
+        words += ["--preset", subject]
+    click.echo(f"wrote the demo images ({subject})")
+    click.echo(f"next: {command(*words)}")
 
 
 @dataset.command()

@@ -7,6 +7,7 @@ Reads files but loads no model; see ``hpo.judge.judge``.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from hpo.study import (
 from trainer.adapters import CONFIG_KEY, RESOLUTION
 from trainer.bases import Base, is_miniature
 from trainer.config import TrainConfig
-from trainer.data import Dataset, read_picture, read_training_data
+from trainer.data import Dataset, read_picture, read_training_data, subject_of_names
 from trainer.errors import ConfigError, DataError
 from trainer.text import clean_text
 
@@ -195,10 +196,26 @@ def training_data(run: RunFiles, config: TrainConfig, inputs: Inputs) -> Dataset
         chosen = promptfiles.read(folder.prompts)
         trigger, class_word = trigger or chosen.trigger, class_word or chosen.class_word
     data = read_training_data(config, trigger=trigger, class_word=class_word)
+    if not run.own:
+        said = _trained_on(run)
+        data = replace(data, trigger=data.trigger or said[0], class_word=data.class_word or said[1])
     if run.study is None:
         return data
     apart = {_sha(path) for path in _study_references(run.study)}
     return replace(data, items=tuple(item for item in data.items if item.sha256 not in apart))
+
+
+def _trained_on(run: RunFiles) -> tuple[str | None, str | None]:
+    """Trigger and class word in the names of the training folders, which sd-scripts stores in a LoRA's metadata."""
+    metadata = run.metadata()
+    for key in ("ss_tag_frequency", "ss_dataset_dirs"):
+        try:
+            folders = json.loads(metadata.get(key, ""))
+        except ValueError:
+            continue
+        if isinstance(folders, dict) and (found := subject_of_names(map(str, folders))) != (None, None):
+            return found
+    return None, None
 
 
 def _study_references(folder: StudyFolder) -> list[Path]:

@@ -212,10 +212,10 @@ def _asked(inputs: Inputs, said: str | None, ask: Ask | None) -> tuple[Inputs, s
     if ask is None or inputs.prompts is not None:
         return inputs, CHARACTER, ()
     folder = shown(inputs.data)
-    preset = ask(f"{folder} does not say what it shows: character, style or object?", tuple(PRESETS))
+    preset = ask(f"what does {folder} show?", (CHARACTER, *(name for name in PRESETS if name != CHARACTER)))
     if preset == STYLE_PRESET:
         return inputs, preset, (f"to skip this question: --preset {preset}",)
-    word = ask("what is it in one word, as in the captions (girl, man, vase)?", ()).strip()
+    word = ask("in one word, as in the captions (girl, man, vase)", ()).strip()
     if not word:
         raise ConfigError("no class word was given", "give it with --class, for example --class girl")
     words = replace(inputs, class_word=word)

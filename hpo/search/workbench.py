@@ -35,13 +35,15 @@ from hpo.study import (
     read_json,
     reference_paths,
     say_notes,
+    subject_items,
 )
 from hpo.train import check_device
 from trainer.bases import compute_type, is_miniature, load_base
 from trainer.config import TrainConfig
-from trainer.data import Dataset, cache, preflight, read_dataset, split_references
+from trainer.data import Dataset, cache, preflight, read_dataset, shown, split_references, words_everywhere
 from trainer.errors import ConfigError, MachineError
 from trainer.files import atomic_folder, make_folder, write_atomic
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from trainer.bases import Base
@@ -149,6 +151,8 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         say(note)
     if not data.class_word and inputs.prompts is None:
         raise no_class_word()
+    if not data.trigger and inputs.prompts is None:
+        say(_no_trigger(data))
     data, held_out = split_references(_as_begun(data, folder), 0 if inputs.references else None)
     paths = [item.path for item in held_out.items]
     if inputs.references:
@@ -184,6 +188,15 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
         base_spec=inputs.base,
         store=cache.Store(folder.cache),
         inputs=inputs,
+    )
+
+
+def _no_trigger(data: Dataset) -> str:
+    words = words_everywhere([item.caption for item in subject_items(data)])
+    everywhere = f" (in every caption: {', '.join(shown(word)[:40] for word in words[:8])})" if words else ""
+    return (
+        f"no trigger word is known, so prompts name only the class {clean_text(data.class_word or '')}; "
+        f"if the captions have one, give it with --trigger{everywhere}"
     )
 
 

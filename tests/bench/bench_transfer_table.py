@@ -141,7 +141,7 @@ def fill(args: argparse.Namespace) -> None:
     if not missing:
         return
     configs = settings_of(args, args.subject)
-    study = read_study(find_study(None, "mini-sdxl"), sets=args.sets)
+    study = read_study(find_study(None, "mini-sdxl"), sets=args.sets, preset=args.subject)
     folder = StudyFolder(args.work / f"table-{args.subject}")
     bench = load(Inputs("mini-sdxl", args.work / f"data-{args.subject}"), study, folder, print)
     assert bench.confirmation is not None

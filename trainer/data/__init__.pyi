@@ -22,8 +22,10 @@ from .findings import WARNING as WARNING
 from .findings import DatasetFinding as DatasetFinding
 from .findings import Question as Question
 from .findings import findings as findings
+from .findings import words_everywhere as words_everywhere
 from .folders import named_subject as named_subject
 from .folders import parts_of as parts_of
+from .folders import subject_of_names as subject_of_names
 from .images import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from .images import read_picture as read_picture
 from .layout import Wish as Wish

@@ -34,6 +34,7 @@ _COMMON = frozenset({
     "a", "an", "and", "are", "at", "by", "drawing", "for", "from", "her", "his", "image", "in", "is", "its", "of",
     "on", "or", "photo", "picture", "the", "to", "with",
 })  # fmt: skip
+SAME_SHARE = 0.4  # assumed: of the captions; so many equal ones are a habit or a tool's, not chance
 MIN_CAPTIONS = 4  # assumed: in fewer, every tag is in all of them by chance
 _ODD_MODES = {
     "CMYK": (WARNING, "CMYK", "converted without a colour profile: save them as sRGB if colours look off"),
@@ -318,6 +319,12 @@ def _words(survey: Survey, question: Question) -> Iterator[DatasetFinding]:
             do = "put it first in each caption, or set caption_prefix to it"
             yield DatasetFinding("trigger", WARNING, what, do, _files(without))
     if len(captioned) < MIN_CAPTIONS:
+        return
+    ((text, count),) = Counter(photo.caption or "" for photo in captioned).most_common(1)
+    if count >= max(MIN_CAPTIONS, SAME_SHARE * len(captioned)):
+        what = f"{count} of {len(captioned)} captions are the same: {shown(text)[:60]!r}"
+        do = "describe what differs between the images: what no caption names is learned as part of the subject"
+        yield DatasetFinding("caption-same", NOTE, what, do)
         return
     tags = Counter(tag for p in captioned for tag in set(_tags(p.caption or "", config.caption_separator)))
     meant = [word.lower() for word in (trigger, question.class_word) if word]

@@ -123,6 +123,12 @@ def subject_of_parts(parts: Sequence[FolderPart]) -> tuple[str | None, str | Non
     return common([part.trigger for part in parts]), common([part.class_word for part in parts])
 
 
+def subject_of_names(names: Iterable[str]) -> tuple[str | None, str | None]:
+    """Trigger and class word in folder names like ``10_luca man``, each where all such names agree on it."""
+    found = [subject_of(match[2]) for name in names if (match := KOHYA_FOLDER.fullmatch(name))]
+    return common(trigger for trigger, _ in found), common(class_word for _, class_word in found)
+
+
 def no_folder(root: Path) -> DataError:
     what = f"{shown(root)} is a file" if root.exists() else f"the dataset folder {shown(root)} does not exist"
     return DataError(what, "give the folder that holds the images")
@@ -150,8 +156,9 @@ def held_out_of_subsets(folders: Sequence[Path]) -> list[Path]:
 
 
 def _beside(folder: Path) -> Path | None:
-    place = folder.resolve().parent / HELD_OUT
-    return place if place.is_dir() and place != folder.resolve() else None
+    has_name = folder.name not in ("", "..")
+    place = (folder if has_name else folder.resolve()).parent / HELD_OUT
+    return place if place.is_dir() and place.resolve() != folder.resolve() else None
 
 
 def images_in(folder: Path, root: Path) -> list[Path]:

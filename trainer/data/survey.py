@@ -18,7 +18,7 @@ from PIL import Image
 from trainer.config import TrainConfig
 from trainer.data.captions import caption_file, check_inside, read_text, shown
 from trainer.data.dataset import Item
-from trainer.data.folders import KOHYA_FOLDER, MAX_REPEATS, common, held_out_folder, subject_of
+from trainer.data.folders import KOHYA_FOLDER, MAX_REPEATS, held_out_folder, subject_of_names
 from trainer.data.images import IMAGE_EXTENSIONS, read_picture
 from trainer.errors import DataError
 
@@ -128,8 +128,7 @@ def survey(root: Path, config: TrainConfig, *, default_repeats: int = 1) -> Surv
         for found, text in zip(read, texts, strict=True)
         if isinstance(found, Photo) and not found.is_held_out
     ]
-    names = [KOHYA_FOLDER.fullmatch(folder.resolve().name) for folder, repeats in folders if repeats]
-    subjects = [subject_of(match[2]) for match in names if match]
+    trigger, class_word = subject_of_names(folder.resolve().name for folder, repeats in folders if repeats)
     files = [path for paths in listing.values() for path in paths]
     return Survey(
         root=root,
@@ -140,8 +139,8 @@ def survey(root: Path, config: TrainConfig, *, default_repeats: int = 1) -> Surv
         empty_captions=tuple(path for path, text in wanted if text == ""),
         other=tuple(path for path in files if path.suffix.lower() in OTHER_PICTURES),
         orphans=tuple(_orphans(files)),
-        trigger=common(trigger for trigger, _ in subjects),
-        class_word=common(class_word for _, class_word in subjects),
+        trigger=trigger,
+        class_word=class_word,
     )
 
 

@@ -201,6 +201,16 @@ def test_a_folder_that_does_not_say_what_it_shows_is_told_which_flags_say_it(tmp
     assert next_line.startswith("next: hpo search") and next_line.endswith("--trigger luca --class woman")
 
 
+def test_captions_that_are_all_the_same_are_a_note(tmp_path: Path) -> None:
+    place = good(tmp_path, count=10)
+    for number in range(4):
+        (place / f"{number}.txt").write_text("zed man")
+    said = kinds(tmp_path)["caption-same"]
+    assert said["what"] == "4 of 10 captions are the same: 'zed man'" and said["severity"] == "note"
+    (place / "0.txt").write_text("zed man in a boat")
+    assert "caption-same" not in kinds(tmp_path)
+
+
 def test_a_style_is_called_one(tmp_path: Path) -> None:
     good(tmp_path, count=10).rename(tmp_path / "10_vexa style")
     assert (

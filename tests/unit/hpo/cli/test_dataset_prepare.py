@@ -183,3 +183,10 @@ def test_the_old_name_of_the_trigger_option_works_once_more_and_says_the_new_one
         assert result.exit_code == 0 and "--name is now --trigger" in result.stderr
         assert (tmp_path / f"out{number}" / "10_luca style").is_dir()
     assert "--name" not in prepare("--help").output
+
+
+def test_a_layout_without_a_class_word_says_that_a_search_needs_one(source: Path, tmp_path: Path) -> None:
+    assert "--class" in prepare(str(source), str(tmp_path / "a"), "--trigger", "luca").output
+    assert (
+        "--class" not in prepare(str(source), str(tmp_path / "b"), "--trigger", "l", "--class", "girl").output
+    )

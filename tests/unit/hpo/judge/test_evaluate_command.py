@@ -159,12 +159,7 @@ def test_a_damaged_checkpoint_has_a_place_on_the_curve_and_is_never_chosen(place
 
 
 def test_files_of_another_program_are_scored_once_base_and_images_are_named(place: Path) -> None:
-    from trainer.tensorfile import to_bytes
-
-    (place / "foreign").mkdir()
-    for path in (place / "out15").glob("zkw*.safetensors"):
-        metadata = {k: v for k, v in read_header(path).metadata.items() if k.startswith("ss_")}
-        (place / "foreign" / path.name).write_bytes(to_bytes(load_tensors(path), metadata))
+    foreign_lora(place)
     assert "--base" in refused(2, "does not contain its base model", "foreign").stderr
     assert (
         "--data"
@@ -431,3 +426,104 @@ def test_a_second_run_of_another_program_takes_options_of_its_own(place: Path) -
     assert result.exit_code == 3 and "--data-b" in result.stderr
     result = run(*words, "--base-b", "tiny-sdxl", "--data-b", "images")
     assert result.exit_code == 0 and "B: foreign.safetensors on tiny-sdxl" in result.output
+
+
+SUBSET = """
+[[datasets]]
+[[datasets.subsets]]
+image_dir = "{folder}"
+num_repeats = 2
+{more}
+"""
+
+
+def with_data(place: Path, name: str, **values: str) -> str:
+    """A copy of the run whose settings name other images."""
+    import shutil
+
+    shutil.copytree(place / "out15", place / name)
+    path = place / name / "zkw.run" / "config.json"
+    path.write_text(json.dumps({**read(path), "train_data_dir": "", **values}))
+    return name
+
+
+def judged(path: str, **words: Any) -> tuple[list[str], str | None, str | None]:
+    """What a run is judged with, without loading a model: the folders of the references, trigger, class word."""
+    from hpo.judge import standard as standards
+    from hpo.judge.runfiles import find_run
+    from hpo.study.config import Inputs
+
+    run, inputs = find_run(Path(path)), Inputs(**{"base": "", **words})
+    config = standards.settings(run, inputs)
+    data = standards.training_data(run, config, inputs)
+    paths = standards.references(run, inputs, data, standards.standard(run, config, None, data))
+    standards.check_unseen(run, paths, data)
+    assert len(paths) == 3
+    return sorted({str(path.parent) for path in paths}), data.trigger, data.class_word
+
+
+def test_references_and_words_are_found_from_any_form_of_the_training_images(place: Path) -> None:
+    """The kohya folder, one folder in it, dataset files that name it, and another program's LoRA."""
+    expected = (["images/held_out"], "zkw", "figure")
+    folder = "images/1_zkw figure"
+    described = {"whole": folder, "named": folder, "absolute": str(place / folder)}
+    runs = [
+        with_data(place, "parent", train_data_dir="images"),
+        with_data(place, "one", train_data_dir=folder),
+    ]
+    for name, image_dir in described.items():
+        more = 'class_tokens = "zkw"' if name == "named" else ""
+        (place / f"{name}.toml").write_text(SUBSET.format(folder=image_dir, more=more))
+        runs.append(with_data(place, name, dataset_config=f"{name}.toml"))
+    for run_name in runs:
+        places, *words = judged(run_name)
+        assert words == ["zkw", "figure"], run_name
+        assert [Path(found).resolve() for found in places] == [place / "images" / "held_out"], run_name
+    foreign_lora(place)
+    for data in ("images", folder):
+        assert judged("foreign", base="tiny-sd15", data=Path(data)) == expected, data
+    shown = {"data": plain_images(place), "references": Path("images/held_out")}
+    assert judged("foreign", base="tiny-sd15", **shown) == expected, "the LoRA's metadata name its folders"
+
+
+def foreign_lora(place: Path) -> None:
+    from trainer.tensorfile import to_bytes
+
+    (place / "foreign").mkdir()
+    for path in (place / "out15").glob("zkw*.safetensors"):
+        metadata = {k: v for k, v in read_header(path).metadata.items() if k.startswith("ss_")}
+        (place / "foreign" / path.name).write_bytes(to_bytes(load_tensors(path), metadata))
+
+
+def test_a_run_of_a_dataset_file_with_plain_folders_is_trained_and_judged(place: Path) -> None:
+    """held_out/ lies next to the folder, the words are in the file."""
+    import shutil
+
+    shutil.copytree(place / "images" / "1_zkw figure", place / "set" / "pictures")
+    shutil.copytree(place / "images" / "held_out", place / "set" / "held_out")
+    (place / "set.toml").write_text(SUBSET.format(folder="set/pictures", more='class_tokens = "zkw figure"'))
+    words = ("settings.toml", "--dataset", "set.toml", "--base", "tiny-sd15", "--device", "cpu")
+    result = run("train", *words, "--output", "outset")
+    assert result.exit_code == 0, result.output
+    assert judged("outset") == (["set/held_out"], "zkw", "figure")
+
+
+def test_a_folder_that_says_no_class_word_is_an_error_that_names_the_flag(place: Path) -> None:
+    name = with_data(place, "plainrun", train_data_dir=str(plain_images(place)))
+    result = refused(2, "no class word", name, "--references", "images/held_out")
+    assert "--class" in result.stderr
+    own = {"references": Path("images/held_out"), "class_word": "figure", "trigger": "zkw"}
+    assert judged(name, **own) == (["images/held_out"], "zkw", "figure")
+
+
+def test_a_run_that_belongs_to_no_study_is_judged_as_what_its_folder_says(place: Path) -> None:
+    import shutil
+
+    shutil.copytree(place / "images", place / "art")
+    (place / "art" / "1_zkw figure").rename(place / "art" / "1_zkw style")
+    found, said = judge(with_data(place, "stylish", train_data_dir="art"))
+    assert found.evaluator.likeness.name.startswith("style of") and "judged as a style" in said
+    assert "references: 3 images in art/held_out" in said
+    assert any(prompt.text.endswith(", zkw style") for prompt in found.evaluator.prompts.prompts)
+    named, said = judge("stylish", study="sd15-character.toml")
+    assert not named.evaluator.likeness.name.startswith("style of") and "judged as a style" not in said

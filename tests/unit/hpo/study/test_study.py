@@ -21,7 +21,7 @@ from hpo.study.unchanged import as_begun, check_unchanged, difference
 from tests.tiny_search import STUDY
 from trainer.errors import ConfigError, ToolError
 
-SHIPPED = ("mini", "sd15-character", "sd15-character-small", "sd15-style")
+SHIPPED = ("mini", "sd15-character", "sd15-character-small", "sd15-object", "sd15-style")
 
 
 def study(**changes: Any) -> Any:

@@ -337,6 +337,15 @@ def test_a_rate_that_the_optimizer_finds_is_not_probed(tmp_path: Path) -> None:
         make_side("s", {"transferred": prodigy}, ShortRuns(8, {}, 1, "natural"), 6, (-4, 4))
 
 
+def test_probes_of_a_style_are_scored_as_a_style() -> None:
+    config = TrainConfig(optimizer_type="AdamW")
+    for preset in ("style", "character"):
+        runs = ShortRuns(8, {}, 1, "natural", preset=preset)
+        assert make_side("s", {"transferred": config}, runs, 6, (-4, 4)).study.preset.style == (
+            preset == "style"
+        )
+
+
 def test_the_request_has_the_words_of_the_command() -> None:
     words = {option.name for option in main.commands["transfer"].params}
     assert words == {f.name for f in dataclasses.fields(TransferRequest)}

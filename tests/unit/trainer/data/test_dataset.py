@@ -614,6 +614,50 @@ def test_held_out_images_are_the_references_and_all_others_train(tmp_path: Path)
     assert {i.path.parent.name for i in train.items} == {"10_zed man"} and data.notes == ()
 
 
+def test_one_folder_of_a_dataset_has_its_held_out_images_next_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many(tmp_path / "set" / "10_zed man", 6)
+    many(tmp_path / "set" / "plain", 6)
+    add(tmp_path / "set" / "held_out", "r1.png", None, seed=500)
+    add(tmp_path / "set" / "held_out", "r2.png", None, seed=501)
+
+    def held(folder: Path) -> list[str]:
+        return [item.path.name for item in dataset.read_dataset(folder, CONFIG).held_out]
+
+    assert held(tmp_path / "set" / "10_zed man") == held(tmp_path / "set") == ["r1.png", "r2.png"]
+    assert held(tmp_path / "set" / "plain") == [], "a plain folder is a dataset of its own"
+    monkeypatch.chdir(tmp_path / "set" / "10_zed man")
+    assert held(Path(".")) == ["r1.png", "r2.png"]
+    add(tmp_path / "set" / "10_zed man" / "held_out", "own.png", None, seed=502)
+    assert held(tmp_path / "set" / "10_zed man") == ["own.png"], "its own come first"
+
+
+def test_a_dataset_file_has_held_out_images_and_words_of_its_folders(tmp_path: Path) -> None:
+    from trainer.data.subsets import read_training_data
+
+    for folder in ("10_zed man", "3_zed man", "reg"):
+        many(tmp_path / "set" / folder, 3 if folder != "3_zed man" else 2)
+    add(tmp_path / "set" / "held_out", "r1.png", None, seed=500)
+    add(tmp_path / "reg" / "held_out", "not.png", None, seed=501)
+    (tmp_path / "set" / "reg").rename(tmp_path / "reg" / "girls")
+    rows = [
+        f'[[datasets.subsets]]\nimage_dir = "{tmp_path}/set/10_zed man"\n',
+        f'[[datasets.subsets]]\nimage_dir = "{tmp_path}/set/3_zed man"\nclass_tokens = "zed"\n',
+        f'[[datasets.subsets]]\nimage_dir = "{tmp_path}/reg/girls"\nis_reg = true\n',
+    ]
+    file = tmp_path / "set.toml"
+    file.write_text("[[datasets]]\n" + "".join(rows))
+    config = CONFIG.with_values({"dataset_config": str(file)})
+    data = read_training_data(config)
+    assert [item.path.name for item in data.held_out] == ["r1.png"], "once, and none of the regularisation's"
+    assert (data.trigger, data.class_word) == ("zed", "man")
+    file.write_text(file.read_text().replace('class_tokens = "zed"', 'class_tokens = "abc boy"'))
+    data = read_training_data(config)
+    assert (data.trigger, data.class_word) == (None, None), "the folders disagree"
+    assert read_training_data(config, trigger="zed", class_word="man").class_word == "man"
+
+
 def test_a_held_out_image_that_is_also_trained_on_is_refused(tmp_path: Path) -> None:
     many(tmp_path, 5)
     add(tmp_path / "held_out", "r.png", None, seed=2)
