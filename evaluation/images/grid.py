@@ -33,6 +33,7 @@ TITLE_PX, TEXT_PX, SMALL_PX = 32, 25, 22
 MAX_COLUMNS = 4
 SHOWN_REFERENCES = 4
 PROMPTS_A_ROW = {1: 3, 2: 2}  # by the number of images of a prompt; else 1
+TIED = "\u00a0"  # no line ends between a setting and its value
 CELL_STEP_PX = 64  # cells are a multiple of this: images of the miniature are enlarged by whole factors
 THUMBNAIL_PX = 256, 512  # pictures for grids are kept at this width and height at most
 
@@ -97,7 +98,7 @@ def _heading(heading: Heading, verdict: str, failed: bool, beside: Beside) -> li
     if verdict:
         lines.append(text_strip(verdict, WIDTH_PX, TEXT_PX, *([RED] if failed else [])))
     if heading.settings:
-        words = ", ".join(f"{name} {value}" for name, value in heading.settings.items())
+        words = ", ".join(f"{name}{TIED}{value}" for name, value in heading.settings.items())
         lines.append(text_strip(words, WIDTH_PX, SMALL_PX, GREY))
     parts = [stacked(lines, GAP_PX)] if lines else [Image.new("RGB", (WIDTH_PX, 1), "white")]
     if beside.references_HW3:

@@ -52,17 +52,25 @@ def lettered(text: str, size_px: int) -> tuple[str, Font]:
         shown = text if name else text.translate(SIMPLER)
         if font is not None and all(_has(name, letter) for letter in shown):
             return shown, font
-    bare = unicodedata.normalize("NFKD", text.translate(SIMPLER))
-    known = (c if _has("", c) else LACKING for c in bare if not unicodedata.combining(c))
+    shown = "".join(_simpler(letter) for letter in text.translate(SIMPLER))
     font = font_of(size_px)
     assert font is not None
-    return "".join(known), font
+    return shown, font
+
+
+def _simpler(letter: str) -> str:
+    """A letter as the built-in font can show it: without its accent, or as LACKING."""
+    if _has("", letter):
+        return letter
+    parts = (c for c in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(c))
+    return "".join(c if _has("", c) else LACKING for c in parts)
 
 
 def lines_of(text: str, width_px: float, font: Font) -> list[str]:
-    """The whole text in lines of at most this width, broken at spaces; longer words anywhere."""
+    """The whole text in lines of at most this width, broken at spaces (not at non-breaking ones); longer words
+    anywhere."""
     lines = [""]
-    for word in text.split():
+    for word in text.split(" "):
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width_px:
             lines[-1] = joined
@@ -100,12 +108,12 @@ def stacked(parts: Sequence[Image.Image], gap_px: int = 0) -> Image.Image:
 
 
 def in_a_row(parts: Sequence[Image.Image], gap_px: int) -> Image.Image:
-    """Pictures side by side, top-aligned, on white."""
+    """Pictures side by side on white, aligned at the bottom."""
     size = sum(p.width for p in parts) + gap_px * (len(parts) - 1), max(p.height for p in parts)
     sheet = Image.new("RGB", size, "white")
     left = 0
     for part in parts:
-        sheet.paste(part, (left, 0))
+        sheet.paste(part, (left, size[1] - part.height))
         left += part.width + gap_px
     return sheet
 
