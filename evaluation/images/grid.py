@@ -18,6 +18,7 @@ from evaluation.images.images import SampledImage, invalid_reason
 from evaluation.images.lettering import (
     GREY,
     RED,
+    TIED,
     fitted,
     framed,
     in_a_row,
@@ -33,7 +34,6 @@ TITLE_PX, TEXT_PX, SMALL_PX = 32, 25, 22
 MAX_COLUMNS = 4
 SHOWN_REFERENCES = 4
 PROMPTS_A_ROW = {1: 3, 2: 2}  # by the number of images of a prompt; else 1
-TIED = "\u00a0"  # no line ends between a setting and its value
 CELL_STEP_PX = 64  # cells are a multiple of this: images of the miniature are enlarged by whole factors
 THUMBNAIL_PX = 256, 512  # pictures for grids are kept at this width and height at most
 

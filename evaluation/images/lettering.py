@@ -22,6 +22,7 @@ BLACK, GREY, RED = (0, 0, 0), (100, 100, 100), (190, 0, 0)
 OTHER_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-zenhei.ttc")
 SIMPLER = str.maketrans({"–": "-", "—": "-", "×": "x", "→": ">"})
 LACKING = "?"
+TIED = "\u00a0"  # a space at which no line ends
 LINE = 1.3  # height of a line, in font sizes
 
 
@@ -41,7 +42,7 @@ def _has(name: str, letter: str) -> bool:
     font = font_of(24, name)
     assert font is not None
     drawn, box = font.getmask(letter), font.getmask("\uffff")  # no font has U+FFFF: it draws its empty box
-    return (drawn.size, bytes(drawn)) != (box.size, bytes(box))
+    return letter == TIED or (drawn.size, bytes(drawn)) != (box.size, bytes(box))
 
 
 def lettered(text: str, size_px: int) -> tuple[str, Font]:
@@ -67,8 +68,7 @@ def _simpler(letter: str) -> str:
 
 
 def lines_of(text: str, width_px: float, font: Font) -> list[str]:
-    """The whole text in lines of at most this width, broken at spaces (not at non-breaking ones); longer words
-    anywhere."""
+    """The whole text in lines of at most this width, broken at spaces; longer words anywhere."""
     lines = [""]
     for word in text.split(" "):
         joined = f"{lines[-1]} {word}".strip()
@@ -92,7 +92,7 @@ def text_strip(text: str, width_px: int, size_px: int, colour: Colour = BLACK) -
     strip = Image.new("RGB", (width_px, high_px * len(lines)), "white")
     draw = ImageDraw.Draw(strip)
     for number, line in enumerate(lines):
-        draw.text((0, number * high_px), line, colour, font)
+        draw.text((0, number * high_px), line.replace(TIED, " "), colour, font)
     return strip
 
 
