@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import trainer.bases.miniature
-from tests.tiny import save_folder, tiny_base
+from tests.tiny import make_vae_overflow, save_folder, tiny_base
 
 MINI_CLIP = Path(trainer.bases.miniature.__file__).parent / "weights" / "mini-clip"
 # What a tiny base can be trained with; a test adds its rate, its batch and its length.
@@ -54,10 +54,13 @@ steps = 2
 """
 
 
-def loud_base(folder: Path, family: str) -> Path:
-    """A random base draws almost one grey: louder, so that an adapter can be seen."""
+def loud_base(folder: Path, family: str, *, overflows: bool = False) -> Path:
+    """A random base draws almost one grey: louder, so that an adapter can be seen. ``overflows``: its VAE does so in
+    fp16."""
     base = tiny_base(family)
     with torch.no_grad():
         base.unet.conv_out.weight.mul_(20)
         base.vae.decoder.conv_out.weight.mul_(10)
+    if overflows:
+        make_vae_overflow(base.vae)
     return save_folder(base, folder)

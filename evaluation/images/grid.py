@@ -18,6 +18,7 @@ from evaluation.images.images import SampledImage, invalid_reason
 from evaluation.images.lettering import (
     GREY,
     RED,
+    TIED,
     fitted,
     framed,
     in_a_row,
@@ -97,7 +98,7 @@ def _heading(heading: Heading, verdict: str, failed: bool, beside: Beside) -> li
     if verdict:
         lines.append(text_strip(verdict, WIDTH_PX, TEXT_PX, *([RED] if failed else [])))
     if heading.settings:
-        words = ", ".join(f"{name} {value}" for name, value in heading.settings.items())
+        words = ", ".join(f"{name}{TIED}{value}" for name, value in heading.settings.items())
         lines.append(text_strip(words, WIDTH_PX, SMALL_PX, GREY))
     parts = [stacked(lines, GAP_PX)] if lines else [Image.new("RGB", (WIDTH_PX, 1), "white")]
     if beside.references_HW3:

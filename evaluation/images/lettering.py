@@ -22,6 +22,7 @@ BLACK, GREY, RED = (0, 0, 0), (100, 100, 100), (190, 0, 0)
 OTHER_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-zenhei.ttc")
 SIMPLER = str.maketrans({"–": "-", "—": "-", "×": "x", "→": ">"})
 LACKING = "?"
+TIED = "\u00a0"  # a space at which no line ends
 LINE = 1.3  # height of a line, in font sizes
 
 
@@ -41,7 +42,7 @@ def _has(name: str, letter: str) -> bool:
     font = font_of(24, name)
     assert font is not None
     drawn, box = font.getmask(letter), font.getmask("\uffff")  # no font has U+FFFF: it draws its empty box
-    return (drawn.size, bytes(drawn)) != (box.size, bytes(box))
+    return letter == TIED or (drawn.size, bytes(drawn)) != (box.size, bytes(box))
 
 
 def lettered(text: str, size_px: int) -> tuple[str, Font]:
@@ -52,17 +53,24 @@ def lettered(text: str, size_px: int) -> tuple[str, Font]:
         shown = text if name else text.translate(SIMPLER)
         if font is not None and all(_has(name, letter) for letter in shown):
             return shown, font
-    bare = unicodedata.normalize("NFKD", text.translate(SIMPLER))
-    known = (c if _has("", c) else LACKING for c in bare if not unicodedata.combining(c))
+    shown = "".join(_simpler(letter) for letter in text.translate(SIMPLER))
     font = font_of(size_px)
     assert font is not None
-    return "".join(known), font
+    return shown, font
+
+
+def _simpler(letter: str) -> str:
+    """A letter as the built-in font can show it: without its accent, or as LACKING."""
+    if _has("", letter):
+        return letter
+    parts = (c for c in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(c))
+    return "".join(c if _has("", c) else LACKING for c in parts)
 
 
 def lines_of(text: str, width_px: float, font: Font) -> list[str]:
     """The whole text in lines of at most this width, broken at spaces; longer words anywhere."""
     lines = [""]
-    for word in text.split():
+    for word in text.split(" "):
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width_px:
             lines[-1] = joined
@@ -84,7 +92,7 @@ def text_strip(text: str, width_px: int, size_px: int, colour: Colour = BLACK) -
     strip = Image.new("RGB", (width_px, high_px * len(lines)), "white")
     draw = ImageDraw.Draw(strip)
     for number, line in enumerate(lines):
-        draw.text((0, number * high_px), line, colour, font)
+        draw.text((0, number * high_px), line.replace(TIED, " "), colour, font)
     return strip
 
 
@@ -100,12 +108,12 @@ def stacked(parts: Sequence[Image.Image], gap_px: int = 0) -> Image.Image:
 
 
 def in_a_row(parts: Sequence[Image.Image], gap_px: int) -> Image.Image:
-    """Pictures side by side, top-aligned, on white."""
+    """Pictures side by side on white, aligned at the bottom."""
     size = sum(p.width for p in parts) + gap_px * (len(parts) - 1), max(p.height for p in parts)
     sheet = Image.new("RGB", size, "white")
     left = 0
     for part in parts:
-        sheet.paste(part, (left, 0))
+        sheet.paste(part, (left, size[1] - part.height))
         left += part.width + gap_px
     return sheet
 

@@ -2,6 +2,7 @@
 on a tiny base."""
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.encoders.references import References, embed_references
+from evaluation.images.grid import Heading
 from evaluation.images.images import SampledImage
+from evaluation.images.lettering import RED
 from evaluation.images.sampling import sample
 from evaluation.images.settings import SampleConfig
 from evaluation.prompts.prompts import Prompt, PromptSet
@@ -28,6 +31,7 @@ from trainer.bases.base import Base
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, DataError, InvalidImages, ModelFileError
 
+scoring = importlib.import_module("evaluation.score.score")  # the door's name is the function
 COLOURS = {"red": (250, 40, 40), "green": (40, 250, 40), "blue": (40, 40, 250), "cat": (140, 140, 140)}
 PROMPTS = PromptSet(
     (
@@ -401,6 +405,31 @@ def test_an_adapters_score_its_grid_and_its_images_are_left_in_the_folder(
     assert raw["per_image"][0].keys() == {"prompt_id", "seed", "clip_t", "clip_i"}
 
 
+def test_a_grid_tells_the_score_beside_the_bases_images_and_is_whole_before_the_metrics(
+    base: Base, measured: Evaluator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[Any, ...]] = []
+    real = scoring.sample_grid
+
+    def watched(*given: Any, **options: Any) -> Any:
+        told.append((*given, options["failed"]))
+        assert not (tmp_path / "trial" / "metrics.json").exists()
+        return real(*given, **options)
+
+    monkeypatch.setattr(scoring, "sample_grid", watched)
+    train(base)
+    heading = Heading("demo, trial 7", {"network_dim": "16"})
+    result = evaluate_adapter(measured, tmp_path / "trial", identity="w", heading=heading)
+    ((_, _, given, verdict, beside, failed),) = told
+    assert given == heading and verdict.startswith(f"score {result.value:.4f} ± {result.se:.4f}")
+    assert [(i.prompt_id, i.seed) for i in beside.base] == [(p.id, s) for p, s in PROMPTS.jobs] and not failed
+    first = (tmp_path / "trial" / "grid.png").read_bytes()
+    (tmp_path / "trial" / "metrics.json").unlink()
+    again = make_anchors(measured, tmp_path / "anchors")  # as a later process reads them
+    evaluate_adapter(measured.with_anchors(again), tmp_path / "trial", identity="w", heading=heading)
+    assert (tmp_path / "trial" / "grid.png").read_bytes() == first
+
+
 def test_metrics_are_written_as_older_versions_read_them(anchors: Anchors, references: References) -> None:
     """They expect the number of invalid images, which is always 0."""
     written = scored(images(0.5), anchors, references).as_dict()
@@ -441,6 +470,8 @@ def test_black_images_leave_a_grid_to_look_at_and_no_score(
     with pytest.raises(InvalidImages, match="8 not finite"):
         evaluate(measured, tmp_path / "trial")
     assert (tmp_path / "trial" / "grid.png").is_file() and not (tmp_path / "trial" / "metrics.json").exists()
+    pixels = np.asarray(Image.open(tmp_path / "trial" / "grid.png"))
+    assert (pixels[:100] == RED).all(-1).any(), "the heading says that there is no score"
 
 
 def test_anchors_are_measured_once(

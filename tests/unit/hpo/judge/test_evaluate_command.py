@@ -230,7 +230,7 @@ def test_two_bases_are_compared_on_the_same_prompts(place: Path) -> None:
     assert any(name.startswith("clip_t ") for name in found["beside_b_minus_a"])
     assert all("per_image" not in figure for figure in found["a"]["score"]["beside"])
     sheet = np.asarray(Image.open(folder / "sheet.png"))
-    assert sheet.shape[1] == 4 * 192 and sheet.std() > 5
+    assert sheet.shape[1] == 4 * 192 + 3 * 8 + 2 * 12 and sheet.std() > 5
     for shown in ("base effect", "adapter effect", "64×64 px", "B − A", "extra metrics, raw"):
         assert shown in result.output
     assert run("compare", "out15", "nowhere", *words).exit_code == 2
