@@ -47,6 +47,7 @@ from hpo.study import (
     open_study,
     read_json,
     recorded,
+    require_learned,
 )
 from hpo.terminal import Stop
 from hpo.terminal import live as report
@@ -67,6 +68,8 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
         chosen, notes = chosen_trials(study, source, request)
         wanted = wanted_runs(chosen, study, request)
         asked = Confirmation(source, {t.number: t for t in chosen}, tuple(wanted), how)
+        begun = asked.target.database.is_file()
+        require_learned(study, source, "confirm", anyway=request.anyway or begun)
         view = report.make_view(console, dict, asked.target.name)
         for note in notes:
             view.say(note)
@@ -112,7 +115,6 @@ def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -
         evaluator=bench.evaluator.on(confirmation_prompts(source, bench.base.token_count)),
         confirmation=None,
         store=cache.Store(source.cache),
-        image_seconds=None,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpo.study import SCORE, Result, TrialFolder
+from hpo.study import SCORE, Result, Standing, TrialFolder
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ class Proposals(Protocol):
     def over(self) -> str:
         """The reason to start no more trials; empty to continue."""
         return ""
+
+    def samples_ahead(self, now: Standing) -> float | None:
+        """Mean samples of a trial that has not started, for the time left.  None: as those before."""
+        return None
 
     # One trial
 
