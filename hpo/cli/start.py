@@ -1,4 +1,4 @@
-"""Setup before a command runs: silence the libraries it loads, and create the console."""
+"""Setup before a command runs: a sign of life, silent libraries, and the console."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def sign_of_life() -> None:
+    """Say on stderr that the command has started, because the libraries it loads can take seconds.
+
+    stdout is left to the command's own output, which scripts read.
+    """
+    import click
+
+    context: click.Context | None = click.get_current_context()
+    names: list[str] = []
+    while context is not None and context.parent is not None:
+        names.insert(0, str(context.info_name))
+        context = context.parent
+    click.echo(f"hpo {' '.join(names)}: starting …", err=True)
 
 
 def calm_libraries() -> None:

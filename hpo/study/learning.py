@@ -50,6 +50,7 @@ SKIPPED = 0.02  # share of steps with NaN or infinite values that counts as a si
 RATE_FACTOR = 10.0  # how far a rate that is too low or too high is moved
 NOT_THE_RATE = ("out_of_memory", "no_effect")  # infeasible, but not because of too much training
 LENGTHS = ("max_train_steps", "max_train_epochs")  # the first one decides if both are set
+TOO_LOW, TOO_HIGH, BOTH = "too low", "too high", "both"
 RATES = ("learning_rate", "unet_lr")
 
 
@@ -71,6 +72,7 @@ class TrialEvidence:
     skipped: int
     loss: tuple[float, float, float] | None
     weight_change: float | None
+    rates: Mapping[str, float]
 
     def is_better(self, among: int) -> bool:
         """Whether the trial is better than the untrained base, as one of ``among`` trials."""
@@ -182,12 +184,14 @@ def evidence(trial: FrozenTrial, folder: TrialFolder) -> TrialEvidence:
         skipped=int(result.get("skipped_steps") or 0),
         loss=_thirds(losses),
         weight_change=None if change is None else float(change),
+        rates={name: float(train[name]) for name in RATES if train.get(name)},
     )
 
 
 def _scored(trial: FrozenTrial, folder: TrialFolder, **more: Any) -> TrialEvidence:
     metrics = read_json(folder.metrics) or {}
-    nothing = {"length": 0, "updates": 0, "images_seen": 0, "skipped": 0, "loss": None, "weight_change": None}
+    nothing: dict[str, Any] = dict.fromkeys(("length", "updates", "images_seen", "skipped"), 0)
+    nothing |= {"loss": None, "weight_change": None, "rates": {}}
     return TrialEvidence(
         number=trial.number,
         feasible=is_feasible(trial),
@@ -229,17 +233,20 @@ def needed_images(base: str) -> int:
 def _state(found: Sequence[TrialEvidence], folder: StudyFolder) -> NothingLearned:
     facts = read_json(folder.facts) or {}
     needed = needed_images(str(facts.get("base", "")))
-    half = (len(found) + 1) // 2
-    much, little = (sum(getattr(e, name) for e in found) for name in ("too_much", "too_little"))
     few = 0 < max(e.images_seen for e in found) < needed
+    much, little = ([e for e in found if getattr(e, sign)] for sign in ("too_much", "too_little"))
+    rate = _rate_sign(found, len(much), len(little))
     causes: list[str] = []
-    if much >= half:
-        causes.append(f"learning rate too high: {_much_words(found, much)}")
+    if rate == TOO_HIGH:
+        causes.append(f"learning rate too high: {_much_words(much)}")
     if few:
         causes.append(f"too few images seen: {_seen_words(found)}; {needed_words(needed)}")
-    if little >= half:
-        causes.append(f"learning rate too low: {_little_words(found, little)}")
-    rate = (much < half <= little) - (much >= half)
+    if rate == TOO_LOW:
+        causes.append(f"learning rate too low: {_little_words(little)}")
+    if rate == BOTH:
+        causes.append(
+            f"learning rates from too low to too high: {_little_words(little)}; {_much_words(much)}"
+        )
     definition = _definition(facts)
     changes = _changes(definition, found, needed if few else 0, rate) if definition else ()
     scored = [e for e in found if e.feasible and e.likeness]
@@ -259,6 +266,15 @@ def _state(found: Sequence[TrialEvidence], folder: StudyFolder) -> NothingLearne
     )
 
 
+def _rate_sign(found: Sequence[TrialEvidence], much: int, little: int) -> str:
+    """What most trials say about the rate.  BOTH: the right one may lie between those that were tried."""
+    if 2 * max(much, little) < len(found):
+        return ""
+    if 5 * min(much, little) >= len(found):
+        return BOTH
+    return TOO_HIGH if much > little else TOO_LOW
+
+
 def needed_words(needed: int) -> str:
     if needed == MINIATURE_IMAGES:
         return f"a miniature usually needs {needed}+ images seen"
@@ -275,31 +291,37 @@ def _seen_words(found: Sequence[TrialEvidence]) -> str:
     return f"{span([e.updates for e in ran])} updates a trial, {span([e.images_seen for e in ran])} images"
 
 
-def _much_words(found: Sequence[TrialEvidence], count: int) -> str:
-    reasons = sorted({e.reason for e in found if e.too_much and e.reason})
+def _much_words(much: Sequence[TrialEvidence]) -> str:
+    reasons = sorted({e.reason for e in much if e.reason})
     signs = [f"infeasible ({', '.join(reasons)})"] if reasons else []
-    signs += ["the loss rises"] if any(e.loss_rises for e in found) else []
-    signs += ["steps skipped because of NaN"] if any(e.skipped for e in found) else []
-    lost = [e for e in found if e.feasible and e.too_much and e.following and e.following[0] < FOLLOWING_LOST]
-    signs += ["prompts are not followed any more"] if lost else []
-    return f"{count} of {len(found)} trials show it: {', '.join(signs)}"
+    signs += ["the loss rises"] if any(e.loss_rises for e in much) else []
+    signs += ["steps are skipped because of NaN"] if any(e.skipped for e in much) else []
+    lost = [e for e in much if e.feasible and e.following and e.following[0] < FOLLOWING_LOST]
+    signs += ["prompts are no longer followed"] if lost else []
+    return f"{_trials(len(much))} broken: {', '.join(signs)}"
 
 
-def _little_words(found: Sequence[TrialEvidence], count: int) -> str:
-    changed = [e.weight_change for e in found if e.weight_change is not None]
-    text = f"in {count} of {len(found)} trials the weights hardly changed"
+def _little_words(little: Sequence[TrialEvidence]) -> str:
+    changed = [e.weight_change for e in little if e.weight_change is not None]
+    text = f"{_trials(len(little))} hardly changed the weights"
     if changed:
-        text += f" (by {min(changed):.1%} to {max(changed):.1%})"
-    if all(e.loss is not None and abs(e.loss[1] - e.loss[0]) <= 2 * e.loss[2] for e in found if e.too_little):
-        text += ", and the loss did not change"
+        text += f" (by {100 * min(changed):.2g} to {100 * max(changed):.2g} %)"
+    if all(e.loss is not None and abs(e.loss[1] - e.loss[0]) <= 2 * e.loss[2] for e in little):
+        text += " or the loss"
     return text
 
 
-def _advice(folder: StudyFolder, changes: Sequence[str], few: bool, rate: int) -> str:
+def _trials(count: int) -> str:
+    return "one trial" if count == 1 else f"{count} trials"
+
+
+def _advice(folder: StudyFolder, changes: Sequence[str], few: bool, rate: str) -> str:
     if changes:
         return f"search again with another --name and {set_words(changes)}"
-    wishes = [wish for wish, wanted in (("longer trials", few), ("a higher rate", rate > 0)) if wanted]
-    wishes += ["a lower rate"] if rate < 0 else []
+    wishes = ["longer trials"] if few else []
+    wishes += {TOO_LOW: ["a higher rate"], TOO_HIGH: ["a lower rate"], BOTH: ["a narrower rate"]}.get(
+        rate, []
+    )
     if wishes:
         return f"search again with another --name and {' and '.join(wishes)} in [space]"
     return f"look at the images (hpo dashboard {folder.words}), and check the captions with hpo dataset check"
@@ -313,10 +335,10 @@ def _definition(facts: Mapping[str, Any]) -> StudyConfig | None:
         return None
 
 
-def _changes(study: StudyConfig, found: Sequence[TrialEvidence], needed: int, rate: int) -> tuple[str, ...]:
+def _changes(study: StudyConfig, found: Sequence[TrialEvidence], needed: int, rate: str) -> tuple[str, ...]:
     """``--set`` values for a search that can learn something.  Empty if they would not be a valid study."""
     per_unit = max((e.images_seen / e.length for e in found if e.length), default=0.0)
-    sets = [*_longer(study, per_unit, needed), *(_moved(study, RATE_FACTOR**rate) if rate else ())]
+    sets = [*_longer(study, per_unit, needed), *(_moved(study, found, rate) if rate else ())]
     return _valid(study, sets)
 
 
@@ -375,22 +397,33 @@ def _longer(study: StudyConfig, per_unit: float, needed: int) -> list[str]:
     return [f"{name}={{low={low}, high={max(2 * low, max(domain.edges))}}}", f"baseline.{name}={low}"]
 
 
-def _moved(study: StudyConfig, factor: float) -> list[str]:
-    """Rates moved by a factor, with trial 0 in the middle of the new range."""
+def _moved(study: StudyConfig, found: Sequence[TrialEvidence], rate: str) -> list[str]:
+    """Rates ten times higher or lower, or between the trials that were too weak and those that were too strong.
+
+    Trial 0 gets the middle of the new range, its other rates keep their ratio to it.
+    """
     searched = {p.name: p.domain for p in study.space}
     name = next((n for n in RATES if n in searched), RATES[0])
     domain, baseline = searched.get(name), dict(study.sections.get("baseline", {}))
+    factor = {TOO_LOW: RATE_FACTOR, TOO_HIGH: 1 / RATE_FACTOR}.get(rate, 1.0)
     if domain is None:
-        return [f"{name}={getattr(study.train, name) * factor:.3g}"] if getattr(study.train, name) else []
+        fixed = getattr(study.train, name)
+        return [f"{name}={fixed * factor:.2g}"] if fixed and factor != 1 else []
     if not isinstance(domain, Range):
         return []
     low, high = domain.low * factor, domain.high * factor
+    if rate == BOTH:
+        low = max((e.rates.get(name, 0.0) for e in found if e.too_little), default=low)
+        high = min((e.rates.get(name, math.inf) for e in found if e.too_much), default=high)
+        if not 0 < 2 * low < high < math.inf:
+            return []
+    low, high = float(f"{low:.2g}"), float(f"{high:.2g}")
     middle = float(f"{math.sqrt(low * high):.2g}")
     scale = middle / float(baseline[name]) if baseline.get(name) else factor
     moved = {n: float(v) * scale for n, v in baseline.items() if n.endswith("_lr") and n != name and v}
     log = ", log=true" if domain.log else ""
     return [
-        f"{name}={{low={low:.3g}, high={high:.3g}{log}}}",
-        f"baseline.{name}={middle:.2g}",
-        *(f"baseline.{n}={v:.3g}" for n, v in moved.items()),
+        f"{name}={{low={low:g}, high={high:g}{log}}}",
+        f"baseline.{name}={middle:g}",
+        *(f"baseline.{n}={v:.2g}" for n, v in moved.items()),
     ]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from trainer.config import TrainConfig
 
-NEWEST = 20  # trials that the figures are taken from: the machine may have become slower or faster
+NEWEST = 20  # trials that the figures are taken from
+AGING = 0.7  # weight of a trial relative to the next one: the machine may have become slower or faster
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,13 @@ class Forecast:
         """From the end of this trial to the end of the study."""
         return self.trials_ahead * self.pace.seconds(self.samples_ahead, self.images) / self.workers
 
+    def slowdown(self, total: int, step_seconds: float | None) -> float:
+        """How many times slower this trial trains than expected; at least 1.  Its images will be slower, too."""
+        expected = self.samples * self.pace.sample_seconds
+        if step_seconds is None or expected <= 0:
+            return 1.0
+        return max(1.0, total * step_seconds / expected)
+
     def while_training(self, done: int, total: int, step_seconds: float | None) -> float:
         """Seconds to the end of the study after ``done`` of ``total`` steps.  ``step_seconds``: measured in this
         trial; None before its first step."""
@@ -74,16 +82,15 @@ class Forecast:
         training = share * self.samples * self.pace.sample_seconds
         if step_seconds is not None and total:
             training = (total - done) * step_seconds
-        return training + self._generating(self.images) + self.after_seconds
+        return training + self.while_generating(0, self.images, None, self.slowdown(total, step_seconds))
 
-    def while_generating(self, done: int, total: int, image_seconds: float | None) -> float:
+    def while_generating(
+        self, done: int, total: int, image_seconds: float | None, slowdown: float = 1.0
+    ) -> float:
         """Seconds to the end of the study after ``done`` of ``total`` images.  ``image_seconds``: measured in this
         trial; scoring comes on top, so it only counts if it is slower than usual."""
-        each = max(self.pace.image_seconds, image_seconds or 0.0)
+        each = max(self.pace.image_seconds * slowdown, image_seconds or 0.0)
         return (total - done) * each + self.pace.other_seconds + self.after_seconds
-
-    def _generating(self, images: int) -> float:
-        return images * self.pace.image_seconds + self.pace.other_seconds
 
 
 def samples_of(train: Mapping[str, Any] | TrainConfig, steps: int) -> int:
@@ -99,8 +106,13 @@ def measured(study: optuna.Study, folder: StudyFolder) -> Pace | None:
     known = [row for row in rows if row is not None]
     if not known:
         return None
-    samples, train, images, score, other = (sum(column) for column in zip(*known, strict=True))
-    return Pace(train / samples, score / images, other / len(known), samples / len(known))
+    weights = [AGING**age for age in reversed(range(len(known)))]
+    samples, train, images, score, other = (
+        sum(w * value for w, value in zip(weights, column, strict=True))
+        for column in zip(*known, strict=True)
+    )
+    mean_samples = sum(row[0] for row in known) / len(known)
+    return Pace(train / samples, score / images, other / sum(weights), mean_samples)
 
 
 def _row(trial: FrozenTrial, folder: TrialFolder) -> tuple[float, float, float, float, float] | None:

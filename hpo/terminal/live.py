@@ -33,7 +33,8 @@ PARTS = {"prompt_following": "following", "likeness": "likeness"}  # attribute o
 PLAIN_SECONDS = 10.0  # between progress lines if the output is not a terminal
 REFRESH_PER_SECOND = 4
 STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
-GENERATING = "generating images"
+TRAINING, GENERATING = "training", "generating images"
+OVERDUE = 0.2  # of the time without progress, at least so much is left (assumed)
 SMOOTHING = 0.9  # of the displayed loss and rate
 
 
@@ -44,18 +45,19 @@ class Current:
     number: int
     settings: Mapping[str, Any]
     standing: Standing
-    phase: str = "training"
+    phase: str = TRAINING
     done: int = 0
     total: int = 0
     loss: float | None = None
     rate: float | None = None
     skipped: int = 0
     _first: tuple[int, float] | None = None  # the first progress of this phase, and when
+    _slowdown: float = 1.0
     _last: float = field(default_factory=time.monotonic)  # when there was progress
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, Step):
-            self._progress("training", event.step, event.total_steps)
+            self._progress(TRAINING, event.step, event.total_steps)
             rate = 1.0 / event.seconds if event.seconds > 0 else None
             self.loss = (
                 event.loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss
@@ -69,6 +71,8 @@ class Current:
         self._progress(GENERATING, done, total)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
+        if self.standing.forecast and self.phase == TRAINING != phase:
+            self._slowdown = self.standing.forecast.slowdown(self.total, self._each())
         self._last = time.monotonic()
         if self._first is None or phase != self.phase:
             self._first = done, self._last
@@ -79,9 +83,12 @@ class Current:
         forecast = self.standing.forecast
         if forecast is None:
             return None
-        rest = forecast.while_generating if self.phase == GENERATING else forecast.while_training
-        seconds = rest(self.done, self.total, self._each()) - (time.monotonic() - self._last)
-        return max(seconds, forecast.after_seconds)
+        if self.phase == TRAINING:
+            seconds = forecast.while_training(self.done, self.total, self._each())
+        else:
+            seconds = forecast.while_generating(self.done, self.total, self._each(), self._slowdown)
+        waited = time.monotonic() - self._last
+        return max(seconds - waited, forecast.after_seconds + OVERDUE * waited)
 
     def _each(self) -> float | None:
         """Measured seconds per step or image of this phase.  None after its first progress."""
@@ -90,7 +97,7 @@ class Current:
         return (self._last - self._first[1]) / (self.done - self._first[0])
 
     def progress_text(self) -> str:
-        if self.phase != "training":
+        if self.phase != TRAINING:
             return f"{self.done}/{self.total} images"
         rate = "" if self.rate is None else f", {self.rate:.1f} steps/s"
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
