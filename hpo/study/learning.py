@@ -408,7 +408,11 @@ def _moved(study: StudyConfig, found: Sequence[TrialEvidence], rate: str) -> lis
     factor = {TOO_LOW: RATE_FACTOR, TOO_HIGH: 1 / RATE_FACTOR}.get(rate, 1.0)
     if domain is None:
         fixed = getattr(study.train, name)
-        return [f"{name}={fixed * factor:.2g}"] if fixed and factor != 1 else []
+        return (
+            [f"{name}={fixed * factor:.2g}", *_scaled(baseline, name, factor)]
+            if fixed and factor != 1
+            else []
+        )
     if not isinstance(domain, Range):
         return []
     low, high = domain.low * factor, domain.high * factor
@@ -420,10 +424,15 @@ def _moved(study: StudyConfig, found: Sequence[TrialEvidence], rate: str) -> lis
     low, high = float(f"{low:.2g}"), float(f"{high:.2g}")
     middle = float(f"{math.sqrt(low * high):.2g}")
     scale = middle / float(baseline[name]) if baseline.get(name) else factor
-    moved = {n: float(v) * scale for n, v in baseline.items() if n.endswith("_lr") and n != name and v}
     log = ", log=true" if domain.log else ""
     return [
         f"{name}={{low={low:g}, high={high:g}{log}}}",
         f"baseline.{name}={middle:g}",
-        *(f"baseline.{n}={v:.2g}" for n, v in moved.items()),
+        *_scaled(baseline, name, scale),
     ]
+
+
+def _scaled(baseline: Mapping[str, Any], but: str, factor: float) -> list[str]:
+    """Trial 0's other rates, so that they keep their ratio to the one that was moved."""
+    rates = {n: float(v) for n, v in baseline.items() if n.endswith("_lr") and n != but and v}
+    return [f"baseline.{n}={v * factor:.2g}" for n, v in rates.items()]
