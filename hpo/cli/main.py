@@ -5,17 +5,16 @@ Each command parses its options, calls one function and prints.  Importing this 
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
 
 from hpo.cli import folders, status, studies, tools, trainings
-from hpo.cli.start import sign_of_life
+from hpo.cli.start import announced_imports
 from trainer.errors import Interrupted, ToolError
 from trainer.text import clean_text
 
@@ -63,7 +62,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with announced_imports():
+                return super().invoke(ctx)
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:
@@ -103,25 +103,6 @@ def main() -> None:
     """Find the best LoRA settings for your images: search on SD1.5, score generated images, transfer to SDXL."""
 
 
-def add(group: click.Group, command: click.Command) -> None:
-    """Add a command that gives a sign of life before it loads anything."""
-    group.add_command(command)
-    if isinstance(command, click.Group):
-        for inner in command.commands.values():
-            add(command, inner)
-    elif command.callback is not None:
-        command.callback = _announced(command.callback)
-
-
-def _announced(callback: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(callback)
-    def announced(*args: Any, **kwargs: Any) -> Any:
-        sign_of_life()
-        return callback(*args, **kwargs)
-
-    return announced
-
-
 for command in (
     studies.search,
     status.status,
@@ -139,4 +120,4 @@ for command in (
     tools.export,
     tools.dataset,
 ):
-    add(main, command)
+    main.add_command(command)

@@ -41,7 +41,7 @@ from hpo.study import (
     check_unchanged,
     database_errors,
     in_use,
-    learning_lines,
+    nothing_learned,
     promptfiles,
     recorded,
     standing,
@@ -263,7 +263,6 @@ def _cost_line(cost: Cost, now: Standing, size: str) -> str:
 def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
     best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
     settings = best.user_attrs.get("settings", {}) if best else None
-    lines = summary(bench.folder, now, settings, why)
-    for line in [lines[0], *learning_lines(study, bench.folder), *lines[1:]]:
+    for line in summary(bench.folder, now, settings, why, nothing_learned(study, bench.folder)):
         view.say(line)
     view.say(report.study_line(bench.folder.name, now))

@@ -16,6 +16,7 @@ from .folder import StudyFolder as StudyFolder
 from .folder import TrialFolder as TrialFolder
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
+from .learning import NothingLearned as NothingLearned
 from .learning import learning_lines as learning_lines
 from .learning import longer as longer
 from .learning import needed_images as needed_images

@@ -32,6 +32,8 @@ from hpo.study.folder import StudyFolder, TrialFolder, read_json
 from hpo.study.result import INFEASIBLE_REASONS
 from hpo.study.space.domain import Choice, Range
 from hpo.study.standing import is_feasible
+from hpo.study.which import parent_of
+from hpo.study.work import steps
 from trainer.bases import is_miniature
 from trainer.errors import ConfigError
 from trainer.files import read_records
@@ -49,6 +51,10 @@ FOLLOWING_LOST = 0.5  # prompt following below this, by more than its noise, is 
 SKIPPED = 0.02  # share of steps with NaN or infinite values that counts as a sign (assumed)
 RATE_FACTOR = 10.0  # how far a rate that is too low or too high is moved
 NOT_THE_RATE = ("out_of_memory", "no_effect")  # infeasible, but not because of too much training
+FLAGS, OLD_NAME = (
+    ("--stop-when-converged",),
+    "--name",
+)  # options of hpo search without a value; NAME's old option
 LENGTHS = ("max_train_steps", "max_train_epochs")  # the first one decides if both are set
 TOO_LOW, TOO_HIGH, BOTH = "too low", "too high", "both"
 RATES = ("learning_rate", "unet_lr")
@@ -110,8 +116,9 @@ class NothingLearned:
     infeasible: int
     best: TrialEvidence | None
     causes: tuple[str, ...]
-    changes: tuple[str, ...]  # arguments of hpo search, each a --set
+    changes: tuple[str, ...]  # values of --set
     advice: str
+    command: str = ""  # the next search, if it is known how this one was started
 
     @property
     def headline(self) -> str:
@@ -130,13 +137,14 @@ class NothingLearned:
             self.headline,
             *(f"  likely cause: {cause}" for cause in self.causes),
             f"  what to do: {self.advice}",
+            *([f"  {self.command}"] if self.command else []),
         ]
 
 
 def nothing_learned(study: optuna.Study, folder: StudyFolder) -> NothingLearned | None:
     """The state, or None if a trial is better than the untrained base or fewer than five trials are finished."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(done) < FEWEST:
+    if len(done) < FEWEST or parent_of(folder) is not None:  # confirmations and target trials are no searches
         return None
     likely_best = sorted(done, key=lambda t: -float(t.user_attrs.get("likeness", -math.inf)))
     for trial in likely_best:  # the first one usually settles it
@@ -263,6 +271,7 @@ def _state(found: Sequence[TrialEvidence], folder: StudyFolder) -> NothingLearne
         causes=tuple(causes),
         changes=changes,
         advice=_advice(folder, changes, few, rate),
+        command=_command(folder, changes),
     )
 
 
@@ -325,6 +334,31 @@ def _advice(folder: StudyFolder, changes: Sequence[str], few: bool, rate: str) -
     if wishes:
         return f"search again with another --name and {' and '.join(wishes)} in [space]"
     return f"look at the images (hpo dashboard {folder.words}), and check the captions with hpo dataset check"
+
+
+def _command(folder: StudyFolder, changes: Sequence[str]) -> str:
+    """The study's last search, as a new study with the changes.  Empty if it was not recorded or there are none."""
+    searches = [step for step in steps(folder.root) if step.words[:1] == ("search",)]
+    if not changes or not searches:
+        return ""
+    numbers = (n for n in range(2, 1000) if not folder.root.with_name(f"{folder.name}-{n}").exists())
+    words = _without_name(searches[-1].words[1:])
+    sets = [word for change in changes for word in ("--set", change)]
+    return shlex.join(["hpo", "search", f"{folder.name}-{next(numbers)}", *words, *sets])
+
+
+def _without_name(words: Sequence[str]) -> list[str]:
+    """The words of a search without the name of its study, which is its only argument without an option."""
+    kept: list[str] = []
+    before = FLAGS[0]
+    for word in words:
+        is_value = before.startswith("-") and "=" not in before and before not in FLAGS
+        if before == OLD_NAME:
+            kept.pop()
+        elif (is_value or word.startswith("-")) and not word.startswith(f"{OLD_NAME}="):
+            kept.append(word)
+        before = word
+    return kept
 
 
 def _definition(facts: Mapping[str, Any]) -> StudyConfig | None:

@@ -13,9 +13,11 @@ import optuna
 import pytest
 
 from evaluation.score.statistics import above_zero, prompt_draws
+from hpo.search.summary import summary
 from hpo.study.config import StudyConfig, build_study
 from hpo.study.folder import StudyFolder
 from hpo.study.learning import NothingLearned, learning_lines, nothing_learned, require_learned
+from hpo.study.standing import standing
 from hpo.study.storage import create_study, open_study
 from tests import ranking
 from tests.tiny_search import tiny_study
@@ -213,3 +215,36 @@ def test_confirm_and_transfer_refuse_unless_asked(tmp_path: Path) -> None:
     assert "--anyway" in refused.value.hint and "max_train_epochs" in refused.value.hint
     require_learned(stored, folder, "confirm", anyway=True)
     assert learning_lines(stored, folder)[1].startswith("  likely cause: too few images seen")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["search", "luca", "--base", "sd15", "--data", "luca"],
+        ["search", "--base", "sd15", "--data=luca", "--stop-when-converged", "runs/luca"],
+        ["search", "--base", "sd15", "--name", "luca", "--data", "luca"],
+        ["search", "--name=luca", "--base", "sd15", "--data", "luca"],
+    ],
+)
+def test_the_next_search_is_the_recorded_one_under_a_new_name(tmp_path: Path, words: list[str]) -> None:
+    folder = made(tmp_path / "luca", *[trial()] * 5)
+    (tmp_path / "luca-2").mkdir()
+    row = {
+        "id": "1",
+        "event": "started",
+        "step": "search",
+        "words": words,
+        "cwd": str(tmp_path),
+        "time_utc": "2026",
+    }
+    (folder.root / "work.jsonl").write_text(
+        json.dumps(row) + "\n" + json.dumps({**row, "event": "finished"}) + "\n"
+    )
+    found = state(folder)
+    assert found is not None
+    again = shlex.split(found.command)
+    assert again[:3] == ["hpo", "search", "luca-3"] and "--base" in again
+    assert sum("luca" in word for word in again) == 2, "the name is replaced, the folder of images is not"
+    assert again[-4:] == ["--set", found.changes[0], "--set", found.changes[1]]
+    said = summary(folder, standing(open_study(folder), 5), {}, "5 trials are done", found)
+    assert said[-1] == f"next: {found.command}" and not any("hpo confirm" in line for line in said)
