@@ -44,6 +44,7 @@ from hpo.study import (
     check_unchanged,
     database_errors,
     in_use,
+    measured,
     open_study,
     read_json,
     recorded,
@@ -115,6 +116,7 @@ def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -
         evaluator=bench.evaluator.on(confirmation_prompts(source, bench.base.token_count)),
         confirmation=None,
         store=cache.Store(source.cache),
+        pace=measured(open_study(source), source),
     )
 
 

@@ -266,7 +266,7 @@ def _probed_pace(bench: Workbench, config: TrainConfig) -> Pace | None:
     seconds = _probe(bench, config)
     if seconds is None:
         return None
-    return Pace(seconds / samples_of(config, 1), bench.pace.image_seconds if bench.pace else 0.0)
+    return Pace(seconds / samples_of(config, 1), bench.image_seconds or 0.0)
 
 
 def _probe(bench: Workbench, config: TrainConfig) -> float | None:

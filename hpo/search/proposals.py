@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpo.study import SCORE, Result, Standing, TrialFolder
+from hpo.study import SCORE, Result, Standing, TrialFolder, samples_of
 from trainer.config import TrainConfig
+from trainer.data import Dataset, total_steps
 
 if TYPE_CHECKING:
     import optuna
@@ -63,9 +64,17 @@ class Proposals(Protocol):
         """The reason to start no more trials; empty to continue."""
         return ""
 
+    def samples(self, config: TrainConfig, data: Dataset) -> int:
+        """Training images shown in a trial with these settings (``hpo.study.samples_of``), for the time left."""
+        return samples_of(config, total_steps(config, data))
+
     def samples_ahead(self, now: Standing) -> float | None:
-        """Mean samples of a trial that has not started, for the time left.  None: as those before."""
+        """Mean samples of a trial that has not started.  None: as those before."""
         return None
+
+    def trials_ahead(self, now: Standing) -> int:
+        """Trials that have not started."""
+        return max(0, now.left - now.running)
 
     # One trial
 

@@ -64,6 +64,7 @@ class Workbench:
     data_folder: Path
     base_spec: str
     store: cache.Store
+    image_seconds: float | None = None  # measured with the untrained base
     pace: Pace | None = None  # estimated before the first trial
     inputs: Inputs | None = None
 
@@ -106,7 +107,7 @@ class Workbench:
         anchors = make_anchors(self.evaluator, self.folder.base_images, timer)
         self.evaluator = self.evaluator.with_anchors(anchors)
         if each := timer.finished():
-            self.pace = Pace(0.0, each)
+            self.image_seconds = each
         if fresh:
             anchors.require_separable()
         for problem in anchors.problems:

@@ -25,13 +25,11 @@ from hpo.study import (
     TrialFolder,
     begun_study,
     measured,
-    samples_of,
     standing,
     write_params,
     write_result,
 )
 from trainer.config import TrainConfig
-from trainer.data import total_steps
 from trainer.errors import Interrupted, StudyStopped
 from trainer.files import sweep_tree
 
@@ -88,7 +86,7 @@ class Worker:
         pace = measured(self.study, self.folder) or self.bench.pace
         if pace is None:
             return now
-        own = samples_of(config, total_steps(config, self.bench.data))
+        own = self.source.samples(config, self.bench.data)
         ahead = self.source.samples_ahead(now)
         if ahead is None:
             ahead = own if pace.samples is None else pace.samples
@@ -96,7 +94,7 @@ class Worker:
             pace,
             samples=own,
             images=self.bench.prompts.image_count,
-            trials_ahead=max(0, now.left - now.running),
+            trials_ahead=self.source.trials_ahead(now),
             samples_ahead=ahead,
             workers=max(1, now.running),
         )

@@ -105,10 +105,10 @@ def test_it_is_said_after_five_trials_and_not_before(tmp_path: Path) -> None:
 
 
 def test_one_trial_above_the_noise_is_enough_and_the_best_of_many_needs_more(tmp_path: Path) -> None:
-    z = 2.5  # standard errors: enough for the best of 5 (2.33), not for the best of 30 (2.94)
+    z = 2.5  # standard errors: enough for the best of 5 (2.33), not for the best of 13 (2.66)
     better = trial(z * 0.02)
     assert state(made(tmp_path / "five", *[trial()] * 4, better)) is None
-    assert state(made(tmp_path / "thirty", *[trial()] * 29, better)) is not None
+    assert state(made(tmp_path / "thirteen", *[trial()] * 12, better)) is not None
     lost = trial(0.5, following=0.05, following_se=0.1)
     assert state(made(tmp_path / "lost", *[trial()] * 4, lost)) is not None, "prompts are not followed"
     copied = trial(0.9, reason="copied")
