@@ -97,7 +97,7 @@ def estimate(bench: Workbench, study: optuna.Study, *, probe: bool) -> Cost:
     steps = [total_steps(config, bench.data) for config in drawn]
     pace = measured(study, bench.folder)
     if pace is None and probe:
-        pace = _probed_pace(bench, baseline)
+        pace = probed_pace(bench, baseline)
     return Cost(
         steps=float(np.mean(steps)),
         samples=float(np.mean([samples_of(c, n) for c, n in zip(drawn, steps, strict=True)])),
@@ -261,7 +261,7 @@ def _trial_bytes(bench: Workbench, steps: float) -> int:
 # Time
 
 
-def _probed_pace(bench: Workbench, config: TrainConfig) -> Pace | None:
+def probed_pace(bench: Workbench, config: TrainConfig) -> Pace | None:
     """The pace before the first trial: of three steps, and of the untrained base's images."""
     seconds = _probe(bench, config)
     if seconds is None:
