@@ -49,7 +49,10 @@ RESERVE_BYTES = 200_000_000  # kept free beside the study's files: checkpoints o
 BYTES_PER_PIXEL = 2.0  # of a sample PNG, if none was generated yet (estimate; photos need less)
 GRID_SIDE_PX = 192  # of an image in grid.png; a copy of the grid is stored for the dashboard
 ROW_BYTES = 250  # a step in train.jsonl, an image in metrics.json (measured)
-STUDY_BYTES = 300_000  # database of a small study (measured)
+DATABASE_BYTES = (
+    130_000  # of a small study (measured); while it is open, most of it is in its write-ahead log
+)
+TRANSIENT = ("-wal", "-shm")  # files of an open database
 TENSOR_BYTES = 110  # a tensor in the header of a LoRA file (measured)
 DRAWS = 64  # suggestions to average over
 NIGHT_HOURS = 10.0  # what a whole search may take without a warning; --max-hours replaces it
@@ -217,7 +220,8 @@ def final_bytes(folder: StudyFolder, study: optuna.Study, cost: Cost, trials: in
 
     A trial needs what the finished ones need; its LoRA what LoRAs of the space need on average.
     """
-    now = folder_bytes(folder.root)
+    size = folder.database.stat().st_size if folder.database.is_file() else 0
+    now = folder_bytes(folder.root) + max(0, DATABASE_BYTES - size)
     done = [t.number for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
     if not done:
         return now + cost.bytes_for(trials, keep)
@@ -231,10 +235,10 @@ def final_bytes(folder: StudyFolder, study: optuna.Study, cost: Cost, trials: in
 
 
 def folder_bytes(root: Path) -> int:
-    """Sizes of all files.  Files that vanish meanwhile do not count."""
+    """Sizes of all files that stay.  Files that vanish meanwhile do not count."""
     total = 0
     for place, _, names in os.walk(root):
-        for name in names:
+        for name in (n for n in names if not n.endswith(TRANSIENT)):
             try:
                 total += os.stat(os.path.join(place, name)).st_size
             except OSError:
