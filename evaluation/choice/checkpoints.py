@@ -117,7 +117,7 @@ def verdict(
 
     A damaged file is not part of the curve, so it is neither the first nor the last checkpoint.
     """
-    if _value(points[choice.best]) <= 0:
+    if _score(points[choice.best]).value <= 0:
         return CheckpointVerdict(
             NO_BETTER, "no checkpoint scores above 0, the score of the untrained base", LOOK
         )

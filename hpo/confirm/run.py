@@ -66,11 +66,11 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
     how = RESCORED if request.rescore_only else RETRAINED
     with database_errors(source):
         study = open_study(source)
+        begun = Confirmation(source, {}, (), how).target.database.is_file()
+        require_learned(study, source, "confirm", anyway=request.anyway or begun)
         chosen, notes = chosen_trials(study, source, request)
         wanted = wanted_runs(chosen, study, request)
         asked = Confirmation(source, {t.number: t for t in chosen}, tuple(wanted), how)
-        begun = asked.target.database.is_file()
-        require_learned(study, source, "confirm", anyway=request.anyway or begun)
         view = report.make_view(console, dict, asked.target.name)
         for note in notes:
             view.say(note)
