@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.score import Anchors, Difference, Score, paired_difference
+from evaluation.score import Anchors, Difference, Score, above_zero, paired_difference
 from trainer.errors import ModelFileError
 
 FINALISTS = 3  # scored again on the confirmation prompts (assumed)
 NORMAL_95 = 1.96  # half of a normal distribution's 95 % interval, in standard errors
 UNDERTRAINED, OVERTRAINED, BETWEEN, SINGLE = "undertrained", "overtrained", "between", "single"
 NO_BETTER = "no better than the untrained base"
+LOOK = "look at the images: lower learning_rate if they are broken, raise it or train longer if they look untrained"
 # Why a point has no score, if the reason says something about the run's length.
 UNCHANGED = "unchanged"  # its images equal the untrained base's
 SPOILED = "spoiled"  # its images show nothing, are copies, or all look alike
@@ -116,17 +117,15 @@ def verdict(
 
     A damaged file is not part of the curve, so it is neither the first nor the last checkpoint.
     """
+    if _score(points[choice.best]).value <= 0:
+        return CheckpointVerdict(
+            NO_BETTER, "no checkpoint scores above 0, the score of the untrained base", LOOK
+        )
     if len(points) == 1:
         return CheckpointVerdict(
             SINGLE,
             "the run saved one checkpoint, so there is no curve",
             "train with save_every_n_epochs, for example --set save_every_n_epochs=2",
-        )
-    if _score(points[choice.best]).value <= 0:
-        return CheckpointVerdict(
-            NO_BETTER,
-            "no checkpoint scores above 0, the score of the untrained base",
-            "look at the images: lower learning_rate if they are broken, raise it if they look untrained",
         )
     best = points[choice.best].name
     known = [n for n, point in enumerate(points) if point.score is not None or point.cause == UNCHANGED]
@@ -152,6 +151,24 @@ def verdict(
         BETWEEN,
         f"{best} is the best; it is neither the first nor the last checkpoint",
         "the length is right for this learning_rate",
+    )
+
+
+def no_better_sentence(point: CheckpointPoint, among: int = 1) -> str:
+    """A sentence if the checkpoint, the best of ``among``, is not better than the untrained base by more than
+    the noise (``above_zero``).  Else empty.
+
+    The score is clipped at 0, so its two parts decide.
+    """
+    score = point.score
+    assert score is not None
+    parts = (score.likeness, score.likeness_se), (score.prompt_following, score.prompt_following_se)
+    if above_zero(parts, among):
+        return ""
+    (like, like_se), (follow, follow_se) = parts
+    return (
+        f"warning: {point.name} is no better than the untrained base within the noise: likeness {like:.3f} ± "
+        f"{like_se:.3f} (base: 0), prompt following {follow:.3f} ± {follow_se:.3f} (base: 1); {LOOK}"
     )
 
 

@@ -26,6 +26,7 @@ from .statistics import Components as Components
 from .statistics import Correlation as Correlation
 from .statistics import Difference as Difference
 from .statistics import Scale as Scale
+from .statistics import above_zero as above_zero
 from .statistics import difference as difference
 from .statistics import image_scores as image_scores
 from .statistics import interval as interval

@@ -110,7 +110,8 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
 
     Call it before an adapter is injected. Raises ConfigError if the stored anchors have a different identity,
     because scores would not be comparable. An earlier version stored no vectors of the base's images: where a limit
-    needs them, they are computed from its images, and the stored anchors stay.
+    needs them, they are computed from its images, and the stored anchors stay. ``on_image``
+    (done, total) is called before the first image, too.
     """
     base, prompts, sampling = evaluator.base, evaluator.prompts, evaluator.sampling
     injected = [name for name, network in base.components().items() if hasattr(network, "peft_config")]
@@ -127,6 +128,8 @@ def make_anchors(evaluator: Evaluator, folder: Path, on_image: OnImages | None =
         return replace(stored, untouched=untouched, base_ND=base_ND, base_images=shown)
     if all(map(invalid_reason, untouched)):  # no need to draw the others, which can take minutes
         raise _draws_nothing(untouched)
+    if on_image and not stored:
+        on_image(0, prompts.image_count)
     images = sample(
         base,
         prompts,

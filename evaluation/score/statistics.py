@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -272,6 +273,19 @@ def shrunken(values_C: Sequence[float], ses_C: Sequence[float]) -> np.ndarray:
     between = max(0.0, float(values.var(ddof=1) - variance.mean()))
     weight = between / (between + variance) if between else np.zeros_like(values)
     return values.mean() + weight * (values - values.mean())
+
+
+# Comparison with the untrained base
+
+
+def above_zero(parts: Sequence[tuple[float, float]], among: int = 1) -> bool:
+    """Whether every part (value, standard error) is above 0 by more than its noise: one-sided 5 %, with
+    Bonferroni's correction for the best of ``among`` configurations.
+
+    Anchored parts are differences to the untrained base, and their standard errors are paired with it.
+    """
+    z = NormalDist().inv_cdf(1 - SIGNIFICANT / max(1, among))
+    return all(value > z * se for value, se in parts)
 
 
 # Ranks

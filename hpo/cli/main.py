@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from hpo.cli import folders, status, studies, tools, trainings
+from hpo.cli.start import announced_imports
 from trainer.errors import Interrupted, ToolError
 from trainer.text import clean_text
 
@@ -61,7 +62,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with announced_imports():
+                return super().invoke(ctx)
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:

@@ -150,6 +150,9 @@ trigger = click.option("--trigger", help="The subject's trigger word. Default: f
 runs = click.option(
     "--runs", type=PATH, default=Path("runs"), show_default=True, help="Folder with the studies."
 )
+anyway = click.option(
+    "--anyway", is_flag=True, help="Go on although no trial is better than the untrained base."
+)
 study_name = click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_name)
 
 

@@ -169,6 +169,11 @@ def _shown(value: Any) -> str:
 
 def _table(request: PlanRequest, console: Console, echo: Callable[[str], None]) -> None:
     cells = []
+    if not request.as_json:
+        say(
+            console,
+            f"predicting {sum(len(row.measured_gb) for row in plantable.ROWS)} runs, one after the other …",
+        )
     for cell in plantable.predicted_cells():
         cells.append(cell)
         if not request.as_json:

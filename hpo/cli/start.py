@@ -1,12 +1,54 @@
-"""Setup before a command runs: silence the libraries it loads, and create the console."""
+"""Setup before a command runs: a sign of life, silent libraries, and the console."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.abc
 import os
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+SLOW = ("torch", "diffusers", "transformers", "open_clip")  # each takes a second or more to import
+
+
+class _SlowImports(importlib.abc.MetaPathFinder):
+    """Says so once, before a library is imported that takes seconds.  Finds no module itself."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name in SLOW and not self._said:
+            self._said = True
+            sign_of_life("loading libraries …")
+
+
+@contextlib.contextmanager
+def announced_imports() -> Iterator[None]:
+    """Inside, the first import of a slow library is announced.  A mistake that is found before that needs no line."""
+    finder = _SlowImports()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def sign_of_life(what: str) -> None:
+    """Say on stderr what the command is doing.  stdout is left to the command's output, which scripts read."""
+    context = click.get_current_context(silent=True)
+    names: list[str] = []
+    while context is not None and context.parent is not None:
+        names.insert(0, str(context.info_name))
+        context = context.parent
+    click.echo(f"{' '.join(['hpo', *names])}: {what}", err=True)
 
 
 def calm_libraries() -> None:

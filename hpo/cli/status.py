@@ -17,7 +17,7 @@ from hpo.cli.which import chosen_study
 def status(name: str | None, runs: Path) -> None:
     """Show a study's trials. Without NAME: the study last worked on. Works while a search runs."""
     from hpo.confirm import status_lines
-    from hpo.study import TOTAL, database_errors, holder, open_study, standing
+    from hpo.study import TOTAL, database_errors, holder, learning_lines, open_study, standing
     from hpo.terminal import best_line, status_table, study_line
 
     folder = chosen_study(name, runs, own=True)
@@ -32,6 +32,6 @@ def status(name: str | None, runs: Path) -> None:
             screen.print(
                 folder.alert.read_text(encoding="utf-8").splitlines()[0], markup=False, highlight=False
             )
-        for line in status_lines(study, folder):
+        for line in [*learning_lines(study, folder), *status_lines(study, folder)]:
             click.echo(line)
         click.echo(study_line(folder.name, now))

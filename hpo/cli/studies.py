@@ -139,8 +139,11 @@ def search(
 )
 @click.option("--rescore-only", is_flag=True, help="Skip training: score the saved LoRA files.")
 @click.option("--yes", is_flag=True, help="Do not ask before starting.")
+@options.anyway
 @options.runs
-def confirm(name: str | None, top: int, seeds: int, rescore_only: bool, yes: bool, runs: Path) -> None:
+def confirm(
+    name: str | None, top: int, seeds: int, rescore_only: bool, yes: bool, anyway: bool, runs: Path
+) -> None:
     """Confirm a study's best trials with new seeds and new prompts. Trial 0 is included for comparison. The
     search did not use these seeds and prompts. Run the same command again to resume an interrupted
     confirmation."""
@@ -150,7 +153,12 @@ def confirm(name: str | None, top: int, seeds: int, rescore_only: bool, yes: boo
 
     folder = chosen_study(name, runs)
     request = ConfirmRequest(
-        name=folder.name, top=top, seeds=seeds, rescore_only=rescore_only, runs=folder.root.parent
+        name=folder.name,
+        top=top,
+        seeds=seeds,
+        rescore_only=rescore_only,
+        runs=folder.root.parent,
+        anyway=anyway,
     )
     run(request, console(), lambda: agreed("start?", yes=yes))
 
@@ -212,6 +220,7 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     help="How the settings of the trials are chosen. Default: ladder.",
 )
 @options.device("For --trials: cpu, cuda, cuda:1 … Default: the GPU if there is one.")
+@options.anyway
 @options.runs
 def transfer(
     name: str | None,
@@ -222,6 +231,7 @@ def transfer(
     trials: int,
     design: str | None,
     device: str | None,
+    anyway: bool,
     runs: Path,
 ) -> None:
     """Transfer the best settings of the study NAME to SDXL. Shows what changes and why, and writes the files for
@@ -240,5 +250,6 @@ def transfer(
         design=design,
         device=device,
         runs=folder.root.parent,
+        anyway=anyway,
     )
     run(request, console())

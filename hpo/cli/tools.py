@@ -8,7 +8,7 @@ import click
 
 from hpo.cli import options
 from hpo.cli.options import PATH
-from hpo.cli.start import calm_libraries, console
+from hpo.cli.start import calm_libraries, console, sign_of_life
 from trainer.bases import KNOWN_BASES
 
 
@@ -98,6 +98,7 @@ def check(
     from hpo.cli.dataset import DatasetRequest
     from hpo.cli.dataset import check as run
 
+    sign_of_life("reading the images …")
     request = DatasetRequest(
         folder=folder, base=base, trigger=trigger, class_word=class_word, sets=sets, as_json=as_json
     )
@@ -139,5 +140,6 @@ def prepare(
     from hpo.cli.dataset import prepare as run
     from trainer.data import Wish
 
+    sign_of_life("copying the images …")
     wish = Wish(trigger, class_word or "", repeats, held_out, skip_corrupt)
     run(source, folder, wish, click.echo)

@@ -13,15 +13,25 @@ import optuna
 from optuna.trial import TrialState
 
 from hpo.confirm.outcome import RESCORED
-from hpo.confirm.wanted import CONFIRMS, DISTRIBUTIONS, OF, Confirmation, Wanted, done_runs, run_of
+from hpo.confirm.wanted import (
+    CONFIRMS,
+    DISTRIBUTIONS,
+    OF,
+    TRAIN_SEED,
+    Confirmation,
+    Wanted,
+    done_runs,
+    run_of,
+)
 from hpo.search import Proposal, Proposals
-from hpo.study import BASELINE, COMPLETE, INFEASIBLE, ROLE, Result, TrialFolder, read_json
+from hpo.study import BASELINE, COMPLETE, INFEASIBLE, ROLE, Result, Standing, TrialFolder, read_json
 from trainer.config import TrainConfig
 from trainer.errors import MachineError, ModelFileError
 from trainer.files import machine_error, sha256_file, write_atomic
 
 if TYPE_CHECKING:
     from hpo.search import Workbench
+    from trainer.data import Dataset
 
 
 def suggested_run(trial: optuna.Trial) -> dict[str, Any]:
@@ -44,6 +54,14 @@ class ConfirmProposals(Proposals):
     @property
     def total(self) -> int:
         return len(self.asked.wanted)
+
+    def samples(self, config: TrainConfig, data: Dataset) -> int:
+        return 0 if self.asked.how == RESCORED else super().samples(config, data)
+
+    def samples_ahead(self, now: Standing) -> float | None:
+        """The mean of all runs: they come in rounds of all configurations."""
+        configs = [self.config({OF: number, TRAIN_SEED: 0}, number) for number in self.asked.chosen]
+        return sum(self.samples(config, self.bench.data) for config in configs) / max(1, len(configs))
 
     # What is next
 

@@ -44,9 +44,11 @@ from hpo.study import (
     check_unchanged,
     database_errors,
     in_use,
+    measured,
     open_study,
     read_json,
     recorded,
+    require_learned,
 )
 from hpo.terminal import Stop
 from hpo.terminal import live as report
@@ -64,6 +66,8 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
     how = RESCORED if request.rescore_only else RETRAINED
     with database_errors(source):
         study = open_study(source)
+        begun = Confirmation(source, {}, (), how).target.database.is_file()
+        require_learned(study, source, "confirm", anyway=request.anyway or begun)
         chosen, notes = chosen_trials(study, source, request)
         wanted = wanted_runs(chosen, study, request)
         asked = Confirmation(source, {t.number: t for t in chosen}, tuple(wanted), how)
@@ -112,7 +116,7 @@ def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -
         evaluator=bench.evaluator.on(confirmation_prompts(source, bench.base.token_count)),
         confirmation=None,
         store=cache.Store(source.cache),
-        image_seconds=None,
+        pace=measured(open_study(source), source),
     )
 
 

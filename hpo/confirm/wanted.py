@@ -53,6 +53,7 @@ class ConfirmRequest:
     top: int = 3
     seeds: int = 2
     rescore_only: bool = False
+    anyway: bool = False
     runs: Path = RUNS
 
 

@@ -59,6 +59,8 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
         if not run.trial:
             _mark(run, chosen, outcome)
             view.say(f"best: {run.mark} is a copy of {chosen.path.name}")
+        if outcome.warning:
+            view.say(outcome.warning)
         view.say(f"results: {run.evaluation / 'evaluation.json'}, {run.evaluation / 'curve.png'}")
     return chosen.path
 
@@ -233,6 +235,7 @@ def _values(run: RunFiles, judge: Judge, outcome: Evaluated) -> dict[str, Any]:
         "chosen_file_sha256": sha256_file(run.checkpoints[outcome.final].path),
         "confirmation_says": outcome.word,
         "verdict": asdict(outcome.verdict),
+        "warning": outcome.warning,
     }
 
 

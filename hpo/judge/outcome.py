@@ -26,3 +26,17 @@ class Evaluated:
     rechoice: CheckpointChoice | None
     final: int
     word: str
+
+    @property
+    def warning(self) -> str:
+        """A sentence if the final checkpoint is no better than the untrained base within the noise, else empty.
+
+        Its score on the confirmation prompts decides, if there is one: those had no part in the choice.
+        """
+        from evaluation.choice import no_better_sentence
+
+        point = self.points[self.final]
+        fresh = [p for p in self.retested if p.name == point.name and p.score is not None]
+        if fresh:
+            return no_better_sentence(fresh[0])
+        return no_better_sentence(point, sum(p.score is not None for p in self.points))

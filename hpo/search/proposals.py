@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpo.study import SCORE, Result, TrialFolder
+from hpo.study import SCORE, Result, Standing, TrialFolder, samples_of
 from trainer.config import TrainConfig
+from trainer.data import Dataset, total_steps
 
 if TYPE_CHECKING:
     import optuna
@@ -62,6 +63,18 @@ class Proposals(Protocol):
     def over(self) -> str:
         """The reason to start no more trials; empty to continue."""
         return ""
+
+    def samples(self, config: TrainConfig, data: Dataset) -> int:
+        """Training images shown in a trial with these settings (``hpo.study.samples_of``), for the time left."""
+        return samples_of(config, total_steps(config, data))
+
+    def samples_ahead(self, now: Standing) -> float | None:
+        """Mean samples of a trial that has not started.  None: as those before."""
+        return None
+
+    def trials_ahead(self, now: Standing) -> int:
+        """Trials that have not started."""
+        return max(0, now.left - now.running)
 
     # One trial
 

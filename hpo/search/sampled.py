@@ -26,6 +26,7 @@ from hpo.study import (
     STOP,
     Result,
     Say,
+    Standing,
     StudyConfig,
     StudyFolder,
     convergence,
@@ -33,12 +34,15 @@ from hpo.study import (
     history,
     holder,
     is_duplicate,
+    learning_lines,
+    measured,
     searched_settings,
 )
 from trainer.config import TrainConfig
 from trainer.errors import StudyStopped
 
 if TYPE_CHECKING:
+    from hpo.search.cost import Cost
     from hpo.search.workbench import Workbench
 
 EQUAL_FAILURES = 3  # in a row; then the search stops
@@ -123,20 +127,36 @@ class BenchProposals(Proposals):
 class SearchProposals(BenchProposals):
     """The trials of a search."""
 
-    def __init__(self, study: optuna.Study, bench: Workbench, limits: SearchLimits, say: Say) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        bench: Workbench,
+        limits: SearchLimits,
+        say: Say,
+        cost: Cost | None = None,
+    ) -> None:
         super().__init__(study, bench)
         self.folder: StudyFolder = bench.folder
         self.limits = limits
         self.say = say
+        self.cost = cost
         self.used_up = False  # only duplicates were suggested
         hours = math.inf if limits.max_hours is None else limits.max_hours
         self._until = time.monotonic() + 3600 * hours
         self._failures: list[str] = []
-        self._told_of_noise = False
+        self._told_of_noise = self._told_of_learning = False
 
     @property
     def total(self) -> int:
         return self.limits.trials
+
+    def samples_ahead(self, now: Standing) -> float | None:
+        """Between the mean of the space and that of the finished trials: the sampler leaves the middle slowly."""
+        pace = measured(self.study, self.folder)
+        if self.cost is None or pace is None or pace.samples is None:
+            return None if self.cost is None else self.cost.samples
+        weight = startup_trials(self.total)
+        return (weight * self.cost.samples + now.complete * pace.samples) / (weight + now.complete)
 
     # Choosing the next trial
 
@@ -202,7 +222,25 @@ class SearchProposals(BenchProposals):
             )
         if self.limits.keep_best is not None:
             drop_files(self.study, self.folder, self.limits.keep_best)
+        self._say_measured()
+        self._check_learning()
         self._check_convergence()
+
+    def _say_measured(self) -> None:
+        """After the first trial: time and disk, corrected by what it took."""
+        from hpo.search.cost import after_first_line
+
+        if self.cost is not None and len(self._done()) == 1:
+            keep, total = self.limits.keep_best, self.limits.trials
+            if line := after_first_line(self.bench, self.study, self.cost, total, keep):
+                self.say(line)
+
+    def _check_learning(self) -> None:
+        """Say once that nothing was learned, as soon as there are enough trials to say so."""
+        if not self._told_of_learning and (lines := learning_lines(self.study, self.folder)):
+            self._told_of_learning = True
+            for line in lines:
+                self.say(line)
 
     def _check_convergence(self) -> None:
         if len(self.bench.study.objectives) > 1:  # not defined for a Pareto front

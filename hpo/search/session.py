@@ -41,6 +41,7 @@ from hpo.study import (
     check_unchanged,
     database_errors,
     in_use,
+    nothing_learned,
     promptfiles,
     recorded,
     standing,
@@ -126,9 +127,9 @@ def _search(
     bench = workbench.load(request.inputs, config, use.folder, view.say)
     study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
     proposal = _proposal(request, bench, view)
-    _begin(study, bench, limits, proposal, view)
+    cost = _begin(study, bench, limits, proposal, view)
     use.begun = work.begun = True
-    worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say), view)
+    worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say, cost), view)
     with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop
         try:
@@ -181,7 +182,7 @@ def _begin(
     limits: SearchLimits,
     proposal: Mapping[str, Any] | None,
     view: report.PlainView,
-) -> None:
+) -> Cost | None:
     """Print the plan, score the untrained base, check the disk, enqueue trial 0 and --enqueue."""
     now = standing(study, limits.trials)
     fresh = now.complete + now.running == 0
@@ -190,14 +191,9 @@ def _begin(
         view.say(ratio_line(len(bench.study.space), limits.trials))
     view.say(_data_line(bench))
     if now.left:
-        if fresh:
-            view.say(f"generating {bench.prompts.image_count} images with the untrained base …")
-        from hpo.search.cost import check_disk, estimate
-
-        bench.measure_anchors(view.say, fresh=fresh)
-        cost = estimate(bench, probe=fresh)
-        check_disk(bench, cost, now.left, limits.keep_best)
-        view.say(_cost_line(cost, now, limits))
+        cost = _told_cost(study, bench, limits, now, view)
+    else:
+        cost = None
     with bench.folder.study_lock().held(), quiet():
         study.set_user_attr(TOTAL, limits.trials)
         if study.user_attrs.get(STOP) and not limits.stop_when_converged:
@@ -215,6 +211,28 @@ def _begin(
             f"the settings of --enqueue are queued as trial {waiting[-1].number}, but the study already has "
             f"{limits.trials} trials; raise --trials to run it"
         )
+    return cost
+
+
+def _told_cost(
+    study: optuna.Study, bench: Workbench, limits: SearchLimits, now: Standing, view: report.PlainView
+) -> Cost:
+    """Score the untrained base, say what the trials cost, and warn about trials that are too short or too long."""
+    from hpo.search import cost as costs
+
+    fresh = now.complete + now.running == 0
+    bench.measure_anchors(view.say, fresh=fresh)
+    if fresh:
+        view.say(f"encoding {len(bench.data.items)} training images, timing {costs.PROBE_STEPS} steps …")
+    cost = costs.estimate(bench, study, probe=fresh)
+    bench.pace = cost.pace
+    costs.check_disk(bench, cost, now.left, limits.keep_best)
+    view.say(costs.length_line(cost))
+    size = costs.final_bytes(bench.folder, study, cost, limits.trials, limits.keep_best)
+    view.say(_cost_line(cost, now, costs.megabytes(size)))
+    for line in costs.warnings(bench, cost, limits.trials, limits.max_hours):
+        view.say(line)
+    return cost
 
 
 def _data_line(bench: Workbench) -> str:
@@ -229,23 +247,22 @@ def _data_line(bench: Workbench) -> str:
     )
 
 
-def _cost_line(cost: Cost, now: Standing, limits: SearchLimits) -> str:
-    seconds = now.mean_seconds if now.mean_seconds is not None else cost.trial_seconds
+def _cost_line(cost: Cost, now: Standing, size: str) -> str:
+    seconds = cost.trial_seconds
     about = (
         f"about {report.clock(seconds)} per trial, {report.clock(seconds * now.left)} in total"
         if seconds
         else "time unknown"
     )
-    size = cost.bytes_for(now.left, limits.keep_best)
     return (
         f"cost: {now.left} trials × (about {cost.steps:.0f} steps + {cost.images} images): {about}; "
-        f"up to {size / 1e6:.0f} MB of disk"
+        f"about {size} of disk"
     )
 
 
 def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
     best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
     settings = best.user_attrs.get("settings", {}) if best else None
-    for line in summary(bench.folder, now, settings, why):
+    for line in summary(bench.folder, now, settings, why, nothing_learned(study, bench.folder)):
         view.say(line)
     view.say(report.study_line(bench.folder.name, now))

@@ -13,7 +13,7 @@ from hpo.terminal import figures, short
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    from hpo.study import Standing, StudyConfig, StudyFolder
+    from hpo.study import NothingLearned, Standing, StudyConfig, StudyFolder
 
 
 def introduction(config: StudyConfig, trials: int) -> RenderableType:
@@ -32,13 +32,17 @@ def ratio_line(settings: int, trials: int) -> str:
 
 
 def summary(
-    folder: StudyFolder, standing: Standing, settings: Mapping[str, Any] | None, why: str
+    folder: StudyFolder,
+    standing: Standing,
+    settings: Mapping[str, Any] | None,
+    why: str,
+    nothing: NothingLearned | None = None,
 ) -> list[str]:
     """The summary at the end: best settings, scores of best trial, baseline and untrained
-    base, files, next command."""
+    base, files, next command.  ``nothing``: the search has learned nothing, so hpo confirm would refuse it."""
     from hpo.terminal import end_lines, trial_lines
 
-    lines = [f"{folder.name}: {why}"]
+    lines = [f"{folder.name}: {why}", *(nothing.lines() if nothing else ())]
     if standing.best is None or settings is None:
         return [*lines, "no trial has a score yet", f"next: hpo status {folder.words}"]
     number = standing.best[0]
@@ -46,7 +50,9 @@ def summary(
     baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
     trouble = clean_text(standing.baseline_trouble) or figures(None)
     said, following = end_lines(folder, number)
-    confirm = f", confirm with: {following}" if "confirm" in following else ""
+    if nothing:
+        said, following = [], nothing.command or f"hpo dashboard {folder.words}"
+    confirm = f", confirm with: {following}" if "confirm" in following and not nothing else ""
     lines += [f"best: trial {number}", *(f"  {name} = {short(value)}" for name, value in settings.items())]
     lines += [
         f"search score: {figures(standing.best)}{confirm}",

@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +38,7 @@ from hpo.train import StepLog, train_adapter
 from trainer.adapters import COMMENT, CONFIG_KEY, dataset_metadata
 from trainer.config import TrainConfig
 from trainer.errors import Interrupted, MachineError, ModelFileError, OutOfMemory, SettingsFailure, ToolError
+from trainer.events import Finished
 from trainer.files import append_line, read_records, sha256_file, sweep_tree
 from trainer.text import clean_text
 
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 
 # Remedies for running out of memory, each tried once in this order.  Neither changes the result.
 CHECKPOINTING, SPLIT = "gradient_checkpointing", "single images"
+WEIGHT_CHANGE = (
+    "weight_change"  # of the last row of train.jsonl, beside the event (``Adapter.weight_change``)
+)
 
 
 class NoEffect(SettingsFailure):
@@ -213,7 +217,8 @@ def _train(
     log = StepLog(folder.steps)
 
     def on_event(event: Event, adapter: Adapter) -> None:
-        log.write(event)
+        more = {WEIGHT_CHANGE: adapter.weight_change()} if isinstance(event, Finished) else {}
+        log.write(event, **more)
         watch.on_event(event)
 
     how = Conduct(checkpoints=folder.checkpoints, should_stop=watch.should_stop)
@@ -247,6 +252,7 @@ def _scored(
                 "run the same command again to resume",
             )
 
+    on_image(0, bench.prompts.image_count)
     try:
         return evaluate_adapter(
             bench.evaluator,
@@ -381,6 +387,7 @@ def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result
         prior=safety.prior if safety else None,
         strangeness=safety.strangeness if safety else None,
         amounts=dict(safety.amounts) if safety else {},
+        weight_change=_weight_change(rows),
         beside=[
             {"measure": of.measure, "model": of.model, "value": of.value}
             for of in (score.beside if score else ())
@@ -389,3 +396,9 @@ def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result
         objective_se=measured.objective_se if measured else None,
         below_zero=ending.below_zero,
     )
+
+
+def _weight_change(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """From the step log.  None if the training did not end, or an older version logged it."""
+    found = [row[WEIGHT_CHANGE] for row in rows if WEIGHT_CHANGE in row]
+    return float(found[-1]) if found and math.isfinite(found[-1]) else None

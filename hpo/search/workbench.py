@@ -23,6 +23,7 @@ from evaluation.score import Anchors, Evaluator, make_anchors
 from hpo.study import (
     IDENTITY,
     Inputs,
+    Pace,
     Say,
     StudyConfig,
     StudyFolder,
@@ -37,6 +38,7 @@ from hpo.study import (
     say_notes,
     subject_items,
 )
+from hpo.terminal import left
 from hpo.train import check_device
 from trainer.bases import compute_type, is_miniature, load_base
 from trainer.config import TrainConfig
@@ -47,6 +49,8 @@ from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from trainer.bases import Base
+
+MINUTE = 60.0  # a step that takes longer announces it
 
 
 @dataclass
@@ -62,7 +66,8 @@ class Workbench:
     data_folder: Path
     base_spec: str
     store: cache.Store
-    image_seconds: float | None = None
+    image_seconds: float | None = None  # measured with the untrained base
+    pace: Pace | None = None  # estimated before the first trial
     inputs: Inputs | None = None
 
     @property
@@ -98,14 +103,13 @@ class Workbench:
 
         If the anchors cannot be distinguished, a fresh study raises DataError; a resumed study prints a warning.
         """
-        started = time.monotonic()
-        drawn: list[int] = []
-        anchors = make_anchors(
-            self.evaluator, self.folder.base_images, lambda done, total: drawn.append(done)
-        )
+        timer = ImageTimer(say)
+        if not self.folder.anchors.is_file():
+            say(f"generating {self.prompts.image_count} images with the untrained {self.base.name} …")
+        anchors = make_anchors(self.evaluator, self.folder.base_images, timer)
         self.evaluator = self.evaluator.with_anchors(anchors)
-        if drawn:
-            self.image_seconds = (time.monotonic() - started) / drawn[-1]
+        if each := timer.finished():
+            self.image_seconds = each
         if fresh:
             anchors.require_separable()
         for problem in anchors.problems:
@@ -138,6 +142,28 @@ class Workbench:
         }
 
 
+class ImageTimer:
+    """Measures how long images take while they are generated, and says so once if that is longer than a minute."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self._started = 0.0
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if done == 0:
+            self._started = time.monotonic()
+        elif self._done == 0:
+            seconds = (time.monotonic() - self._started) / done * (total - done)
+            if seconds > MINUTE:
+                self._say(f"  {done}/{total} images, {left(seconds)}")
+        self._done = done
+
+    def finished(self) -> float | None:
+        """Seconds per image with scoring.  None if nothing was generated."""
+        return (time.monotonic() - self._started) / self._done if self._done else None
+
+
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
     """Load and check everything.  Writes only demo data (see ``hpo.study.use.in_use``)."""
     device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,6 +188,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     prompt_sets(inputs, study, data, count_tokens=lambda text: 0)
     # The checks up to here are cheap; loading a base may download gigabytes.
     dtype = compute_type(train.mixed_precision, device)
+    say(f"loading {inputs.base} on {device} …")
     base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae, say=say)
     if base.native_resolution_px < train.resolution and is_miniature(inputs.base):
         raise ConfigError(

@@ -7,6 +7,7 @@ work of a trial (``hpo.search.trial``) or the output (``hpo.terminal.live``).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,11 +18,13 @@ from hpo.search.claim import Claim, Claims
 from hpo.search.telling import Teller
 from hpo.search.trial import Watch, deaths_without_progress, failed, resumes_from, run_trial
 from hpo.study import (
+    Forecast,
     Result,
     Standing,
     StudyFolder,
     TrialFolder,
     begun_study,
+    measured,
     standing,
     write_params,
     write_result,
@@ -77,6 +80,26 @@ class Worker:
     def standing(self) -> Standing:
         return standing(self.study, self.source.total)
 
+    def _starting(self, config: TrainConfig) -> Standing:
+        """The standing with a forecast for the trial that starts now, once its pace is known."""
+        now = self.standing()
+        pace = measured(self.study, self.folder) or self.bench.pace
+        if pace is None:
+            return now
+        own = self.source.samples(config, self.bench.data)
+        ahead = self.source.samples_ahead(now)
+        if ahead is None:
+            ahead = own if pace.samples is None else pace.samples
+        forecast = Forecast(
+            pace,
+            samples=own,
+            images=self.bench.prompts.image_count,
+            trials_ahead=self.source.trials_ahead(now),
+            samples_ahead=ahead,
+            workers=max(1, now.running),
+        )
+        return dataclasses.replace(now, forecast=forecast)
+
     def _trials(self) -> str:
         while True:
             if self.view.should_stop():
@@ -108,7 +131,7 @@ class Worker:
         source.begin(suggested)
         if claim.adopted:
             self.view.say(f"resuming trial {number}: {resumes_from(folder)}")
-        self.view.on_trial(number, suggested, claim.adopted, self.standing())
+        self.view.on_trial(number, suggested, claim.adopted, self._starting(config))
         result = self._result(folder, config, suggested)
         self.tell(claim, result)
         self.view.on_result(result, self.standing())

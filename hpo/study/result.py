@@ -65,6 +65,7 @@ class Result:
     diversity: float | None = None
     prior: float | None = None
     amounts: dict[str, float] = field(default_factory=dict)  # distance from each limit; above 0: exceeded
+    weight_change: float | None = None  # ‖ΔW‖ / ‖W‖ at the end (trainer.adapters.Adapter.weight_change)
     beside: list[dict[str, Any]] = field(
         default_factory=list
     )  # extra metrics: measure, model, mean raw value

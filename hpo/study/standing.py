@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.study.config import StudyConfig
 from hpo.study.convergence import TOP, TrialPoint
 from hpo.study.folder import StudyFolder
+from hpo.study.pace import Forecast
 from hpo.study.sections import OBJECTIVE, SCORE
 from trainer.errors import DataError
 
@@ -39,7 +40,7 @@ class Standing:
     running: int
     best: tuple[int, float, float] | None
     baseline: tuple[int, float, float] | None
-    mean_seconds: float | None
+    forecast: Forecast | None = None  # of the trial that starts now, if its duration can be estimated
     duplicates: int = 0  # proposals that repeat an earlier trial; not counted as failed
     baseline_trouble: str = ""  # why the baseline has no score, if it has run
     front: tuple[int, ...] = ()  # with two objectives: trials that no other trial beats in both
@@ -58,7 +59,6 @@ def standing(study: optuna.Study, total: int) -> Standing:
     best = max(scored, key=rank, default=None)
     baseline = next((t for t in feasible if t.user_attrs.get(ROLE) == BASELINE), None)
     twins = sum(map(is_duplicate, trials))
-    seconds = [t.user_attrs["seconds"] for t in done if "seconds" in t.user_attrs]
     return Standing(
         total=total,
         complete=len(done),
@@ -67,7 +67,6 @@ def standing(study: optuna.Study, total: int) -> Standing:
         running=sum(t.state == TrialState.RUNNING for t in trials),
         best=_figures(best),
         baseline=_figures(baseline),
-        mean_seconds=float(np.mean(seconds)) if seconds else None,
         duplicates=twins,
         baseline_trouble="" if baseline else _trouble(trials),
         front=pareto_front(feasible) if len(study.directions) > 1 else (),

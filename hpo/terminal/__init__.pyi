@@ -15,5 +15,6 @@ from .live import study_line as study_line
 from .stop import Stop as Stop
 from .text import clock as clock
 from .text import figures as figures
+from .text import left as left
 from .text import say as say
 from .text import short as short

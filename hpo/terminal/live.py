@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.text import clock, figures, short
+from hpo.terminal.text import clock, figures, left, short
 from trainer.events import Event, Skipped, Step
 from trainer.text import clean_text
 
@@ -33,6 +33,8 @@ PARTS = {"prompt_following": "following", "likeness": "likeness"}  # attribute o
 PLAIN_SECONDS = 10.0  # between progress lines if the output is not a terminal
 REFRESH_PER_SECOND = 4
 STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
+TRAINING, GENERATING = "training", "generating images"
+OVERDUE = 0.2  # of the time without progress, at least so much is left (assumed)
 SMOOTHING = 0.9  # of the displayed loss and rate
 
 
@@ -43,17 +45,19 @@ class Current:
     number: int
     settings: Mapping[str, Any]
     standing: Standing
-    phase: str = "training"
+    phase: str = TRAINING
     done: int = 0
     total: int = 0
     loss: float | None = None
     rate: float | None = None
     skipped: int = 0
-    started: float = field(default_factory=time.monotonic)
+    _first: tuple[int, float] | None = None  # the first progress of this phase, and when
+    _slowdown: float = 1.0
+    _last: float = field(default_factory=time.monotonic)  # when there was progress
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, Step):
-            self.phase, self.done, self.total = "training", event.step, event.total_steps
+            self._progress(TRAINING, event.step, event.total_steps)
             rate = 1.0 / event.seconds if event.seconds > 0 else None
             self.loss = (
                 event.loss if self.loss is None else SMOOTHING * self.loss + (1 - SMOOTHING) * event.loss
@@ -64,17 +68,36 @@ class Current:
             self.skipped += 1
 
     def on_image(self, done: int, total: int) -> None:
-        self.phase, self.done, self.total = "generating images", done, total
+        self._progress(GENERATING, done, total)
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        if self.standing.forecast and self.phase == TRAINING != phase:
+            self._slowdown = self.standing.forecast.slowdown(self.total, self._each())
+        self._last = time.monotonic()
+        if self._first is None or phase != self.phase:
+            self._first = done, self._last
+        self.phase, self.done, self.total = phase, done, total
 
     def seconds_left(self) -> float | None:
-        """For the whole study, estimated from the mean duration of finished trials."""
-        mean = self.standing.mean_seconds
-        if mean is None:
+        """For the whole study: the rest of this trial by its own pace, and the trials after it.  None if unknown."""
+        forecast = self.standing.forecast
+        if forecast is None:
             return None
-        return max(0.0, mean * self.standing.left - (time.monotonic() - self.started))
+        if self.phase == TRAINING:
+            seconds = forecast.while_training(self.done, self.total, self._each())
+        else:
+            seconds = forecast.while_generating(self.done, self.total, self._each(), self._slowdown)
+        waited = time.monotonic() - self._last
+        return max(seconds - waited, forecast.after_seconds + OVERDUE * waited)
+
+    def _each(self) -> float | None:
+        """Measured seconds per step or image of this phase.  None after its first progress."""
+        if self._first is None or self.done <= self._first[0]:
+            return None
+        return (self._last - self._first[1]) / (self.done - self._first[0])
 
     def progress_text(self) -> str:
-        if self.phase != "training":
+        if self.phase != TRAINING:
             return f"{self.done}/{self.total} images"
         rate = "" if self.rate is None else f", {self.rate:.1f} steps/s"
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
@@ -126,9 +149,9 @@ class PlainView:
 
     def refresh(self) -> None:
         if self.current and time.monotonic() - self._last_line >= PLAIN_SECONDS:
-            left = self.current.seconds_left()
+            seconds = self.current.seconds_left()
             text = f"  {self.current.progress_text()}"
-            self.say(text + (f", study: about {clock(left)} left" if left is not None else ""))
+            self.say(text + (f", study: {left(seconds)}" if seconds is not None else ""))
             self._last_line = time.monotonic()
 
     def on_result(self, result: Result, standing: Standing) -> None:
@@ -208,7 +231,7 @@ def live_block(
     bar.add_row(
         ProgressBar(total=max(1, current.total), completed=current.done, width=26), current.progress_text()
     )
-    left = current.seconds_left()
+    seconds = current.seconds_left()
     best = (
         f"best so far: trial {standing.best[0]}, {figures(standing.best)}"
         if standing.best
@@ -216,7 +239,7 @@ def live_block(
     )
     if standing.baseline:
         best += f"   (trial {standing.baseline[0]}, the usual settings: {standing.baseline[1]:.4f})"
-    tail = f"time left: about {clock(left)}" if left is not None else "time left: known after the first trial"
+    tail = left(seconds) if seconds is not None else "time left: known after the first trial"
     troubles = [
         f"{n} {what}" for n, what in ((standing.infeasible, "infeasible"), (standing.failed, "failed")) if n
     ]

@@ -29,6 +29,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+def left(seconds: float) -> str:
+    """How long something still takes.  Never 0:00, because something is still being done."""
+    if seconds < 10:
+        return "a few seconds left"
+    if seconds < 60:
+        return "less than a minute left"
+    return f"about {clock(seconds)} left"
+
+
 def figures(what: tuple[int, float, float] | None) -> str:
     return f"{what[1]:.4f} ± {what[2]:.4f}" if what else "none yet"
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import ConfigError, MachineError, first_line
 from trainer.events import Rehearsed
@@ -33,11 +33,11 @@ class StepLog:
         self.path = path
         self._fresh = True
 
-    def write(self, event: Event) -> None:
-        """Write an event down, but for the dry step, which is no part of the run."""
+    def write(self, event: Event, **more: Any) -> None:
+        """Write an event and ``more`` figures down, but for the dry step, which is no part of the run."""
         if isinstance(event, Rehearsed):
             return
-        values = {"event": type(event).__name__.lower(), **asdict(event)}
+        values = {"event": type(event).__name__.lower(), **asdict(event), **more}
         values.pop("path", None)
         if self._fresh:
             first = values["steps"] + 1 if values["event"] == "finished" else values["step"]

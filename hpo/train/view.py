@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, clock
+from hpo.terminal import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, left
 from trainer.events import Event, Finished, Skipped, Step, Validated
 from trainer.text import clean_text
 
@@ -31,6 +31,7 @@ class TrainView:
         self.skipped = 0
         self.stopping = False
         self._said = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first step of this call, and when it was done
         self._live = Live(
             console=console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self.block, transient=True
         )
@@ -53,6 +54,7 @@ class TrainView:
                 event.seconds if first else SMOOTHING * self.seconds + (1 - SMOOTHING) * event.seconds
             )
             self.last = event
+            self._first = self._first or (event.step, time.monotonic())
         elif isinstance(event, Skipped):
             self.skipped += 1
             self.say(f"step {event.step} is skipped: its {event.reason} is not finite")
@@ -68,13 +70,22 @@ class TrainView:
         """The run's progress as text."""
         if self.last is None:
             return "preparing …"
-        left = (self.last.total_steps - self.last.step) * self.seconds
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
             f"step {self.last.step}/{self.last.total_steps}, epoch {self.last.epoch}/{self.last.total_epochs}, "
             f"loss {self.loss:.4f}, rate {self.last.learning_rate:.2e}, {self.seconds:.2f} s a step{skipped}, "
-            f"about {clock(left)} left"
+            f"{left(self.seconds_left())}"
         )
+
+    def seconds_left(self) -> float:
+        """To the end of the run.  Samples, validation and saved files count: they are in the mean time of a step."""
+        if self.last is None or self._first is None:
+            return 0.0
+        done, started = self._first
+        each = self.seconds
+        if self.last.step > done:
+            each = max(each, (time.monotonic() - started) / (self.last.step - done))
+        return (self.last.total_steps - self.last.step) * each
 
     def block(self) -> RenderableType:
         """The moving block."""

@@ -44,6 +44,7 @@ class TransferRequest:
     design: str | None = None
     device: str | None = None
     runs: Path = RUNS
+    anyway: bool = False
 
 
 def run(request: TransferRequest, console: Console) -> None:
@@ -62,7 +63,7 @@ def run(request: TransferRequest, console: Console) -> None:
 def _transfer(
     folder: StudyFolder, profile: Profile, request: TransferRequest, console: Console, work: Work
 ) -> None:
-    source = read_source(folder)
+    source = read_source(folder, anyway=request.anyway)
     say(console, f"from {folder.name}, {source.says}")
     done = make(source, profile, request.preset, lambda text: say(console, text))
     show(console, done.plan)

@@ -23,6 +23,7 @@ from hpo.study import (
     open_study,
     parent_of,
     read_json,
+    require_learned,
     score_of,
 )
 from hpo.transfer.plan import DatasetFigures
@@ -96,13 +97,17 @@ def _check_base(folder: StudyFolder, family: Family) -> None:
                           f"transferred to {family.title}", hint)  # fmt: skip
 
 
-def read_source(folder: StudyFolder) -> TransferSource:
-    """Read the study's best configuration and its alternatives."""
+def read_source(folder: StudyFolder, *, anyway: bool = False) -> TransferSource:
+    """Read the study's best configuration and its alternatives.
+
+    Raises ConfigError for a study without a scored trial, and for one that has learned nothing unless ``anyway``.
+    """
     from optuna.trial import TrialState
 
     with database_errors(folder):
         study = open_study(folder)
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        require_learned(study, folder, "transfer", anyway=anyway)
     trials, baseline = [], None
     for trial in done:
         score, objective = score_of(trial), objective_of(trial)

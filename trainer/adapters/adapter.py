@@ -8,6 +8,7 @@ with full_bf16.  Does not own files (``lorafile``) or the optimizer (``optim``).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -186,6 +187,16 @@ class Adapter:
                     f"the weights of {layer.target.key} are not finite as {save_precision}",
                     "lower learning_rate, or save as float",
                 )
+
+    @torch.no_grad()
+    def weight_change(self) -> float:
+        """‖ΔW‖ / ‖W‖ over all target modules (Frobenius norms): how far the adapter moves the base's weights.
+
+        0 is an untrained adapter, 0.01 a change of one percent.  DoRA's magnitudes do not count.
+        """
+        own = sum(float(layer.delta().float().norm()) ** 2 for layer in self.layers)
+        base = sum(float(weight_of(layer.wrapped.base_layer).float().norm()) ** 2 for layer in self.layers)
+        return math.sqrt(own / base) if base else 0.0
 
     @torch.no_grad()
     def limit_norms(self, max_norm: float) -> None:

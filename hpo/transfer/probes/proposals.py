@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 
 from hpo.search import BenchProposals, Proposal
-from hpo.study import BASELINE, FAILED, Result, Say, by_prompt
+from hpo.study import BASELINE, FAILED, Result, Say, Standing, by_prompt
 from hpo.transfer.probes.design import Probe, ProbeScore
 from hpo.transfer.probes.side import ProbeSide
 from trainer.errors import StudyStopped
@@ -38,6 +38,9 @@ class ProbeProposals(BenchProposals):
     def total(self) -> int:
         """Number of probes so far, including the current one.  The final number is not known in advance."""
         return self._total
+
+    def trials_ahead(self, now: Standing) -> int:
+        return max(0, self.side.scope.budget - self._total)
 
     def outcomes(self) -> list[ProbeScore]:
         """The finished probes, in the order of the design."""

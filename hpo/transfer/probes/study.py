@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hpo.study import SOURCE_STUDY, StudyFolder, alone, in_use
+from hpo.study import SOURCE_STUDY, Say, StudyFolder, alone, in_use, samples_of
+from hpo.terminal import clock
 from hpo.transfer.probes.design import ProbeScore
 from hpo.transfer.probes.side import ProbeSide
+from trainer.data import total_steps
 from trainer.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class SideStudy:
             for key in KEPT:
                 study.set_user_attr(key, self.provenance[key])
             bench.measure_anchors(view.say)
+            self._say_cost(study, bench, view.say)
             use.begun = True
             study.set_user_attr(TOTAL, max(side.scope.budget, study.user_attrs.get(TOTAL, 0)))
             with Stop(view.on_ask) as stop:
@@ -61,6 +64,25 @@ class SideStudy:
                         return probe_by_probe(study, bench, side, choose, view)
                 except Interrupted as error:
                     raise Interrupted(error.message, "run the same command again to resume") from None
+
+    def _say_cost(self, study: optuna.Study, bench: Workbench, say: Say) -> None:
+        """Before the first trial of this base: its length and time, from three real steps."""
+        from hpo.search import probed_pace
+
+        if study.get_trials(deepcopy=False):
+            return
+        config = bench.config(bench.study.baseline, 0)
+        bench.pace = probed_pace(bench, config)
+        steps, images, budget = (
+            total_steps(config, bench.data),
+            bench.prompts.image_count,
+            self.side.scope.budget,
+        )
+        text = f"cost: at most {budget} trials on {bench.base.name} × ({steps} steps + {images} images)"
+        if bench.pace is not None:
+            seconds = bench.pace.seconds(samples_of(config, steps), images)
+            text += f": about {clock(seconds)} each, {clock(seconds * budget)} in total"
+        say(text)
 
 
 def probe_by_probe(

@@ -87,7 +87,7 @@ def test_a_kill_while_training_or_drawing_goes_on_with_the_same_run(
         view.on_event = dying  # type: ignore[method-assign]
 
     def in_drawing(view: PlainView) -> None:
-        view.on_image = dying  # type: ignore[method-assign]
+        view.on_image = lambda done, total: dying() if done else None  # type: ignore[method-assign]
 
     assert attempt(finish, source, data, in_training) == -signal.SIGKILL
     assert attempt(finish, source, data, in_drawing) == -signal.SIGKILL

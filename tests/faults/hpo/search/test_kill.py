@@ -85,7 +85,7 @@ def test_a_kill_while_training_or_drawing_goes_on_with_the_same_trial(
         view.event_hook = lambda event: os.kill(os.getpid(), signal.SIGKILL)
 
     def kill_in_drawing(view: Recorder) -> None:
-        view.image_hook = lambda done, total: os.kill(os.getpid(), signal.SIGKILL)
+        view.image_hook = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done else None
 
     assert attempt(search, root, data, kill_in_training) == -signal.SIGKILL
     assert attempt(search, root, data, kill_in_drawing) == -signal.SIGKILL

@@ -15,6 +15,7 @@ from evaluation.choice.checkpoints import (
     choose,
     confirmed,
     finalists,
+    no_better_sentence,
     standard_error,
     verdict,
 )
@@ -25,6 +26,7 @@ from evaluation.prompts.prompts import Prompt, PromptSet
 from evaluation.score.anchors import Anchors
 from evaluation.score.formula import SIGNED, Formula, objective
 from evaluation.score.score import ImageScore, Score, anchored, composite
+from hpo.judge.outcome import Evaluated
 from trainer.errors import ConfigError, ModelFileError
 
 PROMPTS = 8
@@ -116,6 +118,7 @@ def test_checkpoints_without_a_score_are_never_chosen() -> None:
         ((0.6, 0.5, 0.4), "overtrained", "learning_rate"),
         ((0.4, 0.6, 0.5), "between", "right"),
         ((0.6,), "single", "save_every_n_epochs"),
+        ((-0.2,), "no better than the untrained base", "train longer"),
     ],
 )
 def test_the_verdict_is_where_the_best_lies_and_what_to_do(
@@ -274,3 +277,35 @@ def signed(score: Score, scale: Anchors) -> Score:
     formula = Formula(below_zero=SIGNED)
     told = float(objective(np.array(score.prompt_following), np.array(score.likeness), formula))
     return replace(score, formula=formula, objective=told, objective_se=0.01)
+
+
+@pytest.mark.parametrize(
+    ("likeness", "t", "says"),
+    [
+        (0.15, 0.3, "no better than the untrained base within the noise: likeness 0.150 ± 0.100 (base: 0)"),
+        (-0.3, 0.3, "likeness -0.300"),
+        (0.8, 0.1, "prompt following 0.000 ± 0.020 (base: 1)"),  # nothing of the prompt
+        (0.2, 0.3, ""),
+    ],
+)
+def test_a_lora_no_better_than_the_base_is_said_to_be_so(likeness: float, t: float, says: str) -> None:
+    point = replace(curve(0.5)[0], score=scored(np.full(PROMPTS, likeness), anchors(), t))
+    said = no_better_sentence(point)
+    assert (says in said) if says else said == ""
+
+
+def test_the_best_of_many_has_to_be_further_from_the_base() -> None:
+    point = replace(curve(0.5)[0], score=scored(np.full(PROMPTS, 0.2), anchors()))
+    assert no_better_sentence(point, among=1) == "" != no_better_sentence(point, among=10)
+
+
+def test_the_confirmation_decides_whether_the_chosen_one_is_better_than_the_base() -> None:
+    points = curve(0.18, 0.19)
+    choice = choose(points, anchors())
+    outcome = Evaluated(points, choice, verdict(points, choice), (0, 1), (), None, 1, "unconfirmed")
+    assert "zed-000002 is no better" in outcome.warning, (
+        "the better of two, 1.9 standard errors above the base"
+    )
+    again = replace(outcome, retested=curve(0.3, 0.4), rechoice=choice)
+    assert again.warning == ""
+    assert "no better" in replace(again, retested=curve(0.3, 0.1)).warning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from hpo.search.dashboard import note_text
 from hpo.search.summary import introduction, ratio_line, summary
 from hpo.study.config import find_study, read_study
 from hpo.study.folder import StudyFolder
+from hpo.study.pace import Forecast, Pace
 from hpo.study.result import Result, write_result
 from hpo.study.standing import Standing
 from hpo.terminal.live import Current, LiveView, PlainView, live_block, make_view, study_line, trial_line
-from hpo.terminal.text import clock, short
+from hpo.terminal.text import clock, left, short
 from trainer.events import Step
 
-STANDING = Standing(30, 7, 1, 0, 1, (4, 0.61234, 0.02123), (0, 0.4, 0.03), 90.0)
-EMPTY = Standing(30, 0, 0, 0, 1, None, None, None)
+FORECAST = Forecast(Pace(0.5, 1.0, 10.0), samples=80, images=32, trials_ahead=22, samples_ahead=96.0)
+STANDING = Standing(30, 7, 1, 0, 1, (4, 0.61234, 0.02123), (0, 0.4, 0.03), FORECAST)
+EMPTY = Standing(30, 0, 0, 0, 1, None, None)
 SETTINGS = {
     "learning_rate": 1.3e-4, "text_encoder_lr": 6.5e-5, "network_dim": 128, "network_alpha": 96.0,
     "optimizer_type": "AdamW8bit", "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3,
@@ -57,7 +60,7 @@ def test_the_live_block_fits_eighty_columns_and_shows_everything() -> None:
     text = printed(live_block("sd15-character-my-images", current))
     assert max(map(len, text.splitlines())) <= 80
     parts = ["trial 7", "8 of 30", "training", "63/1200", "5.0 steps/s", "loss 0.0834", "1.30e-4", "128"]
-    parts += ["cosine_with_restarts", "trial 4", "0.6123 ± 0.0212", "0.4000", "time left", "1 infeasible"]
+    parts += ["cosine_with_restarts", "trial 4", "0.6123 ± 0.0212", "0.4000", "left", "1 infeasible"]
     for part in parts:
         assert part in text, part
 
@@ -86,9 +89,49 @@ def test_the_live_block_says_that_it_is_stopping() -> None:
     assert "stopping after this step" in printed(live_block("x", Current(7, SETTINGS, EMPTY), stopping=True))
 
 
-def test_time_left_comes_from_the_trials_that_are_done() -> None:
-    left = Current(7, SETTINGS, STANDING).seconds_left()
-    assert left == pytest.approx(90 * 23, abs=2)
+def test_time_left_is_the_rest_of_this_trial_and_the_trials_after_it() -> None:
+    current, ahead = Current(7, SETTINGS, STANDING), 22 * (0.5 * 96 + 32 + 10)
+    assert current.seconds_left() == pytest.approx(0.5 * 80 + 32 + 10 + ahead, abs=0.5)
+    current.on_event(replace(step(20), total_steps=40))
+    assert current.seconds_left() == pytest.approx(0.5 * 80 / 2 + 32 + 10 + ahead, abs=0.5)
+    current.on_image(0, 32)
+    assert current.seconds_left() == pytest.approx(32 + 10 + ahead, abs=0.5)
+    current.on_image(24, 32)
+    assert current.seconds_left() == pytest.approx(8 + 10 + ahead, abs=0.5)
+    assert Current(7, SETTINGS, EMPTY).seconds_left() is None
+
+
+def test_a_trial_slower_than_expected_is_not_over_before_its_images_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last trial of a study, ten times slower than those before it: something is left to the end."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    last = replace(FORECAST, trials_ahead=0)
+    current = Current(29, SETTINGS, replace(STANDING, forecast=last))
+    said = []
+    for number in range(1, 41):
+        now += 10.0
+        current.on_event(replace(step(number), total_steps=40))
+        said.append((current.seconds_left() or 0.0, left(current.seconds_left() or 0.0)))
+    assert said[19][0] == pytest.approx(20 * 10 + 10 * 32 + 10)  # its own pace counts, for its images, too
+    for number in (0, 8, 16, 24, 32):
+        current.on_image(number, 32)
+        now += 80.0
+        said.append((current.seconds_left() or 0.0, left(current.seconds_left() or 0.0)))
+    assert all(seconds > 0 and "about 0:" not in text for seconds, text in said)
+    assert all(seconds > 5 * 8 for seconds, _ in said[:-2]), "minutes are left until the last images"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "a few seconds left"), (9.4, "a few seconds left"), (40, "less than a minute left"),
+        (61, "about 1:01 left"), (7200, "about 2:00:00 left"),
+    ],
+)  # fmt: skip
+def test_what_is_left_is_never_nothing(seconds: float, text: str) -> None:
+    assert left(seconds) == text
 
 
 def test_without_a_terminal_there_are_plain_lines_only() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import time
 
+import pytest
 from rich.console import Console
 
 from hpo.train.view import TrainView
@@ -42,12 +44,24 @@ def test_the_bar_shows_loss_rate_seconds_a_step_and_time_left() -> None:
         "1 skipped",
     ):
         assert words in shown, words
-    assert "about 0:18 left" in shown  # nine steps of two seconds
+    assert "less than a minute left" in shown and view.seconds_left() == 18  # nine steps of two seconds
+
+
+def test_time_left_counts_what_is_done_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    view = TrainView(Console(file=io.StringIO(), width=80), "zed")
+    for number in range(3, 8):
+        view.on_event(step(number, 0.1, 2.0))
+        now += 40.0  # two seconds of training, then samples
+    assert view.seconds_left() == pytest.approx(3 * 50)
+    view.on_event(step(10, 0.1, 2.0))
+    assert "a few seconds left" in view.line()
 
 
 def test_without_a_terminal_the_same_is_said_in_lines() -> None:
     screen = io.StringIO()
     view = TrainView(Console(file=screen, width=80), "zed")
     view.on_event(step(9, 0.1, 1.0))
-    assert "step 9/10" in view.line() and "about 0:01 left" in view.line()
+    assert "step 9/10" in view.line() and "a few seconds left" in view.line()
     assert "\x1b" not in screen.getvalue()

@@ -8,6 +8,7 @@ import torch
 
 from tests.tiny import tiny_base
 from trainer.adapters.adapter import inject, keyed_generator
+from trainer.adapters.kinds import NAME
 from trainer.adapters.targets import count_weights, targets_of
 from trainer.bases.base import Sizes
 from trainer.config import TrainConfig
@@ -450,3 +451,21 @@ def test_lokr_splits_by_the_factor_as_lycoris_does():
     even.remove()
     with pytest.raises(ConfigError, match="factor = 0"):
         config.with_values({"factor": 0})
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "DoRA"])
+def test_the_change_of_the_weights_is_that_of_the_merged_weights(kind):
+    base = tiny_base("sd15")
+    config = CONFIG.with_values({"network_type": kind, "conv_dim": 2 if kind == "LoRA" else None})
+    layers = [base.components()[t.component].get_submodule(t.path) for t in targets_of(base, config)]
+    before = torch.cat([layer.weight.detach().flatten().clone() for layer in layers])
+    adapter = inject(base, config)
+    assert adapter.weight_change() == 0.0
+    factors = [weight for layer in adapter.layers for weight in layer.factors]
+    with torch.no_grad():
+        for number, weight in enumerate(factors):
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+    deltas = torch.cat([layer.wrapped.get_delta_weight(NAME).flatten() for layer in adapter.layers])
+    assert adapter.weight_change() == pytest.approx(float(deltas.norm() / before.norm()), rel=1e-4)
+    assert adapter.weight_change() > 0.001
+    adapter.remove()

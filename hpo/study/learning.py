@@ -1,0 +1,472 @@
+"""Whether a search has learned anything, and if not, the likely cause and what to change.
+
+Owns the state "nothing learned" and its texts.  Decided from the database, the trials' result.json, metrics.json
+and train.jsonl.  Does not import torch, because ``hpo status`` uses it.  Does not own the score
+(``evaluation.score``) or what a command does with the state.
+
+Prompt following and likeness are anchored on the untrained base (prompt following 1, likeness 0; below 0 means
+that the text, or the subject, is further away than chance, or than the base).  Both are differences to the base,
+paired by prompt, and so are their standard errors.  A trial is *better than the base* if both parts are above 0 by
+more than z standard errors.  The trial to be judged is the best of n, so z allows for n chances: one-sided 5 %,
+Bonferroni (z = 2.33 for 5 trials, 2.94 for 30).  The score itself is of no use here, because it is clipped at 0.
+In the recorded ranking study (tests/data/ranking_mini_sd15.jsonl) the trials that learned nothing have at most 1.8
+standard errors, those that learned something at least 4.0.
+
+*Nothing learned* needs five finished trials, infeasible ones included: with fewer, the sampler has hardly begun.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from evaluation.score import above_zero
+from hpo.study.config import StudyConfig, build_study
+from hpo.study.folder import StudyFolder, TrialFolder, read_json
+from hpo.study.result import INFEASIBLE_REASONS
+from hpo.study.space.domain import Choice, Range
+from hpo.study.standing import is_feasible
+from hpo.study.which import parent_of
+from hpo.study.work import steps
+from trainer.bases import is_miniature
+from trainer.errors import ConfigError
+from trainer.files import read_records
+
+if TYPE_CHECKING:
+    import optuna
+
+FEWEST = 5  # finished trials before anything is said
+# Images seen that a subject usually needs.  1,000: the low end of published LoRA recipes (assumed).  Miniature:
+# learns from 240 (docs/study.md).
+USUAL_IMAGES, MINIATURE_IMAGES = 1000, 200
+# ‖ΔW‖ / ‖W‖ below which a LoRA hardly changes the base.  Measured on the miniature (docs/study.md).
+HARDLY_CHANGED = 0.01
+FOLLOWING_LOST = 0.5  # prompt following below this, by more than its noise, is lost (assumed)
+SKIPPED = 0.02  # share of steps with NaN or infinite values that counts as a sign (assumed)
+RATE_FACTOR = 10.0  # how far a rate that is too low or too high is moved
+NOT_THE_RATE = ("out_of_memory", "no_effect")  # infeasible, but not because of too much training
+FLAGS, OLD_NAME = (
+    ("--stop-when-converged",),
+    "--name",
+)  # options of hpo search without a value; NAME's old option
+LENGTHS = ("max_train_steps", "max_train_epochs")  # the first one decides if both are set
+TOO_LOW, TOO_HIGH, BOTH = "too low", "too high", "both"
+RATES = ("learning_rate", "unet_lr")
+
+
+@dataclass(frozen=True)
+class TrialEvidence:
+    """What one finished trial says about learning.  ``likeness`` and ``following``: (value, standard error).
+
+    ``loss``: means over the first and the last third of the steps, and the standard error of their difference.
+    """
+
+    number: int
+    feasible: bool
+    reason: str
+    likeness: tuple[float, float] | None
+    following: tuple[float, float] | None
+    length: int  # epochs, or steps where steps are set
+    updates: int
+    images_seen: int
+    skipped: int
+    loss: tuple[float, float, float] | None
+    weight_change: float | None
+    rates: Mapping[str, float]
+
+    def is_better(self, among: int) -> bool:
+        """Whether the trial is better than the untrained base, as one of ``among`` trials."""
+        return (
+            self.feasible
+            and self.likeness is not None
+            and self.following is not None
+            and above_zero((self.likeness, self.following), among)
+        )
+
+    @property
+    def too_much(self) -> bool:
+        """Signs of a rate that is too high: broken images, NaN, a rising loss, prompts that are not followed."""
+        if not self.feasible and self.reason in INFEASIBLE_REASONS and self.reason not in NOT_THE_RATE:
+            return True
+        lost = self.following is not None and self.following[0] + 2 * self.following[1] < FOLLOWING_LOST
+        return lost or self.skipped > SKIPPED * self.updates or self.loss_rises
+
+    @property
+    def loss_rises(self) -> bool:
+        return self.loss is not None and self.loss[1] - self.loss[0] > 2 * self.loss[2]
+
+    @property
+    def too_little(self) -> bool:
+        """Signs of a rate that is too low: the weights hardly changed, or no pixel did."""
+        weak = self.weight_change is not None and self.weight_change < HARDLY_CHANGED
+        return not self.too_much and (self.reason == "no_effect" or weak)
+
+
+@dataclass(frozen=True)
+class NothingLearned:
+    """The state of a search without a trial that is better than the untrained base."""
+
+    trials: int
+    infeasible: int
+    best: TrialEvidence | None
+    causes: tuple[str, ...]
+    changes: tuple[str, ...]  # values of --set
+    advice: str
+    command: str = ""  # the next search, if it is known how this one was started
+
+    @property
+    def headline(self) -> str:
+        beside = f" ({self.infeasible} of them infeasible)" if self.infeasible else ""
+        text = f"nothing learned: none of {self.trials} trials{beside} is better than the untrained base"
+        if self.best is not None and self.best.likeness is not None:
+            value, se = self.best.likeness
+            text += (
+                f"; the best likeness is {value:.3f} ± {se:.3f} (trial {self.best.number}), the base's is 0"
+            )
+        return text
+
+    def lines(self) -> list[str]:
+        """For a terminal: the state, the likely causes, and what to change."""
+        return [
+            self.headline,
+            *(f"  likely cause: {cause}" for cause in self.causes),
+            f"  what to do: {self.advice}",
+            *([f"  {self.command}"] if self.command else []),
+        ]
+
+
+def nothing_learned(study: optuna.Study, folder: StudyFolder) -> NothingLearned | None:
+    """The state, or None if a trial is better than the untrained base or fewer than five trials are finished."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(done) < FEWEST or parent_of(folder) is not None:  # confirmations and target trials are no searches
+        return None
+    likely_best = sorted(done, key=lambda t: -float(t.user_attrs.get("likeness", -math.inf)))
+    for trial in likely_best:  # the first one usually settles it
+        if _scored(trial, folder.trial(trial.number)).is_better(len(done)):
+            return None
+    found = [evidence(trial, folder.trial(trial.number)) for trial in done]
+    if not any(e.likeness for e in found) and all(e.feasible for e in found):
+        return None  # the files of the trials are gone: nothing is known
+    return _state(found, folder)
+
+
+def require_learned(study: optuna.Study, folder: StudyFolder, command: str, *, anyway: bool) -> None:
+    """Raise ConfigError if the search has learned nothing, unless ``anyway`` is set."""
+    if anyway or (state := nothing_learned(study, folder)) is None:
+        return
+    causes = "; ".join(state.causes)
+    raise ConfigError(
+        f"study {folder.name}: {state.headline}" + (f". Likely cause: {causes}" if causes else ""),
+        f"{state.advice}. To {command} it all the same, add --anyway",
+    )
+
+
+def learning_lines(study: optuna.Study, folder: StudyFolder) -> list[str]:
+    """The state as lines for a terminal.  Empty if something was learned or it is too early to say."""
+    state = nothing_learned(study, folder)
+    return state.lines() if state else []
+
+
+# Evidence
+
+
+def evidence(trial: FrozenTrial, folder: TrialFolder) -> TrialEvidence:
+    """Everything that is known about a finished trial.  Files of older versions lack the weights' change."""
+    result, train = read_json(folder.result) or {}, (read_json(folder.params) or {}).get("train") or {}
+    updates = int(result.get("steps") or 0)
+    batch = int(train.get("train_batch_size") or 1) * int(train.get("gradient_accumulation_steps") or 1)
+    losses = [float(row["loss"]) for row in read_records(folder.steps) if row.get("event") == "step"]
+    change = result.get("weight_change")
+    return _scored(
+        trial,
+        folder,
+        length=int(train.get("max_train_steps") or train.get("max_train_epochs") or 0),
+        updates=updates,
+        images_seen=updates * batch,
+        skipped=int(result.get("skipped_steps") or 0),
+        loss=_thirds(losses),
+        weight_change=None if change is None else float(change),
+        rates={name: float(train[name]) for name in RATES if train.get(name)},
+    )
+
+
+def _scored(trial: FrozenTrial, folder: TrialFolder, **more: Any) -> TrialEvidence:
+    metrics = read_json(folder.metrics) or {}
+    nothing: dict[str, Any] = dict.fromkeys(("length", "updates", "images_seen", "skipped"), 0)
+    nothing |= {"loss": None, "weight_change": None, "rates": {}}
+    return TrialEvidence(
+        number=trial.number,
+        feasible=is_feasible(trial),
+        reason=str(trial.user_attrs.get("reason", "")),
+        likeness=_part(metrics, "likeness"),
+        following=_part(metrics, "prompt_following"),
+        **{**nothing, **more},
+    )
+
+
+def _part(metrics: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    try:
+        found = float(metrics[name]), float(metrics[f"{name}_se"])
+    except (KeyError, TypeError, ValueError):  # not scored, or edited by hand
+        return None
+    return found if math.isfinite(found[0]) and math.isfinite(found[1]) else None
+
+
+def _thirds(losses: Sequence[float]) -> tuple[float, float, float] | None:
+    """Means of the first and the last third, and the standard error of their difference.  None if too short."""
+    count = len(losses) // 3
+    if count < 3:
+        return None
+    first, last = np.array(losses[:count]), np.array(losses[-count:])
+    if not (np.isfinite(first).all() and np.isfinite(last).all()):
+        return None
+    se = math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / count)
+    return float(first.mean()), float(last.mean()), se
+
+
+# Causes and what to change
+
+
+def needed_images(base: str) -> int:
+    """Images seen that a LoRA usually needs on this base (``base`` as for ``load_base``)."""
+    return MINIATURE_IMAGES if is_miniature(base) else USUAL_IMAGES
+
+
+def _state(found: Sequence[TrialEvidence], folder: StudyFolder) -> NothingLearned:
+    facts = read_json(folder.facts) or {}
+    needed = needed_images(str(facts.get("base", "")))
+    few = 0 < max(e.images_seen for e in found) < needed
+    much, little = ([e for e in found if getattr(e, sign)] for sign in ("too_much", "too_little"))
+    rate = _rate_sign(found, len(much), len(little))
+    causes: list[str] = []
+    if rate == TOO_HIGH:
+        causes.append(f"learning rate too high: {_much_words(much)}")
+    if few:
+        causes.append(f"too few images seen: {_seen_words(found)}; {needed_words(needed)}")
+    if rate == TOO_LOW:
+        causes.append(f"learning rate too low: {_little_words(little)}")
+    if rate == BOTH:
+        causes.append(
+            f"learning rates from too low to too high: {_little_words(little)}; {_much_words(much)}"
+        )
+    definition = _definition(facts)
+    changes = _changes(definition, found, needed if few else 0, rate) if definition else ()
+    scored = [e for e in found if e.feasible and e.likeness]
+    best = max(scored, key=lambda e: (e.likeness or (0.0, 0.0))[0], default=None)
+    if not causes:
+        causes.append(
+            "not the length or the rate (enough images seen, the weights changed, the loss did not rise): "
+            "perhaps the captions lack the trigger word, or the references show something else"
+        )
+    return NothingLearned(
+        trials=len(found),
+        infeasible=sum(not e.feasible for e in found),
+        best=best,
+        causes=tuple(causes),
+        changes=changes,
+        advice=_advice(folder, changes, few, rate),
+        command=_command(folder, changes),
+    )
+
+
+def _rate_sign(found: Sequence[TrialEvidence], much: int, little: int) -> str:
+    """What most trials say about the rate.  BOTH: the right one may lie between those that were tried."""
+    if 2 * max(much, little) < len(found):
+        return ""
+    if 5 * min(much, little) >= len(found):
+        return BOTH
+    return TOO_HIGH if much > little else TOO_LOW
+
+
+def needed_words(needed: int) -> str:
+    if needed == MINIATURE_IMAGES:
+        return f"a miniature usually needs {needed}+ images seen"
+    return f"subjects usually need {needed:,}+ images seen"
+
+
+def span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def _seen_words(found: Sequence[TrialEvidence]) -> str:
+    ran = [e for e in found if e.updates]
+    return f"{span([e.updates for e in ran])} updates a trial, {span([e.images_seen for e in ran])} images"
+
+
+def _much_words(much: Sequence[TrialEvidence]) -> str:
+    reasons = sorted({e.reason for e in much if e.reason})
+    signs = [f"infeasible ({', '.join(reasons)})"] if reasons else []
+    signs += ["the loss rises"] if any(e.loss_rises for e in much) else []
+    signs += ["steps are skipped because of NaN"] if any(e.skipped for e in much) else []
+    lost = [e for e in much if e.feasible and e.following and e.following[0] < FOLLOWING_LOST]
+    signs += ["prompts are no longer followed"] if lost else []
+    return f"{_trials(len(much))} broken: {', '.join(signs)}"
+
+
+def _little_words(little: Sequence[TrialEvidence]) -> str:
+    changed = [e.weight_change for e in little if e.weight_change is not None]
+    text = f"{_trials(len(little))} hardly changed the weights"
+    if changed:
+        text += f" (by {100 * min(changed):.2g} to {100 * max(changed):.2g} %)"
+    if all(e.loss is not None and abs(e.loss[1] - e.loss[0]) <= 2 * e.loss[2] for e in little):
+        text += " or the loss"
+    return text
+
+
+def _trials(count: int) -> str:
+    return "one trial" if count == 1 else f"{count} trials"
+
+
+def _advice(folder: StudyFolder, changes: Sequence[str], few: bool, rate: str) -> str:
+    if changes:
+        return f"search again with another --name and {set_words(changes)}"
+    wishes = ["longer trials"] if few else []
+    wishes += {TOO_LOW: ["a higher rate"], TOO_HIGH: ["a lower rate"], BOTH: ["a narrower rate"]}.get(
+        rate, []
+    )
+    if wishes:
+        return f"search again with another --name and {' and '.join(wishes)} in [space]"
+    return f"look at the images (hpo dashboard {folder.words}), and check the captions with hpo dataset check"
+
+
+def _command(folder: StudyFolder, changes: Sequence[str]) -> str:
+    """The study's last search, as a new study with the changes.  Empty if it was not recorded or there are none."""
+    searches = [step for step in steps(folder.root) if step.words[:1] == ("search",)]
+    if not changes or not searches:
+        return ""
+    numbers = (n for n in range(2, 1000) if not folder.root.with_name(f"{folder.name}-{n}").exists())
+    words = _without_name(searches[-1].words[1:])
+    sets = [word for change in changes for word in ("--set", change)]
+    return shlex.join(["hpo", "search", f"{folder.name}-{next(numbers)}", *words, *sets])
+
+
+def _without_name(words: Sequence[str]) -> list[str]:
+    """The words of a search without the name of its study, which is its only argument without an option."""
+    kept: list[str] = []
+    before = FLAGS[0]
+    for word in words:
+        is_value = before.startswith("-") and "=" not in before and before not in FLAGS
+        if before == OLD_NAME:
+            kept.pop()
+        elif (is_value or word.startswith("-")) and not word.startswith(f"{OLD_NAME}="):
+            kept.append(word)
+        before = word
+    return kept
+
+
+def _definition(facts: Mapping[str, Any]) -> StudyConfig | None:
+    """The study's definition; None for studies of versions that did not store it."""
+    try:
+        return build_study(str(facts["definition"]), facts["sections"])
+    except (ConfigError, KeyError, TypeError):
+        return None
+
+
+def _changes(study: StudyConfig, found: Sequence[TrialEvidence], needed: int, rate: str) -> tuple[str, ...]:
+    """``--set`` values for a search that can learn something.  Empty if they would not be a valid study."""
+    per_unit = max((e.images_seen / e.length for e in found if e.length), default=0.0)
+    sets = [*_longer(study, per_unit, needed), *(_moved(study, found, rate) if rate else ())]
+    return _valid(study, sets)
+
+
+def longer(study: StudyConfig, per_unit: float, needed: int) -> tuple[str, ...]:
+    """``--set`` values with which the shortest trial sees ``needed`` images.  Empty if there are none.
+
+    ``per_unit``: images seen per epoch, or per step in a study that sets steps.
+    """
+    return _valid(study, _longer(study, per_unit, needed))
+
+
+def shorter(study: StudyConfig, share: float) -> tuple[str, ...]:
+    """``--set`` values with which the longest trial has this share of its length.  Empty if there are none."""
+    name, domain = _length(study)
+    baseline = study.sections.get("baseline", {}).get(name)
+    if domain is None:
+        high = int(getattr(study.train, name) * share)
+        return _valid(study, [f"{name}={high}"]) if high >= 1 else ()
+    high = int(max(domain.edges) * share)
+    low = min(domain.edges)
+    if high < low:
+        return ()
+    sets = [f"{name}={{low={low}, high={high}}}"]
+    return _valid(study, [*sets, f"baseline.{name}={high}"] if baseline and baseline > high else sets)
+
+
+def set_words(sets: Sequence[str]) -> str:
+    """``--set`` values for a shell."""
+    return " ".join(f"--set {shlex.quote(text)}" for text in sets)
+
+
+def _valid(study: StudyConfig, sets: Sequence[str]) -> tuple[str, ...]:
+    try:
+        build_study(study.name, study.sections, sets=sets)
+    except ConfigError:
+        return ()
+    return tuple(sets)
+
+
+def _length(study: StudyConfig) -> tuple[str, Range | Choice | None]:
+    """The setting that decides how long a trial is, and its domain if it is searched."""
+    searched = {p.name: p.domain for p in study.space}
+    for name in LENGTHS:
+        if name in searched:
+            return name, searched[name]
+    return LENGTHS[0] if study.train.max_train_steps else LENGTHS[1], None
+
+
+def _longer(study: StudyConfig, per_unit: float, needed: int) -> list[str]:
+    if not needed or not per_unit:
+        return []
+    name, domain = _length(study)
+    low = math.ceil(needed / per_unit)
+    if domain is None:
+        return [f"{name}={low}"]
+    return [f"{name}={{low={low}, high={max(2 * low, max(domain.edges))}}}", f"baseline.{name}={low}"]
+
+
+def _moved(study: StudyConfig, found: Sequence[TrialEvidence], rate: str) -> list[str]:
+    """Rates ten times higher or lower, or between the trials that were too weak and those that were too strong.
+
+    Trial 0 gets the middle of the new range, its other rates keep their ratio to it.
+    """
+    searched = {p.name: p.domain for p in study.space}
+    name = next((n for n in RATES if n in searched), RATES[0])
+    domain, baseline = searched.get(name), dict(study.sections.get("baseline", {}))
+    factor = {TOO_LOW: RATE_FACTOR, TOO_HIGH: 1 / RATE_FACTOR}.get(rate, 1.0)
+    if domain is None:
+        fixed = getattr(study.train, name)
+        return (
+            [f"{name}={fixed * factor:.2g}", *_scaled(baseline, name, factor)]
+            if fixed and factor != 1
+            else []
+        )
+    if not isinstance(domain, Range):
+        return []
+    low, high = domain.low * factor, domain.high * factor
+    if rate == BOTH:
+        low = max((e.rates.get(name, 0.0) for e in found if e.too_little), default=low)
+        high = min((e.rates.get(name, math.inf) for e in found if e.too_much), default=high)
+        if not 0 < 2 * low < high < math.inf:
+            return []
+    low, high = float(f"{low:.2g}"), float(f"{high:.2g}")
+    middle = float(f"{math.sqrt(low * high):.2g}")
+    scale = middle / float(baseline[name]) if baseline.get(name) else factor
+    log = ", log=true" if domain.log else ""
+    return [
+        f"{name}={{low={low:g}, high={high:g}{log}}}",
+        f"baseline.{name}={middle:g}",
+        *_scaled(baseline, name, scale),
+    ]
+
+
+def _scaled(baseline: Mapping[str, Any], but: str, factor: float) -> list[str]:
+    """Trial 0's other rates, so that they keep their ratio to the one that was moved."""
+    rates = {n: float(v) for n, v in baseline.items() if n.endswith("_lr") and n != but and v}
+    return [f"baseline.{n}={v * factor:.2g}" for n, v in rates.items()]

@@ -1,0 +1,78 @@
+"""Every command says something before it imports what takes seconds, and leaves stdout alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.stored.commands import NAME, SEARCH, TRAIN, environment, hpo, unpack
+
+# Ends the process when a slow library is first looked for.  Its last line stands among what the command wrote.
+WATCHED = """
+import importlib.abc, os, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "diffusers", "transformers", "open_clip"):
+            os.write(1, b"IMPORT")
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+from hpo.cli.main import main
+main(sys.argv[1:])
+"""
+LORA = "output/begun-step00000004.safetensors"
+COMMANDS = (
+    SEARCH,
+    ("confirm", NAME, "--yes"),
+    ("transfer", NAME, "--to", "mini-sdxl", "--probes", "3", "--yes"),
+    ("plan", "--base", "mini-sd15"),
+    ("plan", "--base", "mini-sd15", "--json"),
+    TRAIN,
+    ("evaluate", "output"),
+    ("compare", LORA, LORA),
+    ("inspect", LORA),
+    ("inspect", LORA, "--json"),
+    ("export", "kohya", "lora.toml", "exported"),
+    ("dataset", "check", "images"),
+    ("dataset", "check", "images", "--json"),
+    ("dataset", "prepare", "images/1_luca figure", "prepared", "--name", "zed", "--class", "figure"),
+    ("dataset", "demo", "style", "demo"),
+    ("status", NAME),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack(tmp_path_factory.mktemp("begun"))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
+def test_the_first_line_comes_before_the_first_slow_import(words: tuple[str, ...], place: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, *words],
+        cwd=place,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout and not done.stdout.startswith("IMPORT"), done.stdout
+
+
+def test_what_scripts_read_is_not_disturbed(place: Path) -> None:
+    words = hpo("dataset", "check", "images", "--for", "mini-sd15", "--json")
+    done = subprocess.run(words, cwd=place, env=environment(), capture_output=True, check=True)
+    assert json.loads(done.stdout)["usable"] is True
+    assert done.stderr.decode().startswith("hpo dataset check: reading the images …\n")
+
+
+def test_a_mistake_that_is_found_at_once_needs_no_line(place: Path) -> None:
+    done = subprocess.run(hpo("status", "nothing"), cwd=place, env=environment(), capture_output=True)
+    assert done.stderr.decode().startswith("error: no study nothing")
