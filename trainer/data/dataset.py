@@ -25,8 +25,9 @@ from trainer.config import TrainConfig
 from trainer.data.captions import read_captions, shown
 from trainer.data.folders import HELD_OUT, FolderPart, common, images_in, parts_of, regularisation
 from trainer.data.images import IMAGE_EXTENSIONS, read_picture
-from trainer.errors import DataError
+from trainer.errors import DataError, MissingData
 from trainer.files import sha256_file
+from trainer.findings import report
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -111,12 +112,10 @@ def read_dataset(
     """
     root = Path(folder)
     if not root.is_dir():
-        what = (
-            f"{shown(root)} is a file"
-            if root.exists()
-            else f"the dataset folder {shown(root)} does not exist"
-        )
-        raise DataError(what, "give the folder that holds the images")
+        hint = "give the folder that holds the images"
+        if root.exists():
+            raise DataError(f"{shown(root)} is a file", hint)
+        raise MissingData(f"the dataset folder {shown(root)} does not exist", hint)
     try:
         parts, notes = parts_of(root, default_repeats)
         held_paths = images_in(root / HELD_OUT, root) if (root / HELD_OUT).is_dir() else []
@@ -154,7 +153,9 @@ def assemble(
         said += more
     with ThreadPoolExecutor(_READERS) as pool:
         paths = [path for path, _ in jobs] + list(held_paths)
-        facts = list(pool.map(lambda path: (known or {}).get(path) or _image_facts(path), paths))
+        read = list(pool.map(lambda path: (known or {}).get(path) or _facts_or_error(path), paths))
+    report(fact for fact in read if isinstance(fact, DataError))
+    facts = [fact for fact in read if not isinstance(fact, DataError)]
     items = tuple(
         Item(
             path, captions[path, part], part.repeats, *fact, part.own, part.is_reg, _mask(path, part, config)
@@ -172,6 +173,13 @@ def assemble(
     items, more = _balanced(items)
     trigger, class_word = _subject([part for part in parts if not part.is_reg])
     return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
+
+
+def _facts_or_error(path: Path) -> Facts | DataError:
+    try:
+        return _image_facts(path)
+    except DataError as error:
+        return error
 
 
 def _by_captions(parts: Sequence[FolderPart]) -> list[tuple[FolderPart, list[Path]]]:

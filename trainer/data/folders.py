@@ -15,7 +15,7 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.data.captions import check_inside, shown
 from trainer.data.images import IMAGE_EXTENSIONS
-from trainer.errors import DataError
+from trainer.errors import DataError, MissingData
 from trainer.text import clean_text
 
 HELD_OUT = "held_out"  # a folder of reference images inside the dataset; never trained on
@@ -48,7 +48,7 @@ class FolderPart:
 def regularisation(root: Path) -> tuple[list[FolderPart], list[str]]:
     """The folders of reg_data_dir.  Images without a caption get the words of their folder's name."""
     if not root.is_dir():
-        raise DataError(
+        raise MissingData(
             f"the folder {shown(root)} of reg_data_dir does not exist", "give the folder that holds 1_class"
         )
     parts, notes = parts_of(root, 1)
