@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.findings import collecting, piece, report
 from trainer.settings import OPTIMIZER_NAMES as OPTIMIZER_NAMES
 from trainer.settings import SCHEDULER_NAMES as SCHEDULER_NAMES
 from trainer.settings import SETTINGS as SETTINGS
@@ -22,6 +23,20 @@ from trainer.settings import ZERO_IS_UNSET as ZERO_IS_UNSET
 from trainer.settings import Settings
 from trainer.settings import check_name as check_name
 from trainer.settings import check_value as check_value
+
+# Settings of files and images, which can be checked although others contradict each other.
+_CHECKED_ALONE = (
+    "pretrained_model_name_or_path",
+    "train_data_dir",
+    "reg_data_dir",
+    "dataset_config",
+    "caption_extension",
+    "enable_wildcard",
+    "output_name",
+    "sample_prompts",
+    "network_weights",
+    "v_parameterization",
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +50,7 @@ class TrainConfig(Settings):
         super().__post_init__()
         if self.max_train_epochs is None and self.max_train_steps is None:
             raise ConfigError("neither max_train_epochs nor max_train_steps is set", "set one of them")
-        for broken, message, hint in self._contradictions():
-            if broken:
-                raise ConfigError(message, hint)
+        report(ConfigError(message, hint) for broken, message, hint in self._contradictions() if broken)
 
     def _contradictions(self) -> Iterator[tuple[bool, str, str]]:
         """(whether it applies, what is wrong, what to do) for each contradiction between settings."""
@@ -191,6 +204,21 @@ class TrainConfig(Settings):
         for name in values:
             check_name(name)
         return dataclasses.replace(self, **values)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration with these values. While findings are collected (``trainer.findings``) all wrong values
+        and contradictions are kept, and what remains is a configuration for the checks that follow."""
+        if not collecting():
+            return cls(**values)
+        sound: dict[str, Any] = {}
+        for name, value in values.items():
+            with piece():
+                check_name(name)
+                sound[name] = check_value(name, value)
+        with piece():
+            return cls(**sound)
+        return cls(**{name: sound[name] for name in _CHECKED_ALONE if name in sound})
 
     def as_dict(self) -> dict[str, Any]:
         """Setting → value, in declaration order. Values can be stored as JSON (unset values are None)."""

@@ -1,12 +1,15 @@
 """The errors that are shown to users.
 
 Every error has a ``message`` (what happened and where), a ``hint`` (what to do) and the exit code of the process.
-The command line prints both lines without a traceback. Any other exception is a bug and keeps its traceback.
+The same mistake has the same code in every command: a name or a path that does not exist is 2, whatever it should have
+been. The command line prints both lines without a traceback. Any other exception is a bug and keeps its traceback.
 
     ToolError                     1
     ├── ConfigError               2   a setting, a study file, a command line
-    ├── DataError                 3   images, captions, folders
-    ├── ModelFileError            4   base models, LoRA files, scorers
+    ├── DataError                 3   images, captions, folders that are there and cannot be used
+    │   └── MissingData           2   named, but not there
+    ├── ModelFileError            4   base models, LoRA files, scorers that are there and cannot be used
+    │   └── MissingModel          2   named, but not there
     ├── MachineError              5   disk, locks, network, permissions, missing packages
     ├── SettingsFailure           6   caused by the settings: a search records an infeasible trial
     │   ├── Diverged                  persistent non-finite losses

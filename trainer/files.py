@@ -118,7 +118,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a .jsonl file, line by line; incomplete lines are skipped. Empty if there is no file."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     records = []
     for line in lines[:-1]:  # text after the last newline is empty or incomplete

@@ -18,7 +18,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer.errors import ModelFileError, first_line
+from trainer.errors import MissingModel, ModelFileError, first_line
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_TENSORS = 100_000  # SDXL with EMA weights has about 5,000
@@ -72,6 +72,8 @@ def read_header(path: Path) -> Header:
                     path, "its header does not fit into the file: it is truncated or not a safetensors file"
                 )
             text = file.read(length)
+    except FileNotFoundError as error:
+        raise MissingModel(f"cannot read {path}: {error.strerror}", "check the path") from None
     except OSError as error:
         raise ModelFileError(f"cannot read {path}: {error.strerror}", "check the path") from None
     try:

@@ -40,7 +40,7 @@ from evaluation.encoders.scorerfile import (
     tags_shown,
 )
 from trainer.bases import KNOWN_BASES, MINIATURE_LIKENESS, MINIATURE_SCORER, MINIATURE_WEIGHTS
-from trainer.errors import ConfigError, ModelFileError
+from trainer.errors import ConfigError, MissingModel, ModelFileError
 from trainer.files import sha256_file
 
 # For real bases: small enough for a CPU (0.17 s per image on 2 cores), and not trained on OpenAI's data. The text
@@ -237,7 +237,7 @@ def check_scorer(spec: str) -> None:
             f"{spec}: the model of these weights is not given",
             f"write MODEL:FILE, for example ViT-B-32:{spec}",
         )
-    raise ModelFileError(
+    raise MissingModel(
         f"no scorer {spec!r}: neither an open_clip model nor a folder",
         "write MODEL[:TAG or FILE], for example ViT-B-32:/models/clip.safetensors",
     )

@@ -17,7 +17,7 @@ from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_p
 from safetensors import SafetensorError, safe_open
 
 from trainer.bases import require_network, without_login
-from trainer.errors import ModelFileError
+from trainer.errors import MissingModel, ModelFileError
 
 TAGS_SHOWN = 8
 
@@ -26,7 +26,7 @@ def check_safetensors(path: Path, *, transformers: bool = False) -> list[str]:
     """Names of the tensors. Raises ModelFileError if the file is missing, truncated, or in the transformers
     layout (unless ``transformers`` is set)."""
     if not path.is_file():
-        raise ModelFileError(f"{path} does not exist", "give the path of the scorer's weights")
+        raise MissingModel(f"{path} does not exist", "give the path of the scorer's weights")
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())

@@ -41,7 +41,7 @@ from evaluation.encoders import (
 from evaluation.gauges.gauge import Gauge, TextGauge
 from evaluation.images import SampledImage
 from evaluation.prompts import PromptSet
-from trainer.errors import MachineError, ModelFileError
+from trainer.errors import MachineError, MissingModel, ModelFileError
 from trainer.files import sha256_file
 
 HPS_MODEL, HPS_REPOSITORY, HPS_FILE = "ViT-H-14", "xswu/HPSv2", "HPS_v2.1_compressed.pt"
@@ -69,7 +69,7 @@ def check_preference(spec: str) -> None:
             "run `pip install image-reward`, or remove it from [study] also",
         )
     if place and not Path(place).expanduser().exists():
-        raise ModelFileError(
+        raise MissingModel(
             f"{name} is requested, but {place} does not exist", f"write {name}:PATH, or {name}"
         )
 

@@ -31,7 +31,7 @@ from evaluation.score import Evaluator, SafeguardLimits, Safeguards, embed_copie
 from hpo.study.config import Inputs, StudyConfig
 from trainer.bases import Base
 from trainer.data import IMAGE_EXTENSIONS, Dataset, Item, read_picture
-from trainer.errors import DataError
+from trainer.errors import DataError, MissingData
 
 Say = Callable[[str], None]
 
@@ -172,7 +172,7 @@ def reference_paths(folder: Path, data: Dataset) -> list[Path]:
     """
     try:
         if not folder.is_dir():
-            raise DataError(f"no folder {folder}", "--references must be a folder of reference images")
+            raise MissingData(f"no folder {folder}", "--references must be a folder of reference images")
         found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and not p.is_dir())
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror}", "check its permissions") from None

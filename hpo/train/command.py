@@ -1,12 +1,11 @@
 """``hpo train``: from the command line's words to a dry run or a run.
 
 Owns how options become settings, and the notes on settings that have no effect in combination. Does not own
-the run (``hpo.train.run``) or the text of the dry run (``hpo.train.plan``).
+the run (``hpo.train.run``) or the dry run (``hpo.train.dryrun``).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,12 +14,14 @@ from typing import Any
 
 from rich.console import Console
 
-from hpo.train import plan as trainplan
+from hpo.terminal import say
+from hpo.train import dryrun
 from hpo.train.samples import file_stem, read_sample_prompts
 from trainer.bases import FAMILIES, block_rates, families
 from trainer.config import TrainConfig
-from trainer.data import read_dataset_file, read_training_data
+from trainer.data import read_dataset_file
 from trainer.errors import ConfigError
+from trainer.findings import piece
 from trainer.kohya import TrainFile, known_family, read_train_file
 from trainer.text import clean_text
 
@@ -46,52 +47,50 @@ class TrainRequest:
         named = {"pretrained_model_name_or_path": self.base, "train_data_dir": self.data and str(self.data)}
         return {name: value for name, value in named.items() if value}
 
+    def output_of(self, file: TrainFile) -> Path:
+        """Where LoRA files go."""
+        return self.output or (Path(file.output_dir) if file.output_dir else OUTPUT)
+
 
 def train(request: TrainRequest, console: Console, echo: Callable[[str], None]) -> None:
-    """Run or describe the training. Raises ToolError; refused settings are reported after everything
-    else has been shown."""
-    if request.dataset and request.data:
-        raise ConfigError("--dataset and --data both say what is trained on", "give one of them")
-    file = read_train_file(request.file, dataset=request.dataset, sets=request.sets, places=request.places)
-    file = replace(file, without_effect=(*file.without_effect, *idle(file)))
-    family = known_family(file)
-    output = request.output or (Path(file.output_dir) if file.output_dir else OUTPUT)
-    _check(file.config, family)
+    """Run the training, or describe it. Raises ToolError."""
     if request.dry_run:
-        if family:  # a run tells it when the base is loaded
-            said = families.passed_over(file.config, family)
-            file = replace(file, without_effect=(*file.without_effect, *said))
-        data = read_training_data(file.config) if _has_data(file.config) else None
-        if request.as_json:
-            echo(json.dumps(trainplan.as_json(file, data, str(output)), indent=1))
-        else:
-            trainplan.show(console, file, data, str(output))
-        file.require_all()
+        dryrun.dry_run(request, console, echo)
         return
+    file = read_request(request)
+    family = known_family(file)
+    check(file.config, family)
     file.require_all()
     if os.environ.get("RANK", "0") != "0":  # one of several processes: only the first one prints
         console = Console(quiet=True)
     for title, lines in (("translated", file.translated), ("without effect here", file.without_effect)):
         for line in lines:
-            trainplan.say(console, f"{title}: {line}")
+            say(console, f"{title}: {line}")
     from hpo.train.run import run  # loads torch
 
-    run(file.config, output, request.device, console)
+    run(file.config, request.output_of(file), request.device, console)
 
 
-def _has_data(config: TrainConfig) -> bool:
-    """Whether the images can be counted. They cannot if the dataset file uses an unsupported feature."""
-    return not config.dataset_config or not read_dataset_file(Path(config.dataset_config)).refused
+def read_request(request: TrainRequest) -> TrainFile:
+    """The settings that a command asks for, with notes on those that have no effect."""
+    if request.dataset and request.data:
+        raise ConfigError("--dataset and --data both say what is trained on", "give one of them")
+    file = read_train_file(request.file, dataset=request.dataset, sets=request.sets, places=request.places)
+    return replace(file, without_effect=(*file.without_effect, *idle(file)))
 
 
-def _check(config: TrainConfig, family: str | None) -> None:
+def check(config: TrainConfig, family: str | None) -> None:
     """Raise for everything that can be refused before anything is loaded. ``family`` is None if unknown."""
-    file_stem(config.output_name)
+    with piece():
+        file_stem(config.output_name)
     if config.sample_prompts:
-        read_sample_prompts(Path(config.sample_prompts), config)
+        with piece():
+            read_sample_prompts(Path(config.sample_prompts), config)
     if family is not None:
-        families.check(config, family, clean_text(config.pretrained_model_name_or_path))
-        block_rates(config, family)
+        with piece():
+            families.check(config, family, clean_text(config.pretrained_model_name_or_path))
+        with piece():
+            block_rates(config, family)
         return
     errors = []
     for either in FAMILIES:

@@ -6,7 +6,7 @@ Owns the text of ``--dry-run``. Loads no torch and no weights.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.text import Text
 from hpo.terminal import say, short
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import Dataset, assign_buckets, batches_per_epoch, length_of, warmup_steps
+from trainer.errors import ToolError
 from trainer.kohya import TrainFile
 from trainer.text import clean_text
 
@@ -76,7 +77,9 @@ def count_steps(config: TrainConfig, data: Dataset) -> Steps:
     )
 
 
-def as_json(file: TrainFile, data: Dataset | None, output: str) -> dict[str, Any]:
+def as_json(
+    file: TrainFile, data: Dataset | None, output: str, findings: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Everything of a dry run, for scripts."""
     return {
         "file": str(file.path),
@@ -89,6 +92,7 @@ def as_json(file: TrainFile, data: Dataset | None, output: str) -> dict[str, Any
         "refused": list(file.refused),
         "notes": list(data.notes) if data else [],
         "steps": asdict(count_steps(file.config, data)) if data else None,
+        "findings": findings,
     }
 
 
@@ -125,3 +129,16 @@ def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -
         say(console, "buckets: " + ", ".join(f"{size} ({count})" for size, count in steps.buckets.items()))
         say(console, f"steps: {steps.line(file.config)}")
     say(console, f"output: {output}")
+
+
+def show_findings(console: Console, errors: Sequence[ToolError]) -> None:
+    """What is wrong, one finding a row, in the order in which a run would meet them."""
+    if not errors:
+        say(console, "findings: none")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    for name in ("finding", "what to do"):
+        table.add_column(name, overflow="fold")
+    for error in errors:
+        table.add_row(Text(error.message), Text(error.hint))
+    console.print(table)

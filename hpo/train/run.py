@@ -58,7 +58,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     data = read_training_data(config)
     view = TrainView(console, folder.name)
     ladder = RunLadder(folder.ladder, config, view.say, writes=ranks.is_first)
-    if _is_done(folder, ladder.config, data):
+    if is_done(folder, ladder.config, data):
         view.say(f"{folder.lora} is trained already, with these settings and images")
         return folder.lora
     for note in data.notes:
@@ -233,7 +233,7 @@ def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder)
     return cache.prepare(base, replace(data, items=items, held_out=()), plain, folder.cache)
 
 
-def _is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
+def is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
     """Whether the result exists, with these settings and images. A file from another run is never replaced."""
     if not folder.lora.exists():
         return False

@@ -7,20 +7,31 @@ unsupported model names its kind.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from trainer.bases.families import FAMILIES, KNOWN_BASES, BaseFamily, known_base
-from trainer.errors import ModelFileError
+from trainer.bases.families import (
+    FAMILIES,
+    KNOWN_BASES,
+    BaseFamily,
+    is_miniature,
+    known_base,
+    published_name,
+    short_names,
+)
+from trainer.checks import suggestion
+from trainer.errors import MissingModel, ModelFileError
 
 if TYPE_CHECKING:
     from trainer.tensorfile import Header
 
 UNET = "model.diffusion_model."
 SUPPORTED = "SD1.5 and SDXL bases and their fine-tunes are supported"
+MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_JSON_BYTES = 1_000_000  # the largest configuration file of a published pipeline is a few KB
 
 # Text in any key → what the file is instead of a base. The first match wins.
@@ -73,6 +84,60 @@ def configs_of(spec: str) -> BaseConfigs | None:
         refuse_pickle(path)
     family = family_of_path(path)
     return BaseConfigs(path.name, family, path if path.is_dir() else FAMILIES[family].configs)
+
+
+def locate(spec: str) -> Path | None:
+    """The folder or file of a spec on this machine; None for a model of the hub. Raises ModelFileError for what is
+    neither. Nothing is read or downloaded."""
+    if is_miniature(spec):
+        if not KNOWN_BASES[spec].folder.is_dir():
+            raise ModelFileError(f"the weights of {spec} are not installed", "reinstall lora-hpo")
+        return KNOWN_BASES[spec].folder
+    path = Path(spec).expanduser()
+    if path.exists():
+        from trainer.tensorfile import refuse_pickle  # loads torch
+
+        refuse_pickle(path)
+        if path.is_file() and path.suffix.lower() != ".safetensors":
+            raise ModelFileError(
+                f"{path.name} is not a model file", "give a .safetensors file, a diffusers folder or a name"
+            )
+        return path
+    looks_like_path = (
+        path.suffix.lower() in MODEL_ENDINGS or spec.startswith((".", "/", "~")) or spec.count("/") > 1
+    )
+    if looks_like_path:
+        raise MissingModel(f"there is no file or folder {spec}", "check the path")
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", published_name(spec)):
+        raise MissingModel(
+            f"there is no base {spec!r}",
+            suggestion(spec, short_names())
+            or f"give {', '.join(short_names())}, a hub id org/name, a folder or a file",
+        )
+    return None
+
+
+def short_name(spec: str) -> str:
+    """The name of a base without its path."""
+    return Path(spec).name if Path(spec).expanduser().exists() else spec
+
+
+def prediction_of(spec: str) -> str | None:
+    """What a base says that it predicts, ``epsilon`` or ``v_prediction``, before it is loaded; None for a model of the
+    hub without a short name."""
+    known = known_base(spec)
+    if known is not None and "prediction_type" in known.schedule:
+        return str(known.schedule["prediction_type"])
+    path = locate(spec)
+    if path is None:
+        return None if known is None else "epsilon"
+    if path.is_dir():
+        schedule = read_json(path / "scheduler" / "scheduler_config.json")
+    else:
+        from trainer.tensorfile import read_header
+
+        schedule = schedule_of_file(read_header(path))
+    return str(schedule.get("prediction_type", "epsilon"))
 
 
 def family_of_spec(spec: str, metadata: Mapping[str, str] = MappingProxyType({})) -> str | None:

@@ -238,6 +238,31 @@ def check(config: TrainConfig, family: str, base: str) -> None:
         raise ConfigError(f"{name} is for {facts.only}, and {base} is {title}", f"leave {name} out")
 
 
+def check_clip_skip(config: TrainConfig, family: str, base: str, layers: int) -> None:
+    """Raise ConfigError for a clip_skip beyond the ``layers`` of the text encoder."""
+    if FAMILIES[family].uses_clip_skip and config.clip_skip is not None and config.clip_skip > layers:
+        raise ConfigError(
+            f"clip_skip = {config.clip_skip}, but the text encoder of {base} has {layers} layers",
+            f"set it to 1 to {layers}",
+        )
+
+
+def check_prediction(config: TrainConfig, base: str, prediction_type: str) -> None:
+    """Raise ConfigError if the training target is not what the base's files say that it predicts: training for the
+    other target would destroy it."""
+    is_v = prediction_type == "v_prediction"
+    if is_v and not config.v_parameterization:
+        raise ConfigError(
+            f"{base} predicts v, but v_parameterization is not set",
+            "set v_parameterization = true (and zero_terminal_snr = true if the base was made with it)",
+        )
+    if config.v_parameterization and not is_v:
+        raise ConfigError(
+            f"v_parameterization is set, but {base} says that it predicts noise",
+            "leave it out; a v-prediction base says so by a v_pred key or in scheduler_config.json",
+        )
+
+
 def passed_over(config: TrainConfig, family: str) -> list[str]:
     """One line for each setting that the family ignores."""
     if FAMILIES[family].uses_clip_skip or config.clip_skip is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,21 +20,18 @@ from torch import Tensor, nn
 from trainer.bases import detect
 from trainer.bases.base import Base, Parts, compute_type
 from trainer.bases.clipbpe import clip_tokenizer
+from trainer.bases.detect import short_name as short_name
 from trainer.bases.families import (
     FAMILIES,
-    KNOWN_BASES,
-    is_miniature,
     known_base,
     published_name,
-    short_names,
 )
 from trainer.bases.hub import hub_folder
 from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
-from trainer.checks import suggestion
 from trainer.errors import ModelFileError, first_line
 from trainer.files import sha256_file
-from trainer.tensorfile import PICKLE_ENDINGS, load_tensors, read_header, refuse_pickle
+from trainer.tensorfile import load_tensors, read_header
 
 CLASSES: dict[str, type[Base]] = {kind.family: kind for kind in (SD15, SDXL)}
 WEIGHTS = {
@@ -88,38 +84,8 @@ def load_base(
 
 def _locate(spec: str, revision: str | None) -> Path:
     """The folder or file of a spec; downloads a hub model that is not cached."""
-    if is_miniature(spec):
-        if not KNOWN_BASES[spec].folder.is_dir():
-            raise ModelFileError(f"the weights of {spec} are not installed", "reinstall lora-hpo")
-        return KNOWN_BASES[spec].folder
-    path = Path(spec).expanduser()
-    if path.exists():
-        refuse_pickle(path)
-        if path.is_file() and path.suffix.lower() != ".safetensors":
-            raise ModelFileError(
-                f"{path.name} is not a model file", "give a .safetensors file, a diffusers folder or a name"
-            )
-        return path
-    looks_like_path = (
-        path.suffix.lower() in (".safetensors", *PICKLE_ENDINGS)
-        or spec.startswith((".", "/", "~"))
-        or spec.count("/") > 1
-    )
-    if looks_like_path:
-        raise ModelFileError(f"there is no file or folder {spec}", "check the path")
-    repo = published_name(spec)
-    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo):
-        raise ModelFileError(
-            f"there is no base {spec!r}",
-            suggestion(spec, short_names())
-            or f"give {', '.join(short_names())}, a hub id org/name, a folder or a file",
-        )
-    return hub_folder(repo, revision=revision, is_complete=_is_complete)
-
-
-def short_name(spec: str) -> str:
-    """The name of a base without its path."""
-    return Path(spec).name if Path(spec).expanduser().exists() else spec
+    found = detect.locate(spec)
+    return found or hub_folder(published_name(spec), revision=revision, is_complete=_is_complete)
 
 
 def _identity(family: str, weight_paths: Mapping[str, Path], configs: Path, parts: Parts) -> str:

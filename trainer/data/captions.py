@@ -18,6 +18,7 @@ from typing import Any
 
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, DataError
+from trainer.findings import piece
 from trainer.text import clean_text
 
 MAX_CAPTION_BYTES = 65_536  # assumed: encoders read 75 to 225 tokens, about 1 kB
@@ -43,13 +44,18 @@ def read_captions(
             if len(missing) == len(images)
             else f"{len(missing)} images have no caption"
         )
-        raise DataError(f"{what} ({extension}): {listed(missing)}", _other_extension_hint(missing, extension))
+        with piece():
+            raise DataError(
+                f"{what} ({extension}): {listed(missing)}", _other_extension_hint(missing, extension)
+            )
     captions, empty, long = dict.fromkeys(missing, instead), [], []
     for path, file in found.items():
         if file is None:
             continue
-        check_inside(file, root)
-        lines = [line.strip() for line in read_text(file).splitlines()]
+        lines = ["?"]  # if it cannot be read and findings are collected
+        with piece():
+            check_inside(file, root)
+            lines = [line.strip() for line in read_text(file).splitlines()]
         lines = [line for line in lines if line]
         if not lines:
             empty.append(file)
@@ -58,9 +64,11 @@ def read_captions(
             long.append(file)
         captions[path] = "\n".join(lines) if all_lines else lines[0]
     if empty:
-        raise DataError(f"{len(empty)} captions are empty: {listed(empty)}", "write what the images show")
+        with piece():
+            raise DataError(f"{len(empty)} captions are empty: {listed(empty)}", "write what the images show")
+        captions |= dict.fromkeys((path for path, file in found.items() if file in empty), "?")
     notes = []
-    if missing:
+    if missing and instead:
         notes.append(f"{len(missing)} images have no caption and get {shown(instead)!r}")
     if long:
         notes.append(

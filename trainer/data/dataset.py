@@ -36,6 +36,7 @@ from trainer.data.folders import (
 from trainer.data.images import IMAGE_EXTENSIONS, read_picture
 from trainer.errors import DataError
 from trainer.files import sha256_file
+from trainer.findings import report
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -160,7 +161,9 @@ def assemble(
         said += more
     with ThreadPoolExecutor(_READERS) as pool:
         paths = [path for path, _ in jobs] + list(held_paths)
-        facts = list(pool.map(lambda path: (known or {}).get(path) or _image_facts(path), paths))
+        read = list(pool.map(lambda path: (known or {}).get(path) or _facts_or_error(path), paths))
+    report(fact for fact in read if isinstance(fact, DataError))
+    facts = [fact for fact in read if not isinstance(fact, DataError)]
     items = tuple(
         Item(
             path, captions[path, part], part.repeats, *fact, part.own, part.is_reg, _mask(path, part, config)
@@ -178,6 +181,13 @@ def assemble(
     items, more = _balanced(items)
     trigger, class_word = subject_of_parts([part for part in parts if not part.is_reg])
     return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
+
+
+def _facts_or_error(path: Path) -> Facts | DataError:
+    try:
+        return _image_facts(path)
+    except DataError as error:
+        return error
 
 
 def _by_captions(parts: Sequence[FolderPart]) -> list[tuple[FolderPart, list[Path]]]:

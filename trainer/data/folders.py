@@ -15,7 +15,7 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.data.captions import check_inside, shown
 from trainer.data.images import IMAGE_EXTENSIONS
-from trainer.errors import DataError
+from trainer.errors import DataError, MissingData
 from trainer.text import clean_text
 
 HELD_OUT = "held_out"  # a folder of reference images inside the dataset; never trained on
@@ -48,7 +48,7 @@ class FolderPart:
 def regularisation(root: Path) -> tuple[list[FolderPart], list[str]]:
     """The folders of reg_data_dir.  Images without a caption get the words of their folder's name."""
     if not root.is_dir():
-        raise DataError(
+        raise MissingData(
             f"the folder {shown(root)} of reg_data_dir does not exist", "give the folder that holds 1_class"
         )
     parts, notes = parts_of(root, 1)
@@ -130,8 +130,10 @@ def subject_of_names(names: Iterable[str]) -> tuple[str | None, str | None]:
 
 
 def no_folder(root: Path) -> DataError:
-    what = f"{shown(root)} is a file" if root.exists() else f"the dataset folder {shown(root)} does not exist"
-    return DataError(what, "give the folder that holds the images")
+    hint = "give the folder that holds the images"
+    if root.exists():
+        return DataError(f"{shown(root)} is a file", hint)
+    return MissingData(f"the dataset folder {shown(root)} does not exist", hint)
 
 
 def subject_of(name: str) -> tuple[str | None, str | None]:

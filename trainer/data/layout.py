@@ -19,7 +19,7 @@ from trainer.data.captions import caption_file, check_inside, listed, read_text,
 from trainer.data.folders import HELD_OUT, MAX_REPEATS
 from trainer.data.images import read_picture
 from trainer.data.survey import CAPTION_EXTENSIONS, OTHER_PICTURES, READERS, is_image
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, MissingData
 from trainer.files import atomic_folder, machine_error, require_space, sweep
 from trainer.text import clean_text
 
@@ -88,7 +88,9 @@ def build(source: Path, out: Path, wish: Wish) -> Built:
     wish.check()
     source, out = Path(source), Path(out)
     if not source.is_dir():
-        raise DataError(f"the folder {shown(source)} does not exist", "give the folder that holds the images")
+        raise MissingData(
+            f"the folder {shown(source)} does not exist", "give the folder that holds the images"
+        )
     _check_places(source, out)
     try:
         paths = list(_images(source))

@@ -17,12 +17,7 @@ def check(base: Base, config: TrainConfig) -> None:
     """ConfigError if the base cannot do what the settings ask for."""
     families.check(config, base.family, base.name)
     layers = int(base.text_encoders[0].config.num_hidden_layers)
-    if base.facts.uses_clip_skip and config.clip_skip is not None and config.clip_skip > layers:
-        raise ConfigError(
-            f"clip_skip = {config.clip_skip}, but the text encoder of {base.name} has {layers} layers",
-            f"set it to 1 to {layers}",
-        )
-
+    families.check_clip_skip(config, base.family, base.name, layers)
     if config.fp8_base and not holds_fp8(base.unet):
         raise ConfigError(
             "fp8_base is for hpo train: a search keeps one base for all trials, as it is",

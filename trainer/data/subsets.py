@@ -26,7 +26,7 @@ from trainer.data.folders import (
     images_in,
     subject_of,
 )
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, DataError, MissingData
 from trainer.text import clean_text
 from trainer.tomlfile import as_text, read_table
 
@@ -177,7 +177,9 @@ def _all_images(
 def _part(subset: Subset) -> FolderPart:
     folder = Path(subset.image_dir)
     if not folder.is_dir():
-        raise DataError(f"the folder {shown(folder)} does not exist", "correct image_dir in the dataset file")
+        raise MissingData(
+            f"the folder {shown(folder)} does not exist", "correct image_dir in the dataset file"
+        )
     try:
         images = images_in(folder, folder)
         inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != HELD_OUT)

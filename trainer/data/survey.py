@@ -20,7 +20,7 @@ from trainer.data.captions import caption_file, check_inside, read_text, shown
 from trainer.data.dataset import Item
 from trainer.data.folders import KOHYA_FOLDER, MAX_REPEATS, held_out_folder, subject_of_names
 from trainer.data.images import IMAGE_EXTENSIONS, read_picture
-from trainer.errors import DataError
+from trainer.errors import DataError, MissingData
 
 READERS = 4  # threads that decode; each holds one image
 HASH_SIDE = 16  # a look is 16 × 16 comparisons of neighbours
@@ -104,7 +104,7 @@ def survey(root: Path, config: TrainConfig, *, default_repeats: int = 1) -> Surv
     """Read everything that training would read.  Raises DataError only if the folder itself cannot be listed."""
     root = Path(root)
     if not root.is_dir():
-        raise DataError(
+        raise MissingData(
             f"the dataset folder {shown(root)} does not exist", "give the folder that holds the images"
         )
     try:

@@ -16,7 +16,7 @@ import tomlkit
 from trainer.bases import FAMILIES
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError, MissingData
 from trainer.files import write_atomic
 from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
 from trainer.text import clean_text
@@ -235,7 +235,7 @@ def _subsets(config: TrainConfig) -> list[Subset]:
 
 def _folders(root: Path, *, is_reg: bool) -> list[Subset]:
     if not root.is_dir():
-        raise DataError(f"the dataset folder {clean_text(str(root))} does not exist", "give it with --data")
+        raise MissingData(f"the dataset folder {clean_text(str(root))} does not exist", "give it with --data")
     parts, _ = parts_of(root, 1)
     return [
         Subset(

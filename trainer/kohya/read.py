@@ -20,6 +20,7 @@ from typing import Any
 from trainer.checks import check_known
 from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TrainConfig, check_value
 from trainer.errors import ConfigError
+from trainer.findings import piece
 from trainer.kohya.keys import (
     KNOWN_KEYS,
     KOHYA_DEFAULTS,
@@ -79,8 +80,8 @@ def read_own(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 def from_own(path: Path, settings: Mapping[str, Any]) -> TrainConfig:
     """A configuration from settings of this tool, with our defaults for the rest."""
-    _check_names(Path(path), settings, SETTINGS, "see docs/settings.md")
-    return TrainConfig().with_values(settings)
+    known = _known_only(Path(path), settings, SETTINGS, "see docs/settings.md")
+    return TrainConfig.of(known)
 
 
 def is_kohya(settings: Iterable[str]) -> bool:
@@ -88,17 +89,23 @@ def is_kohya(settings: Iterable[str]) -> bool:
     return any(name in KNOWN_KEYS and name not in SETTINGS for name in settings)
 
 
-def _check_names(path: Path, given: Iterable[str], known: Collection[str], otherwise: str) -> None:
-    """Raise ConfigError for the first unknown name, with the most similar known one."""
-    for name in given:
-        check_known(name, known, "setting", clean_text(str(path)), otherwise)
+def _known_only(
+    path: Path, given: Mapping[str, Any], known: Collection[str], otherwise: str
+) -> dict[str, Any]:
+    """The settings with known names. Raises ConfigError for an unknown one, with the most similar known one."""
+    found = {}
+    for name, value in given.items():
+        with piece():
+            check_known(name, known, "setting", clean_text(str(path)), otherwise)
+            found[name] = value
+    return found
 
 
 class _SettingsReading:
     """Translates one kohya file to a TrainConfig: each method handles a group of keys and removes them."""
 
     def __init__(self, path: Path, table: Mapping[str, Any]) -> None:
-        _check_names(path, table, KNOWN_KEYS, "sd-scripts has no such key")
+        table = _known_only(path, table, KNOWN_KEYS, "sd-scripts has no such key")
         self.path = path
         # GUIs write "" and [] for unset values, and sd-scripts reads them as unset.
         self.left = {name: value for name, value in table.items() if value not in ("", [])}
@@ -124,17 +131,22 @@ class _SettingsReading:
             self._samples,
             self._datasets,
         ):
-            translate()
+            with piece():
+                translate()
         self._rest()
         values = {**TrainConfig().as_dict(), **KOHYA_DEFAULTS}
         values["weight_decay"] = WEIGHT_DECAY[
             self.given.get("optimizer_type", KOHYA_DEFAULTS["optimizer_type"])
         ]
         values |= self.given
+        config, given = TrainConfig.of(values), {}
+        for name, value in self.given.items():
+            with piece():
+                given[name] = check_value(name, value)
         return KohyaFile(
             self.path,
-            TrainConfig(**values),
-            {name: check_value(name, value) for name, value in self.given.items()},
+            config,
+            given,
             tuple(self.translated),
             tuple(self.without_effect),
             tuple(self.refused),

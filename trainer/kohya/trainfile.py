@@ -16,6 +16,7 @@ from trainer.adapters import BASE_NAME, CONFIG_KEY, kohya_settings, tells_traini
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import is_dataset_table, read_dataset_file
 from trainer.errors import ConfigError, ModelFileError
+from trainer.findings import piece
 from trainer.kohya.keys import NO_KOHYA_DEFAULT
 from trainer.kohya.read import KohyaFile, from_kohya, from_own, is_kohya
 from trainer.overrides import read_setting
@@ -72,7 +73,11 @@ def read_train_file(
     dataset_path = dataset or (Path(file.config.dataset_config) if file.config.dataset_config else None)
     if dataset_path and "train_data_dir" not in (places or {}):
         file = _with_dataset(file, dataset_path)
-    given = {name: (value, "--set") for name, value in map(read_setting, sets)}
+    given: dict[str, tuple[Any, str]] = {}
+    for text in sets:
+        with piece():
+            name, value = read_setting(text)
+            given[name] = (value, "--set")
     given |= {name: (value, "command line") for name, value in (places or {}).items()}
     return _without_lost_prompts(_filled(_with_values(file, given)))
 
@@ -187,7 +192,7 @@ def _with_values(file: TrainFile, given: Mapping[str, tuple[Any, str]]) -> Train
         origins.pop("dataset_config", None)
     return replace(
         file,
-        config=file.config.with_values(values),
+        config=TrainConfig.of({**file.config.as_dict(), **values}),
         origins=origins,
         translated=(*file.translated, *lines),
     )
@@ -201,7 +206,8 @@ def _filled(file: TrainFile) -> TrainFile:
     if "pretrained_model_name_or_path" not in file.origins:
         known = [line for line in file.without_effect if line.startswith(ITS_BASE)]
         hint = known[0] if known else "set pretrained_model_name_or_path, or give --base"
-        raise ConfigError(f"{clean_text(str(file.path))} does not name a base", hint)
+        with piece():
+            raise ConfigError(f"{clean_text(str(file.path))} does not name a base", hint)
     lines = [
         f"{name} = unset → {getattr(file.config, name)}; sd-scripts has no default"
         for name in NO_KOHYA_DEFAULT

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from trainer import oom as memory
 from trainer.adapters import Adapter, keyed_generator
-from trainer.bases import Base, Sizes, TextStates, compute_type, plain_alphas_cumprod, zero_terminal_snr
+from trainer.bases import (
+    Base,
+    Sizes,
+    TextStates,
+    compute_type,
+    families,
+    plain_alphas_cumprod,
+    zero_terminal_snr,
+)
 from trainer.config import TrainConfig
 from trainer.data import START, Item, Moment, Prepared, caption_for, view_for
 from trainer.errors import ConfigError
@@ -96,7 +104,7 @@ class Stepper:
         self.compute = _compute_type(config, base)
         self.scaler = self._new_scaler()
         self._remembered: dict[str, TextStates] = {}
-        _check_prediction(config, base)
+        families.check_prediction(config, base.name, base.prediction_type)
         plain = plain_alphas_cumprod(base.scheduler_config)
         noised = zero_terminal_snr(plain) if config.zero_terminal_snr else plain
         self.plain_alphas = plain.to(base.device)  # for weights over timesteps
@@ -324,21 +332,6 @@ def _masks(prepared: Prepared, views: Sequence[str], latents_BCHW: Tensor) -> Te
         return None
     whole = torch.ones(latents_BCHW.shape[2:])
     return torch.stack([whole if mask is None else mask for mask in masks])[:, None].to(latents_BCHW.device)
-
-
-def _check_prediction(config: TrainConfig, base: Base) -> None:
-    """The base's files say what it predicts; training for the other target would destroy it."""
-    is_v = base.prediction_type == "v_prediction"
-    if is_v and not config.v_parameterization:
-        raise ConfigError(
-            f"{base.name} predicts v, but v_parameterization is not set",
-            "set v_parameterization = true (and zero_terminal_snr = true if the base was made with it)",
-        )
-    if config.v_parameterization and not is_v:
-        raise ConfigError(
-            f"v_parameterization is set, but {base.name} says that it predicts noise",
-            "leave it out; a v-prediction base says so by a v_pred key or in scheduler_config.json",
-        )
 
 
 def _compute_type(config: TrainConfig, base: Base) -> torch.dtype:

@@ -39,6 +39,7 @@ _UNREADABLE = (
     TypeError,
     KeyError,
     IndexError,
+    AttributeError,
     RecursionError,
     MemoryError,
 )

@@ -113,7 +113,7 @@ def test_every_command_explains_itself() -> None:
         (["\x1b[31mred"], 2, "study name", "a–z"),
         (["--definition", "mimi"], 2, "no study file mimi", "did you mean mini?"),
         (["--definition", "missing.toml"], 2, "no study file missing.toml", "shipped"),
-        (["--data", "../nowhere"], 3, "../nowhere", "folder"),
+        (["--data", "../nowhere"], 2, "../nowhere", "folder"),
         (["--device", "cuda:7"], 5, "device cuda:7 cannot be used", "leave out --device"),
         (["--device", "meta"], 2, "--device 'meta' is not a device", "cpu, cuda"),
     ],
@@ -175,7 +175,7 @@ def test_what_is_cheap_to_check_is_checked_before_a_base_is_loaded(
     refused(place, 2, "cannot read the prompt file", *search("--prompts", "../nowhere.txt"))
     (place.parent / "p.txt").write_bytes(b"\xff\xfe\x00")
     refused(place, 2, "cannot read the prompt file", *search("--prompts", "../p.txt"))
-    refused(place, 4, "no scorer 'ViT-B-23'", *search("--clip", "ViT-B-23"))
+    refused(place, 2, "no scorer 'ViT-B-23'", *search("--clip", "ViT-B-23"))
     refused(place, 2, "sampler 'euler' is not known", *search("--set", "sampling.sampler=euler"))
     for name in (0, 1):
         (place.parent / "images" / "1_zkw figure" / f"{name}.png").unlink()

@@ -165,7 +165,7 @@ def test_a_folder_with_something_in_it_is_never_written_to(source: Path, tmp_pat
     assert result.exit_code == 2 and "is not empty" in result.stderr and contents(out) == before
     inside = prepare(str(source), str(source / "out"), "--trigger", "luca")
     assert inside.exit_code == 2 and "lies inside" in inside.stderr and not (source / "out").exists()
-    assert prepare(str(tmp_path / "no"), str(tmp_path / "new"), "--trigger", "luca").exit_code == 3
+    assert prepare(str(tmp_path / "no"), str(tmp_path / "new"), "--trigger", "luca").exit_code == 2
 
 
 def test_a_link_out_of_the_source_is_not_copied(source: Path, tmp_path: Path) -> None:

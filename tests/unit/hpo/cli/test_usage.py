@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from hpo.cli import options
 from hpo.cli.main import main
 from hpo.transfer.probes.run import LEAST
+from tests.tiny_search import draw_images
 
 
 def hpo(*words: str) -> Result:
@@ -101,6 +103,47 @@ def test_a_number_beyond_its_limits_is_refused_while_parsing(
 def test_a_mistake_in_the_command_line_is_two_lines(words: tuple[str, ...], what: str, hint: str) -> None:
     lines = two_lines(hpo(*words))
     assert what in lines[0] and hint in lines[1], lines
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "no.safetensors"),
+        ("inspect", "no"),
+        ("train", "no.toml"),
+        ("train", "no.toml", "--dry-run"),
+        ("train", "no.safetensors"),
+        ("train", "no"),
+        ("plan", "no.toml"),
+        ("plan", "no.safetensors"),
+        ("plan", "--base", "no"),
+        ("plan", "--base", "no.safetensors"),
+        ("export", "kohya", "no.toml", "out"),
+        ("export", "kohya", "no.safetensors", "out"),
+        ("evaluate", "no"),
+        ("compare", "no", "no2"),
+        ("search", "--base", "no", "--data", "images"),
+        ("search", "--base", "no.safetensors", "--data", "images"),
+        ("search", "--base", "mini-sd15", "--data", "no"),
+        ("search", "--base", "mini-sd15", "--references", "no"),
+        ("search", "--base", "mini-sd15", "--prompts", "no"),
+        ("search", "--base", "mini-sd15", "--enqueue", "no"),
+        ("search", "--base", "mini-sd15", "--study", "no"),
+        ("search", "--base", "mini-sd15", "--clip", "no"),
+        ("dataset", "check", "no"),
+        ("dataset", "prepare", "no", "out", "--name", "x"),
+        ("status", "no"),
+        ("transfer", "--to", "no"),
+    ],
+    ids=" ".join,
+)
+def test_what_does_not_exist_has_one_code_in_every_command(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_images(tmp_path / "images" / "1_zkw figure", 10)
+    monkeypatch.chdir(tmp_path)
+    lines = two_lines(hpo(*words))
+    assert "no" in lines[0]
 
 
 def test_an_address_for_messages_is_a_secret_and_never_repeated() -> None:

@@ -71,9 +71,10 @@ def same(first: str, second: str) -> bool:
 
 def test_a_dry_run_tells_everything_and_touches_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
-    result = train(Path("no/such/base"), "--dry-run", "--json", "--set", "gradient_accumulation_steps=3")
+    result = train(Path("mini-sd15"), "--dry-run", "--json", "--set", "gradient_accumulation_steps=3")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and sorted(place.rglob("*")) == before
+    assert found["findings"] == []
     steps = found["steps"]
     assert (steps["images"], steps["batches_per_epoch"], steps["steps_per_epoch"], steps["total_steps"]) == (
         4,

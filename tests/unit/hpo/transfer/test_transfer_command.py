@@ -136,6 +136,12 @@ def test_miniature_settings_are_not_carried_to_the_real_family(searched: Path) -
     assert result.exit_code == 2 and "sdxl" in result.output
 
 
+def test_the_old_name_of_trials_works_and_says_so(searched: Path) -> None:
+    result = call(searched, "--probes", "0")
+    assert result.exit_code == 0 and result.stderr.startswith("note: --probes is now --trials")
+    assert "--probes" not in call(searched, "--trials", "0").stderr
+
+
 def test_a_refused_plan_writes_nothing(searched: Path, tmp_path: Path) -> None:
     hot = tmp_path / "hot.toml"
     hot.write_text('family = "mini-sdxl"\n[limits]\nnormalised_refuse = 1e-9\n')

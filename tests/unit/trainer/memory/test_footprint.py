@@ -13,7 +13,7 @@ from tests.tiny import tiny_base, tiny_config
 from trainer.adapters.adapter import inject
 from trainer.bases.base import Sizes, TextStates
 from trainer.compute.recompute import blocks_outermost_first, recomputing
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, MissingModel
 from trainer.memory import footprint, stacks, tracing
 from trainer.memory.footprint import BaseFacts, base_facts, optimizer_bytes, predict
 
@@ -263,7 +263,7 @@ def test_what_cannot_fit_is_refused_with_its_least_peak():
 
 
 def test_an_unknown_base_is_refused():
-    with pytest.raises(ConfigError, match="no base 'nowhere/base'"):
+    with pytest.raises(MissingModel, match="no base 'nowhere/base'"):
         base_facts("nowhere/base")
 
 

@@ -1,0 +1,138 @@
+"""``hpo train --dry-run``: everything that is wrong, found in one go, and the code that the run would end with.
+
+The checks are those of a run, in its order, so the first finding is what the run would end at. That order is also
+from cheap to dear: settings, paths, captions and images, the device, the base. Not found: what only loading the weights
+can tell (a damaged tensor, a model that the hub does not have) or a step (memory, divergence). Owns the order; the
+text is ``hpo.train.plan``'s.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from hpo.train import plan as trainplan
+from hpo.train.folder import run_folder
+from trainer.bases import detect, families, published_name, require_network
+from trainer.config import TrainConfig
+from trainer.data import Dataset, read_dataset_file, read_training_data
+from trainer.files import machine_error
+from trainer.findings import Findings
+from trainer.kohya import TrainFile, known_family
+
+if TYPE_CHECKING:
+    from hpo.train.command import TrainRequest
+
+
+def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]) -> None:
+    """Show what a run would do and everything that is wrong. Raises the ToolError that the run would end with."""
+    from hpo.train.command import check, read_request
+
+    findings = Findings()
+    file, data, output = None, None, request.output or Path()
+    with findings.looking():
+        file = read_request(request)
+    if file is None:
+        findings.require_none()
+        return
+    sound = not findings.errors  # otherwise some settings are defaults, and no step can be counted with them
+    output = request.output_of(file)
+    family = None
+    with findings.looking():
+        family = known_family(file)
+    with findings.looking():
+        check(file.config, family)
+    with findings.looking():
+        file.require_all()
+    if family:  # a run tells it when the base is loaded
+        file = replace(
+            file, without_effect=(*file.without_effect, *families.passed_over(file.config, family))
+        )
+    if _has_data(file.config):
+        with findings.looking():
+            data = read_training_data(file.config)
+            trainplan.count_steps(file.config, data)
+    with findings.looking():
+        _check_place(file, data, output)
+    if request.device not in (None, "cpu"):
+        with findings.looking():
+            from hpo.train.adapter import check_device  # loads torch
+
+            check_device(str(request.device))
+    _check_base(file.config, family, findings)
+    shown = data if sound else None
+    if request.as_json:
+        echo(json.dumps(trainplan.as_json(file, shown, str(output), findings.as_json()), indent=1))
+    else:
+        trainplan.show(console, file, shown, str(output))
+        trainplan.show_findings(console, findings.errors)
+    findings.require_none()
+
+
+def _has_data(config: TrainConfig) -> bool:
+    """Whether the images can be counted. They cannot if the dataset file uses an unsupported feature."""
+    return not config.dataset_config or not read_dataset_file(Path(config.dataset_config)).refused
+
+
+def _check_place(file: TrainFile, data: Dataset | None, output: Path) -> None:
+    """The output folder: it can be written, and no file of another run is in the way."""
+    folder = run_folder(output, file.config)
+    if data is not None and folder.lora.exists():
+        from hpo.train.run import is_done  # loads torch
+
+        is_done(folder, file.config, data)
+    place = folder.root.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    reason = (
+        errno.ENOTDIR if not place.is_dir() else None if os.access(place, os.W_OK | os.X_OK) else errno.EACCES
+    )
+    if reason is not None:
+        raise machine_error(OSError(reason, os.strerror(reason)), folder.root)
+
+
+def _check_base(config: TrainConfig, family: str | None, findings: Findings) -> None:
+    """What can be said about the base, and the LoRA to continue from, without loading them."""
+    spec = config.pretrained_model_name_or_path
+    place = None
+    with findings.looking():
+        place = detect.locate(spec)
+        if place is None:
+            _check_cached(published_name(spec))
+    if place is not None and family is not None:
+        name = detect.short_name(spec)
+        with findings.looking():
+            text_encoder = detect.configs_of(spec)
+            if text_encoder is not None:
+                config_file = text_encoder.folder / "text_encoder" / "config.json"
+                layers = detect.whole(config_file, detect.read_json(config_file), "num_hidden_layers", 12)
+                families.check_clip_skip(config, family, name, layers)
+        with findings.looking():
+            _check_weights(config)
+        with findings.looking():
+            families.check_prediction(config, name, detect.prediction_of(spec) or "epsilon")
+    else:
+        with findings.looking():
+            _check_weights(config)
+
+
+def _check_cached(repo: str) -> None:
+    """A model of the hub cannot be downloaded if HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(repo, "model_index.json"), str):
+        require_network(repo)
+
+
+def _check_weights(config: TrainConfig) -> None:
+    if config.network_weights:
+        from trainer.tensorfile import read_header  # loads torch
+
+        read_header(Path(config.network_weights))

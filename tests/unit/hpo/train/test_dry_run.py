@@ -1,0 +1,200 @@
+"""A dry run ends with the code of the run and tells everything that is wrong in one go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hpo.cli.main import main
+from tests.tiny import save_folder, tiny_base
+from tests.tiny_run import TINY
+from tests.tiny_search import draw_images
+from trainer.errors import ConfigError, DataError
+from trainer.findings import Findings, piece, report
+
+SETTINGS = (
+    TINY + 'learning_rate = 1e-3\ntrain_batch_size = 2\nmax_train_epochs = 1\nsave_precision = "float"\n'
+)
+KOHYA = SETTINGS + 'network_module = "networks.lora"\ncaption_extension = ".txt"\n'
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tiny_base("sd15"), tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    draw_images(tmp_path / "images" / "1_zkw figure", count=4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    return tmp_path
+
+
+def hpo(*words: str) -> Result:
+    return CliRunner().invoke(main, list(words), catch_exceptions=False)
+
+
+def nothing(place: Path) -> None:
+    pass
+
+
+def no_caption(place: Path) -> None:
+    sorted(place.rglob("*.txt"))[0].unlink()
+
+
+def empty_caption(place: Path) -> None:
+    sorted(place.rglob("*.txt"))[1].write_text(" \n")
+
+
+def broken_image(place: Path) -> None:
+    sorted(place.rglob("*.png"))[2].write_bytes(b"\x89PNG")
+
+
+def no_images(place: Path) -> None:
+    shutil.rmtree(place / "images")
+
+
+def output_is_a_file(place: Path) -> None:
+    (place / "out").write_text("")
+
+
+def foreign_lora(place: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (place / "out").mkdir()
+    save_file({"a": torch.zeros(1)}, place / "out" / "lora.safetensors")
+
+
+WRONG: dict[str, tuple[str, tuple[str, ...], Callable[[Path], None]]] = {
+    "nothing wrong": (SETTINGS, (), nothing),
+    "unknown key": (SETTINGS + "netwrk_dim = 3\n", (), nothing),
+    "wrong value": (SETTINGS + "min_snr_gamma = -3\n", (), nothing),
+    "contradiction": (SETTINGS + "text_encoder_frozen = true\nunet_lr = 0.0\n", (), nothing),
+    "two contradictions": (SETTINGS + "zero_terminal_snr = true\nmasked_loss = true\n", (), nothing),
+    "not TOML": ("learning_rate = = 1\n", (), nothing),
+    "kohya: refused key": (KOHYA + "color_aug = true\n", (), nothing),
+    "kohya: unknown key": (KOHYA + "colour_aug = true\n", (), nothing),
+    "kohya: bad list": (KOHYA + 'optimizer_args = ["weight_decay"]\n', (), nothing),
+    "--set unknown": (SETTINGS, ("--set", "netwrk_dim=3"), nothing),
+    "--set value": (SETTINGS, ("--set", "network_dim=0"), nothing),
+    "no prompts": (
+        SETTINGS,
+        ("--set", "sample_prompts=absent.txt", "--set", "sample_every_n_epochs=1"),
+        nothing,
+    ),
+    "output name": (SETTINGS, ("--set", "output_name=a/b"), nothing),
+    "setting of SDXL": (SETTINGS + "text_encoder_lr1 = 1e-5\n", (), nothing),
+    "no caption": (SETTINGS, (), no_caption),
+    "empty caption": (SETTINGS, (), empty_caption),
+    "broken image": (SETTINGS, (), broken_image),
+    "no images": (SETTINGS, (), no_images),
+    "caption ending": (SETTINGS, ("--set", "caption_extension=.caption"), nothing),
+    "output is a file": (SETTINGS, (), output_is_a_file),
+    "another LoRA in the way": (SETTINGS, (), foreign_lora),
+    "device": (SETTINGS, ("--device", "cuda:7"), nothing),
+    "base is missing": (SETTINGS, ("--base", "models/absent.safetensors"), nothing),
+    "base is unknown": (SETTINGS, ("--base", "mini-sd"), nothing),
+    "base is no model": (SETTINGS, ("--base", "settings.toml"), nothing),
+    "base is not here": (SETTINGS, ("--base", "someone/something"), nothing),
+    "clip_skip": (SETTINGS + "clip_skip = 12\n", (), nothing),
+    "v on a noise base": (SETTINGS + "v_parameterization = true\n", (), nothing),
+    "no LoRA to continue": (SETTINGS, ("--set", "network_weights=absent.safetensors"), nothing),
+}
+
+
+def command(base: Path, words: tuple[str, ...]) -> tuple[str, ...]:
+    usual = ("train", "settings.toml", "--data", "images", "--output", "out")
+    if "--base" not in words:
+        usual += ("--base", str(base))
+    if "--device" not in words:
+        usual += ("--device", "cpu")
+    return (*usual, *words)
+
+
+def message_of(result: Result) -> str:
+    return next((line[7:] for line in result.stderr.splitlines() if line.startswith("error: ")), "")
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_a_dry_run_ends_as_the_run_does(name: str, base: Path, place: Path) -> None:
+    text, words, spoil = WRONG[name]
+    (place / "settings.toml").write_text(text)
+    spoil(place)
+    before = sorted(place.rglob("*"))
+    dry = hpo(*command(base, words), "--dry-run", "--json")
+    assert sorted(place.rglob("*")) == before
+    run = hpo(*command(base, words))
+    assert dry.exit_code == run.exit_code, (dry.output, run.output)
+    assert (run.exit_code == 0) == (name == "nothing wrong"), run.output
+    said = message_of(run)
+    if dry.stdout.strip():
+        findings = json.loads(dry.stdout)["findings"]
+        assert [f["what"] for f in findings][:1] == ([said] if said else [])
+        assert not findings or findings[0]["exit_code"] == run.exit_code
+    else:  # the file itself cannot be read
+        assert message_of(dry) == said
+
+
+def test_everything_that_is_wrong_is_told_in_one_go_the_cheap_first(base: Path, place: Path) -> None:
+    (place / "settings.toml").write_text(
+        KOHYA + "colour_aug = true\nmin_snr_gamma = -3\nrandom_crop = true\n"
+    )
+    no_caption(place)
+    empty_caption(place)
+    broken_image(place)
+    words = ("--set", "v_parameterization=true", "--set", "clip_skip=12", "--set", "netwrk_dim=2")
+    result = hpo(*command(base, words), "--dry-run", "--json")
+    found = [(f["what"], f["exit_code"]) for f in json.loads(result.stdout)["findings"]]
+    for number, part in enumerate(
+        (
+            "unknown setting colour_aug",
+            "min_snr_gamma = -3",
+            "unknown setting netwrk_dim",
+            "random_crop = true",
+            "1 images have no caption",
+            "1 captions are empty",
+            "is not a PNG",
+            "clip_skip = 12",
+            "v_parameterization is set, but",
+        )
+    ):
+        assert part in found[number][0], (part, found)
+    assert [code for _, code in found] == [2, 2, 2, 2, 3, 3, 3, 2, 2]
+    assert (
+        result.exit_code == 2 and "9 findings; a run would end at the first: unknown setting" in result.stderr
+    )
+    shown = " ".join(hpo(*command(base, words), "--dry-run").stdout.split())
+    assert "colour_aug" in shown and "v_parameterization is set" in shown
+
+
+def test_a_missing_base_and_bad_captions_are_both_told(base: Path, place: Path) -> None:
+    (place / "settings.toml").write_text(SETTINGS)
+    empty_caption(place)
+    words = command(base, ("--base", "absent.safetensors", "--dry-run", "--json"))
+    result = hpo(*words)
+    assert [f["exit_code"] for f in json.loads(result.stdout)["findings"]] == [3, 2]
+    assert result.exit_code == 3
+
+
+def test_pieces_raise_where_nobody_collects() -> None:
+    with pytest.raises(DataError), piece():
+        raise DataError("a")
+    with pytest.raises(ConfigError, match="first"):
+        report([ConfigError("first"), ConfigError("second")])
+    found = Findings()
+    with found.looking():
+        with piece():
+            raise DataError("a")
+        report([ConfigError("first"), ConfigError("second"), DataError("a")])
+    assert [error.message for error in found.errors] == ["a", "first", "second"]
+    with pytest.raises(Exception, match="3 findings") as caught:
+        found.require_none()
+    assert caught.value.exit_code == 3  # type: ignore[attr-defined]
