@@ -180,15 +180,30 @@ def flat_start(surface: Surface, random: np.random.Generator) -> list[dict[str, 
     return found
 
 
-def climbed(surface: Surface, below_zero: str, seed: int, *, everywhere: bool = False) -> np.ndarray:
-    """(TRIALS) the best score so far of one simulated search.  Both forms see the same start and the same noise."""
-    formula, random = Formula(below_zero=below_zero), np.random.default_rng(seed)
+@dataclass(frozen=True)
+class Rule:
+    """What the sampler is told below zero, and whether proposals stay random until a trial is above the base."""
+
+    below_zero: str
+    waits: bool = False
+
+    def words(self) -> str:
+        return f"{self.below_zero}, random until something is learned" if self.waits else self.below_zero
+
+
+RULES = (Rule(CLIPPED), Rule(SIGNED), Rule(SIGNED, waits=True))
+
+
+def climbed(surface: Surface, rule: Rule, seed: int, *, everywhere: bool = False) -> np.ndarray:
+    """(TRIALS) the best score so far of one simulated search.  All rules see the same start and the same noise."""
+    formula, random = Formula(below_zero=rule.below_zero), np.random.default_rng(seed)
     study = optuna.create_study(direction="maximize")
     for settings in flat_start(surface, random):
         study.enqueue_trial(settings)
-    scores = []
+    scores: list[float] = []
     for number in range(TRIALS):
-        study.sampler = make_sampler(seed, number, TRIALS)
+        learned = not rule.waits or max(scores, default=0.0) > 0
+        study.sampler = make_sampler(seed, number, TRIALS, learned=learned)
         trial = study.ask(SPACE)
         sd = noise(trial.params, everywhere=everywhere)
         t, i = (np.array([part + random.normal(0, sd)]) for part in surface.parts(trial.params))
@@ -198,12 +213,12 @@ def climbed(surface: Surface, below_zero: str, seed: int, *, everywhere: bool = 
 
 
 def climbs(found: Recorded, *, everywhere: bool = False) -> dict[str, np.ndarray]:
-    """(SEEDS, TRIALS) the best score so far, for each form."""
+    """(SEEDS, TRIALS) the best score so far, for each rule."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     surface = Surface.of(found)
     return {
-        form: np.stack([climbed(surface, form, seed, everywhere=everywhere) for seed in range(SEEDS)])
-        for form in (CLIPPED, SIGNED)
+        rule.words(): np.stack([climbed(surface, rule, seed, everywhere=everywhere) for seed in range(SEEDS)])
+        for rule in RULES
     }
 
 

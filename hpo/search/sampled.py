@@ -33,7 +33,9 @@ from hpo.study import (
     drop_files,
     history,
     holder,
+    is_above_base,
     is_duplicate,
+    is_feasible,
     learning_lines,
     measured,
     searched_settings,
@@ -65,8 +67,11 @@ def startup_trials(total: int) -> int:
     return min(10, max(5, total // 3))
 
 
-def make_sampler(seed: int, number: int, total: int) -> optuna.samplers.TPESampler:
+def make_sampler(seed: int, number: int, total: int, *, learned: bool = True) -> optuna.samplers.TPESampler:
     """The sampler of trial ``number``: Optuna 5's TPE defaults, written out.
+
+    ``learned``: whether some trial is above the untrained base.  Until one is, there is nothing to model, and the
+    proposals stay random: a model of noise keeps to the place where the search began (docs/evaluation.md).
 
     The seed is derived from the study seed and the trial number.  So a resumed study gets the same
     suggestions as an uninterrupted one, and workers get different ones.
@@ -74,7 +79,7 @@ def make_sampler(seed: int, number: int, total: int) -> optuna.samplers.TPESampl
     state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     return optuna.samplers.TPESampler(
         seed=state,
-        n_startup_trials=startup_trials(total),
+        n_startup_trials=startup_trials(total) if learned else number + 1,
         n_ei_candidates=24,
         multivariate=True,
         group=False,
@@ -177,8 +182,11 @@ class SearchProposals(BenchProposals):
         self.used_up = len(self._done()) < self.total
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        self.study.sampler = make_sampler(self.bench.study.study.seed, trial.number, self.total)
-        return suggest(trial, self.bench.study)
+        config = self.bench.study
+        # Studies told clipped values began before the rule existed and go on without it.
+        learned = not config.score.signed or any(is_feasible(t) and is_above_base(t) for t in self._done())
+        self.study.sampler = make_sampler(config.study.seed, trial.number, self.total, learned=learned)
+        return suggest(trial, config)
 
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
         """Names the earlier trial with the same settings, if there is one."""

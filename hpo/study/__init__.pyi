@@ -79,6 +79,7 @@ from .standing import TrialRow as TrialRow
 from .standing import by_prompt as by_prompt
 from .standing import drop_files as drop_files
 from .standing import history as history
+from .standing import is_above_base as is_above_base
 from .standing import is_duplicate as is_duplicate
 from .standing import is_feasible as is_feasible
 from .standing import objective_of as objective_of

@@ -84,6 +84,11 @@ def objective_of(trial: FrozenTrial) -> float | None:
     return score_of(trial) if own is None else own
 
 
+def is_above_base(trial: FrozenTrial) -> bool:
+    """Whether a trial learned something for sure: two standard errors above 0, the score of the untrained base."""
+    return (objective_of(trial) or 0.0) > 2 * float(trial.user_attrs.get("se", 0.0))
+
+
 def _figure(trial: FrozenTrial, name: str) -> float | None:
     """A stored figure; for a single objective without it (older versions, the dashboard) the value told."""
     if not trial.values:

@@ -1,13 +1,19 @@
-"""Does a search climb out of a start where nothing is learned?  The signed objective against the clipped one.
+"""Does a search climb out of a start where nothing is learned?  What is told now against what was told before.
 
-    python -m tests.bench.bench_flat search --out bench/flat --seed 1    # both objectives; resumable
+    python -m tests.bench.bench_flat search --out bench/flat --seed 1    # every form; resumable
     python -m tests.bench.bench_flat table  --out bench/flat             # the table of docs/evaluation.md
 
 Real searches on mini-sd15 and a demo subject, with short trainings and eight prompts.  The greater part of the space
 learns nothing: the rate is too low for the number of steps.  The first ten trials are forced into that part (drawn
 at random from it, enqueued as trial 0 and ``--enqueue`` are); the search with clipped values is then told ten times
-0.  From there on ``hpo.search`` proposes.  The two searches of a seed start with the same ten trials, train with the
-same seeds and differ in nothing but what the sampler is told.  At the end, the best trial of each search is drawn
+0.  From there on ``hpo.search`` proposes.  The searches of a seed start with the same ten trials, train with the same
+seeds and differ in nothing but what the sampler is told and when it begins to model:
+
+clipped   the score, as before; modelled after the startup trials
+eager     the objective that continues below 0; modelled after the startup trials
+signed    the same objective, and random proposals until a trial is above the untrained base: what ``hpo search`` does
+
+At the end, the best trial of each search is drawn
 again with the confirmation prompts, which no search has used.
 """
 
@@ -21,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
 from rich.console import Console
 
+from evaluation.images import Unchanged
 from evaluation.score import CLIPPED, SIGNED, evaluate_adapter, make_anchors
 from hpo.search.opening import opened
-from hpo.search.sampled import SearchLimits, SearchProposals
+from hpo.search.sampled import SearchLimits, SearchProposals, make_sampler, suggest
 from hpo.search.workbench import Workbench, load
 from hpo.search.worker import Worker
 from hpo.study import (
@@ -47,7 +55,8 @@ from hpo.terminal.live import make_view
 from trainer.adapters import lorafile
 from trainer.bases import write_subject
 
-FORMS = (CLIPPED, SIGNED)
+EAGER = "eager"
+FORMS = (CLIPPED, EAGER, SIGNED)
 TRIALS, FORCED = 24, 10
 MARKS = (10, 14, 18, 24)  # trials after which the best score is reported
 RATE, STEPS = "learning_rate", "max_train_steps"
@@ -86,8 +95,17 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+class Eager(SearchProposals):
+    """Models after the startup trials, whatever they learned."""
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        self.study.sampler = make_sampler(self.bench.study.study.seed, trial.number, self.total)
+        return suggest(trial, self.bench.study)
+
+
 def study_of(form: str, seed: int) -> StudyConfig:
-    return build_study("flat", {**SECTIONS, "study": {"seed": seed}, "score": {"below_zero": form}})
+    below_zero = CLIPPED if form == CLIPPED else SIGNED
+    return build_study("flat", {**SECTIONS, "study": {"seed": seed}, "score": {"below_zero": below_zero}})
 
 
 def forced(study: StudyConfig, seed: int) -> list[dict[str, Any]]:
@@ -135,7 +153,10 @@ def searched(args: argparse.Namespace, data: Path, form: str) -> dict[str, Any]:
                 study.enqueue_trial(proposal, user_attrs={ROLE: ENQUEUED if number else BASELINE})
         bench.measure_anchors(view.say)
         use.begun = True
-        Worker(study, bench, SearchProposals(study, bench, SearchLimits(TRIALS), view.say), view).run()
+        proposals = (Eager if form == EAGER else SearchProposals)(
+            study, bench, SearchLimits(TRIALS), view.say
+        )
+        Worker(study, bench, proposals, view).run()
     done = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"][:TRIALS]
     feasible = [t for t in done if "score" in t.user_attrs]
     best = standing(study, TRIALS).best
@@ -154,7 +175,7 @@ def searched(args: argparse.Namespace, data: Path, form: str) -> dict[str, Any]:
 
 
 def held_out(bench: Workbench, number: int) -> float:
-    """The score of a saved LoRA with the confirmation prompts."""
+    """The score of a saved LoRA with the confirmation prompts; 0, the base's, if it does not change an image."""
     assert bench.confirmation is not None
     evaluator = bench.evaluator.on(bench.confirmation)
     folder = bench.folder.root / "held_out"
@@ -162,6 +183,8 @@ def held_out(bench: Workbench, number: int) -> float:
     adapter = lorafile.attach(bench.base, lorafile.read(bench.folder.trial(number).lora))
     try:
         return round(evaluate_adapter(evaluator, folder / f"trial_{number}").value, 4)
+    except Unchanged:
+        return 0.0
     finally:
         adapter.remove()
 
@@ -169,9 +192,9 @@ def held_out(bench: Workbench, number: int) -> float:
 def table(args: argparse.Namespace) -> None:
     rows = [json.loads(path.read_text()) for path in sorted(args.out.glob(f"{args.subject}_*/flat.json"))]
     marks = " | ".join(f"best after {n}" for n in MARKS)
-    print(f"| seed | told below zero | above 0 among the first {FORCED} | {marks} | best, other prompts |")
+    print(f"| seed | told | above 0 among the first {FORCED} | {marks} | best, other prompts |")
     print("|---|---|---|" + "---|" * (len(MARKS) + 1))
-    for row in sorted(rows, key=lambda r: (r["seed"], r["form"])):
+    for row in sorted(rows, key=lambda r: (r["seed"], FORMS.index(r["form"]))):
         early = sum((score or 0.0) > 0 for score in row["scores"][:FORCED])
         print(f"| {row['seed']} | {row['form']} | {early} | {_figures([*_curve(row), row['held_out']])} |")
     for form in FORMS:
