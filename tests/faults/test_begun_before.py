@@ -122,7 +122,8 @@ def check_went_on(before: list[dict[str, Any]], after: list[dict[str, Any]], sav
     assert saved < len(then) < STEPS
     assert [row["step"] for row in then] == [*range(1, len(then) + 1)]
     assert [row["step"] for row in now] == [*range(1, STEPS + 1)]
-    assert after[-1] == {"event": "finished", "steps": STEPS, "skipped": 0}
+    last = {"event": "finished", "steps": STEPS, "skipped": 0}
+    assert last.items() <= after[-1].items()  # later versions log more
     assert now[:saved] == then[:saved]
     for old, new in zip(then[saved:], now[saved:], strict=False):
         assert old.keys() <= new.keys() and old["seconds"] != new["seconds"]
