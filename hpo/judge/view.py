@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -98,7 +98,7 @@ def _table(outcome: Evaluated) -> Table:
             f"{score.prompt_following:.3f} ± {score.prompt_following_se:.3f}",
             f"{score.likeness:.3f} ± {score.likeness_se:.3f}",
             f"{score.value:.3f} ± {score.se:.3f}",
-            f"{lead.mean:.3f} ± {_se(lead):.3f}" if lead else "",
+            f"{lead.mean:.3f} ± {lead.se:.3f}" if lead else "",
             ", ".join(_words(outcome, number)),
         )
         table.add_row(*map(Text, cells), style="bold" if number == outcome.final else "")
@@ -141,7 +141,7 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
     for place, (number, point) in enumerate(zip(outcome.tested, outcome.retested, strict=True)):
         before, lead = outcome.points[number].score, outcome.rechoice.lead[place]
         after = f"{point.score.value:.3f} ± {point.score.se:.3f}" if point.score else point.reason
-        behind = f", {lead.mean:.3f} ± {_se(lead):.3f} behind" if lead else ""
+        behind = f", {lead.mean:.3f} ± {lead.se:.3f} behind" if lead else ""
         assert before is not None
         lines.append(f"confirmation: {point.name} {before.value:.3f} → {after}{behind}")
     if outcome.word == "confirmed":
@@ -149,12 +149,6 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
     else:
         lines.append(f"chosen: {final} with the confirmation prompts; the search prompts had chosen {first}")
     return lines
-
-
-def _se(lead: Any) -> float:
-    from evaluation.choice import standard_error
-
-    return standard_error(lead)
 
 
 def _shown(number: int | None) -> str:

@@ -49,7 +49,7 @@ def summary(
     trial = folder.trial(number)
     baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
     trouble = clean_text(standing.baseline_trouble) or figures(None)
-    said, following = end_lines(folder, number)
+    said, following = end_lines(folder, standing)
     if nothing:
         said, following = [], nothing.command or f"hpo dashboard {folder.words}"
     confirm = f", confirm with: {following}" if "confirm" in following and not nothing else ""

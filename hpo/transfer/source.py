@@ -15,6 +15,7 @@ from typing import Any
 from hpo.study import (
     BASELINE,
     ROLE,
+    SOURCE_STUDY,
     StudyFolder,
     database_errors,
     find_folder,

@@ -170,7 +170,7 @@ def test_a_search_keeps_what_it_finished_and_takes_up_the_killed_trial_at_its_ch
     assert not (lost / "checkpoints").exists()
     shown = run(here, "status", NAME)
     assert f"study={NAME} complete={TRIALS}/{TRIALS} infeasible=0 failed=0 " in shown.splitlines()[-1]
-    assert said.splitlines()[-1] == shown.splitlines()[-1]
+    assert f"# {said.splitlines()[-1]}" == shown.splitlines()[-1]
 
 
 def test_a_confirmation_draws_only_the_images_that_are_missing(here: Path) -> None:
