@@ -92,15 +92,14 @@ from .storage import create_study as create_study
 from .storage import database_errors as database_errors
 from .storage import open_storage as open_storage
 from .storage import open_study as open_study
-from .unchanged import as_begun as as_begun
 from .table import CONFIRMATION as CONFIRMATION
 from .table import PROBES as PROBES
-from .table import SOURCE_STUDY as SOURCE_STUDY
 from .table import Row as Row
 from .table import StudyKind as StudyKind
 from .table import StudyTable as StudyTable
 from .table import kind_of as kind_of
 from .table import study_table as study_table
+from .unchanged import as_begun as as_begun
 from .unchanged import check_unchanged as check_unchanged
 from .use import Use as Use
 from .use import in_use as in_use

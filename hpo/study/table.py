@@ -23,6 +23,7 @@ from hpo.study.standing import (
     score_of,
     standing,
 )
+from hpo.study.which import OF_STUDY, SOURCE_STUDY
 
 if TYPE_CHECKING:
     import optuna
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 SEARCH, CONFIRMATION, PROBES = "search", "confirmation", "probes"
-SOURCE_STUDY, CONFIRMS = "source_study", "confirms"  # facts of a study: the search that it belongs to
 # Columns of a confirmation: the trial of the search that is trained again, and the seed of that training.
 REPEATED, SEED = "repeated_trial", "training_seed"
 ENOUGH = 20  # scored trials for an estimate of importance (assumed)
@@ -109,7 +109,7 @@ def kind_of(folder: StudyFolder) -> StudyKind:
     known = stored if isinstance(stored, dict) else {}
     base = str(facts.get("base", ""))
     base = Path(base).name if "/" in base else base
-    for key, word in ((CONFIRMS, CONFIRMATION), (SOURCE_STUDY, PROBES)):
+    for key, word in ((OF_STUDY, CONFIRMATION), (SOURCE_STUDY, PROBES)):
         if known.get(key):
             return StudyKind(word, str(known[key]), base)
     return StudyKind(SEARCH, "", base)

@@ -204,9 +204,9 @@ def saving(draft: Draft) -> Iterator[Change]:
     """Save often enough for a curve: ``hpo evaluate`` compares the saved files of a run."""
     config = TrainConfig().with_values(draft.values)
     run = length_of(config, math.ceil(draft.figures.samples / config.train_batch_size))
-    if _saved(config, run.total_steps, run.epochs) >= LEAST_SAVED:
+    if _saved(config, run.total_steps, run.total_epochs) >= LEAST_SAVED:
         return
-    every = math.ceil(run.total_steps / CURVE)
+    every = int(limited("save_every_n_steps", math.ceil(run.total_steps / CURVE)))
     reason = f"{CURVE} files in {run.total_steps} steps, so that hpo evaluate can compare them"
     yield Change("save_every_n_steps", every, "save.curve", reason)
     for key in ("save_every_n_epochs", "save_last_n_epochs", "save_last_n_steps"):
@@ -217,7 +217,11 @@ def _saved(config: TrainConfig, steps: int, epochs: int) -> int:
     """Number of files at the end of the run, with the final one."""
     count = 1
     for length, every, last in (
-        (steps, config.save_every_n_steps, (config.save_last_n_steps or steps) // (config.save_every_n_steps or 1)),
+        (
+            steps,
+            config.save_every_n_steps,
+            (config.save_last_n_steps or steps) // (config.save_every_n_steps or 1),
+        ),
         (epochs, config.save_every_n_epochs, config.save_last_n_epochs),
     ):
         if every:

@@ -15,7 +15,6 @@ from typing import Any
 from hpo.study import (
     BASELINE,
     ROLE,
-    SOURCE_STUDY,
     StudyFolder,
     database_errors,
     find_folder,
