@@ -153,6 +153,8 @@ def _confirm(
         "images": bench.prompts.image_count,
     }
     kept = write_outcome(asked.source, outcome, facts)
+    won = outcome.won
+    work.says = f"confirmed: trial {won.number}, score {won.score:.4f} (95 % {won.low:.4f} … {won.high:.4f})"
     view.say(RULE)
     console.print(confirmview.outcome_table(outcome))
     for line in confirmview.outcome_lines(outcome, asked.source, use.folder, kept=kept):

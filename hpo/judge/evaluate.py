@@ -50,7 +50,7 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
     judge = judges.load(run, inputs, view.say, named=study)
     damaged = _unfit(run, judge)
     root = record_root(run.evaluation, run.evaluation.parent)
-    with drawing_alone(run), recorded(root, f"evaluate {run.name}"), Stop(view.on_ask) as stop:
+    with drawing_alone(run), recorded(root, f"evaluate {run.name}") as work, Stop(view.on_ask) as stop:
         view.should_stop = stop
         outcome = _judged(run, judge, damaged, view)
         _write(run, judge, outcome)
@@ -58,7 +58,8 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
         chosen = run.checkpoints[outcome.final]
         if not run.trial:
             _mark(run, chosen, outcome)
-            view.say(f"best: {run.mark} is a copy of {chosen.path.name}")
+            work.says = f"best: {run.mark} is a copy of {chosen.path.name}"
+            view.say(work.says)
         if outcome.warning:
             view.say(outcome.warning)
         curve = f", {run.evaluation / 'curve.png'}" if len(run.checkpoints) > 1 else ""

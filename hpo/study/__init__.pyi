@@ -30,6 +30,11 @@ from .locks import Lock as Lock
 from .locks import alone as alone
 from .locks import holder as holder
 from .noise import components as components
+from .notify import BEST as BEST
+from .notify import CONVERGED as CONVERGED
+from .notify import chosen_events as chosen_events
+from .notify import notifying as notifying
+from .notify import tell as tell
 from .optunaparts import set_system_attribute as set_system_attribute
 from .optunaparts import take_up as take_up
 from .pace import Forecast as Forecast
