@@ -20,6 +20,7 @@ from hpo.study.standing import (
     Standing,
     is_duplicate,
     is_feasible,
+    objective_of,
     score_of,
     standing,
 )
@@ -76,6 +77,7 @@ class Row:
     parts: Mapping[str, float]
     seconds: float | None
     settings: Mapping[str, Any]
+    objective: float | None = None  # what the sampler was told: the score, continued below 0
     reason: str = ""
     message: str = ""
     is_baseline: bool = False
@@ -164,6 +166,7 @@ def _row(trial: FrozenTrial, holder: Callable[[int], int | None], kind: StudyKin
         parts={k: attributes[k] for k in ("prompt_following", "likeness") if k in attributes},
         seconds=attributes.get("seconds"),
         settings=settings,
+        objective=objective_of(trial) if state == COMPLETE else None,
         reason=str(attributes.get("reason", "")),
         message=str(attributes.get("message", "")),
         is_baseline=attributes.get(ROLE) == BASELINE,

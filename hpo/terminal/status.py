@@ -196,11 +196,21 @@ def _folded(name: str, width: int) -> list[str]:
 
 def status_tsv(table: StudyTable) -> list[str]:
     """Lines of tab-separated values, first the names: every trial and every setting, with all digits."""
-    names = ("trial", "state", "reason", "score", "se", "prompt_following", "likeness", "seconds")
+    names = (
+        "trial",
+        "state",
+        "reason",
+        "score",
+        "se",
+        "objective",
+        "prompt_following",
+        "likeness",
+        "seconds",
+    )
     lines = ["\t".join((*names, *map(_cell, (*table.columns, *table.constants))))]
     for row in table.rows:
         values: Iterable[Any] = (
-            *(row.number, row.state, row.reason, row.score, row.se),
+            *(row.number, row.state, row.reason, row.score, row.se, row.objective),
             *(row.parts.get("prompt_following"), row.parts.get("likeness"), row.seconds),
             *(row.settings.get(name) for name in table.columns),
             *(table.constants[name] for name in table.constants),
@@ -251,6 +261,7 @@ def status_json(table: StudyTable, confirmed: Mapping[str, Any] | None) -> dict[
                 "process": row.process,
                 "score": row.score,
                 "se": row.se,
+                "objective": row.objective,
                 **row.parts,
                 "seconds": row.seconds,
                 "settings": dict(row.settings),
