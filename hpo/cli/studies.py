@@ -203,7 +203,10 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     help="sdxl-16gb, sdxl-keep, or your own FILE.toml. Default: the profile of the family.",
 )
 @click.option(
-    "--preset", metavar="NAME", help="conservative, balanced or aggressive. Default: from the profile."
+    "--preset",
+    metavar="NAME",
+    help="Memory against speed: conservative (at most 4 images per update), balanced (6), or aggressive "
+    "(8, and gradient checkpointing: less memory, slower steps). Default: from the profile.",
 )
 @click.option(
     "--trials",

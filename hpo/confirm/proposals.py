@@ -138,7 +138,7 @@ class ConfirmProposals(Proposals):
         if missing:
             why = self._failed.get(missing[0], "another process is working on it")
             raise MachineError(
-                f"{len(missing)} of {len(self.asked.wanted)} runs are missing, first trial {missing[0].of}: {why}",
+                f"{len(missing)}/{len(self.asked.wanted)} runs are missing, first trial {missing[0].of}: {why}",
                 "run the same command again to retry",
             )
         return "all runs are complete"

@@ -121,7 +121,7 @@ class JudgeView:
                     self.say(f"  {what}: {done}/{total} images{f', {left}' if left else ''}")
                 if self.should_stop() and done < total:
                     raise Interrupted(
-                        f"stopped after image {done} of {total} of {what}; finished images are kept",
+                        f"stopped after image {done}/{total} of {what}; finished images are kept",
                         "run the same command again to resume",
                     )
 

@@ -28,7 +28,7 @@ def introduction(config: StudyConfig, trials: int) -> RenderableType:
 
 
 def ratio_line(settings: int, trials: int) -> str:
-    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials per dimension"
+    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials for each searched setting"
 
 
 def summary(

@@ -127,7 +127,7 @@ class PlainView:
 
     def on_trial(self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Standing) -> None:
         self.current = Current(number, self._settings(suggested), standing)
-        place = f"trial {number} ({standing.complete + 1} of {standing.total})"
+        place = f"trial {number} ({standing.complete + 1}/{standing.total})"
         words = ", ".join(f"{name} {short(value)}" for name, value in self.current.settings.items())
         self.announce(f"{place}{', resumed' if adopted else ''}: {words}")
         self._last_line = time.monotonic()
@@ -226,7 +226,7 @@ def live_block(
     standing = current.standing
     head = Text.assemble(
         (clean_text(name), "bold"),
-        f"  trial {current.number}  ({min(standing.complete + 1, standing.total)} of {standing.total})  ",
+        f"  trial {current.number}  ({min(standing.complete + 1, standing.total)}/{standing.total})  ",
         (current.phase, "cyan"),
     )
     cells = [(clean_text(key), short(value)) for key, value in current.settings.items()]

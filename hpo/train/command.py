@@ -149,6 +149,12 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
 }
 
 
+def waits_for(config: TrainConfig, name: str) -> str:
+    """What a setting needs to have an effect, if ``config`` lacks it; else empty."""
+    acts, needed = _WAITS.get(name, (None, ""))
+    return "" if acts is None or acts(config) else needed
+
+
 def idle(file: TrainFile) -> list[str]:
     """Notes on settings that were given but need another setting to have an effect, in any folder of the dataset."""
     usual = TrainConfig().as_dict()
@@ -157,7 +163,7 @@ def idle(file: TrainFile) -> list[str]:
         subsets = read_dataset_file(Path(file.config.dataset_config)).subsets
         forms += [file.config.with_values(dict(subset.own)) for subset in subsets]
     return [
-        f"{name}: it waits for {needed}"
+        f"{name}: only used with {needed}"
         for name, (acts, needed) in _WAITS.items()
         if name in file.origins
         and getattr(file.config, name) not in (usual[name], 0, None, "")

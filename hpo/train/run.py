@@ -200,9 +200,7 @@ class _Run:
 
         def on_image(done: int, total: int) -> None:
             if stop() and done < total:
-                raise Interrupted(
-                    f"stopped after encoding {done} of {total} images", "the same command goes on"
-                )
+                raise Interrupted(f"stopped after encoding {done}/{total} images", "the same command goes on")
 
         if not self.ranks.is_first:
             self.ranks.wait()

@@ -297,7 +297,8 @@ RULES: tuple[tuple[Rule, str], ...] = (
     ),
     (
         rate_limits,
-        "`lr.limits`: clip to the profile's limits; warn if learning_rate × √(alpha/16) > 3e-4, refuse if > 6e-4",
+        "`lr.limits`: clip to the profile's limits; warn if learning_rate × √(alpha/16), the rate converted to "
+        "alpha 16, > 3e-4; refuse if > 6e-4",
     ),
     (
         text_encoder_rate,
