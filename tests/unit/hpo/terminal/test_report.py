@@ -59,7 +59,7 @@ def test_the_live_block_fits_eighty_columns_and_shows_everything() -> None:
     current.on_event(step())
     text = printed(live_block("sd15-character-my-images", current))
     assert max(map(len, text.splitlines())) <= 80
-    parts = ["trial 7", "8 of 30", "training", "63/1200", "5.0 steps/s", "loss 0.0834", "1.30e-4", "128"]
+    parts = ["trial 7", "8/30", "training", "63/1200", "5.0 steps/s", "loss 0.0834", "1.30e-4", "128"]
     parts += ["cosine_with_restarts", "trial 4", "0.6123 ± 0.0212", "0.4000", "left", "1 infeasible"]
     for part in parts:
         assert part in text, part
