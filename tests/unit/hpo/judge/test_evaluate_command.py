@@ -420,6 +420,7 @@ def test_what_follows_an_evaluation_is_the_comparison_with_the_trial_that_was_tr
 
     from hpo.judge.evaluate import following
     from hpo.judge.runfiles import find_run
+    from hpo.study.config import Inputs
 
     carried_over(place, place / "runs/s/transfer/output-sdxl")
     output = Path("runs/s/transfer/output-sdxl")
