@@ -45,7 +45,7 @@ from hpo.study import (
     recorded,
     standing,
 )
-from hpo.terminal import Stop
+from hpo.terminal import Stop, clock
 from hpo.terminal import live as report
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
@@ -247,7 +247,7 @@ def _data_line(bench: Workbench) -> str:
 def _cost_line(cost: Cost, now: Standing, size: str) -> str:
     seconds = cost.trial_seconds
     about = (
-        f"about {report.clock(seconds)} per trial, {report.clock(seconds * now.left)} in total"
+        f"about {clock(seconds)} per trial, {clock(seconds * now.left)} in total"
         if seconds
         else "time unknown"
     )

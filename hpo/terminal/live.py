@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.text import clock, figures, left, short
+from hpo.terminal.text import figures, left, short
 from trainer.events import Event, Skipped, Step
 from trainer.text import clean_text
 

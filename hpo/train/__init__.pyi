@@ -3,6 +3,5 @@ from .adapter import check_device as check_device
 from .adapter import train_adapter as train_adapter
 from .command import TrainRequest as TrainRequest
 from .command import train as train
-from .command import waits_for as waits_for
 from .plan import Steps as Steps
 from .plan import count_steps as count_steps

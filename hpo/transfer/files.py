@@ -16,7 +16,6 @@ from typing import Any
 import tomlkit
 
 from hpo.terminal import clock, short
-from hpo.train import waits_for
 from hpo.transfer.plan import Derived, SettingMove, TransferPlan
 from hpo.transfer.profile import PRESETS, Profile
 from trainer.bases import is_miniature, published_name
@@ -108,7 +107,7 @@ def settings_text(plan: TransferPlan, places: Places, head: Sequence[str]) -> st
     lines += [f"output_dir = {_value(str(places.output.resolve()))}", ""]
     for key, value in plan.config.as_dict().items():
         moves = by_key.get(key, [])
-        if not moves and key not in ALWAYS and (value == usual[key] or waits_for(plan.config, key)):
+        if not moves and key not in ALWAYS and value == usual[key]:
             continue
         lines += [""] if moves else []
         for move in moves:
