@@ -29,18 +29,26 @@ NAME, COLUMNS, ROWS = "luca", 80, 24
 IMAGES = ROOT / "docs" / "images"
 SETTINGS = f"runs/{NAME}/transfer/mini-sdxl.toml"
 OUTPUT = f"runs/{NAME}/transfer/output-mini-sdxl"
+QUICK = "quick.toml"  # the study file of mini-sdxl with fewer images and steps
+FEWER = {
+    "train-like = 6, altered = 9": "train-like = 2, altered = 3",
+    "train-like = 6, altered = 8": "train-like = 2, altered = 3",
+    "seeds = [0, 1]": "seeds = [0]",
+    "seeds = [1000, 1001]": "seeds = [1000]",
+    "steps = 20": "steps = 10",
+}
 MAKE = (  # what a step leaves behind, and the command
     ("images", ("dataset", "demo", "character", "images")),
     (f"runs/{NAME}/study.db", ("search", NAME, "--base", "mini-sd15", "--data", "images", "--trials", "8")),
     (f"runs/{NAME}/confirmed.json", ("confirm", NAME, "--top", "2", "--yes")),
     (SETTINGS, ("transfer", NAME, "--to", "mini-sdxl")),
     (f"{OUTPUT}/{NAME}_mini-sdxl.safetensors", ("train", SETTINGS)),
-    (f"{OUTPUT}/best.safetensors", ("evaluate", OUTPUT)),
+    (f"{OUTPUT}/best.safetensors", ("evaluate", OUTPUT, "--definition", QUICK)),
 )
 SHOWN = {
     "status": ("status", NAME),
     "confirm": ("confirm", NAME, "--top", "2", "--yes"),
-    "evaluate": ("evaluate", OUTPUT),
+    "evaluate": ("evaluate", OUTPUT, "--definition", QUICK),
 }
 _MOVES = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhlsu]|\x1b\][^\x07]*\x07")
 
@@ -97,6 +105,10 @@ def picture(words: tuple[str, ...], text: str) -> str:
 def main() -> None:
     work = Path(sys.argv[1]).resolve()
     work.mkdir(parents=True, exist_ok=True)
+    quick = (ROOT / "studies" / "mini-sdxl.toml").read_text(encoding="utf-8")
+    for usual, fewer in FEWER.items():
+        quick = quick.replace(usual, fewer)
+    (work / QUICK).write_text(quick, encoding="utf-8")
     for left, words in MAKE:
         if not (work / left).exists():
             subprocess.run([sys.executable, "-m", "hpo.cli", *words], cwd=work, env=environment(), check=True)
