@@ -5,7 +5,6 @@ from .checkpoints import CheckpointChoice as CheckpointChoice
 from .checkpoints import CheckpointPoint as CheckpointPoint
 from .checkpoints import CheckpointVerdict as CheckpointVerdict
 from .checkpoints import no_better_sentence as no_better_sentence
-from .checkpoints import standard_error as standard_error
 from .compare import ANCHORED as ANCHORED
 from .compare import COSINES as COSINES
 from .compare import ComparedSide as ComparedSide

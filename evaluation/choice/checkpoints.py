@@ -20,7 +20,6 @@ from evaluation.score import Anchors, Difference, Score, above_zero, paired_diff
 from trainer.errors import ModelFileError
 
 FINALISTS = 3  # scored again on the confirmation prompts (assumed)
-NORMAL_95 = 1.96  # half of a normal distribution's 95 % interval, in standard errors
 UNDERTRAINED, OVERTRAINED, BETWEEN, SINGLE = "undertrained", "overtrained", "between", "single"
 NO_BETTER = "no better than the untrained base"
 LOOK = "look at the images: lower learning_rate if they are broken, raise it or train longer if they look untrained"
@@ -86,13 +85,8 @@ def choose(points: Sequence[CheckpointPoint], anchors: Anchors) -> CheckpointCho
     return CheckpointChoice(best, min(within), within, lead)
 
 
-def standard_error(difference: Difference) -> float:
-    """The standard error of a paired difference, from its 95 % interval."""
-    return (difference.high - difference.low) / (2 * NORMAL_95)
-
-
 def _is_within(difference: Difference | None) -> bool:
-    return difference is not None and difference.mean <= standard_error(difference)
+    return difference is not None and difference.mean <= difference.se
 
 
 def finalists(

@@ -25,6 +25,7 @@ from evaluation.score.formula import USUAL, Formula, objective
 DRAWS = 1000  # bootstrap draws; a standard error is then accurate to about 2 %
 BOOTSTRAP_SEED = 20240229
 CONFIDENCE = 0.95
+NORMAL_95 = 1.96  # half of a normal distribution's 95 % interval, in standard errors
 SIGNIFICANT = 0.05
 # z(97.5 %) + z(80 %): a true difference of this many standard errors is detected with 80 % power at 5 %, two-sided
 DETECTABLE = 1.960 + 0.842
@@ -39,6 +40,11 @@ class Difference:
     mean: float
     low: float
     high: float
+
+    @property
+    def se(self) -> float:
+        """The standard error, from the 95 % interval."""
+        return (self.high - self.low) / (2 * NORMAL_95)
 
 
 # Variance components

@@ -7,11 +7,12 @@ command.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -154,6 +155,32 @@ anyway = click.option(
     "--anyway", is_flag=True, help="Go on although no trial is better than the untrained base."
 )
 study_name = click.argument("name", required=False, metavar="[NAME]", shell_complete=complete_name)
+
+
+def notifies(command: Command) -> Command:
+    """Options of the long commands that send notifications.  The innermost decorator: it runs the command."""
+
+    @click.option(
+        "--notify",
+        multiple=True,
+        metavar="URL",
+        help="Send a message to this Apprise URL when the command ends or a search converges. Also: HPO_NOTIFY.",
+    )
+    @click.option(
+        "--notify-on",
+        default="finished,failed,interrupted,converged",
+        show_default=True,
+        metavar="EVENTS",
+        help="What to send: these, and best (a new best trial).",
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, notify: tuple[str, ...], notify_on: str, **named: Any) -> Any:
+        from hpo.study import chosen_events, notifying
+
+        with notifying(notify, chosen_events(notify_on)):
+            return command(*args, **named)
+
+    return cast(Command, wrapped)
 
 
 def judged_by(command: Command) -> Command:

@@ -69,6 +69,7 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
 )
 @click.option("--seed", type=options.SEED, help="Seed of the study. Default: from the study file.")
 @options.runs
+@options.notifies
 def search(
     name: str | None,
     base: str,
@@ -86,7 +87,6 @@ def search(
     max_hours: float | None,
     device: str | None,
     keep_best: int | None,
-    notify: tuple[str, ...],
     stop_when_converged: bool,
     seed: int | None,
     runs: Path,
@@ -119,7 +119,6 @@ def search(
         enqueue=enqueue,
         max_hours=max_hours,
         keep_best=keep_best,
-        notify=notify,
         stop_when_converged=stop_when_converged,
         seed=seed,
         runs=runs,
@@ -141,6 +140,7 @@ def search(
 @click.option("--yes", is_flag=True, help="Do not ask before starting.")
 @options.anyway
 @options.runs
+@options.notifies
 def confirm(
     name: str | None, top: int, seeds: int, rescore_only: bool, yes: bool, anyway: bool, runs: Path
 ) -> None:
@@ -203,7 +203,10 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     help="sdxl-16gb, sdxl-keep, or your own FILE.toml. Default: the profile of the family.",
 )
 @click.option(
-    "--preset", metavar="NAME", help="conservative, balanced or aggressive. Default: from the profile."
+    "--preset",
+    metavar="NAME",
+    help="Memory against speed: conservative (at most 4 images per update), balanced (6), or aggressive "
+    "(8, and gradient checkpointing: less memory, slower steps). Default: from the profile.",
 )
 @click.option(
     "--trials",
@@ -222,6 +225,7 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
 @options.device("For --trials: cpu, cuda, cuda:1 … Default: the GPU if there is one.")
 @options.anyway
 @options.runs
+@options.notifies
 def transfer(
     name: str | None,
     to: str,

@@ -51,6 +51,7 @@ def plan(
     "--dry-run", is_flag=True, help="Check everything and show what would be done. Needs no weights."
 )
 @options.as_json("With --dry-run: print JSON.")
+@options.notifies
 def train(
     file: Path,
     dataset: Path | None,
@@ -87,6 +88,7 @@ def train(
 @click.command(cls=options.Renamed, renamed={"--study": "--definition"})
 @click.argument("run", type=PATH, metavar="RUN")
 @options.judged_by
+@options.notifies
 def evaluate(
     run: Path,
     data: Path | None,
@@ -125,6 +127,7 @@ def evaluate(
 @options.judged_by
 @click.option("--base-b", default="", metavar="BASE", help="RUN_B's base model. Default: from the run.")
 @click.option("--data-b", type=PATH, metavar="DIR", help="The images that RUN_B was trained on.")
+@options.notifies
 def compare(
     run_a: Path,
     run_b: Path,

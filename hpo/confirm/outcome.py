@@ -3,8 +3,9 @@
 Owns the decision rule and the file that transfer and reports read.  Does not own reading the runs (see
 ``hpo.confirm.repeats``), statistics (see ``evaluation.score.statistics``) or output texts (see ``hpo.confirm.view``).
 
-The winner is the cheapest configuration among those that are not significantly worse than the best one.  If
-any of these beats trial 0, only those that beat it are considered.
+The winner has the best confirmed score, unless a clearly cheaper configuration is equal to it within the noise.
+``RULE`` says this to users.  Cost is the number of images that a training sees, because time depends on what
+else the machine did.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ from evaluation.score import (
     p_best,
     repeat_sd,
     shrunken,
-    tied_with_best,
     with_repeat_noise,
 )
 from hpo.study import StudyFolder, read_json
 from trainer.files import write_atomic
 
 RETRAINED, RESCORED = "retrained", "rescored"
+CHEAPER = 0.8  # at most this share of the best one's images counts as cheaper (assumed)
+RULE = (
+    "The winner has the best confirmed score, unless a trial that sees at least "
+    f"{100 * (1 - CHEAPER):.0f} % fewer images is behind it by no more than the noise (±): "
+    "then the cheapest such trial."
+)
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,18 @@ class ConfirmCandidate:
         return float(np.mean([r.told for r in self.repeats]))
 
     @property
-    def cost(self) -> tuple[float, int, int]:
-        """Sort key among ties: number of trained images, then rank, then trial number."""
-        images = float(np.mean([r.trained_images for r in self.repeats]))
-        return images, int(self.config.get("network_dim", 0)), self.number
+    def images(self) -> float:
+        """Images that one training sees: the cost in the rule."""
+        return float(np.mean([r.trained_images for r in self.repeats]))
 
 
 @dataclass(frozen=True)
 class ConfirmedRow:
-    """One configuration in the outcome."""
+    """One configuration in the outcome.
+
+    ``behind``: the best score minus this one, paired by prompt; None for the best.  ``tied``: behind by no more
+    than one standard error of that difference.
+    """
 
     number: int
     settings: Mapping[str, Any]
@@ -99,6 +108,7 @@ class ConfirmedRow:
     over_trial0: Difference | None
     trained_images: float
     train_seconds: float
+    behind: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -148,48 +158,47 @@ def decide(
     draws_CK = _draws(sound, shown=True)
     values = [c.score for c in sound]
     told_C, told_CK = [c.objective for c in sound], _draws(sound, shown=False)
-    tied = [sound[k] for k in tied_with_best(told_C, told_CK)]
+    order = sorted(range(len(sound)), key=lambda k: (-told_C[k], sound[k].number))
+    best = order[0]
+    # What was told to the sampler is compared: it also ranks scores that are shown as 0.
+    behind = {k: difference(told_C[best], told_C[k], told_CK[best], told_CK[k]) for k in order[1:]}
+    tied = [best, *(k for k in order[1:] if behind[k].mean <= behind[k].se)]
     over: dict[int, Difference] = {}
     if baseline is not None:
         zero = sound.index(baseline)
         over = {
-            c.number: difference(values[k], values[zero], draws_CK[k], draws_CK[zero])
-            for k, c in enumerate(sound)
-            if c is not baseline
+            k: difference(values[k], values[zero], draws_CK[k], draws_CK[zero]) for k in order if k != zero
         }
-    better = [c for c in tied if c.number in over and over[c.number].low > 0]
-    beaten = any(d.low > 0 for d in over.values())
-    if baseline is not None and not beaten and baseline not in tied:
-        tied.append(baseline)  # no configuration is significantly better than trial 0, so it counts as tied
-    winner = min(better or tied, key=lambda c: c.cost)
-    rows = []
+    cheaper = [k for k in tied if sound[k].images <= CHEAPER * sound[best].images]
+    winner = sound[min(cheaper or [best], key=lambda k: (sound[k].images, order.index(k)))]
     chances = p_best(told_CK)
-    for k in sorted(range(len(sound)), key=lambda k: (-told_C[k], sound[k].number)):
-        c = sound[k]
-        rows.append(
-            ConfirmedRow(
-                c.number,
-                c.settings,
-                values[k],
-                *interval(draws_CK[k]),
-                tuple(r.score for r in c.repeats),
-                tuple(r.trial for r in c.repeats),
-                c.search_score,
-                float(chances[k]),
-                c in tied,
-                over.get(c.number),
-                c.cost[0],
-                float(np.mean([r.train_seconds for r in c.repeats])),
-            )
+    rows = tuple(
+        ConfirmedRow(
+            number=sound[k].number,
+            settings=sound[k].settings,
+            score=values[k],
+            low=interval(draws_CK[k])[0],
+            high=interval(draws_CK[k])[1],
+            repeats=tuple(r.score for r in sound[k].repeats),
+            confirming_trials=tuple(r.trial for r in sound[k].repeats),
+            search_score=sound[k].search_score,
+            p_best=float(chances[k]),
+            tied=k in tied,
+            over_trial0=over.get(k),
+            trained_images=sound[k].images,
+            train_seconds=float(np.mean([r.train_seconds for r in sound[k].repeats])),
+            behind=behind.get(k),
         )
+        for k in order
+    )
     falls = [c.search_score - c.score for c in sound if c.number != trial0]
     return Confirmed(
         how=how,
         winner=winner.number,
         config=winner.config,
-        rows=tuple(rows),
-        ties=tuple(c.number for c in tied),
-        beats_trial0=beaten if baseline is not None else None,
+        rows=rows,
+        ties=tuple(sound[k].number for k in tied),
+        beats_trial0=any(d.low > 0 for d in over.values()) if baseline is not None else None,
         trial0=trial0 if baseline is not None else None,
         train_sd=sd,
         train_freedom=freedom,
@@ -231,6 +240,7 @@ def write_outcome(folder: StudyFolder, outcome: Confirmed, facts: Mapping[str, A
     values = {
         "study": folder.name,
         "how": outcome.how,
+        "rule": RULE,
         "winner": outcome.winner,
         "config": dict(outcome.config),
         "settings": dict(won.settings),

@@ -102,7 +102,7 @@ class ConfirmProposals(Proposals):
     def settings(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
         run = run_of(suggested)
         found = self.asked.chosen.get(run.of)
-        return {OF: run.of, **(found.user_attrs.get("settings", {}) if found else {})}
+        return {"repeated_trial": run.of, **(found.user_attrs.get("settings", {}) if found else {})}
 
     def attributes(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
         return {ROLE: BASELINE if run_of(suggested).of == self.asked.trial0 else CONFIRMS}
@@ -138,7 +138,7 @@ class ConfirmProposals(Proposals):
         if missing:
             why = self._failed.get(missing[0], "another process is working on it")
             raise MachineError(
-                f"{len(missing)} of {len(self.asked.wanted)} runs are missing, first trial {missing[0].of}: {why}",
+                f"{len(missing)}/{len(self.asked.wanted)} runs are missing, first trial {missing[0].of}: {why}",
                 "run the same command again to retry",
             )
         return "all runs are complete"

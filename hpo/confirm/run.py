@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hpo.confirm import view as confirmview
-from hpo.confirm.outcome import RESCORED, RETRAINED, Confirmed, write_outcome
+from hpo.confirm.outcome import RESCORED, RETRAINED, RULE, Confirmed, write_outcome
 from hpo.confirm.proposals import ConfirmProposals
 from hpo.confirm.repeats import confirmed
 from hpo.confirm.wanted import (
@@ -29,6 +29,7 @@ from hpo.confirm.wanted import (
     chosen_trials,
     confirmation_prompts,
     cost_line,
+    shown_run,
     source_of,
     wanted_runs,
 )
@@ -71,7 +72,8 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
         chosen, notes = chosen_trials(study, source, request)
         wanted = wanted_runs(chosen, study, request)
         asked = Confirmation(source, {t.number: t for t in chosen}, tuple(wanted), how)
-        view = report.make_view(console, dict, asked.target.name)
+        view = report.make_view(console, shown_run, asked.target.name)
+        view.ranks = False
         for note in notes:
             view.say(note)
         view.say(cost_line(asked))
@@ -151,6 +153,9 @@ def _confirm(
         "images": bench.prompts.image_count,
     }
     kept = write_outcome(asked.source, outcome, facts)
+    won = outcome.won
+    work.says = f"confirmed: trial {won.number}, score {won.score:.4f} (95 % {won.low:.4f} … {won.high:.4f})"
+    view.say(RULE)
     console.print(confirmview.outcome_table(outcome))
     for line in confirmview.outcome_lines(outcome, asked.source, use.folder, kept=kept):
         view.say(line)

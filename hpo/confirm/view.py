@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from hpo.study import StudyFolder
-from hpo.terminal import after_search, clock, confirmed_lines, short
+from hpo.study import CONFIRMATION, PROBES, StudyFolder, read_json
+from hpo.terminal import after_search, clock, confirm_advice, confirmed_lines, short
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from evaluation.score import Difference
     from hpo.confirm.outcome import Confirmed
+    from hpo.study import StudyKind, StudyTable
 
 
 def outcome_table(outcome: Confirmed) -> Table:
-    """One row per configuration, best first, at most 80 columns wide.  ``cost``: training time per run."""
-    table = Table(box=None, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("trial", "search", "confirmed", "95 %", "over trial 0", "P(best)", "cost", ""):
+    """One row per configuration, best first, at most 80 columns wide, with the figures that the rule compares."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    for name in ("trial", "search", "confirmed", "95 %", "behind best", "images", "time", ""):
         table.add_column(name, no_wrap=True, justify="right" if name != "" else "left")
     for row in outcome.rows:
         table.add_row(
@@ -32,12 +33,18 @@ def outcome_table(outcome: Confirmed) -> Table:
             Text(f"{row.search_score:.3f}"),
             Text(f"{row.score:.3f}"),
             Text(f"{row.low:.2f} … {row.high:.2f}"),
-            Text(signed(row.over_trial0, 2) if row.over_trial0 else "–"),
-            Text(f"{row.p_best:.0%}"),
+            Text(plus_minus(row.behind) if row.behind else "–"),
+            Text(f"{row.trained_images:.0f}"),
             Text(clock(row.train_seconds)),
-            Text("winner" if row.number == outcome.winner else "tied" if row.tied else ""),
+            Text("winner" if row.number == outcome.winner else "equal" if row.tied else ""),
+            style="bold" if row.number == outcome.winner else "",
         )
     return table
+
+
+def plus_minus(what: Difference) -> str:
+    """A difference and its standard error."""
+    return f"{what.mean:.3f} ± {what.se:.3f}"
 
 
 def signed(what: Difference, digits: int = 3) -> str:
@@ -52,12 +59,8 @@ def outcome_lines(outcome: Confirmed, source: StudyFolder, target: StudyFolder, 
         f"confirmed: trial {won.number}, score {won.score:.4f} (95 % {won.low:.4f} … {won.high:.4f})"
     )
     lines += [f"  {clean_text(str(name))} = {short(value)}" for name, value in won.settings.items()]
-    if len(outcome.ties) > 1:
-        alike = ", ".join(map(str, sorted(outcome.ties)))
-        why = "the cheapest of them" if won.number != outcome.rows[0].number else "also the cheapest of them"
-        if outcome.beats_trial0 and outcome.trial0 in outcome.ties:
-            why += " that beats trial 0"
-        lines.append(f"  trials {alike} are tied (no significant difference); trial {won.number} is {why}")
+    if chosen := _why_it_won(outcome):
+        lines.append(f"  {chosen}")
     lines.append(_against_trial0(outcome))
     if outcome.shrinkage is not None:
         moved = "fell" if outcome.shrinkage >= 0 else "rose"
@@ -68,8 +71,9 @@ def outcome_lines(outcome: Confirmed, source: StudyFolder, target: StudyFolder, 
         lines.append(text)
     if outcome.train_freedom:
         lines.append(
-            f"training seed: the standard deviation of a score between training seeds is {outcome.train_sd:.4f} "
-            f"({outcome.train_freedom} degrees of freedom); the intervals include it"
+            "training seed: the same settings trained with another seed change a score by about "
+            f"{outcome.train_sd:.4f} (standard deviation in {sum(len(r.repeats) for r in outcome.rows)} trainings); "
+            "the intervals include it"
         )
     else:
         lines.append("training seed: not varied, so the intervals cover prompts and sampling seeds only")
@@ -80,6 +84,22 @@ def outcome_lines(outcome: Confirmed, source: StudyFolder, target: StudyFolder, 
             f"{source.confirmed} was not replaced: it holds a confirmation with retraining; runs: {target.root}"
         )
     return [*lines, f"next: {after_search(source, won.number)}"]
+
+
+def _why_it_won(outcome: Confirmed) -> str:
+    """Why the winner is not the best score, or which others are equal to it.  Empty if it stands alone."""
+    won, best = outcome.won, outcome.rows[0]
+    if won.behind is not None:
+        return (
+            f"trial {best.number} has the best score ({best.score:.4f}); trial {won.number} is behind it by "
+            f"{plus_minus(won.behind)}, which is within the noise, and sees {won.trained_images:.0f} images "
+            f"instead of {best.trained_images:.0f}"
+        )
+    others = sorted(number for number in outcome.ties if number != won.number)
+    if not others:
+        return ""
+    numbers, verb = ", ".join(map(str, others)), "are" if len(others) > 1 else "is"
+    return f"trial{'s' if len(others) > 1 else ''} {numbers} {verb} equal within the noise and not clearly cheaper"
 
 
 def _against_trial0(outcome: Confirmed) -> str:
@@ -93,18 +113,29 @@ def _against_trial0(outcome: Confirmed) -> str:
     return f"over trial 0: {signed(over)}" if over else "trial 0 itself is the winner"
 
 
-def status_lines(study: optuna.Study, folder: StudyFolder) -> list[str]:
-    """The noise of the scores in this study, and the state of the confirmation."""
-    from hpo.confirm.wanted import searched
-    from hpo.study import components, standing
+def result_lines(folder: StudyFolder, kind: StudyKind) -> list[str]:
+    """The confirmed result of a search, or of the search that a confirmation repeats.  Empty without one."""
+    if kind.word == CONFIRMATION:
+        source = StudyFolder(folder.root.with_name(kind.of))
+        found = read_json(source.confirmed)
+        if found is None or found.get("confirmation") != folder.name:
+            return []
+        return confirmed_lines(source)
+    return confirmed_lines(folder) if folder.confirmed.is_file() else []
+
+
+def status_lines(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> list[str]:
+    """The noise of the scores in this study, and how to go on."""
+    from hpo.study import components
     from hpo.terminal import trial_lines
 
-    if (name := searched(folder.name)) is not None:
-        return [
-            f"this study confirms {name}; for the result: hpo status {StudyFolder(folder.root.with_name(name)).words}"
-        ]
-    noise, best = components(study, folder), standing(study, 0).best
+    kind = table.kind
+    if kind.word == CONFIRMATION:
+        source = StudyFolder(folder.root.with_name(kind.of))
+        done = bool(result_lines(folder, kind))
+        return [f"{'the search' if done else 'the result appears'}: hpo status {source.words}"]
+    noise, best = components(study, folder), table.now.best
     lines = [noise.sentence(), noise.figures()] if noise else []
     if best:
         lines += [f"trial {best[0]}, extra metrics: {line}" for line in trial_lines(folder.trial(best[0]))]
-    return [*lines, *confirmed_lines(folder)]
+    return lines if kind.word == PROBES else [*lines, *confirm_advice(folder, table.now)]

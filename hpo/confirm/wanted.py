@@ -178,6 +178,8 @@ def cost_line(asked: Confirmation) -> str:
     images = confirmation_prompts(asked.source).image_count
     done = done_runs(asked.target)
     pending = [w for w in asked.wanted if w not in done]
+    if not pending:
+        return f"all {len(asked.wanted)} runs are finished already; nothing is trained or generated again"
     seconds, known = 0.0, True
     for run in pending:
         result = read_json(asked.source.trial(run.of).result) or {}
@@ -193,6 +195,12 @@ def cost_line(asked: Confirmation) -> str:
     what = "trainings with new seeds, each with" if retrained else "saved LoRA files, each with"
     numbers = ", ".join(map(str, asked.chosen))
     return f"cost: {len(pending)} {what} {images} confirmation images: {about} (trials {numbers})"
+
+
+def shown_run(suggested: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a run in words."""
+    run = run_of(suggested)
+    return {"repeats": f"trial {run.of}", "training seed": run.train_seed}
 
 
 def done_runs(target: StudyFolder) -> set[Wanted]:

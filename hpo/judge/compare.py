@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     from hpo.judge.judge import Judge
 
 
+EFFECTS = (
+    "Base effect: how far the two untrained bases differ on these prompts. Adapter effect: how much more LoRA B adds "
+    "to its base than LoRA A to its own. Together they are the difference between the LoRAs' images (last row)."
+)
+
+
 @dataclass(frozen=True)
 class Measured:
     """One side of the comparison: its scores and the images for the contact sheet."""
@@ -78,6 +84,7 @@ def compare(
             f"({prompts.size}), {first.evaluator.scorer.name}"
         )
         work.begun = True
+        view.pace.planned = 4 * prompts.image_count  # each LoRA and its untrained base
         a = _measure(runs[0], files[0], first, view)
         first.free()
         # base, data and trigger belong to the second run; prompts, references and encoders are those of the first
@@ -92,6 +99,8 @@ def compare(
     _write(folder, files, prompts, (a, b), found)
     _show(view, files, (a, b), found)
     view.say(f"results: {folder / 'compare.json'}; images side by side: {folder / 'sheet.png'}")
+    chosen = is_mark(runs[1].mark) and read_header(runs[1].mark).metadata[MARK_KEY] == files[1].path.name
+    view.say(f"LoRA B to use: {runs[1].mark if chosen else files[1].path}")
     return folder
 
 
@@ -115,11 +124,12 @@ def _measure(run: RunFiles, file: Checkpoint, judge: Judge, view: JudgeView) -> 
     try:
         judge.check(file.path)
         with drawing_alone(run):
-            with view.drawing(f"untrained {base.name}") as on_image:
+            count = judge.evaluator.prompts.image_count
+            with view.drawing(f"untrained {base.name}", count) as on_image:
                 anchors = judge.measure_anchors(run.evaluation, on_image)
             folder = run.evaluation / file.name / _set_name(judge)
             try:
-                with view.drawing(file.name) as on_image:
+                with view.drawing(file.name, count) as on_image:
                     score = judge.score(file.path, folder, on_image)
             except InvalidImages as error:
                 raise InvalidImages(f"{file.path.name}: {error.message}", error.hint) from None
@@ -220,9 +230,10 @@ def _show(
         pair = [f"{getattr(s, fields[name]):.3f}" for s in (a, b)]
         table.add_row(*map(Text, (name, *pair, f"{value.mean:+.3f}", low_high)))
     view.table(table)
-    table = _table("raw cosines", "prompt following", "95 %", "likeness", "95 %")
+    view.say(EFFECTS)
+    table = _table("raw cosines", "following", "95 %", "likeness", "95 %")
     for row, values in found.cosines.items():
-        cells = [c for name in COSINES for c in (f"{values[name].mean:+.4f}", _interval(values[name], 4))]
+        cells = [c for name in COSINES for c in (f"{values[name].mean:+.3f}", _interval(values[name]))]
         table.add_row(*map(Text, (row, *cells)))
     view.table(table)
     if found.beside:
@@ -241,8 +252,8 @@ def _show(
 
 
 def _table(title: str, *names: str) -> Table:
-    table = Table(box=None, padding=(0, 2), show_edge=False)
-    table.add_column(title, no_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(title, overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     return table

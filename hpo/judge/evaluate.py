@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hpo.judge.outcome import Evaluated
-from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark
+from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, label
 from hpo.judge.view import JudgeView
 from hpo.study import Inputs, alone, record_root, recorded
-from hpo.terminal import Stop, clock
+from hpo.terminal import Stop, clock, command
 from trainer.errors import ConfigError, InvalidImages, ModelFileError
 from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
 from trainer.tensorfile import with_metadata
@@ -50,7 +50,7 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
     judge = judges.load(run, inputs, view.say, named=study)
     damaged = _unfit(run, judge)
     root = record_root(run.evaluation, run.evaluation.parent)
-    with drawing_alone(run), recorded(root, f"evaluate {run.name}"), Stop(view.on_ask) as stop:
+    with drawing_alone(run), recorded(root, f"evaluate {run.name}") as work, Stop(view.on_ask) as stop:
         view.should_stop = stop
         outcome = _judged(run, judge, damaged, view)
         _write(run, judge, outcome)
@@ -58,10 +58,14 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
         chosen = run.checkpoints[outcome.final]
         if not run.trial:
             _mark(run, chosen, outcome)
-            view.say(f"best: {run.mark} is a copy of {chosen.path.name}")
+            work.says = f"best: {run.mark} is a copy of {chosen.path.name}"
+            view.say(work.says)
         if outcome.warning:
             view.say(outcome.warning)
-        view.say(f"results: {run.evaluation / 'evaluation.json'}, {run.evaluation / 'curve.png'}")
+        curve = f", {run.evaluation / 'curve.png'}" if len(run.checkpoints) > 1 else ""
+        view.say(f"results: {run.evaluation / 'evaluation.json'}{curve}")
+        if line := following(run, path, inputs, study):
+            view.say(f"next: {line}")
     return chosen.path
 
 
@@ -69,8 +73,11 @@ def _judged(run: RunFiles, judge: Judge, damaged: Mapping[str, str], view: Judge
     from evaluation.choice import checkpoints
     from hpo.judge.judge import LORA_NAME
 
-    anchors = _anchors(judge, run, view)
     count, prompts = len(run.checkpoints) - len(damaged), judge.evaluator.prompts
+    view.pace.planned = (count + 1) * prompts.image_count
+    if judge.confirmation is not None and count > 1:
+        view.pace.planned += (min(checkpoints.FINALISTS, count) + 1) * judge.confirmation.image_count
+    anchors = _anchors(judge, run, view)
     view.say(
         f"{count} checkpoint{'' if count == 1 else 's'} × {prompts.image_count} images ({prompts.size}), "
         f"{len(judge.reference_files)} references, {judge.evaluator.scorer.name}"
@@ -117,7 +124,8 @@ def _unfit(run: RunFiles, judge: Judge) -> dict[str, str]:
 
 
 def _anchors(judge: Judge, run: RunFiles, view: JudgeView) -> Anchors:
-    with view.drawing(f"untrained {judge.evaluator.base.name}") as on_image:
+    images = judge.evaluator.prompts.image_count
+    with view.drawing(f"untrained {judge.evaluator.base.name}", images) as on_image:
         anchors = judge.measure_anchors(run.evaluation, on_image)
     for problem in anchors.problems:
         view.say(f"warning: {problem}")
@@ -139,7 +147,7 @@ def _point(
 
     started = time.monotonic()
     try:
-        with view.drawing(checkpoint.name) as on_image:
+        with view.drawing(label(checkpoint.name), judge.evaluator.prompts.image_count) as on_image:
             folder = run.evaluation / checkpoint.name / name
             score = judge.score(checkpoint.path, folder, on_image)
     except InvalidImages as error:
@@ -155,7 +163,7 @@ def _point(
         else:
             point = CheckpointPoint(checkpoint.name, checkpoint.epoch, checkpoint.step, score)
     said = point.reason or f"score {score.value:.4f} ± {score.se:.4f}"
-    view.say(f"{checkpoint.name} ({name}): {said}, {clock(time.monotonic() - started)}")
+    view.say(f"{label(checkpoint.name)} ({name} prompts): {said}, {clock(time.monotonic() - started)}")
     return point
 
 
@@ -165,6 +173,28 @@ def drawing_alone(run: RunFiles) -> Iterator[None]:
     with alone(run.evaluation / "lock", f"evaluates {run.name}"):
         sweep_tree(run.evaluation)
         yield
+
+
+def following(run: RunFiles, path: Path, inputs: Inputs, named: str | None) -> str:
+    """The comparison with the trial that the settings were transferred from, if its LoRA file is still there."""
+    from hpo.judge.standard import transferred_from
+
+    source = transferred_from(run)
+    if source is None or not source.lora.is_file():
+        return ""
+    given = {
+        "--clip": inputs.clip,
+        "--prompts": inputs.prompts,
+        "--references": inputs.references,
+        "--base-b": inputs.base,
+        "--data-b": inputs.data,
+        "--definition": named,
+        "--device": inputs.device,
+    }
+    flags = [word for flag, value in given.items() if value for word in (flag, value)]
+    root = source.root.resolve()
+    shown = root.relative_to(Path.cwd()) if root.is_relative_to(Path.cwd()) else root
+    return command("hpo", "compare", shown, path, *flags)
 
 
 # best.safetensors
@@ -205,6 +235,9 @@ def _write(run: RunFiles, judge: Judge, outcome: Evaluated) -> None:
     from evaluation.images import png_bytes
 
     write_atomic(run.evaluation / "evaluation.json", json.dumps(_values(run, judge, outcome), indent=1))
+    if len(outcome.points) == 1:  # a single point is no curve
+        (run.evaluation / "curve.png").unlink(missing_ok=True)
+        return
     picture = curve_picture(
         outcome.points,
         outcome.choice.best,

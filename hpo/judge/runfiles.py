@@ -97,6 +97,15 @@ class RunFiles:
             return TrainConfig().with_values(places)
 
 
+def label(name: str) -> str:
+    """A checkpoint's place in the training, from its file name: ``epoch 2``, ``step 100``, else ``final``."""
+    match = _NAME.fullmatch(f"{name}.safetensors")
+    for key in ("epoch", "step"):
+        if match and match[key]:
+            return f"{key} {int(match[key])}"
+    return "final"
+
+
 def find_run(path: Path) -> RunFiles:
     """The run at ``path``: an output folder, a trial folder, ``OUTPUT/name`` or one of its files.
 

@@ -24,6 +24,7 @@ from hpo.study import (
     Inputs,
     StudyConfig,
     StudyFolder,
+    TrialFolder,
     as_begun,
     build_study,
     find_study,
@@ -44,7 +45,7 @@ from trainer.text import clean_text
 
 SWEEP_STEPS = 25  # for checkpoints and comparisons, as LyCORIS (arXiv 2309.14859) evaluates; a search uses 20
 # training_comment of a transfer's settings
-_TRANSFERRED = re.compile(r"(?P<study>.+) trial \d+, mapping \S+")
+_TRANSFERRED = re.compile(r"(?P<study>.+) trial (?P<trial>\d+), mapping \S+")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,15 @@ def _clip(folder: StudyFolder) -> str | None:
 def origin(run: RunFiles, config: TrainConfig) -> StudyFolder | None:
     """The study that the run comes from, as its trial or by transfer."""
     return run.study or _carried_over_from(run, config)
+
+
+def transferred_from(run: RunFiles) -> TrialFolder | None:
+    """The trial whose settings were transferred to this run; None for any other run."""
+    if not run.own:
+        return None
+    comment = run.config(None, None).training_comment
+    match, folder = _TRANSFERRED.fullmatch(comment), _carried_over_from(run, run.config(None, None))
+    return folder.trial(int(match["trial"])) if match and folder else None
 
 
 def _carried_over_from(run: RunFiles, config: TrainConfig) -> StudyFolder | None:

@@ -6,15 +6,18 @@ Owns the output texts only.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal import STOPPING
+from hpo.judge.runfiles import label
+from hpo.terminal import PLAIN_SECONDS, STOPPING, clock
 from trainer.errors import Interrupted
 from trainer.text import clean_text
 
@@ -22,7 +25,56 @@ if TYPE_CHECKING:
     from evaluation.choice import CheckpointPoint
     from hpo.judge.outcome import Evaluated
 
-TABLE_WIDTH = 132  # characters
+FOUND_SECONDS = 0.05  # below this time per image, the images were found on the disk
+TABLE_WIDTH = 80  # characters
+RULE = (
+    "The earliest checkpoint is chosen that is behind the best by no more than the noise (± in the last figure: "
+    "one standard error of the difference)."
+)
+
+
+@dataclass
+class Pace:
+    """How fast images are generated, and how many are still planned in the whole command.
+
+    Images that an earlier call has drawn take almost no time; only the rate of this call's slow images counts.
+    """
+
+    planned: int = 0  # images in parts that have not ended
+    seconds: float = 0.0
+    images: int = 0
+    _at: float = field(default_factory=time.monotonic)
+    _done: int = 0
+    _said: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        self._at, self._done = time.monotonic(), 0
+
+    def drawn(self, done: int) -> None:
+        """``done`` images of the current part exist now."""
+        now = time.monotonic()
+        if now - self._at > FOUND_SECONDS * (done - self._done):
+            self.seconds += now - self._at
+            self.images += done - self._done
+        self._at, self._done = now, done
+
+    def end(self, images: int) -> None:
+        """The current part of ``images`` images has ended."""
+        self.planned = max(0, self.planned - images)
+
+    def words(self, left_here: int) -> str:
+        """``about 0:40 left``; empty until the first images are drawn."""
+        if not self.images:
+            return ""
+        left = max(left_here, self.planned - self._done)
+        return f"about {clock(self.seconds / self.images * left)} left"
+
+    def is_due(self) -> bool:
+        """Whether another line may be printed where there is no terminal."""
+        if time.monotonic() - self._said < PLAIN_SECONDS:
+            return False
+        self._said = time.monotonic()
+        return True
 
 
 class JudgeView:
@@ -31,6 +83,7 @@ class JudgeView:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.should_stop: Callable[[], bool] = lambda: False
+        self.pace = Pace()
 
     def say(self, text: str) -> None:
         self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
@@ -42,26 +95,43 @@ class JudgeView:
         os.write(2, f"{STOPPING}\n".encode())
 
     @contextlib.contextmanager
-    def drawing(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A progress bar while images are generated.  Also checks for Ctrl-C between two chunks."""
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    def drawing(self, what: str, images: int = 0) -> Iterator[Callable[[int, int], None]]:
+        """Progress while images are generated: a bar on a terminal, else a line now and then.
+
+        Also checks for Ctrl-C between two chunks.  ``images``: how many this part has, for the time left of the whole
+        command (``plan``).
+        """
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
+        )
         with Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         ) as bar:
-            task = bar.add_task(clean_text(what), total=None)
+            task = bar.add_task(clean_text(what), total=images or None, left="")
+            self.pace.begin()
 
             def on_image(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total)
+                self.pace.drawn(done)
+                left = self.pace.words(total - done)
+                bar.update(task, completed=done, total=total, left=left)
+                if not self.console.is_terminal and self.pace.is_due() and done < total:
+                    self.say(f"  {what}: {done}/{total} images{f', {left}' if left else ''}")
                 if self.should_stop() and done < total:
                     raise Interrupted(
-                        f"stopped after image {done} of {total} of {what}; finished images are kept",
+                        f"stopped after image {done}/{total} of {what}; finished images are kept",
                         "run the same command again to resume",
                     )
 
-            yield on_image
+            try:
+                yield on_image
+            finally:
+                self.pace.end(images)
 
     def table(self, table: Table) -> None:
-        """Print a table without truncating it, also if the terminal or log is narrower than the table."""
+        """Print a table.  The tables fit 80 columns; a log without a width gets no narrower one."""
         screen = self.console
         if screen.width < TABLE_WIDTH:
             screen = Console(
@@ -71,7 +141,11 @@ class JudgeView:
 
     def show(self, outcome: Evaluated) -> None:
         """Print the checkpoints as a table, the verdict and the choice."""
+        self.say(RULE)
         self.table(_table(outcome))
+        for point in outcome.points:
+            if point.score is None:
+                self.say(f"{label(point.name)} is not usable: {point.reason}")
         if beside := _beside_table(outcome.points):
             self.table(beside)
         verdict = outcome.verdict
@@ -81,24 +155,22 @@ class JudgeView:
 
 
 def _table(outcome: Evaluated) -> Table:
-    table = Table(box=None, padding=(0, 2), show_edge=False)
-    for name in ("checkpoint", "epoch", "step", "prompt following", "likeness", "score", "best − this", ""):
-        table.add_column(name, justify="left" if name in ("checkpoint", "") else "right", no_wrap=name != "")
-    table.add_row(
-        *map(Text, ("untrained base", "0", "0", "1.000", "0.000", "0.000", "", "by definition")), style="dim"
-    )
+    """One row per checkpoint, at most 80 columns wide."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    for name in ("checkpoint", "following", "likeness", "score", "behind best", ""):
+        table.add_column(name, justify="left" if name in ("checkpoint", "") else "right", no_wrap=True)
+    table.add_row(*map(Text, ("untrained", "1.00", "0.00", "0.000", "", "by definition")), style="dim")
     for number, point in enumerate(outcome.points):
-        place = [clean_text(point.name), _shown(point.epoch), _shown(point.step)]
         if point.score is None:
-            table.add_row(*map(Text, (*place, "–", "–", "–", "", clean_text(point.reason))), style="dim")
+            table.add_row(*map(Text, (label(point.name), "–", "–", "–", "", "not usable")), style="dim")
             continue
         score, lead = point.score, outcome.choice.lead[number]
         cells = (
-            *place,
-            f"{score.prompt_following:.3f} ± {score.prompt_following_se:.3f}",
-            f"{score.likeness:.3f} ± {score.likeness_se:.3f}",
+            label(point.name),
+            f"{score.prompt_following:.2f} ± {score.prompt_following_se:.2f}",
+            f"{score.likeness:.2f} ± {score.likeness_se:.2f}",
             f"{score.value:.3f} ± {score.se:.3f}",
-            f"{lead.mean:.3f} ± {_se(lead):.3f}" if lead else "",
+            f"{lead.mean:.3f} ± {lead.se:.3f}" if lead else "",
             ", ".join(_words(outcome, number)),
         )
         table.add_row(*map(Text, cells), style="bold" if number == outcome.final else "")
@@ -113,9 +185,10 @@ def _beside_table(points: Sequence[CheckpointPoint]) -> Table | None:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     table.add_column("extra metrics, raw", no_wrap=True)
     for figure in scored[0][1]:
-        table.add_column(Text(f"{clean_text(figure.measure)}\n{clean_text(figure.model)}"), justify="right")
+        title = Text(f"{clean_text(figure.measure)}\n{clean_text(figure.model)}")
+        table.add_column(title, justify="right", overflow="fold")
     for name, figures in scored:
-        table.add_row(*map(Text, (clean_text(name), *(f"{figure.value:.4f}" for figure in figures))))
+        table.add_row(*map(Text, (label(name), *(f"{figure.value:.4f}" for figure in figures))))
     return table
 
 
@@ -123,8 +196,8 @@ def _words(outcome: Evaluated, number: int) -> list[str]:
     words = []
     if number == outcome.choice.best:
         words.append("best")
-    elif number in outcome.choice.within:
-        words.append("within one SE")
+    elif number in outcome.choice.within and number != outcome.final:
+        words.append("equal")
     if number == outcome.final:
         words.append("chosen")
     return words
@@ -141,7 +214,7 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
     for place, (number, point) in enumerate(zip(outcome.tested, outcome.retested, strict=True)):
         before, lead = outcome.points[number].score, outcome.rechoice.lead[place]
         after = f"{point.score.value:.3f} ± {point.score.se:.3f}" if point.score else point.reason
-        behind = f", {lead.mean:.3f} ± {_se(lead):.3f} behind" if lead else ""
+        behind = f", {lead.mean:.3f} ± {lead.se:.3f} behind" if lead else ""
         assert before is not None
         lines.append(f"confirmation: {point.name} {before.value:.3f} → {after}{behind}")
     if outcome.word == "confirmed":
@@ -149,12 +222,6 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
     else:
         lines.append(f"chosen: {final} with the confirmation prompts; the search prompts had chosen {first}")
     return lines
-
-
-def _se(lead: Any) -> float:
-    from evaluation.choice import standard_error
-
-    return standard_error(lead)
 
 
 def _shown(number: int | None) -> str:

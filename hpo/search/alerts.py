@@ -1,28 +1,19 @@
-"""Convergence alerts: CONVERGENCE_ALERT.txt and notifications.
+"""Convergence alerts: CONVERGENCE_ALERT.txt.
 
-Owns the alert file (written atomically, withdrawn when the conditions no longer hold) and sending through
-Apprise. Nothing here may end a trial or print a secret: a failed notification causes one warning line, after
-at most five seconds.
+Owns the alert file (written atomically, withdrawn when the conditions no longer hold).  Does not own notifications;
+see ``hpo.study.notify``.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from hpo.study import ConvergenceVerdict, StudyFolder, TrialRow, read_json
-from trainer.errors import ConfigError
 from trainer.files import write_atomic
 from trainer.text import clean_text
 
-NOTIFY_SECONDS = 5.0
-NOTIFY_VARIABLE = "HPO_NOTIFY"
 MEANING = {
     "converged": "more trials are unlikely to help: suggestions focus on one region, the best trials are equivalent",
     "plateau": "no recent gain above the noise, and suggestions focus on one region",
@@ -96,66 +87,3 @@ def update_alert(
     if status == "withdrawn":
         return "withdrawn" if before["status"] == "active" else None
     return verdict.level if (told, best_then) != (verdict.level, verdict.best) else None
-
-
-def notification_urls(given: Sequence[str], environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Apprise URLs from ``--notify``, else from HPO_NOTIFY (separated by spaces: a URL may contain commas)."""
-    if given:
-        return tuple(given)
-    return tuple(environment.get(NOTIFY_VARIABLE, "").split())
-
-
-def check_services(urls: Sequence[str]) -> None:
-    """Raise ConfigError for a URL that Apprise cannot parse, before the search starts.  Never prints the URL:
-    it is a secret."""
-    for number, url in enumerate(urls, 1):
-        if not _service(url):
-            raise ConfigError(
-                f"--notify (or {NOTIFY_VARIABLE}): URL {number} of {len(urls)} ({_scheme(url)}) is not an Apprise URL",
-                "use a format from https://github.com/caronc/apprise, for example ntfy://TOPIC",
-            )
-
-
-def _scheme(url: str) -> str:
-    """The part of a URL that may be printed: the service."""
-    scheme, separator, _ = url.partition("://")
-    return clean_text(scheme)[:20] if separator else "no scheme://"
-
-
-def _service(url: str) -> Any:
-    """Apprise with one service, or None.  Apprise logs URLs, which contain secrets, so its log is turned off."""
-    try:
-        import apprise
-
-        logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
-        service = apprise.Apprise()
-        return service if service.add(url) else None
-    except Exception:  # a plugin may raise anything
-        return None
-
-
-def notify(urls: Sequence[str], title: str, body: str, warn: Callable[[str], None]) -> None:
-    """Send to all URLs in parallel, for at most five seconds.  Never raises; a warning names only the service."""
-    outcomes: dict[str, bool] = {}
-
-    def send(url: str) -> None:
-        outcomes[url] = _send(url, title, body)
-
-    threads = [threading.Thread(target=send, args=(url,), daemon=True) for url in urls]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + NOTIFY_SECONDS
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    failed = sorted({_scheme(url) for url in urls if not outcomes.get(url)})
-    if failed:
-        warn(f"warning: could not send a notification ({', '.join(failed)}); the search continues")
-
-
-def _send(url: str, title: str, body: str) -> bool:
-    """Send to one service."""
-    service = _service(url)
-    try:
-        return service is not None and bool(service.notify(title=title, body=body))
-    except Exception:  # a plugin may raise anything, and a notification must not end a trial
-        return False

@@ -13,6 +13,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from hpo.search.marks import with_marks
 from hpo.study import StudyFolder, TrialFolder, database_errors, open_storage, set_system_attribute
 from hpo.terminal import beside_lines
 from trainer.errors import MachineError
@@ -67,7 +68,13 @@ def note_text(result: Result, settings: Mapping[str, Any], grid_path: str | None
         for line in beside_lines(result.beside):
             lines += ["", f"extra metrics: {_plain(line)}"]
     else:
-        lines.append(f"**{result.state}: {_plain(result.reason)}** – {_plain(result.message)}")
+        reason = _plain(result.reason.replace("_", " "))
+        lines.append(f"**{result.state}: {reason}** – {_plain(result.message)}")
+        if result.state == "infeasible":
+            lines += [
+                "",
+                "The value is not a score. It tells the sampler that this trial is worse than all others.",
+            ]
     if result.remedy:
         lines += ["", f"ran with {result.remedy} to fit into memory; this does not change the result"]
     return "\n".join([*lines, *_settings_table(settings)])
@@ -167,7 +174,7 @@ def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None])
     with database_errors(folder):
         names = optuna.get_all_study_names(storage)
         studies = [str(storage.get_study_id_from_name(name)) for name in names]
-    app = optuna_dashboard.wsgi(storage, artifact_store=artifact_store(folder))
+    app = with_marks(optuna_dashboard.wsgi(storage, artifact_store=artifact_store(folder)), storage)
 
     class Server(ThreadingMixIn, WSGIServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

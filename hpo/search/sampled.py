@@ -20,6 +20,8 @@ from hpo.search import alerts, dashboard
 from hpo.search.proposals import Proposal, Proposals
 from hpo.study import (
     BASELINE,
+    BEST,
+    CONVERGED,
     DUPLICATE,
     FAILED,
     ROLE,
@@ -39,6 +41,8 @@ from hpo.study import (
     learning_lines,
     measured,
     searched_settings,
+    standing,
+    tell,
 )
 from trainer.config import TrainConfig
 from trainer.errors import StudyStopped
@@ -53,13 +57,12 @@ MAX_DUPLICATES = 20  # in a row; then the space is exhausted
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """When the search ends, which LoRA files are kept, and where alerts are sent."""
+    """When the search ends, and which LoRA files are kept."""
 
     trials: int
     max_hours: float | None = None
     keep_best: int | None = None
     stop_when_converged: bool = False
-    notify: tuple[str, ...] = ()
 
 
 def startup_trials(total: int) -> int:
@@ -232,6 +235,7 @@ class SearchProposals(BenchProposals):
             drop_files(self.study, self.folder, self.limits.keep_best)
         self._say_measured()
         self._check_learning()
+        self._tell_of_best(result)
         self._check_convergence()
 
     def _say_measured(self) -> None:
@@ -249,6 +253,12 @@ class SearchProposals(BenchProposals):
             self._told_of_learning = True
             for line in lines:
                 self.say(line)
+
+    def _tell_of_best(self, result: Result) -> None:
+        now = standing(self.study, self.total)
+        if now.best and now.best[0] == result.number and not now.only_baseline:
+            text = f"trial {result.number} has the best search score so far: {now.best[1]:.4f} ± {now.best[2]:.4f}"
+            tell(BEST, f"{self.folder.name}: new best trial", text, self.say)
 
     def _check_convergence(self) -> None:
         if len(self.bench.study.objectives) > 1:  # not defined for a Pareto front
@@ -273,8 +283,7 @@ class SearchProposals(BenchProposals):
         text = self.folder.alert.read_text(encoding="utf-8")
         self.say(f"{self.folder.alert}: {news}; {text.splitlines()[0]}")
         dashboard.study_note(self.study, "```\n" + text + "```")
-        if self.limits.notify:
-            alerts.notify(self.limits.notify, f"{self.folder.name}: {news}", text, self.say)
+        tell(CONVERGED, f"{self.folder.name}: {news}", text, self.say)
 
     def _set_stop(self, settled: bool) -> None:
         """Set or clear the flag that stops all workers from starting trials.  The last trial to finish decides."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from rich.console import Console
 
-from hpo.search import alerts
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal
@@ -46,7 +45,7 @@ from hpo.study import (
     recorded,
     standing,
 )
-from hpo.terminal import Stop
+from hpo.terminal import Stop, clock
 from hpo.terminal import live as report
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
@@ -69,7 +68,6 @@ class SearchRequest:
     enqueue: Path | None = None
     max_hours: float | None = None
     keep_best: int | None = None
-    notify: tuple[str, ...] = ()
     stop_when_converged: bool = False
     seed: int | None = None
     runs: Path = RUNS
@@ -91,9 +89,7 @@ def search(request: SearchRequest, console: Console) -> None:
         max_hours=request.max_hours,
         keep_best=request.keep_best,
         stop_when_converged=request.stop_when_converged,
-        notify=alerts.notification_urls(request.notify),
     )
-    alerts.check_services(limits.notify)
     view = report.make_view(
         console, lambda suggested: config.space.settings(suggested, config.train), folder.name
     )
@@ -141,6 +137,7 @@ def _search(
                 error.message,
                 f"run the same command again to resume; results so far: hpo status {use.folder.words}",
             ) from None
+    work.says = report.study_line(use.folder.name, worker.standing())
     _end(study, bench, worker.standing(), why, view)
 
 
@@ -250,7 +247,7 @@ def _data_line(bench: Workbench) -> str:
 def _cost_line(cost: Cost, now: Standing, size: str) -> str:
     seconds = cost.trial_seconds
     about = (
-        f"about {report.clock(seconds)} per trial, {report.clock(seconds * now.left)} in total"
+        f"about {clock(seconds)} per trial, {clock(seconds * now.left)} in total"
         if seconds
         else "time unknown"
     )

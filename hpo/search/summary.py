@@ -28,7 +28,7 @@ def introduction(config: StudyConfig, trials: int) -> RenderableType:
 
 
 def ratio_line(settings: int, trials: int) -> str:
-    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials per dimension"
+    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials for each searched setting"
 
 
 def summary(
@@ -49,7 +49,7 @@ def summary(
     trial = folder.trial(number)
     baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
     trouble = clean_text(standing.baseline_trouble) or figures(None)
-    said, following = end_lines(folder, number)
+    said, following = end_lines(folder, standing)
     if nothing:
         said, following = [], nothing.command or f"hpo dashboard {folder.words}"
     confirm = f", confirm with: {following}" if "confirm" in following and not nothing else ""

@@ -211,7 +211,7 @@ def _train(
     def on_encoded(done: int, total: int) -> None:
         if watch.should_stop() and done < total:
             raise Interrupted(
-                f"stopped after encoding image {done} of {total}", "run the same command again to resume"
+                f"stopped after encoding image {done}/{total}", "run the same command again to resume"
             )
 
     log = StepLog(folder.steps)
@@ -248,7 +248,7 @@ def _scored(
         watch.on_image(done, total)
         if watch.should_stop() and done < total:
             raise Interrupted(
-                f"stopped after image {done} of {total}; finished images are kept",
+                f"stopped after image {done}/{total}; finished images are kept",
                 "run the same command again to resume",
             )
 

@@ -30,6 +30,11 @@ from .locks import Lock as Lock
 from .locks import alone as alone
 from .locks import holder as holder
 from .noise import components as components
+from .notify import BEST as BEST
+from .notify import CONVERGED as CONVERGED
+from .notify import chosen_events as chosen_events
+from .notify import notifying as notifying
+from .notify import tell as tell
 from .optunaparts import set_system_attribute as set_system_attribute
 from .optunaparts import take_up as take_up
 from .pace import Forecast as Forecast
@@ -92,6 +97,13 @@ from .storage import create_study as create_study
 from .storage import database_errors as database_errors
 from .storage import open_storage as open_storage
 from .storage import open_study as open_study
+from .table import CONFIRMATION as CONFIRMATION
+from .table import PROBES as PROBES
+from .table import Row as Row
+from .table import StudyKind as StudyKind
+from .table import StudyTable as StudyTable
+from .table import kind_of as kind_of
+from .table import study_table as study_table
 from .unchanged import as_begun as as_begun
 from .unchanged import check_unchanged as check_unchanged
 from .use import Use as Use

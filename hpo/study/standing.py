@@ -43,6 +43,7 @@ class Standing:
     forecast: Forecast | None = None  # of the trial that starts now, if its duration can be estimated
     duplicates: int = 0  # proposals that repeat an earlier trial; not counted as failed
     baseline_trouble: str = ""  # why the baseline has no score, if it has run
+    only_baseline: bool = False  # whether no other trial has a score
     front: tuple[int, ...] = ()  # with two objectives: trials that no other trial beats in both
 
     @property
@@ -69,6 +70,7 @@ def standing(study: optuna.Study, total: int) -> Standing:
         baseline=_figures(baseline),
         duplicates=twins,
         baseline_trouble="" if baseline else _trouble(trials),
+        only_baseline=bool(scored) and scored == [baseline],
         front=pareto_front(feasible) if len(study.directions) > 1 else (),
     )
 

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hpo.study import notify
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
-from trainer.errors import Interrupted
+from trainer.errors import Interrupted, ToolError
 from trainer.files import append_line, read_records
 
 WORK = "work.jsonl"
@@ -91,6 +92,7 @@ class Work:
 
     def __init__(self, begun: bool) -> None:
         self.begun = begun
+        self.says = ""  # the result in a line, for notifications
 
 
 @contextlib.contextmanager
@@ -116,11 +118,14 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
     if invocation.stored != invocation.words:
         row["notified"] = True
     append_line(root / WORK, json.dumps(row))
-    state = FAILED
+    state, why = FAILED, ""
     try:
         yield record
-        state = FINISHED
-    except Interrupted as error:
+        state, why = FINISHED, record.says
+    except ToolError as error:
+        why = error.message
+        if not isinstance(error, Interrupted):
+            raise
         state = INTERRUPTED
         raise Interrupted(error.message, f"hpo resume {_name(root)}") from None
     except KeyboardInterrupt:
@@ -134,6 +139,8 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
         lock.path.unlink(missing_ok=True)
         lock.release()
         _OWN.discard(name)
+        if state != REFUSED:
+            notify.tell(state, f"{_name(root)}: {step} {state}", why or f"hpo {step} {state}")
 
 
 def steps(root: Path) -> list[Step]:

@@ -1,6 +1,7 @@
 from . import live as live
 from .beside import beside_lines as beside_lines
 from .beside import trial_lines as trial_lines
+from .confirmation import confirm_advice as confirm_advice
 from .confirmation import confirmed_lines as confirmed_lines
 from .confirmation import end_lines as end_lines
 from .following import after_search as after_search
@@ -9,9 +10,14 @@ from .live import PLAIN_SECONDS as PLAIN_SECONDS
 from .live import REFRESH_PER_SECOND as REFRESH_PER_SECOND
 from .live import SMOOTHING as SMOOTHING
 from .live import STOPPING as STOPPING
-from .live import best_line as best_line
-from .live import status_table as status_table
 from .live import study_line as study_line
+from .status import best_lines as best_lines
+from .status import head_lines as head_lines
+from .status import reason_lines as reason_lines
+from .status import status_json as status_json
+from .status import status_table as status_table
+from .status import status_tsv as status_tsv
+from .status import wrapped as wrapped
 from .stop import Stop as Stop
 from .text import clock as clock
 from .text import figures as figures

@@ -9,14 +9,14 @@ from hpo.terminal.following import after_search
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    pass
+    from hpo.study import Standing
 
 
 def confirmed_lines(folder: StudyFolder) -> list[str]:
-    """The confirmed winner, or how to get one."""
+    """The confirmed winner.  Empty if the study was not confirmed."""
     found = read_json(folder.confirmed)
     if found is None:
-        return [f"scores above are search scores; confirm with: hpo confirm {folder.words}"]
+        return []
     try:
         low, high = found["interval"]
         text = f"confirmed ({found['how']}): trial {found['winner']}, score {found['score']:.4f}"
@@ -28,6 +28,15 @@ def confirmed_lines(folder: StudyFolder) -> list[str]:
     return [clean_text(text)]
 
 
+def confirm_advice(folder: StudyFolder, standing: Standing) -> list[str]:
+    """How to confirm a search that was not confirmed yet, if it has a trial to confirm."""
+    if folder.confirmed.is_file() or standing.best is None:
+        return []
+    if standing.only_baseline:
+        return ["only trial 0 has a score, so there is nothing to confirm yet: continue the search"]
+    return [f"scores above are search scores; confirm with: hpo confirm {folder.words}"]
+
+
 def confirmed_trials(folder: StudyFolder) -> tuple[int, ...]:
     """The trials listed in confirmed.json.  Empty if the file is missing or damaged."""
     found = read_json(folder.confirmed) or {}
@@ -37,9 +46,12 @@ def confirmed_trials(folder: StudyFolder) -> tuple[int, ...]:
         return ()
 
 
-def end_lines(folder: StudyFolder, best: int) -> tuple[list[str], str]:
+def end_lines(folder: StudyFolder, standing: Standing) -> tuple[list[str], str]:
     """The lines about the result at the end of a search, and the next command."""
-    known = confirmed_trials(folder)
+    assert standing.best is not None
+    best, known = standing.best[0], confirmed_trials(folder)
+    if not known and standing.only_baseline:
+        return confirm_advice(folder, standing), f"hpo status {folder.words}"
     if not known:
         return [
             "  The best search score is optimistic, because it was selected. Confirm it with new",

@@ -21,7 +21,7 @@ def command(*words: str | Path) -> str:
 def after_search(folder: StudyFolder, winner: int) -> str:
     """What to do with a study's best settings: transfer them, or, from a search on the target itself, train them."""
     base = str((read_json(folder.facts) or {}).get("base", ""))
-    kind = base if is_miniature(base) else detect.family_of_spec(base) or base
+    kind = base if not base or is_miniature(base) else detect.family_of_spec(base) or base
     if target := TARGETS.get(kind):
         return f"hpo transfer {folder.words} --to {target}"
     return command("hpo", "train", folder.trial(winner).root)

@@ -1,4 +1,4 @@
-"""Terminal output of a search: the live view, the plain-text lines, the status table and the last lines.
+"""Terminal output of a search: the live view, the plain-text lines and the last lines.
 
 Owns wording and layout.  Every number comes from the study or an event; only rates and times are computed
 here. All external text goes through ``clean_text`` and is printed without markup.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -20,16 +19,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.text import clock, figures, left, short
+from hpo.terminal.text import figures, left, short
 from trainer.events import Event, Skipped, Step
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
-    import optuna
+    from hpo.study import Result, Standing, StudyKind
 
-    from hpo.study import Result, Standing
-
-PARTS = {"prompt_following": "following", "likeness": "likeness"}  # attribute of a trial → its column
 PLAIN_SECONDS = 10.0  # between progress lines if the output is not a terminal
 REFRESH_PER_SECOND = 4
 STOPPING = "stopping after this step; press Ctrl-C again to stop at once"
@@ -113,6 +109,8 @@ class PlainView:
         self.console = console
         self.current: Current | None = None
         self.asked_to_stop: Callable[[], bool] = lambda: False
+        self.baseline = "the usual settings"  # what the study's baseline is
+        self.ranks = True  # whether the trials compete; those of a confirmation are repeats
         self._settings = settings
         self._last_line = 0.0
 
@@ -129,7 +127,7 @@ class PlainView:
 
     def on_trial(self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Standing) -> None:
         self.current = Current(number, self._settings(suggested), standing)
-        place = f"trial {number} ({standing.complete + 1} of {standing.total})"
+        place = f"trial {number} ({standing.complete + 1}/{standing.total})"
         words = ", ".join(f"{name} {short(value)}" for name, value in self.current.settings.items())
         self.announce(f"{place}{', resumed' if adopted else ''}: {words}")
         self._last_line = time.monotonic()
@@ -158,7 +156,7 @@ class PlainView:
         self.current = None
         if result.message:
             self.say(f"trial {result.number} is {result.state}: {result.message}")
-        self.say(trial_line(result, standing))
+        self.say(trial_line(result, standing if self.ranks else replace(standing, best=None)))
 
     def __enter__(self) -> PlainView:
         return self
@@ -179,7 +177,11 @@ class LiveView(PlainView):
             console=console,
             refresh_per_second=REFRESH_PER_SECOND,
             get_renderable=lambda: live_block(
-                self.name, self.current, stopping=self.stopping, width=console.width
+                self.name,
+                self.current,
+                stopping=self.stopping,
+                width=console.width,
+                baseline=self.baseline if self.ranks else "",
             ),
             transient=True,
         )
@@ -208,15 +210,23 @@ def make_view(
 
 
 def live_block(
-    name: str, current: Current | None, *, stopping: bool = False, width: int = 80
+    name: str,
+    current: Current | None,
+    *,
+    stopping: bool = False,
+    width: int = 80,
+    baseline: str = "the usual settings",
 ) -> RenderableType:
-    """The live block: trial, settings, progress, best so far, time left.  Fits 80 columns without truncation."""
+    """The live block: trial, settings, progress, best so far, time left.  Fits 80 columns without truncation.
+
+    ``baseline``: what the study's baseline is; empty if the trials do not compete, as in a confirmation.
+    """
     if current is None:
         return Text(f"{name}: choosing the next trial …", style="dim")
     standing = current.standing
     head = Text.assemble(
         (clean_text(name), "bold"),
-        f"  trial {current.number}  ({min(standing.complete + 1, standing.total)} of {standing.total})  ",
+        f"  trial {current.number}  ({min(standing.complete + 1, standing.total)}/{standing.total})  ",
         (current.phase, "cyan"),
     )
     cells = [(clean_text(key), short(value)) for key, value in current.settings.items()]
@@ -238,13 +248,13 @@ def live_block(
         else "best so far: –"
     )
     if standing.baseline:
-        best += f"   (trial {standing.baseline[0]}, the usual settings: {standing.baseline[1]:.4f})"
+        best += f"   (trial {standing.baseline[0]}, {baseline}: {standing.baseline[1]:.4f})"
     tail = left(seconds) if seconds is not None else "time left: known after the first trial"
     troubles = [
         f"{n} {what}" for n, what in ((standing.infeasible, "infeasible"), (standing.failed, "failed")) if n
     ]
     last = Text(STOPPING, style="bold") if stopping else Text("   ".join([tail, *troubles]), style="dim")
-    return Group(head, grid, bar, Text(best), last)
+    return Group(head, grid, bar, *([Text(best)] if baseline else []), last)
 
 
 def _needed(cells: Sequence[tuple[str, str]], columns: int) -> int:
@@ -270,67 +280,27 @@ def trial_line(result: Result, standing: Standing) -> str:
     return f"trial={result.number} state={result.state}{score}{best} seconds={result.seconds:.1f}"
 
 
-def study_line(name: str, standing: Standing) -> str:
-    """The last line of a search: key=value pairs, for scripts."""
-    words = [f"study={clean_text(name)}", f"complete={standing.complete}/{standing.total}"]
+def study_line(name: str, standing: Standing, kind: StudyKind | None = None) -> str:
+    """The last line of a search and of ``hpo status``: key=value pairs, for scripts.
+
+    The best score is only called ``search_score`` in a search.  A confirmation has no best of its own, and the baseline
+    of probes is called ``transferred``.
+    """
+    word = kind.word if kind else "search"
+    words = [f"study={clean_text(name)}"]
+    if kind and kind.of:
+        words.append(f"{'confirms' if word == 'confirmation' else 'probes_of'}={clean_text(kind.of)}")
+    words.append(f"complete={standing.complete}/{standing.total}")
     words += [f"infeasible={standing.infeasible}", f"failed={standing.failed}"]
     if standing.duplicates:
         words.append(f"duplicates={standing.duplicates}")
+    if word == "confirmation":
+        return " ".join(words)
+    score, baseline = ("search_score", "baseline") if word == "search" else ("score", "transferred")
     if standing.best:
-        words.append(f"best={standing.best[0]} search_score={standing.best[1]:.4f} se={standing.best[2]:.4f}")
+        words.append(f"best={standing.best[0]} {score}={standing.best[1]:.4f} se={standing.best[2]:.4f}")
     if standing.baseline:
-        words.append(f"baseline={standing.baseline[1]:.4f}")
+        words.append(f"{baseline}={standing.baseline[1]:.4f}")
     if standing.front:
         words.append("front=" + ",".join(map(str, standing.front)))
     return " ".join(words)
-
-
-def best_line(study: optuna.Study, now: Standing) -> str:
-    """All settings of the best trial, in lines of 80 columns.  A narrow status table truncates them."""
-    if now.best is None:
-        return ""
-    (best,) = [t for t in study.get_trials(deepcopy=False) if t.number == now.best[0]]
-    settings = best.user_attrs.get("settings", {})
-    words = " ".join(f"{clean_text(str(name))}={short(value)}" for name, value in settings.items())
-    text = f"best: trial {best.number}  {words}"
-    return textwrap.fill(text, 79, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-
-
-def status_table(study: optuna.Study, holder: Callable[[int], int | None]) -> RenderableType:
-    """All trials, newest last.  * marks the best score, + the Pareto front of a study with two objectives."""
-    from hpo.study import is_duplicate, score_of, standing
-
-    now = standing(study, 0)
-    parts = PARTS if len(study.directions) > 1 else {}
-    table = Table(box=None, padding=(0, 1), show_edge=False, expand=True)
-    for name, width in (
-        ("trial", 6), ("state", 17), ("score", 7), ("± se", 7), *((title, 9) for title in parts.values()),
-        ("time", 7),
-    ):  # fmt: skip
-        table.add_column(name, min_width=width, no_wrap=True)
-    table.add_column("settings", overflow="ellipsis", no_wrap=True, ratio=1)
-    trials = study.get_trials(deepcopy=False)
-    for trial in trials:
-        state = trial.user_attrs.get("outcome", trial.state.name.lower())
-        if trial.state.name == "RUNNING":
-            pid = holder(trial.number)
-            state = f"running ({pid})" if pid else "interrupted"
-        elif trial.state.name == "FAIL":
-            state = "duplicate" if is_duplicate(trial) else "failed"
-        value = score_of(trial) if state == "complete" else None
-        scored = value is not None
-        mark = "*" if now.best and trial.number == now.best[0] else ""
-        mark += "+" if trial.number in now.front else ""
-        reason = str(trial.user_attrs.get("reason", ""))
-        settings = trial.user_attrs.get("settings", {})
-        words = " ".join(f"{clean_text(str(k))}={short(v)}" for k, v in settings.items())
-        table.add_row(
-            Text(f"{trial.number}{mark}"),
-            Text(clean_text(state)),
-            Text(f"{value:.4f}" if scored else ""),
-            Text(f"{trial.user_attrs.get('se', 0.0):.4f}" if scored else ""),
-            *(Text(f"{trial.user_attrs[part]:.4f}" if scored else "") for part in parts),
-            Text(clock(trial.user_attrs["seconds"]) if "seconds" in trial.user_attrs else ""),
-            Text(f"[{clean_text(reason)}] {words}" if reason else words),
-        )
-    return table

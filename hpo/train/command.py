@@ -7,6 +7,7 @@ the run (``hpo.train.run``) or the dry run (``hpo.train.dryrun``).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,17 +150,23 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
 }
 
 
+# What hpo transfer writes for its own reasons; a user who wrote neither is not told about it.
+_TRANSFERRED, _BY_TRANSFER = re.compile(r".+ trial \d+, mapping \S+"), ("min_bucket_reso", "max_bucket_reso")
+
+
 def idle(file: TrainFile) -> list[str]:
     """Notes on settings that were given but need another setting to have an effect, in any folder of the dataset."""
     usual = TrainConfig().as_dict()
+    written = _BY_TRANSFER if _TRANSFERRED.fullmatch(file.config.training_comment) else ()
     forms = [file.config]
     if file.config.dataset_config:
         subsets = read_dataset_file(Path(file.config.dataset_config)).subsets
         forms += [file.config.with_values(dict(subset.own)) for subset in subsets]
     return [
-        f"{name}: it waits for {needed}"
+        f"{name}: only used with {needed}"
         for name, (acts, needed) in _WAITS.items()
         if name in file.origins
+        and name not in written
         and getattr(file.config, name) not in (usual[name], 0, None, "")
         and not any(map(acts, forms))
     ]

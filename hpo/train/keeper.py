@@ -43,7 +43,7 @@ class Keeper:
     def on_start(self, adapter: Adapter, step: int) -> None:
         """Called before the first step of this call; ``step`` steps are done."""
         if step:
-            self.say(f"going on after step {step} of {self.steps.total_steps}")
+            self.say(f"going on after step {step}/{self.steps.total_steps}")
         elif self.config.sample_at_first:
             self._draw("e000000")
 

@@ -81,8 +81,12 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
             runmemory.apply_plan(ladder, vram, steps_behind(folder.checkpoints), view.say)
             place = Place(load(ladder.config, data, device, view.say))
             root = record_root(folder.root, folder.root)
-            with recorded(root, f"train {folder.name}") if ranks.is_first else contextlib.nullcontext():
+            with (
+                recorded(root, f"train {folder.name}") if ranks.is_first else contextlib.nullcontext() as work
+            ):
                 _Run(folder, data, prompts, place, ladder, view, ranks).do()
+                if work is not None:
+                    work.says = f"LoRA: {folder.lora}"
         finally:
             leave()
     view.say(f"LoRA: {folder.lora}")
@@ -196,9 +200,7 @@ class _Run:
 
         def on_image(done: int, total: int) -> None:
             if stop() and done < total:
-                raise Interrupted(
-                    f"stopped after encoding {done} of {total} images", "the same command goes on"
-                )
+                raise Interrupted(f"stopped after encoding {done}/{total} images", "the same command goes on")
 
         if not self.ranks.is_first:
             self.ranks.wait()

@@ -171,7 +171,8 @@ def _write(
 ) -> list[str]:
     source = done.source
     head = (
-        f"{done.profile.family.title}: settings of {source.folder.name}, {source.says}; mapping {MAPPING_VERSION}",
+        f"{done.profile.family.title}: settings of {source.folder.name}, {source.says}; "
+        f"transfer rules, version {MAPPING_VERSION}",
     )
     return transferfile.write(
         transferfile.Contents(done.plan, done.profile, request.preset, head), places, more

@@ -153,9 +153,11 @@ def _write_kohya(contents: Contents, places: Places) -> list[str]:
     kohyaexport.write(
         kohyaexport.Export({**found.config, **extra}, found.dataset, found.command, found.notes), places.kohya
     )
-    said = [f"note: sd-scripts: {note}" for note in found.notes]
     if is_miniature(profile.family.base):
-        said.append(f"note: sd-scripts cannot load {profile.family.base}: set pretrained_model_name_or_path")
+        return [
+            f"note: sd-scripts cannot load {profile.family.base}: {places.kohya}/ only shows what is written"
+        ]
+    said = [f"note: sd-scripts: {note}" for note in found.notes]
     return [*said, f"sd-scripts: {found.command}"]
 
 
@@ -210,19 +212,21 @@ def kept_line(plan: TransferPlan) -> str:
     values = {name: getattr(plan.config, name) for name in names if name not in moved}
     if values.get("lr_scheduler") != "cosine_with_restarts":
         values.pop("lr_scheduler_num_cycles", None)
-    return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {'off' if value is None else shown(value)}" for name, value in values.items())
 
 
 def derived_lines(derived: Derived) -> list[str]:
     """The derived figures, one per line."""
     (before, now), (first, then) = derived.effective_batch, derived.updates
     lines = [
-        f"effective batch {before} → {now}" + ("" if now == before else f" ({now / before:.0%} of it)"),
-        f"updates {first} → {then} (× {then / first:.2f})",
+        f"images per update (effective batch): {_beside(now, before)}",
+        f"updates: {_beside(then, first)}",
     ]
-    if derived.integrated_rate is not None:
-        lines.append(f"integrated rate × {derived.integrated_rate:.2f} (rate × updates)")
-    lines.append(f"learning_rate × √(alpha / 16) = {derived.normalised_rate:.2g}")
+    share = derived.integrated_rate
+    if share is not None and not 0.995 < share < 1.005:
+        lines.append(
+            f"how far the LoRA can move (learning rate × updates): {share:.2f} times that of the search"
+        )
     if derived.file_bytes is not None:
         lines.append(f"LoRA file {derived.file_bytes / 1e6:.0f} MB")
     if derived.peak_bytes is not None:
@@ -232,6 +236,10 @@ def derived_lines(derived: Derived) -> list[str]:
             f"predicted time {clock(derived.seconds)} on the machine of the search (from its seconds per sample)"
         )
     return lines
+
+
+def _beside(now: int, before: int) -> str:
+    return f"{now}, as in the search" if now == before else f"{now} ({before} in the search)"
 
 
 def _cell(text: Any) -> str:

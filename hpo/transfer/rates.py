@@ -153,7 +153,10 @@ def rate_remarks(config: TrainConfig, profile: Profile) -> Iterator[TransferFind
     limits, rate, text = profile.limits, config.effective_unet_lr, config.effective_text_encoder_lr
     if config.optimizer_type in ADAM and rate > 0:
         value = normalised(rate, config.network_alpha)
-        words = f"learning_rate × √(alpha / 16) is {value:.2g}; published settings have 2.8e-5 to 2.8e-4"
+        words = (
+            f"learning_rate, converted to alpha 16 (× √(alpha / 16)), is {value:.2g}; published settings "
+            "have 2.8e-5 to 2.8e-4"
+        )
         if limits.normalised_refuse is not None and value > limits.normalised_refuse:
             yield TransferFinding(
                 "refuse", "learning_rate", f"{words}; values above {limits.normalised_refuse:g} are refused"

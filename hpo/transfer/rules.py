@@ -25,11 +25,13 @@ from hpo.transfer.rates import rate_limits, rate_remarks, text_encoder_limits, t
 from trainer.bases import block_rates
 from trainer.checks import suggestion
 from trainer.config import TrainConfig
+from trainer.data import length_of
 from trainer.errors import ConfigError
 
 MAPPING_VERSION = "1"  # increase it when the result of a rule changes
 MOST_WARMUP = 0.1  # largest share of all steps
 SMALL_SHARE = 0.3
+LEAST_SAVED, CURVE = 4, 5  # files of a run: fewer than the first number are raised to the second (assumed)
 
 
 Rule = Callable[[Draft], Iterable[Change]]
@@ -198,6 +200,35 @@ def length(draft: Draft) -> Iterator[Change]:
     )
 
 
+def saving(draft: Draft) -> Iterator[Change]:
+    """Save often enough for a curve: ``hpo evaluate`` compares the saved files of a run."""
+    config = TrainConfig().with_values(draft.values)
+    run = length_of(config, math.ceil(draft.figures.samples / config.train_batch_size))
+    if _saved(config, run.total_steps, run.total_epochs) >= LEAST_SAVED:
+        return
+    every = int(limited("save_every_n_steps", math.ceil(run.total_steps / CURVE)))
+    reason = f"{CURVE} files in {run.total_steps} steps, so that hpo evaluate can compare them"
+    yield Change("save_every_n_steps", every, "save.curve", reason)
+    for key in ("save_every_n_epochs", "save_last_n_epochs", "save_last_n_steps"):
+        yield Change(key, None, "save.curve", "replaced by save_every_n_steps")
+
+
+def _saved(config: TrainConfig, steps: int, epochs: int) -> int:
+    """Number of files at the end of the run, with the final one."""
+    count = 1
+    for length, every, last in (
+        (
+            steps,
+            config.save_every_n_steps,
+            (config.save_last_n_steps or steps) // (config.save_every_n_steps or 1),
+        ),
+        (epochs, config.save_every_n_epochs, config.save_last_n_epochs),
+    ):
+        if every:
+            count += min((length - 1) // every, last or length)
+    return count
+
+
 # Rules: rates
 
 
@@ -258,6 +289,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
         "`accum.cap_effective`: E = b × A; E′ = min(E, cap); A′ = max(1, round(E′ / b′)); E is never increased",
     ),
     (length, "`epochs.scale`: ⌈epochs × factor⌉; `steps.scale` if the length is set in steps"),
+    (saving, "`save.curve`: save 5 files during the run if it would save fewer than 4"),
     (
         unet_rate,
         "`lr.sqrt_batch` × √(E′/E), `lr.keep` × 1, `lr.factor` × f, `lr.linear_batch` × E′/E; `lr.alpha` × √(α/α′) "
@@ -265,7 +297,8 @@ RULES: tuple[tuple[Rule, str], ...] = (
     ),
     (
         rate_limits,
-        "`lr.limits`: clip to the profile's limits; warn if learning_rate × √(alpha/16) > 3e-4, refuse if > 6e-4",
+        "`lr.limits`: clip to the profile's limits; warn if learning_rate × √(alpha/16), the rate converted to "
+        "alpha 16, > 3e-4; refuse if > 6e-4",
     ),
     (
         text_encoder_rate,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from PIL import Image
 
 from hpo.search.sampled import SearchLimits
+from tests.recorded import recorded
 from tests.tiny_search import draw_images, make_search, tiny_bench
 
 BROWSER = shutil.which("chromium")
@@ -24,26 +28,44 @@ BROWSER = shutil.which("chromium")
 def test_a_browser_shows_the_grid_and_the_note_of_a_trial(tmp_path: Path) -> None:
     bench = tiny_bench(tmp_path / "runs" / "seen", draw_images(tmp_path / "images"))
     make_search(bench, SearchLimits(2)).run()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    dashboard = subprocess.Popen(
-        [sys.executable, "-m", "hpo.cli", "dashboard", "--port", str(port)],
-        cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert dashboard.stdout is not None and "/dashboard/studies/1" in dashboard.stdout.readline()
-        page = f"http://127.0.0.1:{port}/dashboard/studies/1/trials?numbers=1"
+    with served(tmp_path) as address:
+        page = f"{address}/dashboard/studies/1/trials?numbers=1"
         text = browse(tmp_path, "--dump-dom", page).decode()
         assert "Trial 1" in text and "learning_rate" in text and "prompt following" in text
         browse(tmp_path, f"--screenshot={tmp_path / 'page.png'}", page)
         with urllib.request.urlopen(page) as answer:
             assert answer.status == 200
-    finally:
-        dashboard.terminate()
-        dashboard.wait()
     shown = np.asarray(Image.open(io.BytesIO((tmp_path / "page.png").read_bytes())).convert("RGB"))
     grid = Image.open(bench.folder.trial(1).grid).convert("RGB")
     assert shows(shown, grid), "the grid is not on the page"
+
+
+@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
+def test_a_browser_shows_an_infeasible_trial_as_infeasible(tmp_path: Path) -> None:
+    recorded(tmp_path / "runs" / "seen", 5)
+    with served(tmp_path) as address:
+        text = browse(tmp_path, "--dump-dom", f"{address}/dashboard/studies/1/trials?numbers=3").decode()
+    chips = re.findall(r'MuiChip-label[^"]*">(\w+)</span>', text)
+    assert chips.count("Infeasible") == 2, chips  # in the list, and on the page of trial 3
+    assert re.search(r"Trial 3</span>.{0,400}>Infeasible</span>", text)
+    assert re.search(r"Trial 2</span>.{0,400}>Complete</span>", text)
+
+
+@contextlib.contextmanager
+def served(place: Path) -> Iterator[str]:
+    """The address of a real dashboard process of the study in ``place``."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    dashboard = subprocess.Popen(
+        [sys.executable, "-m", "hpo.cli", "dashboard", "--port", str(port)],
+        cwd=place, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert dashboard.stdout is not None and "/dashboard/studies/1" in dashboard.stdout.readline()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        dashboard.terminate()
+        dashboard.wait()
 
 
 def browse(folder: Path, what: str, page: str) -> bytes:

@@ -147,7 +147,7 @@ def test_a_search_keeps_what_it_finished_and_takes_up_the_killed_trial_at_its_ch
     said = run(here, *SEARCH, "--trials", str(TRIALS))
 
     assert f"trial {TELLING} was already finished on disk; its result was added to the study" in said
-    assert f"trial {TRAINING} ({TRIALS} of {TRIALS}), resumed: " in said
+    assert f"trial {TRAINING} ({TRIALS}/{TRIALS}), resumed: " in said
     assert kept(done) == done
     # Latents, texts and anchors of then are found: none was changed, and none made beside them.
     assert kept(path for name in ("base", "cache") for path in (study / name).rglob("*")) == shared
@@ -171,7 +171,7 @@ def test_a_search_keeps_what_it_finished_and_takes_up_the_killed_trial_at_its_ch
     assert not (lost / "checkpoints").exists()
     shown = run(here, "status", NAME)
     assert f"study={NAME} complete={TRIALS}/{TRIALS} infeasible=0 failed=0 " in shown.splitlines()[-1]
-    assert said.splitlines()[-1] == shown.splitlines()[-1]
+    assert f"# {said.splitlines()[-1]}" == shown.splitlines()[-1]
 
 
 def test_a_confirmation_draws_only_the_images_that_are_missing(here: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_confirmation_draws_only_the_images_that_are_missing(here: Path) -> No
 
     said = run(here, *CONFIRM)
 
-    assert "trial 1 (2 of 2), resumed: " in said
+    assert "trial 1 (2/2), resumed: " in said
     assert kept(done) == done
     assert says_still(definition(study), begun)
     after, now = opened(study)
@@ -213,7 +213,7 @@ def test_a_run_of_hpo_train_goes_on_from_its_checkpoint_to_its_lora_file(here: P
 
     said = run(here, *TRAIN)
 
-    assert f"going on after step {saved} of {STEPS}" in said
+    assert f"going on after step {saved}/{STEPS}" in said
     assert "latents, 0 of them encoded now" in said
     assert kept(done) == done
     assert says_still(read(log / "config.json"), config)

@@ -147,7 +147,7 @@ def _run(stepper: Stepper, length: Plan, changed: frozenset[str]) -> checkpoint.
 def _stopped(how: Conduct, length: Plan, progress: checkpoint.Progress) -> Interrupted:
     saved = "the checkpoint is saved" if how.checkpoints else "nothing is saved"
     return Interrupted(
-        f"stopped after step {progress.step} of {length.total_steps}: {saved}", "the same command goes on"
+        f"stopped after step {progress.step}/{length.total_steps}: {saved}", "the same command goes on"
     )
 
 

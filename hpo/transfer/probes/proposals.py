@@ -69,7 +69,7 @@ class ProbeProposals(BenchProposals):
         found = self.outcomes()
         probe = self.choose(found)
         assert probe is not None, "the claimed probe is not part of the design"
-        self.say(f"probe {len(found) + 1} of {self.side.scope.budget}: {probe.role}")
+        self.say(f"probe {len(found) + 1}/{self.side.scope.budget} on {self.bench.base.name}: {probe.role}")
 
     def after(self, suggested: Mapping[str, Any], result: Result) -> None:
         if result.state == FAILED:

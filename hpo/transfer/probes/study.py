@@ -47,6 +47,7 @@ class SideStudy:
         view = report.make_view(
             console, lambda suggested: side.study.space.settings(suggested, side.study.train), folder.name
         )
+        view.baseline = "the transferred settings"
         guard = alone(folder.locks / "probes.lock", f"probes {folder.name}", "wait until it has finished")
         with database_errors(folder), in_use(folder) as use, guard:
             bench = workbench.load(self.inputs, side.study, folder, view.say)

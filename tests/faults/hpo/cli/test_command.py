@@ -41,12 +41,12 @@ def run_until(line: str, number: int, here: Path, command: list[str] = COMMAND) 
 
 
 def test_a_search_that_is_killed_and_then_stopped_is_finished_by_resume(tmp_path: Path) -> None:
-    code, said = run_until("trial 1 (2 of 3)", signal.SIGKILL, tmp_path)
+    code, said = run_until("trial 1 (2/3)", signal.SIGKILL, tmp_path)
     assert code == -signal.SIGKILL and "trial=0 state=complete score=" in said
-    assert "cost: 3 trials" in said and "trials per dimension" in said
-    code, said = run_until("trial 1 (2 of 3), resumed", signal.SIGINT, tmp_path)
+    assert "cost: 3 trials" in said and "trials for each searched setting" in said
+    code, said = run_until("trial 1 (2/3), resumed", signal.SIGINT, tmp_path)
     assert code == 130, said
-    assert said.count("trial 1 (2 of 3), resumed") == 1  # nothing is printed twice by the handler
+    assert said.count("trial 1 (2/3), resumed") == 1  # nothing is printed twice by the handler
     assert "stopping after this step" in said and "next: hpo resume killed" in said
     code, said = run_until("", 0, tmp_path, RESUME)
     assert code == 0, said

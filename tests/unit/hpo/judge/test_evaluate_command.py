@@ -95,7 +95,14 @@ def test_every_checkpoint_is_scored_and_the_chosen_one_is_marked(place: Path) ->
     ours, theirs = load_tensors(mark), load_tensors(source)
     assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
     assert {p.name: sha256_file(p) for p in source.parent.glob("zkw*.safetensors")} == before
-    for words in ("untrained base", "best", "chosen", found["verdict"]["word"], "4 prompts × 1 seed"):
+    assert "next:" not in result.output, "these settings come from no study"
+    table = [
+        line
+        for line in result.output.splitlines()
+        if line.startswith(("checkpoint ", "untrained ", "epoch "))
+    ]
+    assert len(table) >= 4 and all(len(line.rstrip()) <= 80 for line in table)
+    for words in ("untrained", "best", "chosen", found["verdict"]["word"], "4 prompts × 1 seed"):
         assert words in result.output
     figures = [f["measure"] for row in rows for f in row["beside"]]
     assert {"clip_t", "clip_i"} <= set(figures), "[study] also names another model"
@@ -233,6 +240,10 @@ def test_two_bases_are_compared_on_the_same_prompts(place: Path) -> None:
     assert sheet.shape[1] == 4 * 192 + 3 * 8 + 2 * 12 and sheet.std() > 5
     for shown in ("base effect", "adapter effect", "64×64 px", "B − A", "extra metrics, raw"):
         assert shown in result.output
+    tables = [line for line in result.output.splitlines() if "…" in line and "predict" not in line]
+    assert len(tables) >= 8 and max(len(line.rstrip()) for line in tables) <= 80
+    assert "Adapter effect: how much more LoRA B adds" in result.output
+    assert "LoRA B to use: outxl/zkw.safetensors" in result.output
     assert run("compare", "out15", "nowhere", *words).exit_code == 2
 
 
@@ -399,6 +410,63 @@ def test_a_run_with_settings_of_a_study_is_judged_as_the_study_says(place: Path,
     assert found.safeguards.limits.shown is None, "so it stays off"
     named, said = judge("out15", study="runs/s")
     assert named.evaluator.formula.mean == "harmonic" and "scored with the definition of study s" in said
+
+
+def test_what_follows_an_evaluation_is_the_comparison_with_the_trial_that_was_transferred(
+    place: Path,
+) -> None:
+    import shlex
+    import shutil
+
+    from hpo.judge.evaluate import following
+    from hpo.judge.runfiles import find_run
+    from hpo.study.config import Inputs
+
+    carried_over(place, place / "runs/s/transfer/output-sdxl")
+    output = Path("runs/s/transfer/output-sdxl")
+    assert following(find_run(output), output, Inputs(base=""), None) == "", "the LoRA of the trial is gone"
+    trial = place / "runs" / "s" / "trial_0003"
+    trial.mkdir()
+    shutil.copy(place / "out15" / "zkw.safetensors", trial / "lora_trial_3.safetensors")
+    given = Inputs(base="my base", clip="a", data=Path("b c"), device="cpu")
+    words = shlex.split(following(find_run(output), output, given, None))
+    assert words == ["hpo", "compare", "runs/s/trial_0003", str(output), "--clip", "a", "--base-b", "my base",
+                     "--data-b", "b c", "--device", "cpu"]  # fmt: skip
+    assert following(find_run(Path("out15")), Path("out15"), given, None) == ""
+
+
+def test_one_checkpoint_is_no_curve(place: Path) -> None:
+    for name in ("zkw-000001", "zkw-000002"):
+        (place / "out15" / f"{name}.safetensors").unlink()
+    result = evaluate("out15")
+    assert result.exit_code == 0, result.output
+    assert not (place / "out15" / "zkw.run" / "evaluation" / "curve.png").exists()
+    assert "curve.png" not in result.output and "so there is no curve" in result.output
+
+
+def test_the_time_left_counts_only_images_that_this_call_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hpo.judge import view as views
+
+    clock = [100.0]
+    monkeypatch.setattr(views.time, "monotonic", lambda: clock[0])
+    pace = views.Pace(planned=30)
+    pace.begin()
+    assert pace.words(10) == ""
+    pace.drawn(8)  # found on the disk: no time has passed
+    assert pace.words(2) == ""
+    clock[0] += 4.0
+    pace.drawn(10)  # two images in four seconds, and twenty are left in the parts that follow
+    assert pace.words(0) == "about 0:40 left"
+    pace.end(10)
+    pace.begin()
+    assert pace.words(10) == "about 0:40 left"
+
+
+def test_a_checkpoint_is_called_by_its_place_in_the_training() -> None:
+    from hpo.judge.runfiles import label
+
+    names = ("a-000012", "a-step00000100", "a", "best")
+    assert [label(name) for name in names] == ["epoch 12", "step 100", "final", "final"]
 
 
 def test_a_second_run_with_another_trigger_is_warned_of(place: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from hpo.search.alerts import check_services, notification_urls, notify, update_alert
+from hpo.search.alerts import update_alert
 from hpo.study.convergence import ConvergenceVerdict
 from hpo.study.folder import StudyFolder, read_json
+from hpo.study.notify import check_services, notification_urls, notify
 from hpo.study.standing import TrialRow
 from trainer.errors import ConfigError
 

@@ -71,3 +71,43 @@ def test_the_warning_that_there_is_no_password_comes_before_anybody_can_come(tmp
     with socket.create_server(("0.0.0.0", 0)) as server, pytest.raises(MachineError, match="cannot listen"):
         serve(folder, "0.0.0.0", server.getsockname()[1], said.append)
     assert len(said) == 1 and "no password" in said[0]
+
+
+def test_the_dashboards_page_gets_the_script_that_marks_infeasible_trials(tmp_path: Path) -> None:
+    """The list of the dashboard calls every told trial "Complete".  The script and its data come from this process."""
+    from wsgiref.util import setup_testing_defaults
+
+    import optuna_dashboard
+
+    from hpo.search.marks import ADDRESS, SCRIPT_ADDRESS, with_marks
+    from hpo.study.storage import open_storage
+    from tests.recorded import recorded
+
+    folder = recorded(tmp_path / "t", 5)
+    storage = open_storage(folder)
+    app = with_marks(optuna_dashboard.wsgi(storage), storage)
+
+    def get(path: str, query: str = "") -> tuple[dict[str, str], str]:
+        said: dict[str, str] = {}
+        environ: dict[str, object] = {
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "HTTP_ACCEPT_ENCODING": "gzip",
+        }
+        setup_testing_defaults(environ)
+
+        def start_response(status: str, headers: list[tuple[str, str]], info: object = None) -> None:
+            said.update({"status": status, **dict(headers)})
+
+        return said, b"".join(app(environ, start_response)).decode()
+
+    said, page = get("/dashboard/studies/1")
+    assert said["status"] == "200 OK" and f'<script defer src="{SCRIPT_ADDRESS}"></script></head>' in page
+    assert (
+        int(said["Content-Length"]) == len(page.encode())
+        and "script-src 'self'" in said["Content-Security-Policy"]
+    )
+    assert ADDRESS in get(SCRIPT_ADDRESS)[1]
+    assert get(ADDRESS, "study=1")[1] == "[3]"
+    assert get(ADDRESS, "study=99")[1] == get(ADDRESS, "study=x")[1] == get(ADDRESS)[1] == "[]"
+    assert '"study_name": "t"' in get("/api/studies")[1] or "t" in get("/api/studies")[1]

@@ -15,7 +15,9 @@ from hpo.study.noise import components
 from hpo.study.result import SIGNED_INFEASIBLE_VALUE
 from hpo.study.standing import pareto_front, score_of, standing
 from hpo.study.storage import create_study, open_study
-from hpo.terminal.live import status_table, study_line
+from hpo.study.table import study_table
+from hpo.terminal.live import study_line
+from hpo.terminal.status import status_table
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
 from trainer.errors import ConfigError
 
@@ -40,12 +42,13 @@ def test_a_study_with_two_objectives_runs_resumes_and_has_a_front(tmp_path: Path
     assert now.front == pareto_front(trials) == tuple(t.number for t in study.best_trials)
     assert now.best and now.baseline and now.baseline[0] == 0
     console = Console(record=True, width=140)
-    console.print(status_table(study, lambda number: None))
+    table = study_table(study, bench.folder)
+    console.print(status_table(table, 140)[0])
     text = console.export_text()
     assert "likeness" in text and f"{now.front[0]}" in text and "+" in text
     assert "front=" in study_line("s", now)
     assert components(study, bench.folder) is None  # too few trials, and no single value to read
-    assert any("confirm" in line for line in status_lines(study, bench.folder))
+    assert any("confirm" in line for line in status_lines(study, bench.folder, table))
     assert any("Pareto front" in line for line in summary(bench.folder, now, {"a": 1}, "done"))
     assert not bench.folder.alert.exists()
     with pytest.raises(ConfigError, match="was started with 2 objective"):

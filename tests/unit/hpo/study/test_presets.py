@@ -26,6 +26,7 @@ from hpo.study.folder import StudyFolder, read_json
 from hpo.study.sections import PRESETS
 from hpo.study.standing import standing
 from hpo.study.storage import open_study
+from hpo.study.table import study_table
 from hpo.study.unchanged import check_unchanged
 from tests.tiny_search import draw_images, make_search, tiny_bench
 from trainer.bases.miniature import subjects, world
@@ -249,7 +250,9 @@ def test_a_trials_figures_beside_its_score_reach_its_note_the_status_and_the_end
     notes = study._storage.get_study_system_attrs(study._study_id).items()
     note = " ".join(str(value) for name, value in notes if "note_str" in name)
     assert f"extra metrics: {words}" in note
-    assert f"trial 0, extra metrics: {words}" in status_lines(study, bench.folder)
+    assert f"trial 0, extra metrics: {words}" in status_lines(
+        study, bench.folder, study_table(study, bench.folder)
+    )
     assert f"  extra metrics: {words}" in summary(
         bench.folder, standing(study, 1), {"learning_rate": 1e-3}, "done"
     )

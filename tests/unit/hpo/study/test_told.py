@@ -17,8 +17,10 @@ from hpo.study.result import INFEASIBLE, Result, infeasible_value, objective_val
 from hpo.study.sections import BELOW_ZERO, FOLLOWING, LIKENESS, SCORE
 from hpo.study.standing import history, objective_of, rank, score_of, standing
 from hpo.study.storage import create_study, open_study
+from hpo.study.table import study_table
 from hpo.study.unchanged import as_begun, check_unchanged
-from hpo.terminal.live import status_table, trial_line
+from hpo.terminal.live import trial_line
+from hpo.terminal.status import status_table
 from tests.tiny_search import (
     Recorder,
     SearchLimits,
@@ -84,15 +86,15 @@ def told(study: optuna.Study, *objectives: float) -> None:
         study.tell(trial, value)
 
 
-def test_the_best_of_trials_that_all_score_zero_is_the_best_by_objective() -> None:
+def test_the_best_of_trials_that_all_score_zero_is_the_best_by_objective(tmp_path: Path) -> None:
     study = optuna.create_study(direction="maximize")
     told(study, -0.06, -0.02, -0.04)
     now = standing(study, 3)
     assert now.best == (1, 0.0, 0.01) and study.best_trial.number == 1
     console = Console(record=True, width=100)
-    console.print(status_table(study, lambda number: None))
+    console.print(status_table(study_table(study, StudyFolder(tmp_path)), 100)[0])
     shown = console.export_text()
-    assert "1*" in shown and shown.count("0.0000") == 3 and "-0.0" not in shown
+    assert "1*" in shown and shown.count("0.000 ±") == 3 and "-0.0" not in shown
     line = trial_line(RESULT, now)
     assert "score=0.0000" in line and "objective=-0.0290" in line
 

@@ -59,7 +59,7 @@ def test_the_live_block_fits_eighty_columns_and_shows_everything() -> None:
     current.on_event(step())
     text = printed(live_block("sd15-character-my-images", current))
     assert max(map(len, text.splitlines())) <= 80
-    parts = ["trial 7", "8 of 30", "training", "63/1200", "5.0 steps/s", "loss 0.0834", "1.30e-4", "128"]
+    parts = ["trial 7", "8/30", "training", "63/1200", "5.0 steps/s", "loss 0.0834", "1.30e-4", "128"]
     parts += ["cosine_with_restarts", "trial 4", "0.6123 ± 0.0212", "0.4000", "left", "1 infeasible"]
     for part in parts:
         assert part in text, part
@@ -145,7 +145,7 @@ def test_without_a_terminal_there_are_plain_lines_only() -> None:
         view.on_result(result(), STANDING)
     text = screen.getvalue()
     assert "\x1b" not in text and "\r" not in text
-    assert "trial 7 (8 of 30), resumed: learning_rate 1.30e-4" in text
+    assert "trial 7 (8/30), resumed: learning_rate 1.30e-4" in text
     assert "step 63/1200" in text
     assert text.splitlines()[-1] == "trial=7 state=complete score=0.5312 se=0.0213 best=4 seconds=14.0"
 
@@ -276,7 +276,7 @@ def test_the_introduction_fits_eighty_columns() -> None:
     text = printed(introduction(read_study(find_study(None, "sd15")), 30))
     assert max(map(len, text.splitlines())) <= 80
     assert "learning_rate" in text and "network_dropout" in text
-    assert ratio_line(12, 30) == "12 settings, 30 trials: 2.5 trials per dimension"
+    assert ratio_line(12, 30) == "12 settings, 30 trials: 2.5 trials for each searched setting"
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_dry_run_shows_what_a_file_of_sd_scripts_means_and_ends_as_the_run_wou
     for part in (
         "translated: xformers = true → SDPA",
         "without effect here: lowram:",
-        "huber_c: it waits for loss_type = huber",
+        "huber_c: only used with loss_type = huber",
         "refused: color_aug = true",
         "4 samples an epoch in batches of 2 → 2 batches → 2 steps an epoch × 3 epochs → 6 steps",
     ):
@@ -224,11 +224,11 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
     with monkeypatch.context() as patch:
         patch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
         stopped = train(base, "--output", "parts", "--set", "flip_aug=true")
-    assert stopped.exit_code == 130 and "stopped after step 2 of 6" in stopped.stderr
+    assert stopped.exit_code == 130 and "stopped after step 2/6" in stopped.stderr
     assert "next: the same command goes on" in stopped.stderr
     assert not (place / "parts/lora.safetensors").exists()
     rest = train(base, "--output", "parts", "--set", "flip_aug=true")
-    assert rest.exit_code == 0 and "going on after step 2 of 6" in rest.output
+    assert rest.exit_code == 0 and "going on after step 2/6" in rest.output
     assert same("whole/lora.safetensors", "parts/lora.safetensors")
     rows = [json.loads(line) for line in (place / "parts/lora.run/train.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["event"] == "step"] == [1, 2, 3, 4, 5, 6]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpo.transfer.plan import GRID, DatasetFigures, TransferPlan, snap_down
+from hpo.transfer.plan import GRID, DatasetFigures, TransferPlan, snap_down, updates_of
 from hpo.transfer.profile import PRESETS, Profile, profiles_of, read_profile
 from hpo.transfer.rules import rules_table, transfer
 from tests.places import ROOT
@@ -326,3 +326,18 @@ def test_the_docs_describe_every_rule() -> None:
     text = (ROOT / "docs" / "transfer.md").read_text(encoding="utf-8")
     shown = text.split("<!-- rules: begin -->")[1].split("<!-- rules: end -->")[0]
     assert shown.strip() == rules_table()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "kept"), [(1, 240, 5), (2, 240, 5), (20, 240, None), (3, 240, 5)]
+)
+def test_a_short_run_saves_enough_files_for_a_curve(epochs: int, samples: int, kept: int | None) -> None:
+    source = TrainConfig().with_values({"train_batch_size": 4, "max_train_epochs": epochs})
+    for name in ("mini-sdxl", "sdxl-16gb"):
+        config = transfer(source, DatasetFigures(24, samples), read_profile(name)).config
+        if name == "sdxl-16gb" and kept is None:
+            assert (config.save_every_n_steps, config.save_every_n_epochs) == (None, 2)
+            continue
+        every, updates = config.save_every_n_steps, updates_of(config, samples)
+        assert every is not None and config.save_every_n_epochs is None
+        assert len({*range(every, updates, every), updates}) == 5

@@ -162,7 +162,7 @@ def test_a_run_that_was_stopped_twice_is_bitwise_the_run_that_never_stopped(opti
 
 def test_stopping_without_a_checkpoint_folder_says_that_nothing_is_saved():
     base = tiny_base("sd15")
-    with pytest.raises(Interrupted, match="after step 1 of 4: nothing is saved"):
+    with pytest.raises(Interrupted, match="after step 1/4: nothing is saved"):
         run(base, tiny_config(), should_stop=lambda: True)
 
 

@@ -1,0 +1,120 @@
+"""Pictures of ``hpo status``, ``confirm`` and ``evaluate`` in a terminal of 80×24, for docs/images.
+
+    python -m tests.bench.terminal_pictures WORK          makes WORK/runs first, if it is not there (about 10 minutes)
+
+The commands are real, and so is their terminal (a pseudo-terminal of 80 columns and 24 rows).  The picture shows the
+whole output, also what has scrolled away.  Confirm and evaluate have finished before, so they only print their result
+again.  Steps that are done are not repeated.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from tests.places import ROOT
+
+NAME, COLUMNS, ROWS = "luca", 80, 24
+IMAGES = ROOT / "docs" / "images"
+SETTINGS = f"runs/{NAME}/transfer/mini-sdxl.toml"
+OUTPUT = f"runs/{NAME}/transfer/output-mini-sdxl"
+QUICK = "quick.toml"  # the study file of mini-sdxl with fewer images and steps
+FEWER = {
+    "train-like = 6, altered = 9": "train-like = 2, altered = 3",
+    "train-like = 6, altered = 8": "train-like = 2, altered = 3",
+    "seeds = [0, 1]": "seeds = [0]",
+    "seeds = [1000, 1001]": "seeds = [1000]",
+    "steps = 20": "steps = 10",
+}
+MAKE = (  # what a step leaves behind, and the command
+    ("images", ("dataset", "demo", "character", "images")),
+    (f"runs/{NAME}/study.db", ("search", NAME, "--base", "mini-sd15", "--data", "images", "--trials", "8")),
+    (f"runs/{NAME}/confirmed.json", ("confirm", NAME, "--top", "2", "--yes")),
+    (SETTINGS, ("transfer", NAME, "--to", "mini-sdxl")),
+    (f"{OUTPUT}/{NAME}_mini-sdxl.safetensors", ("train", SETTINGS)),
+    (f"{OUTPUT}/best.safetensors", ("evaluate", OUTPUT, "--definition", QUICK)),
+)
+SHOWN = {
+    "status": ("status", NAME),
+    "confirm": ("confirm", NAME, "--top", "2", "--yes"),
+    "evaluate": ("evaluate", OUTPUT, "--definition", QUICK),
+}
+_MOVES = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhlsu]|\x1b\][^\x07]*\x07")
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TERM": "xterm-256color",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": str(COLUMNS),
+        "LINES": str(ROWS),
+    }
+
+
+def shown(work: Path, words: tuple[str, ...]) -> str:
+    """What the command writes to a terminal, with its colours.  Lines that it erased again are left out."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    command = [sys.executable, "-m", "hpo.cli", *words]
+    process = subprocess.Popen(
+        command, cwd=work, stdin=theirs, stdout=theirs, stderr=theirs, env=environment()
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:
+            break
+        written += part
+        if not part:
+            break
+    os.close(ours)
+    if process.wait():
+        raise SystemExit(written.decode())
+    text = written.decode().replace("\r\n", "\n")
+    lines = [line.split("\r")[-1] for line in _MOVES.sub("\r", text).split("\n")]
+    return "\n".join(lines).strip("\n")
+
+
+def picture(words: tuple[str, ...], text: str) -> str:
+    """The output as SVG.  No font is loaded from elsewhere."""
+    console = Console(
+        record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
+    console.print(Text.assemble(("$ ", "bold green"), (f"hpo {' '.join(words)}", "bold")))
+    console.print(Text.from_ansi(text))
+    svg = console.export_svg(title=f"{COLUMNS} columns")
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+    return svg.replace("Fira Code, monospace", "monospace")
+
+
+def main() -> None:
+    work = Path(sys.argv[1]).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    quick = (ROOT / "studies" / "mini-sdxl.toml").read_text(encoding="utf-8")
+    for usual, fewer in FEWER.items():
+        quick = quick.replace(usual, fewer)
+    (work / QUICK).write_text(quick, encoding="utf-8")
+    for left, words in MAKE:
+        if not (work / left).exists():
+            subprocess.run([sys.executable, "-m", "hpo.cli", *words], cwd=work, env=environment(), check=True)
+    for name, words in SHOWN.items():
+        (IMAGES / f"{name}.svg").write_text(picture(words, shown(work, words)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
