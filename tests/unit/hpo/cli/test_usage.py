@@ -128,7 +128,7 @@ def test_a_mistake_in_the_command_line_is_two_lines(words: tuple[str, ...], what
         ("search", "--base", "mini-sd15", "--references", "no"),
         ("search", "--base", "mini-sd15", "--prompts", "no"),
         ("search", "--base", "mini-sd15", "--enqueue", "no"),
-        ("search", "--base", "mini-sd15", "--study", "no"),
+        ("search", "--base", "mini-sd15", "--definition", "no"),
         ("search", "--base", "mini-sd15", "--clip", "no"),
         ("dataset", "check", "no"),
         ("dataset", "prepare", "no", "out", "--name", "x"),
@@ -142,8 +142,10 @@ def test_what_does_not_exist_has_one_code_in_every_command(
 ) -> None:
     draw_images(tmp_path / "images" / "1_zkw figure", 10)
     monkeypatch.chdir(tmp_path)
-    lines = two_lines(hpo(*words))
-    assert "no" in lines[0]
+    result = hpo(*words)
+    lines = result.stderr.strip().splitlines()[-2:]  # before them, some commands say what they do
+    assert result.exit_code == 2, result.output
+    assert lines[0].startswith("error: ") and "no" in lines[0] and lines[1].startswith("hint: "), lines
 
 
 def test_an_address_for_messages_is_a_secret_and_never_repeated() -> None:
