@@ -225,7 +225,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
         patch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
         stopped = train(base, "--output", "parts", "--set", "flip_aug=true")
     assert stopped.exit_code == 130 and "stopped after step 2/6" in stopped.stderr
-    assert "next: the same command goes on" in stopped.stderr
+    assert "next: hpo resume " in stopped.stderr
     assert not (place / "parts/lora.safetensors").exists()
     rest = train(base, "--output", "parts", "--set", "flip_aug=true")
     assert rest.exit_code == 0 and "going on after step 2/6" in rest.output
