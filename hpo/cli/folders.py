@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 TRASH = ".trash"
 RUNNING = "running"
-OUTPUT = Path("output")  # where hpo train writes if nothing else is said
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Left:
 
     @property
     def when(self) -> datetime:
-        return datetime.fromisoformat(self.step.last_utc).astimezone()
+        return self.step.when.astimezone()
 
     @property
     def says(self) -> str:
@@ -126,11 +125,11 @@ def _open(root: Path) -> list[Left]:
 
 def _roots(name: str | None, runs: Path) -> Iterator[Path]:
     """The folders that can hold a record of commands: studies, and runs of ``hpo train``."""
-    from hpo.study import WORK, find_folder, study_at, study_folder
+    from hpo.study import WORK, find_folder, outside_studies, study_at, study_folder
 
     if name is None:
         yield from (path.parent for path in sorted(runs.glob(f"*/{WORK}")))
-        yield from (path.parent for path in sorted(OUTPUT.glob(f"*.run/{WORK}")))
+        yield from outside_studies()
         return
     path = Path(name)
     if "/" not in name and (study_folder(name, runs).root / WORK).is_file():
@@ -224,18 +223,48 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 def delete(name: str, yes: bool, runs: Path) -> None:
     """Move the study NAME to the trash: its trials, its confirmation and its target trials. Says how much disk space
     it takes. Nothing is lost until the trash folder is deleted."""
-    from hpo.study import alone
-
-    folder = chosen_study(name, runs)
+    folder = chosen_study(name, runs, own=True)
+    path = Path(name)
+    if "/" in name and path.resolve() != folder.root.resolve():
+        raise ConfigError(
+            f"{name} is only a part of the study {folder.name}",
+            f"to delete the whole study: hpo delete {folder.words}",
+        )
     parts = _family(folder)
+    _check_unused(parts)
     size = sum(_bytes(part.root) for part in parts)
     names = ", ".join(clean_text(str(part.root)) for part in parts)
     click.echo(f"{names}: {size / 1e6:.1f} MB")
     if not agreed("move this to the trash?", yes=yes):
         return
     place = folder.root.parent / TRASH / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    _move(parts, place)
+    shown = shlex.quote(str(place))
+    click.echo(
+        clean_text(f"moved to {place}; to get it back: mv {shown}/* {shlex.quote(str(folder.root.parent))}/")
+    )
+    click.echo(clean_text(f"to free {size / 1e6:.1f} MB: rm -r {shown}"))
+
+
+def _check_unused(parts: list[StudyFolder]) -> None:
+    """Raise MachineError if a command is working on one of the folders."""
+    from hpo.study import holder, steps
+
+    for part in parts:
+        pid = holder(part.locks / "use.lock")
+        running = [step.step for step in steps(part.root) if step.state == RUNNING]
+        if pid is not None or running:
+            what = f"process {pid} works" if pid is not None else f"hpo {running[-1]} is working"
+            raise MachineError(f"{what} on {part.name}", "stop it first: Ctrl-C")
+
+
+def _move(parts: list[StudyFolder], place: Path) -> None:
+    """Move all the folders, or none of them.  They stay locked meanwhile, so that no search begins in one."""
+    from hpo.study import alone
+
+    moved: list[StudyFolder] = []
     with contextlib.ExitStack() as held:
-        for part in parts:  # no process may be working on any of them
+        for part in parts:
             held.enter_context(
                 alone(part.locks / "use.lock", f"works on {part.name}", "stop it first: Ctrl-C")
             )
@@ -243,13 +272,12 @@ def delete(name: str, yes: bool, runs: Path) -> None:
             place.mkdir(parents=True)
             for part in parts:
                 os.rename(part.root, place / part.name)
+                moved.append(part)
         except OSError as error:
+            for part in moved:
+                with contextlib.suppress(OSError):
+                    os.rename(place / part.name, part.root)
             raise machine_error(error, place) from error
-    shown = shlex.quote(str(place))
-    click.echo(
-        clean_text(f"moved to {place}; to get it back: mv {shown}/* {shlex.quote(str(folder.root.parent))}/")
-    )
-    click.echo(clean_text(f"to free {size / 1e6:.1f} MB: rm -r {shown}"))
 
 
 def _family(folder: StudyFolder) -> list[StudyFolder]:

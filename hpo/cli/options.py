@@ -162,6 +162,7 @@ def notifies(command: Command) -> Command:
 
     @click.option(
         "--notify",
+        type=NOTIFY,
         multiple=True,
         metavar="URL",
         help="Send a message to this Apprise URL when the command ends or a search converges. Also: HPO_NOTIFY.",

@@ -58,13 +58,6 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
     help="Keep only the LoRA files of the best K trials.",
 )
 @click.option(
-    "--notify",
-    type=options.NOTIFY,
-    multiple=True,
-    metavar="URL",
-    help="Send convergence alerts to this Apprise URL. Also: HPO_NOTIFY.",
-)
-@click.option(
     "--stop-when-converged", is_flag=True, help="End the search when more trials are unlikely to help."
 )
 @click.option("--seed", type=options.SEED, help="Seed of the study. Default: from the study file.")

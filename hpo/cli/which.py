@@ -65,7 +65,7 @@ def new_study(name: str, runs: Path) -> tuple[str, Path]:
 
 def at_terminal() -> bool:
     """Whether a person can be asked."""
-    return sys.stdin.isatty()
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def ask_which(question: str, choices: Sequence[T], says: Sequence[str]) -> T:
@@ -112,9 +112,9 @@ def agreed(question: str, *, yes: bool) -> bool:
     if yes:
         return True
     if at_terminal():
-        return click.confirm(question, default=True)
+        return click.confirm(question, default=False)
     click.echo(f"{question} [y/N]: ", nl=False)
-    for line in sys.stdin:
+    for line in sys.stdin or ():
         answer = line.strip().lower()
         click.echo(clean_text(answer[:20]))
         if answer in ("y", "yes"):

@@ -123,6 +123,7 @@ from .work import Invocation as Invocation
 from .work import Step as Step
 from .work import Work as Work
 from .work import open_steps as open_steps
+from .work import outside_studies as outside_studies
 from .work import record_root as record_root
 from .work import recorded as recorded
 from .work import steps as steps

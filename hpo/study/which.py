@@ -120,16 +120,9 @@ def _last(folder: StudyFolder) -> WorkedOn:
     done = steps(folder.root)
     if not done:
         return WorkedOn(folder, datetime.fromtimestamp(_changed(folder.database), UTC), None)
-    last = max(done, key=lambda step: (step.state == RUNNING, step.last_utc))
-    when = datetime.now(UTC) if last.state == RUNNING else _time(last.last_utc)
+    last = max(done, key=lambda step: (step.state == RUNNING, step.when))
+    when = datetime.now(UTC) if last.state == RUNNING else last.when
     return WorkedOn(folder, when, last)
-
-
-def _time(text: str) -> datetime:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return datetime.fromtimestamp(0, UTC)
 
 
 def _changed(database: Path) -> float:

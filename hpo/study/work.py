@@ -1,7 +1,7 @@
 """The record of the commands that worked on a study or a run: what was run, from where, and how it ended.
 
 Owns work.jsonl, and the decision which step is finished, interrupted or still running.  Does not own the choice of
-a study (``hpo.study.which``) or the repetition of a command (``hpo.cli.resume``).
+a study (``hpo.study.which``) or the repetition of a command (``hpo.cli.folders``).
 
     {"id": "…", "event": "started", "step": "confirm", "words": ["confirm", "luca"], "cwd": "…", "time_utc": "…"}
     {"id": "…", "event": "finished" | "interrupted" | "failed" | "refused", "time_utc": "…"}
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import uuid
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,9 @@ from pathlib import Path
 from hpo.study import notify
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
-from trainer.errors import Interrupted, ToolError
+from trainer.errors import Interrupted, MachineError, ToolError
 from trainer.files import append_line, read_records
+from trainer.memory import cache_folder
 
 WORK = "work.jsonl"
 STARTED, RUNNING, FINISHED, INTERRUPTED, FAILED, REFUSED = (
@@ -83,8 +85,12 @@ class Step:
         return self.state in (INTERRUPTED, FAILED)
 
     @property
-    def last_utc(self) -> str:
-        return self.ended_utc or self.started_utc
+    def when(self) -> datetime:
+        """When it ended, else when it began.  1970 if that is not recorded."""
+        try:
+            return datetime.fromisoformat(self.ended_utc or self.started_utc)
+        except ValueError:
+            return datetime.fromtimestamp(0, UTC)
 
 
 class Work:
@@ -118,6 +124,7 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
     if invocation.stored != invocation.words:
         row["notified"] = True
     append_line(root / WORK, json.dumps(row))
+    _index(root, invocation.cwd)
     state, why = FAILED, ""
     try:
         yield record
@@ -177,6 +184,33 @@ def steps(root: Path) -> list[Step]:
 def record_root(path: Path, otherwise: Path) -> Path:
     """Where a command that works at ``path`` is recorded: in the study that contains it, else in ``otherwise``."""
     return next((place for place in path.absolute().parents if (place / "study.db").is_file()), otherwise)
+
+
+def outside_studies() -> list[Path]:
+    """The folders outside studies in which commands were recorded that were started in the current folder."""
+    found = [path.parent for path in sorted(Path("output").glob(f"*.run/{WORK}"))]
+    if (place := _index_file()) is not None:
+        rows = read_records(place)
+        found += [Path(str(row.get("root"))) for row in rows if row.get("cwd") == os.getcwd()]
+    known = {root.resolve(): root for root in found if (root / WORK).is_file()}
+    return list(known.values())
+
+
+def _index(root: Path, cwd: str) -> None:
+    """Note a folder that is not a study, so that ``hpo resume`` finds it.  Without a cache folder it cannot."""
+    place = _index_file()
+    if place is None or (root / "study.db").is_file():
+        return
+    with contextlib.suppress(MachineError, OSError):
+        row = {"root": str(root.resolve()), "cwd": cwd}
+        if row not in read_records(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            append_line(place, json.dumps(row))
+
+
+def _index_file() -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / "runs.jsonl"
 
 
 def open_steps(root: Path) -> list[Step]:

@@ -11,3 +11,4 @@ from .ladder import next_rung as next_rung
 from .stacks import Attempt as Attempt
 from .stacks import Stack as Stack
 from .stacks import choose as choose
+from .store import cache_folder as cache_folder
