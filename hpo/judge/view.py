@@ -117,7 +117,7 @@ class JudgeView:
                 self.pace.drawn(done)
                 left = self.pace.words(total - done)
                 bar.update(task, completed=done, total=total, left=left)
-                if not self.console.is_terminal and self.pace.is_due() and done < total:
+                if not self.console.is_terminal and self.pace.is_due() and 0 < done < total:
                     self.say(f"  {what}: {done}/{total} images{f', {left}' if left else ''}")
                 if self.should_stop() and done < total:
                     raise Interrupted(
