@@ -216,7 +216,7 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
         after = f"{point.score.value:.3f} ± {point.score.se:.3f}" if point.score else point.reason
         behind = f", {lead.mean:.3f} ± {lead.se:.3f} behind" if lead else ""
         assert before is not None
-        lines.append(f"confirmation: {point.name} {before.value:.3f} → {after}{behind}")
+        lines.append(f"confirmation: {label(point.name)} {before.value:.3f} → {after}{behind}")
     if outcome.word == "confirmed":
         lines.append(f"chosen: {final}, also with the confirmation prompts")
     else:
