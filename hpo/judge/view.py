@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FOUND_SECONDS = 0.05  # below this time per image, the images were found on the disk
 TABLE_WIDTH = 80  # characters
 RULE = (
-    "The earliest checkpoint is chosen that is behind the best by no more than the noise (± in the last figure: "
+    "The earliest checkpoint is chosen that is behind the best by no more than the noise (its ±: "
     "one standard error of the difference)."
 )
 
@@ -156,7 +156,7 @@ class JudgeView:
 
 def _table(outcome: Evaluated) -> Table:
     """One row per checkpoint, at most 80 columns wide."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in ("checkpoint", "following", "likeness", "score", "behind best", ""):
         table.add_column(name, justify="left" if name in ("checkpoint", "") else "right", no_wrap=True)
     table.add_row(*map(Text, ("untrained", "1.00", "0.00", "0.000", "", "by definition")), style="dim")

@@ -2,7 +2,7 @@
 
     python -m tests.bench.terminal_pictures WORK          makes WORK/runs first, if it is not there (about 10 minutes)
 
-The commands are real, and so is their terminal (a pseudo-terminal of 80 columns and 24 rows).  The picture shows the
+Paths are shown from WORK on.  The commands are real, and so is their terminal (a pseudo-terminal of 80 columns and 24 rows).  The picture shows the
 whole output, also what has scrolled away.  Confirm and evaluate have finished before, so they only print their result
 again.  Steps that are done are not repeated.
 """
@@ -86,7 +86,7 @@ def shown(work: Path, words: tuple[str, ...]) -> str:
     os.close(ours)
     if process.wait():
         raise SystemExit(written.decode())
-    return on_screen(written.decode())
+    return on_screen(written.decode().replace(f"{work}/", ""))
 
 
 def on_screen(written: str) -> str:
