@@ -2,9 +2,9 @@
 
     python -m tests.bench.terminal_pictures WORK          makes WORK/runs first, if it is not there (about 10 minutes)
 
-Paths are shown from WORK on.  The commands are real, and so is their terminal (a pseudo-terminal of 80 columns and 24 rows).  The picture shows the
-whole output, also what has scrolled away.  Confirm and evaluate have finished before, so they only print their result
-again.  Steps that are done are not repeated.
+Paths are shown from WORK on.  The commands are real, and so is their terminal (a pseudo-terminal of 80 columns and 24
+rows).  The picture shows the whole output, also what has scrolled away.  Confirm and evaluate have finished before, so
+they only print their result again.  Steps that are done are not repeated.
 """
 
 from __future__ import annotations
