@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FOUND_SECONDS = 0.05  # below this time per image, the images were found on the disk
 TABLE_WIDTH = 80  # characters
 RULE = (
-    "The earliest checkpoint is chosen that is behind the best by no more than the noise (± in the last figure: "
+    "The earliest checkpoint is chosen that is behind the best by no more than the noise (its ±: "
     "one standard error of the difference)."
 )
 
@@ -117,7 +117,7 @@ class JudgeView:
                 self.pace.drawn(done)
                 left = self.pace.words(total - done)
                 bar.update(task, completed=done, total=total, left=left)
-                if not self.console.is_terminal and self.pace.is_due() and done < total:
+                if not self.console.is_terminal and self.pace.is_due() and 0 < done < total:
                     self.say(f"  {what}: {done}/{total} images{f', {left}' if left else ''}")
                 if self.should_stop() and done < total:
                     raise Interrupted(
@@ -156,7 +156,7 @@ class JudgeView:
 
 def _table(outcome: Evaluated) -> Table:
     """One row per checkpoint, at most 80 columns wide."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in ("checkpoint", "following", "likeness", "score", "behind best", ""):
         table.add_column(name, justify="left" if name in ("checkpoint", "") else "right", no_wrap=True)
     table.add_row(*map(Text, ("untrained", "1.00", "0.00", "0.000", "", "by definition")), style="dim")
@@ -216,7 +216,7 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
         after = f"{point.score.value:.3f} ± {point.score.se:.3f}" if point.score else point.reason
         behind = f", {lead.mean:.3f} ± {lead.se:.3f} behind" if lead else ""
         assert before is not None
-        lines.append(f"confirmation: {point.name} {before.value:.3f} → {after}{behind}")
+        lines.append(f"confirmation: {label(point.name)} {before.value:.3f} → {after}{behind}")
     if outcome.word == "confirmed":
         lines.append(f"chosen: {final}, also with the confirmation prompts")
     else:

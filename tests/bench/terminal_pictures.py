@@ -2,9 +2,9 @@
 
     python -m tests.bench.terminal_pictures WORK          makes WORK/runs first, if it is not there (about 10 minutes)
 
-The commands are real, and so is their terminal (a pseudo-terminal of 80 columns and 24 rows).  The picture shows the
-whole output, also what has scrolled away.  Confirm and evaluate have finished before, so they only print their result
-again.  Steps that are done are not repeated.
+Paths are shown from WORK on.  The commands are real, and so is their terminal (a pseudo-terminal of 80 columns and 24
+rows).  The picture shows the whole output, also what has scrolled away.  Confirm and evaluate have finished before, so
+they only print their result again.  Steps that are done are not repeated.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ SHOWN = {
     "confirm": ("confirm", NAME, "--top", "2", "--yes"),
     "evaluate": ("evaluate", OUTPUT, "--definition", QUICK),
 }
-_MOVES = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhlsu]|\x1b\][^\x07]*\x07")
+_MOVES = re.compile(r"(\n|\r|\x1b\[[0-9;?]*[A-HJKSTfhlsu]|\x1b\][^\x07]*\x07)")
+_OTHER = re.compile(r"\r|\x1b\[[0-9;?]*[A-HJKSTfhlsu]|\x1b\][^\x07]*\x07")
 
 
 def environment() -> dict[str, str]:
@@ -85,9 +86,23 @@ def shown(work: Path, words: tuple[str, ...]) -> str:
     os.close(ours)
     if process.wait():
         raise SystemExit(written.decode())
-    text = written.decode().replace("\r\n", "\n")
-    lines = [line.split("\r")[-1] for line in _MOVES.sub("\r", text).split("\n")]
-    return "\n".join(lines).strip("\n")
+    return on_screen(written.decode().replace(f"{work}/", ""))
+
+
+def on_screen(written: str) -> str:
+    """The lines that stay: what was erased or overwritten by moving up is gone.  Colours are kept."""
+    lines, row = [""], 0
+    for part in _MOVES.split(written):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part.endswith("A") and part.startswith("\x1b["):
+            row = max(0, row - int(part[2:-1] or 1))
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part and not _OTHER.fullmatch(part):
+            lines[row] += part
+    return "\n".join(line for line in lines if line.strip())
 
 
 def picture(words: tuple[str, ...], text: str) -> str:
