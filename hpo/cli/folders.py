@@ -41,7 +41,8 @@ class Left:
 
     @property
     def command(self) -> str:
-        return shlex.join(["hpo", *self.step.words])
+        many = ["torchrun", "--nproc-per-node", str(self.step.processes), "-m", "hpo.cli"]
+        return shlex.join([*(many if self.step.processes > 1 else ["hpo"]), *self.step.words])
 
     @property
     def when(self) -> datetime:
@@ -63,6 +64,11 @@ def resume(ctx: click.Context, name: str | None, notify: tuple[str, ...], runs: 
     """Go on with the command that was interrupted last, with its own arguments: search, confirm, transfer, train,
     evaluate or compare. NAME: a study, or the output folder of hpo train. Default: whatever was interrupted last."""
     left = _left(name, runs)
+    if left.step.processes > 1:
+        raise ConfigError(
+            f"{left.says} ran on several GPUs, which hpo resume cannot start",
+            f"in {left.step.cwd}, run: {left.command}",
+        )
     group = ctx.find_root().command
     assert isinstance(group, click.Group)
     command = group.commands.get(left.step.words[0])

@@ -141,10 +141,10 @@ def confirm(
     search did not use these seeds and prompts. Run the same command again to resume an interrupted
     confirmation."""
     calm_libraries()
+    folder = chosen_study(name, runs)
     from hpo.confirm import ConfirmRequest
     from hpo.confirm import confirm as run
 
-    folder = chosen_study(name, runs)
     request = ConfirmRequest(
         name=folder.name,
         top=top,
@@ -234,9 +234,9 @@ def transfer(
     """Transfer the best settings of the study NAME to SDXL. Shows what changes and why, and writes the files for
     the run. To resume interrupted probes: hpo resume, or the same command again."""
     calm_libraries()
+    folder = chosen_study(name, runs)
     from hpo.transfer import TransferRequest, run
 
-    folder = chosen_study(name, runs)
     request = TransferRequest(
         to=to,
         name=folder.name,

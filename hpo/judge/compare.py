@@ -73,34 +73,35 @@ def compare(
 
     root = record_root(runs[1].evaluation, runs[1].evaluation.parent)
     step = f"compare {files[0].name} {files[1].name}"
-    with recorded(root, step, begun=False) as work, Stop(view.on_ask) as stop:
-        view.should_stop = stop
-        first = judges.load(runs[0], inputs, view.say, named=study)
-        if first.confirmation:
-            first = first.on(first.confirmation)
-        prompts = first.evaluator.prompts
-        view.say(
-            f"{files[0].path.name} against {files[1].path.name}: {prompts.image_count} images each "
-            f"({prompts.size}), {first.evaluator.scorer.name}"
-        )
-        work.begun = True
-        view.pace.planned = 4 * prompts.image_count  # each LoRA and its untrained base
-        a = _measure(runs[0], files[0], first, view)
-        first.free()
-        # base, data and trigger belong to the second run; prompts, references and encoders are those of the first
-        own = replace(inputs, base=base_b, data=data_b, trigger=None, class_word=None)
-        second = judges.load(runs[1], own, view.say, named=study, like=first)
-        b = _measure(runs[1], files[1], second, view)
-        second.free()
-    from evaluation.choice import compare as difference
+    with recorded(root, step, begun=False) as work:
+        with Stop(view.on_ask) as stop:
+            view.should_stop = stop
+            first = judges.load(runs[0], inputs, view.say, named=study)
+            if first.confirmation:
+                first = first.on(first.confirmation)
+            prompts = first.evaluator.prompts
+            view.say(
+                f"{files[0].path.name} against {files[1].path.name}: {prompts.image_count} images each "
+                f"({prompts.size}), {first.evaluator.scorer.name}"
+            )
+            work.begun = True
+            view.pace.planned = 4 * prompts.image_count  # each LoRA and its untrained base
+            a = _measure(runs[0], files[0], first, view)
+            first.free()
+            # base, data and trigger belong to the second run; prompts, references and encoders are those of the first
+            own = replace(inputs, base=base_b, data=data_b, trigger=None, class_word=None)
+            second = judges.load(runs[1], own, view.say, named=study, like=first)
+            b = _measure(runs[1], files[1], second, view)
+            second.free()
+        from evaluation.choice import compare as difference
 
-    found = difference(a.side, b.side)
-    folder = runs[1].evaluation / "compare" / f"{files[0].name}-{sha256_file(files[0].path)[:8]}"
-    _write(folder, files, prompts, (a, b), found)
-    _show(view, files, (a, b), found)
-    view.say(f"results: {folder / 'compare.json'}; images side by side: {folder / 'sheet.png'}")
-    chosen = is_mark(runs[1].mark) and read_header(runs[1].mark).metadata[MARK_KEY] == files[1].path.name
-    view.say(f"LoRA B to use: {runs[1].mark if chosen else files[1].path}")
+        found = difference(a.side, b.side)
+        folder = runs[1].evaluation / "compare" / f"{files[0].name}-{sha256_file(files[0].path)[:8]}"
+        _write(folder, files, prompts, (a, b), found)
+        _show(view, files, (a, b), found)
+        view.say(f"results: {folder / 'compare.json'}; images side by side: {folder / 'sheet.png'}")
+        chosen = is_mark(runs[1].mark) and read_header(runs[1].mark).metadata[MARK_KEY] == files[1].path.name
+        view.say(f"LoRA B to use: {runs[1].mark if chosen else files[1].path}")
     return folder
 
 

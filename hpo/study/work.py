@@ -78,6 +78,7 @@ class Step:
     ended_utc: str
     state: str
     notified: bool = False  # the command had --notify
+    processes: int = 1  # started by torchrun with so many
 
     @property
     def is_open(self) -> bool:
@@ -121,6 +122,8 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
         "cwd": invocation.cwd,
         "time_utc": _now(),
     }
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        row["processes"] = processes
     if invocation.stored != invocation.words:
         row["notified"] = True
     append_line(root / WORK, json.dumps(row))
@@ -176,6 +179,7 @@ def steps(root: Path) -> list[Step]:
                 ended_utc=when,
                 state=state or (RUNNING if _is_alive(root, name) else INTERRUPTED),
                 notified=bool(row.get("notified")),
+                processes=number if isinstance(number := row.get("processes"), int) else 1,
             )
         )
     return found

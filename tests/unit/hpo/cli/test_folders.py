@@ -10,6 +10,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -190,3 +191,62 @@ def test_old_names_of_options_still_work_and_say_the_new_ones(here: Path) -> Non
     assert "note: --study is now an argument" in result.stderr
     result = hpo("search", "--base", "mini-sd15", "--study=nothing")
     assert "note: --study is now --definition" in result.stderr and "no study file nothing" in result.stderr
+
+
+def test_only_what_is_named_is_deleted(here: Path) -> None:
+    confirm = StudyFolder(Path("runs/tiny__confirm"))
+    shutil.copytree("runs/tiny", confirm.root)
+    confirm.facts.write_text(json.dumps({"facts": {"confirms": "tiny"}}))
+    result = hpo("delete", "runs/tiny/trial_0001", "--yes")
+    assert result.exit_code == 2 and "hpo delete tiny" in result.stderr
+    assert hpo("delete", "tiny__confirm", "--yes").exit_code == 0
+    assert Path("runs/tiny").is_dir() and not confirm.root.exists()
+
+
+def test_without_standard_input_nothing_is_asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert not which.at_terminal()
+    with pytest.raises(ConfigError):
+        which.agreed("start?", yes=False)
+
+
+def test_resume_finds_a_run_in_any_output_folder(here: Path) -> None:
+    from hpo.study.work import INVOCATION, Invocation, recorded
+    from trainer.errors import Interrupted
+
+    token = INVOCATION.set(Invocation(("status", "tiny"), str(here)))
+    root = here / "my loras" / "zed.run"
+    root.mkdir(parents=True)
+    with pytest.raises(Interrupted) as caught, recorded(root, "train zed"):
+        raise Interrupted("stopped")
+    INVOCATION.reset(token)
+    assert caught.value.hint == f"hpo resume '{root}'"
+    assert "study=tiny" in hpo("resume").output
+
+
+def test_a_run_of_several_processes_is_not_resumed_with_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpo.study.work import INVOCATION, Invocation, recorded
+    from trainer.errors import Interrupted
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    token = INVOCATION.set(Invocation(("train", "a.toml"), str(here)))
+    with pytest.raises(Interrupted), recorded(here / "runs" / "tiny", "train a"):
+        raise Interrupted("stopped")
+    INVOCATION.reset(token)
+    result = hpo("resume", "tiny")
+    assert result.exit_code == 2 and "torchrun --nproc-per-node 2 -m hpo.cli train a.toml" in result.stderr
+
+
+def test_no_command_declares_an_option_twice() -> None:
+    def all_of(group: click.Group) -> list[click.Command]:
+        return [
+            one
+            for command in group.commands.values()
+            for one in (all_of(command) if isinstance(command, click.Group) else [command])
+        ]
+
+    for command in all_of(main):
+        names = [name for param in command.params for name in param.opts]
+        assert len(names) == len(set(names)), command.name
