@@ -61,12 +61,6 @@ def test_help_loads_neither_torch_nor_optuna() -> None:
         assert shown.stdout.strip() == "[]"
 
 
-def test_the_commands_are_there_in_a_seventh_of_a_second() -> None:
-    code = "import time; began = time.perf_counter(); import hpo.cli.main; print(time.perf_counter() - began)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.15
-
-
 def test_a_shared_option_reads_the_same_in_every_command() -> None:
     """Name, type and the place of a value; help may say what it is for there."""
     seen: dict[str, tuple[object, ...]] = {}
