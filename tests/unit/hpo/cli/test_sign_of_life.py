@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.stored.commands import NAME, SEARCH, TRAIN, environment, hpo, unpack
+from tests.stored.commands import NAME, TRAIN, environment, hpo, unpack
 
 # Ends the process when a slow library is first looked for.  Its last line stands among what the command wrote.
 WATCHED = """
@@ -26,10 +27,22 @@ from hpo.cli.main import main
 main(sys.argv[1:])
 """
 LORA = "output/begun-step00000004.safetensors"
+SEARCH = (
+    "search",
+    NAME,
+    "--base",
+    "mini-sd15",
+    "--data",
+    "images",
+    "--definition",
+    "tiny.toml",
+    "--device",
+    "cpu",
+)
 COMMANDS = (
     SEARCH,
     ("confirm", NAME, "--yes"),
-    ("transfer", NAME, "--to", "mini-sdxl", "--probes", "3", "--yes"),
+    ("transfer", NAME, "--to", "mini-sdxl", "--trials", "3"),
     ("plan", "--base", "mini-sd15"),
     ("plan", "--base", "mini-sd15", "--json"),
     TRAIN,
@@ -40,7 +53,7 @@ COMMANDS = (
     ("export", "kohya", "lora.toml", "exported"),
     ("dataset", "check", "images"),
     ("dataset", "check", "images", "--json"),
-    ("dataset", "prepare", "images/1_luca figure", "prepared", "--name", "zed", "--class", "figure"),
+    ("dataset", "prepare", "images/1_luca figure", "prepared", "--trigger", "zed", "--class", "figure"),
     ("dataset", "demo", "style", "demo"),
     ("status", NAME),
 )
@@ -63,7 +76,9 @@ def test_the_first_line_comes_before_the_first_slow_import(words: tuple[str, ...
         text=True,
         timeout=120,
     )
-    assert done.stdout and not done.stdout.startswith("IMPORT"), done.stdout
+    first, _, rest = done.stdout.partition("\n")
+    assert done.returncode == 0 and re.fullmatch(r"hpo [a-z ]+: .+ …", first), done.stdout
+    assert rest.endswith("IMPORT"), done.stdout
 
 
 def test_what_scripts_read_is_not_disturbed(place: Path) -> None:
@@ -76,3 +91,25 @@ def test_what_scripts_read_is_not_disturbed(place: Path) -> None:
 def test_a_mistake_that_is_found_at_once_needs_no_line(place: Path) -> None:
     done = subprocess.run(hpo("status", "nothing"), cwd=place, env=environment(), capture_output=True)
     assert done.stderr.decode().startswith("error: no study nothing")
+
+
+def test_a_resumed_command_says_once_that_it_loads_libraries(place: Path) -> None:
+    row = {
+        "id": "1",
+        "event": "started",
+        "step": "train",
+        "words": TRAIN,
+        "cwd": str(place),
+        "time_utc": "2026-01-01",
+    }
+    (place / "output" / "begun.run" / "work.jsonl").write_text(json.dumps(row) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, "resume", "output/begun.run"],
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "IMPORT" and done.stderr.startswith("resuming: hpo train"), done
+    assert done.stderr.count("loading libraries …") == 1, done.stderr
