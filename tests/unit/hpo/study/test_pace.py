@@ -61,7 +61,8 @@ def made(
         stored.add_trial(
             optuna.trial.FrozenTrial(
                 number=0, trial_id=0, state=TrialState.COMPLETE, value=0.5, values=None, params={}, distributions={},
-                user_attrs={}, system_attrs={}, intermediate_values={}, datetime_start=begun, datetime_complete=ended + told,
+                user_attrs={}, system_attrs={}, intermediate_values={}, datetime_start=begun,
+                datetime_complete=ended + told,
             )
         )  # fmt: skip
     return folder
