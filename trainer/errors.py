@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from trainer.text import clean_text
 
+RESUME = "hpo resume, or the same command again"  # how to go on, for hints
 MAX_LENGTH = 2000  # of a message: names and values from files can have any length
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import RESUME, ConfigError, MachineError
 from trainer.text import clean_text
 
 MANIFEST = "manifest.json"
@@ -57,7 +57,7 @@ def machine_error(error: OSError, path: Path, needed_bytes: int = 0) -> MachineE
         needs = f"at least {_amount(needed_bytes)}" if needed_bytes else "more"
         return MachineError(
             f"disk full while writing {path}: needs {needs}, has {_amount(free_bytes(path))}",
-            "free some space; the same command resumes where it stopped",
+            f"free some space; to go on where it stopped: {RESUME}",
         )
     reason = error.strerror or str(error)
     return MachineError(

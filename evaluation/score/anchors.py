@@ -127,7 +127,7 @@ def read_anchors(path: Path, identity: Mapping[str, str]) -> Anchors | None:
     if changed:
         raise ConfigError(
             f"{path} was measured with a different {', '.join(changed)}: scores would not be comparable",
-            "start a new study with --name, or restore the original settings",
+            "restore the original settings, or start a new study under another name: hpo search NAME …",
         )
     tuples = {f.name for f in fields(Anchors) if str(f.type).startswith("tuple")} - set(ELSEWHERE)
     found: dict[str, Any] = {k: tuple(v) if k in tuples else v for k, v in values.items()}

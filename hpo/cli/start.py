@@ -32,7 +32,12 @@ class _SlowImports(importlib.abc.MetaPathFinder):
 
 @contextlib.contextmanager
 def announced_imports() -> Iterator[None]:
-    """Inside, the first import of a slow library is announced.  A mistake that is found before that needs no line."""
+    """Inside, the first import of a slow library is announced.  A mistake that is found before that needs no line.
+
+    A command that runs another one (hpo resume) announces it once."""
+    if any(isinstance(finder, _SlowImports) for finder in sys.meta_path):
+        yield
+        return
     finder = _SlowImports()
     sys.meta_path.insert(0, finder)
     try:

@@ -138,8 +138,8 @@ def confirm(
     name: str | None, top: int, seeds: int, rescore_only: bool, yes: bool, anyway: bool, runs: Path
 ) -> None:
     """Confirm a study's best trials with new seeds and new prompts. Trial 0 is included for comparison. The
-    search did not use these seeds and prompts. Run the same command again to resume an interrupted
-    confirmation."""
+    search did not use these seeds and prompts. To resume an interrupted
+    confirmation: hpo resume, or the same command again."""
     calm_libraries()
     folder = chosen_study(name, runs)
     from hpo.confirm import ConfirmRequest

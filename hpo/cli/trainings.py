@@ -64,7 +64,7 @@ def train(
     as_json: bool,
 ) -> None:
     """Train one LoRA from FILE. FILE: settings of this tool or of sd-scripts (TOML), a dataset file, a LoRA, or
-    the folder of a run or trial. Run the same command again to resume a run after a stop, crash or power loss."""
+    the folder of a run or trial. To resume after a stop, crash or power loss: hpo resume, or the same command again."""
     calm_libraries()
     from hpo.train import TrainRequest
     from hpo.train import train as run
@@ -103,7 +103,7 @@ def evaluate(
 ) -> None:
     """Score every saved checkpoint of RUN and mark one as best. The chosen checkpoint is confirmed on other
     prompts and marked as best.safetensors. RUN: the output folder of hpo train, OUTPUT/name, a trial folder,
-    or a folder of LoRA files. Run the same command again to resume an interrupted evaluation."""
+    or a folder of LoRA files. To resume an interrupted evaluation: hpo resume, or the same command again."""
     calm_libraries()
     from hpo.judge import evaluate as run_it
     from hpo.study import Inputs

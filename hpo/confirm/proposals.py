@@ -26,7 +26,7 @@ from hpo.confirm.wanted import (
 from hpo.search import Proposal, Proposals
 from hpo.study import BASELINE, COMPLETE, INFEASIBLE, ROLE, Result, Standing, TrialFolder, read_json
 from trainer.config import TrainConfig
-from trainer.errors import MachineError, ModelFileError
+from trainer.errors import RESUME, MachineError, ModelFileError
 from trainer.files import machine_error, sha256_file, write_atomic
 
 if TYPE_CHECKING:
@@ -139,6 +139,6 @@ class ConfirmProposals(Proposals):
             why = self._failed.get(missing[0], "another process is working on it")
             raise MachineError(
                 f"{len(missing)}/{len(self.asked.wanted)} runs are missing, first trial {missing[0].of}: {why}",
-                "run the same command again to retry",
+                f"to retry: {RESUME}",
             )
         return "all runs are complete"

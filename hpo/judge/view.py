@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.judge.runfiles import label
-from hpo.terminal import PLAIN_SECONDS, STOPPING, clock
+from hpo.terminal import PLAIN_SECONDS, STOPPING, left
 from trainer.errors import Interrupted
 from trainer.text import clean_text
 
@@ -63,11 +63,10 @@ class Pace:
         self.planned = max(0, self.planned - images)
 
     def words(self, left_here: int) -> str:
-        """``about 0:40 left``; empty until the first images are drawn."""
+        """``about 1:40 left``; empty until the first images are drawn."""
         if not self.images:
             return ""
-        left = max(left_here, self.planned - self._done)
-        return f"about {clock(self.seconds / self.images * left)} left"
+        return left(self.seconds / self.images * max(left_here, self.planned - self._done))
 
     def is_due(self) -> bool:
         """Whether another line may be printed where there is no terminal."""
@@ -115,10 +114,10 @@ class JudgeView:
 
             def on_image(done: int, total: int) -> None:
                 self.pace.drawn(done)
-                left = self.pace.words(total - done)
-                bar.update(task, completed=done, total=total, left=left)
+                words = self.pace.words(total - done)
+                bar.update(task, completed=done, total=total, left=words)
                 if not self.console.is_terminal and self.pace.is_due() and 0 < done < total:
-                    self.say(f"  {what}: {done}/{total} images{f', {left}' if left else ''}")
+                    self.say(f"  {what}: {done}/{total} images{f', {words}' if words else ''}")
                 if self.should_stop() and done < total:
                     raise Interrupted(
                         f"stopped after image {done}/{total} of {what}; finished images are kept",
@@ -222,7 +221,3 @@ def _choice_lines(outcome: Evaluated) -> list[str]:
     else:
         lines.append(f"chosen: {final} with the confirmation prompts; the search prompts had chosen {first}")
     return lines
-
-
-def _shown(number: int | None) -> str:
-    return "–" if number is None else str(number)

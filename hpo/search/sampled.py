@@ -31,6 +31,7 @@ from hpo.study import (
     Standing,
     StudyConfig,
     StudyFolder,
+    another_name,
     convergence,
     drop_files,
     history,
@@ -45,7 +46,7 @@ from hpo.study import (
     tell,
 )
 from trainer.config import TrainConfig
-from trainer.errors import StudyStopped
+from trainer.errors import RESUME, StudyStopped
 
 if TYPE_CHECKING:
     from hpo.search.cost import Cost
@@ -229,7 +230,7 @@ class SearchProposals(BenchProposals):
         if self._failures[-EQUAL_FAILURES:] == [result.reason] * EQUAL_FAILURES:
             raise StudyStopped(
                 f"three trials in a row failed in the same way ({result.reason}): {result.message}",
-                f"see {self.folder.trial(result.number).log}; fix the cause and run the same command again",
+                f"see {self.folder.trial(result.number).log}; fix the cause, then {RESUME}",
             )
         if self.limits.keep_best is not None:
             drop_files(self.study, self.folder, self.limits.keep_best)
@@ -308,7 +309,7 @@ class SearchProposals(BenchProposals):
         if self.used_up:
             return (
                 f"the search space is exhausted: {MAX_DUPLICATES} suggestions in a row repeat earlier trials; "
-                "for a larger space, start a new study with another --name"
+                f"for a larger space, start a new study {another_name()}"
             )
         total = f"{self.total} trials are done"
         return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total

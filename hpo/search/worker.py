@@ -23,6 +23,7 @@ from hpo.study import (
     Standing,
     StudyFolder,
     TrialFolder,
+    another_name,
     begun_study,
     measured,
     standing,
@@ -72,7 +73,7 @@ class Worker:
                 raise
             raise StudyStopped(
                 f"study {self.folder.name} was deleted from {self.folder.database}, perhaps in the dashboard",
-                f"the files of its trials are still in {self.folder.root}; start again with another --name",
+                f"the files of its trials are still in {self.folder.root}; start again {another_name()}",
             ) from None
         finally:  # another worker may have died meanwhile
             sweep_tree(self.folder.root)

@@ -14,6 +14,7 @@ from .folder import STOP as STOP
 from .folder import TOTAL as TOTAL
 from .folder import StudyFolder as StudyFolder
 from .folder import TrialFolder as TrialFolder
+from .folder import another_name as another_name
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
 from .learning import NothingLearned as NothingLearned

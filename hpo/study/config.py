@@ -247,7 +247,7 @@ def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:
 def study_name(
     given: str | None, definition: str, base: str, data: Path | None, preset: str = CHARACTER
 ) -> str:
-    """The name of the study folder: ``--name``, or a name derived from the command, so that repeating it resumes.
+    """The name of the study folder: NAME, or a name derived from the command, so that repeating it resumes.
 
     ``preset`` chooses the demo images if there is no ``data``.
     """

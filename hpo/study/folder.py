@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from hpo.study.locks import Lock
-from trainer.errors import ConfigError
+from trainer.errors import RESUME, ConfigError
 from trainer.files import safe_name
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 # Study user attributes: the facts that must not change, the last --trials, and the reason to start no new trials.
 IDENTITY, TOTAL, STOP = "hpo:identity", "hpo:trials", "hpo:stop"
-GO_ON = "free some disk space or wait for the other program, then run the same command again"
+GO_ON = f"free some disk space or wait for the other program, then {RESUME}"
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,11 @@ class StudyFolder:
 def study_folder(name: str, runs: Path = RUNS) -> StudyFolder:
     """The folder of a study, whether or not it exists."""
     return StudyFolder(runs / safe_name(name, "study name"))
+
+
+def another_name(*words: str) -> str:
+    """How to start a study beside one that cannot go on.  ``words``: further words of its command."""
+    return " ".join(("under another name: hpo search NAME …", *words))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,13 +29,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluation.score import above_zero
 from hpo.study.config import StudyConfig, build_study
-from hpo.study.folder import StudyFolder, TrialFolder, read_json
+from hpo.study.folder import StudyFolder, TrialFolder, another_name, read_json
 from hpo.study.result import INFEASIBLE_REASONS
 from hpo.study.space.domain import Choice, Range
 from hpo.study.standing import is_feasible
 from hpo.study.which import parent_of
 from hpo.study.work import steps
-from trainer.bases import is_miniature
+from trainer.bases import KNOWN_BASES, is_miniature
 from trainer.errors import ConfigError
 from trainer.files import read_records
 
@@ -51,10 +52,12 @@ FOLLOWING_LOST = 0.5  # prompt following below this, by more than its noise, is 
 SKIPPED = 0.02  # share of steps with NaN or infinite values that counts as a sign (assumed)
 RATE_FACTOR = 10.0  # how far a rate that is too low or too high is moved
 NOT_THE_RATE = ("out_of_memory", "no_effect")  # infeasible, but not because of too much training
-FLAGS, OLD_NAME = (
-    ("--stop-when-converged",),
-    "--name",
-)  # options of hpo search without a value; NAME's old option
+# Options of hpo search: those without a value; those that take a path; those whose value may be a name or a path;
+# those that do not fit the next search (--enqueue: a file with settings outside of the moved ranges); old names.
+FLAGS = ("--stop-when-converged",)
+PATHS, NAMES_OR_PATHS = ("--data", "--prompts", "--references"), ("--base", "--definition", "--clip")
+LEFT_OUT = ("--enqueue", "--runs", "--name")
+RENAMED = {"--study": "--definition"}
 LENGTHS = ("max_train_steps", "max_train_epochs")  # the first one decides if both are set
 TOO_LOW, TOO_HIGH, BOTH = "too low", "too high", "both"
 RATES = ("learning_rate", "unet_lr")
@@ -151,8 +154,8 @@ def nothing_learned(study: optuna.Study, folder: StudyFolder) -> NothingLearned 
         if _scored(trial, folder.trial(trial.number)).is_better(len(done)):
             return None
     found = [evidence(trial, folder.trial(trial.number)) for trial in done]
-    if not any(e.likeness for e in found) and all(e.feasible for e in found):
-        return None  # the files of the trials are gone: nothing is known
+    if any(e.feasible and (e.likeness is None or e.following is None) for e in found):
+        return None  # files of a trial are gone: it may have learned something
     return _state(found, folder)
 
 
@@ -326,13 +329,13 @@ def _trials(count: int) -> str:
 
 def _advice(folder: StudyFolder, changes: Sequence[str], few: bool, rate: str) -> str:
     if changes:
-        return f"search again with another --name and {set_words(changes)}"
+        return f"search again {another_name(set_words(changes))}"
     wishes = ["longer trials"] if few else []
     wishes += {TOO_LOW: ["a higher rate"], TOO_HIGH: ["a lower rate"], BOTH: ["a narrower rate"]}.get(
         rate, []
     )
     if wishes:
-        return f"search again with another --name and {' and '.join(wishes)} in [space]"
+        return f"search again {another_name()}, with {' and '.join(wishes)} in [space]"
     return f"look at the images (hpo dashboard {folder.words}), and check the captions with hpo dataset check"
 
 
@@ -341,24 +344,46 @@ def _command(folder: StudyFolder, changes: Sequence[str]) -> str:
     searches = [step for step in steps(folder.root) if step.words[:1] == ("search",)]
     if not changes or not searches:
         return ""
-    numbers = (n for n in range(2, 1000) if not folder.root.with_name(f"{folder.name}-{n}").exists())
-    words = _without_name(searches[-1].words[1:])
+    names = (folder.root.with_name(f"{folder.name}-{n}") for n in range(2, 1000))
+    new = StudyFolder(next(root for root in names if not root.exists()))
+    words = [
+        word
+        for option in _options(searches[-1].words[1:])
+        for word in _moved_to_here(option, searches[-1].cwd)
+    ]
     sets = [word for change in changes for word in ("--set", change)]
-    return shlex.join(["hpo", "search", f"{folder.name}-{next(numbers)}", *words, *sets])
+    return f"hpo search {new.words} {shlex.join([*words, *sets])}"
 
 
-def _without_name(words: Sequence[str]) -> list[str]:
-    """The words of a search without the name of its study, which is its only argument without an option."""
-    kept: list[str] = []
-    before = FLAGS[0]
-    for word in words:
-        is_value = before.startswith("-") and "=" not in before and before not in FLAGS
-        if before == OLD_NAME:
-            kept.pop()
-        elif (is_value or word.startswith("-")) and not word.startswith(f"{OLD_NAME}="):
-            kept.append(word)
-        before = word
-    return kept
+def _options(words: Sequence[str]) -> list[tuple[str, ...]]:
+    """The options of a recorded search, with their values, that the next one takes.  NAME is left out, too."""
+    found: list[tuple[str, ...]] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        name = RENAMED.get(name, name)
+        if not word.startswith("--"):
+            continue
+        option = (name,) if name in FLAGS else (name, value if equals else next(rest, ""))
+        if name not in LEFT_OUT:
+            found.append(option)
+    return found
+
+
+def _moved_to_here(option: tuple[str, ...], cwd: str) -> tuple[str, ...]:
+    """The option of a search that was started in ``cwd``, for the current folder: paths are made absolute."""
+    there = Path(cwd)
+    if not cwd or there == Path.cwd() or option[0] not in PATHS + NAMES_OR_PATHS:
+        return option
+    name, value = option
+    if name in PATHS:
+        return name, str(there / value)
+    if name == "--base" and value in KNOWN_BASES:
+        return option
+    before, colon, path = value.rpartition(":") if name == "--clip" else ("", "", value)
+    tries = (path, *((f"{path}.toml", f"studies/{path}.toml") if name == "--definition" else ()))
+    found = next((there / one for one in tries if (there / one).exists()), None)
+    return option if found is None else (name, f"{before}{colon}{found}")
 
 
 def _definition(facts: Mapping[str, Any]) -> StudyConfig | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -131,13 +132,28 @@ def _row(trial: FrozenTrial, folder: TrialFolder) -> tuple[float, float, float, 
         train,
         images,
         score,
-        max(0.0, _whole_seconds(trial, folder, train + score) - train - score),
+        max(0.0, _whole_seconds(trial, folder, result.get("time_utc"), train + score) - train - score),
     )
 
 
-def _whole_seconds(trial: FrozenTrial, folder: TrialFolder, otherwise: float) -> float:
-    """From claim to result, if the trial ran in one go."""
-    starts = sum(row.get("event") == "start" for row in read_records(folder.starts))
-    if starts != 1 or trial.datetime_start is None or trial.datetime_complete is None:
+def _whole_seconds(trial: FrozenTrial, folder: TrialFolder, written_utc: object, otherwise: float) -> float:
+    """From claim to result, if the trial ran in one go.
+
+    A process that was killed before its first step, or before it told Optuna the result, leaves the rest to one that
+    comes hours later.  So the files' times, which are whole seconds, are limits for Optuna's.
+    """
+    starts = [row for row in read_records(folder.starts) if row.get("event") == "start"]
+    begun, ended = trial.datetime_start, trial.datetime_complete
+    written = _as_optuna(written_utc)
+    if len(starts) != 1 or begun is None or ended is None or written is None:
         return otherwise
-    return (trial.datetime_complete - trial.datetime_start).total_seconds()
+    started = _as_optuna(starts[0].get("time_utc")) or begun
+    return (min(ended, written + timedelta(seconds=1)) - max(begun, started)).total_seconds()
+
+
+def _as_optuna(time_utc: object) -> datetime | None:
+    """A time with its zone as Optuna stores it: local, without the zone.  None if it is not one."""
+    try:
+        return datetime.fromisoformat(str(time_utc)).astimezone().replace(tzinfo=None)
+    except ValueError:
+        return None

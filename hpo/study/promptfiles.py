@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evaluation.prompts import CountTokens, PromptSet, load_prompts, save_prompts
-from hpo.study.folder import StudyFolder
+from hpo.study.folder import StudyFolder, another_name
 from trainer.errors import ConfigError
 
 
@@ -28,8 +28,8 @@ def check_unedited(folder: StudyFolder, known: str) -> None:
     if not found.hash.startswith(known):
         raise ConfigError(
             f"{folder.prompts} was edited: the study uses prompts {known[:16]}, the file contains {found.hash[:16]}",
-            "undo the change, or delete the file (it is written again); to use other prompts, start a new study: "
-            "--prompts FILE --name OTHER",
+            "undo the change, or delete the file (it is written again); to use other prompts, start a new study "
+            + another_name("--prompts FILE"),
         )
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpo.study.folder import GO_ON, IDENTITY, StudyFolder
+from hpo.study.folder import GO_ON, IDENTITY, StudyFolder, another_name
 from hpo.study.sections import BELOW_ZERO, OBJECTIVE, SCORE
 from trainer.errors import ConfigError, MachineError, first_line
 from trainer.text import clean_text
@@ -54,7 +54,7 @@ def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
     except Exception as error:  # sqlite3, SQLAlchemy and alembic raise different types
         reason = clean_text(first_line(error))
         raise MachineError(
-            f"cannot open {folder.database}: {reason}", "restore the file, or use another --name"
+            f"cannot open {folder.database}: {reason}", f"restore the file, or start a study {another_name()}"
         ) from error
 
 
@@ -92,7 +92,8 @@ def begun_study(folder: StudyFolder) -> optuna.Study | None:
         names = optuna.get_all_study_names(storage)
         if len(names) > 1:
             raise ConfigError(
-                f"{folder.database} contains {len(names)} studies instead of one", "use another --name"
+                f"{folder.database} contains {len(names)} studies instead of one",
+                f"start a study {another_name()}",
             )
         if not names:
             return None
@@ -104,7 +105,7 @@ def begun_study(folder: StudyFolder) -> optuna.Study | None:
 def open_study(folder: StudyFolder) -> optuna.Study:
     """The study in an existing folder."""
     if not folder.database.is_file():
-        raise ConfigError(f"{folder.root} has no study.db", "restore it, or use another --name")
+        raise ConfigError(f"{folder.root} has no study.db", f"restore it, or start a study {another_name()}")
     study = begun_study(folder)
     if study is None:
         raise ConfigError(
@@ -126,7 +127,9 @@ def create_study(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if begun_study(folder) is None and folder.trial_folders():
         missing = "its study was deleted" if folder.database.is_file() else "study.db is missing"
-        raise ConfigError(f"{folder.root} has trials but {missing}", "restore it, or use another --name")
+        raise ConfigError(
+            f"{folder.root} has trials but {missing}", f"restore it, or start a study {another_name()}"
+        )
     storage = open_storage(folder)
     # At most one; the study keeps its name if the folder is renamed.
     names = optuna.get_all_study_names(storage)
@@ -141,12 +144,13 @@ def create_study(
     # load_if_exists keeps the existing directions
     if any(direction != optuna.study.StudyDirection.MAXIMIZE for direction in study.directions):
         raise ConfigError(
-            f"the study in {folder.database} minimizes, but scores are maximized", "use another --name"
+            f"the study in {folder.database} minimizes, but scores are maximized",
+            f"start a study {another_name()}",
         )
     if len(study.directions) != len(objectives):
         raise ConfigError(
             f"study {folder.name} was started with {len(study.directions)} objective(s), but now has {len(objectives)}",
-            "use another --name for the new study, or undo the change",
+            f"undo the change, or start a new study {another_name()}",
         )
     if IDENTITY not in study.user_attrs:
         with warnings.catch_warnings():

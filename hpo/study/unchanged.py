@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from evaluation.score import Formula
+from hpo.study.folder import another_name
 from hpo.study.sections import BELOW_ZERO
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
@@ -48,7 +49,7 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str
     if changed:
         raise ConfigError(
             f"study {name} was started with a different definition: " + "; ".join(changed[:5]),
-            "use another --name for the new study, or undo the change",
+            f"undo the change, or start a new study {another_name()}",
         )
 
 

@@ -38,7 +38,7 @@ NO_KOHYA_DEFAULT = ("pretrained_model_name_or_path", "resolution", "seed")
 WEIGHT_DECAY = {"AdamW": 0.01, "AdamW8bit": 0.01, "Lion8bit": 0.0, "Adafactor": 0.0, "Prodigy": 0.0}
 
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
-    "the latest state is always saved during a run; run the same command again to resume": (
+    "the latest state is always saved during a run; to resume: hpo resume, or the same command again": (
         "save_state",
         "save_state_on_train_end",
         "save_last_n_epochs_state",

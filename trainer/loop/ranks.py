@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import oom as memory
-from trainer.errors import MachineError
+from trainer.errors import RESUME, MachineError
 
 BUCKET_VALUES = 1 << 24  # gradients sent at once: 64 MiB in fp32
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -151,7 +151,7 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise MachineError(
-            f"another process of this run is gone: {reason}", "its message says why; the same command goes on"
+            f"another process of this run is gone: {reason}", f"its message says why; to go on: {RESUME}"
         ) from None
 
 

@@ -14,7 +14,7 @@ from hpo.search import BenchProposals, Proposal
 from hpo.study import BASELINE, FAILED, Result, Say, Standing, by_prompt
 from hpo.transfer.probes.design import Probe, ProbeScore
 from hpo.transfer.probes.side import ProbeSide
-from trainer.errors import StudyStopped
+from trainer.errors import RESUME, StudyStopped
 
 if TYPE_CHECKING:
     import optuna
@@ -75,5 +75,5 @@ class ProbeProposals(BenchProposals):
         if result.state == FAILED:
             raise StudyStopped(
                 f"a probe failed ({result.reason}): {result.message}",
-                f"see {self.bench.folder.trial(result.number).log}; run the same command again to retry",
+                f"see {self.bench.folder.trial(result.number).log}; to retry: {RESUME}",
             )

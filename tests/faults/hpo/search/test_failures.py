@@ -210,7 +210,7 @@ def test_the_same_settings_are_not_trained_twice_and_a_used_up_space_ends_the_se
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "images"), study)
     search = make_search(bench, SearchLimits(9))
     why = search.run()
-    assert "space is exhausted" in why and "another --name" in why
+    assert "space is exhausted" in why and "under another name: hpo search NAME" in why
     trials = search.study.get_trials(deepcopy=False)
     assert search.standing().failed == 0 and search.standing().duplicates == len(trials) - 2 == 20
     last = optuna.trial.Trial(search.study, trials[-1]._trial_id)

@@ -291,7 +291,7 @@ def test_a_study_deleted_in_the_dashboard_ends_the_search_by_name(root: Path, da
     view.event_hook = delete
     with pytest.raises(StudyStopped, match=r"was deleted") as caught:
         search.run()
-    assert "--name" in caught.value.hint and isinstance(caught.value, ToolError)
+    assert "under another name: hpo search NAME" in caught.value.hint and isinstance(caught.value, ToolError)
 
 
 def test_a_trial_finished_by_hand_while_it_is_told_is_left_as_it_is(

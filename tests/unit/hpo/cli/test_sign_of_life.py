@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stored.commands import NAME, SEARCH, TRAIN, environment, hpo, unpack
+from tests.stored.commands import NAME, TRAIN, environment, hpo, unpack
 
 # Ends the process when a slow library is first looked for.  Its last line stands among what the command wrote.
 WATCHED = """
@@ -26,23 +26,37 @@ from hpo.cli.main import main
 main(sys.argv[1:])
 """
 LORA = "output/begun-step00000004.safetensors"
-COMMANDS = (
-    SEARCH,
-    ("confirm", NAME, "--yes"),
-    ("transfer", NAME, "--to", "mini-sdxl", "--probes", "3", "--yes"),
-    ("plan", "--base", "mini-sd15"),
-    ("plan", "--base", "mini-sd15", "--json"),
-    TRAIN,
-    ("evaluate", "output"),
-    ("compare", LORA, LORA),
-    ("inspect", LORA),
-    ("inspect", LORA, "--json"),
+SEARCH = (
+    "search", NAME, "--base", "mini-sd15", "--data", "images", "--definition", "tiny.toml", "--device", "cpu"
+)  # fmt: skip
+COMMANDS = {  # and the first line of each
+    SEARCH: "hpo search: loading libraries …",
+    ("confirm", NAME, "--yes"): "hpo confirm: loading libraries …",
+    (
+        "transfer",
+        NAME,
+        "--to",
+        "mini-sdxl",
+        "--trials",
+        "3",
+    ): f"from {NAME}, trial 1, the best of the search (0.3804); unconfirmed, see hpo confirm",
+    ("plan", "--base", "mini-sd15"): "predicting the memory use of mini-sd15 …",
+    ("plan", "--base", "mini-sd15", "--json"): "hpo plan: loading libraries …",
+    TRAIN: "hpo train: loading libraries …",
+    ("evaluate", "output"): "hpo evaluate: loading libraries …",
+    ("compare", LORA, LORA): "hpo compare: loading libraries …",
+    ("inspect", LORA): "hpo inspect: loading libraries …",
+    ("inspect", LORA, "--json"): "hpo inspect: loading libraries …",
+    ("dataset", "check", "images"): "hpo dataset check: reading the images …",
+    ("dataset", "check", "images", "--json"): "hpo dataset check: reading the images …",
+}
+# These load no slow library at all.
+QUICK = (
     ("export", "kohya", "lora.toml", "exported"),
-    ("dataset", "check", "images"),
-    ("dataset", "check", "images", "--json"),
-    ("dataset", "prepare", "images/1_luca figure", "prepared", "--name", "zed", "--class", "figure"),
+    ("dataset", "prepare", "images/1_luca figure", "prepared", "--trigger", "zed", "--class", "figure"),
     ("dataset", "demo", "style", "demo"),
     ("status", NAME),
+    ("studies",),
 )
 
 
@@ -51,8 +65,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unpack(tmp_path_factory.mktemp("begun"))
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
-def test_the_first_line_comes_before_the_first_slow_import(words: tuple[str, ...], place: Path) -> None:
+def watched(place: Path, *words: str) -> str:
+    """What a command writes until it looks for the first slow library."""
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *words],
         cwd=place,
@@ -63,7 +77,20 @@ def test_the_first_line_comes_before_the_first_slow_import(words: tuple[str, ...
         text=True,
         timeout=120,
     )
-    assert done.stdout and not done.stdout.startswith("IMPORT"), done.stdout
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
+def test_the_first_line_comes_before_the_first_slow_import(words: tuple[str, ...], place: Path) -> None:
+    said = watched(place, *words)
+    assert said.endswith("IMPORT") and said.partition("\n")[0] == COMMANDS[words], said
+
+
+@pytest.mark.parametrize("words", QUICK, ids=lambda words: " ".join(words[:2]))
+def test_commands_that_are_quick_load_no_slow_library(words: tuple[str, ...], place: Path) -> None:
+    said = watched(place, *words)
+    assert said and "IMPORT" not in said and "loading" not in said
 
 
 def test_what_scripts_read_is_not_disturbed(place: Path) -> None:
@@ -76,3 +103,18 @@ def test_what_scripts_read_is_not_disturbed(place: Path) -> None:
 def test_a_mistake_that_is_found_at_once_needs_no_line(place: Path) -> None:
     done = subprocess.run(hpo("status", "nothing"), cwd=place, env=environment(), capture_output=True)
     assert done.stderr.decode().startswith("error: no study nothing")
+
+
+def test_a_resumed_command_says_once_that_it_loads_libraries(place: Path) -> None:
+    row = {
+        "id": "1",
+        "event": "started",
+        "step": "train",
+        "words": TRAIN,
+        "cwd": str(place),
+        "time_utc": "2026-01-01",
+    }
+    (place / "output" / "begun.run" / "work.jsonl").write_text(json.dumps(row) + "\n")
+    said = watched(place, "resume", "output/begun.run")
+    assert said.startswith("resuming: hpo train") and said.endswith("IMPORT"), said
+    assert said.count("loading libraries …") == 1, said

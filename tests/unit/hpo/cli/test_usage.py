@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from hpo.cli import options
 from hpo.cli.main import main
 from hpo.transfer.probes.run import LEAST
 from tests.tiny_search import draw_images
+from trainer.errors import RESUME
+from trainer.files import machine_error
 
 
 def hpo(*words: str) -> Result:
@@ -172,3 +175,9 @@ def test_a_refusal_loads_no_torch() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert shown.returncode == 2 and shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", ["search", "confirm", "transfer", "train", "evaluate"])
+def test_the_help_of_a_long_command_names_both_ways_to_resume(command: str) -> None:
+    said = " ".join(CliRunner().invoke(main, [command, "--help"]).output.split())
+    assert RESUME in said and RESUME in machine_error(OSError(errno.ENOSPC, "full"), Path("x")).hint

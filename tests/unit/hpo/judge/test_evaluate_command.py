@@ -457,10 +457,12 @@ def test_the_time_left_counts_only_images_that_this_call_draws(monkeypatch: pyte
     assert pace.words(2) == ""
     clock[0] += 4.0
     pace.drawn(10)  # two images in four seconds, and twenty are left in the parts that follow
-    assert pace.words(0) == "about 0:40 left"
+    assert pace.words(0) == "less than a minute left"
     pace.end(10)
     pace.begin()
-    assert pace.words(10) == "about 0:40 left"
+    assert pace.words(30) == "about 1:00 left"
+    pace.end(20)
+    assert pace.words(0) == "a few seconds left", "the last image is drawn, but not scored"
 
 
 def test_a_checkpoint_is_called_by_its_place_in_the_training() -> None:

@@ -8,15 +8,28 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import optuna
 import pytest
 
 from evaluation.score.statistics import above_zero, prompt_draws
+from hpo.cli.options import Renamed
+from hpo.cli.studies import search
 from hpo.search.summary import summary
 from hpo.study.config import StudyConfig, build_study
 from hpo.study.folder import StudyFolder
-from hpo.study.learning import NothingLearned, learning_lines, nothing_learned, require_learned
+from hpo.study.learning import (
+    FLAGS,
+    LEFT_OUT,
+    NAMES_OR_PATHS,
+    PATHS,
+    RENAMED,
+    NothingLearned,
+    learning_lines,
+    nothing_learned,
+    require_learned,
+)
 from hpo.study.standing import standing
 from hpo.study.storage import create_study, open_study
 from tests import ranking
@@ -92,7 +105,7 @@ def state(folder: StudyFolder) -> NothingLearned | None:
 
 def changed(found: NothingLearned, definition: StudyConfig | None = None) -> StudyConfig:
     """The study with what is advised, read from the words as a shell would read them."""
-    words = shlex.split(found.advice.partition("--name and ")[2])
+    words = shlex.split(found.advice.partition("hpo search NAME … ")[2])
     assert words[::2] == ["--set"] * len(found.changes) and words[1::2] == list(found.changes)
     return build_study("tiny", (definition or study()).sections, sets=words[1::2])
 
@@ -207,6 +220,17 @@ def test_files_of_older_versions_and_edited_ones_are_read(tmp_path: Path) -> Non
     assert state(old) is None, "nothing is known without the trials' files"
 
 
+def test_what_is_unknown_is_not_taken_for_nothing_learned(tmp_path: Path) -> None:
+    folder = made(tmp_path / "s", *[trial(0.5)] * 6, trial(reason="diverged"))
+    for number in range(6):
+        folder.trial(number).metrics.unlink()
+    assert state(folder) is None
+    require_learned(open_study(folder), folder, "confirm", anyway=False)
+    one = made(tmp_path / "one", *[trial()] * 5, trial(0.5))
+    one.trial(5).metrics.unlink()
+    assert state(one) is None, "the missing one may be the one that learned"
+
+
 def test_confirm_and_transfer_refuse_unless_asked(tmp_path: Path) -> None:
     folder = made(tmp_path / "s", *[trial()] * 5)
     stored = open_study(folder)
@@ -215,6 +239,20 @@ def test_confirm_and_transfer_refuse_unless_asked(tmp_path: Path) -> None:
     assert "--anyway" in refused.value.hint and "max_train_epochs" in refused.value.hint
     require_learned(stored, folder, "confirm", anyway=True)
     assert learning_lines(stored, folder)[1].startswith("  likely cause: too few images seen")
+
+
+def searched(folder: StudyFolder, words: list[str], cwd: Path) -> None:
+    """Record a finished search, as the command line does."""
+    row = {
+        "id": "1",
+        "event": "started",
+        "step": "search",
+        "words": words,
+        "cwd": str(cwd),
+        "time_utc": "2026",
+    }
+    rows = (row, {**row, "event": "finished"})
+    (folder.root / "work.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
 
 
 @pytest.mark.parametrize(
@@ -226,20 +264,13 @@ def test_confirm_and_transfer_refuse_unless_asked(tmp_path: Path) -> None:
         ["search", "--name=luca", "--base", "sd15", "--data", "luca"],
     ],
 )
-def test_the_next_search_is_the_recorded_one_under_a_new_name(tmp_path: Path, words: list[str]) -> None:
-    folder = made(tmp_path / "luca", *[trial()] * 5)
-    (tmp_path / "luca-2").mkdir()
-    row = {
-        "id": "1",
-        "event": "started",
-        "step": "search",
-        "words": words,
-        "cwd": str(tmp_path),
-        "time_utc": "2026",
-    }
-    (folder.root / "work.jsonl").write_text(
-        json.dumps(row) + "\n" + json.dumps({**row, "event": "finished"}) + "\n"
-    )
+def test_the_next_search_is_the_recorded_one_under_a_new_name(
+    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "luca-2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    folder = made(Path("runs/luca"), *[trial()] * 5)
+    searched(folder, words, tmp_path)
     found = state(folder)
     assert found is not None
     again = shlex.split(found.command)
@@ -248,3 +279,50 @@ def test_the_next_search_is_the_recorded_one_under_a_new_name(tmp_path: Path, wo
     assert again[-4:] == ["--set", found.changes[0], "--set", found.changes[1]]
     said = summary(folder, standing(open_study(folder), 5), {}, "5 trials are done", found)
     assert said[-1] == f"next: {found.command}" and not any("hpo confirm" in line for line in said)
+
+
+def test_the_next_search_can_be_pasted_in_another_folder_and_takes_no_enqueued_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    (there / "runs").mkdir(parents=True)
+    (there / "models").mkdir()
+    here.mkdir()
+    for name in ("mine.toml", "models/sd.safetensors", "models/clip.pt"):
+        (there / name).write_text("")
+    words = [
+        "search", "runs/luca", "--base", "models/sd.safetensors", "--data=images", "--study", "mine",
+        "--clip", "ViT-B-32:models/clip.pt", "--enqueue", "old.toml", "--enqueue=old.toml", "--runs", "elsewhere",
+        "--references", str(tmp_path), "--set", "network_dim=4", "--notify-on=best",
+    ]  # fmt: skip
+    folder = made(there / "runs" / "luca", *[trial()] * 5)
+    searched(folder, words, there)
+    monkeypatch.chdir(here)
+    found = state(folder)
+    assert found is not None
+    sets = [word for change in found.changes for word in ("--set", change)]
+    assert shlex.split(found.command) == [
+        "hpo", "search", "luca-2", "--runs", str(there / "runs"), "--base", str(there / "models/sd.safetensors"),
+        "--data", str(there / "images"), "--definition", str(there / "mine.toml"),
+        "--clip", f"ViT-B-32:{there / 'models/clip.pt'}", "--references", str(tmp_path),
+        "--set", "network_dim=4", "--notify-on", "best", *sets,
+    ]  # fmt: skip
+    searched(
+        folder, ["search", "--base", "mini-sd15", "--definition", "sd15", "--clip", "ViT-B-32:openai"], there
+    )
+    (there / "mini-sd15").mkdir()
+    found = state(folder)
+    assert found is not None and "--base mini-sd15 --definition sd15 --clip ViT-B-32:openai" in found.command
+
+
+def test_the_options_of_a_search_are_known_where_its_command_is_repeated() -> None:
+    options = [param for param in search.params if isinstance(param, click.Option)]
+    assert {name for one in options if one.is_flag or one.count for name in one.opts} == set(FLAGS)
+    paths = {name for one in options if isinstance(one.type, click.Path) for name in one.opts}
+    assert paths == {*PATHS, "--enqueue", "--runs"}
+    assert all(name.startswith("--") for one in options for name in one.opts), (
+        "a short option is not understood"
+    )
+    known = {name for one in options for name in one.opts}
+    assert {*NAMES_OR_PATHS, *LEFT_OUT} - {"--name"} <= known
+    assert isinstance(search, Renamed) and search.renamed == {**RENAMED, "--name": ""}

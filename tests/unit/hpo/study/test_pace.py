@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,31 @@ A, B, C = 0.25, 0.5, 6.0  # seconds per sample, per image, of the rest
 IMAGES = 32
 
 
-def made(root: Path, *lengths: int, slower: float = 1.0, **changes: Any) -> StudyFolder:
-    """Trials of so many steps of 2 × 4 samples, each as long as A, B and C say; the last one ``slower``."""
+def in_utc(local: datetime) -> str:
+    """As the trials' files have it."""
+    return local.astimezone(UTC).isoformat(timespec="seconds")
+
+
+def made(
+    root: Path,
+    *lengths: int,
+    slower: float = 1.0,
+    started: timedelta = timedelta(),
+    told: timedelta = timedelta(),
+    **changes: Any,
+) -> StudyFolder:
+    """Trials of so many steps of 2 × 4 samples, each as long as A, B and C say; the last one ``slower``.
+
+    ``started``, ``told``: how long after its claim each began, and how long after its result Optuna was told.
+    """
     folder = StudyFolder(root)
     folder.locks.mkdir(parents=True)
     stored = create_study(folder, {"seed": "7"}, ("score",))
     for number, steps in enumerate(lengths):
         times = slower if number == len(lengths) - 1 else 1.0
         files, train, score = folder.trial(number), A * steps * 8 * times, B * IMAGES * times
+        begun = datetime(2026, 1, 1)
+        ended = begun + timedelta(seconds=train + score + C * times)
         files.root.mkdir()
         files.params.write_text(
             json.dumps({"train": {"train_batch_size": 4, "gradient_accumulation_steps": 2}})
@@ -36,16 +53,16 @@ def made(root: Path, *lengths: int, slower: float = 1.0, **changes: Any) -> Stud
             "n_images": IMAGES,
             "train_seconds": train,
             "score_seconds": score,
+            "time_utc": in_utc(ended),
             **changes,
         }
         files.result.write_text(json.dumps(result))
-        files.starts.write_text(json.dumps({"event": "start"}) + "\n")
-        begun = datetime(2026, 1, 1)
-        ended = begun + timedelta(seconds=train + score + C * times)
+        files.starts.write_text(json.dumps({"event": "start", "time_utc": in_utc(begun + started)}) + "\n")
         stored.add_trial(
             optuna.trial.FrozenTrial(
                 number=0, trial_id=0, state=TrialState.COMPLETE, value=0.5, values=None, params={}, distributions={},
-                user_attrs={}, system_attrs={}, intermediate_values={}, datetime_start=begun, datetime_complete=ended,
+                user_attrs={}, system_attrs={}, intermediate_values={}, datetime_start=begun,
+                datetime_complete=ended + told,
             )
         )  # fmt: skip
     return folder
@@ -75,6 +92,18 @@ def test_a_resumed_trial_counts_with_what_it_measured_itself(tmp_path: Path) -> 
     assert pace is not None and pace.other_seconds == 0.0, (
         "the time between the two processes is not the trial's"
     )
+
+
+NIGHT = timedelta(hours=10)
+
+
+def test_the_night_between_a_result_and_its_telling_is_not_the_trials(tmp_path: Path) -> None:
+    pace = pace_of(
+        made(tmp_path / "told", 10, 10, told=NIGHT)
+    )  # killed in between, and resumed the next morning
+    assert pace is not None and C <= pace.other_seconds <= C + 1
+    pace = pace_of(made(tmp_path / "claimed", 10, 10, started=NIGHT))  # killed after the claim
+    assert pace is not None and pace.other_seconds == 0.0
 
 
 @pytest.mark.parametrize(

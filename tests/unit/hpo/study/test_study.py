@@ -149,7 +149,7 @@ def test_a_changed_definition_is_refused_with_what_changed() -> None:
     assert "[train] noise_offset: was 0.0, is now 0.05" in lines
     with pytest.raises(ConfigError, match="was started with a different definition") as caught:
         check_unchanged(before, now.frozen(), "x")
-    assert "--name" in caught.value.hint
+    assert caught.value.hint == "undo the change, or start a new study under another name: hpo search NAME …"
 
 
 def test_settings_without_influence_on_results_may_change() -> None:
