@@ -152,7 +152,7 @@ def test_a_failed_baseline_is_tried_again(bench: Workbench, monkeypatch: pytest.
     trials = search.study.get_trials(deepcopy=False)
     assert [t.state.name for t in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert trials[1].params == dict(bench.study.baseline)
-    assert search.standing().baseline == (1, trials[1].value, trials[1].user_attrs["se"])
+    assert search.standing().baseline == (1, trials[1].user_attrs["score"], trials[1].user_attrs["se"])
 
 
 def test_a_score_that_is_not_a_number_never_reaches_the_sampler(
