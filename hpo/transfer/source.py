@@ -114,7 +114,8 @@ def read_source(folder: StudyFolder, *, anyway: bool = False) -> TransferSource:
             continue
         place = {name: _unit(trial.distributions[name], value) for name, value in trial.params.items()}
         se = float(trial.user_attrs.get("se", 0.0))
-        objective_se = float(trial.user_attrs.get(f"{OBJECTIVE}_se") or se)
+        own_se = trial.user_attrs.get(f"{OBJECTIVE}_se")
+        objective_se = se if own_se is None else float(own_se)
         found = SourceCandidate(trial.number, config, score, se, place, objective, objective_se)
         trials.append(found)
         if baseline is None and trial.user_attrs.get(ROLE) == BASELINE:

@@ -55,7 +55,7 @@ def consult(done: Transfer, request: TransferRequest, console: Console) -> Found
             f"{request.probes} target trials are too few for a decision",
             f"use --trials {LEAST} or more (6 is usual)",
         )
-    return _Probing(done, request, folder, design, console).run()
+    return Probing(done, request, folder, design, console).run()
 
 
 def identity(done: Transfer) -> str:
@@ -92,7 +92,7 @@ def probe_folder(done: Transfer) -> StudyFolder:
     raise MachineError(f"{root.name} has 999 studies of target trials", "move or delete some of them")
 
 
-class _Probing:
+class Probing:
     """One call: the probes on the target, the same probes on the source, and the decision."""
 
     def __init__(
@@ -165,7 +165,7 @@ class _Probing:
         return CHARACTER
 
     def _probed(self, folder: StudyFolder, side: ProbeSide, choose: Choose, base: str) -> list[ProbeScore]:
-        study = SideStudy(folder, side, self._inputs(base), self._provenance(folder))
+        study = SideStudy(folder, side, self._inputs(base), self.provenance(folder))
         return study.run(choose, self.console)
 
     def _inputs(self, base: str) -> Inputs:
@@ -190,7 +190,7 @@ class _Probing:
             device=self.request.device,
         )
 
-    def _provenance(self, folder: StudyFolder) -> dict[str, str]:
+    def provenance(self, folder: StudyFolder) -> dict[str, str]:
         """What must not change during the study; one that was begun by an earlier version keeps its own facts."""
         source = self.done.source
         now = {
