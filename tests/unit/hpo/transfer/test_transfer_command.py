@@ -362,14 +362,14 @@ def test_probes_of_earlier_rules_go_on(searched: Path) -> None:
 
 def test_only_what_changes_a_short_run_decides_which_probes_it_has(searched: Path) -> None:
     done = transferred(searched)
-    same = {"save_every_n_steps": 7, "sample_at_first": True, "logging_dir": "log", "vae_batch_size": 3}
+    same = {"save_every_n_steps": 7, "sample_prompts": "p.txt", "logging_dir": "log", "vae_batch_size": 3}
     for name, value in {
         **same,
         "cache_latents_to_disk": True,
         "training_comment": "s trial 0, mapping 1",
     }.items():
         assert identity(with_values(done, **{name: value})) == identity(done), name
-    for name, value in {"seed": 99, "dataset_config": "d.toml", "learning_rate": 9e-3}.items():
+    for name, value in {"seed": 99, "network_dim": 3, "learning_rate": 9e-3}.items():
         assert identity(with_values(done, **{name: value})) != identity(done), name
 
 
