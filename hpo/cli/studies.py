@@ -207,8 +207,8 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     default=0,
     show_default=True,
     metavar="N",
-    help="Number of short training runs on the target that test and correct the rules' settings: 0, or 3 to 32. "
-    "Usual: 6; a seventh run switches text encoder training on or off.",
+    help="Number of target trials (short training runs on the target that test and correct the rules' settings): 0, or "
+    "3 to 32. Usual: 6; a seventh run switches text encoder training on or off.",
 )
 @click.option(
     "--design",
@@ -232,7 +232,7 @@ def transfer(
     runs: Path,
 ) -> None:
     """Transfer the best settings of the study NAME to SDXL. Shows what changes and why, and writes the files for
-    the run. To resume interrupted probes: hpo resume, or the same command again."""
+    the run. To resume interrupted target trials: hpo resume, or the same command again."""
     calm_libraries()
     folder = chosen_study(name, runs)
     from hpo.transfer import TransferRequest, run

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from hpo.study import (
     as_begun,
     build_study,
     find_study,
+    origin_of,
     preset_of,
     prompt_sets,
     promptfiles,
@@ -44,8 +44,6 @@ from trainer.errors import ConfigError, DataError
 from trainer.text import clean_text
 
 SWEEP_STEPS = 25  # for checkpoints and comparisons, as LyCORIS (arXiv 2309.14859) evaluates; a search uses 20
-# training_comment of a transfer's settings
-_TRANSFERRED = re.compile(r"(?P<study>.+) trial (?P<trial>\d+), mapping \S+")
 
 
 @dataclass(frozen=True)
@@ -143,9 +141,9 @@ def transferred_from(run: RunFiles) -> TrialFolder | None:
     """The trial whose settings were transferred to this run; None for any other run."""
     if not run.own:
         return None
-    comment = run.config(None, None).training_comment
-    match, folder = _TRANSFERRED.fullmatch(comment), _carried_over_from(run, run.config(None, None))
-    return folder.trial(int(match["trial"])) if match and folder else None
+    config = run.config(None, None)
+    found, folder = origin_of(config.training_comment), _carried_over_from(run, config)
+    return folder.trial(found.trial) if found and folder else None
 
 
 def _carried_over_from(run: RunFiles, config: TrainConfig) -> StudyFolder | None:
@@ -153,11 +151,11 @@ def _carried_over_from(run: RunFiles, config: TrainConfig) -> StudyFolder | None
 
     The usual output folder of such a run is runs/NAME/transfer/output-FAMILY.
     """
-    match = _TRANSFERRED.fullmatch(config.training_comment)
-    if not match:
+    found = origin_of(config.training_comment)
+    if found is None:
         return None
     above = run.output.resolve().parent
-    for root in ([above.parent] if above.name == "transfer" else []) + [RUNS / match["study"]]:
+    for root in ([above.parent] if above.name == "transfer" else []) + [RUNS / found.study]:
         if (folder := StudyFolder(root)).facts.is_file():
             return folder
     return None

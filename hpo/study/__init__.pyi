@@ -1,5 +1,6 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
+from .config import NEUTRAL_SETTINGS as NEUTRAL_SETTINGS
 from .config import SHIPPED as SHIPPED
 from .config import Inputs as Inputs
 from .config import StudyConfig as StudyConfig
@@ -8,6 +9,8 @@ from .config import find_study as find_study
 from .config import read_study as read_study
 from .config import study_name as study_name
 from .convergence import ConvergenceVerdict as ConvergenceVerdict
+from .families import families_from as families_from
+from .families import kind_of_base as kind_of_base
 from .folder import IDENTITY as IDENTITY
 from .folder import RUNS as RUNS
 from .folder import STOP as STOP
@@ -38,6 +41,9 @@ from .notify import notifying as notifying
 from .notify import tell as tell
 from .optunaparts import set_system_attribute as set_system_attribute
 from .optunaparts import take_up as take_up
+from .origin import Origin as Origin
+from .origin import origin_comment as origin_comment
+from .origin import origin_of as origin_of
 from .pace import Forecast as Forecast
 from .pace import Pace as Pace
 from .pace import measured as measured

@@ -58,10 +58,10 @@ class StudyKind:
 
     @property
     def title(self) -> str:
-        on = f" on {self.base}" if self.base else ""
+        on, run_on = (f" on {self.base}", f", run on {self.base}") if self.base else ("", "")
         return {
             SEARCH: f"search{on}",
-            PROBES: f"probes{on} of settings transferred from {self.of}",
+            PROBES: f"target trials of settings transferred from {self.of}{run_on}",
             CONFIRMATION: f"confirmation of {self.of}: its best trials, trained and scored again",
         }[self.word]
 

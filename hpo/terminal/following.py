@@ -5,12 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from hpo.study import StudyFolder, read_json
-from trainer.bases import detect, is_miniature
+from hpo.study import StudyFolder, families_from, kind_of_base
 from trainer.text import clean_text
-
-# The family that a search on this base is transferred to: the `sources` of hpo/transfer/families/*.toml.
-TARGETS = {"sd15": "sdxl", "mini-sd15": "mini-sdxl"}
 
 
 def command(*words: str | Path) -> str:
@@ -18,10 +14,13 @@ def command(*words: str | Path) -> str:
     return shlex.join(clean_text(str(word)) for word in words)
 
 
+def on_device(device: str | None) -> tuple[str, ...]:
+    """The words of ``--device`` for the next command, if the user gave it to this one."""
+    return ("--device", device) if device else ()
+
+
 def after_search(folder: StudyFolder, winner: int) -> str:
     """What to do with a study's best settings: transfer them, or, from a search on the target itself, train them."""
-    base = str((read_json(folder.facts) or {}).get("base", ""))
-    kind = base if not base or is_miniature(base) else detect.family_of_spec(base) or base
-    if target := TARGETS.get(kind):
-        return f"hpo transfer {folder.words} --to {target}"
+    if targets := families_from(kind_of_base(folder)):
+        return f"hpo transfer {folder.words} --to {command(targets[0])}"
     return command("hpo", "train", folder.trial(winner).root)

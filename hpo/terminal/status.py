@@ -40,7 +40,7 @@ class _Column:
 
 def head_lines(table: StudyTable) -> list[str]:
     """What the study is and how far it is; what is equal in all trials."""
-    now, noun = table.now, {"confirmation": "runs", "probes": "probes"}.get(table.kind.word, "trials")
+    now, noun = table.now, "runs" if table.kind.word == "confirmation" else "trials"
     parts = [f"{now.complete}/{max(now.total, now.complete)} {noun}"]
     counts = {"infeasible": now.infeasible, "failed": now.failed, "duplicates": now.duplicates}
     parts += [f"{count} {what}" for what, count in counts.items() if count]
@@ -61,7 +61,9 @@ def best_lines(table: StudyTable) -> list[str]:
         return []
     row = next(row for row in table.rows if row.number == now.best[0])
     what, remark = (
-        ("best of the search", " (optimistic: it was selected)") if kind == "search" else ("best probe", "")
+        ("best of the search", " (optimistic: it was selected)")
+        if kind == "search"
+        else ("best target trial", "")
     )
     lines = [f"{what}: trial {row.number}, {figures(now.best)}{remark}", f"  {_words(row.settings)}"]
     if now.baseline and now.baseline[0] != now.best[0]:

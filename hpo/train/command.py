@@ -7,7 +7,6 @@ the run (``hpo.train.run``) or the dry run (``hpo.train.dryrun``).
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hpo.study import origin_of
 from hpo.terminal import say
 from hpo.train import dryrun
 from hpo.train.samples import file_stem, read_sample_prompts
@@ -151,13 +151,13 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
 
 
 # What hpo transfer writes for its own reasons; a user who wrote neither is not told about it.
-_TRANSFERRED, _BY_TRANSFER = re.compile(r".+ trial \d+, mapping \S+"), ("min_bucket_reso", "max_bucket_reso")
+_BY_TRANSFER = ("min_bucket_reso", "max_bucket_reso")
 
 
 def idle(file: TrainFile) -> list[str]:
     """Notes on settings that were given but need another setting to have an effect, in any folder of the dataset."""
     usual = TrainConfig().as_dict()
-    written = _BY_TRANSFER if _TRANSFERRED.fullmatch(file.config.training_comment) else ()
+    written = _BY_TRANSFER if origin_of(file.config.training_comment) else ()
     forms = [file.config]
     if file.config.dataset_config:
         subsets = read_dataset_file(Path(file.config.dataset_config)).subsets

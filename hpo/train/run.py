@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hpo.study import alone, record_root, recorded
-from hpo.terminal import Stop, command
+from hpo.terminal import Stop, command, on_device
 from hpo.train import memory as runmemory
 from hpo.train.adapter import StepLog, check_device, train_adapter
 from hpo.train.folder import RunFolder, run_folder
@@ -56,7 +56,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     folder = run_folder(output, config)
     prompts = read_sample_prompts(Path(config.sample_prompts), config) if config.sample_prompts else []
     data = read_training_data(config)
-    view = TrainView(console, folder.name)
+    given, view = device, TrainView(console, folder.name)
     ladder = RunLadder(folder.ladder, config, view.say, writes=ranks.is_first)
     if is_done(folder, ladder.config, data):
         view.say(f"{folder.lora} is trained already, with these settings and images")
@@ -91,18 +91,18 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
             leave()
     view.say(f"LoRA: {folder.lora}")
     view.say(f"log: {folder.steps}")
-    view.say(_following(config, data, output))
+    view.say(_following(config, data, output, given))
     return folder.lora
 
 
-def _following(config: TrainConfig, data: Dataset, output: Path) -> str:
+def _following(config: TrainConfig, data: Dataset, output: Path, device: str | None) -> str:
     """The command that scores the checkpoints, or what it needs that the run does not say."""
     transferred = config.training_comment and config.hold_out_references
     needed = (
         [] if transferred or data.class_word else ["--class WORD (what the subject is: girl, style, vase)"]
     )
     needed += [] if transferred or data.held_out else ["--references DIR (images that were not trained on)"]
-    scored = command("hpo", "evaluate", output)
+    scored = command("hpo", "evaluate", output, *on_device(device))
     return f"to score the checkpoints: {scored} with {' and '.join(needed)}" if needed else f"next: {scored}"
 
 

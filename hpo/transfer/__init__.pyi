@@ -11,5 +11,6 @@ from .profile import ProfileLimits as ProfileLimits
 from .rates import ADAM as ADAM
 from .rules import MAPPING_VERSION as MAPPING_VERSION
 from .rules import MOST_WARMUP as MOST_WARMUP
+from .rules import PROBED_VERSION as PROBED_VERSION
 from .rules import transfer as transfer
 from .source import SourceCandidate as SourceCandidate

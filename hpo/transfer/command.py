@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.study import RUNS, StudyFolder, Work, recorded
-from hpo.terminal import say
+from hpo.terminal import command, on_device, say
 from hpo.transfer import files as transferfile
 from hpo.transfer.files import Places, derived_lines, kept_line, shown
 from hpo.transfer.mapping import Transfer, make, planned, with_decision
@@ -89,7 +89,7 @@ def _transfer(
             _check_refused(plan)
     for line in _write(done, places, request, more):
         say(console, line)
-    say(console, f"next: {places.train_command}")
+    say(console, f"next: {command('hpo', 'train', places.settings, *on_device(request.device))}")
 
 
 def _check_refused(plan: TransferPlan) -> None:

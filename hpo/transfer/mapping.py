@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hpo.study import Origin, origin_comment
 from hpo.transfer.plan import PLANNER, SettingMove, TransferFinding, TransferPlan
 from hpo.transfer.profile import Profile
 from hpo.transfer.rules import MAPPING_VERSION, revised, transfer
@@ -37,7 +38,7 @@ def make(
     """
     figures, _ = dataset_figures(source, profile.family)
     best, name = source.best, source.folder.name
-    comment = f"{name} trial {best.number}, mapping {MAPPING_VERSION}"
+    comment = origin_comment(Origin(name, best.number), MAPPING_VERSION)
     config = holding_out(source, with_places(best.config, f"{name}_{profile.family.name}", comment))
     return Transfer(
         source, profile, planned(transfer(config, figures, profile, preset=preset), profile, told)
@@ -85,7 +86,7 @@ def with_decision(done: Transfer, values: Mapping[str, Any], reason: str) -> Tra
     """The plan with the values that were better in the probes, added as moves."""
     plan = done.plan
     moves = tuple(
-        SettingMove(key, getattr(plan.config, key), value, "probe", reason)
+        SettingMove(key, getattr(plan.config, key), value, "target trials", reason)
         for key, value in values.items()
         if getattr(plan.config, key) != value
     )

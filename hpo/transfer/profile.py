@@ -196,12 +196,6 @@ def read_family(name: str) -> Family:
     return _checked(path, lambda: _family(path.stem, table))
 
 
-def families_from(source: str) -> list[str]:
-    """The shipped families that settings from a search on ``source`` can be transferred to."""
-    found = sorted((SHIPPED / "families").glob("*.toml"))
-    return [path.stem for path in found if source in _table(path).get("sources", ())]
-
-
 def read_profile(spec: str) -> Profile:
     """Read a profile by name or from a TOML file.  Raises ConfigError for the first error in it."""
     path = Path(spec) if spec.endswith(".toml") else _find("profiles", spec, "profile", "--profile")

@@ -28,7 +28,9 @@ from trainer.config import TrainConfig
 from trainer.data import length_of
 from trainer.errors import ConfigError
 
-MAPPING_VERSION = "1"  # increase it when the result of a rule changes
+MAPPING_VERSION = "2"  # increase it when the result of a rule changes
+# The version that last changed a setting that short runs are trained with; target trials of earlier versions are void.
+PROBED_VERSION = "1"  # 2 only changed when files are saved
 MOST_WARMUP = 0.1  # largest share of all steps
 SMALL_SHARE = 0.3
 LEAST_SAVED, CURVE = 4, 5  # files of a run: fewer than the first number are raised to the second (assumed)

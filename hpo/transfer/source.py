@@ -14,11 +14,14 @@ from typing import Any
 
 from hpo.study import (
     BASELINE,
+    OBJECTIVE,
     ROLE,
     StudyFolder,
     database_errors,
+    families_from,
     find_folder,
     is_feasible,
+    kind_of_base,
     objective_of,
     open_study,
     parent_of,
@@ -27,8 +30,8 @@ from hpo.study import (
     score_of,
 )
 from hpo.transfer.plan import DatasetFigures
-from hpo.transfer.profile import Family, families_from
-from trainer.bases import detect, is_miniature
+from hpo.transfer.profile import Family
+from trainer.bases import is_miniature
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import Dataset, read_training_data
 from trainer.errors import ConfigError
@@ -40,7 +43,7 @@ CONFIRMED = "confirmed.json"
 @dataclass(frozen=True)
 class SourceCandidate:
     """A scored trial of the search.  ``place``: its searched settings, each scaled to 0..1.  ``objective``: its
-    score, continued below 0."""
+    score, continued below 0, with the standard error ``objective_se``."""
 
     number: int
     config: TrainConfig
@@ -48,6 +51,7 @@ class SourceCandidate:
     se: float
     place: Mapping[str, float]
     objective: float
+    objective_se: float
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,6 @@ def find_source(name: str | None, runs: Path, family: Family) -> StudyFolder:
     folder = find_folder(name, runs)
     _check_base(folder, family)
     return folder
-
-
-def kind_of_base(folder: StudyFolder) -> str:
-    """The base of a study in the terms of a family's ``sources``: a miniature's name, else the base's family."""
-    base = str((read_json(folder.facts) or {}).get("base", ""))
-    if not base or is_miniature(base):
-        return base
-    return detect.family_of_spec(base) or base
 
 
 def _check_base(folder: StudyFolder, family: Family) -> None:
@@ -118,7 +114,9 @@ def read_source(folder: StudyFolder, *, anyway: bool = False) -> TransferSource:
             continue
         place = {name: _unit(trial.distributions[name], value) for name, value in trial.params.items()}
         se = float(trial.user_attrs.get("se", 0.0))
-        found = SourceCandidate(trial.number, config, score, se, place, objective)
+        own_se = trial.user_attrs.get(f"{OBJECTIVE}_se")
+        objective_se = se if own_se is None else float(own_se)
+        found = SourceCandidate(trial.number, config, score, se, place, objective, objective_se)
         trials.append(found)
         if baseline is None and trial.user_attrs.get(ROLE) == BASELINE:
             baseline = found
@@ -129,7 +127,7 @@ def read_source(folder: StudyFolder, *, anyway: bool = False) -> TransferSource:
         )
     trials.sort(key=lambda t: (-t.objective, t.number))
     confirmed = read_json(folder.root / CONFIRMED)
-    best, tied = trials[0], [t for t in trials if t.score >= trials[0].score - math.hypot(t.se, trials[0].se)]
+    best, tied = trials[0], [t for t in trials if _is_tied(t, trials[0])]
     says = f"trial {best.number}, the best of the search ({best.score:.4f}); unconfirmed, see hpo confirm"
     if confirmed is not None:
         by_number = {t.number: t for t in trials}
@@ -145,6 +143,11 @@ def read_source(folder: StudyFolder, *, anyway: bool = False) -> TransferSource:
     others = _diverse(best, tied) or _diverse(best, trials[: max(2, len(trials) // 4)])
     base = str((read_json(folder.facts) or {}).get("base", best.config.pretrained_model_name_or_path))
     return TransferSource(folder, base, best, confirmed is not None, baseline, others, tuple(trials), says)
+
+
+def _is_tied(trial: SourceCandidate, best: SourceCandidate) -> bool:
+    """Whether a trial is within one standard error of the best.  Compares objectives, because scores below 0 are 0."""
+    return trial.objective >= best.objective - math.hypot(trial.objective_se, best.objective_se)
 
 
 def _trained(folder: StudyFolder, number: int) -> TrainConfig | None:

@@ -28,7 +28,7 @@ from trainer.files import append_line, read_records, write_atomic
 
 GRID = Path(__file__).parent.parent / "data" / "probe_grid.jsonl"
 DOCS = ROOT / "docs" / "transfer.md"
-BEGIN, END = "<!-- probe designs: begin -->", "<!-- probe designs: end -->"
+BEGIN, END = "<!-- designs of target trials: begin -->", "<!-- designs of target trials: end -->"
 BASES = {"mini-sd15": "source", "mini-sdxl": "target"}
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 TEXT_RATIO = 0.5  # × learning_rate, if the text encoders are trained
@@ -200,7 +200,7 @@ def replay(cells: Mapping[Cell, Scored], design: Design | None, budget: int, *, 
             probes.append(made)
             changed.append(decided != Probe())
         regrets.append(float(np.mean(of_offset)))
-    name = "no probes" if design is None else design.name + (", horizon corrected" if horizon else "")
+    name = "no target trials" if design is None else design.name + (", horizon corrected" if horizon else "")
     return Row(name, float(np.mean(probes)), tuple(regrets), float(np.mean(changed)))
 
 
@@ -242,7 +242,7 @@ def table(cells: Mapping[Cell, Scored]) -> str:
         return f"Not recorded yet: {text} (`python -m tests.bench.bench_probe_grid record --work DIR`)."
     rows = compare(cells)
     head = " | ".join(f"{offset:+g}" for offset in OFFSETS)
-    lines = [f"| design | probes | {head} | mean | changed |", "|---" * (len(OFFSETS) + 4) + "|"]
+    lines = [f"| design | target trials | {head} | mean | changed |", "|---" * (len(OFFSETS) + 4) + "|"]
     for row in rows:
         values = " | ".join(f"{value:.3f}" for value in row.regret)
         lines.append(f"| {row.name} | {row.probes:.1f} | {values} | {row.mean:.3f} | {row.changed:.0%} |")

@@ -37,8 +37,8 @@ ROWS = {
     "untrained base": "no training",
     "default settings": "trial 0 of a direct search",
     "transferred": "best trial of the search",
-    "transferred + probe": "best trial of the search, corrected by probes",
-    "direct search": "on mini-sdxl, for the same cost as search and probes",
+    "transferred + probe": "best trial of the search, corrected by target trials",
+    "direct search": "on mini-sdxl, for the same cost as search and target trials",
     "random trial transferred": "a random trial of the search",
     "worst quartile transferred": "a trial of the search's worst quarter",
 }
@@ -262,7 +262,7 @@ def table(cells: dict[Cell, dict[str, Any]], subjects: Sequence[str] = SUBJECTS)
         own = {seed: cells.get(Cell("transferred", subject, seed)) for seed in SEEDS}
         for row, meaning in ROWS.items():
             found = {s: c for s in SEEDS if (c := cells.get(Cell(row, subject, s))) is not None}
-            name = f"{row} ({meaning})"
+            name = f"{row.replace('probe', 'target trials')} ({meaning})"
             if not found:
                 lines.append(f"| {subject} | {name} | missing | | | | 0 of {len(SEEDS)} |")
                 continue

@@ -174,7 +174,9 @@ class Ladder:
             )
         best = max(outcomes, key=lambda o: (o.score, o.probe == Probe()))
         if best is own:
-            return Decision(Probe(), 0.0, 0.0, 0.0, f"none of {len(outcomes) - 1} other probes scored higher")
+            return Decision(
+                Probe(), 0.0, 0.0, 0.0, f"none of {len(outcomes) - 1} other target trials scored higher"
+            )
         return _weighed(best.probe, best.score - own.score, gain_se(best, own), self.errors)
 
 

@@ -39,7 +39,7 @@ class Findings:
 
     def lines(self, base: str) -> list[str]:
         """The lines for the user.  ``base``: the target base, for the command of a direct search."""
-        lines = [f"probe {o.probe.role}: {o.score:.4f} ± {o.se:.4f}" for o in self.outcomes]
+        lines = [f"target trial ({o.probe.role}): {o.score:.4f} ± {o.se:.4f}" for o in self.outcomes]
         lines.append(f"decision: {self.decision.reason}")
         if self.shift is not None:
             lines.append(

@@ -69,11 +69,11 @@ class ProbeProposals(BenchProposals):
         found = self.outcomes()
         probe = self.choose(found)
         assert probe is not None, "the claimed probe is not part of the design"
-        self.say(f"probe {len(found) + 1}/{self.side.scope.budget} on {self.bench.base.name}: {probe.role}")
+        self.say(f"trial {len(found) + 1}/{self.side.scope.budget} on {self.bench.base.name}: {probe.role}")
 
     def after(self, suggested: Mapping[str, Any], result: Result) -> None:
         if result.state == FAILED:
             raise StudyStopped(
-                f"a probe failed ({result.reason}): {result.message}",
+                f"a trial failed ({result.reason}): {result.message}",
                 f"see {self.bench.folder.trial(result.number).log}; to retry: {RESUME}",
             )

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from evaluation.prompts import STYLE
-from hpo.study import CHARACTER, SOURCE_STUDY, STYLE_PRESET, Inputs, StudyFolder, read_json
+from hpo.study import CHARACTER, NEUTRAL_SETTINGS, SOURCE_STUDY, STYLE_PRESET, Inputs, StudyFolder, read_json
 from hpo.terminal import say
-from hpo.transfer import MAPPING_VERSION
+from hpo.transfer import MAPPING_VERSION, PROBED_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
 from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS, Probe, ProbeScore, find, horizon_shift
 from hpo.transfer.probes.findings import Findings, Found, read_saved, write_saved
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hpo.transfer.probes.proposals import Choose
 
 LEAST = 3  # with fewer probes, no decision is possible
+# How a probe is computed, and what its files are called; but the seed and the images decide its result.
+WITHOUT_INFLUENCE = {*NAMES, *NEUTRAL_SETTINGS} - {"seed", "dataset_config", "hold_out_references"}
 
 
 def consult(done: Transfer, request: TransferRequest, console: Console) -> Found | None:
@@ -44,40 +46,53 @@ def consult(done: Transfer, request: TransferRequest, console: Console) -> Found
     saved = read_saved(folder.root)
     design = request.design or (saved.design if saved else DEFAULT_DESIGN)
     if saved is not None and (not request.probes or (saved.design, saved.probes) == (design, request.probes)):
-        say(console, f"probes: using {saved.finished} finished probes of study {folder.name}")
+        say(console, f"using {saved.finished} finished target trials of study {folder.name}")
         return saved.found
     if not request.probes:
         return None
     if request.probes < LEAST:
         raise ConfigError(
-            f"{request.probes} probes are too few for a decision",
+            f"{request.probes} target trials are too few for a decision",
             f"use --trials {LEAST} or more (6 is usual)",
         )
-    return _Probing(done, request, folder, design, console).run()
+    return Probing(done, request, folder, design, console).run()
 
 
 def identity(done: Transfer) -> str:
-    """Hash of the settings that probes belong to.  A different best trial, profile or preset needs new probes."""
-    deciding = {k: v for k, v in done.plan.config.as_dict().items() if k not in NAMES}
-    return hashlib.sha256(json.dumps([MAPPING_VERSION, deciding], sort_keys=True).encode()).hexdigest()[:16]
+    """Hash of the settings that probes belong to.  A different best trial, profile or preset needs new probes.
+
+    Settings with their default value are left out, so that a later version with more settings finds its probes.
+    """
+    usual = TrainConfig().as_dict()
+    values = done.plan.config.as_dict()
+    return _hash({k: v for k, v in values.items() if k not in WITHOUT_INFLUENCE and v != usual[k]})
+
+
+def identities(done: Transfer) -> tuple[str, str]:
+    """The identity, and its former form: with all settings but the names of files and those for saving."""
+    return identity(done), _hash({k: v for k, v in done.plan.config.as_dict().items() if k not in NAMES})
+
+
+def _hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([PROBED_VERSION, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def probe_folder(done: Transfer) -> StudyFolder:
     """The folder NAME__FAMILY, or NAME__FAMILY-2 and so on if that one holds probes of other settings."""
     root = done.source.folder.root
-    own = identity(done)
+    own = identities(done)
     for number in range(1, 1000):
         ending = "" if number == 1 else f"-{number}"
         folder = StudyFolder(root.with_name(f"{root.name}__{done.profile.family.name}{ending}"))
         facts = (read_json(folder.facts) or {}).get("facts")
         if facts is None and not folder.database.is_file():
             return folder
-        if facts is not None and facts.get("transferred") == own:
+        if facts is not None and facts.get("transferred") in own:
             return folder
-    raise MachineError(f"{root.name} has 999 probe studies", "move or delete some of them")
+    raise MachineError(f"{root.name} has 999 studies of target trials", "move or delete some of them")
 
 
-class _Probing:
+class Probing:
     """One call: the probes on the target, the same probes on the source, and the decision."""
 
     def __init__(
@@ -150,7 +165,7 @@ class _Probing:
         return CHARACTER
 
     def _probed(self, folder: StudyFolder, side: ProbeSide, choose: Choose, base: str) -> list[ProbeScore]:
-        study = SideStudy(folder, side, self._inputs(base), self._provenance())
+        study = SideStudy(folder, side, self._inputs(base), self.provenance(folder))
         return study.run(choose, self.console)
 
     def _inputs(self, base: str) -> Inputs:
@@ -175,14 +190,19 @@ class _Probing:
             device=self.request.device,
         )
 
-    def _provenance(self) -> dict[str, str]:
+    def provenance(self, folder: StudyFolder) -> dict[str, str]:
+        """What must not change during the study; one that was begun by an earlier version keeps its own facts."""
         source = self.done.source
-        return {
+        now = {
             SOURCE_STUDY: source.folder.name,
             "source_trial": str(source.best.number),
             "mapping_version": MAPPING_VERSION,
             "transferred": identity(self.done),
         }
+        begun = (read_json(folder.facts) or {}).get("facts") or {}
+        if begun.get("transferred") in identities(self.done):
+            now |= {key: begun[key] for key in ("mapping_version", "transferred") if key in begun}
+        return now
 
 
 def in_order(probes: Sequence[Probe]) -> Choose:

@@ -115,11 +115,11 @@ def make_side(
     for config in whole.values():
         if config.optimizer_type in RATE_FREE:
             raise ConfigError(
-                f"{config.optimizer_type} adapts its learning rate itself, so probing rates has no effect",
+                f"{config.optimizer_type} adapts its learning rate itself, so trying other rates has no effect",
                 "run without --trials; compare LoRA files with hpo evaluate",
             )
     if not own.trains_unet:
-        raise ConfigError("the U-Net is not trained, so there is no rate to probe", "run without --trials")
+        raise ConfigError("the U-Net is not trained, so there is no rate to try", "run without --trials")
     short = {key: short_run(config, runs.samples, runs.fraction) for key, config in whole.items()}
     short = {
         key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]
@@ -138,11 +138,11 @@ def make_side(
 
 def _fits(config: TrainConfig, own: TrainConfig) -> bool:
     """Whether the differing settings can be choices of a search space (an unset value is not possible in TOML)."""
-    for key in SETTINGS:
+    for key in SETTINGS.keys() - ELSEWHERE.keys():
         a, b = getattr(config, key), getattr(own, key)
         if a != b and None in (a, b) and key not in ZERO_IS_UNSET:
             return False
-        if a != b and key in NOT_SEARCHABLE and key not in ELSEWHERE:
+        if a != b and key in NOT_SEARCHABLE:
             return False
     return True
 
@@ -175,7 +175,7 @@ def _sections(short: Mapping[str, TrainConfig], runs: ShortRuns) -> dict[str, di
         train.pop("max_train_epochs", None)
     baseline = {key: getattr(own, key) for key in space}
     return {
-        "study": {"title": "Probes of transferred settings", "preset": runs.preset, "seed": runs.seed},
+        "study": {"title": "Target trials of transferred settings", "preset": runs.preset, "seed": runs.seed},
         "train": train,
         "space": space,
         "baseline": {key: 0 if value is None else value for key, value in baseline.items()},

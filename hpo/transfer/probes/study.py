@@ -48,7 +48,11 @@ class SideStudy:
             console, lambda suggested: side.study.space.settings(suggested, side.study.train), folder.name
         )
         view.baseline = "the transferred settings"
-        guard = alone(folder.locks / "probes.lock", f"probes {folder.name}", "wait until it has finished")
+        guard = alone(
+            folder.locks / "probes.lock",
+            f"runs the target trials of {folder.name}",
+            "wait until it has finished",
+        )
         with database_errors(folder), in_use(folder) as use, guard:
             bench = workbench.load(self.inputs, side.study, folder, view.say)
             study = opened(bench, use, beside=self.provenance)

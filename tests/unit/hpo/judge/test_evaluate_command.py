@@ -384,7 +384,7 @@ def test_a_study_can_be_named_to_judge_by(place: Path) -> None:
     assert result.exit_code == 2 and "no study file nothing" in result.stderr
 
 
-def carried_over(place: Path, output: Path) -> None:
+def carried_over(place: Path, output: Path, comment: str = "study s, trial 3, transferred (rules 2)") -> None:
     """A finished search, and a run in ``output`` with the settings transferred from it."""
     import shutil
     import tomllib
@@ -397,13 +397,16 @@ def carried_over(place: Path, output: Path) -> None:
     (study / "study.json").write_text(json.dumps({**facts, "sections": sections}))
     shutil.copytree(place / "out15", output)
     settings = read(output / "zkw.run" / "config.json")
-    settings["training_comment"] = "s trial 3, mapping 1"
+    settings["training_comment"] = comment
     (output / "zkw.run" / "config.json").write_text(json.dumps(settings))
 
 
+@pytest.mark.parametrize("comment", ["study s, trial 3, transferred (rules 2)", "s trial 3, mapping 1"])
 @pytest.mark.parametrize("output", ["runs/s/transfer/output-sdxl", "elsewhere"])
-def test_a_run_with_settings_of_a_study_is_judged_as_the_study_says(place: Path, output: str) -> None:
-    carried_over(place, place / output)
+def test_a_run_with_settings_of_a_study_is_judged_as_the_study_says(
+    place: Path, output: str, comment: str
+) -> None:
+    carried_over(place, place / output, comment)
     found, said = judge(output)
     assert found.evaluator.formula.mean == "harmonic"
     assert "scored with the definition of study s, because the settings were transferred from it" in said

@@ -150,7 +150,8 @@ def test_probes_and_repeats_are_called_what_they_are(tmp_path: Path) -> None:
         return CliRunner().invoke(main, ["status", name, "--runs", str(runs)], catch_exceptions=False).stdout
 
     probes = shown("t__mini-sdxl")
-    assert "probes on mini-sd15 of settings transferred from t; 6/8 probes" in probes
+    assert "target trials of settings transferred from t, run on mini-sd15; 6/8 trials" in probes
+    assert "best target trial: trial " in probes
     assert "trial 0, the transferred settings: 0.1000" in probes and "usual settings" not in probes
     assert " score=0.1500 " in probes and " transferred=0.1000" in probes and "hpo confirm" not in probes
     again = shown("t__confirm")

@@ -48,6 +48,7 @@ def test_every_second_epoch_is_saved_and_the_last_three_stay_beside_the_final_fi
     assert list(Path("log/zkw").glob("events.out.tfevents.*"))
     memory = json.loads(Path("output/zkw.run/memory.json").read_text())
     assert memory["bucket_px"] == [128, 128] and memory["measured_bytes"] is None
-    assert result.output.rstrip().endswith("next: hpo evaluate output")
+    last = result.output.rstrip().splitlines()[-1]
+    assert last.startswith("to score the checkpoints: hpo evaluate output --device cpu with --references DIR")
     again = CliRunner().invoke(main, words, catch_exceptions=False)
     assert "trained already" in again.output

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
@@ -16,13 +20,14 @@ from hpo.search.workbench import write_definition
 from hpo.study.folder import StudyFolder
 from hpo.study.standing import BASELINE, ROLE
 from hpo.study.storage import create_study, open_study
+from hpo.study.unchanged import check_unchanged
 from hpo.transfer.command import TransferRequest
 from hpo.transfer.mapping import Transfer, make, with_decision
 from hpo.transfer.plan import PLANNER, SettingMove, derive, normalised, snap_down
 from hpo.transfer.probes.candidates import Candidates
 from hpo.transfer.probes.design import Ladder, Probe, ProbeScore
 from hpo.transfer.probes.findings import agree
-from hpo.transfer.probes.run import identity, probe_folder
+from hpo.transfer.probes.run import Probing, identity, probe_folder
 from hpo.transfer.probes.side import MOST_OCTAVES, ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import probe_by_probe
 from hpo.transfer.profile import ProfileLimits, read_family, read_profile
@@ -156,7 +161,7 @@ def test_a_refused_plan_writes_nothing(searched: Path, tmp_path: Path) -> None:
 def test_a_decision_of_probes_is_a_move_like_any_other(searched: Path) -> None:
     done = transferred(searched)
     plan = with_decision(done, {"learning_rate": 2e-3}, "it gains")
-    assert plan.config.learning_rate == 2e-3 and plan.moves[-1].rule == "probe"
+    assert plan.config.learning_rate == 2e-3 and plan.moves[-1].rule == "target trials"
     assert with_decision(done, {}, "kept").config == done.plan.config
 
 
@@ -311,6 +316,100 @@ def test_other_settings_have_probes_of_their_own(searched: Path) -> None:
         folder.root.rmdir()
 
 
+def former_identity(done: Transfer) -> str:
+    """What rules of version 1 stored as ``transferred``: a copy of that function."""
+    names = (
+        *(
+            "logging_dir",
+            "sample_at_first",
+            "sample_every_n_epochs",
+            "sample_every_n_steps",
+            "sample_prompts",
+        ),
+        *("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps"),
+        *("training_comment", "output_name", "pretrained_model_name_or_path", "train_data_dir"),
+    )
+    deciding = {k: v for k, v in done.plan.config.as_dict().items() if k not in names}
+    return hashlib.sha256(json.dumps(["1", deciding], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_values(done: Transfer, **values: Any) -> Transfer:
+    config = done.plan.config.with_values(values)
+    return dataclasses.replace(done, plan=dataclasses.replace(done.plan, config=config))
+
+
+def test_probes_of_earlier_rules_go_on(searched: Path) -> None:
+    done = transferred(searched)
+    folder = probe_folder(done)
+    begun = {"source_study": "s", "mapping_version": "1", "transferred": former_identity(done)}
+    assert begun["transferred"] != identity(done)
+    folder.root.mkdir()
+    try:
+        folder.facts.write_text(json.dumps({"facts": begun}))
+        assert probe_folder(done) == folder
+        before = with_values(done, save_every_n_steps=None, save_every_n_epochs=2, save_last_n_epochs=3)
+        assert former_identity(before) == begun["transferred"], "save.curve did not change it"
+        probing = Probing(done, TransferRequest("mini-sdxl", probes=6), folder, "ladder", Console())
+        now = probing.provenance(folder)
+        check_unchanged(begun, now, folder.name)
+        assert now["mapping_version"] == "1"
+        assert probing.provenance(StudyFolder(folder.root.with_name("new")))["mapping_version"] == "2"
+        assert probe_folder(with_values(done, network_dim=3)).name == "s__mini-sdxl-2"
+    finally:
+        folder.facts.unlink()
+        folder.root.rmdir()
+
+
+def test_only_what_changes_a_short_run_decides_which_probes_it_has(searched: Path) -> None:
+    done = transferred(searched)
+    same = {"save_every_n_steps": 7, "sample_prompts": "p.txt", "logging_dir": "log", "vae_batch_size": 3}
+    for name, value in {
+        **same,
+        "cache_latents_to_disk": True,
+        "training_comment": "s trial 0, mapping 1",
+    }.items():
+        assert identity(with_values(done, **{name: value})) == identity(done), name
+    for name, value in {"seed": 99, "network_dim": 3, "learning_rate": 9e-3}.items():
+        assert identity(with_values(done, **{name: value})) != identity(done), name
+
+
+def test_how_often_files_are_saved_leaves_no_candidate_out() -> None:
+    """save.curve sets save_every_n_steps for a short run and leaves it unset for a long one."""
+    own = TrainConfig(optimizer_type="AdamW", max_train_epochs=20, save_every_n_epochs=2)
+    other = own.with_values(
+        {"max_train_epochs": 5, "network_dim": 4, "save_every_n_epochs": None, "save_every_n_steps": 9}
+    )
+    side = make_side(
+        "s", {"transferred": own, "diverse 1": other}, ShortRuns(8, {}, 1, "natural"), 6, (-4, 4)
+    )
+    assert "diverse 1" in side.short
+
+
+def test_ties_are_those_of_the_objective(searched: Path, tmp_path: Path) -> None:
+    """Below the untrained base every score is 0, but the objectives differ."""
+    shutil.copytree(searched / "s", tmp_path / "s")
+    folder = StudyFolder(tmp_path / "s")
+    with sqlite3.connect(folder.database) as database:
+        for number in range(3):
+            row = database.execute("SELECT trial_id FROM trials WHERE number = ?", (number,)).fetchone()
+            figures = {"score": 0.0, "se": 0.1, "objective": -float(number), "objective_se": 0.1}
+            for name, value in figures.items():
+                database.execute(
+                    "INSERT OR REPLACE INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)",
+                    (row[0], name, json.dumps(value)),
+                )
+    source = read_source(folder, anyway=True)
+    assert [(t.number, t.score) for t in source.trials] == [(0, 0.0), (1, 0.0), (2, 0.0)]
+    assert [t.number for t in source.others] == [1], "none is equal to the best, so the better half is taken"
+
+
+def test_the_next_command_keeps_the_device(searched: Path) -> None:
+    file = searched / "s" / "transfer" / "mini-sdxl.toml"
+    said = call(searched, "--device", "cuda:1")
+    assert said.output.rstrip().splitlines()[-1] == f"next: hpo train {file} --device cuda:1"
+    assert call(searched).output.rstrip().splitlines()[-1] == f"next: hpo train {file}"
+
+
 def test_what_probes_found_holds_for_the_next_call(searched: Path) -> None:
     done = transferred(searched)
     folder = probe_folder(done)
@@ -322,7 +421,9 @@ def test_what_probes_found_holds_for_the_next_call(searched: Path) -> None:
         (folder.root / "probes.json").write_text(json.dumps(saved))
         assert call(searched).exit_code == 0
         file = searched / "s" / "transfer" / "mini-sdxl.toml"
-        assert "learning_rate = 0.007" in file.read_text() and "probe: it gains 0.1" in file.read_text()
+        assert (
+            "learning_rate = 0.007" in file.read_text() and "target trials: it gains 0.1" in file.read_text()
+        )
         assert "decision: it gains 0.1" in (searched / "s" / "transfer" / "plan.md").read_text()
     finally:
         (folder.root / "probes.json").unlink()
