@@ -243,7 +243,7 @@ def transfer(
         vram=vram,
         profile=profile,
         preset=preset,
-        probes=trials,
+        trials=trials,
         design=design,
         device=device,
         runs=folder.root.parent,

@@ -40,7 +40,7 @@ class TransferRequest:
     vram: float | None = None
     profile: str | None = None
     preset: str | None = None
-    probes: int = 0
+    trials: int = 0
     design: str | None = None
     device: str | None = None
     runs: Path = RUNS
@@ -52,7 +52,7 @@ def run(request: TransferRequest, console: Console) -> None:
 
     Raises ToolError.  Writes nothing if the result is refused.
     """
-    if request.design and not request.probes:
+    if request.design and not request.trials:
         raise ConfigError("--design has no effect without trials on the target", "add --trials 6")
     profile = _profile(request)
     folder = find_source(request.name, request.runs, profile.family)
@@ -73,7 +73,7 @@ def _transfer(
     work.begun = True
     places = Places(folder.root / "transfer", profile.family.name)
     more: list[str] = []
-    if request.probes:
+    if request.trials:
         # Written now, so that the settings are available during the probes and if they are interrupted.
         _write(done, places, request, ())
     found = consult(done, request, console)

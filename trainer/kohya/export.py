@@ -80,9 +80,7 @@ def write(found: Export, folder: Path) -> None:
     write_atomic(folder / DATASET, tomlkit.dumps(dict(found.dataset)))
     write_atomic(
         folder / COMMAND,
-        f"#!/bin/sh\
-# run this in the folder of sd-scripts\
-{found.command}\n",
+        f"#!/bin/sh\n# run this in the folder of sd-scripts\n{found.command}\n",
     )
 
 

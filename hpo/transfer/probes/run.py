@@ -45,14 +45,14 @@ def consult(done: Transfer, request: TransferRequest, console: Console) -> Found
     folder = probe_folder(done)
     saved = read_saved(folder.root)
     design = request.design or (saved.design if saved else DEFAULT_DESIGN)
-    if saved is not None and (not request.probes or (saved.design, saved.probes) == (design, request.probes)):
+    if saved is not None and (not request.trials or (saved.design, saved.probes) == (design, request.trials)):
         say(console, f"using {saved.finished} finished target trials of study {folder.name}")
         return saved.found
-    if not request.probes:
+    if not request.trials:
         return None
-    if request.probes < LEAST:
+    if request.trials < LEAST:
         raise ConfigError(
-            f"{request.probes} target trials are too few for a decision",
+            f"{request.trials} target trials are too few for a decision",
             f"use --trials {LEAST} or more (6 is usual)",
         )
     return Probing(done, request, folder, design, console).run()
@@ -115,7 +115,7 @@ class Probing:
             findings.decision.reason,
             tuple(findings.lines(base)),
         )
-        write_saved(self.folder.root, self.design_name, self.request.probes, findings, found)
+        write_saved(self.folder.root, self.design_name, self.request.trials, findings, found)
         return found
 
     # Target and source
@@ -155,7 +155,7 @@ class Probing:
             fraction=fraction,
             preset=preset,
         )
-        return make_side(name, whole, runs, self.request.probes, bounds)
+        return make_side(name, whole, runs, self.request.trials, bounds)
 
     def _preset(self, root: Path) -> str:
         """The preset of the search; probes that were begun with another one keep it."""

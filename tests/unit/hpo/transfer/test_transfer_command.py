@@ -349,7 +349,7 @@ def test_probes_of_earlier_rules_go_on(searched: Path) -> None:
         assert probe_folder(done) == folder
         before = with_values(done, save_every_n_steps=None, save_every_n_epochs=2, save_last_n_epochs=3)
         assert former_identity(before) == begun["transferred"], "save.curve did not change it"
-        probing = Probing(done, TransferRequest("mini-sdxl", probes=6), folder, "ladder", Console())
+        probing = Probing(done, TransferRequest("mini-sdxl", trials=6), folder, "ladder", Console())
         now = probing.provenance(folder)
         check_unchanged(begun, now, folder.name)
         assert now["mapping_version"] == "1"
