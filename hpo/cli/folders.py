@@ -50,7 +50,8 @@ class Left:
 
     @property
     def says(self) -> str:
-        return f"{self.command} ({self.step.state} {self.when:%-d %b %H:%M})"
+        state = self.step.state if self.step.ended_utc else "killed; started"
+        return f"{self.command} ({state} {self.when:%-d %b %H:%M})"
 
 
 @click.command()
@@ -205,9 +206,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    table.add_column("study", overflow="fold")
-    for name in ("trials", "best", "score", "last command"):
+    longest = max(len(row["study"]) for row in rows)
+    table.add_column("study", overflow="fold", min_width=min(longest, 24))
+    for name in ("trials", "best", "score"):
         table.add_column(name, no_wrap=True)
+    table.add_column("last command", overflow="fold")
     for row in rows:
         score = (
             ""

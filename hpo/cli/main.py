@@ -80,7 +80,7 @@ class Commands(click.Group):
                 click.echo("next: " + clean_text(shlex.join(["hpo", *said.stored])), err=True)
             sys.exit(130)
         except click.Abort:  # Ctrl-C or Ctrl-D at a question
-            click.echo("\nnothing was started", err=True)
+            click.echo("\nnothing was done", err=True)
             sys.exit(130)
         except BrokenPipeError:
             sys.stderr.close()

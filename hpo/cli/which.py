@@ -112,7 +112,10 @@ def agreed(question: str, *, yes: bool) -> bool:
     if yes:
         return True
     if at_terminal():
-        return click.confirm(question, default=False)
+        answered = click.confirm(question, default=False)
+        if not answered:
+            click.echo("nothing was done", err=True)
+        return answered
     click.echo(f"{question} [y/N]: ", nl=False)
     for line in sys.stdin or ():
         answer = line.strip().lower()
@@ -120,7 +123,10 @@ def agreed(question: str, *, yes: bool) -> bool:
         if answer in ("y", "yes"):
             return True
         if answer in ("", "n", "no"):
+            click.echo("nothing was done", err=True)
             return False
         click.echo(f"{question} [y/N]: ", nl=False)
     click.echo("")
-    raise ConfigError("not started: there is no terminal to ask at", "add --yes to start without a question")
+    raise ConfigError(
+        "nothing was done: there is no terminal to ask at", "add --yes to go on without a question"
+    )

@@ -30,6 +30,7 @@ from hpo.study import (
     score_of,
     standing,
 )
+from hpo.terminal import clock
 from trainer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -190,9 +191,16 @@ def cost_line(asked: Confirmation) -> str:
         seconds += each * images + (result["train_seconds"] if asked.how == RETRAINED else 0.0)
     if known and pending and not asked.target.anchors.is_file():
         seconds += each * images
-    about = f"about {seconds / 60:.1f} minutes, based on the search" if known else "time unknown"
+    about = f"about {clock(seconds)}, based on the search" if known else "time unknown"
     retrained = asked.how == RETRAINED
-    what = "trainings with new seeds, each with" if retrained else "saved LoRA files, each with"
+    one = len(pending) == 1
+    what = (
+        f"training{'' if one else 's'} with new seeds"
+        if retrained
+        else f"saved LoRA file{'' if one else 's'}"
+    )
+    what += "," if one else ", each"
+    what += " with"
     numbers = ", ".join(map(str, asked.chosen))
     return f"cost: {len(pending)} {what} {images} confirmation images: {about} (trials {numbers})"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.study import StudyFolder
+from hpo.terminal import command
 from trainer.adapters import EPOCH, STEPS
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError
@@ -161,7 +162,10 @@ def _in_folder(folder: Path, shown: str) -> RunFiles:
         raise ConfigError(
             f"{shown} contains no LoRA file"
             + (f": {clean_text(begun[0])} has saved none yet" if begun else ""),
-            "wait until the training has saved one" if begun else "give the output folder of hpo train",
+            "wait until the training has saved one; if it was interrupted: "
+            + command("hpo", "resume", folder / f"{begun[0]}.run")
+            if begun
+            else "give the output folder of hpo train",
         )
     ((name, paths),) = groups.items()
     return _run(folder, name, paths)

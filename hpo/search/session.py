@@ -39,6 +39,7 @@ from hpo.study import (
     begun_study,
     check_unchanged,
     database_errors,
+    early_note,
     in_use,
     nothing_learned,
     promptfiles,
@@ -260,6 +261,8 @@ def _cost_line(cost: Cost, now: Standing, size: str) -> str:
 def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
     best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
     settings = best.user_attrs.get("settings", {}) if best else None
+    if note := early_note(study, bench.folder):
+        view.say(note)
     for line in summary(bench.folder, now, settings, why, nothing_learned(study, bench.folder)):
         view.say(line)
     view.say(report.study_line(bench.folder.name, now))

@@ -21,6 +21,7 @@ from .folder import another_name as another_name
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
 from .learning import NothingLearned as NothingLearned
+from .learning import early_note as early_note
 from .learning import learning_lines as learning_lines
 from .learning import longer as longer
 from .learning import needed_images as needed_images

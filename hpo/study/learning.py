@@ -159,6 +159,20 @@ def nothing_learned(study: optuna.Study, folder: StudyFolder) -> NothingLearned 
     return _state(found, folder)
 
 
+def early_note(study: optuna.Study, folder: StudyFolder) -> str:
+    """One sentence if there are too few trials for the state, and none of them is better than the untrained base."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    found = [_scored(trial, folder.trial(trial.number)) for trial in done]
+    known = [e.likeness for e in found if e.likeness is not None]
+    if not 0 < len(done) < FEWEST or len(known) < len(found) or any(e.is_better(len(done)) for e in found):
+        return ""
+    value, se = max(known)
+    return (
+        f"note: no trial is better than the untrained base by more than its noise so far (best likeness {value:.3f} "
+        f"± {se:.3f}); a score above 0 can be chance"
+    )
+
+
 def require_learned(study: optuna.Study, folder: StudyFolder, command: str, *, anyway: bool) -> None:
     """Raise ConfigError if the search has learned nothing, unless ``anyway`` is set."""
     if anyway or (state := nothing_learned(study, folder)) is None:

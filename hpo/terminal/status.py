@@ -166,7 +166,7 @@ def _best(table: StudyTable) -> int | None:
 def _result(row: Row) -> str:
     if row.score is not None:
         return f"{row.score:.3f} ± {row.se or 0.0:.3f}"
-    return f"{row.state} {row.process}" if row.process else clean_text(row.state)
+    return f"{row.state} (process {row.process})" if row.process else clean_text(row.state)
 
 
 def _part(row: Row, part: str) -> str:

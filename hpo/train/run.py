@@ -64,8 +64,6 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     for note in data.notes:
         view.say(f"note: {note}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
-    if behind := steps_behind(folder.checkpoints):
-        view.say(f"resuming from step {behind}")
     device = own_device(device, ranks.local)
     check_device(device)
     _check_parts(config, ranks, view.say)
@@ -74,6 +72,8 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     with alone(folder.root / "lock", f"trains {folder.name}") if ranks.is_first else contextlib.nullcontext():
         if ranks.is_first:
             sweep_tree(folder.root)
+            if behind := steps_behind(folder.checkpoints):
+                view.say(f"resuming from step {behind}")
             write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
         join(ranks, device)
         try:

@@ -32,6 +32,7 @@ class TrainView:
         self.stopping = False
         self._said = time.monotonic()
         self._first: tuple[int, float] | None = None  # the first step of this call, and when it was done
+        self._each = 0.0  # mean seconds of a step, with what was done between steps
         self._live = Live(
             console=console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self.block, transient=True
         )
@@ -54,7 +55,10 @@ class TrainView:
                 event.seconds if first else SMOOTHING * self.seconds + (1 - SMOOTHING) * event.seconds
             )
             self.last = event
-            self._first = self._first or (event.step, time.monotonic())
+            now = time.monotonic()
+            self._first = self._first or (event.step, now)
+            done, began = self._first
+            self._each = max(self.seconds, (now - began) / max(1, event.step - done))
         elif isinstance(event, Skipped):
             self.skipped += 1
             self.say(f"step {event.step} is skipped: its {event.reason} is not finite")
@@ -73,19 +77,13 @@ class TrainView:
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
             f"step {self.last.step}/{self.last.total_steps}, epoch {self.last.epoch}/{self.last.total_epochs}, "
-            f"loss {self.loss:.4f}, rate {self.last.learning_rate:.2e}, {self.seconds:.2f} s a step{skipped}, "
+            f"loss {self.loss:.4f}, lr {self.last.learning_rate:.2e}, {self.seconds:.2f} s/step{skipped}, "
             f"{left(self.seconds_left())}"
         )
 
     def seconds_left(self) -> float:
         """To the end of the run.  Samples, validation and saved files count: they are in the mean time of a step."""
-        if self.last is None or self._first is None:
-            return 0.0
-        done, started = self._first
-        each = self.seconds
-        if self.last.step > done:
-            each = max(each, (time.monotonic() - started) / (self.last.step - done))
-        return (self.last.total_steps - self.last.step) * each
+        return 0.0 if self.last is None else (self.last.total_steps - self.last.step) * self._each
 
     def block(self) -> RenderableType:
         """The moving block."""

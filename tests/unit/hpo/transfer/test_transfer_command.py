@@ -75,7 +75,9 @@ def test_the_last_study_is_taken_and_said_and_the_files_are_written(searched: Pa
         "dataset.toml",
         "train.sh",
     }
-    assert "sdxl_train_network.py" in (place / "kohya-mini-sdxl" / "train.sh").read_text()
+    lines = (place / "kohya-mini-sdxl" / "train.sh").read_text().splitlines()
+    assert lines[0] == "#!/bin/sh" and lines[1].startswith("# ") and len(lines) == 3
+    assert lines[2].startswith("accelerate launch ") and "sdxl_train_network.py" in lines[2]
     assert "| resolution | 32 | 128 | res.native |" in (place / "plan.md").read_text()
 
 
