@@ -26,6 +26,7 @@ from hpo.study.learning import (
     PATHS,
     RENAMED,
     NothingLearned,
+    early_note,
     learning_lines,
     nothing_learned,
     require_learned,
@@ -326,3 +327,12 @@ def test_the_options_of_a_search_are_known_where_its_command_is_repeated() -> No
     known = {name for one in options for name in one.opts}
     assert {*NAMES_OR_PATHS, *LEFT_OUT} - {"--name"} <= known
     assert isinstance(search, Renamed) and search.renamed == {**RENAMED, "--name": ""}
+
+
+def test_before_five_trials_one_sentence_says_that_nothing_is_above_the_noise(tmp_path: Path) -> None:
+    few = made(tmp_path / "few", trial(0.014), trial(0.036))
+    note = early_note(open_study(few), few)
+    assert "best likeness 0.036 ± 0.020" in note and not learning_lines(open_study(few), few)
+    good = made(tmp_path / "good", trial(0.014), trial(0.5))
+    five = made(tmp_path / "five", *[trial(0.01)] * 5)
+    assert early_note(open_study(good), good) == "" and early_note(open_study(five), five) == ""
