@@ -66,11 +66,12 @@ def demo(subject: str, folder: Path) -> None:
     from trainer.bases import write_subject
 
     write_subject(subject, folder)
-    words: list[str | Path] = ["hpo", "search", "--base", "mini-sd15", "--data", folder, "--trials", "12"]
-    if subject == "object":  # its folder's name does not say that it is one
-        words += ["--preset", subject]
+    preset = (
+        ("--preset", subject) if subject == "object" else ()
+    )  # its folder's name does not say that it is one
+    following = command("hpo", "search", "--base", "mini-sd15", "--data", folder, "--trials", "12", *preset)
     click.echo(f"wrote the demo images ({subject})")
-    click.echo(f"next: {command(*words)}")
+    click.echo(f"next: {following}")
 
 
 @dataset.command()

@@ -48,6 +48,10 @@ PROBE_STEPS = 3  # the first step allocates; the last of three is timed
 RESERVE_BYTES = 200_000_000  # kept free beside the study's files: checkpoints of the running trial (estimate)
 BYTES_PER_PIXEL = 2.0  # of a sample PNG, if none was generated yet (estimate; photos need less)
 GRID_SIDE_PX = 192  # of an image in grid.png; a copy of the grid is stored for the dashboard
+GRID_GROWTH = (
+    1.5  # of an image that is enlarged for the grid; 8 kB a caption (measured on grids of 64 px images)
+)
+CAPTION_BYTES = 8_000
 ROW_BYTES = 250  # a step in train.jsonl, an image in metrics.json (measured)
 DATABASE_BYTES = (
     130_000  # of a small study (measured); while it is open, most of it is in its write-ahead log
@@ -258,8 +262,11 @@ def _trial_bytes(bench: Workbench, steps: float) -> int:
     sampling, images = bench.evaluator.sampling, bench.prompts.image_count
     drawn = [p.stat().st_size for p in (bench.folder.base_images / "samples").glob("*.png")]
     each = float(np.mean(drawn)) if drawn else sampling.width_px * sampling.height_px * BYTES_PER_PIXEL
-    shrunk = min(1.0, GRID_SIDE_PX / max(sampling.width_px, sampling.height_px)) ** 2
-    return round(images * (each * (1 + 2 * shrunk) + 2 * ROW_BYTES) + steps * ROW_BYTES + 10_000)
+    shrunk = min(GRID_GROWTH, (GRID_SIDE_PX / max(sampling.width_px, sampling.height_px)) ** 2)
+    prompts = len(bench.prompts.prompts)
+    shown = 2 * prompts * len(bench.prompts.seeds) + 4  # the trial's and the base's images, and references
+    grid = shown * each * shrunk + prompts * CAPTION_BYTES + 10_000
+    return round(images * (each + 2 * ROW_BYTES) + 2 * grid + steps * ROW_BYTES + 10_000)
 
 
 # Time

