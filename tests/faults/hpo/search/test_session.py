@@ -246,7 +246,7 @@ def test_a_stop_is_for_those_who_ask_for_it(root: Path, data: Path) -> None:
 
 def test_next_commands_name_the_runs_folder(root: Path, data: Path) -> None:
     said = run_session(root, data)
-    assert f"next: hpo confirm study --runs {root.parent}" in said
+    assert f"next: hpo status study --runs {root.parent}" in said
 
 
 # Troubles of the machine
