@@ -135,8 +135,10 @@ def _roots(name: str | None, runs: Path) -> Iterator[Path]:
     from hpo.study import WORK, find_folder, outside_studies, study_at, study_folder
 
     if name is None:
-        yield from (path.parent for path in sorted(runs.glob(f"*/{WORK}")))
-        yield from outside_studies()
+        inside = [path.parent for path in sorted(runs.glob(f"*/{WORK}"))]
+        known = {root.resolve() for root in inside}
+        yield from inside
+        yield from (root for root in outside_studies() if root.resolve() not in known)
         return
     path = Path(name)
     if "/" not in name and (study_folder(name, runs).root / WORK).is_file():

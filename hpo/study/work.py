@@ -196,7 +196,9 @@ def outside_studies() -> list[Path]:
     if (place := _index_file()) is not None:
         rows = read_records(place)
         found += [Path(str(row.get("root"))) for row in rows if row.get("cwd") == os.getcwd()]
-    known = {root.resolve(): root for root in found if (root / WORK).is_file()}
+    # a study is indexed, too, if its first command was recorded before its database was there
+    apart = [root for root in found if (root / WORK).is_file() and not (root / "study.db").is_file()]
+    known = {root.resolve(): root for root in apart}
     return list(known.values())
 
 

@@ -250,3 +250,18 @@ def test_no_command_declares_an_option_twice() -> None:
     for command in all_of(main):
         names = [name for param in command.params for name in param.opts]
         assert len(names) == len(set(names)), command.name
+
+
+def test_a_search_that_was_recorded_before_its_database_existed_is_one_command(here: Path) -> None:
+    from hpo.study.work import INVOCATION, Invocation, recorded
+    from trainer.errors import Interrupted
+
+    token = INVOCATION.set(Invocation(("status", "tiny"), str(here)))
+    fresh = here / "runs" / "fresh"
+    (fresh / ".locks").mkdir(parents=True)
+    with pytest.raises(Interrupted), recorded(fresh, "search"):
+        raise Interrupted("stopped")
+    INVOCATION.reset(token)
+    assert "study=tiny" in hpo("resume").output  # not asked twice about the same folder
+    shutil.copy("runs/tiny/study.db", fresh / "study.db")
+    assert "study=tiny" in hpo("resume").output
