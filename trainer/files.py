@@ -27,6 +27,7 @@ from trainer.errors import RESUME, ConfigError, MachineError
 from trainer.text import clean_text
 
 MANIFEST = "manifest.json"
+TRANSIENT = ("-wal", "-shm")  # files of an open database
 MANIFEST_FORMAT = 1
 _TEMPORARY = re.compile(r"\.tmp-(\d{1,10})-[0-9a-f]+")
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -127,6 +128,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             if isinstance(record, dict):
                 records.append(record)
     return records
+
+
+def folder_bytes(root: Path) -> int:
+    """Sizes of all files that stay, without those of an open database.  Files that vanish meanwhile do not count."""
+    total = 0
+    for place, _, names in os.walk(root):
+        for name in (n for n in names if not n.endswith(TRANSIENT)):
+            try:
+                total += os.stat(os.path.join(place, name)).st_size
+            except OSError:
+                continue
+    return total
 
 
 def sha256_file(path: Path) -> str:

@@ -20,7 +20,7 @@ from hpo.cli import options
 from hpo.cli.start import console
 from hpo.cli.which import agreed, ask_which, at_terminal, chosen_study, complete_name
 from trainer.errors import ConfigError, MachineError, ToolError
-from trainer.files import machine_error
+from trainer.files import folder_bytes, machine_error
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from hpo.study import Step, StudyFolder, WorkedOn
 
 TRASH = ".trash"
-RUNNING = "running"
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def resume(ctx: click.Context, name: str | None, notify: tuple[str, ...], runs: 
 
 def _left(name: str | None, runs: Path) -> Left:
     """The step to go on with.  Raises ConfigError if nothing was interrupted, or if it is still running."""
-    from hpo.study import SAME_DAY, steps
+    from hpo.study import RUNNING, steps, within_a_day
 
     roots = list(_roots(name, runs))
     found = sorted((left for root in roots for left in _open(root)), key=lambda left: left.when, reverse=True)
@@ -111,10 +110,9 @@ def _left(name: str | None, runs: Path) -> Left:
             )
         raise ConfigError(f"nothing was interrupted{where}", "list the studies and their states: hpo studies")
     newest = {left.root: left for left in reversed(found)}  # the last one of each folder
-    rivals = [left for left in newest.values() if found[0].when - left.when <= SAME_DAY]
+    rivals = within_a_day(sorted(newest.values(), key=lambda left: left.when, reverse=True))
     if len(rivals) == 1:
-        return found[0]
-    rivals.sort(key=lambda left: left.when, reverse=True)
+        return rivals[0]
     if not at_terminal():
         names = "   or: ".join(f"hpo resume {shlex.quote(str(left.root))}" for left in rivals)
         raise ConfigError(
@@ -135,10 +133,8 @@ def _roots(name: str | None, runs: Path) -> Iterator[Path]:
     from hpo.study import WORK, find_folder, outside_studies, study_at, study_folder
 
     if name is None:
-        inside = [path.parent for path in sorted(runs.glob(f"*/{WORK}"))]
-        known = {root.resolve() for root in inside}
-        yield from inside
-        yield from (root for root in outside_studies() if root.resolve() not in known)
+        yield from (path.parent for path in sorted(runs.glob(f"*/{WORK}")))
+        yield from outside_studies()
         return
     path = Path(name)
     if "/" not in name and (study_folder(name, runs).root / WORK).is_file():
@@ -243,7 +239,7 @@ def delete(name: str, yes: bool, runs: Path) -> None:
         )
     parts = _family(folder)
     _check_unused(parts)
-    size = sum(_bytes(part.root) for part in parts)
+    size = sum(folder_bytes(part.root) for part in parts)
     names = ", ".join(clean_text(str(part.root)) for part in parts)
     click.echo(f"{names}: {size / 1e6:.1f} MB")
     if not agreed("move this to the trash?", yes=yes):
@@ -259,7 +255,7 @@ def delete(name: str, yes: bool, runs: Path) -> None:
 
 def _check_unused(parts: list[StudyFolder]) -> None:
     """Raise MachineError if a command is working on one of the folders."""
-    from hpo.study import holder, steps
+    from hpo.study import RUNNING, holder, steps
 
     for part in parts:
         pid = holder(part.locks / "use.lock")
@@ -296,7 +292,3 @@ def _family(folder: StudyFolder) -> list[StudyFolder]:
     from hpo.study import all_studies, parent_of
 
     return [folder, *(one for one in all_studies(folder.root.parent) if parent_of(one) == folder.name)]
-
-
-def _bytes(root: Path) -> int:
-    return sum(path.lstat().st_size for path in root.rglob("*") if not path.is_dir())

@@ -21,7 +21,7 @@ from rich.text import Text
 from hpo.judge.evaluate import CONFIRMATION, beside_values, drawing_alone
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, one_file
 from hpo.judge.view import JudgeView
-from hpo.study import Inputs, record_root, recorded
+from hpo.study import Inputs, recorded_at
 from hpo.terminal import Stop
 from trainer.errors import InvalidImages
 from trainer.files import make_folder, sha256_file, write_atomic
@@ -71,9 +71,9 @@ def compare(
     files = _file(paths[0], runs[0]), _file(paths[1], runs[1])
     from hpo.judge import judge as judges  # loads torch
 
-    root = record_root(runs[1].evaluation, runs[1].evaluation.parent)
     step = f"compare {files[0].name} {files[1].name}"
-    with recorded(root, step, begun=False) as work:
+    place = runs[1].evaluation
+    with recorded_at(place, place.parent, step, begun=False) as work:
         with Stop(view.on_ask) as stop:
             view.should_stop = stop
             first = judges.load(runs[0], inputs, view.say, named=study)

@@ -23,7 +23,7 @@ from rich.console import Console
 from hpo.judge.outcome import Evaluated
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, label
 from hpo.judge.view import JudgeView
-from hpo.study import Inputs, alone, record_root, recorded
+from hpo.study import Inputs, alone, recorded_at
 from hpo.terminal import Stop, clock, command
 from trainer.errors import ConfigError, InvalidImages, ModelFileError
 from trainer.files import require_space, sha256_file, sweep_tree, write_atomic
@@ -49,8 +49,8 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
 
     judge = judges.load(run, inputs, view.say, named=study)
     damaged = _unfit(run, judge)
-    root = record_root(run.evaluation, run.evaluation.parent)
-    with drawing_alone(run), recorded(root, f"evaluate {run.name}") as work, Stop(view.on_ask) as stop:
+    record = recorded_at(run.evaluation, run.evaluation.parent, f"evaluate {run.name}")
+    with drawing_alone(run), record as work, Stop(view.on_ask) as stop:
         view.should_stop = stop
         outcome = _judged(run, judge, damaged, view)
         _write(run, judge, outcome)

@@ -8,9 +8,7 @@ trials (``hpo.study.pace``).
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +36,7 @@ from trainer.config import TrainConfig
 from trainer.data import total_steps
 from trainer.errors import MachineError, OutOfMemory
 from trainer.events import Step
-from trainer.files import require_space
+from trainer.files import folder_bytes, require_space
 from trainer.loop import loop
 
 if TYPE_CHECKING:
@@ -56,7 +54,6 @@ ROW_BYTES = 250  # a step in train.jsonl, an image in metrics.json (measured)
 DATABASE_BYTES = (
     130_000  # of a small study (measured); while it is open, most of it is in its write-ahead log
 )
-TRANSIENT = ("-wal", "-shm")  # files of an open database
 TENSOR_BYTES = 110  # a tensor in the header of a LoRA file (measured)
 DRAWS = 64  # suggestions to average over
 NIGHT_HOURS = 10.0  # what a whole search may take without a warning; --max-hours replaces it
@@ -236,18 +233,6 @@ def final_bytes(folder: StudyFolder, study: optuna.Study, cost: Cost, trials: in
     return round(
         now - loras + left * own / len(done) + max(loras, loras + (kept - len(done)) * cost.lora_bytes)
     )
-
-
-def folder_bytes(root: Path) -> int:
-    """Sizes of all files that stay.  Files that vanish meanwhile do not count."""
-    total = 0
-    for place, _, names in os.walk(root):
-        for name in (n for n in names if not n.endswith(TRANSIENT)):
-            try:
-                total += os.stat(os.path.join(place, name)).st_size
-            except OSError:
-                continue
-    return total
 
 
 def _lora_bytes(bench: Workbench, config: TrainConfig) -> int:

@@ -116,7 +116,6 @@ from .unchanged import as_begun as as_begun
 from .unchanged import check_unchanged as check_unchanged
 from .use import Use as Use
 from .use import in_use as in_use
-from .which import SAME_DAY as SAME_DAY
 from .which import SOURCE_STUDY as SOURCE_STUDY
 from .which import SeveralStudies as SeveralStudies
 from .which import WorkedOn as WorkedOn
@@ -124,14 +123,16 @@ from .which import all_studies as all_studies
 from .which import find_folder as find_folder
 from .which import parent_of as parent_of
 from .which import study_at as study_at
+from .which import within_a_day as within_a_day
 from .which import worked_on as worked_on
 from .work import INVOCATION as INVOCATION
+from .work import RUNNING as RUNNING
 from .work import WORK as WORK
 from .work import Invocation as Invocation
 from .work import Step as Step
 from .work import Work as Work
 from .work import open_steps as open_steps
 from .work import outside_studies as outside_studies
-from .work import record_root as record_root
 from .work import recorded as recorded
+from .work import recorded_at as recorded_at
 from .work import steps as steps

@@ -24,7 +24,7 @@ from hpo.study.standing import (
     score_of,
     standing,
 )
-from hpo.study.which import OF_STUDY, SOURCE_STUDY
+from hpo.study.which import OF_STUDY, belongs_to
 
 if TYPE_CHECKING:
     import optuna
@@ -107,14 +107,11 @@ class StudyTable:
 def kind_of(folder: StudyFolder) -> StudyKind:
     """Whether the trials are a search, its confirmation or probes of a transfer."""
     facts = read_json(folder.facts) or {}
-    stored = facts.get("facts")
-    known = stored if isinstance(stored, dict) else {}
     base = str(facts.get("base", ""))
     base = Path(base).name if "/" in base else base
-    for key, word in ((OF_STUDY, CONFIRMATION), (SOURCE_STUDY, PROBES)):
-        if known.get(key):
-            return StudyKind(word, str(known[key]), base)
-    return StudyKind(SEARCH, "", base)
+    if (parent := belongs_to(facts)) is None:
+        return StudyKind(SEARCH, "", base)
+    return StudyKind(CONFIRMATION if parent[0] == OF_STUDY else PROBES, parent[1], base)
 
 
 def study_table(

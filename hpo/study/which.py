@@ -8,9 +8,11 @@ see ``hpo.cli.which``.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from hpo.study.folder import RUNS, StudyFolder, read_json, study_folder
 from hpo.study.work import INVOCATION, RUNNING, Step, steps, words_with_name
@@ -35,6 +37,14 @@ class SeveralStudies(ConfigError):
             f"several studies were worked on within a day, and none is named: {said}",
             "name one: " + "   or: ".join(commands),
         )
+
+
+class HasTime(Protocol):
+    @property
+    def when(self) -> datetime: ...
+
+
+Dated = TypeVar("Dated", bound=HasTime)
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,15 @@ def find_folder(name: str | None, runs: Path = RUNS) -> StudyFolder:
     found = worked_on(runs)
     if not found:
         raise ConfigError(f"no study in {runs}", START_ONE)
-    recent = [one for one in found if found[0].when - one.when <= SAME_DAY]
+    recent = within_a_day(found)
     if len(recent) > 1:
         raise SeveralStudies(recent)
     return found[0].folder
+
+
+def within_a_day(found: Sequence[Dated]) -> list[Dated]:
+    """Those that are at most a day older than the first, which is the newest."""
+    return [one for one in found if found[0].when - one.when <= SAME_DAY]
 
 
 def worked_on(runs: Path = RUNS) -> list[WorkedOn]:
@@ -83,10 +98,15 @@ def all_studies(runs: Path) -> list[StudyFolder]:
 
 def parent_of(folder: StudyFolder) -> str | None:
     """The name of the study that a confirmation or target trials belong to; None for a search."""
-    facts = (read_json(folder.facts) or {}).get("facts")
-    if not isinstance(facts, dict):
-        return None
-    return next((str(facts[key]) for key in (OF_STUDY, SOURCE_STUDY) if key in facts), None)
+    found = belongs_to(read_json(folder.facts))
+    return found[1] if found else None
+
+
+def belongs_to(stored: Mapping[str, Any] | None) -> tuple[str, str] | None:
+    """(``OF_STUDY`` or ``SOURCE_STUDY``, the name of that study) from the contents of study.json; None for a search."""
+    facts = (stored or {}).get("facts")
+    known = facts if isinstance(facts, dict) else {}
+    return next(((key, str(known[key])) for key in (OF_STUDY, SOURCE_STUDY) if known.get(key)), None)
 
 
 def study_at(path: Path) -> StudyFolder | None:

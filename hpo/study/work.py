@@ -26,14 +26,13 @@ from pathlib import Path
 from hpo.study import notify
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
+from hpo.study.notify import FAILED, FINISHED, INTERRUPTED
 from trainer.errors import Interrupted, MachineError, ToolError
 from trainer.files import append_line, read_records
 from trainer.memory import cache_folder
 
 WORK = "work.jsonl"
-STARTED, RUNNING, FINISHED, INTERRUPTED, FAILED, REFUSED = (
-    "started", "running", "finished", "interrupted", "failed", "refused"
-)  # fmt: skip
+STARTED, RUNNING, REFUSED = "started", "running", "refused"  # an end is an event of hpo.study.notify
 _OWN: set[str] = set()  # the steps of this process: asking for the holder of an own lock would release it
 SECRET = "--notify"  # its URLs contain passwords, so they are not stored
 
@@ -127,7 +126,6 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
     if invocation.stored != invocation.words:
         row["notified"] = True
     append_line(root / WORK, json.dumps(row))
-    _index(root, invocation.cwd)
     state, why = FAILED, ""
     try:
         yield record
@@ -185,9 +183,14 @@ def steps(root: Path) -> list[Step]:
     return found
 
 
-def record_root(path: Path, otherwise: Path) -> Path:
-    """Where a command that works at ``path`` is recorded: in the study that contains it, else in ``otherwise``."""
-    return next((place for place in path.absolute().parents if (place / "study.db").is_file()), otherwise)
+@contextlib.contextmanager
+def recorded_at(path: Path, otherwise: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
+    """As ``recorded``, in the study that contains ``path``; else in ``otherwise``, where ``hpo resume`` finds it."""
+    study = next((place for place in path.absolute().parents if (place / "study.db").is_file()), None)
+    with recorded(study or otherwise, step, begun=begun) as work:
+        if study is None:
+            _index(otherwise)
+        yield work
 
 
 def outside_studies() -> list[Path]:
@@ -196,19 +199,16 @@ def outside_studies() -> list[Path]:
     if (place := _index_file()) is not None:
         rows = read_records(place)
         found += [Path(str(row.get("root"))) for row in rows if row.get("cwd") == os.getcwd()]
-    # a study is indexed, too, if its first command was recorded before its database was there
-    apart = [root for root in found if (root / WORK).is_file() and not (root / "study.db").is_file()]
-    known = {root.resolve(): root for root in apart}
-    return list(known.values())
+    return list({root.resolve(): root for root in found if (root / WORK).is_file()}.values())
 
 
-def _index(root: Path, cwd: str) -> None:
-    """Note a folder that is not a study, so that ``hpo resume`` finds it.  Without a cache folder it cannot."""
-    place = _index_file()
-    if place is None or (root / "study.db").is_file():
+def _index(root: Path) -> None:
+    """Note a folder that is not a study.  Without a cache folder, or as a library, nothing is noted."""
+    place, invocation = _index_file(), INVOCATION.get()
+    if place is None or invocation is None:
         return
     with contextlib.suppress(MachineError, OSError):
-        row = {"root": str(root.resolve()), "cwd": cwd}
+        row = {"root": str(root.resolve()), "cwd": invocation.cwd}
         if row not in read_records(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             append_line(place, json.dumps(row))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study import alone, record_root, recorded
+from hpo.study import alone, recorded_at
 from hpo.terminal import Stop, command, on_device
 from hpo.train import memory as runmemory
 from hpo.train.adapter import StepLog, check_device, train_adapter
@@ -80,9 +80,10 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
             vram = ranks.lowest(runmemory.free_bytes(device), device)
             runmemory.apply_plan(ladder, vram, steps_behind(folder.checkpoints), view.say)
             place = Place(load(ladder.config, data, device, view.say))
-            root = record_root(folder.root, folder.root)
             with (
-                recorded(root, f"train {folder.name}") if ranks.is_first else contextlib.nullcontext() as work
+                recorded_at(folder.root, folder.root, f"train {folder.name}")
+                if ranks.is_first
+                else contextlib.nullcontext() as work
             ):
                 _Run(folder, data, prompts, place, ladder, view, ranks).do()
                 if work is not None:

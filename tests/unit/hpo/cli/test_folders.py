@@ -211,13 +211,13 @@ def test_without_standard_input_nothing_is_asked(here: Path, monkeypatch: pytest
 
 
 def test_resume_finds_a_run_in_any_output_folder(here: Path) -> None:
-    from hpo.study.work import INVOCATION, Invocation, recorded
+    from hpo.study.work import INVOCATION, Invocation, recorded_at
     from trainer.errors import Interrupted
 
     token = INVOCATION.set(Invocation(("status", "tiny"), str(here)))
     root = here / "my loras" / "zed.run"
     root.mkdir(parents=True)
-    with pytest.raises(Interrupted) as caught, recorded(root, "train zed"):
+    with pytest.raises(Interrupted) as caught, recorded_at(root, root, "train zed"):
         raise Interrupted("stopped")
     INVOCATION.reset(token)
     assert caught.value.hint == f"hpo resume '{root}'"

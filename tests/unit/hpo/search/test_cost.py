@@ -19,6 +19,7 @@ from hpo.study.pace import Pace
 from hpo.study.storage import open_study
 from tests.tiny_search import draw_images, make_search, tiny_bench, tiny_study
 from trainer.data import total_steps
+from trainer.files import folder_bytes
 
 
 def bench_of(tmp_path: Path, changes: dict[str, Any] | None = None, images: int = 8) -> Workbench:
@@ -103,6 +104,6 @@ def test_after_the_first_trial_disk_and_time_are_those_of_its_files(tmp_path: Pa
     worker.run()
     with contextlib.closing(sqlite3.connect(bench.folder.database)) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    true = costs.folder_bytes(bench.folder.root)
+    true = folder_bytes(bench.folder.root)
     for guess in (before, *said):
         assert true / 1.5 < guess < true * 1.5, (before, said, true)
