@@ -1,5 +1,8 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
+from .changes import longer as longer
+from .changes import set_words as set_words
+from .changes import shorter as shorter
 from .config import NEUTRAL_SETTINGS as NEUTRAL_SETTINGS
 from .config import SHIPPED as SHIPPED
 from .config import Inputs as Inputs
@@ -23,13 +26,10 @@ from .folder import study_folder as study_folder
 from .learning import NothingLearned as NothingLearned
 from .learning import early_note as early_note
 from .learning import learning_lines as learning_lines
-from .learning import longer as longer
 from .learning import needed_images as needed_images
 from .learning import needed_words as needed_words
 from .learning import nothing_learned as nothing_learned
 from .learning import require_learned as require_learned
-from .learning import set_words as set_words
-from .learning import shorter as shorter
 from .learning import span as span
 from .locks import Lock as Lock
 from .locks import alone as alone

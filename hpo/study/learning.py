@@ -18,24 +18,22 @@ standard errors, those that learned something at least 4.0.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from evaluation.score import above_zero
+from hpo.study.changes import BOTH, RATES, TOO_HIGH, TOO_LOW, changed_space, set_words
 from hpo.study.config import StudyConfig, build_study
 from hpo.study.folder import StudyFolder, TrialFolder, another_name, read_json
+from hpo.study.nextsearch import next_search
 from hpo.study.result import INFEASIBLE_REASONS
-from hpo.study.space.domain import Choice, Range
 from hpo.study.standing import is_feasible
 from hpo.study.which import parent_of
-from hpo.study.work import steps
-from trainer.bases import KNOWN_BASES, is_miniature
+from trainer.bases import is_miniature
 from trainer.errors import ConfigError
 from trainer.files import read_records
 
@@ -50,17 +48,7 @@ USUAL_IMAGES, MINIATURE_IMAGES = 1000, 200
 HARDLY_CHANGED = 0.01
 FOLLOWING_LOST = 0.5  # prompt following below this, by more than its noise, is lost (assumed)
 SKIPPED = 0.02  # share of steps with NaN or infinite values that counts as a sign (assumed)
-RATE_FACTOR = 10.0  # how far a rate that is too low or too high is moved
 NOT_THE_RATE = ("out_of_memory", "no_effect")  # infeasible, but not because of too much training
-# Options of hpo search: those without a value; those that take a path; those whose value may be a name or a path;
-# those that do not fit the next search (--enqueue: a file with settings outside of the moved ranges); old names.
-FLAGS = ("--stop-when-converged",)
-PATHS, NAMES_OR_PATHS = ("--data", "--prompts", "--references"), ("--base", "--definition", "--clip")
-LEFT_OUT = ("--enqueue", "--runs", "--name")
-RENAMED = {"--study": "--definition"}
-LENGTHS = ("max_train_steps", "max_train_epochs")  # the first one decides if both are set
-TOO_LOW, TOO_HIGH, BOTH = "too low", "too high", "both"
-RATES = ("learning_rate", "unet_lr")
 
 
 @dataclass(frozen=True)
@@ -273,7 +261,7 @@ def _state(found: Sequence[TrialEvidence], folder: StudyFolder) -> NothingLearne
             f"learning rates from too low to too high: {_little_words(little)}; {_much_words(much)}"
         )
     definition = _definition(facts)
-    changes = _changes(definition, found, needed if few else 0, rate) if definition else ()
+    changes = changed_space(definition, found, needed if few else 0, rate) if definition else ()
     scored = [e for e in found if e.feasible and e.likeness]
     best = max(scored, key=lambda e: (e.likeness or (0.0, 0.0))[0], default=None)
     if not causes:
@@ -288,7 +276,7 @@ def _state(found: Sequence[TrialEvidence], folder: StudyFolder) -> NothingLearne
         causes=tuple(causes),
         changes=changes,
         advice=_advice(folder, changes, few, rate),
-        command=_command(folder, changes),
+        command=next_search(folder, changes),
     )
 
 
@@ -353,159 +341,9 @@ def _advice(folder: StudyFolder, changes: Sequence[str], few: bool, rate: str) -
     return f"look at the images (hpo dashboard {folder.words}), and check the captions with hpo dataset check"
 
 
-def _command(folder: StudyFolder, changes: Sequence[str]) -> str:
-    """The study's last search, as a new study with the changes.  Empty if it was not recorded or there are none."""
-    searches = [step for step in steps(folder.root) if step.words[:1] == ("search",)]
-    if not changes or not searches:
-        return ""
-    names = (folder.root.with_name(f"{folder.name}-{n}") for n in range(2, 1000))
-    new = StudyFolder(next(root for root in names if not root.exists()))
-    words = [
-        word
-        for option in _options(searches[-1].words[1:])
-        for word in _moved_to_here(option, searches[-1].cwd)
-    ]
-    sets = [word for change in changes for word in ("--set", change)]
-    return f"hpo search {new.words} {shlex.join([*words, *sets])}"
-
-
-def _options(words: Sequence[str]) -> list[tuple[str, ...]]:
-    """The options of a recorded search, with their values, that the next one takes.  NAME is left out, too."""
-    found: list[tuple[str, ...]] = []
-    rest = iter(words)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        name = RENAMED.get(name, name)
-        if not word.startswith("--"):
-            continue
-        option = (name,) if name in FLAGS else (name, value if equals else next(rest, ""))
-        if name not in LEFT_OUT:
-            found.append(option)
-    return found
-
-
-def _moved_to_here(option: tuple[str, ...], cwd: str) -> tuple[str, ...]:
-    """The option of a search that was started in ``cwd``, for the current folder: paths are made absolute."""
-    there = Path(cwd)
-    if not cwd or there == Path.cwd() or option[0] not in PATHS + NAMES_OR_PATHS:
-        return option
-    name, value = option
-    if name in PATHS:
-        return name, str(there / value)
-    if name == "--base" and value in KNOWN_BASES:
-        return option
-    before, colon, path = value.rpartition(":") if name == "--clip" else ("", "", value)
-    tries = (path, *((f"{path}.toml", f"studies/{path}.toml") if name == "--definition" else ()))
-    found = next((there / one for one in tries if (there / one).exists()), None)
-    return option if found is None else (name, f"{before}{colon}{found}")
-
-
 def _definition(facts: Mapping[str, Any]) -> StudyConfig | None:
     """The study's definition; None for studies of versions that did not store it."""
     try:
         return build_study(str(facts["definition"]), facts["sections"])
     except (ConfigError, KeyError, TypeError):
         return None
-
-
-def _changes(study: StudyConfig, found: Sequence[TrialEvidence], needed: int, rate: str) -> tuple[str, ...]:
-    """``--set`` values for a search that can learn something.  Empty if they would not be a valid study."""
-    per_unit = max((e.images_seen / e.length for e in found if e.length), default=0.0)
-    sets = [*_longer(study, per_unit, needed), *(_moved(study, found, rate) if rate else ())]
-    return _valid(study, sets)
-
-
-def longer(study: StudyConfig, per_unit: float, needed: int) -> tuple[str, ...]:
-    """``--set`` values with which the shortest trial sees ``needed`` images.  Empty if there are none.
-
-    ``per_unit``: images seen per epoch, or per step in a study that sets steps.
-    """
-    return _valid(study, _longer(study, per_unit, needed))
-
-
-def shorter(study: StudyConfig, share: float) -> tuple[str, ...]:
-    """``--set`` values with which the longest trial has this share of its length.  Empty if there are none."""
-    name, domain = _length(study)
-    baseline = study.sections.get("baseline", {}).get(name)
-    if domain is None:
-        high = int(getattr(study.train, name) * share)
-        return _valid(study, [f"{name}={high}"]) if high >= 1 else ()
-    high = int(max(domain.edges) * share)
-    low = min(domain.edges)
-    if high < low:
-        return ()
-    sets = [f"{name}={{low={low}, high={high}}}"]
-    return _valid(study, [*sets, f"baseline.{name}={high}"] if baseline and baseline > high else sets)
-
-
-def set_words(sets: Sequence[str]) -> str:
-    """``--set`` values for a shell."""
-    return " ".join(f"--set {shlex.quote(text)}" for text in sets)
-
-
-def _valid(study: StudyConfig, sets: Sequence[str]) -> tuple[str, ...]:
-    try:
-        build_study(study.name, study.sections, sets=sets)
-    except ConfigError:
-        return ()
-    return tuple(sets)
-
-
-def _length(study: StudyConfig) -> tuple[str, Range | Choice | None]:
-    """The setting that decides how long a trial is, and its domain if it is searched."""
-    searched = {p.name: p.domain for p in study.space}
-    for name in LENGTHS:
-        if name in searched:
-            return name, searched[name]
-    return LENGTHS[0] if study.train.max_train_steps else LENGTHS[1], None
-
-
-def _longer(study: StudyConfig, per_unit: float, needed: int) -> list[str]:
-    if not needed or not per_unit:
-        return []
-    name, domain = _length(study)
-    low = math.ceil(needed / per_unit)
-    if domain is None:
-        return [f"{name}={low}"]
-    return [f"{name}={{low={low}, high={max(2 * low, max(domain.edges))}}}", f"baseline.{name}={low}"]
-
-
-def _moved(study: StudyConfig, found: Sequence[TrialEvidence], rate: str) -> list[str]:
-    """Rates ten times higher or lower, or between the trials that were too weak and those that were too strong.
-
-    Trial 0 gets the middle of the new range, its other rates keep their ratio to it.
-    """
-    searched = {p.name: p.domain for p in study.space}
-    name = next((n for n in RATES if n in searched), RATES[0])
-    domain, baseline = searched.get(name), dict(study.sections.get("baseline", {}))
-    factor = {TOO_LOW: RATE_FACTOR, TOO_HIGH: 1 / RATE_FACTOR}.get(rate, 1.0)
-    if domain is None:
-        fixed = getattr(study.train, name)
-        return (
-            [f"{name}={fixed * factor:.2g}", *_scaled(baseline, name, factor)]
-            if fixed and factor != 1
-            else []
-        )
-    if not isinstance(domain, Range):
-        return []
-    low, high = domain.low * factor, domain.high * factor
-    if rate == BOTH:
-        low = max((e.rates.get(name, 0.0) for e in found if e.too_little), default=low)
-        high = min((e.rates.get(name, math.inf) for e in found if e.too_much), default=high)
-        if not 0 < 2 * low < high < math.inf:
-            return []
-    low, high = float(f"{low:.2g}"), float(f"{high:.2g}")
-    middle = float(f"{math.sqrt(low * high):.2g}")
-    scale = middle / float(baseline[name]) if baseline.get(name) else factor
-    log = ", log=true" if domain.log else ""
-    return [
-        f"{name}={{low={low:g}, high={high:g}{log}}}",
-        f"baseline.{name}={middle:g}",
-        *_scaled(baseline, name, scale),
-    ]
-
-
-def _scaled(baseline: Mapping[str, Any], but: str, factor: float) -> list[str]:
-    """Trial 0's other rates, so that they keep their ratio to the one that was moved."""
-    rates = {n: float(v) for n, v in baseline.items() if n.endswith("_lr") and n != but and v}
-    return [f"baseline.{n}={v * factor:.2g}" for n, v in rates.items()]

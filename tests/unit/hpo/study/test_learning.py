@@ -20,17 +20,13 @@ from hpo.search.summary import summary
 from hpo.study.config import StudyConfig, build_study
 from hpo.study.folder import StudyFolder
 from hpo.study.learning import (
-    FLAGS,
-    LEFT_OUT,
-    NAMES_OR_PATHS,
-    PATHS,
-    RENAMED,
     NothingLearned,
     early_note,
     learning_lines,
     nothing_learned,
     require_learned,
 )
+from hpo.study.nextsearch import FLAGS, LEFT_OUT, NAMES_OR_PATHS, PATHS, RENAMED
 from hpo.study.standing import standing
 from hpo.study.storage import create_study, open_study
 from tests import ranking

@@ -1,0 +1,129 @@
+"""What to change in a study so that its next search can learn something, as values of ``--set``.
+
+Owns longer and shorter trials and moved rates; every change is a valid study or it is left out.  Does not own whether
+anything was learned (``hpo.study.learning``) or the command that makes the change (``hpo.study.nextsearch``).
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hpo.study.config import StudyConfig, build_study
+from hpo.study.space.domain import Choice, Range
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hpo.study.learning import TrialEvidence
+
+RATE_FACTOR = 10.0  # how far a rate that is too low or too high is moved
+LENGTHS = ("max_train_steps", "max_train_epochs")  # the first one decides if both are set
+TOO_LOW, TOO_HIGH, BOTH = "too low", "too high", "both"
+RATES = ("learning_rate", "unet_lr")
+
+
+def changed_space(
+    study: StudyConfig, found: Sequence[TrialEvidence], needed: int, rate: str
+) -> tuple[str, ...]:
+    """``--set`` values for a search that can learn something.  Empty if they would not be a valid study."""
+    per_unit = max((e.images_seen / e.length for e in found if e.length), default=0.0)
+    sets = [*_longer(study, per_unit, needed), *(_moved(study, found, rate) if rate else ())]
+    return _valid(study, sets)
+
+
+def longer(study: StudyConfig, per_unit: float, needed: int) -> tuple[str, ...]:
+    """``--set`` values with which the shortest trial sees ``needed`` images.  Empty if there are none.
+
+    ``per_unit``: images seen per epoch, or per step in a study that sets steps.
+    """
+    return _valid(study, _longer(study, per_unit, needed))
+
+
+def shorter(study: StudyConfig, share: float) -> tuple[str, ...]:
+    """``--set`` values with which the longest trial has this share of its length.  Empty if there are none."""
+    name, domain = _length(study)
+    baseline = study.sections.get("baseline", {}).get(name)
+    if domain is None:
+        high = int(getattr(study.train, name) * share)
+        return _valid(study, [f"{name}={high}"]) if high >= 1 else ()
+    high = int(max(domain.edges) * share)
+    low = min(domain.edges)
+    if high < low:
+        return ()
+    sets = [f"{name}={{low={low}, high={high}}}"]
+    return _valid(study, [*sets, f"baseline.{name}={high}"] if baseline and baseline > high else sets)
+
+
+def set_words(sets: Sequence[str]) -> str:
+    """``--set`` values for a shell."""
+    return " ".join(f"--set {shlex.quote(text)}" for text in sets)
+
+
+def _valid(study: StudyConfig, sets: Sequence[str]) -> tuple[str, ...]:
+    try:
+        build_study(study.name, study.sections, sets=sets)
+    except ConfigError:
+        return ()
+    return tuple(sets)
+
+
+def _length(study: StudyConfig) -> tuple[str, Range | Choice | None]:
+    """The setting that decides how long a trial is, and its domain if it is searched."""
+    searched = {p.name: p.domain for p in study.space}
+    for name in LENGTHS:
+        if name in searched:
+            return name, searched[name]
+    return LENGTHS[0] if study.train.max_train_steps else LENGTHS[1], None
+
+
+def _longer(study: StudyConfig, per_unit: float, needed: int) -> list[str]:
+    if not needed or not per_unit:
+        return []
+    name, domain = _length(study)
+    low = math.ceil(needed / per_unit)
+    if domain is None:
+        return [f"{name}={low}"]
+    return [f"{name}={{low={low}, high={max(2 * low, max(domain.edges))}}}", f"baseline.{name}={low}"]
+
+
+def _moved(study: StudyConfig, found: Sequence[TrialEvidence], rate: str) -> list[str]:
+    """Rates ten times higher or lower, or between the trials that were too weak and those that were too strong.
+
+    Trial 0 gets the middle of the new range, its other rates keep their ratio to it.
+    """
+    searched = {p.name: p.domain for p in study.space}
+    name = next((n for n in RATES if n in searched), RATES[0])
+    domain, baseline = searched.get(name), dict(study.sections.get("baseline", {}))
+    factor = {TOO_LOW: RATE_FACTOR, TOO_HIGH: 1 / RATE_FACTOR}.get(rate, 1.0)
+    if domain is None:
+        fixed = getattr(study.train, name)
+        return (
+            [f"{name}={fixed * factor:.2g}", *_scaled(baseline, name, factor)]
+            if fixed and factor != 1
+            else []
+        )
+    if not isinstance(domain, Range):
+        return []
+    low, high = domain.low * factor, domain.high * factor
+    if rate == BOTH:
+        low = max((e.rates.get(name, 0.0) for e in found if e.too_little), default=low)
+        high = min((e.rates.get(name, math.inf) for e in found if e.too_much), default=high)
+        if not 0 < 2 * low < high < math.inf:
+            return []
+    low, high = float(f"{low:.2g}"), float(f"{high:.2g}")
+    middle = float(f"{math.sqrt(low * high):.2g}")
+    scale = middle / float(baseline[name]) if baseline.get(name) else factor
+    log = ", log=true" if domain.log else ""
+    return [
+        f"{name}={{low={low:g}, high={high:g}{log}}}",
+        f"baseline.{name}={middle:g}",
+        *_scaled(baseline, name, scale),
+    ]
+
+
+def _scaled(baseline: Mapping[str, Any], but: str, factor: float) -> list[str]:
+    """Trial 0's other rates, so that they keep their ratio to the one that was moved."""
+    rates = {n: float(v) for n, v in baseline.items() if n.endswith("_lr") and n != but and v}
+    return [f"baseline.{n}={v * factor:.2g}" for n, v in rates.items()]
