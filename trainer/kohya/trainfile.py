@@ -45,6 +45,7 @@ class TrainFile:
     translated: tuple[str, ...] = ()
     without_effect: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
     output_dir: str | None = None
 
     def require_all(self) -> TrainFile:
@@ -125,6 +126,7 @@ def _of_kohya(path: Path, form: str, file: KohyaFile, origin: str) -> TrainFile:
         file.translated,
         file.without_effect,
         file.refused,
+        file.differs,
         file.output_dir,
     )
 
