@@ -83,6 +83,7 @@ def _toml(path: Path, table: Mapping[str, Any]) -> Found:
         return lora_scripts.read_lora_scripts(path, table)
     others.refuse_toml(path, table)
     settings, dataset = split_dataset(table)
+    others.refuse_unknown(path, settings, "TOML")
     form = (
         "a dataset file of sd-scripts" if dataset is not None and not settings else "a TOML file of settings"
     )
@@ -112,6 +113,7 @@ def _json(path: Path, text: str) -> Found:
     if not value:
         refuse(path, "JSON without settings", "give a training file: a table of settings")
     settings, dataset = split_dataset({name: entry for name, entry in value.items() if entry is not None})
+    others.refuse_unknown(path, settings, "JSON")
     form = (
         "a dataset file of sd-scripts (JSON)"
         if dataset is not None and not settings

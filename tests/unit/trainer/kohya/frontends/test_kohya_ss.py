@@ -1,7 +1,6 @@
 """Presets of kohya_ss' window become the settings that kohya_ss hands to sd-scripts.
 
-Expected values were recorded by running kohya_ss 45088f0's own train_model (kohya_gui/lora_gui.py, print_only=True) on the
-opened preset and reading the config_lora-DATE.toml that it wrote.
+Rules as in kohya_ss 45088f0, ``kohya_gui/lora_gui.py:train_model``.
 """
 
 from __future__ import annotations
