@@ -163,10 +163,9 @@ def _plain(text: str) -> str | None:
 
 
 def _filled(path: Path, text: str, variables: Mapping[str, str]) -> str:
-    if match := re.search(r"\$\{?\w+\[@\]\}?|@\w+\b(?=\s|$)|\$\{?\w+\}?(?=\s*$)(?!\w)", text):
-        name = match[0].strip("${}[@]")
-        if name not in variables:
-            refuse(path, f"a shell script that collects its settings in {clean_text(name)[:40]}", _HINT)
+    if match := re.search(r"\$\{?(\w+)\[@\]\}?|(?<=\s)@(\w+)", text):
+        name = match[1] or match[2]
+        refuse(path, f"a shell script that collects its settings in {clean_text(name)[:40]}", _HINT)
     for _ in range(3):  # a variable may name another
         text = _VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), text)
     if match := _VARIABLE.search(text):
