@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.kohya.frontends.architectures import SCRIPTS, refuse_script
 from trainer.kohya.frontends.found import Found, refuse, shown
-from trainer.kohya.frontends.others import SCRIPTS, refuse_script
 from trainer.text import clean_text
 
 # Flags that take several words (nargs in sd-scripts' parsers).

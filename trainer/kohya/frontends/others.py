@@ -1,4 +1,4 @@
-"""What is not for this tool, by its name: other architectures, other programs, other files.
+"""What is not for this tool, by its name: files of other programs, and what is no training file at all.
 
 Each has two lines: what the file is, and what to use instead.
 """
@@ -11,113 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.kohya.frontends.architectures import MUSUBI, OURS
 from trainer.kohya.frontends.found import leaves, refuse, shown
 from trainer.text import clean_text
-
-_MUSUBI = "musubi-tuner"
-# script of sd-scripts → what it trains
-SCRIPTS = {
-    "flux_train_network.py": "FLUX.1",
-    "sd3_train_network.py": "Stable Diffusion 3",
-    "lumina_train_network.py": "Lumina Image 2.0",
-    "anima_train_network.py": "Anima",
-    "hunyuan_image_train_network.py": "HunyuanImage-2.1",
-    "flux_train.py": "FLUX.1",
-    "sd3_train.py": "Stable Diffusion 3",
-    "anima_train.py": "Anima",
-    "train_db.py": "",
-    "fine_tune.py": "",
-    "sdxl_train.py": "",
-    "train_textual_inversion.py": "",
-    "sdxl_train_textual_inversion.py": "",
-    "train_controlnet.py": "",
-    "sdxl_train_control_net.py": "",
-    "train_leco.py": "",
-    "sdxl_train_leco.py": "",
-    "wan_train_network.py": "Wan (musubi-tuner)",
-    "hv_train_network.py": "HunyuanVideo (musubi-tuner)",
-    "fpack_train_network.py": "FramePack (musubi-tuner)",
-    "qwen_image_train_network.py": "Qwen-Image (musubi-tuner)",
-    "flux_kontext_train_network.py": "FLUX.1 Kontext (musubi-tuner)",
-    "zimage_train_network.py": "Z-Image (musubi-tuner)",
-}
-# part of a network_module → (architecture, what trains it)
-_MODULES: dict[str, tuple[str, str]] = {
-    "hunyuan_image": ("HunyuanImage-2.1", "sd-scripts (hunyuan_image_train_network.py)"),
-    "flux": ("FLUX.1", "sd-scripts (flux_train_network.py)"),
-    "sd3": ("Stable Diffusion 3", "sd-scripts (sd3_train_network.py)"),
-    "lumina": ("Lumina Image 2.0", "sd-scripts (lumina_train_network.py)"),
-    "anima": ("Anima", "sd-scripts (anima_train_network.py)"),
-    "wan": ("Wan", _MUSUBI),
-    "framepack": ("FramePack", _MUSUBI),
-    "qwen_image": ("Qwen-Image", _MUSUBI),
-    "zimage": ("Z-Image", _MUSUBI),
-    "kandinsky5": ("Kandinsky 5", _MUSUBI),
-    "hv_1_5": ("HunyuanVideo 1.5", _MUSUBI),
-}
-# a key with a value that only this architecture has
-_KEYS: dict[str, tuple[str, str]] = {
-    "gemma2": _MODULES["lumina"],
-    "qwen3": _MODULES["anima"],
-    "byt5": _MODULES["hunyuan_image"],
-    "clip_g": _MODULES["sd3"],
-    "ae": _MODULES["flux"],
-    "dit": ("a video or DiT model", _MUSUBI),
-}
-# a checkbox of kohya_ss' window, or part of lora-scripts' model_train_type
-_CHOICES: dict[str, tuple[str, str]] = {
-    "flux1_checkbox": _MODULES["flux"],
-    "sd3_checkbox": _MODULES["sd3"],
-    "lumina_checkbox": _MODULES["lumina"],
-    "anima_checkbox": _MODULES["anima"],
-    "hunyuan_image_checkbox": _MODULES["hunyuan_image"],
-}
-_OURS = "this tool trains LoRAs of SD1.5 and SDXL"
-
-
-def refuse_architecture(path: Path, table: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings of another architecture, named."""
-    flat = dict(leaves(table))
-    if (found := _architecture(flat)) is not None:
-        (name, trains), why = found
-        refuse(path, f"a configuration for {name} ({why})", f"{_OURS}; use {trains}")
-
-
-def refuse_script(path: Path, script: str) -> None:
-    """Raise ConfigError for a command of another training script."""
-    if name := SCRIPTS[script]:
-        refuse(path, f"a command for {name} ({script})", f"{_OURS}; run the script itself")
-    refuse(
-        path, f"a command of {script}, which trains no LoRA", f"{_OURS}; give a command of train_network.py"
-    )
-
-
-def _architecture(flat: Mapping[str, Any]) -> tuple[tuple[str, str], str] | None:
-    module = str(flat.get("network_module") or "")
-    kind = str(flat.get("model_train_type") or "")
-    lora = str(flat.get("LoRA_type") or "")
-    for part, known in _MODULES.items():
-        if re.search(rf"networks\.(\w+_)?{part}$", module):
-            return known, f"network_module = {clean_text(module)[:80]}"
-        if kind.startswith(part.replace("_image", "")):
-            return known, f"model_train_type = {clean_text(kind)[:40]}"
-    for name, known in _CHOICES.items():
-        if flat.get(name) is True:
-            return known, f"{name} is set"
-    for name in ("Flux1", "Anima", "Lumina", "HunyuanImage-2.1"):
-        if lora.startswith(name):
-            key = {"Flux1": "flux", "HunyuanImage-2.1": "hunyuan_image"}.get(name, name.lower())
-            return _MODULES[key], f"LoRA_type = {clean_text(lora)[:40]}"
-    if "LoRA_type" in flat:  # kohya_ss saves the fields of all architectures, whichever is chosen
-        return None
-    for name, known in _KEYS.items():
-        value = flat.get(name)
-        if isinstance(value, str) and value:
-            return known, f"it has {name}"
-    if isinstance(flat.get("t5xxl"), str) and flat["t5xxl"] and not module:
-        return _MODULES["flux"], "it has t5xxl"
-    return None
-
 
 # Programs, by the keys of their JSON or TOML
 
@@ -164,17 +60,17 @@ _JSON: tuple[tuple[Callable[[Mapping[str, Any]], bool], str, str], ...] = (
     (
         _has("num_vectors_per_token"),
         "a preset of kohya_ss for textual inversion",
-        f"{_OURS}; give a LoRA preset",
+        f"{OURS}; give a LoRA preset",
     ),
     (
         _any("image_folder", "train_text_encoder", "create_buckets"),
         "a preset of kohya_ss for fine-tuning",
-        f"{_OURS}; give a LoRA preset",
+        f"{OURS}; give a LoRA preset",
     ),
     (
         _any("no_token_padding", "learning_rate_te1"),
         "a preset of kohya_ss for DreamBooth",
-        f"{_OURS}; give a LoRA preset",
+        f"{OURS}; give a LoRA preset",
     ),
     (
         _any("ss_network_module", "ss_base_model_version"),
@@ -236,8 +132,8 @@ _TOML: tuple[tuple[Callable[[Mapping[str, Any]], bool], str, str], ...] = (
         lambda table: _first_dataset(
             table, "image_directory", "video_directory", "image_jsonl_file", "video_jsonl_file"
         ),
-        f"a dataset file of {_MUSUBI}",
-        f"{_OURS}; write image_dir and num_repeats in [[datasets.subsets]], as sd-scripts does",
+        f"a dataset file of {MUSUBI}",
+        f"{OURS}; write image_dir and num_repeats in [[datasets.subsets]], as sd-scripts does",
     ),
 )
 

@@ -14,6 +14,7 @@ from typing import Any
 from trainer.datasetforms import is_easy, split_dataset
 from trainer.errors import ConfigError
 from trainer.kohya.frontends import commandline, easy, kohya_ss, lora_scripts, others, syntax
+from trainer.kohya.frontends.architectures import refuse_architecture
 from trainer.kohya.frontends.found import Found, leaves, refuse, shown
 
 MAX_FILE_BYTES = 1 << 20
@@ -76,7 +77,7 @@ def _not_toml(path: Path, text: str, error: Exception) -> Found:
 
 def _toml(path: Path, table: Mapping[str, Any]) -> Found:
     _refuse_broken_paths(path, table)
-    others.refuse_architecture(path, table)
+    refuse_architecture(path, table)
     if is_easy(table):
         return easy.read_easy(path, table)
     if lora_scripts.is_lora_scripts(table):
@@ -99,7 +100,7 @@ def _json(path: Path, text: str) -> Found:
     except (ValueError, RecursionError):
         refuse(path, "not valid JSON", "give a TOML file with settings")
     if isinstance(value, dict):
-        others.refuse_architecture(path, value)
+        refuse_architecture(path, value)
         if kohya_ss.is_preset(value):
             return _preset(value)
         if is_easy(value):

@@ -217,7 +217,7 @@ def test_windows_command_lines_are_read() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "what", "hint"),
     [
-        ("a.sh", "python train_network.py --config_file=my.toml --lowram", "--config_file my.toml", "hpo train my.toml"),
+        ("a.sh", "python train_network.py --config_file=my.toml", "--config_file my.toml", "hpo train my.toml"),
         ("a.sh", "accelerate launch train_network.py --lr=1 ${ext[@]}", "collects its settings in ext", "TOML"),
         ("a.sh", "accelerate launch train_network.py --output_dir=$1", "value of \\$1 is not in it", "TOML"),
         ("a.sh", "python train_network.py --a\npython train_network.py --b", "2 training commands", "one of them"),
