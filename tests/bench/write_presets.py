@@ -149,9 +149,9 @@ def _write_kohya_ss(checkout: Path, out: Path) -> int:
     common = importlib.import_module("kohya_gui.common_gui")
     usual = _window_values(checkout / "kohya_gui")
     names = _parameters(checkout / "kohya_gui" / "lora_gui.py", "train_model")
-    gui.executor = _Anything()
+    vars(gui)["executor"] = _Anything()
     logging.disable()
-    gui.get_executable_path = lambda *_: "accelerate"
+    vars(gui)["get_executable_path"] = lambda *_: "accelerate"
     places = _places(out / ".places")
     written = 0
     for path in sorted(
@@ -405,6 +405,8 @@ def _fields_of_window(folder: Path) -> dict[str, Any]:
         ):
             value = match[2].strip("'\"") if match[2][0] in "'\"" else json.loads(match[2])
             found[match[1]] = value
+        for match in re.finditer(r"(\w+): Schema\.union\(\[[^\]]*\]\)\.default\(\"([^\"]*)\"\)", text):
+            found[match[1]] = match[2]
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from trainer.kohya.frontends.found import Found, as_number, refuse, tidy
 
 FORM = "a configuration of lora-scripts"
+LONGEST = 255  # the window's own value of max_token_length; sd-scripts knows 75, 150 and 225
 _MARKS = frozenset(
     {
         "model_train_type",

@@ -147,6 +147,7 @@ def test_fields_of_lora_scripts_window_are_arguments() -> None:
         "l.toml",
         'model_train_type = "sdxl-lora"\nnetwork_module = "lycoris.kohya"\nlycoris_algo = "lokr"\nconv_dim = 4\n'
         'conv_alpha = 1\ndropout = 0\nlokr_factor = 8\nlearning_rate = "1e-4"\nnoise_offset = 0\n'
+        "max_token_length = 255\n"
         "enable_preview = true\n"
         'positive_prompts = "1girl"\nnegative_prompts = "blurry"\noptimizer_type = "Prodigy"\nprodigy_d_coef = "2.0"\n'
         'optimizer_args_custom = ["betas=0.9,0.99"]\n',
@@ -161,7 +162,7 @@ def test_fields_of_lora_scripts_window_are_arguments() -> None:
         "d_coef=2.0",
         "betas=0.9,0.99",
     ]
-    assert settings["learning_rate"] == 1e-4
+    assert settings["learning_rate"] == 1e-4 and settings["max_token_length"] == 225
     assert settings["sample_prompts"] == "1girl --n blurry --w 512 --h 512 --l 7 --s 24 --d 2333"
     assert not {"noise_offset", "model_train_type", "conv_dim", "lycoris_algo"} & set(settings)
 
