@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -38,6 +39,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--kohya-ss", type=Path, help="a checkout of kohya_ss")
+    parser.add_argument("--record", type=Path, help="tests/data/kohya_ss_presets.json, to be recorded anew")
     parser.add_argument("--notebook", type=Path, nargs="*", default=[], help="notebooks that write TOML")
     parser.add_argument("--lora-scripts", type=Path, help="a checkout of lora-scripts")
     parser.add_argument("--window", type=Path, help="a checkout of lora-gui-dist, the window of lora-scripts")
@@ -48,6 +50,8 @@ def main(words: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGALRM, _too_long)
     if arguments.kohya_ss:
         _report("kohya_ss", _write_kohya_ss(arguments.kohya_ss.absolute(), out / "kohya_ss"))
+        if arguments.record:
+            _report("recorded", _record(arguments.kohya_ss.absolute(), arguments.record, out))
     for notebook in arguments.notebook:
         _report(notebook.stem, _write_notebook(notebook, out / "colab"))
     if arguments.lora_scripts and arguments.window:
@@ -144,48 +148,72 @@ def _toml() -> ModuleType:
 def _write_kohya_ss(checkout: Path, out: Path) -> int:
     """Each LoRA preset for SD1.5 and SDXL, opened in the window and started: its config_lora-DATE.toml, and the preset
     itself as JSON."""
-    sys.path.insert(0, str(checkout))
-    gui = importlib.import_module("kohya_gui.lora_gui")
-    common = importlib.import_module("kohya_gui.common_gui")
-    usual = _window_values(checkout / "kohya_gui")
-    names = _parameters(checkout / "kohya_gui" / "lora_gui.py", "train_model")
-    vars(gui)["executor"] = _Anything()
-    logging.disable()
-    vars(gui)["get_executable_path"] = lambda *_: "accelerate"
-    places = _places(out / ".places")
+    window = _KohyaSS(checkout, out / ".places")
     written = 0
-    for path in sorted(
-        [*(checkout / "presets" / "lora").glob("*.json"), *(checkout / "test" / "config").glob("*.json")]
-    ):
+    folders = (checkout / "presets" / "lora", checkout / "test" / "config")
+    for path in sorted(path for folder in folders for path in folder.glob("*.json")):
         preset = json.loads(path.read_text(encoding="utf-8"))
         if "LoRA_type" not in preset or preset["LoRA_type"] == "Flux1":
             continue
-        opened = common.update_my_data(dict(preset))
-        fields = {name: usual.get(name, "") for name in names}
-        fields |= {name: value for name, value in opened.items() if value is not None and name in fields}
-        fields |= {name: str(place) for name, place in places.items()} | {
+        if (text := window.start(preset, path.stem)) is None:
+            print(f"  kohya_ss writes nothing for {path.name}")
+            continue
+        for folder, name, content in (
+            ("toml", f"{path.stem}.toml", text),
+            ("json", path.name, path.read_text("utf-8")),
+        ):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+            (out / folder / name).write_text(content, encoding="utf-8")
+        written += 1
+    return written
+
+
+def _record(checkout: Path, file: Path, out: Path) -> int:
+    """Write into a JSON list of {"preset": …} what kohya_ss writes for each, without the places of this machine."""
+    window = _KohyaSS(checkout, out / ".places")
+    cases = json.loads(file.read_text(encoding="utf-8"))
+    for case in cases:
+        text = window.start(case["preset"], "kai")
+        table = tomlkit.parse(text or "").unwrap()
+        case["written"] = {name: value for name, value in table.items() if str(out) not in str(value)}
+    lines = ",\n".join(json.dumps(case) for case in cases)
+    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return len(cases)
+
+
+class _KohyaSS:
+    """The window of kohya_ss: a preset is opened in it, and started."""
+
+    def __init__(self, checkout: Path, folder: Path) -> None:
+        sys.path.insert(0, str(checkout))
+        self.gui: Any = importlib.import_module("kohya_gui.lora_gui")
+        self.common: Any = importlib.import_module("kohya_gui.common_gui")
+        vars(self.gui).update(executor=_Anything(), get_executable_path=lambda *_: "accelerate")
+        logging.disable()
+        self.usual = _window_values(checkout / "kohya_gui")
+        self.names = _parameters(checkout / "kohya_gui" / "lora_gui.py", "train_model")
+        self.places = _places(folder)
+
+    def start(self, preset: dict[str, Any], name: str) -> str | None:
+        """The TOML that is written for a preset; None if it does not start."""
+        places = self.places
+        opened = self.common.update_my_data(dict(preset))
+        fields = {field: self.usual.get(field, "") for field in self.names}
+        fields |= {field: value for field, value in opened.items() if value is not None and field in fields}
+        fields |= {field: str(place) for field, place in places.items()} | {
             "headless": True,
             "print_only": True,
         }
         fields["dataset_config"] = str(places["dataset_config"]) if preset.get("dataset_config") else ""
         fields |= dict.fromkeys(("reg_data_dir", "vae", "network_weights", "resume"), "") | {
-            "output_name": path.stem
+            "output_name": name
         }
         shutil.rmtree(places["output_dir"])
         places["output_dir"].mkdir()
-        gui.train_model(**fields)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.gui.train_model(**fields)
         found = sorted(places["output_dir"].glob("config_lora-*.toml"))
-        if not found:
-            print(f"  kohya_ss writes nothing for {path.name}")
-            continue
-        for folder, name, content in (
-            ("toml", f"{path.stem}.toml", found[-1].read_bytes()),
-            ("json", path.name, path.read_bytes()),
-        ):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-            (out / folder / name).write_bytes(content)
-        written += 1
-    return written
+        return found[-1].read_text(encoding="utf-8") if found else None
 
 
 def _places(folder: Path) -> dict[str, Path]:
@@ -227,7 +255,14 @@ def _window_values(folder: Path) -> dict[str, Any]:
         "lr_warmup_steps": 0,
     }
     for path in [*sorted(folder.glob("class_*.py")), folder / "lora_gui.py"]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {
+            node.targets[0].id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            if isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
             if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
                 continue
             target, call = node.targets[0], node.value
@@ -238,6 +273,8 @@ def _window_values(folder: Path) -> dict[str, Any]:
                     value = value.args[-1]
                 if isinstance(value, ast.Constant):
                     found.setdefault(name, value.value)
+                elif isinstance(value, ast.Name) and value.id in constants:
+                    found.setdefault(name, constants[value.id])
                 elif isinstance(value, ast.UnaryOp) and isinstance(value.operand, ast.Constant):
                     found.setdefault(name, -value.operand.value)  # type: ignore[operator]
                 else:
@@ -405,7 +442,7 @@ def _fields_of_window(folder: Path) -> dict[str, Any]:
         ):
             value = match[2].strip("'\"") if match[2][0] in "'\"" else json.loads(match[2])
             found[match[1]] = value
-        for match in re.finditer(r"(\w+): Schema\.union\(\[[^\]]*\]\)\.default\(\"([^\"]*)\"\)", text):
+        for match in re.finditer(r"\b([a-z]\w+): Schema\.union\(\[[^\]]*\]\)\.default\(\"([^\"]*)\"\)", text):
             found[match[1]] = match[2]
     return found
 

@@ -330,6 +330,10 @@ def _warmup(fields: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     steps, percent = fields.get("lr_warmup_steps") or 0, fields.get("lr_warmup") or 0
     if steps > 0:
         return {"lr_warmup_steps": int(steps)}
+    if percent and fields.get("dataset_config") and (length := fields.get("max_train_steps")):
+        count = round(percent * length / 100)
+        notes.append(f"lr_warmup = {percent} (percent) → lr_warmup_steps = {count}")
+        return {"lr_warmup_steps": count}
     if percent:
         notes.append(f"lr_warmup = {percent} (percent) → lr_warmup_steps = {percent / 100:g} of all steps")
         return {"lr_warmup_steps": percent / 100}

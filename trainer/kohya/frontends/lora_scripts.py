@@ -96,6 +96,11 @@ def read_lora_scripts(path: Path, table: Mapping[str, Any]) -> Found:
     for name in _NUMBERS:
         if name in settings:
             settings[name] = as_number(settings[name], settings[name])
+    if settings.get("max_token_length") == LONGEST:
+        settings["max_token_length"] = 225
+        notes.append(
+            f"max_token_length = {LONGEST} → 225: sd-scripts makes three parts of 75 tokens of it too"
+        )
     kept = {
         name: value
         for name, value in settings.items()
