@@ -31,12 +31,14 @@ from hpo.train import TrainRequest
 from hpo.train.dryrun import dry_run
 from trainer.errors import ToolError
 from trainer.kohya.frontends import Found, recognise
+from trainer.kohya.frontends.found import leaves
 
 KINDS = (".toml", ".json", ".sh", ".bat", ".ps1")
 SDXL = re.compile(r"sdxl|\bxl\b|[_-]xl|xl[_-]|illustrious|noob|pony|animagine", re.IGNORECASE)
-# Findings about places of another machine, which say nothing about the settings.
-PLACES = re.compile(
-    r"does not exist|cannot read|no such file|Windows path|cannot be written|is not a folder|has no images"
+# Findings about this machine and the generated dataset, which say nothing about the settings.
+ELSEWHERE = re.compile(
+    r"does not exist|cannot read|no such file|Windows path|cannot be written|is not a folder|has no images|"
+    r"has no masks|needs the package"
 )
 
 
@@ -103,13 +105,14 @@ class Bench:
         findings = [f"{entry['what']} – {entry['hint']}" for entry in plan.get("findings", [])]
         if ended is not None and not findings:
             findings = [f"{ended.message} – {ended.hint}"]
-        reasons = [_without_path(text, request.file) for text in findings if not PLACES.search(text)]
+        reasons = [_without_path(text, request.file) for text in findings if not ELSEWHERE.search(text)]
         reasons = [part for reason in reasons for part in _parts(reason)]
         unknown = tuple(str(line).split(" = ")[0].split(":")[0] for line in plan.get("unknown", []))
         return Verdict(path, found.form, "refused" if reasons else "accepted", tuple(reasons), unknown)
 
     def _request(self, path: Path, found: Found) -> TrainRequest:
         text = path.read_text(encoding="utf-8", errors="replace")
+        self._write_captions(found)
         is_sdxl = bool(SDXL.search(path.name) or _says_sdxl(text))
         base = self.base or ("mini-sdxl" if is_sdxl else "mini-sd15")
         if found.dataset is not None:  # its own folders are elsewhere: the same file with ours
@@ -119,6 +122,18 @@ class Bench:
         return TrainRequest(
             path, data=data, base=base, output=self.scratch / "out", dry_run=True, as_json=True
         )
+
+    def _write_captions(self, found: Found) -> None:
+        """Captions with the ending that a file asks for; none if it asks for none."""
+        tables = [found.settings, *((found.dataset or {}).get("general", {}),)]
+        for name, ending in (pair for table in tables for pair in leaves(table)):
+            if (
+                name == "caption_extension"
+                and isinstance(ending, str)
+                and re.fullmatch(r"\.\w[\w-]*", ending)
+            ):
+                for picture in self.images.glob("*.png") if "none" not in ending else ():
+                    picture.with_suffix(ending).write_text("kai, standing in a garden", encoding="utf-8")
 
     def _with_our_folders(self, path: Path, found: Found) -> Path:
         assert found.dataset is not None

@@ -13,7 +13,6 @@ from typing import Any
 from trainer.kohya.frontends.found import Found, as_number, refuse, tidy
 
 FORM = "a configuration of lora-scripts"
-LONGEST = 255  # the window's own value of max_token_length; sd-scripts knows 75, 150 and 225
 _MARKS = frozenset(
     {
         "model_train_type",
@@ -96,11 +95,6 @@ def read_lora_scripts(path: Path, table: Mapping[str, Any]) -> Found:
     for name in _NUMBERS:
         if name in settings:
             settings[name] = as_number(settings[name], settings[name])
-    if settings.get("max_token_length") == LONGEST:
-        settings["max_token_length"] = 225
-        notes.append(
-            f"max_token_length = {LONGEST} → 225: sd-scripts makes three parts of 75 tokens of it too"
-        )
     kept = {
         name: value
         for name, value in settings.items()

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from trainer.datasetforms import dataset_of
 from trainer.errors import ConfigError
-from trainer.kohya.frontends import Found, recognise
+from trainer.kohya.frontends import Found, kohya_ss, recognise
 
 
 def read(name: str, text: str | bytes) -> Found:
@@ -147,7 +149,6 @@ def test_fields_of_lora_scripts_window_are_arguments() -> None:
         "l.toml",
         'model_train_type = "sdxl-lora"\nnetwork_module = "lycoris.kohya"\nlycoris_algo = "lokr"\nconv_dim = 4\n'
         'conv_alpha = 1\ndropout = 0\nlokr_factor = 8\nlearning_rate = "1e-4"\nnoise_offset = 0\n'
-        "max_token_length = 255\n"
         "enable_preview = true\n"
         'positive_prompts = "1girl"\nnegative_prompts = "blurry"\noptimizer_type = "Prodigy"\nprodigy_d_coef = "2.0"\n'
         'optimizer_args_custom = ["betas=0.9,0.99"]\n',
@@ -162,7 +163,7 @@ def test_fields_of_lora_scripts_window_are_arguments() -> None:
         "d_coef=2.0",
         "betas=0.9,0.99",
     ]
-    assert settings["learning_rate"] == 1e-4 and settings["max_token_length"] == 225
+    assert settings["learning_rate"] == 1e-4
     assert settings["sample_prompts"] == "1girl --n blurry --w 512 --h 512 --l 7 --s 24 --d 2333"
     assert not {"noise_offset", "model_train_type", "conv_dim", "lycoris_algo"} & set(settings)
 
@@ -347,3 +348,31 @@ def test_recognising_a_file_loads_no_torch() -> None:
 
     code = "import sys, trainer.kohya.frontends; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FIELDS = sorted({*kohya_ss.WINDOW, *kohya_ss._SAME, "sdxl", "additional_parameters", "lr_warmup_steps"})
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+FEW = settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+@FEW
+@given(st.dictionaries(st.sampled_from(FIELDS), VALUES | st.lists(VALUES, max_size=2), max_size=8))
+def test_any_preset_is_read_or_refused_in_two_lines(fields: dict[str, object]) -> None:
+    try:
+        found = read("p.json", json.dumps({"LoRA_type": "Standard", **fields}))
+    except ConfigError as error:
+        assert error.message and error.hint
+    else:
+        assert found.settings["network_module"]
+
+
+@FEW
+@given(st.binary(max_size=80) | st.text(max_size=80).map(str.encode))
+def test_any_content_is_read_or_named(content: bytes) -> None:
+    for name in ("a.toml", "a.json", "a.sh", "a.bat", "a.yaml"):
+        try:
+            read(name, content)
+        except ConfigError as error:
+            assert error.message.startswith(name) or error.message.startswith(("the training", "line"))
