@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,16 +44,19 @@ def leaves(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def as_number(value: Any, otherwise: Any = None) -> Any:
-    """A number that a window saved as a number or as a text; ``otherwise`` for anything else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value
+    """A finite number that a window saved as a number or as a text; ``otherwise`` for anything else."""
     if isinstance(value, str):
         for kind in (int, float):
             try:
-                return kind(value.strip())
+                value = kind(value.strip())
             except ValueError:
                 continue
-    return otherwise
+            break
+    try:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:  # a whole number with hundreds of digits
+        is_number = False
+    return value if is_number else otherwise
 
 
 def tidy(value: Any) -> Any:
