@@ -36,6 +36,9 @@ def write_easy(checkout: Path, out: Path) -> int:
         for field in arguments.findChildren(qt.QLineEdit):
             if field.objectName() in ("base_model_input", "output_folder_input"):
                 field.setText("base.safetensors" if "base" in field.objectName() else "output")
+        flux = arguments.flux_widget
+        boxes = [box for box in arguments.findChildren(qt.QCheckBox) if not flux.isAncestorOf(box)]
+        choices = [choice for choice in arguments.findChildren(qt.QComboBox) if not flux.isAncestorOf(choice)]
         names = set()
 
         def save(name: str) -> None:
@@ -43,12 +46,12 @@ def write_easy(checkout: Path, out: Path) -> int:
             window.save_toml(out / f"{name}.toml")
 
         save("default")
-        for box in arguments.findChildren(qt.QCheckBox):
+        for box in boxes:
             if box.objectName() and box.isEnabled():
                 box.click()
                 save(box.objectName())
                 box.click()
-        for choice in arguments.findChildren(qt.QComboBox):
+        for choice in (choice for choice in choices if choice.objectName() and choice.isEnabled()):
             first = choice.currentIndex()
             for index in range(choice.count()):
                 choice.setCurrentIndex(index)

@@ -60,6 +60,8 @@ _KEYS: dict[str, tuple[str, str]] = {
     "ae": _MODULES["flux"],
     "dit": ("a video or DiT model", MUSUBI),
 }
+# a section of LoRA_Easy_Training_Scripts and its forks
+_SECTIONS = {"flux_args": _MODULES["flux"], "anima_args": _MODULES["anima"]}
 # a checkbox of kohya_ss' window, or part of lora-scripts' model_train_type
 _CHOICES: dict[str, tuple[str, str]] = {
     "flux1_checkbox": _MODULES["flux"],
@@ -73,6 +75,9 @@ OURS = "this tool trains LoRAs of SD1.5 and SDXL"
 
 def refuse_architecture(path: Path, table: Mapping[str, Any]) -> None:
     """Raise ConfigError for settings of another architecture, named."""
+    for name, (architecture, trains) in _SECTIONS.items():
+        if isinstance(section := table.get(name), Mapping) and section.get("args"):
+            refuse(path, f"a configuration for {architecture} (it has {name})", f"{OURS}; use {trains}")
     flat = dict(leaves(table))
     if (found := _architecture(flat)) is not None:
         (name, trains), why = found
