@@ -30,8 +30,13 @@ _WINDOW = frozenset(
 )
 _LISTS = ("network_args", "optimizer_args", "lr_scheduler_args")
 _NAMED = ("output_dir", "output_name", "resume", "log_prefix")
-# Names of its own optimizers (validate_optimizer), which are those of the libraries.
-_OPTIMIZERS = {"came": "LoraEasyCustomOptimizer.came.CAME"}
+# Its own optimizers (validate_optimizer).
+_OPTIMIZERS = {
+    "came": "LoraEasyCustomOptimizer.came.CAME",
+    "compass": "LoraEasyCustomOptimizer.compass.Compass",
+    "lpfadamw": "LoraEasyCustomOptimizer.lpfadamw.LPFAdamW",
+    "rmsprop": "LoraEasyCustomOptimizer.rmsprop.RMSProp",
+}
 __all__ = ["FORM", "is_easy", "read_easy"]
 
 
@@ -54,6 +59,7 @@ def read_easy(path: Path, table: Mapping[str, Any]) -> Found:
             ]
         elif name not in _WINDOW and value and not (isinstance(value, str) and value.lower() == "false"):
             settings[name] = True if isinstance(value, str) and value.lower() == "true" else value
+    settings = {name: value for name, value in settings.items() if value != []}
     settings["network_module"] = _module(fields, notes)
     if (share := fields.get("warmup_ratio")) is not None:
         settings["lr_warmup_steps"] = share

@@ -55,6 +55,9 @@ _PROMPT = (
     "randomly_choice_prompt",
 )
 _BLOCKS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
+# Fields that the window leaves out of what it saves: a file with one of them holds the fields themselves.
+_WINDOW = _MARKS - {"model_train_type", "positive_prompts", "randomly_choice_prompt"}
+_SD15_ONLY = ("v2", "v_parameterization", "scale_v_pred_loss_like_noise_pred", "clip_skip")
 _GONE = frozenset(
     {*_MARKS, *_PROMPT, *_BLOCKS, "conv_dim", "conv_alpha", "dropout", "train_norm", "prodigy_d0", "gpu_ids"}
 )
@@ -80,13 +83,15 @@ def read_lora_scripts(path: Path, table: Mapping[str, Any]) -> Found:
     if not kind.endswith("-lora"):
         refuse(path, f"{FORM} for {kind}", "this tool trains LoRAs of SD1.5 and SDXL")
     notes: list[str] = []
-    settings = {name: value for name, value in table.items() if name not in _GONE}
+    holds_fields = bool(_WINDOW & set(table))
+    left_out = {*_GONE, *(_SD15_ONLY if holds_fields and kind.startswith("sdxl") else ())}
+    settings = {name: value for name, value in table.items() if name not in left_out}
     if arguments := _network_args(table):
         settings["network_args"] = [*_list(table, "network_args"), *arguments]
         notes.append(f"network_args = {', '.join(arguments)}")
-    if arguments := _optimizer_args(table):
+    if arguments := _optimizer_args(table, holds_fields):
         settings["optimizer_args"] = arguments
-    if str(table.get("optimizer_type", "")).lower().startswith("dada") and "optimizer_args_custom" in table:
+    if holds_fields and str(table.get("optimizer_type", "")).lower().startswith("dada"):
         settings |= dict.fromkeys(_NUMBERS, 1.0)
     _preview(table, settings, notes)
     if not table.get("enable_base_weight", True):
@@ -124,7 +129,7 @@ def _network_args(table: Mapping[str, Any]) -> list[str]:
     return found + _list(table, "network_args_custom")
 
 
-def _optimizer_args(table: Mapping[str, Any]) -> list[str]:
+def _optimizer_args(table: Mapping[str, Any], holds_fields: bool) -> list[str]:
     kind = str(table.get("optimizer_type", "")).lower()
     found = _list(table, "optimizer_args")
     if kind == "prodigy" and "prodigy_d_coef" in table:
@@ -136,7 +141,7 @@ def _optimizer_args(table: Mapping[str, Any]) -> list[str]:
         ]
         found += ["safeguard_warmup=True"] if table.get("lr_warmup_steps") else []
         found += [f"d0={table['prodigy_d0']}"] if table.get("prodigy_d0") else []
-    elif kind in ("dadaptation", "dadaptadam") and "optimizer_args_custom" in table:
+    elif holds_fields and kind in ("dadaptation", "dadaptadam"):
         found += ["decouple=True", "weight_decay=0.01"]
     return found + _list(table, "optimizer_args_custom")
 

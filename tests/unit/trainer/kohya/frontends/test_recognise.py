@@ -378,3 +378,28 @@ def test_any_content_is_read_or_named(content: bytes) -> None:
             read(name, content)
         except ConfigError as error:
             assert error.message.startswith(name) or error.message.startswith(("the training", "line"))
+
+
+def test_fields_of_lora_scripts_for_dadaptation_and_sdxl_are_those_that_its_window_saves() -> None:
+    """Recorded with parseParams of lora-gui-dist (lora-scripts fdefba9), run by node: tests/bench/write_presets."""
+    fields = {
+        "model_train_type": "sdxl-lora",
+        "enable_preview": False,
+        "optimizer_type": "DAdaptAdam",
+        "network_module": "networks.lora",
+        "learning_rate": "1e-4",
+        "unet_lr": "1e-4",
+        "text_encoder_lr": "1e-5",
+        "clip_skip": 2,
+        "v2": False,
+        "seed": 1337,
+    }
+    assert dict(read("l.json", json.dumps(fields)).settings) == {
+        "optimizer_type": "DAdaptAdam",
+        "network_module": "networks.lora",
+        "optimizer_args": ["decouple=True", "weight_decay=0.01"],
+        "learning_rate": 1.0,
+        "unet_lr": 1.0,
+        "text_encoder_lr": 1.0,
+        "seed": 1337,
+    }
