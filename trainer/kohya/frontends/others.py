@@ -111,6 +111,11 @@ _TOML: tuple[tuple[Callable[[Mapping[str, Any]], bool], str, str], ...] = (
         "a list of prompts",
         'name it in a training file: sample_prompts = "…"',
     ),
+    (
+        _has("study", "space"),
+        "a study file",
+        "give it to hpo search; hpo train takes the settings of one LoRA",
+    ),
     (_any("build-system", "project"), "a pyproject.toml", "give a training file"),
     (
         lambda table: isinstance(table.get("prompt"), dict) and "subset" in table["prompt"],

@@ -251,6 +251,7 @@ def test_windows_command_lines_are_read() -> None:
         ("a.toml", '[model]\nclip_g = "g"\nclip_l = "l"\nt5xxl = "t"', "Stable Diffusion 3", "sd3_train_network.py"),
         ("a.toml", "[general_args.args]\nseed = 1\n[flux_args.args]\nguidance_scale = 3.5", "FLUX.1", "flux_train"),
         ("a.toml", "[general_args.args]\nseed = 1\n[anima_args.args]\nqwen3 = 'q'", "Anima", "anima_train"),
+        ("a.toml", "[study]\nname = 'a'\n[space]\nseed = [1]", "a study file", "hpo search"),
         ("a.toml", 'dit = "d"\nnetwork_module = "networks.lora"', "musubi-tuner", "musubi"),
         ("a.toml", 'model_train_type = "flux-lora"\nnetwork_module = "networks.lora_flux"', "FLUX.1", "flux_train"),
         ("a.toml", 'model_train_type = "sd-dreambooth"\nlearning_rate = 1', "lora-scripts for sd-dreambooth", "LoRAs"),
