@@ -40,7 +40,7 @@ _TEXTS = (
     "wandb_run_name",
     "log_tracker_name",
 )
-_SCRIPT = re.compile(r"(?:^|[\s\"'/\\])((?:\w+_)?train\w*\.py)\b")
+_PROGRAM = re.compile(r"\b(\w+)\.py\b")
 _VARIABLE = re.compile(r"\$\{?(?:env:)?(\w+)\}?|%(\w+)%")
 _ASSIGNMENTS = (
     re.compile(r"^\s*(?:export\s+)?(\w+)=(.*)$"),  # sh
@@ -50,9 +50,18 @@ _ASSIGNMENTS = (
 _HINT = "give the TOML that it passes with --config_file, or write the settings into one"
 
 
+LONGEST = 50_000  # signs of a command
+
+
 def is_command(text: str) -> bool:
     """Whether a text starts a training script of sd-scripts."""
-    return _SCRIPT.search(text) is not None
+    return _training_script(text) is not None
+
+
+def _training_script(text: str) -> re.Match[str] | None:
+    return next(
+        (found for found in _PROGRAM.finditer(text) if re.match(r"(\w{1,30}_)?train", found[1])), None
+    )
 
 
 def read_command(path: Path, text: str) -> Found:
@@ -62,7 +71,9 @@ def read_command(path: Path, text: str) -> Found:
     commands = [
         line
         for line in lines
-        if is_command(line) and not line.lstrip().startswith(("#", "::", "rem ", "REM "))
+        if is_command(line)
+        and not line.lstrip().startswith(("#", "::", "rem ", "REM "))
+        and not any(pattern.match(line) for pattern in _ASSIGNMENTS)
     ]
     if not commands:
         refuse(path, "a shell script without a command of sd-scripts", _HINT)
@@ -72,11 +83,13 @@ def read_command(path: Path, text: str) -> Found:
             f"a shell script with {len(commands)} training commands",
             "give one of them in a file of its own",
         )
-    match = _SCRIPT.search(commands[0])
+    match = _training_script(commands[0])
     assert match is not None
-    script = match[1]
+    script = match[0]
     if script in SCRIPTS:
         refuse_script(path, script)
+    if len(commands[0]) > LONGEST:
+        refuse(path, "a shell script with a command of more than 50,000 signs", _HINT)
     rest = _filled(path, commands[0][match.end() :], _variables(lines))
     found = flags(
         _words(path, rest, is_windows="\\" in rest and path.suffix.lower() in (".bat", ".cmd", ".ps1"))
