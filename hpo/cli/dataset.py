@@ -186,7 +186,10 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
             say(console, line)
     if report.is_usable and not any(finding.kind == "few" for finding in report.findings):
         if not KNOWN_BASES[request.base].study:
-            say(console, f"the search runs on {SEARCHED}; hpo transfer then adapts its best settings to {request.base}")
+            say(
+                console,
+                f"the search runs on {SEARCHED}; hpo transfer then adapts its best settings to {request.base}",
+            )
         say(console, f"next: {_search_command(request, report)}")
 
 

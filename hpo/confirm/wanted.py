@@ -16,7 +16,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.confirm.outcome import RESCORED, RETRAINED
 from hpo.study import (
-    parent_of,
     BASELINE,
     IDENTITY,
     ROLE,
@@ -26,6 +25,7 @@ from hpo.study import (
     find_folder,
     is_feasible,
     open_study,
+    parent_of,
     rank,
     read_json,
     score_of,

@@ -19,14 +19,17 @@ from typing import Any
 
 from trainer.config import TrainConfig
 
-FILE = Path(__file__).with_name("shipped.xz")  # lines of key, tab, JSON: traces have most in common, so one pack
+FILE = Path(__file__).with_name(
+    "shipped.xz"
+)  # lines of key, tab, JSON: traces have most in common, so one pack
 MAKE = "python -m trainer.memory.shipped"
 FP8: dict[str, Any] = {"gradient_checkpointing": True, "fp8_base": True}
 
 
 def usual_settings() -> list[TrainConfig]:
-    """The settings whose traces are shipped: a LoRA of any rank, with any optimizer and rates, with and without the text
-    encoders, at the native resolution; everything that ``hpo plan`` tries for batch sizes 1 and 4 in 12 GB and more."""
+    """The settings whose traces are shipped: a LoRA of any rank, with any optimizer and rates, with and without the
+    text encoders, at the native resolution; everything that ``hpo plan`` tries for batch sizes 1 and 4
+    in 12 GB and more."""
     steps: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
     blocks = [{"gradient_checkpointing": True, "checkpoint_blocks": n} for n in range(1, 7)]
     batches = {1: [*steps, *blocks, FP8], 2: [*steps, FP8], 4: [*steps, *blocks, FP8]}
@@ -62,8 +65,8 @@ def _lines() -> dict[str, str]:
 
 
 def key_of(question: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """The key of a question.  Settings with their default value are left out, so that a new setting changes no question. The build of a
-    library (torch 2.10.0+cu128) makes no difference on the meta device."""
+    """The key of a question.  Settings with their default value are left out, so that a new setting changes no
+    question. The build of a library (torch 2.10.0+cu128) makes no difference on the meta device."""
     usual = TrainConfig().as_dict()
     asked = dict(question)
     if "settings" in asked:

@@ -202,7 +202,9 @@ def test_a_confirmation_leads_to_its_search_and_a_search_named_like_one_to_itsel
         (tmp_path / name).mkdir()
         (tmp_path / name / "study.db").touch()
         (tmp_path / name / "study.json").write_text(json.dumps({"facts": facts}))
-    found = [source_of(ConfirmRequest(name=name, runs=tmp_path)).name for name in ("x", "x__confirm", "y__confirm")]
+    found = [
+        source_of(ConfirmRequest(name=name, runs=tmp_path)).name for name in ("x", "x__confirm", "y__confirm")
+    ]
     assert found == ["x", "x", "y__confirm"]
 
 

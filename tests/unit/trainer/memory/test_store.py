@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from trainer.config import TrainConfig
-from trainer.memory import footprint, stacks, store
+from trainer.memory import footprint, shipped, stacks, store
 from trainer.memory.footprint import BaseFacts, base_facts
 from trainer.memory.recorder import _PURE, Recorder
 from trainer.memory.traces import as_table, from_table
@@ -286,7 +286,9 @@ def test_the_first_plan_of_usual_settings_traces_nothing(
     assert not folder.exists()
 
 
-def test_a_damaged_package_file_is_no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_damaged_package_file_is_no_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     damaged = tmp_path / "shipped.xz"
     damaged.write_bytes(b"not packed")
     monkeypatch.setattr(shipped, "FILE", damaged)
