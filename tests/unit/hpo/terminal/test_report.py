@@ -292,3 +292,19 @@ def test_times_read_like_a_clock(seconds: float, text: str) -> None:
 )
 def test_settings_are_shown_short(value: Any, text: str) -> None:
     assert short(value) == text
+
+
+def test_a_slow_step_is_told_in_seconds_and_nothing_as_step_0_of_0() -> None:
+    assert [pace(2.54), pace(1.0), pace(0.25), pace(0.012)] == ["2.5 steps/s", "1.0 steps/s", "4.0 s/step", "83.3 s/step"]
+
+
+def test_values_are_shown_in_one_form() -> None:
+    assert [short(v) for v in (True, 1.31e-3, 1e-3, 0.5, "AdamW")] == ["true", "1.31e-3", "1.00e-3", "0.5", "AdamW"]
+
+
+def test_a_command_shows_paths_inside_the_current_folder_relative_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("hpo", "train", tmp_path / "runs" / "a.toml") == "hpo train runs/a.toml"
+    assert command("hpo", "train", tmp_path.parent / "a.toml") == f"hpo train {tmp_path.parent / 'a.toml'}"
