@@ -43,9 +43,9 @@ class Steps:
         accumulation = config.gradient_accumulation_steps
         groups = f" / {accumulation} accumulated" if accumulation > 1 else ""
         length = (
-            f"{self.steps_per_epoch} steps an epoch × {self.epochs} epochs"
+            f"{self.steps_per_epoch} steps an epoch × {self.epochs} epoch{'s'[: self.epochs > 1]}"
             if config.max_train_steps is None
-            else f"{self.steps_per_epoch} steps an epoch, {self.epochs} epochs begun"
+            else f"{self.steps_per_epoch} steps an epoch, {self.epochs} epoch{'s'[: self.epochs > 1]} begun"
         )
         return (
             f"{self.samples_per_epoch} samples an epoch in batches of {config.train_batch_size} "
@@ -105,13 +105,7 @@ def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -
         table.add_column(name, overflow="fold")
     for name, value in file.config.as_dict().items():
         origin = file.origins.get(name)
-        shown = (
-            "–"
-            if value in (None, "")
-            else short(value)
-            if not isinstance(value, bool)
-            else str(value).lower()
-        )
+        shown = "–" if value in (None, "") else short(value)
         table.add_row(Text(name), Text(shown), Text(origin or file.defaults), style="" if origin else "dim")
     console.print(table)
     say(console, f"{clean_text(str(file.path))}: {file.form}; {file.defaults} fill what it leaves out")
