@@ -6,7 +6,9 @@ Does not own rules between settings and derived values (``trainer.config``) or t
 
 from __future__ import annotations
 
+import json
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -330,7 +332,8 @@ class Settings:
     )
     sample_at_first: bool = setting(False, "generate sample images before training")
     sample_prompts: str = setting(
-        "", "prompt file for sample images, one prompt per line, with kohya's --w --h --d --s --l --n"
+        "",
+        "prompt file for sample images, one prompt per line, with kohya's --w --h --d --s --l --n; or the prompts",
     )
     logging_dir: str = setting("", "folder for TensorBoard logs; train.jsonl is always written")
     training_comment: str = setting("", "comment in the metadata of the LoRA")
@@ -370,8 +373,17 @@ def check_value(name: str, value: Any) -> Any:
     """``value`` converted to the type of the setting. Raises ConfigError with its limits.
     Whole floats become ints."""
     check_name(name)
+    if name == "sample_prompts" and isinstance(value, list | tuple):
+        value = _lines(value)
     found = check(name, value, _TYPES[name], SETTINGS[name])
     return float(found) if name in _FLOATS and found is not None else found
 
 
 _FLOATS = frozenset(name for name, kind in _TYPES.items() if kind in (float, float | None))
+
+
+def _lines(rows: Sequence[Any]) -> str:
+    """A list of prompts as one text: one prompt per line, or JSON if there are tables among them."""
+    if all(isinstance(row, str) for row in rows):
+        return "".join(" ".join(row.split()) + "\n" for row in rows)
+    return json.dumps(list(rows), default=str)

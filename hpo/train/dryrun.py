@@ -20,6 +20,7 @@ from rich.console import Console
 
 from hpo.train import plan as trainplan
 from hpo.train.folder import run_folder
+from hpo.train.promptfile import sample_prompts
 from trainer.bases import detect, families, published_name, require_network
 from trainer.config import TrainConfig
 from trainer.data import Dataset, read_dataset_file, read_training_data
@@ -68,11 +69,12 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
             check_device(str(request.device))
     _check_base(file.config, family, findings)
     shown = data if sound else None
+    warnings = sample_prompts(file.config).findings
     if request.as_json:
-        echo(json.dumps(trainplan.as_json(file, shown, str(output), findings.as_json()), indent=1))
+        echo(json.dumps(trainplan.as_json(file, shown, str(output), findings.as_json(warnings)), indent=1))
     else:
         trainplan.show(console, file, shown, str(output))
-        trainplan.show_findings(console, findings.errors)
+        trainplan.show_findings(console, findings.errors, warnings)
     findings.require_none()
 
 

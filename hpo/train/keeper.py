@@ -16,13 +16,13 @@ from hpo.train.samples import draw_samples, drawn_lines
 from trainer.adapters import Saved, dataset_metadata
 from trainer.config import TrainConfig
 from trainer.data import Dataset
-from trainer.errors import OutOfMemory
+from trainer.errors import Interrupted, OutOfMemory, ToolError
 from trainer.events import Event, Skipped, Step
 from trainer.oom import out_of_memory_named
 
 if TYPE_CHECKING:
     from hpo.train.placement import Place
-    from hpo.train.samples import SamplePrompt
+    from hpo.train.promptfile import SamplePrompt
     from trainer.adapters import Adapter
 
 
@@ -83,7 +83,7 @@ class Keeper:
                 path.unlink(missing_ok=True)
 
     def _draw(self, suffix: str) -> None:
-        """Sampling never ends a run: if memory is not enough for it, samples are skipped with a message."""
+        """Sampling never ends a run: what cannot be drawn is left out with a message."""
         if not self.prompts:
             return
         base, name = self.place.base, f"{self.folder.name}_{suffix}"
@@ -92,6 +92,11 @@ class Keeper:
                 drawn = draw_samples(base, self.prompts, self.config, self.folder.samples, name)
         except OutOfMemory:
             self.say(f"samples {suffix} are left out: out of memory")
+            return
+        except Interrupted:
+            raise
+        except ToolError as error:
+            self.say(f"samples {suffix} are left out: {error.message}")
             return
         for line in drawn_lines(drawn):
             self.say(line)

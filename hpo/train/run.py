@@ -32,7 +32,7 @@ from hpo.train.keeper import Keeper
 from hpo.train.ladder import RunLadder
 from hpo.train.placement import Place, load, own_device
 from hpo.train.plan import count_steps
-from hpo.train.samples import SamplePrompt, read_sample_prompts
+from hpo.train.promptfile import SamplePrompt, sample_prompts
 from hpo.train.view import TrainView
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import Dataset, read_captions, read_training_data
@@ -54,7 +54,6 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     if not ranks.is_first:
         console = Console(quiet=True)
     folder = run_folder(output, config)
-    prompts = read_sample_prompts(Path(config.sample_prompts), config) if config.sample_prompts else []
     data = read_training_data(config)
     given, view = device, TrainView(console, folder.name)
     ladder = RunLadder(folder.ladder, config, view.say, writes=ranks.is_first)
@@ -63,6 +62,9 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
         return folder.lora
     for note in data.notes:
         view.say(f"note: {note}")
+    samples = sample_prompts(config)
+    for line in samples.findings:
+        view.say(f"warning: {line}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
     device = own_device(device, ranks.local)
     check_device(device)
@@ -85,7 +87,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
                 if ranks.is_first
                 else contextlib.nullcontext() as work
             ):
-                _Run(folder, data, prompts, place, ladder, view, ranks).do()
+                _Run(folder, data, list(samples.prompts), place, ladder, view, ranks).do()
                 if work is not None:
                     work.says = f"LoRA: {folder.lora}"
         finally:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainConfig
 from trainer.data import Dataset, batches_per_epoch, length_of, tag_frequency, warmup_steps
+from trainer.paths import is_prompt_text
 
 if TYPE_CHECKING:
     from trainer.bases import Base
@@ -116,7 +117,8 @@ def own_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
 def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
     """The settings as stored in a LoRA file: folders of this machine by name only."""
     values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
-    return values | {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
+    paths = [name for name in FOLDERS if values[name] and not is_prompt_text(str(values[name]))]
+    return values | {name: Path(str(values[name])).name for name in paths}
 
 
 def tells_training(metadata: Mapping[str, str]) -> bool:

@@ -20,6 +20,7 @@ from trainer.findings import piece
 from trainer.kohya.keys import NO_KOHYA_DEFAULT
 from trainer.kohya.read import KohyaFile, from_kohya, from_own, is_kohya
 from trainer.overrides import read_setting
+from trainer.paths import is_prompt_text
 from trainer.text import clean_text
 from trainer.tomlfile import flat, read_table
 
@@ -221,7 +222,7 @@ def _filled(file: TrainFile) -> TrainFile:
 def _without_lost_prompts(file: TrainFile) -> TrainFile:
     """Settings from another machine, without sample images if the prompt file is missing here."""
     prompts = file.config.sample_prompts
-    if file.origins.get("sample_prompts") != SAVED or Path(prompts).is_file():
+    if file.origins.get("sample_prompts") != SAVED or is_prompt_text(prompts) or Path(prompts).is_file():
         return file
     usual = TrainConfig().as_dict()
     line = f"{', '.join(SAMPLES)}: the file {clean_text(prompts)} does not exist, so no sample images are generated"

@@ -20,7 +20,6 @@ import hpo.train.adapter
 import hpo.train.keeper
 from hpo.cli.main import main
 from hpo.train.plan import count_steps
-from hpo.train.samples import read_sample_prompts
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.adapters.adapter import inject
@@ -28,7 +27,6 @@ from trainer.bases.load import load_base
 from trainer.config import TrainConfig
 from trainer.data.dataset import read_dataset
 from trainer.data.steps import plan
-from trainer.errors import ConfigError
 from trainer.events import Step
 
 SETTINGS = (
@@ -304,35 +302,6 @@ def test_after_a_divergence_the_words_of_the_hint_train_on(
 def test_a_setting_of_the_other_family_is_refused(place: Path, base: Path) -> None:
     result = train(base, "--set", "text_encoder_lr1=1e-5")
     assert result.exit_code == 2 and "text_encoder_lr1 is for SDXL" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("z --w x", "is no number"),
-        ("z --q 1", "is not known"),
-        ("z --cn a.png", "ControlNet"),
-        ("", "no prompts"),
-    ],
-)
-def test_a_prompt_that_is_not_understood_is_named(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "p.txt").write_text(line)
-    with pytest.raises(ConfigError, match=message):
-        read_sample_prompts(tmp_path / "p.txt", TrainConfig())
-
-
-def test_sample_prompts_are_read_in_all_of_kohyas_forms(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a cat --w 64 --d 7 --n bad\n")
-    (tmp_path / "p.toml").write_text(
-        '[prompt]\nwidth = 64\nnegative_prompt = "bad"\n[[prompt.subset]]\nprompt = "a cat"\nseed = 7\n'
-    )
-    (tmp_path / "p.json").write_text(
-        '[{"prompt": "a cat", "width": 64, "seed": 7, "negative_prompt": "bad"}]'
-    )
-    found = [
-        read_sample_prompts(tmp_path / f"p.{ending}", TrainConfig()) for ending in ("txt", "toml", "json")
-    ]
-    assert found[0] == found[1] == found[2] and (found[0][0].seed, found[0][0].height) == (7, 512)
 
 
 # inspect and export
