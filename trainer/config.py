@@ -36,6 +36,7 @@ _CHECKED_ALONE = (
     "sample_prompts",
     "network_weights",
     "v_parameterization",
+    "vae",
 )
 
 

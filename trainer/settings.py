@@ -42,6 +42,9 @@ class Settings:
     dataset_config: str = setting("", "dataset config in sd-scripts' TOML format, instead of train_data_dir")
     output_name: str = setting("lora", "file name of the LoRA, without extension")
     seed: int = setting(42, "random seed", low=0, high=2**63 - 1)
+    vae: str = setting(
+        "", "another VAE than that of the base: a .safetensors file, a diffusers folder or a hub id"
+    )
 
     # Images and captions
     resolution: int = setting(

@@ -227,6 +227,7 @@ def load(
         device=device,
         dtype=compute_type(config.mixed_precision, device),
         no_half_vae=config.no_half_vae,
+        settings=config,
         say=say,
     )
     _say_changes(run, base, data, say)

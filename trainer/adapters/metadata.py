@@ -7,6 +7,7 @@ One table lists for each ss_* key its setting, how it is written and how it is r
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainConfig
 from trainer.data import Dataset, batches_per_epoch, length_of, tag_frequency, warmup_steps
+from trainer.files import sha256_file
 from trainer.paths import is_prompt_text
 
 if TYPE_CHECKING:
@@ -57,7 +59,24 @@ class Entry:
 
 def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
     """sd-scripts' ss_* entries: readers choose the family by ss_base_model_version and show the rest."""
-    return {entry.key: str(entry.written(base, config)) for entry in ENTRIES if entry.written}
+    values = {entry.key: str(entry.written(base, config)) for entry in ENTRIES if entry.written}
+    return values | _vae(config)
+
+
+def _vae(config: TrainConfig) -> dict[str, str]:
+    """The VAE that was given, as sd-scripts writes it (train_network.py): name, and for a file both its hashes. The
+    short one is that of sd-scripts' ``model_hash``: 64 KiB from 1 MiB on."""
+    if not config.vae:
+        return {}
+    path = Path(config.vae)
+    if not path.exists():
+        return {"ss_vae_name": config.vae}
+    if not path.is_file():
+        return {"ss_vae_name": path.name}
+    with path.open("rb") as file:
+        file.seek(0x100000)
+        short = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    return {"ss_vae_name": path.name, "ss_vae_hash": short, "ss_new_vae_hash": sha256_file(path)}
 
 
 @dataclass(frozen=True)
@@ -118,6 +137,8 @@ def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
     """The settings as stored in a LoRA file: folders of this machine by name only."""
     values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
     paths = [name for name in FOLDERS if values[name] and not is_prompt_text(str(values[name]))]
+    if config.vae and Path(config.vae).exists():
+        paths.append("vae")
     return values | {name: Path(str(values[name])).name for name in paths}
 
 

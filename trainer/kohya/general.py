@@ -103,6 +103,11 @@ def _samples(reading: Reading) -> None:
         reading.say("sample_sampler", sampler, "sample images use DPM-Solver++ (2M)")
 
 
+def _vae(reading: Reading) -> None:
+    if reading.left.get("vae") is False:
+        reading.take("vae")
+
+
 def _datasets(reading: Reading) -> None:
     """sd-scripts reads ``[[datasets]]`` only from its dataset_config. Settings in it here
     are refused, not ignored."""
@@ -134,5 +139,6 @@ TRANSLATIONS = (
     _precision,
     _attention,
     _samples,
+    _vae,
     _datasets,
 )

@@ -153,7 +153,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "weighted_captions": ((False,), "not supported: captions are used without weights"),
     "in_json": ((), "captions are read from the caption files next to the images"),
     "dataset_class": ((), "external code is not run"),
-    "vae": ((), "the VAE of the base is used; to use another one, save it in the base"),
     "dim_from_weights": (
         (False,),
         "set network_dim and network_alpha to those of the file (hpo inspect shows them)",
