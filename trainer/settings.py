@@ -273,6 +273,10 @@ class Settings:
     clip_skip: int | None = setting(
         None, "SD1.5: text encoder layer to use, counted from the end", low=1, high=12, only="SD1.5"
     )
+    weighted_captions: bool = setting(
+        False,
+        "weights in captions: (word:1.2) or (word) count more, [word] less; backslashes escape brackets",
+    )
 
     # Speed and memory
     mixed_precision: str = setting("auto", "compute type", choices=("auto", "no", "fp16", "bf16"))

@@ -316,7 +316,9 @@ def empty_network(component: str, config: dict[str, Any]) -> Any:
         ) from None
 
 
-def check_tensors(path: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]], component: str = "") -> None:
+def check_tensors(
+    path: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]], component: str = ""
+) -> None:
     """Raise ModelFileError unless every tensor of the network is present with the right shape."""
     place = f"{path} ({component})" if component else str(path)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -83,7 +83,9 @@ def load_vae(spec: str, config: Mapping[str, Any], dtype: torch.dtype) -> tuple[
 
     path = locate_vae(spec)
     if path is None:
-        path = _folder(hub_folder(published_name(spec), revision=None, is_complete=_is_complete, choose=vae_files))
+        path = _folder(
+            hub_folder(published_name(spec), revision=None, is_complete=_is_complete, choose=vae_files)
+        )
     file = _weights(path) if path.is_dir() else path
     model = load.empty_network("vae", dict(config))
     tensors = _tensors(file, model)
@@ -137,7 +139,9 @@ def _tensors(file: Path, model: Any) -> dict[str, torch.Tensor]:
 
     prefix = _recognise(file, read_header(file).shapes)
     found = {
-        name.removeprefix(prefix): tensor for name, tensor in load_tensors(file).items() if name.startswith(prefix)
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_tensors(file).items()
+        if name.startswith(prefix)
     }
     if any(name.startswith("encoder.down.") for name in found):
         original = {IN_CHECKPOINT + name: tensor for name, tensor in found.items()}

@@ -150,7 +150,6 @@ LORA_PLUS = "lora_down and lora_up use the same learning rate (LoRA+ is not supp
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     **PIXELS_REFUSED,
-    "weighted_captions": ((False,), "not supported: captions are used without weights"),
     "in_json": ((), "captions are read from the caption files next to the images"),
     "dataset_class": ((), "external code is not run"),
     "dim_from_weights": (

@@ -91,7 +91,10 @@ def test_without_a_vae_nothing_changes(folders: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"encoder.conv_out.weight": (32, 8, 3, 3), "quant_conv.weight": (32, 32, 1, 1)}, "16 latent channels"),
+        (
+            {"encoder.conv_out.weight": (32, 8, 3, 3), "quant_conv.weight": (32, 32, 1, 1)},
+            "16 latent channels",
+        ),
         ({"encoder.conv_out.weight": (32, 8, 3, 3)}, "16 latent channels, as SD3, FLUX"),
         ({"encoder.conv_out.weight": (8, 8, 3, 3, 3)}, "a VAE for video"),
         ({"encoder.layers.0.weight": (8, 3, 3, 3)}, "a tiny autoencoder"),
