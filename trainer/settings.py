@@ -344,6 +344,9 @@ class Settings:
     )
     logging_dir: str = setting("", "folder for TensorBoard logs; train.jsonl is always written")
     training_comment: str = setting("", "comment in the metadata of the LoRA")
+    no_metadata: bool = setting(
+        False, "write no tags, folders, comment or settings into LoRA files; they stay in the run's folder"
+    )
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
@@ -363,6 +366,7 @@ WITHOUT_INFLUENCE = frozenset(
         "sample_prompts",
         "logging_dir",
         "training_comment",
+        "no_metadata",
     }
 )
 # Numeric settings that can be unset: 0 means unset (TOML has no null).

@@ -70,10 +70,12 @@ class Keeper:
 
     def write(self, path: Path, adapter: Adapter, step: int, epoch: int) -> None:
         """Save the adapter as a LoRA file with the run's metadata."""
-        from trainer.adapters import lorafile
+        from trainer.adapters import lorafile, private
 
         known = dataset_metadata(self.config, self.data, Saved(step, epoch))
-        lorafile.write(path, adapter, self.config, known)
+        whole = lorafile.write(path, adapter, self.config, known, is_private=self.config.no_metadata)
+        if self.config.no_metadata:
+            private.keep(self.folder.metadata, path, whole)
         if path != self.folder.lora:
             self.say(f"saved {path.name}")
 

@@ -8,7 +8,8 @@ writes files and prints, the others only train.
     OUTPUT/name-000002.safetensors        save_every_n_epochs
     OUTPUT/name-step00000100.safetensors  save_every_n_steps
     OUTPUT/sample/                        sample_every_n_…
-    OUTPUT/name.run/                      config.json, train.jsonl, ladder.jsonl, memory.json, checkpoints/, cache/
+    OUTPUT/name.run/                      config.json, train.jsonl, ladder.jsonl, memory.json, checkpoints/, cache/,
+                                          metadata.json (with no_metadata)
 """
 
 from __future__ import annotations
@@ -242,12 +243,11 @@ def is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
     """Whether the result exists, with these settings and images. A file from another run is never replaced."""
     if not folder.lora.exists():
         return False
-    from trainer.adapters import CONFIG_KEY, DATASET_KEY, shared_settings
+    from trainer.adapters import CONFIG_KEY, DATASET_KEY, private, shared_settings
     from trainer.bases import short_name
     from trainer.loop import FREE_SETTINGS
-    from trainer.tensorfile import read_header
 
-    metadata = read_header(folder.lora).metadata
+    metadata = private.metadata_of(folder.lora, folder.metadata)
     saved = json.loads(metadata.get(CONFIG_KEY, "{}"))
     deciding = SETTINGS.keys() - (FREE_SETTINGS - {"pretrained_model_name_or_path", "save_precision"})
     now = shared_settings(config, short_name(config.pretrained_model_name_or_path))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONFIG_KEY = "lora_hpo_config"  # every setting, as JSON
 BASE_KEY = "lora_hpo_base"
 DATASET_KEY = "lora_hpo_dataset"  # Dataset.content_hash of what a run of hpo train trained on
+PRIVATE = "metadata.json"  # in a run's folder: what its LoRA files do not say, with no_metadata
 COMMENT, STEPS, EPOCH = "ss_training_comment", "ss_steps", "ss_epoch"
 RESOLUTION, BASE_NAME = "ss_resolution", "ss_sd_model_name"
 FOLDERS = (
@@ -131,6 +132,23 @@ def own_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
         CONFIG_KEY: json.dumps(shared_settings(config, base.name)),
         BASE_KEY: base.identity,
     }
+
+
+# What sd-scripts keeps of its own keys under no_metadata (library/train_util.py: SS_METADATA_MINIMUM_KEYS).
+_LEAST = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+
+def least(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file under no_metadata says: what its network is and which base it fits, as in sd-scripts, which keeps
+    modelspec's entries too. No tags, folders, comment, settings or hashes of images and base."""
+    return {name: text for name, text in metadata.items() if name in _LEAST or name.startswith("modelspec.")}
 
 
 def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:

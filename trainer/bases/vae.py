@@ -114,10 +114,15 @@ def _recognise(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The prefix of the VAE's tensors. Raises ModelFileError that names a file that is something else."""
     prefix = IN_CHECKPOINT if any(name.startswith(IN_CHECKPOINT) for name in shapes) else ""
     out = shapes.get(f"{prefix}encoder.conv_out.weight")
-    if out is not None and len(out) == 4 and out[0] == 2 * LATENT_CHANNELS:
-        if f"{prefix}quant_conv.weight" in shapes:
-            return prefix
-    if out is not None and len(out) == 4 and out[0] != 2 * LATENT_CHANNELS:
+    is_flat = len(out or ()) == 4
+    if (
+        out is not None
+        and is_flat
+        and out[0] == 2 * LATENT_CHANNELS
+        and f"{prefix}quant_conv.weight" in shapes
+    ):
+        return prefix
+    if out is not None and is_flat and out[0] != 2 * LATENT_CHANNELS:
         what = f"a VAE with {out[0] // 2} latent channels, as SD3, FLUX and others have"
     elif out is not None and len(out) == 5:
         what = "a VAE for video"

@@ -47,7 +47,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "a LoRA is saved as .safetensors with its metadata": (
         "save_model_as",
         "use_safetensors",
-        "no_metadata",
         "output_config",
     ),
     "metadata is written by this tool; training_comment is kept": (

@@ -75,8 +75,8 @@ SAMPLES = """## Sample prompts
 `sample_prompts` is a .txt file with one prompt per line (lines that begin with # are remarks), a .toml or .json file as
 in sd-scripts, or the prompts themselves: a list, or a text with one prompt per line. A line can end with
 `--w 512 --h 768 --d 1 --s 30 --l 7.5 --n negative prompt`: width, height, seed, steps, CFG scale, negative prompt.
-Sides are rounded down to multiples of 8, and are at least 64. Sample images are generated with DPM-Solver++ (2M), whatever
-`--ss` names, and saved to `sample/` in the output folder.
+Sides are rounded down to multiples of 8, and are at least 64. Sample images are generated with DPM-Solver++ (2M),
+whatever `--ss` names, and saved to `sample/` in the output folder.
 
 A sample prompt never ends a training: what cannot be read or drawn is left out with a warning, and a missing file means
 no sample images. `hpo train --dry-run` shows these warnings with their lines.

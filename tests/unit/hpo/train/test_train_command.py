@@ -19,10 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import hpo.train.adapter
 import hpo.train.keeper
 from hpo.cli.main import main
+from hpo.judge.runfiles import find_run
 from hpo.train.plan import count_steps
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.adapters.adapter import inject
+from trainer.adapters.metadata import DATASET_KEY
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
 from trainer.data.dataset import read_dataset
@@ -400,3 +402,36 @@ def test_a_file_of_sd_scripts_is_trained_again_with_its_settings(place: Path) ->
     assert set(weights(str(old))) < set(tensors)  # conv_dim adds the 3×3 convolutions
     ups = [tensor for name, tensor in tensors.items() if name.endswith("lora_up.weight")]
     assert all(bool(tensor.any()) for tensor in ups) and all(bool(t.isfinite().all()) for t in ups)
+
+
+# no_metadata
+
+
+def test_a_private_lora_says_only_what_it_is_and_its_run_knows_the_rest(place: Path, base: Path) -> None:
+    words = ("--output", "out", "--set", "no_metadata=true", "--set", "training_comment=secret")
+    first = train(base, *words, "--set", "save_every_n_epochs=1", "--set", "max_train_epochs=2")
+    assert first.exit_code == 0, first.output
+    for path in (place / "out").glob("*.safetensors"):
+        metadata = safetensors.safe_open(path, "pt").metadata()
+        names = {name for name in metadata if not name.startswith(("modelspec.", "sshs_"))}
+        assert names == {
+            "ss_v2",
+            "ss_base_model_version",
+            "ss_network_module",
+            "ss_network_dim",
+            "ss_network_alpha",
+            "ss_network_args",
+        }
+        assert not any(word in str(metadata) for word in ("secret", "zkw", "lora_hpo", "images"))
+    run = find_run(place / "out")
+    assert run.metadata()["ss_training_comment"] == "secret" and DATASET_KEY in run.metadata()
+    assert run.config(None, None).no_metadata
+    again = train(base, *words, "--set", "save_every_n_epochs=1", "--set", "max_train_epochs=2")
+    assert "is trained already" in again.output
+    other = train(base, *words, "--set", "network_alpha=1")
+    assert other.exit_code == 2 and "was trained with another" in other.stderr
+    assert hpo_command("inspect", str(run.checkpoints[-1].path)).exit_code == 0
+    # a file of someone else in its place is not taken for it
+    (place / "out/lora-000001.safetensors").replace(place / "out/lora.safetensors")
+    foreign = train(base, *words)
+    assert foreign.exit_code == 2 and "was not made by this tool" in foreign.stderr
