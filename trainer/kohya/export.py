@@ -96,7 +96,8 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
             if name == "sample_prompts" and is_prompt_text(value):
                 notes.append("sample_prompts are left out: sd-scripts reads them from a file")
                 continue
-            table[name] = _full(value) if name in _PATHS else value
+            is_path = name in _PATHS or (name == "vae" and Path(value).exists())
+            table[name] = _full(value) if is_path else value
     if config.lr_warmup_steps >= 1:  # with a decimal point, sd-scripts reads it as a fraction of all steps
         table["lr_warmup_steps"] = int(config.lr_warmup_steps)
     precision = config.mixed_precision

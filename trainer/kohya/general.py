@@ -101,6 +101,10 @@ def _samples(reading: Reading) -> None:
     sampler = reading.take("sample_sampler")
     if sampler is not None:
         reading.say("sample_sampler", sampler, "sample images use DPM-Solver++ (2M)")
+    steps = reading.left.get("sample_every_n_steps")
+    if steps and reading.left.get("sample_every_n_epochs"):
+        reading.take("sample_every_n_steps")
+        reading.say("sample_every_n_steps", steps, "ignored, because sample_every_n_epochs is given")
 
 
 def _vae(reading: Reading) -> None:
