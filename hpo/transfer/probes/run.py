@@ -22,6 +22,7 @@ from hpo.transfer import MAPPING_VERSION, PROBED_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
 from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS, Probe, ProbeScore, find, horizon_shift
 from hpo.transfer.probes.findings import Findings, Found, read_saved, write_saved
+from hpo.transfer.probes.formernames import SETTINGS_THEN
 from hpo.transfer.probes.side import FRACTION, ProbeSide, ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import SideStudy
 from trainer.bases import is_miniature
@@ -69,8 +70,17 @@ def identity(done: Transfer) -> str:
 
 
 def identities(done: Transfer) -> tuple[str, str]:
-    """The identity, and its former form: with all settings but the names of files and those for saving."""
-    return identity(done), _hash({k: v for k, v in done.plan.config.as_dict().items() if k not in NAMES})
+    """The identity, and its former form: with all settings of that time but the names of files and those for saving.
+
+    A setting that was added since counts only if it has another value than its default.
+    """
+    usual = TrainConfig().as_dict()
+    former = {
+        name: value
+        for name, value in done.plan.config.as_dict().items()
+        if name not in NAMES and (name in SETTINGS_THEN or value != usual[name])
+    }
+    return identity(done), _hash(former)
 
 
 def _hash(settings: Mapping[str, Any]) -> str:

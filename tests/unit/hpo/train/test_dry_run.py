@@ -148,6 +148,29 @@ def test_missing_sample_prompts_are_a_warning(base: Path, place: Path) -> None:
     assert "absent.txt does not exist" in " ".join(hpo(*command(base, words), "--dry-run").stdout.split())
 
 
+def test_what_is_assumed_of_a_base_that_says_nothing_is_told(base: Path, place: Path) -> None:
+    silent = shutil.copytree(base, place / "silent")
+    schedule = silent / "scheduler" / "scheduler_config.json"
+    known = json.loads(schedule.read_text())
+    del known["prediction_type"]
+    schedule.write_text(json.dumps(known))
+    (place / "settings.toml").write_text(SETTINGS + "v_parameterization = true\nzero_terminal_snr = true\n")
+    result = hpo(*command(base, ("--base", "silent")), "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    said = "silent does not say what it predicts: v-prediction with zero terminal SNR is assumed"
+    assert any(said in line for line in json.loads(result.stdout)["translated"])
+    run = hpo(*command(base, ("--base", "silent", "--set", "max_train_steps=1")))
+    assert run.exit_code == 0 and said in " ".join(run.stdout.split()), run.output
+
+
+def test_a_vae_is_checked_before_anything_is_loaded(base: Path, place: Path) -> None:
+    (place / "settings.toml").write_text(SETTINGS)
+    (place / "x.safetensors").write_bytes(b"<html>")
+    for name, code in (("absent.safetensors", 2), ("x.safetensors", 4), (str(base), 0)):
+        result = hpo(*command(base, ("--set", f"vae={name}")), "--dry-run", "--json")
+        assert result.exit_code == code, result.output
+
+
 def test_everything_that_is_wrong_is_told_in_one_go_the_cheap_first(base: Path, place: Path) -> None:
     (place / "settings.toml").write_text(
         KOHYA + "colour_aug = true\nmin_snr_gamma = -3\nrandom_crop = true\n"

@@ -409,8 +409,12 @@ def test_a_file_of_sd_scripts_is_trained_again_with_its_settings(place: Path) ->
 
 def test_a_private_lora_says_only_what_it_is_and_its_run_knows_the_rest(place: Path, base: Path) -> None:
     words = ("--output", "out", "--set", "no_metadata=true", "--set", "training_comment=secret")
-    first = train(base, *words, "--set", "save_every_n_epochs=1", "--set", "max_train_epochs=2")
+    (place / "bad.txt").write_text(" --w 64\nzkw --w 99999\n")  # no prompt of it can be drawn
+    samples = ("--set", "sample_prompts=bad.txt", "--set", "sample_every_n_steps=1")
+    first = train(base, *words, *samples, "--set", "save_every_n_epochs=1", "--set", "max_train_epochs=2")
     assert first.exit_code == 0, first.output
+    assert "warning: bad.txt, line 1 has flags without a prompt" in first.output
+    assert not (place / "out" / "sample").exists()
     for path in (place / "out").glob("*.safetensors"):
         metadata = safetensors.safe_open(path, "pt").metadata()
         names = {name for name in metadata if not name.startswith(("modelspec.", "sshs_"))}
