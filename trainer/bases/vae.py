@@ -15,7 +15,7 @@ import torch
 
 from trainer.bases import detect
 from trainer.bases.families import known_base, published_name
-from trainer.bases.hub import hub_folder, vae_files
+from trainer.bases.hub import hub_folder, require_network, vae_files
 from trainer.errors import MissingModel, ModelFileError
 from trainer.files import sha256_file
 from trainer.paths import user_path
@@ -105,9 +105,21 @@ def _is_complete(folder: Path) -> bool:
 def check_vae(spec: str) -> None:
     """Raise what ``load_vae`` would, as far as the names and shapes in the file tell it."""
     path = locate_vae(spec)
-    if path is not None:
+    if path is None:
+        _check_cached(published_name(spec))
+    else:
         file = _weights(path) if path.is_dir() else path
         _recognise(file, read_header(file).shapes)
+
+
+def _check_cached(repo: str) -> None:
+    """A VAE of the hub cannot be downloaded if HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    names = ("config.json", "vae/config.json")
+    is_cached = any(isinstance(try_to_load_from_cache(repo, name), str) for name in names)
+    if constants.HF_HUB_OFFLINE and not is_cached:
+        require_network(repo)
 
 
 def _recognise(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:

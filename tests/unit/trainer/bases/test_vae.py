@@ -16,6 +16,7 @@ from tests.singlefile import vae_tensors
 from tests.tiny import save_folder, tiny_base
 from trainer.adapters.metadata import shared_settings, training_metadata
 from trainer.bases.base import Base
+from trainer.bases.hub import vae_files
 from trainer.bases.load import load_base
 from trainer.bases.vae import check_vae
 from trainer.config import TrainConfig
@@ -119,6 +120,21 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"PK")
     with pytest.raises(ModelFileError, match="pickle"):
         check_vae(str(tmp_path / "x.ckpt"))
+
+
+def test_what_a_vae_of_the_hub_consists_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of stabilityai/sd-vae-ft-mse, of a base, and of a repository with pickles alone."""
+    weights = "diffusion_pytorch_model"
+    own = ["README.md", "config.json", f"{weights}.bin", f"{weights}.safetensors"]
+    assert vae_files(own) == ["config.json", f"{weights}.safetensors"]
+    base = ["config.json", "unet/config.json", "vae/config.json", f"vae/{weights}.fp16.safetensors"]
+    assert vae_files(base) == ["vae/config.json", f"vae/{weights}.fp16.safetensors"]
+    with pytest.raises(ModelFileError, match="no VAE"):
+        vae_files(["config.json", f"{weights}.bin"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelFileError, match="someone/absent is not on this machine"):
+        check_vae("someone/absent")
 
 
 def test_the_metadata_names_it_as_sd_scripts_does(folders: tuple[Path, Path], tmp_path: Path) -> None:
