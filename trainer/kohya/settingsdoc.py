@@ -78,8 +78,8 @@ in sd-scripts, or the prompts themselves: a list, or a text with one prompt per 
 Sides are rounded down to multiples of 8, and are at least 64. Sample images are generated with DPM-Solver++ (2M),
 whatever `--ss` names, and saved to `sample/` in the output folder.
 
-Weights such as `(word:1.2)` act in captions only (`weighted_captions`); in sample prompts they are plain text, unlike in
-sd-scripts.
+Weights such as `(word:1.2)` act in captions only (`weighted_captions`); in sample prompts they are plain text,
+unlike in sd-scripts.
 
 A sample prompt never ends a training: what cannot be read or drawn is left out with a warning, and a missing file means
 no sample images. `hpo train --dry-run` shows these warnings with their lines.
