@@ -16,13 +16,21 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from evaluation.prompts import STYLE
-from hpo.study import CHARACTER, NEUTRAL_SETTINGS, SOURCE_STUDY, STYLE_PRESET, Inputs, StudyFolder, read_json
+from hpo.study import (
+    CHARACTER,
+    NEUTRAL_SETTINGS,
+    SETTINGS_THEN,
+    SOURCE_STUDY,
+    STYLE_PRESET,
+    Inputs,
+    StudyFolder,
+    read_json,
+)
 from hpo.terminal import say
 from hpo.transfer import MAPPING_VERSION, PROBED_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
 from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS, Probe, ProbeScore, find, horizon_shift
 from hpo.transfer.probes.findings import Findings, Found, read_saved, write_saved
-from hpo.transfer.probes.formernames import SETTINGS_THEN
 from hpo.transfer.probes.side import FRACTION, ProbeSide, ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import SideStudy
 from trainer.bases import is_miniature

@@ -18,6 +18,7 @@ from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import write_definition
 from hpo.study.folder import StudyFolder
+from hpo.study.formersettings import SETTINGS_THEN
 from hpo.study.standing import BASELINE, ROLE
 from hpo.study.storage import create_study, open_study
 from hpo.study.unchanged import check_unchanged
@@ -27,7 +28,6 @@ from hpo.transfer.plan import PLANNER, SettingMove, derive, normalised, snap_dow
 from hpo.transfer.probes.candidates import Candidates
 from hpo.transfer.probes.design import Ladder, Probe, ProbeScore
 from hpo.transfer.probes.findings import agree
-from hpo.transfer.probes.formernames import SETTINGS_THEN
 from hpo.transfer.probes.run import Probing, identity, probe_folder
 from hpo.transfer.probes.side import MOST_OCTAVES, ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import probe_by_probe

@@ -1,11 +1,15 @@
-"""The settings that existed when rules of version 1 named the probes of a transfer by all settings.
+"""The settings that existed when hashes over all settings were first stored (results, params, probes).
 
-Frozen: a setting that is added later has no part in the names of probes begun before.
+Frozen: a setting that was added later counts only if it has another value than its default, so that what was begun
+before is still recognised.
 """
 
 SETTINGS_THEN = frozenset(
     [
+        "pretrained_model_name_or_path",
+        "train_data_dir",
         "dataset_config",
+        "output_name",
         "seed",
         "resolution",
         "enable_bucket",
@@ -104,5 +108,15 @@ SETTINGS_THEN = frozenset(
         "torch_compile",
         "cache_latents_to_disk",
         "vae_batch_size",
+        "save_every_n_epochs",
+        "save_every_n_steps",
+        "save_last_n_epochs",
+        "save_last_n_steps",
+        "sample_every_n_epochs",
+        "sample_every_n_steps",
+        "sample_at_first",
+        "sample_prompts",
+        "logging_dir",
+        "training_comment",
     ]
 )
