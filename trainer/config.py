@@ -36,6 +36,7 @@ _CHECKED_ALONE = (
     "sample_prompts",
     "network_weights",
     "v_parameterization",
+    "vae",
 )
 
 
@@ -129,12 +130,6 @@ class TrainConfig(Settings):
             self.full_bf16 and self.mixed_precision in ("no", "fp16"),
             f"full_bf16 needs bf16, but mixed_precision = {self.mixed_precision}",
             "set mixed_precision = bf16 or auto",
-        )
-        samples = self.sample_every_n_epochs or self.sample_every_n_steps or self.sample_at_first
-        yield (
-            bool(samples) and not self.sample_prompts,
-            "sample images are requested, but sample_prompts is not set",
-            "set sample_prompts to a file with one prompt per line",
         )
 
     @property

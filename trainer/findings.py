@@ -57,8 +57,10 @@ class Findings:
         error.exit_code = self.errors[0].exit_code
         raise error
 
-    def as_json(self) -> list[dict[str, Any]]:
-        return [{"what": e.message, "hint": e.hint, "exit_code": e.exit_code} for e in self.errors]
+    def as_json(self, warnings: Iterable[str] = ()) -> list[dict[str, Any]]:
+        """The findings for scripts. ``warnings`` end no run: their exit code is 0."""
+        found = [{"what": e.message, "hint": e.hint, "exit_code": e.exit_code} for e in self.errors]
+        return found + [{"what": f"warning: {line}", "hint": "", "exit_code": 0} for line in warnings]
 
 
 class _Several(ToolError):

@@ -57,3 +57,20 @@ def _home(text: str, name: str) -> str:
             f"{name} = {clean_text(text)[:200]}: the home folder of this user is unknown",
             "write the whole path",
         ) from None
+
+
+_PROMPT_FILES = (".txt", ".toml", ".json")
+
+
+def is_prompt_text(text: str) -> bool:
+    """Whether sample_prompts holds the prompts themselves rather than the name of their file: several lines or words,
+    and no file. A single word is a file's name."""
+    text = text.strip()
+    if "\n" in text or text.startswith(("[{", '["')):
+        return True
+    if not any(sign.isspace() for sign in text) or text.lower().endswith(_PROMPT_FILES):
+        return False
+    try:
+        return not Path(text).is_file()
+    except (OSError, ValueError):  # longer than a name can be
+        return True

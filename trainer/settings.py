@@ -6,7 +6,9 @@ Does not own rules between settings and derived values (``trainer.config``) or t
 
 from __future__ import annotations
 
+import json
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,6 +42,9 @@ class Settings:
     dataset_config: str = setting("", "dataset config in sd-scripts' TOML format, instead of train_data_dir")
     output_name: str = setting("lora", "file name of the LoRA, without extension")
     seed: int = setting(42, "random seed", low=0, high=2**63 - 1)
+    vae: str = setting(
+        "", "another VAE than that of the base: a .safetensors file, a diffusers folder or a hub id"
+    )
 
     # Images and captions
     resolution: int = setting(
@@ -268,6 +273,10 @@ class Settings:
     clip_skip: int | None = setting(
         None, "SD1.5: text encoder layer to use, counted from the end", low=1, high=12, only="SD1.5"
     )
+    weighted_captions: bool = setting(
+        False,
+        "weights in captions: (word:1.2) or (word) count more, [word] less; backslashes escape brackets",
+    )
 
     # Speed and memory
     mixed_precision: str = setting("auto", "compute type", choices=("auto", "no", "fp16", "bf16"))
@@ -330,10 +339,14 @@ class Settings:
     )
     sample_at_first: bool = setting(False, "generate sample images before training")
     sample_prompts: str = setting(
-        "", "prompt file for sample images, one prompt per line, with kohya's --w --h --d --s --l --n"
+        "",
+        "prompt file for sample images, one prompt per line, with kohya's --w --h --d --s --l --n; or the prompts",
     )
     logging_dir: str = setting("", "folder for TensorBoard logs; train.jsonl is always written")
     training_comment: str = setting("", "comment in the metadata of the LoRA")
+    no_metadata: bool = setting(
+        False, "write no tags, folders, comment or settings into LoRA files; they stay in the run's folder"
+    )
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
@@ -353,6 +366,7 @@ WITHOUT_INFLUENCE = frozenset(
         "sample_prompts",
         "logging_dir",
         "training_comment",
+        "no_metadata",
     }
 )
 # Numeric settings that can be unset: 0 means unset (TOML has no null).
@@ -370,8 +384,17 @@ def check_value(name: str, value: Any) -> Any:
     """``value`` converted to the type of the setting. Raises ConfigError with its limits.
     Whole floats become ints."""
     check_name(name)
+    if name == "sample_prompts" and isinstance(value, list | tuple):
+        value = _lines(value)
     found = check(name, value, SETTING_TYPES[name], SETTINGS[name])
     return float(found) if name in _FLOATS and found is not None else found
 
 
 _FLOATS = frozenset(name for name, kind in SETTING_TYPES.items() if kind in (float, float | None))
+
+
+def _lines(rows: Sequence[Any]) -> str:
+    """A list of prompts as one text: one prompt per line, or JSON if there are tables among them."""
+    if all(isinstance(row, str) for row in rows):
+        return "".join(" ".join(row.split()) + "\n" for row in rows)
+    return json.dumps(list(rows), default=str)

@@ -31,6 +31,8 @@ from trainer.errors import ConfigError
 from trainer.files import write_atomic
 
 MAX_TOKENS = 75  # CLIP's 77 without start and end tokens; later tokens are truncated silently
+_FLAG = re.compile(r"(^|\s)--(w|h|d|s|l|n|ss|g|cn) \S", re.IGNORECASE)  # of sd-scripts' sample prompts
+SHOWN_LINES = 8
 SHORT_TOKENS = 40  # of generated prompts: CLIP gives late tokens little weight (Long-CLIP, arXiv 2403.15378)
 
 CountTokens = Callable[[str], int]  # text → number of tokens, without start and end: ``Base.token_count``
@@ -296,6 +298,7 @@ def load_prompts(
         rows, seeds, trigger, class_word = _read_toml(path, content, trigger, class_word)
     else:
         lines = [line.strip() for line in content.splitlines()]
+        _refuse_flags(path, lines)
         rows = [(line, "altered", ()) for line in lines if line and not line.startswith("#")]
         seeds = SEARCH_SEEDS
     prompts = tuple(
@@ -309,6 +312,18 @@ def load_prompts(
                 f"shorten it, best to {SHORT_TOKENS} tokens or fewer",
             )
     return PromptSet(prompts, seeds, trigger, class_word)
+
+
+def _refuse_flags(path: Path, lines: Sequence[str]) -> None:
+    """Raise ConfigError for a file of sample prompts: scored images have the sizes and seeds of their study."""
+    found = [str(number) for number, line in enumerate(lines, 1) if _FLAG.search(line) and line[0] != "#"]
+    if found:
+        more = ", …" if len(found) > SHOWN_LINES else ""
+        raise ConfigError(
+            f"{path} has flags such as --w 512 in line {', '.join(found[:SHOWN_LINES])}{more}, which would be drawn "
+            "as text",
+            "remove them; sizes, steps and seeds are set in the study's definition, under [sampling]",
+        )
 
 
 def _read_toml(

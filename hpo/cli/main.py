@@ -15,7 +15,8 @@ import click
 
 from hpo.cli import folders, status, studies, tools, trainings
 from hpo.cli.start import announced_imports
-from trainer.errors import Interrupted, ToolError
+from hpo.cli.streams import show_everything
+from trainer.errors import Interrupted, MachineError, ToolError
 from trainer.text import clean_text
 
 
@@ -38,6 +39,14 @@ def _refuse(error: click.UsageError) -> NoReturn:
     sys.exit(refused.exit_code)
 
 
+def _unwritable(error: UnicodeEncodeError) -> ToolError:
+    """A file name that the system's encoding (LC_ALL=C) cannot hold. Output never raises this (``streams``)."""
+    return MachineError(
+        f"{error.object!a} cannot be a file name: the system's encoding is {error.encoding}",
+        "set PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8",
+    )
+
+
 class Commands(click.Group):
     """A click group that prints this tool's errors, and click's own, as two lines and sets the exit code."""
 
@@ -53,6 +62,7 @@ class Commands(click.Group):
         """Note the command line: the steps of a study are recorded with it, and repeated by ``hpo resume``."""
         from hpo.study import INVOCATION, Invocation
 
+        show_everything()
         words = tuple(sys.argv[1:] if args is None else args)
         token = INVOCATION.set(Invocation(words, os.getcwd()))
         try:
@@ -82,6 +92,11 @@ class Commands(click.Group):
         except click.Abort:  # Ctrl-C or Ctrl-D at a question
             click.echo("\nnothing was done", err=True)
             sys.exit(130)
+        except UnicodeEncodeError as error:
+            if error.encoding != sys.getfilesystemencoding():
+                raise
+            print_error(_unwritable(error))
+            sys.exit(MachineError.exit_code)
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(0)

@@ -47,9 +47,10 @@ from hpo.study import (
 from hpo.terminal import short
 from hpo.train import check_device
 from trainer.adapters import DATASET_KEY, lorafile
-from trainer.bases import Base, compute_type, load_base
+from trainer.bases import Base, check_vae, compute_type, load_base
+from trainer.config import TrainConfig
 from trainer.data import Dataset, shown
-from trainer.errors import ConfigError, DataError, OutOfMemory
+from trainer.errors import ConfigError, DataError, MissingModel, OutOfMemory
 from trainer.files import make_folder, sha256_file, write_atomic
 
 if TYPE_CHECKING:
@@ -221,12 +222,14 @@ def load(
         standards.sets(run, inputs, study, data, lambda text: 0)
         if known.says:
             say(known.says)
+    config = _with_vae_of_run(config, say)
     say(f"loading {spec} on {device} …")
     base = load_base(
         spec,
         device=device,
         dtype=compute_type(config.mixed_precision, device),
         no_half_vae=config.no_half_vae,
+        settings=config,
         say=say,
     )
     _say_changes(run, base, data, say)
@@ -246,6 +249,20 @@ def load(
         evaluator = on_another_base(like.evaluator, base, sampling, data, paths)
     told = {name: short(getattr(config, name)) for name in TOLD if getattr(config, name) is not None}
     return Judge(run.name, data, evaluator, confirmation, tuple(paths), say, told)
+
+
+def _with_vae_of_run(config: TrainConfig, say: Say) -> TrainConfig:
+    """The settings, without a VAE that is not on this machine: a LoRA file names only the file of its VAE."""
+    if not config.vae:
+        return config
+    try:
+        check_vae(config.vae)
+    except (MissingModel, ConfigError):
+        say(
+            f"warning: the VAE of the run, {config.vae}, is not here: images are decoded with that of the base"
+        )
+        return config.with_values({"vae": ""})
+    return config
 
 
 def _say_changes(run: RunFiles, base: Base, data: Dataset, say: Say) -> None:

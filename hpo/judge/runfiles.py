@@ -18,7 +18,7 @@ from typing import Any
 
 from hpo.study import StudyFolder
 from hpo.terminal import command
-from trainer.adapters import EPOCH, STEPS
+from trainer.adapters import EPOCH, PRIVATE, STEPS, private
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, ModelFileError
 from trainer.kohya import RUN_CONFIG, read_train_file
@@ -82,8 +82,8 @@ class RunFiles:
         return self.settings.is_dir()
 
     def metadata(self) -> Mapping[str, str]:
-        """The metadata of the newest file."""
-        return read_header(self.checkpoints[-1].path).metadata
+        """The metadata of the newest file; with no_metadata, what its run kept of it."""
+        return private.metadata_of(self.checkpoints[-1].path, self.output / f"{self.name}.run" / PRIVATE)
 
     def config(self, base: str | None, data: Path | None) -> TrainConfig:
         """The training settings, overridden by ``--base`` and ``--data``.  Defaults if the file has no metadata."""

@@ -189,7 +189,9 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     # The checks up to here are cheap; loading a base may download gigabytes.
     dtype = compute_type(train.mixed_precision, device)
     say(f"loading {inputs.base} on {device} …")
-    base = load_base(inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae, say=say)
+    base = load_base(
+        inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae, settings=train, say=say
+    )
     if base.native_resolution_px < train.resolution and is_miniature(inputs.base):
         raise ConfigError(
             f"{inputs.base} has {base.native_resolution_px} px, but resolution is {train.resolution}",

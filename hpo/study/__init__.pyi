@@ -23,6 +23,7 @@ from .folder import TrialFolder as TrialFolder
 from .folder import another_name as another_name
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
+from .formersettings import SETTINGS_THEN as SETTINGS_THEN
 from .learning import NothingLearned as NothingLearned
 from .learning import early_note as early_note
 from .learning import learning_lines as learning_lines

@@ -15,6 +15,7 @@ from typing import Any
 
 from evaluation.score import CLIPPED, SIGNED, told_part
 from hpo.study.folder import TrialFolder, read_json
+from hpo.study.formersettings import SETTINGS_THEN
 from hpo.study.sections import FOLLOWING, LIKENESS, SCORE
 from trainer.config import TrainConfig
 from trainer.errors import MachineError
@@ -107,8 +108,15 @@ def infeasible_value(below_zero: str) -> float:
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that determine a LoRA, as read back from JSON.  Paths are excluded; contents are hashed."""
-    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in PATHS}, sort_keys=True))
+    """The settings that determine a LoRA, as read back from JSON.  Paths are excluded; contents are hashed. A setting
+    that was added since (``formersettings``) is left out at its default."""
+    usual = TrainConfig().as_dict()
+    kept = {
+        name: value
+        for name, value in settings.items()
+        if name not in PATHS and (name in SETTINGS_THEN or value != usual.get(name))
+    }
+    return json.loads(json.dumps(kept, sort_keys=True))
 
 
 def config_sha256(config: TrainConfig) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 from hpo.study import origin_of
 from hpo.train import dryrun
 from hpo.train import plan as trainplan
-from hpo.train.samples import file_stem, read_sample_prompts
+from hpo.train.samples import file_stem
 from trainer.bases import FAMILIES, block_rates, families
 from trainer.config import TrainConfig
 from trainer.data import read_dataset_file
@@ -103,9 +103,6 @@ def check(config: TrainConfig, family: str | None) -> None:
     """Raise for everything that can be refused before anything is loaded. ``family`` is None if unknown."""
     with piece():
         file_stem(config.output_name)
-    if config.sample_prompts:
-        with piece():
-            read_sample_prompts(Path(config.sample_prompts), config)
     if family is not None:
         with piece():
             families.check(config, family, clean_text(config.pretrained_model_name_or_path))

@@ -20,9 +20,20 @@ from rich.console import Console
 
 from hpo.train import plan as trainplan
 from hpo.train.folder import run_folder
-from trainer.bases import detect, families, published_name, require_network
+from hpo.train.promptfile import sample_prompts
+from trainer.bases import (
+    assumed_schedule,
+    assumption,
+    check_vae,
+    detect,
+    families,
+    published_name,
+    require_network,
+    said_prediction,
+)
 from trainer.config import TrainConfig
 from trainer.data import Dataset, read_dataset_file, read_training_data
+from trainer.errors import ToolError
 from trainer.files import machine_error
 from trainer.findings import Findings
 from trainer.kohya import TrainFile, known_family
@@ -67,12 +78,17 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
 
             check_device(str(request.device))
     _check_base(file.config, family, findings)
+    if file.config.vae:
+        with findings.looking():
+            check_vae(file.config.vae)
+    file = replace(file, translated=(*file.translated, *_assumption(file.config)))
     shown = data if sound else None
+    warnings = sample_prompts(file.config).findings
     if request.as_json:
-        echo(json.dumps(trainplan.as_json(file, shown, str(output), findings.as_json()), indent=1))
+        echo(json.dumps(trainplan.as_json(file, shown, str(output), findings.as_json(warnings)), indent=1))
     else:
         trainplan.show(console, file, shown, str(output))
-        trainplan.show_findings(console, findings.errors)
+        trainplan.show_findings(console, findings.errors, warnings)
     findings.require_none()
 
 
@@ -117,10 +133,24 @@ def _check_base(config: TrainConfig, family: str | None, findings: Findings) -> 
         with findings.looking():
             _check_weights(config)
         with findings.looking():
-            families.check_prediction(config, name, detect.prediction_of(spec) or "epsilon")
+            said = said_prediction(spec)
+            assumed = assumed_schedule(said, config).get("prediction_type")
+            families.check_prediction(config, name, said or str(assumed or "epsilon"))
     else:
         with findings.looking():
             _check_weights(config)
+
+
+def _assumption(config: TrainConfig) -> list[str]:
+    """What a run assumes about a base that does not say what it predicts."""
+    try:
+        spec = config.pretrained_model_name_or_path
+        if detect.locate(spec) is None:
+            return []
+        line = assumption(detect.short_name(spec), said_prediction(spec), config)
+    except ToolError:  # a finding already
+        return []
+    return [line] if line else []
 
 
 def _check_cached(repo: str) -> None:

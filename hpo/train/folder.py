@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.train.samples import file_stem
+from trainer.adapters import PRIVATE
 from trainer.config import TrainConfig
 from trainer.kohya import RUN_CONFIG
 
@@ -41,6 +42,11 @@ class RunFolder:
     @property
     def memory(self) -> Path:
         return self.root / "memory.json"
+
+    @property
+    def metadata(self) -> Path:
+        """What a LoRA file would say, if no_metadata keeps it out of the file."""
+        return self.root / PRIVATE
 
     @property
     def checkpoints(self) -> Path:

@@ -16,13 +16,13 @@ from hpo.train.samples import draw_samples, drawn_lines
 from trainer.adapters import Saved, dataset_metadata
 from trainer.config import TrainConfig
 from trainer.data import Dataset
-from trainer.errors import OutOfMemory
+from trainer.errors import Interrupted, OutOfMemory, ToolError
 from trainer.events import Event, Skipped, Step
 from trainer.oom import out_of_memory_named
 
 if TYPE_CHECKING:
     from hpo.train.placement import Place
-    from hpo.train.samples import SamplePrompt
+    from hpo.train.promptfile import SamplePrompt
     from trainer.adapters import Adapter
 
 
@@ -70,10 +70,12 @@ class Keeper:
 
     def write(self, path: Path, adapter: Adapter, step: int, epoch: int) -> None:
         """Save the adapter as a LoRA file with the run's metadata."""
-        from trainer.adapters import lorafile
+        from trainer.adapters import lorafile, private
 
         known = dataset_metadata(self.config, self.data, Saved(step, epoch))
-        lorafile.write(path, adapter, self.config, known)
+        whole = lorafile.write(path, adapter, self.config, known, is_private=self.config.no_metadata)
+        if self.config.no_metadata:
+            private.keep(self.folder.metadata, path, whole)
         if path != self.folder.lora:
             self.say(f"saved {path.name}")
 
@@ -83,7 +85,7 @@ class Keeper:
                 path.unlink(missing_ok=True)
 
     def _draw(self, suffix: str) -> None:
-        """Sampling never ends a run: if memory is not enough for it, samples are skipped with a message."""
+        """Sampling never ends a run: what cannot be drawn is left out with a message."""
         if not self.prompts:
             return
         base, name = self.place.base, f"{self.folder.name}_{suffix}"
@@ -92,6 +94,11 @@ class Keeper:
                 drawn = draw_samples(base, self.prompts, self.config, self.folder.samples, name)
         except OutOfMemory:
             self.say(f"samples {suffix} are left out: out of memory")
+            return
+        except Interrupted:
+            raise
+        except ToolError as error:
+            self.say(f"samples {suffix} are left out: {error.message}")
             return
         for line in drawn_lines(drawn):
             self.say(line)

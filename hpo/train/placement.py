@@ -33,6 +33,7 @@ def load(config: TrainConfig, data: Dataset, device: str, say: Callable[[str], N
         device=device,
         dtype=compute_type("bf16" if config.full_bf16 else config.mixed_precision, device),
         no_half_vae=config.no_half_vae,
+        settings=config,
         say=say,
     )
     preflight.check(

@@ -143,9 +143,9 @@ def show_lines(console: Console, file: TrainFile) -> None:
             say(console, f"  {line}")
 
 
-def show_findings(console: Console, errors: Sequence[ToolError]) -> None:
-    """What is wrong, one finding a row, in the order in which a run would meet them."""
-    if not errors:
+def show_findings(console: Console, errors: Sequence[ToolError], warnings: Sequence[str] = ()) -> None:
+    """What is wrong, one finding a row, in the order in which a run would meet them; then what it would go on with."""
+    if not errors and not warnings:
         say(console, "findings: none")
         return
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
@@ -153,4 +153,6 @@ def show_findings(console: Console, errors: Sequence[ToolError]) -> None:
         table.add_column(name, overflow="fold")
     for error in errors:
         table.add_row(Text(error.message), Text(error.hint))
+    for line in warnings:
+        table.add_row(Text(f"warning: {clean_text(line)}"), Text("training goes on"))
     console.print(table)

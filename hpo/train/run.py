@@ -8,7 +8,8 @@ writes files and prints, the others only train.
     OUTPUT/name-000002.safetensors        save_every_n_epochs
     OUTPUT/name-step00000100.safetensors  save_every_n_steps
     OUTPUT/sample/                        sample_every_n_…
-    OUTPUT/name.run/                      config.json, train.jsonl, ladder.jsonl, memory.json, checkpoints/, cache/
+    OUTPUT/name.run/                      config.json, train.jsonl, ladder.jsonl, memory.json, checkpoints/, cache/,
+                                          metadata.json (with no_metadata)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hpo.train.keeper import Keeper
 from hpo.train.ladder import RunLadder
 from hpo.train.placement import Place, load, own_device
 from hpo.train.plan import count_steps
-from hpo.train.samples import SamplePrompt, read_sample_prompts
+from hpo.train.promptfile import SamplePrompt, sample_prompts
 from hpo.train.view import TrainView
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import Dataset, read_captions, read_training_data
@@ -54,7 +55,6 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     if not ranks.is_first:
         console = Console(quiet=True)
     folder = run_folder(output, config)
-    prompts = read_sample_prompts(Path(config.sample_prompts), config) if config.sample_prompts else []
     data = read_training_data(config)
     given, view = device, TrainView(console, folder.name)
     ladder = RunLadder(folder.ladder, config, view.say, writes=ranks.is_first)
@@ -63,6 +63,9 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
         return folder.lora
     for note in data.notes:
         view.say(f"note: {note}")
+    samples = sample_prompts(config)
+    for line in samples.findings:
+        view.say(f"warning: {line}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
     device = own_device(device, ranks.local)
     check_device(device)
@@ -85,7 +88,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
                 if ranks.is_first
                 else contextlib.nullcontext() as work
             ):
-                _Run(folder, data, prompts, place, ladder, view, ranks).do()
+                _Run(folder, data, list(samples.prompts), place, ladder, view, ranks).do()
                 if work is not None:
                     work.says = f"LoRA: {folder.lora}"
         finally:
@@ -240,12 +243,11 @@ def is_done(folder: RunFolder, config: TrainConfig, data: Dataset) -> bool:
     """Whether the result exists, with these settings and images. A file from another run is never replaced."""
     if not folder.lora.exists():
         return False
-    from trainer.adapters import CONFIG_KEY, DATASET_KEY, shared_settings
+    from trainer.adapters import CONFIG_KEY, DATASET_KEY, private, shared_settings
     from trainer.bases import short_name
     from trainer.loop import FREE_SETTINGS
-    from trainer.tensorfile import read_header
 
-    metadata = read_header(folder.lora).metadata
+    metadata = private.metadata_of(folder.lora, folder.metadata)
     saved = json.loads(metadata.get(CONFIG_KEY, "{}"))
     deciding = SETTINGS.keys() - (FREE_SETTINGS - {"pretrained_model_name_or_path", "save_precision"})
     now = shared_settings(config, short_name(config.pretrained_model_name_or_path))

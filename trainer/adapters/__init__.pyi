@@ -1,5 +1,6 @@
 from . import adapter as adapter
 from . import lorafile as lorafile
+from . import private as private
 from .adapter import Adapter as Adapter
 from .adapter import keyed_generator as keyed_generator
 from .kinds import KINDS as KINDS
@@ -9,6 +10,7 @@ from .metadata import COMMENT as COMMENT
 from .metadata import CONFIG_KEY as CONFIG_KEY
 from .metadata import DATASET_KEY as DATASET_KEY
 from .metadata import EPOCH as EPOCH
+from .metadata import PRIVATE as PRIVATE
 from .metadata import RESOLUTION as RESOLUTION
 from .metadata import STEPS as STEPS
 from .metadata import Saved as Saved

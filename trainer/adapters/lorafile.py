@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, inject
 from trainer.adapters.kinds import KINDS
-from trainer.adapters.metadata import own_metadata, training_metadata
+from trainer.adapters.metadata import least, own_metadata, training_metadata
 from trainer.adapters.targets import Target
 from trainer.bases import Base, detect
 from trainer.config import TrainConfig
@@ -55,19 +55,32 @@ class LoraFile:
     family: str
 
 
-def write(path: Path, adapter: Adapter, config: TrainConfig, more: Mapping[str, str] | None = None) -> None:
+def write(
+    path: Path,
+    adapter: Adapter,
+    config: TrainConfig,
+    more: Mapping[str, str] | None = None,
+    *,
+    is_private: bool = False,
+) -> dict[str, str]:
     """Write the adapter as kohya's networks.lora or LyCORIS would, atomically.  Weights in save_precision,
     alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time.
     ``more`` is metadata beside the settings, as ``dataset_metadata``.  No path of this machine gets into the
-    file, since files are shared."""
+    file, since files are shared; a private one (no_metadata) says only what it is. Returns the whole metadata."""
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
         for key, tensor in _with_unit_scales(adapter.state()).items()
     }
-    training = {**training_metadata(adapter.base, config), **(more or {})}
-    hashes = _file_hashes(tensors, training)
-    write_atomic(path, to_bytes(tensors, {**training, **hashes, **own_metadata(adapter.base, config)}))
+    training, own = (
+        {**training_metadata(adapter.base, config), **(more or {})},
+        own_metadata(adapter.base, config),
+    )
+    whole = {**training, **own}
+    if is_private:
+        training, own = least(training), least(own)
+    write_atomic(path, to_bytes(tensors, {**training, **_file_hashes(tensors, training), **own}))
+    return whole
 
 
 def read(path: Path) -> LoraFile:

@@ -7,6 +7,7 @@ One table lists for each ss_* key its setting, how it is written and how it is r
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainConfig
 from trainer.data import Dataset, batches_per_epoch, length_of, tag_frequency, warmup_steps
+from trainer.files import sha256_file
+from trainer.paths import is_prompt_text
 
 if TYPE_CHECKING:
     from trainer.bases import Base
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 CONFIG_KEY = "lora_hpo_config"  # every setting, as JSON
 BASE_KEY = "lora_hpo_base"
 DATASET_KEY = "lora_hpo_dataset"  # Dataset.content_hash of what a run of hpo train trained on
+PRIVATE = "metadata.json"  # in a run's folder: what its LoRA files do not say, with no_metadata
 COMMENT, STEPS, EPOCH = "ss_training_comment", "ss_steps", "ss_epoch"
 RESOLUTION, BASE_NAME = "ss_resolution", "ss_sd_model_name"
 FOLDERS = (
@@ -56,7 +60,24 @@ class Entry:
 
 def training_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
     """sd-scripts' ss_* entries: readers choose the family by ss_base_model_version and show the rest."""
-    return {entry.key: str(entry.written(base, config)) for entry in ENTRIES if entry.written}
+    values = {entry.key: str(entry.written(base, config)) for entry in ENTRIES if entry.written}
+    return values | _vae(config)
+
+
+def _vae(config: TrainConfig) -> dict[str, str]:
+    """The VAE that was given, as sd-scripts writes it (train_network.py): name, and for a file both its hashes. The
+    short one is that of sd-scripts' ``model_hash``: 64 KiB from 1 MiB on."""
+    if not config.vae:
+        return {}
+    path = Path(config.vae)
+    if not path.exists():
+        return {"ss_vae_name": config.vae}
+    if not path.is_file():
+        return {"ss_vae_name": path.name}
+    with path.open("rb") as file:
+        file.seek(0x100000)
+        short = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    return {"ss_vae_name": path.name, "ss_vae_hash": short, "ss_new_vae_hash": sha256_file(path)}
 
 
 @dataclass(frozen=True)
@@ -113,10 +134,30 @@ def own_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
     }
 
 
+# What sd-scripts keeps of its own keys under no_metadata (library/train_util.py: SS_METADATA_MINIMUM_KEYS).
+_LEAST = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+
+
+def least(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file under no_metadata says: what its network is and which base it fits, as in sd-scripts, which keeps
+    modelspec's entries too. No tags, folders, comment, settings or hashes of images and base."""
+    return {name: text for name, text in metadata.items() if name in _LEAST or name.startswith("modelspec.")}
+
+
 def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
     """The settings as stored in a LoRA file: folders of this machine by name only."""
     values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
-    return values | {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
+    paths = [name for name in FOLDERS if values[name] and not is_prompt_text(str(values[name]))]
+    if config.vae and Path(config.vae).exists():
+        paths.append("vae")
+    return values | {name: Path(str(values[name])).name for name in paths}
 
 
 def tells_training(metadata: Mapping[str, str]) -> bool:

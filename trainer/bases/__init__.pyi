@@ -1,5 +1,8 @@
 from . import detect as detect
 from . import families as families
+from .assumed import assumed_schedule as assumed_schedule
+from .assumed import assumption as assumption
+from .assumed import said_prediction as said_prediction
 from .base import WINDOW_TOKENS as WINDOW_TOKENS
 from .base import Base as Base
 from .base import Parts as Parts
@@ -25,3 +28,4 @@ from .load import load_base as load_base
 from .load import short_name as short_name
 from .miniature.subjects import write_subject as write_subject
 from .schedule import zero_terminal_snr as zero_terminal_snr
+from .vae import check_vae as check_vae

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from trainer.bases.families import FAMILIES, BaseFamily
 from trainer.bases.schedule import zero_terminal_snr
+from trainer.bases.weighted import apply_weights, weighted_rows
+from trainer.config import TrainConfig
 from trainer.errors import ModelFileError
 
 MAX_TIMESTEPS = 10_000  # assumed: published bases have 1000
@@ -154,7 +156,9 @@ class Base(ABC):
         """Token ids (B, L) for one text encoder: truncated to its length, padded with the pad id of its tokenizer."""
         return self.token_windows(captions, encoder, None)[:, 0]
 
-    def token_windows(self, captions: Sequence[str], encoder: int, max_token_length: int | None) -> Tensor:
+    def token_windows(
+        self, captions: Sequence[str], encoder: int, max_token_length: int | None, weighted: bool = False
+    ) -> Tensor:
         """Token ids (B, W, L) of captions of up to ``max_token_length`` tokens, in W windows of 75 between a
         start and an end token.
 
@@ -162,11 +166,12 @@ class Base(ABC):
         token. If the padding is not the end token (SDXL's second encoder), a window of padding starts with one.
         """
         tokenizer = self._tokenizer(encoder)
-        window = min(tokenizer.model_max_length, self.text_encoders[encoder].config.max_position_embeddings)
-        inner = window - 2
-        windows = 1 if max_token_length is None else max_token_length // WINDOW_TOKENS
+        windows, inner = self._windows(encoder, max_token_length)
         length = windows * inner + 2
-        rows = tokenizer(list(captions), truncation=True, max_length=length)["input_ids"]
+        if weighted:
+            rows, _ = weighted_rows(tokenizer, captions, length)
+        else:
+            rows = tokenizer(list(captions), truncation=True, max_length=length)["input_ids"]
         pad, end = self.tokenizers[encoder].pad_token_id, tokenizer.eos_token_id
         place = next(self.text_encoders[encoder].parameters()).device
         ids_BL = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=place)
@@ -180,6 +185,20 @@ class Base(ABC):
             last_BW1 = torch.where((ending != end) & (ending != pad), end, last_BW1)
             middle_BWL[..., 0] = torch.where(middle_BWL[..., 0] == pad, end, middle_BWL[..., 0])
         return torch.cat([first_BW1, middle_BWL, last_BW1], dim=-1)
+
+    def _windows(self, encoder: int, max_token_length: int | None) -> tuple[int, int]:
+        """How many windows a caption fills, and the tokens of one without start and end tokens."""
+        positions = self.text_encoders[encoder].config.max_position_embeddings
+        windows = 1 if max_token_length is None else max_token_length // WINDOW_TOKENS
+        return windows, min(self._tokenizer(encoder).model_max_length, positions) - 2
+
+    def _weighed(
+        self, states_BLD: Tensor, captions: Sequence[str], encoder: int, max_token_length: int | None
+    ) -> Tensor:
+        """States of whole captions times the weights in them (weighted_captions)."""
+        windows, inner = self._windows(encoder, max_token_length)
+        _, weights = weighted_rows(self._tokenizer(encoder), captions, windows * inner + 2)
+        return apply_weights(states_BLD, weights)
 
     def token_count(self, text: str) -> int:
         """Number of tokens of a text, without start and end tokens. Encoders read at most 75 at once."""
@@ -203,12 +222,21 @@ class Base(ABC):
 
     @abstractmethod
     def encode_text(
-        self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
+        self,
+        captions: Sequence[str],
+        clip_skip: int | None = None,
+        max_token_length: int | None = None,
+        weighted: bool = False,
     ) -> TextStates:
         """Captions → states on the text encoders' device.  Differentiable; wrap in ``torch.no_grad`` for a cache.
 
         ``max_token_length``: 150 or 225 use longer captions, L = 152 or 227; None and 75 use 75 tokens, L = 77.
+        ``weighted``: ``(word:1.2)`` and ``[word]`` weigh the states of their tokens (``trainer.bases.weighted``).
         """
+
+    def encode_captions(self, captions: Sequence[str], config: TrainConfig) -> TextStates:
+        """Captions of a training as its settings read them."""
+        return self.encode_text(captions, config.clip_skip, config.max_token_length, config.weighted_captions)
 
     # Images
 

@@ -38,8 +38,15 @@ CONFIGURATION = (
 )
 
 
-def hub_folder(repo: str, *, revision: str | None, is_complete: Callable[[Path], bool]) -> Path:
-    """The local folder of a hub model; downloads missing files. ``is_complete`` checks a cached copy."""
+def hub_folder(
+    repo: str,
+    *,
+    revision: str | None,
+    is_complete: Callable[[Path], bool],
+    choose: Callable[[list[str]], list[str]] | None = None,
+) -> Path:
+    """The local folder of a hub model; downloads missing files. ``is_complete`` checks a cached copy, ``choose`` names
+    the files to download (default: ``base_files``)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -54,7 +61,7 @@ def hub_folder(repo: str, *, revision: str | None, is_complete: Callable[[Path],
             f"{repo} is not a valid hub id: {str(error)[:160]}", "write it as org/name"
         ) from None
     require_network(repo)
-    return _download(repo, revision)
+    return _download(repo, revision, choose or (lambda names: base_files(repo, names)))
 
 
 def require_network(repo: str) -> None:
@@ -97,17 +104,36 @@ def weight_files(names: list[str]) -> list[str]:
     return chosen
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def base_files(repo: str, names: list[str]) -> list[str]:
+    """The files of a whole base (``weight_files``)."""
+    if "model_index.json" not in names:
+        raise ModelFileError(f"{repo} on the hub is not a diffusers model: it has no model_index.json", "")
+    return weight_files(names)
+
+
+def vae_files(names: list[str]) -> list[str]:
+    """The files of a VAE, at the top of its repository or in its folder vae: plain weights before fp16."""
+    for place in ("", "vae/"):
+        weights = [
+            name
+            for name in (f"{place}diffusion_pytorch_model{part}.safetensors" for part in ("", ".fp16"))
+            if name in names
+        ]
+        if weights and f"{place}config.json" in names:
+            return [f"{place}config.json", weights[0]]
+    raise ModelFileError(
+        "the repository has no VAE: no config.json with diffusion_pytorch_model.safetensors",
+        "give another repository, or a .safetensors file",
+    )
+
+
+def _download(repo: str, revision: str | None, choose: Callable[[list[str]], list[str]]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         names = HfApi().list_repo_files(repo, revision=revision)
-        if "model_index.json" not in names:
-            raise ModelFileError(
-                f"{repo} on the hub is not a diffusers model: it has no model_index.json", ""
-            )
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=weight_files(names)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=choose(names)))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise ModelFileError(
             f"the hub has no model {repo}{f' at {revision}' if revision else ''}, or it needs a login",

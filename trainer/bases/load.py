@@ -17,7 +17,7 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from trainer.bases import detect
+from trainer.bases import assumed, detect
 from trainer.bases.base import Base, Parts, compute_type
 from trainer.bases.clipbpe import clip_tokenizer
 from trainer.bases.detect import short_name as short_name
@@ -29,6 +29,8 @@ from trainer.bases.families import (
 from trainer.bases.hub import hub_folder
 from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
+from trainer.bases.vae import load_vae, with_vae
+from trainer.config import TrainConfig
 from trainer.errors import ModelFileError, first_line
 from trainer.files import sha256_file
 from trainer.tensorfile import load_tensors, read_header
@@ -54,6 +56,7 @@ def load_base(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     no_half_vae: bool = False,
+    settings: TrainConfig | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Base:
     """Load the base ``spec``, frozen, on ``device``.
@@ -61,6 +64,8 @@ def load_base(
     ``spec``: mini-sd15, mini-sdxl, sd15, sdxl, a hub id ``org/name``, a diffusers folder, or a single .safetensors
     in the original layout.  ``dtype``: dtype of the weights; default ``compute_type("auto", device)``. The VAE uses
     the same dtype, except that SDXL's VAE runs in fp32 instead of fp16, which overflows (sd-scripts --no_half_vae).
+    ``settings`` of a run: its ``vae`` replaces that of the base, and its ``v_parameterization`` and
+    ``zero_terminal_snr`` count for a base that does not say what it predicts (``assumed``).
     ``say`` gets what the base finds out about itself later, for example that another VAE overflows in fp16.
     """
     dtype = dtype or compute_type("auto", device)
@@ -75,10 +80,18 @@ def load_base(
         schedule = detect.schedule_of_file(header)
         parts, weight_paths = _parts_of_file(path, family, dtype, no_half_vae, schedule), {"file": path}
         configs = FAMILIES[family].configs
-    if (known := known_base(spec)) is not None and known.schedule:
-        parts = replace(parts, scheduler_config={**parts.scheduler_config, **known.schedule})
-    base = CLASSES[family](short_name(spec), _identity(family, weight_paths, configs, parts), parts)
+    known = known_base(spec)
+    said = known.schedule if known is not None else assumed.assumed_schedule(assumed.said_at(path), settings)
+    if said:
+        parts = replace(parts, scheduler_config={**parts.scheduler_config, **said})
+    identity = _identity(family, weight_paths, configs, parts)
+    if settings is not None and settings.vae:
+        network, digest = load_vae(settings.vae, dict(parts.vae.config), parts.vae.dtype)
+        parts, identity = replace(parts, vae=network), with_vae(identity, digest)
+    base = CLASSES[family](short_name(spec), identity, parts)
     base.say = say
+    if known is None and said and settings is not None:
+        say(assumed.assumption(base.name, None, settings))
     return base.to(device)
 
 
@@ -125,11 +138,11 @@ def _parts_of_folder(
         model = empty_network(component, detect.read_json(folder / component / "config.json"))
         files = component_files(folder, component)
         names = {name: shape for file in files for name, shape in read_header(file).shapes.items()}
-        renamed = {_present_name(model, name): name for name in names}
-        _check(folder / component, model, {new: names[old] for new, old in renamed.items()})
+        renamed = {present_name(model, name): name for name in names}
+        check_tensors(folder / component, model, {new: names[old] for new, old in renamed.items()})
         old_names = {old: new for new, old in renamed.items()}
         wanted = _component_type(component, family, dtype, no_half_vae)
-        _fill(
+        fill(
             model,
             ((old_names[name], tensor) for file in files for name, tensor in load_tensors(file).items()),
             wanted,
@@ -197,7 +210,7 @@ def _is_complete(folder: Path) -> bool:
     )
 
 
-def _present_name(model: nn.Module, name: str) -> str:
+def present_name(model: nn.Module, name: str) -> str:
     """The name of a tensor in the installed libraries: handles older VAE attention names
     and CLIP's ``text_model.`` prefix."""
     for old, new in OLD_ATTENTION.items():
@@ -244,9 +257,9 @@ def _parts_of_file(
     networks: dict[str, Any] = {}
     for component in ("unet", "vae", *FAMILIES[family].text_encoders):
         model = empty_network(component, detect.read_json(configs / component / "config.json"))
-        tensors = {_present_name(model, k): v for k, v in _converted(component, model, original).items()}
-        _check(path, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, component)
-        _fill(model, tensors.items(), _component_type(component, family, dtype, no_half_vae))
+        tensors = {present_name(model, k): v for k, v in _converted(component, model, original).items()}
+        check_tensors(path, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, component)
+        fill(model, tensors.items(), _component_type(component, family, dtype, no_half_vae))
         networks[component] = model
     tokenizers = tuple(
         clip_tokenizer(0 if name == "tokenizer_2" else None) for name in FAMILIES[family].tokenizers
@@ -303,7 +316,9 @@ def empty_network(component: str, config: dict[str, Any]) -> Any:
         ) from None
 
 
-def _check(path: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]], component: str = "") -> None:
+def check_tensors(
+    path: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]], component: str = ""
+) -> None:
     """Raise ModelFileError unless every tensor of the network is present with the right shape."""
     place = f"{path} ({component})" if component else str(path)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -323,7 +338,7 @@ def _check(path: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]], c
         )
 
 
-def _fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]] | Any, dtype: torch.dtype) -> None:
+def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]] | Any, dtype: torch.dtype) -> None:
     """Load the weights tensor by tensor, so that peak memory is the network plus one tensor."""
     wanted = model.state_dict().keys()
     for name, tensor in tensors:

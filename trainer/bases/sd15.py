@@ -15,11 +15,18 @@ class SD15(Base):
     family = "sd15"
 
     def encode_text(
-        self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
+        self,
+        captions: Sequence[str],
+        clip_skip: int | None = None,
+        max_token_length: int | None = None,
+        weighted: bool = False,
     ) -> TextStates:
-        ids_BWL = self.token_windows(captions, 0, max_token_length)
+        ids_BWL = self.token_windows(captions, 0, max_token_length, weighted)
         states = last_state(self.text_encoders[0], ids_BWL.flatten(0, 1), clip_skip)
-        return TextStates(join_windows(states.unflatten(0, ids_BWL.shape[:2])))
+        hidden_BLD = join_windows(states.unflatten(0, ids_BWL.shape[:2]))
+        return TextStates(
+            self._weighed(hidden_BLD, captions, 0, max_token_length) if weighted else hidden_BLD
+        )
 
     def predict(
         self, noisy_BCHW: Tensor, timesteps_B: Tensor, states: TextStates, sizes: Sequence[Sizes]

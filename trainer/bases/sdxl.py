@@ -25,16 +25,22 @@ class SDXL(Base):
     family = "sdxl"
 
     def encode_text(
-        self, captions: Sequence[str], clip_skip: int | None = None, max_token_length: int | None = None
+        self,
+        captions: Sequence[str],
+        clip_skip: int | None = None,
+        max_token_length: int | None = None,
+        weighted: bool = False,
     ) -> TextStates:
         """The second-to-last layers of both encoders, concatenated, without the final norm. The pooled vector
         is the final state of the second encoder at the first end token of the first window, times its
-        projection. ``clip_skip`` is ignored."""
+        projection; weights do not change it. ``clip_skip`` is ignored."""
         hidden = []
         for number, encoder in enumerate(self.text_encoders):
-            ids_BWL = self.token_windows(captions, number, max_token_length)
+            ids_BWL = self.token_windows(captions, number, max_token_length, weighted)
             states = encoder(ids_BWL.flatten(0, 1), output_hidden_states=True)
             hidden.append(join_windows(states.hidden_states[-2].unflatten(0, ids_BWL.shape[:2])))
+            if weighted:
+                hidden[-1] = self._weighed(hidden[-1], captions, number, max_token_length)
         # of the second encoder, which the loop handles last
         end_B = first_position(ids_BWL[:, 0], self._tokenizer(1).eos_token_id)
         final_BLD = states.last_hidden_state.unflatten(0, ids_BWL.shape[:2])[:, 0]

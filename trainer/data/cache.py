@@ -294,7 +294,10 @@ def _prepare_captions(
 ) -> None:
     prepared.states = {}
     encoder = base.text_encoders[0]
-    longer = [config.max_token_length] if config.max_token_length not in (None, WINDOW_TOKENS) else []
+    longer: list[Any] = (
+        [config.max_token_length] if config.max_token_length not in (None, WINDOW_TOKENS) else []
+    )
+    longer += ["weighted"] if config.weighted_captions else []
     for caption in captions:
         key = _key(
             "text",
@@ -307,7 +310,7 @@ def _prepare_captions(
         tensors = store.get(key, _is_text)
         if tensors is None:
             with torch.no_grad():
-                states = base.encode_text([caption], config.clip_skip, config.max_token_length)
+                states = base.encode_captions([caption], config)
             tensors = {"hidden": states.hidden_BLD.cpu().contiguous()}
             if states.pooled_BP is not None:
                 tensors["pooled"] = states.pooled_BP.cpu().contiguous()

@@ -65,7 +65,7 @@ OWN_KEYS = (
 PLACE_KEYS = ("image_dir", "num_repeats", "class_tokens", "is_reg")
 WITHOUT_EFFECT = {
     "cache_info": "image sizes are read again for each run",
-    "custom_attributes": "sd-scripts uses it for other models only",
+    "custom_attributes": "only diff_output_preservation would have an effect",
 }
 # key → (values without an effect, why all other values are refused); sd-scripts accepts these in both of its files
 PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -85,6 +85,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     **PIXELS_REFUSED,
     "network_multiplier": ((1,), "the LoRA is always trained at full strength"),
 }
+
+
+def _keeps_base(attributes: Any) -> bool:
+    """Whether custom_attributes ask for differential output preservation, the only one that sd-scripts reads for
+    SD1.5 and SDXL (train_network.py: get_noise_pred_and_target): the base's own prediction is the target there."""
+    return isinstance(attributes, dict) and bool(attributes.get("diff_output_preservation"))
+
+
 REPEATS = Rule(low=1, high=MAX_REPEATS)
 KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT, *REFUSED)
 
@@ -248,7 +256,10 @@ class _DatasetReading:
         if not isinstance(section, dict):
             raise ConfigError(f"{where} in {shown(self.path)} is not a table", "see docs/settings.md")
         for name, value in section.items():
-            if name in WITHOUT_EFFECT:
+            if name == "custom_attributes" and _keeps_base(value):
+                reason = "not supported: the LoRA is trained on these images too, not kept from changing them"
+                self.refused[f"custom_attributes diff_output_preservation: {reason}"] = None
+            elif name in WITHOUT_EFFECT:
                 self.without_effect[f"{name}: {WITHOUT_EFFECT[name]}"] = None
             elif name in REFUSED:
                 harmless, reason = REFUSED[name]

@@ -19,6 +19,7 @@ from trainer.data import OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
 from trainer.errors import ConfigError, MissingData
 from trainer.files import write_atomic
 from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
+from trainer.paths import is_prompt_text
 from trainer.text import clean_text
 
 CONFIG, DATASET, COMMAND = "config.toml", "dataset.toml", "train.sh"
@@ -92,7 +93,11 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
             continue
         usual = KOHYA_DEFAULTS.get(name, getattr(TrainConfig(), name))
         if value not in (None, "") and (value != usual or name in ("output_name", "seed", "learning_rate")):
-            table[name] = _full(value) if name in _PATHS else value
+            if name == "sample_prompts" and is_prompt_text(value):
+                notes.append("sample_prompts are left out: sd-scripts reads them from a file")
+                continue
+            is_path = name in _PATHS or (name == "vae" and Path(value).exists())
+            table[name] = _full(value) if is_path else value
     if config.lr_warmup_steps >= 1:  # with a decimal point, sd-scripts reads it as a fraction of all steps
         table["lr_warmup_steps"] = int(config.lr_warmup_steps)
     precision = config.mixed_precision

@@ -117,6 +117,15 @@ def _samples(reading: Reading) -> None:
     sampler = reading.take("sample_sampler")
     if sampler is not None:
         reading.say("sample_sampler", sampler, "sample images use DPM-Solver++ (2M)")
+    steps = reading.left.get("sample_every_n_steps")
+    if steps and reading.left.get("sample_every_n_epochs"):
+        reading.take("sample_every_n_steps")
+        reading.say("sample_every_n_steps", steps, "ignored, because sample_every_n_epochs is given")
+
+
+def _vae(reading: Reading) -> None:
+    if reading.left.get("vae") is False:
+        reading.take("vae")
 
 
 def _datasets(reading: Reading) -> None:
@@ -151,5 +160,6 @@ TRANSLATIONS = (
     _precision,
     _attention,
     _samples,
+    _vae,
     _datasets,
 )

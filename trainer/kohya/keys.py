@@ -48,7 +48,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "a LoRA is saved as .safetensors with its metadata": (
         "save_model_as",
         "use_safetensors",
-        "no_metadata",
         "output_config",
     ),
     "metadata is written by this tool; training_comment is kept": (
@@ -122,11 +121,17 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "lr_scheduler_min_lr_ratio",
         "dataset_repeats",
         "base_weights_multiplier",
+        "skip_until_initial_step",
     ),
     "the validation loss is computed after every epoch, over all validation images": (
         "validate_every_n_steps",
         "validate_every_n_epochs",
         "max_validation_steps",
+    ),
+    "sd-scripts does not read it for LoRA": (
+        "stop_text_encoder_training",
+        "train_inpainting",
+        "fused_backward_pass",
     ),
     "sd-scripts does not read it; kohya_ss derives other settings from it": (
         "epoch",
@@ -147,14 +152,16 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
 }
 
 LORA_PLUS = "lora_down and lora_up use the same learning rate (LoRA+ is not supported)"
+FROM_THE_START = (
+    "training starts at the beginning; an interrupted run goes on by itself (hpo resume), and to go on from a LoRA "
+    "set network_weights and the epochs that are left"
+)
 # key → (values without an effect, why all other values are refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     **PIXELS_REFUSED,
-    "weighted_captions": ((False,), "not supported: captions are used without weights"),
     "in_json": ((), "captions are read from the caption files next to the images"),
     "dataset_class": ((), "external code is not run"),
-    "vae": ((), "the VAE of the base is used; to use another one, save it in the base"),
     "dim_from_weights": (
         (False,),
         "set network_dim and network_alpha to those of the file (hpo inspect shows them)",
@@ -163,15 +170,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "resume": ((), "a training state of sd-scripts cannot be resumed"),
     "lr_scheduler_type": ((), "supported schedules: " + ", ".join(SCHEDULER_NAMES)),
     "lr_scheduler_args": ((), "schedules have no other arguments"),
-    "initial_epoch": ((0, 1), "training always starts at the beginning"),
-    "initial_step": ((0,), "training always starts at the beginning"),
-    "skip_until_initial_step": ((False,), "training always starts at the beginning"),
-    "stop_text_encoder_training": ((0,), "the text encoders are trained until the end or not at all"),
-    "train_inpainting": ((False,), "inpainting bases are not supported"),
+    "initial_epoch": ((0, 1), FROM_THE_START),
+    "initial_step": ((0,), FROM_THE_START),
     "loraplus_lr_ratio": ((0,), LORA_PLUS),
     "loraplus_unet_lr_ratio": ((0,), LORA_PLUS),
     "loraplus_text_encoder_lr_ratio": ((0,), LORA_PLUS),
-    "fused_backward_pass": ((False,), "sd-scripts ignores it for LoRA; remove it"),
 }
 
 # Optimizers that differ from ours only in where their state is stored.

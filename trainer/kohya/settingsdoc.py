@@ -72,9 +72,17 @@ A value is looked up in the subset first, then in its dataset, in `[general]`, a
 """
 SAMPLES = """## Sample prompts
 
-`sample_prompts` is a .txt file with one prompt per line, or a .toml or .json file as in sd-scripts. A line can end
-with `--w 512 --h 768 --d 1 --s 30 --l 7.5 --n negative prompt`: width, height, seed, steps, CFG scale, negative
-prompt. Sample images are generated with DPM-Solver++ (2M) and saved to `sample/` in the output folder.
+`sample_prompts` is a .txt file with one prompt per line (lines that begin with # are remarks), a .toml or .json file as
+in sd-scripts, or the prompts themselves: a list, or a text with one prompt per line. A line can end with
+`--w 512 --h 768 --d 1 --s 30 --l 7.5 --n negative prompt`: width, height, seed, steps, CFG scale, negative prompt.
+Sides are rounded down to multiples of 8, and are at least 64. Sample images are generated with DPM-Solver++ (2M),
+whatever `--ss` names, and saved to `sample/` in the output folder.
+
+Weights such as `(word:1.2)` act in captions only (`weighted_captions`); in sample prompts they are plain text,
+unlike in sd-scripts.
+
+A sample prompt never ends a training: what cannot be read or drawn is left out with a warning, and a missing file means
+no sample images. `hpo train --dry-run` shows these warnings with their lines.
 """
 
 

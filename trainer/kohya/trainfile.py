@@ -219,7 +219,7 @@ def _filled(file: TrainFile, needs_base: bool) -> TrainFile:
 def _without_lost_prompts(file: TrainFile) -> TrainFile:
     """Settings from another machine, without sample images if the prompt file is missing here."""
     prompts = file.config.sample_prompts
-    if file.origins.get("sample_prompts") != SAVED or Path(prompts).is_file():
+    if file.origins.get("sample_prompts") != SAVED or is_prompt_text(prompts) or Path(prompts).is_file():
         return file
     usual = TrainConfig().as_dict()
     line = f"{', '.join(SAMPLES)}: the file {clean_text(prompts)} does not exist, so no sample images are generated"

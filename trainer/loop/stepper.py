@@ -308,7 +308,7 @@ class Stepper:
         return TextStates.join([known[caption] for caption in captions])
 
     def _encode(self, captions: list[str]) -> TextStates:
-        return self.base.encode_text(captions, self.config.clip_skip, self.config.max_token_length)
+        return self.base.encode_captions(captions, self.config)
 
 
 def cut(group: Sequence[MicroBatch], at_once: int, world: int) -> list[StepPart]:

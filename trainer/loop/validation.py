@@ -40,7 +40,7 @@ def validation_loss(base: Base, config: TrainConfig, split: Prepared) -> float:
                 for step in TIMESTEPS
             ]
         ).to(base.device)
-        states = base.encode_text([item.caption], config.clip_skip, config.max_token_length)
+        states = base.encode_captions([item.caption], config)
         predicted_BCHW = base.predict(
             loss.add_noise(latents_BCHW, noise_BCHW, timesteps_B, alphas),
             timesteps_B,

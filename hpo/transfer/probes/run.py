@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from evaluation.prompts import STYLE
-from hpo.study import CHARACTER, NEUTRAL_SETTINGS, SOURCE_STUDY, STYLE_PRESET, Inputs, StudyFolder, read_json
+from hpo.study import (
+    CHARACTER,
+    NEUTRAL_SETTINGS,
+    SETTINGS_THEN,
+    SOURCE_STUDY,
+    STYLE_PRESET,
+    Inputs,
+    StudyFolder,
+    read_json,
+)
 from hpo.terminal import say
 from hpo.transfer import MAPPING_VERSION, PROBED_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
@@ -69,8 +78,17 @@ def identity(done: Transfer) -> str:
 
 
 def identities(done: Transfer) -> tuple[str, str]:
-    """The identity, and its former form: with all settings but the names of files and those for saving."""
-    return identity(done), _hash({k: v for k, v in done.plan.config.as_dict().items() if k not in NAMES})
+    """The identity, and its former form: with all settings of that time but the names of files and those for saving.
+
+    A setting that was added since counts only if it has another value than its default.
+    """
+    usual = TrainConfig().as_dict()
+    former = {
+        name: value
+        for name, value in done.plan.config.as_dict().items()
+        if name not in NAMES and (name in SETTINGS_THEN or value != usual[name])
+    }
+    return identity(done), _hash(former)
 
 
 def _hash(settings: Mapping[str, Any]) -> str:

@@ -342,3 +342,12 @@ def test_likeness_is_asked_of_every_kind_but_class_only() -> None:
     assert Prompt("a", "a", "style").asks_for_subject and not Prompt("a", "a", "class-only").asks_for_subject
     with pytest.raises(ConfigError, match="every prompt is class-only"):
         PromptSet((Prompt("a", "a", "class-only"), Prompt("b", "b", "class-only")), (0,))
+
+
+def test_a_file_of_sample_prompts_is_told_from_prompts_that_are_scored(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text(
+        "# --w 64 in a remark\nzed man --w 512 --n bad\nzed man -- a dash\n --w 64\n", encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match="in line 2, 4, which would be drawn as text"):
+        load_prompts(path, trigger=None, class_word=None, count_tokens=words)

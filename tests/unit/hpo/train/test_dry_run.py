@@ -85,11 +85,6 @@ WRONG: dict[str, tuple[str, tuple[str, ...], Callable[[Path], None]]] = {
     "kohya: bad list": (KOHYA + 'optimizer_args = ["weight_decay"]\n', (), nothing),
     "--set unknown": (SETTINGS, ("--set", "netwrk_dim=3"), nothing),
     "--set value": (SETTINGS, ("--set", "network_dim=0"), nothing),
-    "no prompts": (
-        SETTINGS,
-        ("--set", "sample_prompts=absent.txt", "--set", "sample_every_n_epochs=1"),
-        nothing,
-    ),
     "output name": (SETTINGS, ("--set", "output_name=a/b"), nothing),
     "setting of SDXL": (SETTINGS + "text_encoder_lr1 = 1e-5\n", (), nothing),
     "no caption": (SETTINGS, (), no_caption),
@@ -141,6 +136,39 @@ def test_a_dry_run_ends_as_the_run_does(name: str, base: Path, place: Path) -> N
         assert not findings or findings[0]["exit_code"] == run.exit_code
     else:  # the file itself cannot be read
         assert message_of(dry) == said
+
+
+def test_missing_sample_prompts_are_a_warning(base: Path, place: Path) -> None:
+    (place / "settings.toml").write_text(SETTINGS)
+    words = ("--set", "sample_prompts=absent.txt", "--set", "sample_every_n_epochs=1")
+    result = hpo(*command(base, words), "--dry-run", "--json")
+    assert result.exit_code == 0
+    (found,) = json.loads(result.stdout)["findings"]
+    assert found["exit_code"] == 0 and "warning: sample_prompts = absent.txt does not exist" in found["what"]
+    assert "absent.txt does not exist" in " ".join(hpo(*command(base, words), "--dry-run").stdout.split())
+
+
+def test_what_is_assumed_of_a_base_that_says_nothing_is_told(base: Path, place: Path) -> None:
+    silent = shutil.copytree(base, place / "silent")
+    schedule = silent / "scheduler" / "scheduler_config.json"
+    known = json.loads(schedule.read_text())
+    del known["prediction_type"]
+    schedule.write_text(json.dumps(known))
+    (place / "settings.toml").write_text(SETTINGS + "v_parameterization = true\nzero_terminal_snr = true\n")
+    result = hpo(*command(base, ("--base", "silent")), "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    said = "silent does not say what it predicts: v-prediction with zero terminal SNR is assumed"
+    assert any(said in line for line in json.loads(result.stdout)["translated"])
+    run = hpo(*command(base, ("--base", "silent", "--set", "max_train_steps=1")))
+    assert run.exit_code == 0 and said in " ".join(run.stdout.split()), run.output
+
+
+def test_a_vae_is_checked_before_anything_is_loaded(base: Path, place: Path) -> None:
+    (place / "settings.toml").write_text(SETTINGS)
+    (place / "x.safetensors").write_bytes(b"<html>")
+    for name, code in (("absent.safetensors", 2), ("x.safetensors", 4), (str(base), 0)):
+        result = hpo(*command(base, ("--set", f"vae={name}")), "--dry-run", "--json")
+        assert result.exit_code == code, result.output
 
 
 def test_everything_that_is_wrong_is_told_in_one_go_the_cheap_first(base: Path, place: Path) -> None:

@@ -19,16 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import hpo.train.adapter
 import hpo.train.keeper
 from hpo.cli.main import main
+from hpo.judge.runfiles import find_run
 from hpo.train.plan import count_steps
-from hpo.train.samples import read_sample_prompts
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.adapters.adapter import inject
+from trainer.adapters.metadata import DATASET_KEY
 from trainer.bases.load import load_base
 from trainer.config import TrainConfig
 from trainer.data.dataset import read_dataset
 from trainer.data.steps import plan
-from trainer.errors import ConfigError
 from trainer.events import Step
 
 SETTINGS = (
@@ -306,35 +306,6 @@ def test_a_setting_of_the_other_family_is_refused(place: Path, base: Path) -> No
     assert result.exit_code == 2 and "text_encoder_lr1 is for SDXL" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("z --w x", "is no number"),
-        ("z --q 1", "is not known"),
-        ("z --cn a.png", "ControlNet"),
-        ("", "no prompts"),
-    ],
-)
-def test_a_prompt_that_is_not_understood_is_named(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "p.txt").write_text(line)
-    with pytest.raises(ConfigError, match=message):
-        read_sample_prompts(tmp_path / "p.txt", TrainConfig())
-
-
-def test_sample_prompts_are_read_in_all_of_kohyas_forms(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("a cat --w 64 --d 7 --n bad\n")
-    (tmp_path / "p.toml").write_text(
-        '[prompt]\nwidth = 64\nnegative_prompt = "bad"\n[[prompt.subset]]\nprompt = "a cat"\nseed = 7\n'
-    )
-    (tmp_path / "p.json").write_text(
-        '[{"prompt": "a cat", "width": 64, "seed": 7, "negative_prompt": "bad"}]'
-    )
-    found = [
-        read_sample_prompts(tmp_path / f"p.{ending}", TrainConfig()) for ending in ("txt", "toml", "json")
-    ]
-    assert found[0] == found[1] == found[2] and (found[0][0].seed, found[0][0].height) == (7, 512)
-
-
 # inspect and export
 
 
@@ -431,3 +402,40 @@ def test_a_file_of_sd_scripts_is_trained_again_with_its_settings(place: Path) ->
     assert set(weights(str(old))) < set(tensors)  # conv_dim adds the 3×3 convolutions
     ups = [tensor for name, tensor in tensors.items() if name.endswith("lora_up.weight")]
     assert all(bool(tensor.any()) for tensor in ups) and all(bool(t.isfinite().all()) for t in ups)
+
+
+# no_metadata
+
+
+def test_a_private_lora_says_only_what_it_is_and_its_run_knows_the_rest(place: Path, base: Path) -> None:
+    words = ("--output", "out", "--set", "no_metadata=true", "--set", "training_comment=secret")
+    (place / "bad.txt").write_text(" --w 64\nzkw --w 99999\n")  # no prompt of it can be drawn
+    samples = ("--set", "sample_prompts=bad.txt", "--set", "sample_every_n_steps=1")
+    first = train(base, *words, *samples, "--set", "save_every_n_epochs=1", "--set", "max_train_epochs=2")
+    assert first.exit_code == 0, first.output
+    assert "warning: bad.txt, line 1 has flags without a prompt" in first.output
+    assert not (place / "out" / "sample").exists()
+    for path in (place / "out").glob("*.safetensors"):
+        metadata = safetensors.safe_open(path, "pt").metadata()
+        names = {name for name in metadata if not name.startswith(("modelspec.", "sshs_"))}
+        assert names == {
+            "ss_v2",
+            "ss_base_model_version",
+            "ss_network_module",
+            "ss_network_dim",
+            "ss_network_alpha",
+            "ss_network_args",
+        }
+        assert not any(word in str(metadata) for word in ("secret", "zkw", "lora_hpo", "images"))
+    run = find_run(place / "out")
+    assert run.metadata()["ss_training_comment"] == "secret" and DATASET_KEY in run.metadata()
+    assert run.config(None, None).no_metadata
+    again = train(base, *words, "--set", "save_every_n_epochs=1", "--set", "max_train_epochs=2")
+    assert "is trained already" in again.output
+    other = train(base, *words, "--set", "network_alpha=1")
+    assert other.exit_code == 2 and "was trained with another" in other.stderr
+    assert hpo_command("inspect", str(run.checkpoints[-1].path)).exit_code == 0
+    # a file of someone else in its place is not taken for it
+    (place / "out/lora-000001.safetensors").replace(place / "out/lora.safetensors")
+    foreign = train(base, *words)
+    assert foreign.exit_code == 2 and "was not made by this tool" in foreign.stderr

@@ -18,6 +18,7 @@ from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import write_definition
 from hpo.study.folder import StudyFolder
+from hpo.study.formersettings import SETTINGS_THEN
 from hpo.study.standing import BASELINE, ROLE
 from hpo.study.storage import create_study, open_study
 from hpo.study.unchanged import check_unchanged
@@ -331,7 +332,8 @@ def former_identity(done: Transfer) -> str:
         *("save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs", "save_last_n_steps"),
         *("training_comment", "output_name", "pretrained_model_name_or_path", "train_data_dir"),
     )
-    deciding = {k: v for k, v in done.plan.config.as_dict().items() if k not in names}
+    values = done.plan.config.as_dict().items()
+    deciding = {k: v for k, v in values if k not in names and k in SETTINGS_THEN}
     return hashlib.sha256(json.dumps(["1", deciding], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -356,6 +358,7 @@ def test_probes_of_earlier_rules_go_on(searched: Path) -> None:
         check_unchanged(begun, now, folder.name)
         assert now["mapping_version"] == "1"
         assert probing.provenance(StudyFolder(folder.root.with_name("new")))["mapping_version"] == "2"
+        assert probe_folder(with_values(done, weighted_captions=True)).name == "s__mini-sdxl-2"
         assert probe_folder(with_values(done, network_dim=3)).name == "s__mini-sdxl-2"
     finally:
         folder.facts.unlink()

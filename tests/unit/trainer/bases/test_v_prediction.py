@@ -11,10 +11,12 @@ import torch
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
+from evaluation.images.sampling import SampleConfig, make_scheduler
 from tests.singlefile import save_single_file
 from tests.tiny import save_folder, tiny_base, tiny_config, tiny_prepared, tiny_tokenizer
 from trainer.adapters.adapter import inject
 from trainer.bases import families, load
+from trainer.bases.assumed import said_prediction
 from trainer.bases.base import Base
 from trainer.bases.families import FAMILIES, KnownBase
 from trainer.bases.load import load_base
@@ -88,6 +90,41 @@ def test_a_single_file_that_says_so_is_trained_on_the_velocity(
     assert base.scheduler_config == {**load_base(str(plain)).scheduler_config, **schedule}
     told, error = loss_and_velocity(base, monkeypatch)
     assert told == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("is_zero", [False, True])
+def test_settings_decide_for_a_single_file_that_says_nothing(
+    is_zero: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = tiny_base("sdxl", full_structure=True)
+    save_folder(narrow, tmp_path / "sdxl")
+    plain = save_single_file(narrow, tmp_path / "plain.safetensors")
+    noise = tmp_path / "noise.safetensors"
+    save_file(load_file(plain), noise, {"modelspec.prediction_type": "epsilon"})
+    width = narrow.unet.config.cross_attention_dim
+    monkeypatch.setattr(families, "CONFIGS", tmp_path)
+    monkeypatch.setitem(FAMILIES, "sdxl", dataclasses.replace(FAMILIES["sdxl"], context_width=width))
+    monkeypatch.setattr(load, "clip_tokenizer", lambda pad_id=None: tiny_tokenizer())
+
+    settings = tiny_config(v_parameterization=True, zero_terminal_snr=is_zero)
+    told: list[str] = []
+    base = load_base(str(plain), settings=settings, say=told.append)
+    zero = "with" if is_zero else "without"
+    assert told == [
+        f"plain.safetensors does not say what it predicts: v-prediction {zero} zero terminal SNR is assumed, "
+        "because v_parameterization is set"
+    ]
+    usual = load_base(str(plain), settings=tiny_config())
+    assert base.scheduler_config == {**usual.scheduler_config, **(V_TO_PURE_NOISE if is_zero else V)}
+    assert base.identity != usual.identity
+    loss, error = loss_and_velocity(base, monkeypatch)  # trained on the velocity
+    assert loss == pytest.approx(error, rel=1e-3)
+    solver = make_scheduler(base, SampleConfig(64, 64, steps=2))  # and sampled so
+    assert solver.config.prediction_type == "v_prediction"
+
+    assert load_base(str(noise), settings=settings).prediction_type == "epsilon"
+    assert said_prediction(str(plain)) is None and said_prediction(str(noise)) == "epsilon"
+    assert said_prediction("mini-sd15") == "epsilon"
 
 
 def test_a_published_fine_tune_that_does_not_say_so_is_one_entry(

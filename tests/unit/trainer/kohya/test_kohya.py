@@ -291,14 +291,11 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
         ('network_args = ["loraplus_lr_ratio=16"]', "loraplus_lr_ratio"),
         ('lr_scheduler = "inverse_sqrt"', "lr_scheduler"),
         ('resolution = "512,768"', "resolution"),
-        ('vae = "x.safetensors"', "vae"),
         ("lr_warmup_steps = 100.0", "lr_warmup_steps"),
         ("random_crop = true", "random_crop"),
         ('resume = "state"', "resume"),
         ("initial_step = 100", "initial_step"),
         ("initial_epoch = 2", "initial_epoch"),
-        ("skip_until_initial_step = true", "skip_until_initial_step"),
-        ("stop_text_encoder_training = 200", "stop_text_encoder_training"),
         ("loraplus_lr_ratio = 16", "loraplus_lr_ratio"),
         ("datasets = [{resolution = 768}]", "resolution"),
         ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 9", "num_repeats"),
@@ -322,6 +319,9 @@ def test_what_would_give_another_result_is_refused_with_a_reason(tmp_path: Path,
         "flip_aug = false",
         "scale_weight_norms = 0.0",
         'vae = ""',
+        "vae = false",
+        "train_inpainting = true\nfused_backward_pass = true\nskip_until_initial_step = true",
+        "stop_text_encoder_training = 200",
         "network_args = []",
         'network_args = ["rank_dropout=0"]',
         'optimizer_type = "Adafactor"\noptimizer_args = ["relative_step=False", "scale_parameter=False"]',
@@ -438,6 +438,20 @@ def test_files_that_cannot_be_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_bytes(b"#" * (2 << 20))
     with pytest.raises(ConfigError, match="larger than 1 MB"):
         read_kohya(tmp_path / "a.toml")
+
+
+def test_settings_of_the_base_captions_and_samples_are_used(tmp_path: Path) -> None:
+    file = read(
+        tmp_path,
+        'vae = "someone/a-vae"\nweighted_captions = true\nno_metadata = true\nsample_prompts = ["a cat", "a dog"]\n'
+        "sample_every_n_epochs = 2\nsample_every_n_steps = 100",
+    )
+    config = file.require_all().config
+    assert (config.vae, config.weighted_captions, config.no_metadata) == ("someone/a-vae", True, True)
+    assert config.sample_prompts == "a cat\na dog\n"
+    # sd-scripts draws by epoch if both are given
+    assert (config.sample_every_n_epochs, config.sample_every_n_steps) == (2, None)
+    assert any("sample_every_n_steps = 100" in line for line in file.translated)
 
 
 def test_the_four_classes_of_keys_do_not_overlap() -> None:
