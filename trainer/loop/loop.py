@@ -69,7 +69,7 @@ def train(
         stepper.park()
         for epoch, group in _remaining(config, prepared, length, progress.step):
             started = time.perf_counter()
-            rates = optim.set_rate(stepper.optimizer, optim.rate(config, length.total_steps, progress.step))
+            rates = optim.set_rates_of_step(stepper.optimizer, config, length.total_steps, progress.step)
             try:
                 with out_of_memory_named(config):
                     outcome = stepper.step(group, epoch, progress.step)
@@ -226,8 +226,12 @@ def _event(
 
 
 def _highest(rates: Mapping[str, float], component: str) -> float:
-    """The rate of a component; of several groups (block rates, two text encoders) the highest."""
-    return max((rate for name, rate in rates.items() if name.startswith(component)), default=0.0)
+    """The rate of a component; of several groups (block rates, two text encoders) the highest. Without those of
+    LoRA+: its lora_up have a multiple of it."""
+    found = (
+        rate for name, rate in rates.items() if name.startswith(component) and not name.endswith(optim.PLUS)
+    )
+    return max(found, default=0.0)
 
 
 def _ends_epoch(length: Plan, step: int) -> bool:
