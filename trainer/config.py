@@ -271,7 +271,8 @@ def _wrong_arguments(config: TrainConfig) -> Iterator[ConfigError]:
     for name, value, reason in wrong:
         if name == "weight_decay":
             yield ConfigError(
-                "optimizer_args weight_decay: it is a setting of its own here", f"write weight_decay = {value}"
+                "optimizer_args weight_decay: it is a setting of its own here",
+                f"write weight_decay = {value}",
             )
         else:
             yield _wrong_argument("optimizer_args", name, value, reason)
@@ -297,7 +298,9 @@ def _wrong_arguments(config: TrainConfig) -> Iterator[ConfigError]:
                 "set lr_scheduler_min_lr_ratio, for example to 0.1, or lr_scheduler_args = min_lr=1e-6",
             )
         elif "min_lr" in found and config.learning_rate == 0:
-            yield ConfigError("min_lr is relative to learning_rate, which is 0", "set lr_scheduler_min_lr_ratio")
+            yield ConfigError(
+                "min_lr is relative to learning_rate, which is 0", "set lr_scheduler_min_lr_ratio"
+            )
 
 
 def _wrong_argument(setting: str, name: str, value: Any, reason: str) -> ConfigError:

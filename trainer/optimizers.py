@@ -9,11 +9,12 @@ Libraries are those that sd-scripts uses, so that a file gives the same updates:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.arguments import FLAG, NUMBER, PAIR, TRIPLE, WHOLE, Argument, check_arguments, parse
+from trainer.arguments import FLAG, NUMBER, PAIR, TRIPLE, WHOLE, Argument, as_entries, check_arguments, parse
 
 # Arguments, with the defaults of the libraries
 
@@ -76,13 +77,15 @@ ONLY_SPEED = ("foreach", "fused", "capturable", "differentiable", "use_triton", 
 class Optimizer:
     """An optimizer.
 
-    ``package`` is its name for pip, ``where`` module and class. ``weight_decay`` is the library's default, ``ours``
+    ``package`` is its name for pip, ``where`` module and class, ``full_name`` the class as Python names it, which
+    sd-scripts writes into a LoRA. ``weight_decay`` is the library's default, ``ours``
     the arguments that this tool gives unless others are set. With ``one_rate`` the library ends the run if
     parameter groups have different rates above 0 (it says so itself).
     """
 
     package: str
     where: str
+    full_name: str
     arguments: Mapping[str, Argument]
     weight_decay: float = 0.0
     ours: Mapping[str, Any] = field(default_factory=dict)
@@ -91,16 +94,16 @@ class Optimizer:
     spellings: tuple[str, ...] = ()  # full class names, as optimizer_type of sd-scripts can have them
 
 
-def _bnb(name: str, arguments: Mapping[str, Argument], module: str, decay: float, **more: Any) -> Optimizer:
+def _bnb(name: str, arguments: Mapping[str, Argument], module: str, decay: float) -> Optimizer:
     spellings = (f"bitsandbytes.optim.{name}", f"bitsandbytes.optim.{module}.{name}", f"bnb.optim.{name}")
-    return Optimizer(
-        "bitsandbytes", f"bitsandbytes.optim:{name}", arguments, decay, spellings=spellings, **more
-    )
+    where, full_name = f"bitsandbytes.optim:{name}", spellings[1]
+    return Optimizer("bitsandbytes", where, full_name, arguments, decay, spellings=spellings)
 
 
 def _torch(name: str, arguments: Mapping[str, Argument], decay: float = 0.0, **more: Any) -> Optimizer:
     spellings = (f"torch.optim.{name}", f"torch.optim.{name.lower()}.{name}")
-    return Optimizer("torch", f"torch.optim:{name}", arguments, decay, spellings=spellings, **more)
+    where, full_name = f"torch.optim:{name}", spellings[1]
+    return Optimizer("torch", where, full_name, arguments, decay, spellings=spellings, **more)
 
 
 def _d_adapt(
@@ -108,7 +111,9 @@ def _d_adapt(
 ) -> Optimizer:
     root = "dadaptation.experimental" if name in ("DAdaptAdamPreprint", "DAdaptAdanIP") else "dadaptation"
     spellings = (f"{root}.{name}", f"{root}.{module}.{name}", name)
-    return Optimizer("dadaptation", f"{root}:{name}", arguments, decay, one_rate=one_rate, spellings=spellings)
+    return Optimizer(
+        "dadaptation", f"{root}:{name}", arguments, decay, one_rate=one_rate, spellings=spellings
+    )
 
 
 def _schedule_free(name: str, arguments: Mapping[str, Argument]) -> Optimizer:
@@ -116,6 +121,7 @@ def _schedule_free(name: str, arguments: Mapping[str, Argument]) -> Optimizer:
     return Optimizer(
         "schedulefree",
         f"schedulefree:{name}",
+        spellings[1],
         arguments | _SCHEDULE_FREE,  # type: ignore[operator]
         is_schedule_free=True,
         spellings=spellings,
@@ -129,6 +135,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Adafactor": Optimizer(
         "transformers",
         "transformers.optimization:Adafactor",
+        "transformers.optimization.Adafactor",
         {
             "scale_parameter": Argument(FLAG, True),
             "relative_step": Argument(FLAG, True),
@@ -144,6 +151,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Prodigy": Optimizer(
         "prodigyopt",
         "prodigyopt:Prodigy",
+        "prodigyopt.prodigy.Prodigy",
         {
             "betas": BETAS,
             "beta3": Argument(NUMBER, None, low=0, high=1, high_is_excluded=True, can_be_none=True),
@@ -163,6 +171,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Lion": Optimizer(
         "lion-pytorch",
         "lion_pytorch:Lion",
+        "lion_pytorch.lion_pytorch.Lion",
         {"betas": LION_BETAS, "decoupled_weight_decay": OFF},
         spellings=("lion_pytorch.Lion", "lion_pytorch.lion_pytorch.Lion"),
     ),
@@ -175,18 +184,21 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "SGDNesterov": Optimizer(
         "torch",
         "torch.optim:SGD",
+        "torch.optim.sgd.SGD",
         {**_SGD, "momentum": NESTEROV_MOMENTUM, "nesterov": Argument(FLAG, True, choices=(True,))},
         ours={"momentum": 0.9, "nesterov": True},
     ),
     "SGDNesterov8bit": Optimizer(
         "bitsandbytes",
         "bitsandbytes.optim:SGD8bit",
+        "bitsandbytes.optim.sgd.SGD8bit",
         {
             "momentum": NESTEROV_MOMENTUM,
             "dampening": Argument(NUMBER, 0.0, low=0, high=1),
             "min_8bit_size": MIN_8BIT_SIZE,
         },
         ours={"momentum": 0.9, "nesterov": True},
+        spellings=("bitsandbytes.optim.SGD8bit", "bitsandbytes.optim.sgd.SGD8bit"),
     ),
     "DAdaptation": _d_adapt(
         "DAdaptAdamPreprint",
@@ -195,7 +207,11 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "DAdaptAdaGrad": _d_adapt(
         "DAdaptAdaGrad",
-        {"momentum": MOMENTUM, "eps": Argument(NUMBER, 1e-6, low=0, high=1, low_is_excluded=True), **_D_ADAPT},
+        {
+            "momentum": MOMENTUM,
+            "eps": Argument(NUMBER, 1e-6, low=0, high=1, low_is_excluded=True),
+            **_D_ADAPT,
+        },
         "dadapt_adagrad",
         one_rate=False,
     ),
@@ -213,6 +229,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "CAME": Optimizer(
         "came-pytorch",
         "came_pytorch:CAME",
+        "came_pytorch.CAME.CAME",
         {
             "betas": Argument(TRIPLE, (0.9, 0.999, 0.9999), low=0, high=1),
             "eps": Argument(PAIR, (1e-30, 1e-16), low=0, high=1),
@@ -230,9 +247,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         "RAdamScheduleFree",
         {"betas": _FREE_BETAS, "eps": EPS, "silent_sgd_phase": Argument(FLAG, True)},
     ),
-    "AdamWScheduleFree": _schedule_free(
-        "AdamWScheduleFree", {"betas": _FREE_BETAS, "eps": EPS, **_WARM_UP}
-    ),
+    "AdamWScheduleFree": _schedule_free("AdamWScheduleFree", {"betas": _FREE_BETAS, "eps": EPS, **_WARM_UP}),
     "SGDScheduleFree": _schedule_free("SGDScheduleFree", {"momentum": NESTEROV_MOMENTUM, **_WARM_UP}),
     "Adam": _torch("Adam", {**_TORCH_ADAM, "decoupled_weight_decay": OFF}),
     "RAdam": _torch("RAdam", {**_ADAM, "maximize": NEVER, "decoupled_weight_decay": OFF}),
@@ -269,14 +284,42 @@ def canonical(name: Any) -> Any:
 def check(optimizer_type: str, optimizer_args: str) -> tuple[dict[str, Any], list[tuple[str, Any, str]]]:
     """The arguments that were set, and those that are wrong, as ``check_arguments``."""
     values = parse("optimizer_args", optimizer_args).values
-    return check_arguments(
-        "optimizer_args", optimizer_type, values, OPTIMIZERS[optimizer_type].arguments
-    )
+    return check_arguments("optimizer_args", optimizer_type, values, OPTIMIZERS[optimizer_type].arguments)
 
 
 def arguments_of(optimizer_type: str, optimizer_args: str) -> dict[str, Any]:
     """What the library is given: this tool's arguments and those that were set. None of the library's defaults."""
     return {**OPTIMIZERS[optimizer_type].ours, **check(optimizer_type, optimizer_args)[0]}
+
+
+def told_arguments(optimizer_type: str, optimizer_args: str) -> dict[str, Any]:
+    """The arguments that another tool must be given for the same updates, weight_decay aside."""
+    values = arguments_of(optimizer_type, optimizer_args)
+    if optimizer_type in ("SGDNesterov", "SGDNesterov8bit"):
+        values.pop("nesterov", None)  # part of the name
+    if optimizer_type == "SGD":
+        values.setdefault("nesterov", False)
+    return {name: value for name, value in values.items() if name not in ONLY_SPEED}
+
+
+def written(optimizer_type: str, optimizer_args: str, weight_decay: float) -> str:
+    """An optimizer as sd-scripts writes it into a LoRA (ss_optimizer)."""
+    values = {"weight_decay": weight_decay, **told_arguments(optimizer_type, optimizer_args)}
+    return f"{OPTIMIZERS[optimizer_type].full_name}({','.join(as_entries(values))})"
+
+
+def read_written(text: str) -> tuple[str, list[str]] | None:
+    """Class name and arguments of ``written``: ``bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1,betas=(0.9,
+    0.99))``. None for another text. sd-scripts' SGDNesterov is written as torch's SGD with a momentum."""
+    match = re.fullmatch(r"([\w.]+)(?:\((.*)\))?", text.strip(), re.DOTALL)
+    if match is None:
+        return None
+    pairs = re.findall(r"(\w+)=((?:\([^)]*\)|\[[^]]*\]|[^,()])+)", match[2] or "")
+    names = [name for name, _ in pairs]
+    kind = match[1]
+    if kind == "torch.optim.sgd.SGD" and "momentum" in names and "nesterov" not in names:
+        kind = "SGDNesterov"
+    return named(kind) or kind.rpartition(".")[2], [f"{name}={value.strip()}" for name, value in pairs]
 
 
 def effective(optimizer_type: str, optimizer_args: str, name: str) -> Any:

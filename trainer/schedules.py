@@ -105,9 +105,7 @@ SCHEDULES: dict[str, Schedule] = {
 }
 SCHEDULER_NAMES = tuple(SCHEDULES)
 _BY_SPELLING = {
-    spelling.lower(): name
-    for name, schedule in SCHEDULES.items()
-    for spelling in (name, *schedule.spellings)
+    spelling.lower(): name for name, schedule in SCHEDULES.items() for spelling in (name, *schedule.spellings)
 }
 
 

@@ -191,11 +191,12 @@ class Settings:
         high=1,
     )
     loraplus_lr_ratio: float | None = setting(
-        None, "LoRA+: learning rate of lora_up, relative to that of lora_down (arXiv 2402.12354)", low=0, high=1000
+        None,
+        "LoRA+: learning rate of lora_up, relative to that of lora_down (arXiv 2402.12354)",
+        low=0,
+        high=1000,
     )
-    loraplus_unet_lr_ratio: float | None = setting(
-        None, "loraplus_lr_ratio of the U-Net", low=0, high=1000
-    )
+    loraplus_unet_lr_ratio: float | None = setting(None, "loraplus_lr_ratio of the U-Net", low=0, high=1000)
     loraplus_text_encoder_lr_ratio: float | None = setting(
         None, "loraplus_lr_ratio of the text encoders", low=0, high=1000
     )

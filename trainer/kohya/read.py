@@ -20,7 +20,7 @@ from trainer.checks import check_known
 from trainer.config import SETTINGS, TrainConfig, check_value
 from trainer.errors import ConfigError
 from trainer.findings import piece
-from trainer.kohya import general, networks, optimizers
+from trainer.kohya import general, networks, optimizers, schedules
 from trainer.kohya.keys import KNOWN_KEYS, KOHYA_DEFAULTS, NO_EFFECT_REASON, REFUSED, WEIGHT_DECAY
 from trainer.kohya.reading import Reading, is_one_of
 from trainer.text import clean_text
@@ -94,7 +94,12 @@ def _known_only(
     return found
 
 
-TRANSLATIONS = (*general.TRANSLATIONS, *optimizers.TRANSLATIONS, *networks.TRANSLATIONS)
+TRANSLATIONS = (
+    *general.TRANSLATIONS,
+    *optimizers.TRANSLATIONS,
+    *schedules.TRANSLATIONS,
+    *networks.TRANSLATIONS,
+)
 
 
 def _translated(reading: Reading) -> KohyaFile:

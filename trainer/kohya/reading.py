@@ -4,12 +4,11 @@ for the user. Each group of keys has a module of its own that takes its keys fro
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ConfigError
+from trainer.arguments import parse
 from trainer.tomlfile import as_text
 
 
@@ -48,24 +47,8 @@ class Reading:
 
 
 def key_values(name: str, value: Any) -> dict[str, Any]:
-    """Parse ``["key=value", …]`` of optimizer_args and network_args; values are Python literals."""
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        value = value.split()
-    if not isinstance(value, list) or not all(isinstance(entry, str) and "=" in entry for entry in value):
-        raise ConfigError(
-            f"{name} = {as_text(value)} is not a list of key=value", f'write {name} = ["key=value"]'
-        )
-    return {key.strip(): literal(text.strip()) for key, _, text in (entry.partition("=") for entry in value)}
-
-
-def literal(text: str) -> Any:
-    """A Python literal, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+    """The arguments of network_args; values are Python literals."""
+    return dict(parse(name, value).values)
 
 
 def is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:

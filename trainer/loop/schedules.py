@@ -249,9 +249,7 @@ def learning_rate(config: TrainConfig, total_steps: int, step: int, full: float)
     if config.is_schedule_free:
         return full
     name = "adafactor" if config.has_relative_steps else config.lr_scheduler
-    at = At(
-        step, warmup_steps(config, total_steps), total_steps, arguments_of(name, _own(config, name))
-    )
+    at = At(step, warmup_steps(config, total_steps), total_steps, arguments_of(name, _own(config, name)))
     if name in RATES:
         return RATES[name](config, at, full)
     if step < at.warmup and name != "warmup_stable_decay":

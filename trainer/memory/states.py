@@ -1,6 +1,6 @@
 """The bytes that an optimizer keeps for one trained tensor. The optimizer uses fp32 weights, also with full_bf16.
 
-The figures were read off the state of each optimizer after a step; tests/unit/trainer/memory/test_states.py does so again.
+The figures were read off the state of each optimizer after a step, as the test of this module does again.
 """
 
 from __future__ import annotations
