@@ -111,8 +111,9 @@ def _d_adapt(
 ) -> Optimizer:
     root = "dadaptation.experimental" if name in ("DAdaptAdamPreprint", "DAdaptAdanIP") else "dadaptation"
     spellings = (f"{root}.{name}", f"{root}.{module}.{name}", name)
+    where, full_name = f"{root}:{name}", spellings[1]
     return Optimizer(
-        "dadaptation", f"{root}:{name}", arguments, decay, one_rate=one_rate, spellings=spellings
+        "dadaptation", where, full_name, arguments, decay, one_rate=one_rate, spellings=spellings
     )
 
 
