@@ -176,6 +176,10 @@ class TrainConfig(Settings):
         """Whether the optimizer replaces the schedule: rates are constant (arXiv 2405.15682)."""
         return optimizers.OPTIMIZERS[self.optimizer_type].is_schedule_free
 
+    def has_schedule(self, *names: str) -> bool:
+        """Whether the rate follows one of these schedules."""
+        return self.lr_scheduler in names and not (self.is_schedule_free or self.has_relative_steps)
+
     @property
     def warms_up(self) -> bool:
         """Whether lr_warmup_steps count: not with a schedule or an optimizer that has its own warm-up or none."""

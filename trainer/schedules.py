@@ -104,6 +104,13 @@ SCHEDULES: dict[str, Schedule] = {
     ),
 }
 SCHEDULER_NAMES = tuple(SCHEDULES)
+CYCLIC = (
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "RexAnnealingWarmRestarts",
+    "CosineAnnealingWarmupRestarts",
+)  # lr_scheduler_num_cycles counts
 _BY_SPELLING = {
     spelling.lower(): name for name, schedule in SCHEDULES.items() for spelling in (name, *schedule.spellings)
 }

@@ -15,16 +15,9 @@ from trainer.kohya.keys import KOHYA_DEFAULTS
 from trainer.kohya.optimizers import arguments_of
 from trainer.kohya.reading import Reading, is_one_of
 from trainer.optimizers import OPTIMIZERS
-from trainer.schedules import SCHEDULER_NAMES, SCHEDULES
+from trainer.schedules import CYCLIC, SCHEDULER_NAMES, SCHEDULES
 from trainer.tomlfile import as_text
 
-_COUNTS_CYCLES = (
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "warmup_stable_decay",
-    "RexAnnealingWarmRestarts",
-    "CosineAnnealingWarmupRestarts",
-)
 _HARMLESS: dict[str, tuple[Any, ...]] = {"last_epoch": (-1,), "verbose": (False, "deprecated")}
 
 
@@ -134,7 +127,7 @@ def _replaced(reading: Reading, asked: Any, arguments: dict[str, Any], by: str) 
 
 
 def _cycles(reading: Reading, name: str) -> None:
-    if reading.left.get("lr_scheduler_num_cycles") in (0, 0.0) and name not in _COUNTS_CYCLES:
+    if reading.left.get("lr_scheduler_num_cycles") in (0, 0.0) and name not in CYCLIC:
         reading.take("lr_scheduler_num_cycles")
         reading.without_effect.append("lr_scheduler_num_cycles: only used by cosine_with_restarts")
 
