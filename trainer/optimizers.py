@@ -9,12 +9,15 @@ Libraries are those that sd-scripts uses, so that a file gives the same updates:
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.arguments import FLAG, NUMBER, PAIR, TRIPLE, WHOLE, Argument, as_entries, check_arguments, parse
+from trainer.errors import MachineError
 
 # Arguments, with the defaults of the libraries
 
@@ -280,6 +283,26 @@ def named(name: Any) -> str | None:
 def canonical(name: Any) -> Any:
     """The name of the table, or what was given, for the check that follows."""
     return named(name) or name
+
+
+def check_installed(optimizer_type: str) -> None:
+    """Raise MachineError if the library of an optimizer is not installed. Imports nothing."""
+    entry = OPTIMIZERS[optimizer_type]
+    module = entry.where.partition(":")[0].partition(".")[0]
+    try:
+        is_there = importlib.util.find_spec(module) is not None
+    except ValueError:  # imported, without a spec
+        is_there = sys.modules.get(module) is not None
+    if not is_there:
+        raise missing(optimizer_type)
+
+
+def missing(optimizer_type: str) -> MachineError:
+    package = OPTIMIZERS[optimizer_type].package
+    return MachineError(
+        f"optimizer_type = {optimizer_type} needs the package {package}, which is not installed",
+        f"pip install {package}, or set optimizer_type = AdamW",
+    )
 
 
 def check(optimizer_type: str, optimizer_args: str) -> tuple[dict[str, Any], list[tuple[str, Any, str]]]:

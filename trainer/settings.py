@@ -402,10 +402,13 @@ def check_value(name: str, value: Any) -> Any:
     """``value`` converted to the type of the setting. Raises ConfigError with its limits.
     Whole floats become ints, and names and arguments of optimizers and schedules get one spelling."""
     check_name(name)
-    if name in _SPELLED and value is not None:
-        value = _SPELLED[name](value)
-    found = check(name, value, _TYPES[name], SETTINGS[name])
+    found = check(name, spelled(name, value), _TYPES[name], SETTINGS[name])
     return float(found) if name in _FLOATS and found is not None else found
+
+
+def spelled(name: str, value: Any) -> Any:
+    """``value`` as this tool spells it: AdamW for adamw or torch.optim.AdamW, arguments as one text."""
+    return _SPELLED[name](value) if name in _SPELLED and value is not None else value
 
 
 _SPELLED: dict[str, Callable[[Any], Any]] = {

@@ -18,6 +18,7 @@ from hpo.study import origin_of
 from hpo.terminal import say
 from hpo.train import dryrun
 from hpo.train.samples import file_stem, read_sample_prompts
+from trainer import optimizers
 from trainer.bases import FAMILIES, block_rates, families
 from trainer.config import TrainConfig
 from trainer.data import read_dataset_file
@@ -85,6 +86,8 @@ def check(config: TrainConfig, family: str | None) -> None:
     """Raise for everything that can be refused before anything is loaded. ``family`` is None if unknown."""
     with piece():
         file_stem(config.output_name)
+    with piece():
+        optimizers.check_installed(config.optimizer_type)
     if config.sample_prompts:
         with piece():
             read_sample_prompts(Path(config.sample_prompts), config)

@@ -90,12 +90,9 @@ def _optimizer_name(reading: Reading) -> str | None:
         return str(KOHYA_DEFAULTS["optimizer_type"])
     found = optimizers.named(name)
     if found is None:
-        last = str(name).rpartition(".")[2]
-        near = suggestion(last, OPTIMIZER_NAMES) or suggestion(
-            last.lower(), [n.lower() for n in OPTIMIZER_NAMES]
-        )
+        near = suggestion(str(name).rpartition(".")[2], OPTIMIZER_NAMES)
         supported = "supported optimizers: " + ", ".join(OPTIMIZER_NAMES)
-        reading.refuse("optimizer_type", name, f"{near} {supported}".strip())
+        reading.refuse("optimizer_type", name, near or supported)
         return None
     reading.given["optimizer_type"] = found
     if found != name:

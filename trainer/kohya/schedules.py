@@ -40,8 +40,8 @@ def _steps(reading: Reading) -> None:
 def _share_above_one(reading: Reading, name: str, value: float) -> None:
     """With a decimal point sd-scripts reads a share of all steps: 100.0 would be a hundred times the run."""
     if value == 1:
-        length = reading.left.get("max_train_steps")
-        if length is not None and reading.left.get("max_train_epochs") is None:
+        length = reading.given.get("max_train_steps", KOHYA_DEFAULTS["max_train_steps"])
+        if length is not None:
             reading.left[name] = length
             reading.say(name, value, f"{as_text(length)} steps: 1.0 is a share of 100 % in sd-scripts")
         else:
@@ -98,7 +98,7 @@ def _name(reading: Reading, given: Any, kind: Any) -> str | None:
     name = schedules.named(asked)
     if name is None:
         near = suggestion(str(asked).rpartition(".")[2], SCHEDULER_NAMES)
-        reading.refuse(key, asked, f"{near} supported schedules: {', '.join(SCHEDULER_NAMES)}".strip())
+        reading.refuse(key, asked, near or "supported schedules: " + ", ".join(SCHEDULER_NAMES))
         return None
     if name == "adafactor":
         reading.refuse(key, asked, "it is for Adafactor with relative_step=True; sd-scripts ends here too")

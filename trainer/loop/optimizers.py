@@ -14,7 +14,7 @@ import torch
 
 from trainer.config import TrainConfig
 from trainer.errors import MachineError
-from trainer.optimizers import OPTIMIZERS, arguments_of
+from trainer.optimizers import OPTIMIZERS, arguments_of, missing
 
 Groups = list[dict[str, Any]]
 
@@ -59,9 +59,11 @@ def _class(name: str, is_on_cpu: bool) -> Any:
     try:
         return getattr(importlib.import_module(module), kind)
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            raise missing(name) from None
         raise MachineError(
-            f"optimizer_type = {name} needs the package {entry.package}: {error}",
-            f"pip install {entry.package}, or set optimizer_type = AdamW",
+            f"optimizer_type = {name}: {entry.package} cannot be imported: {error}",
+            f"pip install --upgrade {entry.package}, or set optimizer_type = AdamW",
         ) from None
 
 
