@@ -14,6 +14,7 @@ from .config import study_name as study_name
 from .convergence import ConvergenceVerdict as ConvergenceVerdict
 from .families import families_from as families_from
 from .families import kind_of_base as kind_of_base
+from .firstsettings import counting_settings as counting_settings
 from .folder import IDENTITY as IDENTITY
 from .folder import RUNS as RUNS
 from .folder import STOP as STOP

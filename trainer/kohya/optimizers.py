@@ -18,6 +18,11 @@ from trainer.kohya.reading import Reading, is_one_of
 from trainer.optimizers import ONLY_SPEED, OPTIMIZER_NAMES, OPTIMIZERS
 from trainer.tomlfile import as_text
 
+# Optimizers that people use and that are not here, with what to use.
+_NOT_HERE = {
+    "prodigyplusschedulefree": "its versions 1.9 (of sd-scripts) and 2.0 give different updates; use Prodigy or "
+    "AdamWScheduleFree",
+}
 # Arguments of older versions of bitsandbytes, with what newer ones always do.
 _GONE: dict[str, tuple[Any, ...]] = {"block_wise": (True,), "percentile_clipping": (100,), "args": (None,)}
 
@@ -90,9 +95,10 @@ def _optimizer_name(reading: Reading) -> str | None:
         return str(KOHYA_DEFAULTS["optimizer_type"])
     found = optimizers.named(name)
     if found is None:
-        near = suggestion(str(name).rpartition(".")[2], OPTIMIZER_NAMES)
+        last = str(name).rpartition(".")[2]
         supported = "supported optimizers: " + ", ".join(OPTIMIZER_NAMES)
-        reading.refuse("optimizer_type", name, near or supported)
+        reason = _NOT_HERE.get(last.lower()) or suggestion(last, OPTIMIZER_NAMES) or supported
+        reading.refuse("optimizer_type", name, reason)
         return None
     reading.given["optimizer_type"] = found
     if found != name:

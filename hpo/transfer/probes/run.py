@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from evaluation.prompts import STYLE
-from hpo.study import CHARACTER, NEUTRAL_SETTINGS, SOURCE_STUDY, STYLE_PRESET, Inputs, StudyFolder, read_json
+from hpo.study import (
+    CHARACTER,
+    NEUTRAL_SETTINGS,
+    SOURCE_STUDY,
+    STYLE_PRESET,
+    Inputs,
+    StudyFolder,
+    counting_settings,
+    read_json,
+)
 from hpo.terminal import say
 from hpo.transfer import MAPPING_VERSION, PROBED_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
@@ -70,7 +79,8 @@ def identity(done: Transfer) -> str:
 
 def identities(done: Transfer) -> tuple[str, str]:
     """The identity, and its former form: with all settings but the names of files and those for saving."""
-    return identity(done), _hash({k: v for k, v in done.plan.config.as_dict().items() if k not in NAMES})
+    settings = counting_settings(done.plan.config.as_dict())
+    return identity(done), _hash({k: v for k, v in settings.items() if k not in NAMES})
 
 
 def _hash(settings: Mapping[str, Any]) -> str:

@@ -288,6 +288,7 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
         ('network_module = "lycoris.kohya"\nnetwork_args = ["algo=boft"]', "algo"),
         ('optimizer_type = "AdmW"', "optimizer_type = AdmW: did you mean AdamW"),
         ('optimizer_type = "os.system"', "optimizer_type"),
+        ('optimizer_type = "prodigyplus.ProdigyPlusScheduleFree"', "use Prodigy or"),
         ('optimizer_args = ["betaz=(0.9, 0.99)"]', "no such argument; did you mean betas"),
         ('lr_scheduler = "cosin"', "did you mean cosine"),
         ('lr_scheduler_type = "builtins.print"', "lr_scheduler_type"),
