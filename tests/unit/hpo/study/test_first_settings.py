@@ -5,12 +5,12 @@ import zipfile
 
 from hpo.study.firstsettings import FIRST, counting_settings
 from hpo.study.result import config_sha256, deciding
-from tests.places import STORED
+from tests.places import ROOT
 from trainer.config import SETTINGS, TrainConfig
 
 
 def test_the_first_settings_are_those_of_the_stored_study() -> None:
-    with zipfile.ZipFile(STORED / "begun-3c18213.zip") as archive:
+    with zipfile.ZipFile(ROOT / "tests" / "stored" / "begun-3c18213.zip") as archive:
         stored = json.loads(archive.read("runs/begun/trial_0000/params.json"))["train"]
     assert FIRST == stored.keys() <= SETTINGS.keys()
     assert deciding(TrainConfig(**stored).as_dict()) == deciding(stored)
