@@ -9,7 +9,6 @@ Libraries are those that sd-scripts uses, so that a file gives the same updates:
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Mapping
@@ -287,6 +286,8 @@ def canonical(name: Any) -> Any:
 
 def check_installed(optimizer_type: str) -> None:
     """Raise MachineError if the library of an optimizer is not installed. Imports nothing."""
+    import importlib.util
+
     entry = OPTIMIZERS[optimizer_type]
     module = entry.where.partition(":")[0].partition(".")[0]
     try:
@@ -309,6 +310,11 @@ def check(optimizer_type: str, optimizer_args: str) -> tuple[dict[str, Any], lis
     """The arguments that were set, and those that are wrong, as ``check_arguments``."""
     values = parse("optimizer_args", optimizer_args).values
     return check_arguments("optimizer_args", optimizer_type, values, OPTIMIZERS[optimizer_type].arguments)
+
+
+def takes(optimizer_type: str, optimizer_args: str) -> bool:
+    """Whether an optimizer has these arguments, as when another one is proposed in its place."""
+    return not check(optimizer_type, optimizer_args)[1]
 
 
 def arguments_of(optimizer_type: str, optimizer_args: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import torch
 
 from trainer.config import TrainConfig
 from trainer.loop.optimizers import make
+from trainer.memory.stacks import _eight_bit
 from trainer.memory.states import optimizer_bytes
 from trainer.optimizers import OPTIMIZER_NAMES
 
@@ -37,3 +38,9 @@ def test_the_planned_state_is_what_the_library_keeps(name, arguments):
             if value.dim() > 0 and not key.startswith("qmap")  # a table of 1 KB that all tensors share
         )
         assert optimizer_bytes(name, shape, arguments) == kept, (shape, state.keys())
+
+
+@pytest.mark.parametrize(("arguments", "is_proposed"), [("betas=(0.9, 0.99)", True), ("amsgrad=True", False)])
+def test_an_8_bit_optimizer_is_only_proposed_where_it_takes_the_arguments(arguments, is_proposed):
+    config = TrainConfig(optimizer_type="AdamW", optimizer_args=arguments)
+    assert bool(list(_eight_bit(config, None))) == is_proposed
