@@ -79,7 +79,8 @@ def train(
                 raise
             progress = _advance(progress, outcome)
             saves.after(outcome)
-            yield _event(length, progress.step, rates, outcome, time.perf_counter() - started)
+            others = optim.other_rates(stepper.optimizer, rates)
+            yield _event(length, progress.step, rates, others, outcome, time.perf_counter() - started)
             if how.validate_on is not None and how.ranks.is_first and _ends_epoch(length, progress.step):
                 yield Validated(progress.step, epoch + 1, stepper.validate(how.validate_on))
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -208,7 +209,12 @@ def _remaining(
 
 
 def _event(
-    length: Plan, step: int, rates: Mapping[str, float], outcome: StepOutcome, seconds: float
+    length: Plan,
+    step: int,
+    rates: Mapping[str, float],
+    others: Mapping[str, float],
+    outcome: StepOutcome,
+    seconds: float,
 ) -> Event:
     if outcome.skipped:
         return Skipped(step, outcome.skipped)
@@ -222,6 +228,7 @@ def _event(
         text_encoder_lr=_highest(rates, "text_encoder"),
         grad_norm=outcome.grad_norm,
         seconds=seconds,
+        others=others,
     )
 
 

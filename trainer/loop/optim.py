@@ -7,7 +7,7 @@ Does not own the table of optimizers (``trainer.optimizers``), how one is made (
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,20 @@ def set_rates_of_step(
 ) -> dict[str, float]:
     """Give every group the schedule's rate for step ``step``, counted from 0; returns group name → rate."""
     return set_rates(optimizer, lambda full: learning_rate(config, total_steps, step, full))
+
+
+def other_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> dict[str, float]:
+    """Rates of LoRA+ groups, and d × lr of each group of an optimizer that finds its rate, under the names of
+    sd-scripts' log (train_network.py:generate_step_logs)."""
+    found = {}
+    for group in optimizer.param_groups:
+        name, rate = group["name"], rates[group["name"]]
+        shown = name.replace("text_encoder", "textencoder")
+        if name.endswith(PLUS):
+            found[f"lr/{shown}"] = rate
+        if "d" in group:
+            found[f"lr/d*lr/{shown}"] = float(group["d"]) * rate
+    return found
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from trainer.config import OPTIMIZER_NAMES, TrainConfig
 from trainer.data.steps import warmup_steps
 from trainer.errors import ConfigError, MachineError
 from trainer.loop import loop
-from trainer.loop.optim import build_optimizer, in_training, set_rate, set_rates_of_step
+from trainer.loop.optim import build_optimizer, in_training, other_rates, set_rate, set_rates_of_step
 from trainer.loop.schedules import rate
 
 
@@ -163,3 +163,18 @@ def test_loraplus_does_nothing_where_there_is_no_lora_up():
     config = config_for("AdamW", loraplus_lr_ratio=16.0, network_type="LoHa", network_train_unet_only=True)
     optimizer = build_optimizer(config, inject(tiny_base("sd15"), config))
     assert [group["name"] for group in optimizer.param_groups] == ["unet"]
+
+
+def test_further_rates_have_the_names_of_sd_scripts_log():
+    """sd-scripts train_network.py:generate_step_logs: lr/unet plus, lr/d*lr/textencoder."""
+    plus = config_for("AdamW", loraplus_lr_ratio=16.0, lr_scheduler="constant")
+    optimizer = build_optimizer(plus, inject(tiny_base("sd15"), plus))
+    rates = set_rates_of_step(optimizer, plus, 10, 0)
+    assert other_rates(optimizer, rates) == {"lr/unet plus": 16e-3, "lr/textencoder plus": 16e-3}
+    finds = config_for("Prodigy", optimizer_args="d0=1e-5", lr_scheduler="constant")
+    optimizer = build_optimizer(finds, inject(tiny_base("sd15"), finds))
+    rates = set_rates_of_step(optimizer, finds, 10, 0)
+    assert other_rates(optimizer, rates) == {"lr/d*lr/unet": 1e-5, "lr/d*lr/textencoder": 1e-5}
+    plain = config_for("AdamW")
+    optimizer = build_optimizer(plain, inject(tiny_base("sd15"), plain))
+    assert other_rates(optimizer, set_rates_of_step(optimizer, plain, 10, 0)) == {}
