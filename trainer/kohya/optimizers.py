@@ -65,7 +65,7 @@ def _optimizer(reading: Reading) -> None:
     values = _without_gone(reading, name, values)
     sound, wrong = optimizers.check(name, arguments_text(values))
     for argument, value, reason in wrong:
-        reading.refuse(f"optimizer_args {argument}", value, reason)
+        reading.refuse(f"optimizer_args {argument}", value, reason, stands_for="optimizer_args")
     if name == "Adafactor":
         _adafactor(reading, sound)
     kept = {**_as_in_sd_scripts(name, reading), **sound}
@@ -87,18 +87,19 @@ def _optimizer(reading: Reading) -> None:
 def _optimizer_name(reading: Reading) -> str | None:
     """Our name of the optimizer, given or usual; None if there is none like it here."""
     name = reading.take("optimizer_type")
+    decided = optimizers.named(reading.decided.get("optimizer_type"))
     for flag, meant in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
         if reading.take(flag):
             name = meant
             reading.say(flag, True, f"optimizer_type = {meant}")
-    if name is None:
-        return str(KOHYA_DEFAULTS["optimizer_type"])
+    if name is None or decided is not None:
+        return decided or str(KOHYA_DEFAULTS["optimizer_type"])
     found = optimizers.named(name)
     if found is None:
         last = str(name).rpartition(".")[2]
         supported = "supported optimizers: " + ", ".join(OPTIMIZER_NAMES)
         reason = _NOT_HERE.get(last.lower()) or suggestion(last, OPTIMIZER_NAMES) or supported
-        reading.refuse("optimizer_type", name, reason)
+        reading.refuse("optimizer_type", name, reason, stands_for="optimizer_type")
         return None
     reading.given["optimizer_type"] = found
     if found != name:
@@ -155,11 +156,10 @@ def _adafactor(reading: Reading, values: dict[str, Any]) -> None:
 
 def _warms_up(reading: Reading) -> bool:
     """Whether Prodigy gets safeguard_warmup here if it is not set."""
-    schedule = reading.left.get("lr_scheduler_type") or reading.left.get("lr_scheduler")
-    return (
-        bool(reading.left.get("lr_warmup_steps"))
-        and (schedule or KOHYA_DEFAULTS["lr_scheduler"]) != "constant"
+    schedule = reading.left.get("lr_scheduler_type") or reading.known(
+        "lr_scheduler", KOHYA_DEFAULTS["lr_scheduler"]
     )
+    return bool(reading.known("lr_warmup_steps")) and schedule != "constant"
 
 
 TRANSLATIONS = (_rates, _loraplus, _optimizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer import schedules
+from trainer import optimizers, schedules
 from trainer.arguments import as_text as arguments_text
 from trainer.checks import suggestion
 from trainer.kohya.keys import KOHYA_DEFAULTS
@@ -58,11 +58,11 @@ def _share_above_one(reading: Reading, name: str, value: float) -> None:
 def _schedule(reading: Reading) -> None:
     given, kind = reading.take("lr_scheduler"), reading.take("lr_scheduler_type")
     values = arguments_of(reading, "lr_scheduler_args")
-    optimizer = reading.given.get("optimizer_type", KOHYA_DEFAULTS["optimizer_type"])
+    optimizer = optimizers.named(reading.known("optimizer_type", KOHYA_DEFAULTS["optimizer_type"]))
     if reading.given.get("lr_scheduler") == "adafactor":  # Adafactor with relative steps
         _replaced(reading, kind or given, values, "Adafactor with relative steps")
         return
-    if OPTIMIZERS[optimizer].is_schedule_free:
+    if optimizer is not None and OPTIMIZERS[optimizer].is_schedule_free:
         if (name := schedules.named(given)) is not None:
             reading.given["lr_scheduler"] = name
         _replaced(reading, kind or given, values, str(optimizer))
@@ -75,7 +75,7 @@ def _schedule(reading: Reading) -> None:
         reading.say(f"lr_scheduler_args {argument}", values.pop(argument), "the same as without it")
     sound, wrong = schedules.check(name, arguments_text(values))
     for argument, value, reason in wrong:
-        reading.refuse(f"lr_scheduler_args {argument}", value, reason)
+        reading.refuse(f"lr_scheduler_args {argument}", value, reason, stands_for="lr_scheduler_args")
     if name == "polynomial" and "lr_end" not in sound and _highest(reading) != _learning_rate(reading):
         sound["lr_end"] = 1e-7  # sd-scripts counts it against learning_rate
     if "first_cycle_max_steps" in SCHEDULES[name].arguments and "first_cycle_max_steps" not in sound:
@@ -93,8 +93,9 @@ def _name(reading: Reading, given: Any, kind: Any) -> str | None:
     key, asked = ("lr_scheduler_type", kind) if kind is not None else ("lr_scheduler", given)
     if kind is not None and given is not None:
         reading.without_effect.append("lr_scheduler: lr_scheduler_type replaces it, as in sd-scripts")
-    if asked is None:
-        return str(KOHYA_DEFAULTS["lr_scheduler"])
+    decided = schedules.named(reading.decided.get("lr_scheduler"))
+    if asked is None or decided is not None:
+        return decided or str(KOHYA_DEFAULTS["lr_scheduler"])
     name = schedules.named(asked)
     if name is None:
         near = suggestion(str(asked).rpartition(".")[2], SCHEDULER_NAMES)
@@ -133,15 +134,15 @@ def _cycles(reading: Reading, name: str) -> None:
 
 
 def _learning_rate(reading: Reading) -> Any:
-    return reading.left.get("learning_rate", KOHYA_DEFAULTS["learning_rate"])
+    return reading.known("learning_rate", KOHYA_DEFAULTS["learning_rate"])
 
 
 def _highest(reading: Reading) -> Any:
     """The highest rate that a network is trained at."""
-    usual, known = _learning_rate(reading), {**reading.left, **reading.given}
-    rates = [usual if known.get("unet_lr") is None else known["unet_lr"]]
-    if not known.get("network_train_unet_only"):
-        rates.append(usual if known.get("text_encoder_lr") is None else known["text_encoder_lr"])
+    usual = _learning_rate(reading)
+    rates = [reading.known("unet_lr", usual)]
+    if not reading.known("network_train_unet_only"):
+        rates.append(reading.known("text_encoder_lr", usual))
     numbers = [rate for rate in rates if isinstance(rate, int | float)]
     return max(numbers, default=usual)
 
