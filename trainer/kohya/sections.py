@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.text import clean_text
-from trainer.tomlfile import ARGUMENTS, as_text
+from trainer.tomlfile import as_text
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def join(table: Mapping[str, Any]) -> Joined:
 
 def _pairs(table: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     for name, value in table.items():
-        if isinstance(value, dict) and name not in ARGUMENTS:
+        if isinstance(value, dict):
             yield from ((inner, kept, name) for inner, kept in value.items())
         else:
             yield name, value, ""
