@@ -82,8 +82,9 @@ def same(owner: type, name: str, **changes: Any) -> Any:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``did you mean …?`` for a mistyped name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else ""
+    spelled = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.6)
+    return f"did you mean {spelled[near[0]]}?" if near else ""
 
 
 def check_known(

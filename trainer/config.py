@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer import optimizers, schedules
 from trainer.errors import ConfigError
 from trainer.findings import collecting, piece, report
 from trainer.settings import OPTIMIZER_NAMES as OPTIMIZER_NAMES
@@ -23,6 +24,7 @@ from trainer.settings import ZERO_IS_UNSET as ZERO_IS_UNSET
 from trainer.settings import Settings
 from trainer.settings import check_name as check_name
 from trainer.settings import check_value as check_value
+from trainer.text import clean_text
 
 # Settings of files and images, which can be checked although others contradict each other.
 _CHECKED_ALONE = (
@@ -52,6 +54,7 @@ class TrainConfig(Settings):
         if self.max_train_epochs is None and self.max_train_steps is None:
             raise ConfigError("neither max_train_epochs nor max_train_steps is set", "set one of them")
         report(ConfigError(message, hint) for broken, message, hint in self._contradictions() if broken)
+        report(_wrong_arguments(self))
 
     def _contradictions(self) -> Iterator[tuple[bool, str, str]]:
         """(whether it applies, what is wrong, what to do) for each contradiction between settings."""
@@ -66,9 +69,15 @@ class TrainConfig(Settings):
             "set learning_rate, unet_lr or text_encoder_lr",
         )
         yield (
-            self.optimizer_type == "Prodigy" and self._has_several_rates,
-            "Prodigy adapts one learning rate and cannot use different rates for text encoders or blocks",
-            "set text_encoder_lr to learning_rate (usually 1.0) or to 0, and remove block multipliers",
+            optimizers.OPTIMIZERS[self.optimizer_type].one_rate and self._has_several_rates,
+            f"{self.optimizer_type} adapts one learning rate and cannot use different rates for text encoders, blocks "
+            "or lora_up",
+            "set text_encoder_lr to learning_rate (usually 1.0) or to 0, and remove block multipliers and LoRA+",
+        )
+        yield (
+            self.lr_scheduler == "adafactor" and not self.has_relative_steps,
+            "lr_scheduler = adafactor is for Adafactor with relative steps",
+            "set optimizer_type = Adafactor and optimizer_args = relative_step=True, or choose another lr_scheduler",
         )
         yield (
             self.max_token_length not in (None, *TOKEN_LENGTHS),
@@ -136,7 +145,41 @@ class TrainConfig(Settings):
     def _has_several_rates(self) -> bool:
         rates = {self.effective_unet_lr, *self.effective_text_encoder_lrs} - {0.0}
         blocks = self.down_lr_weight or self.mid_lr_weight or self.up_lr_weight
-        return len(rates) > 1 or bool(blocks)
+        return len(rates) > 1 or bool(blocks) or self.uses_loraplus
+
+    @property
+    def loraplus_ratios(self) -> tuple[float, float]:
+        """The rate of lora_up relative to that of lora_down: (U-Net, text encoders). 0 and unset mean 1, as in
+        sd-scripts (networks/lora.py:prepare_optimizer_params)."""
+        common = self.loraplus_lr_ratio
+        return (
+            self.loraplus_unet_lr_ratio or common or 1.0,
+            self.loraplus_text_encoder_lr_ratio or common or 1.0,
+        )
+
+    @property
+    def uses_loraplus(self) -> bool:
+        return self.loraplus_ratios != (1.0, 1.0)
+
+    @property
+    def has_relative_steps(self) -> bool:
+        """Whether Adafactor chooses its rate itself: rates above 0 and the schedule have no effect."""
+        return optimizers.has_relative_steps(self.optimizer_type, self.optimizer_args)
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether the optimizer replaces the schedule: rates are constant (arXiv 2405.15682)."""
+        return optimizers.OPTIMIZERS[self.optimizer_type].is_schedule_free
+
+    def has_schedule(self, *names: str) -> bool:
+        """Whether the rate follows one of these schedules."""
+        return self.lr_scheduler in names and not (self.is_schedule_free or self.has_relative_steps)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether lr_warmup_steps count: not with a schedule or an optimizer that has its own warm-up or none."""
+        has_own = self.is_schedule_free or self.has_relative_steps
+        return schedules.SCHEDULES[self.lr_scheduler].warms_up and not has_own
 
     @property
     def effective_unet_lr(self) -> float:
@@ -218,3 +261,50 @@ class TrainConfig(Settings):
     def as_dict(self) -> dict[str, Any]:
         """Setting → value, in declaration order. Values can be stored as JSON (unset values are None)."""
         return dataclasses.asdict(self)
+
+
+def _wrong_arguments(config: TrainConfig) -> Iterator[ConfigError]:
+    """An error for each argument of the optimizer or the schedule that does not fit."""
+    kind, schedule = config.optimizer_type, config.lr_scheduler
+    optimizer, wrong = optimizers.check(kind, config.optimizer_args)
+    for name, value, reason in wrong:
+        if name == "weight_decay":
+            yield ConfigError(
+                "optimizer_args weight_decay: it is a setting of its own here",
+                f"write weight_decay = {value}",
+            )
+        else:
+            yield _wrong_argument("optimizer_args", name, value, reason)
+    if kind == "Adafactor" and optimizer.get("warmup_init") and not optimizer.get("relative_step"):
+        yield ConfigError("optimizer_args warmup_init needs relative_step", "add relative_step=True")
+    if config.is_schedule_free or config.has_relative_steps:
+        return  # the schedule is not used
+    found, wrong = schedules.check(schedule, config.lr_scheduler_args)
+    for name, value, reason in wrong:
+        yield _wrong_argument("lr_scheduler_args", name, value, reason)
+    if schedule == "polynomial" and (found.get("lr_end") or 0) >= config.learning_rate and "lr_end" in found:
+        yield ConfigError(
+            f"polynomial ends at lr_end = {found['lr_end']:g}, which is not below learning_rate = "
+            f"{config.learning_rate:g}",
+            "raise learning_rate (unet_lr and text_encoder_lr do not count here), or give lr_scheduler_args lr_end",
+        )
+    if schedule == "cosine_with_min_lr":
+        ratio = config.lr_scheduler_min_lr_ratio is not None
+        if ratio == ("min_lr" in found):
+            yield ConfigError(
+                "cosine_with_min_lr needs one lowest rate, but "
+                + ("lr_scheduler_min_lr_ratio and min_lr are both set" if ratio else "none is set"),
+                "set lr_scheduler_min_lr_ratio, for example to 0.1, or lr_scheduler_args = min_lr=1e-6",
+            )
+        elif "min_lr" in found and config.learning_rate == 0:
+            yield ConfigError(
+                "min_lr is relative to learning_rate, which is 0", "set lr_scheduler_min_lr_ratio"
+            )
+
+
+def _wrong_argument(setting: str, name: str, value: Any, reason: str) -> ConfigError:
+    what, _, hint = reason.partition("; ")
+    shown = name if value is None else f"{name} = {value!r}"
+    if not hint:
+        return ConfigError(f"{setting} {clean_text(shown)[:120]} does not fit", what)
+    return ConfigError(f"{setting} {clean_text(shown)[:120]}: {what}", hint)

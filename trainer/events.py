@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -21,7 +22,8 @@ class Rehearsed:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step is done. ``step`` counts from 1."""
+    """One optimizer step is done. ``step`` counts from 1. ``others`` are further rates under sd-scripts' names:
+    those of LoRA+ groups, and d × lr of optimizers that find their rate."""
 
     step: int
     total_steps: int
@@ -32,6 +34,7 @@ class Step:
     text_encoder_lr: float
     grad_norm: float
     seconds: float
+    others: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

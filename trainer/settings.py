@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
+from trainer import arguments, optimizers, schedules
 from trainer.checks import Rule, check, check_known, setting
+from trainer.optimizers import OPTIMIZER_NAMES as OPTIMIZER_NAMES
+from trainer.schedules import SCHEDULER_NAMES as SCHEDULER_NAMES
 
-OPTIMIZER_NAMES = ("AdamW", "AdamW8bit", "Lion8bit", "Adafactor", "Prodigy")
-SCHEDULER_NAMES = (
-    "constant",
-    "constant_with_warmup",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-)
 NETWORK_TYPES = ("LoRA", "LoCon", "DoRA", "LoHa", "LoKr")
 TOKEN_LENGTHS = (75, 150, 225)
 
@@ -163,7 +158,9 @@ class Settings:
         0.0, "blocks with a multiplier up to this value get no LoRA", low=0, high=10
     )
     lr_scheduler: str = setting("cosine", "learning rate schedule", choices=SCHEDULER_NAMES)
-    lr_scheduler_num_cycles: int = setting(1, "cycles of cosine_with_restarts", low=1, high=1000)
+    lr_scheduler_num_cycles: int = setting(
+        1, "cycles of cosine_with_restarts; half waves of cosine_with_min_lr", low=1, high=1000
+    )
     lr_scheduler_power: float = setting(
         1.0, "exponent of the polynomial schedule", low=0, high=10, low_is_excluded=True
     )
@@ -173,6 +170,40 @@ class Settings:
     optimizer_type: str = setting("AdamW8bit", "optimizer", choices=OPTIMIZER_NAMES)
     weight_decay: float = setting(0.01, "decoupled weight decay", low=0, high=10)
     max_grad_norm: float = setting(1.0, "gradient clipping to this norm; 0: off", low=0, high=1e6)
+    optimizer_args: str = setting(
+        "", "arguments of the optimizer, as betas=(0.9, 0.99) d_coef=2 or a list; see the table below"
+    )
+    lr_scheduler_args: str = setting(
+        "", "arguments of the schedule, as gamma=0.9 T_max=500 or a list; see the table below"
+    )
+    lr_decay_steps: float = setting(
+        0,
+        "warmup_stable_decay: steps of the decay at the end, or a fraction of all steps if below 1",
+        low=0,
+        high=1e7,
+    )
+    lr_scheduler_timescale: int | None = setting(
+        None,
+        "inverse_sqrt: steps until the rate falls; default: lr_warmup_steps, else 10000",
+        low=1,
+        high=10_000_000,
+    )
+    lr_scheduler_min_lr_ratio: float | None = setting(
+        None,
+        "cosine_with_min_lr, warmup_stable_decay: lowest rate, as a fraction of the learning rate",
+        low=0,
+        high=1,
+    )
+    loraplus_lr_ratio: float | None = setting(
+        None,
+        "LoRA+: learning rate of lora_up, relative to that of lora_down (arXiv 2402.12354)",
+        low=0,
+        high=1000,
+    )
+    loraplus_unet_lr_ratio: float | None = setting(None, "loraplus_lr_ratio of the U-Net", low=0, high=1000)
+    loraplus_text_encoder_lr_ratio: float | None = setting(
+        None, "loraplus_lr_ratio of the text encoders", low=0, high=1000
+    )
 
     # Network
     network_type: str = setting("LoRA", "type of adapter", choices=NETWORK_TYPES)
@@ -382,14 +413,25 @@ def check_name(name: str) -> None:
 
 def check_value(name: str, value: Any) -> Any:
     """``value`` converted to the type of the setting. Raises ConfigError with its limits.
-    Whole floats become ints."""
+    Whole floats become ints, and names and arguments of optimizers and schedules get one spelling."""
     check_name(name)
-    if name == "sample_prompts" and isinstance(value, list | tuple):
-        value = _lines(value)
-    found = check(name, value, SETTING_TYPES[name], SETTINGS[name])
+    found = check(name, spelled(name, value), SETTING_TYPES[name], SETTINGS[name])
     return float(found) if name in _FLOATS and found is not None else found
 
 
+def spelled(name: str, value: Any) -> Any:
+    """``value`` as this tool spells it: AdamW for adamw or torch.optim.AdamW, arguments as one text."""
+    if name == "sample_prompts" and isinstance(value, list | tuple):
+        return _lines(value)
+    return _SPELLED[name](value) if name in _SPELLED and value is not None else value
+
+
+_SPELLED: dict[str, Callable[[Any], Any]] = {
+    "optimizer_type": optimizers.canonical,
+    "lr_scheduler": schedules.canonical,
+    "optimizer_args": partial(arguments.canonical, "optimizer_args"),
+    "lr_scheduler_args": partial(arguments.canonical, "lr_scheduler_args"),
+}
 _FLOATS = frozenset(name for name, kind in SETTING_TYPES.items() if kind in (float, float | None))
 
 

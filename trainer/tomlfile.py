@@ -15,6 +15,8 @@ from trainer.errors import ConfigError
 from trainer.text import clean_text
 
 MAX_FILE_BYTES = 1 << 20
+# Settings whose value can be a table of key = value; every other table is a section.
+ARGUMENTS = ("optimizer_args", "lr_scheduler_args", "network_args")
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -55,7 +57,8 @@ def flat(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
 def _pairs(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
     pairs: list[tuple[str, Any]] = []
     for name, value in table.items():
-        pairs += _pairs(value) if isinstance(value, dict) else [(name, value)]
+        is_section = isinstance(value, dict) and name not in ARGUMENTS
+        pairs += _pairs(value) if is_section else [(name, value)]
     return pairs
 
 

@@ -14,6 +14,7 @@ from .config import study_name as study_name
 from .convergence import ConvergenceVerdict as ConvergenceVerdict
 from .families import families_from as families_from
 from .families import kind_of_base as kind_of_base
+from .firstsettings import counting_settings as counting_settings
 from .folder import IDENTITY as IDENTITY
 from .folder import RUNS as RUNS
 from .folder import STOP as STOP
@@ -23,7 +24,6 @@ from .folder import TrialFolder as TrialFolder
 from .folder import another_name as another_name
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
-from .formersettings import SETTINGS_THEN as SETTINGS_THEN
 from .learning import NothingLearned as NothingLearned
 from .learning import early_note as early_note
 from .learning import learning_lines as learning_lines

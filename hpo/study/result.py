@@ -14,8 +14,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from evaluation.score import CLIPPED, SIGNED, told_part
+from hpo.study.firstsettings import counting_settings
 from hpo.study.folder import TrialFolder, read_json
-from hpo.study.formersettings import SETTINGS_THEN
 from hpo.study.sections import FOLLOWING, LIKENESS, SCORE
 from trainer.config import TrainConfig
 from trainer.errors import MachineError
@@ -108,15 +108,9 @@ def infeasible_value(below_zero: str) -> float:
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that determine a LoRA, as read back from JSON.  Paths are excluded; contents are hashed. A setting
-    that was added since (``formersettings``) is left out at its default."""
-    usual = TrainConfig().as_dict()
-    kept = {
-        name: value
-        for name, value in settings.items()
-        if name not in PATHS and (name in SETTINGS_THEN or value != usual.get(name))
-    }
-    return json.loads(json.dumps(kept, sort_keys=True))
+    """The settings that determine a LoRA, as read back from JSON.  Paths are excluded; contents are hashed."""
+    found = {name: value for name, value in counting_settings(settings).items() if name not in PATHS}
+    return json.loads(json.dumps(found, sort_keys=True))
 
 
 def config_sha256(config: TrainConfig) -> str:

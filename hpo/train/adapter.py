@@ -38,6 +38,8 @@ class StepLog:
         if isinstance(event, Rehearsed):
             return
         values = {"event": type(event).__name__.lower(), **asdict(event), **more}
+        if not values.get("others", True):
+            del values["others"]
         values.pop("path", None)
         if self._fresh:
             first = values["steps"] + 1 if values["event"] == "finished" else values["step"]

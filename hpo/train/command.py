@@ -18,6 +18,7 @@ from hpo.study import origin_of
 from hpo.train import dryrun
 from hpo.train import plan as trainplan
 from hpo.train.samples import file_stem
+from trainer import optimizers
 from trainer.bases import FAMILIES, block_rates, families
 from trainer.config import TrainConfig
 from trainer.data import read_dataset_file
@@ -25,6 +26,7 @@ from trainer.errors import ConfigError
 from trainer.findings import Findings, piece
 from trainer.kohya import TrainFile, known_family, read_train_file
 from trainer.paths import user_path
+from trainer.schedules import CYCLIC
 from trainer.text import clean_text
 
 OUTPUT = Path("output")  # where LoRA files go if neither the command nor the file names a folder
@@ -103,6 +105,8 @@ def check(config: TrainConfig, family: str | None) -> None:
     """Raise for everything that can be refused before anything is loaded. ``family`` is None if unknown."""
     with piece():
         file_stem(config.output_name)
+    with piece():
+        optimizers.check_installed(config.optimizer_type)
     if family is not None:
         with piece():
             families.check(config, family, clean_text(config.pretrained_model_name_or_path))
@@ -144,11 +148,26 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "prior_loss_weight": (lambda c: bool(c.reg_data_dir or c.dataset_config), "reg_data_dir"),
     "conditioning_data_dir": (lambda c: c.masked_loss, "masked_loss"),
     "lr_scheduler_num_cycles": (
-        lambda c: c.lr_scheduler == "cosine_with_restarts",
-        "lr_scheduler = cosine_with_restarts",
+        lambda c: c.has_schedule(*CYCLIC),
+        "lr_scheduler = cosine_with_restarts, cosine_with_min_lr, warmup_stable_decay or one with restarts",
     ),
-    "lr_scheduler_power": (lambda c: c.lr_scheduler == "polynomial", "lr_scheduler = polynomial"),
-    "lr_warmup_steps": (lambda c: c.lr_scheduler != "constant", "another lr_scheduler than constant"),
+    "lr_scheduler_power": (lambda c: c.has_schedule("polynomial"), "lr_scheduler = polynomial"),
+    "lr_warmup_steps": (lambda c: c.warms_up, "another lr_scheduler or optimizer_type, which warms up"),
+    "lr_decay_steps": (lambda c: c.has_schedule("warmup_stable_decay"), "lr_scheduler = warmup_stable_decay"),
+    "lr_scheduler_timescale": (lambda c: c.has_schedule("inverse_sqrt"), "lr_scheduler = inverse_sqrt"),
+    "lr_scheduler_min_lr_ratio": (
+        lambda c: c.has_schedule("cosine_with_min_lr", "warmup_stable_decay"),
+        "lr_scheduler = cosine_with_min_lr or warmup_stable_decay",
+    ),
+    "lr_scheduler": (lambda c: c.has_schedule(c.lr_scheduler), "an optimizer_type that follows a schedule"),
+    "lr_scheduler_args": (
+        lambda c: c.has_schedule(c.lr_scheduler),
+        "an optimizer_type that follows a schedule",
+    ),
+    **{
+        name: (lambda c: c.network_type in ("LoRA", "LoCon", "DoRA"), "network_type = LoRA, LoCon or DoRA")
+        for name in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+    },
     "checkpoint_blocks": (lambda c: c.gradient_checkpointing, "gradient_checkpointing"),
     "cpu_offload_checkpointing": (lambda c: c.gradient_checkpointing, "gradient_checkpointing"),
     "text_encoder_frozen": (lambda c: c.trains_text_encoder, "text encoders that are trained"),

@@ -290,6 +290,7 @@ def _board(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> Any:
                 ("lr/unet", event.learning_rate),
                 ("lr/textencoder", event.text_encoder_lr),
                 ("grad_norm", event.grad_norm),
+                *event.others.items(),
             ):
                 writer.add_scalar(name, value, event.step)
         elif isinstance(event, Validated):

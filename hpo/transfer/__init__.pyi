@@ -1,6 +1,6 @@
 from .command import TransferRequest as TransferRequest
 from .command import run as run
-from .draft import RATE_FREE as RATE_FREE
+from .draft import finds_its_rate as finds_its_rate
 from .mapping import Transfer as Transfer
 from .plan import PLANNER as PLANNER
 from .plan import normalised as normalised

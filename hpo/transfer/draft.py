@@ -10,7 +10,7 @@ from hpo.transfer.plan import (
     TransferFinding,
 )
 from hpo.transfer.profile import PRESETS, Profile
-from trainer.config import SETTINGS, TrainConfig
+from trainer.config import OPTIMIZER_NAMES, SETTINGS, TrainConfig
 
 RATE_KEYS = ("learning_rate", "text_encoder_lr")
 
@@ -44,7 +44,7 @@ class Draft:
 
     @property
     def finds_its_rate(self) -> bool:
-        return self.source.optimizer_type in RATE_FREE
+        return finds_its_rate(self.source)
 
     @property
     def rate(self) -> float:
@@ -82,4 +82,9 @@ def length_of_draft(draft: Draft) -> dict[str, Any]:
     return {name: draft.values[name] for name in names}
 
 
-RATE_FREE = ("Prodigy",)  # adapts its rate itself, so learning_rate is kept (usually 1)
+# These adapt their rate themselves, so learning_rate is kept (usually 1).
+RATE_FREE = ("Prodigy", *(name for name in OPTIMIZER_NAMES if name.startswith("DAdapt")))
+
+
+def finds_its_rate(config: TrainConfig) -> bool:
+    return config.optimizer_type in RATE_FREE or config.has_relative_steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from hpo.transfer.draft import RATE_FREE, Change, Draft
+from hpo.transfer.draft import Change, Draft, finds_its_rate
 from hpo.transfer.plan import (
     TransferFinding,
     normalised,
@@ -164,7 +164,7 @@ def rate_remarks(config: TrainConfig, profile: Profile) -> Iterator[TransferFind
         elif limits.normalised_warn is not None and value > limits.normalised_warn:
             most = f"this warning appears above {limits.normalised_warn:g}"
             yield TransferFinding("warn", "learning_rate", f"{words}; {most}")
-    if config.optimizer_type in RATE_FREE or not text or not config.trains_text_encoder:
+    if finds_its_rate(config) or not text or not config.trains_text_encoder:
         return
     if rate > 0 and text < LOW_RATIO * rate:
         yield TransferFinding(

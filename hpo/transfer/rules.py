@@ -27,6 +27,7 @@ from trainer.checks import suggestion
 from trainer.config import TrainConfig
 from trainer.data import length_of
 from trainer.errors import ConfigError
+from trainer.optimizers import takes
 
 MAPPING_VERSION = "2"  # increase it when the result of a rule changes
 # The version that last changed a setting that short runs are trained with; target trials of earlier versions are void.
@@ -150,7 +151,8 @@ def kept(draft: Draft) -> Iterable[Change]:
 
 
 def eight_bit(draft: Draft) -> Iterator[Change]:
-    if draft.profile.optimizer.eight_bit and draft.values["optimizer_type"] == "AdamW":
+    is_adamw = draft.values["optimizer_type"] == "AdamW"
+    if draft.profile.optimizer.eight_bit and is_adamw and takes("AdamW8bit", draft.values["optimizer_args"]):
         yield Change(
             "optimizer_type",
             "AdamW8bit",

@@ -9,12 +9,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer import optimizers
 from trainer.config import TrainConfig
 from trainer.data import Dataset, batches_per_epoch, length_of, tag_frequency, warmup_steps
 from trainer.files import sha256_file
@@ -190,7 +190,8 @@ def network_args(config: TrainConfig) -> dict[str, object]:
         conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
         values |= {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
     rates = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
-    names = ("rank_dropout", "module_dropout", *rates)
+    plus = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+    names = ("rank_dropout", "module_dropout", *rates, *plus)
     return values | {name: getattr(config, name) for name in names if getattr(config, name)}
 
 
@@ -269,15 +270,11 @@ def _steps(text: str) -> dict[str, Any]:
 
 
 def _optimizer(text: str) -> dict[str, Any]:
-    """``bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1,betas=(0.9, 0.99))`` → its name and arguments."""
-    match = re.fullmatch(r"([\w.]+)(?:\((.*)\))?", text.strip(), re.DOTALL)
-    if match is None:
+    found = optimizers.read_written(text)
+    if found is None:
         return {}
-    arguments = re.findall(r"(\w+)=((?:\([^)]*\)|\[[^]]*\]|[^,()])+)", match[2] or "")
-    found: dict[str, Any] = {"optimizer_type": match[1].rpartition(".")[2]}
-    if arguments:
-        found["optimizer_args"] = [f"{name}={value.strip()}" for name, value in arguments]
-    return found
+    name, arguments = found
+    return {"optimizer_type": name} | ({"optimizer_args": arguments} if arguments else {})
 
 
 def _network_args(text: str) -> dict[str, Any]:
@@ -400,7 +397,14 @@ ENTRIES = (
         lambda text: {"max_train_epochs": _value(text)},
     ),
     Entry("ss_max_train_steps", None, lambda base, config: config.max_train_steps, _steps),
-    Entry("ss_optimizer", None, lambda base, config: config.optimizer_type, _optimizer),
+    Entry(
+        "ss_optimizer",
+        None,
+        lambda base, config: optimizers.written(
+            config.optimizer_type, config.optimizer_args, config.weight_decay
+        ),
+        _optimizer,
+    ),
     Entry(
         "ss_network_args",
         None,

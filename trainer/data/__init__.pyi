@@ -34,6 +34,7 @@ from .steps import Plan as Plan
 from .steps import batches_per_epoch as batches_per_epoch
 from .steps import length_of as length_of
 from .steps import plan as plan
+from .steps import steps_of as steps_of
 from .steps import total_steps as total_steps
 from .steps import warmup_steps as warmup_steps
 from .subsets import OWN_KEYS as OWN_KEYS

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from trainer import optimizers
 from trainer.bases import Base, families
 from trainer.compute import holds_fp8
 from trainer.config import TrainConfig
@@ -14,7 +15,8 @@ from trainer.errors import ConfigError
 
 
 def check(base: Base, config: TrainConfig) -> None:
-    """ConfigError if the base cannot do what the settings ask for."""
+    """ConfigError if the base cannot do what the settings ask for, MachineError if the optimizer is not installed."""
+    optimizers.check_installed(config.optimizer_type)
     families.check(config, base.family, base.name)
     layers = int(base.text_encoders[0].config.num_hidden_layers)
     families.check_clip_skip(config, base.family, base.name, layers)

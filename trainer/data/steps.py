@@ -48,8 +48,11 @@ def total_steps(config: TrainConfig, images: Dataset) -> int:
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Optimizer steps of warm-up: as given, or a share of all steps if below 1.  constant has none."""
-    if config.lr_scheduler == "constant":
-        return 0
-    given = config.lr_warmup_steps
+    """Optimizer steps of warm-up: as given, or a share of all steps if below 1.  constant has none, nor have
+    schedules and optimizers with their own."""
+    return steps_of(config.lr_warmup_steps, total_steps) if config.warms_up else 0
+
+
+def steps_of(given: float, total_steps: int) -> int:
+    """A number of steps, or a share of all steps if below 1."""
     return int(given * total_steps) if given < 1 else int(given)

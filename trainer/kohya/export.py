@@ -18,6 +18,7 @@ from trainer.config import SETTINGS, TrainConfig
 from trainer.data import OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
 from trainer.errors import ConfigError, MissingData
 from trainer.files import write_atomic
+from trainer.kohya.exportrates import exported_optimizer, exported_schedule
 from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
 from trainer.paths import is_prompt_text
 from trainer.text import clean_text
@@ -27,10 +28,7 @@ CONFIG, DATASET, COMMAND = "config.toml", "dataset.toml", "train.sh"
 _IN_DATASET = (*RUN_KEYS.values(), *OWN_KEYS, "train_data_dir", "dataset_config", "reg_data_dir")
 _IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts accepts them there only
 _OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
-_OPTIMIZER_ARGUMENTS = {
-    "Adafactor": ("scale_parameter=False", "relative_step=False", "warmup_init=False"),
-    "Prodigy": ("decouple=True", "use_bias_correction=False"),
-}
+_RATES = ("optimizer_args", "lr_scheduler", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps")
 _PATHS = ("sample_prompts", "logging_dir", "network_weights")
 # Settings that sd-scripts does not have → what differs without them.
 _MISSING = {
@@ -89,7 +87,7 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
     """Settings that have the same name in sd-scripts but a different default."""
     table: dict[str, Any] = {}
     for name, value in config.as_dict().items():
-        if name in _IN_DATASET or name in _OTHERWISE or name in OURS_ALONE or name.startswith("pretrained"):
+        if name in (*_IN_DATASET, *_OTHERWISE, *_RATES, *OURS_ALONE) or name.startswith("pretrained"):
             continue
         usual = KOHYA_DEFAULTS.get(name, getattr(TrainConfig(), name))
         if value not in (None, "") and (value != usual or name in ("output_name", "seed", "learning_rate")):
@@ -98,8 +96,6 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
                 continue
             is_path = name in _PATHS or (name == "vae" and Path(value).exists())
             table[name] = _full(value) if is_path else value
-    if config.lr_warmup_steps >= 1:  # with a decimal point, sd-scripts reads it as a fraction of all steps
-        table["lr_warmup_steps"] = int(config.lr_warmup_steps)
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16"
@@ -109,20 +105,12 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
         if config.max_train_steps is not None
         else {"max_train_epochs": config.max_train_epochs}
     )
-    arguments = [
-        f"weight_decay={config.weight_decay:g}",
-        *_OPTIMIZER_ARGUMENTS.get(config.optimizer_type, ()),
-    ]
-    if config.optimizer_type == "Prodigy":
-        arguments.append(
-            f"safeguard_warmup={config.lr_warmup_steps > 0 and config.lr_scheduler != 'constant'}"
-        )
     return {
         **table,
         **length,
         "mixed_precision": precision,
-        "optimizer_type": config.optimizer_type,
-        "optimizer_args": arguments,
+        **exported_optimizer(config, notes),
+        **exported_schedule(config, notes),
         "network_dim": config.network_dim,
         "network_alpha": config.network_alpha,
         "save_model_as": "safetensors",

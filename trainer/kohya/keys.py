@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config import SCHEDULER_NAMES, SETTINGS
+from trainer.config import SETTINGS
 from trainer.data import PIXELS_REFUSED
+from trainer.optimizers import OPTIMIZERS
 from trainer.settings import SETTING_TYPES
 
 # Defaults of sd-scripts that differ from ours.
@@ -36,7 +37,7 @@ KOHYA_DEFAULTS: dict[str, Any] = {
 # Settings without a default in sd-scripts: the base must be given, the others use our defaults.
 NO_KOHYA_DEFAULT = ("pretrained_model_name_or_path", "resolution", "seed")
 # Defaults of the optimizer libraries, which sd-scripts does not change.
-WEIGHT_DECAY = {"AdamW": 0.01, "AdamW8bit": 0.01, "Lion8bit": 0.0, "Adafactor": 0.0, "Prodigy": 0.0}
+WEIGHT_DECAY = {name: optimizer.weight_decay for name, optimizer in OPTIMIZERS.items()}
 
 WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "the latest state is always saved during a run; to resume: hpo resume, or the same command again": (
@@ -116,9 +117,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "cache_text_encoder_outputs_to_disk",
     ),
     "it only has an effect together with a refused setting": (
-        "lr_decay_steps",
-        "lr_scheduler_timescale",
-        "lr_scheduler_min_lr_ratio",
         "dataset_repeats",
         "base_weights_multiplier",
         "skip_until_initial_step",
@@ -151,7 +149,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     ),
 }
 
-LORA_PLUS = "lora_down and lora_up use the same learning rate (LoRA+ is not supported)"
 FROM_THE_START = (
     "training starts at the beginning; an interrupted run goes on by itself (hpo resume), and to go on from a LoRA "
     "set network_weights and the epochs that are left"
@@ -168,39 +165,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "base_weights": ((), "merge them into the base first"),
     "resume": ((), "a training state of sd-scripts cannot be resumed"),
-    "lr_scheduler_type": ((), "supported schedules: " + ", ".join(SCHEDULER_NAMES)),
-    "lr_scheduler_args": ((), "schedules have no other arguments"),
     "initial_epoch": ((0, 1), FROM_THE_START),
     "initial_step": ((0,), FROM_THE_START),
-    "loraplus_lr_ratio": ((0,), LORA_PLUS),
-    "loraplus_unet_lr_ratio": ((0,), LORA_PLUS),
-    "loraplus_text_encoder_lr_ratio": ((0,), LORA_PLUS),
-}
-
-# Optimizers that differ from ours only in where their state is stored.
-SAME_OPTIMIZER = {
-    "pagedadamw": "AdamW",
-    "pagedadamw8bit": "AdamW8bit",
-    "pagedlion8bit": "Lion8bit",
-    "torch.optim.adamw": "AdamW",
-    "torch.optim.adamw.adamw": "AdamW",
-    "bitsandbytes.optim.adamw8bit": "AdamW8bit",
-    "bitsandbytes.optim.pagedadamw8bit": "AdamW8bit",
-    "bitsandbytes.optim.lion8bit": "Lion8bit",
-    "bitsandbytes.optim.pagedlion8bit": "Lion8bit",
-}
-# optimizer_args that request what our optimizers always do.
-SAME_ARGUMENTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "AdamW": {"betas": ((0.9, 0.999),), "eps": (1e-8,)},
-    "AdamW8bit": {"betas": ((0.9, 0.999),), "eps": (1e-8,)},
-    "Lion8bit": {"betas": ((0.9, 0.99),)},
-    "Adafactor": {"scale_parameter": (False,), "relative_step": (False,), "warmup_init": (False,)},
-    "Prodigy": {
-        "decouple": (True,),
-        "betas": ((0.9, 0.999),),
-        "use_bias_correction": (False,),
-        "d_coef": (1,),
-    },
 }
 
 NO_EFFECT_REASON = {key: reason for reason, keys in WITHOUT_EFFECT.items() for key in keys}
@@ -210,7 +176,7 @@ TRANSLATED = frozenset(
         "caption_extention",
         "use_8bit_adam",
         "use_lion_optimizer",
-        "optimizer_args",
+        "lr_scheduler_type",
         "network_module",
         "network_args",
         "full_fp16",
@@ -232,6 +198,7 @@ ZERO_IS_UNSET = (
     "ip_noise_gamma",
     "v_pred_like_loss",
     "adaptive_noise_scale",
+    "lr_scheduler_timescale",
     "save_every_n_epochs",
     "save_every_n_steps",
     "save_last_n_epochs",
@@ -250,9 +217,14 @@ NETWORK_ARGUMENTS = (
     "up_lr_weight",
     "block_lr_zero_threshold",
     "factor",
+    "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
 )
 # LyCORIS' algo → our network_type.
 LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
+# network_args that GUIs also write beside it, where sd-scripts does not read them.
+LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 # Our settings that sd-scripts spells differently (in network_args and optimizer_args) or does not have.
 OURS_ALONE = frozenset(
     {
@@ -284,5 +256,9 @@ SWITCHES = frozenset(
     }
 )
 KNOWN_KEYS = (
-    (frozenset(SETTINGS) - OURS_ALONE) | frozenset(REFUSED) | frozenset(NO_EFFECT_REASON) | TRANSLATED
+    (frozenset(SETTINGS) - OURS_ALONE)
+    | frozenset(REFUSED)
+    | frozenset(NO_EFFECT_REASON)
+    | TRANSLATED
+    | frozenset(LORA_PLUS)
 )

@@ -1,16 +1,30 @@
-"""Translate sd-scripts' settings of learning rates, optimizer and schedule.
+"""Translate sd-scripts' settings of learning rates, the optimizer and its arguments.
 
-Does not own what an optimizer does (``trainer.loop.optim``).
+sd-scripts leaves out what it leaves to a library; where our usual arguments differ from the library's defaults
+(Adafactor, Prodigy), what the file means is added.  Does not own the table of optimizers (``trainer.optimizers``) or
+the schedule (``schedules``).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES
-from trainer.kohya.keys import KOHYA_DEFAULTS, SAME_ARGUMENTS, SAME_OPTIMIZER
-from trainer.kohya.reading import Reading, is_one_of, key_values
+from trainer import optimizers
+from trainer.arguments import as_text as arguments_text
+from trainer.arguments import parse
+from trainer.checks import suggestion
+from trainer.kohya.keys import KOHYA_DEFAULTS, LORA_PLUS
+from trainer.kohya.reading import Reading, is_one_of
+from trainer.optimizers import ONLY_SPEED, OPTIMIZER_NAMES, OPTIMIZERS
 from trainer.tomlfile import as_text
+
+# Optimizers that people use and that are not here, with what to use.
+_NOT_HERE = {
+    "prodigyplusschedulefree": "its versions 1.9 (of sd-scripts) and 2.0 give different updates; use Prodigy or "
+    "AdamWScheduleFree",
+}
+# Arguments of older versions of bitsandbytes, with what newer ones always do.
+_GONE: dict[str, tuple[Any, ...]] = {"block_wise": (True,), "percentile_clipping": (100,), "args": (None,)}
 
 
 def _rates(reading: Reading) -> None:
@@ -29,72 +43,123 @@ def _rates(reading: Reading) -> None:
         reading.say("network_train_text_encoder_only", True, "unet_lr = 0")
 
 
+def _loraplus(reading: Reading) -> None:
+    """Outside network_args sd-scripts does not read them."""
+    for name in LORA_PLUS:
+        if reading.take(name) not in (None, 0):
+            reading.without_effect.append(
+                f"{name}: belongs into network_args, where it would train lora_up at another rate (LoRA+); ignored "
+                "here as by sd-scripts"
+            )
+
+
 def _optimizer(reading: Reading) -> None:
-    name = reading.take("optimizer_type")
-    if reading.take("use_8bit_adam"):
-        name = "AdamW8bit"
-        reading.say("use_8bit_adam", True, "optimizer_type = AdamW8bit")
-    if reading.take("use_lion_optimizer"):
-        reading.refuse(
-            "use_lion_optimizer", True, "32-bit Lion is not supported; use optimizer_type = Lion8bit"
-        )
-    ours = KOHYA_DEFAULTS["optimizer_type"]
-    if name is not None:
-        exact = {known.lower(): known for known in OPTIMIZER_NAMES}
-        found = exact.get(str(name).lower()) or SAME_OPTIMIZER.get(str(name).lower())
-        if found is None:
-            reading.refuse("optimizer_type", name, "supported optimizers: " + ", ".join(OPTIMIZER_NAMES))
-        else:
-            ours = reading.given["optimizer_type"] = found
-            if found != name:
-                reading.say("optimizer_type", name, found)
-    _optimizer_arguments(reading, ours, key_values("optimizer_args", reading.take("optimizer_args")))
-
-
-def _optimizer_arguments(reading: Reading, optimizer: str, arguments: dict[str, Any]) -> None:
-    for name, value in arguments.items():
-        if name == "weight_decay":
-            reading.given["weight_decay"] = value
-            reading.say("optimizer_args weight_decay", value, f"weight_decay = {as_text(value)}")
-        elif optimizer == "Prodigy" and name == "safeguard_warmup":
-            _safeguard(reading, value)
-        elif not is_one_of(value, SAME_ARGUMENTS[optimizer].get(name, ())):
-            reading.refuse(f"optimizer_args {name}", value, f"this argument of {optimizer} cannot be changed")
-    if optimizer == "Adafactor" and "relative_step" not in arguments:
-        reading.refuse(
-            "optimizer_args relative_step",
-            True,
-            "Adafactor needs a fixed learning rate: add relative_step=False",
-        )
-    if optimizer == "Prodigy" and "safeguard_warmup" not in arguments:
-        _safeguard(reading, False)
-
-
-def _safeguard(reading: Reading, value: Any) -> None:
-    """Prodigy uses safeguard_warmup if there is a warm-up."""
-    warms_up = bool(reading.left.get("lr_warmup_steps"))
-    warms_up &= reading.left.get("lr_scheduler", KOHYA_DEFAULTS["lr_scheduler"]) != "constant"
-    if bool(value) != warms_up:
-        why = "true, because of the warm-up" if warms_up else "false, because there is no warm-up"
-        reading.say("optimizer_args safeguard_warmup", value, why)
-
-
-def _schedule(reading: Reading) -> None:
-    name = reading.take("lr_scheduler")
-    warmup, cycles = reading.left.get("lr_warmup_steps"), reading.left.get("lr_scheduler_num_cycles")
-    if isinstance(warmup, float) and warmup >= 1:
-        reading.take("lr_warmup_steps")
-        reason = "sd-scripts reads a number with a decimal point as a fraction of all steps; remove the point"
-        reading.refuse("lr_warmup_steps", warmup, reason)
-    if cycles == 0 and not isinstance(cycles, bool) and name != "cosine_with_restarts":
-        reading.take("lr_scheduler_num_cycles")
-        reading.without_effect.append("lr_scheduler_num_cycles: only used by cosine_with_restarts")
+    name = _optimizer_name(reading)
+    values = arguments_of(reading, "optimizer_args")
     if name is None:
         return
-    if name in SCHEDULER_NAMES:
-        reading.given["lr_scheduler"] = name
-    else:
-        reading.refuse("lr_scheduler", name, "supported schedules: " + ", ".join(SCHEDULER_NAMES))
+    if "weight_decay" in values:
+        decay = values.pop("weight_decay")
+        reading.given["weight_decay"] = decay
+        reading.say("optimizer_args weight_decay", decay, f"weight_decay = {as_text(decay)}")
+    values = _without_gone(reading, name, values)
+    sound, wrong = optimizers.check(name, arguments_text(values))
+    for argument, value, reason in wrong:
+        reading.refuse(f"optimizer_args {argument}", value, reason, stands_for="optimizer_args")
+    if name == "Adafactor":
+        _adafactor(reading, sound)
+    kept = {**_as_in_sd_scripts(name, reading), **sound}
+    usual = {argument: rule.default for argument, rule in OPTIMIZERS[name].arguments.items()}
+    usual |= OPTIMIZERS[name].ours
+    if name == "Prodigy":
+        usual["safeguard_warmup"] = _warms_up(reading)
+    for argument, value in list(kept.items()):
+        if value == usual[argument]:
+            del kept[argument]
+            if argument in sound:
+                reading.say(f"optimizer_args {argument}", value, f"the same as without it in {name}")
+        elif argument not in sound:
+            reading.say(f"optimizer_args {argument}", "not given", f"{as_text(value)}, as sd-scripts does")
+    if kept:
+        reading.given["optimizer_args"] = arguments_text(kept)
 
 
-TRANSLATIONS = (_rates, _optimizer, _schedule)
+def _optimizer_name(reading: Reading) -> str | None:
+    """Our name of the optimizer, given or usual; None if there is none like it here."""
+    name = reading.take("optimizer_type")
+    decided = optimizers.named(reading.decided.get("optimizer_type"))
+    for flag, meant in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
+        if reading.take(flag):
+            name = meant
+            reading.say(flag, True, f"optimizer_type = {meant}")
+    if name is None or decided is not None:
+        return decided or str(KOHYA_DEFAULTS["optimizer_type"])
+    found = optimizers.named(name)
+    if found is None:
+        last = str(name).rpartition(".")[2]
+        supported = "supported optimizers: " + ", ".join(OPTIMIZER_NAMES)
+        reason = _NOT_HERE.get(last.lower()) or suggestion(last, OPTIMIZER_NAMES) or supported
+        reading.refuse("optimizer_type", name, reason, stands_for="optimizer_type")
+        return None
+    reading.given["optimizer_type"] = found
+    if found != name:
+        reading.say("optimizer_type", name, found)
+    return found
+
+
+def arguments_of(reading: Reading, name: str) -> dict[str, Any]:
+    """Take a key with arguments; of the same argument twice, the later counts, and that is said."""
+    found = parse(name, reading.take(name))
+    for argument, earlier in found.repeated:
+        later = found.values[argument]
+        reading.say(
+            f"{name} {argument}", earlier, f"{as_text(later)}: the later value counts, as in sd-scripts"
+        )
+    return dict(found.values)
+
+
+def _without_gone(reading: Reading, name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without those that change no result."""
+    left = dict(values)
+    for argument, value in values.items():
+        is_speed = argument in ONLY_SPEED and argument not in OPTIMIZERS[name].arguments
+        if is_speed or (argument in _GONE and is_one_of(value, _GONE[argument])):
+            del left[argument]
+            reading.without_effect.append(f"optimizer_args {argument}: it changes speed, not the result")
+    return left
+
+
+def _as_in_sd_scripts(name: str, reading: Reading) -> dict[str, Any]:
+    """What sd-scripts runs with where the file says nothing, if it is not what this tool usually does."""
+    if name == "Adafactor":
+        arguments = OPTIMIZERS[name].arguments
+        return {key: arguments[key].default for key in ("scale_parameter", "relative_step", "warmup_init")}
+    if name == "Prodigy":
+        return {"safeguard_warmup": False}
+    return {}
+
+
+def _adafactor(reading: Reading, values: dict[str, Any]) -> None:
+    """Relative steps are sd-scripts' default, and warmup_init turns them on."""
+    if values.get("warmup_init") and not values.get("relative_step", True):
+        values["relative_step"] = True
+        reading.say("optimizer_args relative_step", False, "True, because of warmup_init, as sd-scripts does")
+    if values.get("relative_step", True):
+        reading.given["lr_scheduler"] = "adafactor"
+        reading.say(
+            "optimizer_type",
+            "Adafactor",
+            "it chooses its rate itself (relative_step=True); learning rates and the schedule have no effect, as in "
+            "sd-scripts",
+        )
+
+
+def _warms_up(reading: Reading) -> bool:
+    """Whether Prodigy gets safeguard_warmup here if it is not set."""
+    schedule = reading.left.get("lr_scheduler_type") or reading.known(
+        "lr_scheduler", KOHYA_DEFAULTS["lr_scheduler"]
+    )
+    return bool(reading.known("lr_warmup_steps")) and schedule != "constant"
+
+
+TRANSLATIONS = (_rates, _loraplus, _optimizer)

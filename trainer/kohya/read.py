@@ -18,10 +18,11 @@ from trainer.checks import check_known
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 from trainer.findings import piece
-from trainer.kohya import general, networks, optimizers
+from trainer.kohya import general, networks, optimizers, schedules
 from trainer.kohya.keys import KNOWN_KEYS, KOHYA_DEFAULTS, NO_EFFECT_REASON, REFUSED, WEIGHT_DECAY
 from trainer.kohya.reading import Reading, is_one_of
 from trainer.kohya.sections import join
+from trainer.settings import spelled
 from trainer.text import clean_text
 from trainer.tomlfile import flat, read_table
 
@@ -97,7 +98,12 @@ def is_kohya(settings: Iterable[str]) -> bool:
     return any(name in KNOWN_KEYS and name not in SETTINGS for name in settings)
 
 
-TRANSLATIONS = (*general.TRANSLATIONS, *optimizers.TRANSLATIONS, *networks.TRANSLATIONS)
+TRANSLATIONS = (
+    *general.TRANSLATIONS,
+    *optimizers.TRANSLATIONS,
+    *schedules.TRANSLATIONS,
+    *networks.TRANSLATIONS,
+)
 
 
 def _translated(reading: Reading, ours: Mapping[str, Any]) -> KohyaFile:
@@ -106,10 +112,9 @@ def _translated(reading: Reading, ours: Mapping[str, Any]) -> KohyaFile:
             translate(reading)
     _rest(reading)
     values = {**TrainConfig().as_dict(), **KOHYA_DEFAULTS}
-    values["weight_decay"] = WEIGHT_DECAY[
-        reading.given.get("optimizer_type", KOHYA_DEFAULTS["optimizer_type"])
-    ]
     given = {**reading.given, **ours}
+    optimizer = spelled("optimizer_type", given.get("optimizer_type", KOHYA_DEFAULTS["optimizer_type"]))
+    values["weight_decay"] = WEIGHT_DECAY.get(optimizer, values["weight_decay"])
     config = TrainConfig.of({**values, **given})
     return KohyaFile(
         reading.path,

@@ -4,12 +4,11 @@ for the user. Each group of keys has a module of its own that takes its keys fro
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ConfigError
+from trainer.arguments import parse
 from trainer.kohya.keys import KNOWN_KEYS, REFUSED, SWITCHES
 from trainer.kohya.unknown import meaning
 from trainer.tomlfile import as_text
@@ -24,10 +23,10 @@ class Reading:
         path: Path,
         table: Mapping[str, Any],
         sections: Mapping[str, str] | None = None,
-        decided: Collection[str] = (),
+        decided: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
-        self.decided = decided
+        self.decided = decided or {}
         self.given: dict[str, Any] = {}
         self.translated: list[str] = []
         self.without_effect: list[str] = []
@@ -41,6 +40,13 @@ class Reading:
                 self.unknown.append(meaning(name, value, (sections or {}).get(name, "")))
             elif (asked := self._asked(name, value)) is not None:
                 self.left[name] = asked
+
+    def known(self, name: str, usual: Any = None) -> Any:
+        """The value of a setting as far as it is known: by ``--set``, then by a translation, then in the file."""
+        for values in (self.decided, self.given, self.left):
+            if values.get(name) is not None:
+                return values[name]
+        return usual
 
     def take(self, name: str) -> Any:
         """The value of a key, which no other translation sees any more; None if it is not set."""
@@ -84,24 +90,8 @@ class Reading:
 
 
 def key_values(name: str, value: Any) -> dict[str, Any]:
-    """Parse ``["key=value", …]`` of optimizer_args and network_args; values are Python literals."""
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        value = value.split()
-    if not isinstance(value, list) or not all(isinstance(entry, str) and "=" in entry for entry in value):
-        raise ConfigError(
-            f"{name} = {as_text(value)} is not a list of key=value", f'write {name} = ["key=value"]'
-        )
-    return {key.strip(): literal(text.strip()) for key, _, text in (entry.partition("=") for entry in value)}
-
-
-def literal(text: str) -> Any:
-    """A Python literal, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+    """The arguments of network_args; values are Python literals."""
+    return dict(parse(name, value).values)
 
 
 def is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:

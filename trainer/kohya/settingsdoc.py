@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trainer.arguments import Argument
+from trainer.arguments import as_text as arguments_text
 from trainer.checks import Rule
 from trainer.config import SETTINGS, TrainConfig
 from trainer.data import subsets
 from trainer.kohya import keys as kohyakeys
+from trainer.optimizers import OPTIMIZERS
+from trainer.schedules import SCHEDULES
 
 # Title → first setting of the section, in the order of TrainConfig.
 SECTIONS = {
@@ -41,6 +45,45 @@ sd-scripts has no default for the base, `resolution` and `seed`: the base must b
 default of this tool. `hpo train FILE --dry-run` shows all values and where they come from.
 
 Precedence, highest first: `--base`, `--data` and `--set`; the dataset file; the file; the defaults.
+"""
+OPTIMIZERS_HEAD = """## Optimizers
+
+`optimizer_type` takes these names in any case, and the full class names of the libraries as sd-scripts does
+(`torch.optim.AdamW`, `lion_pytorch.Lion`, `schedulefree.AdamWScheduleFree` …). Nothing else is imported. sd-scripts
+uses the same libraries, so a file gives the same updates. dadaptation and came-pytorch are not installed by default:
+`pip install dadaptation came-pytorch`.
+
+`optimizer_args` is written as in sd-scripts, `["betas=(0.9, 0.99)", "eps=1e-6"]`, or as one text,
+`"betas=(0.9, 0.99) eps=1e-6"`. `weight_decay` is a setting of its own here; a file of sd-scripts has it in
+`optimizer_args`. Arguments in the table have the defaults of the library. Where this tool uses others, they are listed
+under *set here*; a file of sd-scripts gets those of the library.
+
+"""
+OPTIMIZERS_END = """
+* *One rate*: U-Net, text encoders, blocks and lora_up must have the same learning rate or 0. The library ends the
+  training otherwise.
+* *No schedule*: the optimizer averages the weights instead (arXiv 2405.15682). `lr_scheduler` and `lr_warmup_steps`
+  have no effect. Saved files, sample images and the validation loss use the averaged weights.
+* Adafactor with `relative_step=True`, the default of sd-scripts, chooses its rate itself: learning rates above 0 and
+  `lr_scheduler` have no effect.
+* Prodigy: `safeguard_warmup` is True here if there is a warm-up, unless it is set.
+* Paged optimizers keep their state in memory that CUDA can move to RAM. Updates are the same as without.
+* LoRA+ (`loraplus_lr_ratio`, usually 16): lora_up is trained at a multiple of the rate. It has no effect on LoHa and
+  LoKr, which have no lora_up. 1 and 0 turn it off.
+
+"""
+SCHEDULES_HEAD = """## Schedules
+
+`lr_scheduler` takes these names. A file of sd-scripts may have the class in `lr_scheduler_type`, as
+`torch.optim.lr_scheduler.StepLR` or `LoraEasyCustomOptimizer.RexAnnealingWarmRestarts.RexAnnealingWarmRestarts`. The
+rate of a step depends on its number only, so a resumed run has the rates of an uninterrupted one.
+
+"""
+SCHEDULES_END = """
+`polynomial` ends at 1e-7 for the network with the highest rate, or at `lr_end` / `learning_rate` of each rate if
+`lr_end` is set. sd-scripts always does the latter, with 1e-7, so a file of sd-scripts gets `lr_end=1e-07` where it
+makes a difference. Without `first_cycle_max_steps`, a cycle has all steps / `lr_scheduler_num_cycles`.
+
 """
 RULES = """## sd-scripts' other keys
 
@@ -94,6 +137,8 @@ def page() -> str:
     for title, start, end in zip(SECTIONS, starts, [*starts[1:], len(names)], strict=True):
         parts.append(f"## {title}\n")
         parts.append(_table(_HEADER, (_row(name) for name in names[start:end])))
+    parts += [OPTIMIZERS_HEAD + _optimizer_table() + OPTIMIZERS_END]
+    parts += [SCHEDULES_HEAD + _schedule_table() + SCHEDULES_END]
     parts += [RULES, _kohya_table()]
     parts += [DATASET_FORM, _dataset_table(), SAMPLES]
     return "\n".join(parts)
@@ -140,6 +185,43 @@ def _kohya_table() -> str:
     rows += [(f"`{name}`", "translated", "shown when the file is read") for name in kohyakeys.TRANSLATED]
     rows += [(f"`{name}`", "without effect", reason) for name, reason in kohyakeys.NO_EFFECT_REASON.items()]
     return _table(("key", "handling", "details"), sorted(rows))
+
+
+def _optimizer_table() -> str:
+    rows = []
+    for name, optimizer in OPTIMIZERS.items():
+        ours = {key: value for key, value in optimizer.ours.items() if key in optimizer.arguments}
+        ours = {key: value for key, value in ours.items() if value != optimizer.arguments[key].default}
+        notes = ["one rate"] * optimizer.one_rate + ["no schedule"] * optimizer.is_schedule_free
+        rows.append(
+            (
+                f"`{name}`",
+                optimizer.full_name,
+                _arguments(optimizer.arguments),
+                arguments_text(ours),
+                f"{optimizer.weight_decay:g}",
+                ", ".join(notes),
+            )
+        )
+    return _table(("optimizer", "class", "arguments", "set here", "weight decay in sd-scripts", ""), rows)
+
+
+def _schedule_table() -> str:
+    rows = (
+        (f"`{name}`", _arguments(schedule.arguments), "yes" if schedule.warms_up else "no", schedule.where)
+        for name, schedule in SCHEDULES.items()
+    )
+    return _table(
+        ("lr_scheduler", "lr_scheduler_args", "lr_warmup_steps", "lr_scheduler_type in sd-scripts"), rows
+    )
+
+
+def _arguments(table: Mapping[str, Argument]) -> str:
+    return ", ".join(
+        f"{name} (needed)" if argument.is_needed else f"{name}={argument.default!r}"
+        for name, argument in table.items()
+        if not argument.choices or len(argument.choices) > 1
+    )
 
 
 def _dataset_table() -> str:

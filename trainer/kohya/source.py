@@ -19,7 +19,7 @@ from trainer.errors import ConfigError, ModelFileError
 from trainer.findings import piece
 from trainer.kohya.read import is_kohya, known_only
 from trainer.kohya.sections import join
-from trainer.paths import user_path
+from trainer.paths import is_prompt_text, user_path
 from trainer.text import clean_text
 from trainer.tomlfile import flat, read_table
 
@@ -27,7 +27,6 @@ RUN_CONFIG = "config.json"  # the settings in a run's folder
 OUTPUT = "output_dir"
 SAVED = "saved settings"
 ITS_BASE = "its base was"
-PROMPT_FILES = (".txt", ".toml", ".json")
 # Settings that are paths, or may be one (a base can be a short name).
 PATHS = frozenset(
     {
@@ -70,7 +69,7 @@ def path_of(name: str, value: Any) -> Any:
     """The value of a setting; a path that the user wrote is read as one."""
     if name not in PATHS or not isinstance(value, str) or not value:
         return value
-    if name == "sample_prompts" and not value.strip().lower().endswith(PROMPT_FILES):
+    if name == "sample_prompts" and is_prompt_text(value):
         return value
     return user_path(value, name)
 

@@ -21,6 +21,7 @@ from trainer.kohya.read import from_kohya, require_none_refused
 from trainer.kohya.source import ITS_BASE, SAVED, Source, open_source, path_of
 from trainer.kohya.source import RUN_CONFIG as RUN_CONFIG
 from trainer.overrides import read_override, read_setting
+from trainer.paths import is_prompt_text
 from trainer.text import clean_text
 from trainer.tomlfile import as_text
 

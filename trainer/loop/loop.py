@@ -69,7 +69,7 @@ def train(
         stepper.park()
         for epoch, group in _remaining(config, prepared, length, progress.step):
             started = time.perf_counter()
-            rates = optim.set_rate(stepper.optimizer, optim.rate(config, length.total_steps, progress.step))
+            rates = optim.set_rates_of_step(stepper.optimizer, config, length.total_steps, progress.step)
             try:
                 with out_of_memory_named(config):
                     outcome = stepper.step(group, epoch, progress.step)
@@ -79,7 +79,8 @@ def train(
                 raise
             progress = _advance(progress, outcome)
             saves.after(outcome)
-            yield _event(length, progress.step, rates, outcome, time.perf_counter() - started)
+            others = optim.other_rates(stepper.optimizer, rates)
+            yield _event(length, progress.step, rates, others, outcome, time.perf_counter() - started)
             if how.validate_on is not None and how.ranks.is_first and _ends_epoch(length, progress.step):
                 yield Validated(progress.step, epoch + 1, stepper.validate(how.validate_on))
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -208,7 +209,12 @@ def _remaining(
 
 
 def _event(
-    length: Plan, step: int, rates: Mapping[str, float], outcome: StepOutcome, seconds: float
+    length: Plan,
+    step: int,
+    rates: Mapping[str, float],
+    others: Mapping[str, float],
+    outcome: StepOutcome,
+    seconds: float,
 ) -> Event:
     if outcome.skipped:
         return Skipped(step, outcome.skipped)
@@ -222,12 +228,17 @@ def _event(
         text_encoder_lr=_highest(rates, "text_encoder"),
         grad_norm=outcome.grad_norm,
         seconds=seconds,
+        others=others,
     )
 
 
 def _highest(rates: Mapping[str, float], component: str) -> float:
-    """The rate of a component; of several groups (block rates, two text encoders) the highest."""
-    return max((rate for name, rate in rates.items() if name.startswith(component)), default=0.0)
+    """The rate of a component; of several groups (block rates, two text encoders) the highest. Without those of
+    LoRA+: its lora_up have a multiple of it."""
+    found = (
+        rate for name, rate in rates.items() if name.startswith(component) and not name.endswith(optim.PLUS)
+    )
+    return max(found, default=0.0)
 
 
 def _ends_epoch(length: Plan, step: int) -> bool:

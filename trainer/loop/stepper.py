@@ -124,12 +124,14 @@ class Stepper:
         the batch is split."""
         self.is_untouched = True
         self.now = replace(self.now, step=step)
-        with self.ranks.agreed(self.base.device):
-            loss_sum = self._gradients(group, epoch, step)
-        self.ranks.sum_(loss_sum)
-        self.ranks.sum_gradients_(self.weights)
-        with self.ranks.agreed(self.base.device):
-            outcome = self._make_update(loss_sum, step)
+        draw = keyed_generator(self.config.seed, step, "averaging", device=self.base.device)
+        with optim.in_training(self.optimizer, self.weights, draw):
+            with self.ranks.agreed(self.base.device):
+                loss_sum = self._gradients(group, epoch, step)
+            self.ranks.sum_(loss_sum)
+            self.ranks.sum_gradients_(self.weights)
+            with self.ranks.agreed(self.base.device):
+                outcome = self._make_update(loss_sum, step)
         return outcome
 
     def _make_update(self, loss_sum: Tensor, step: int) -> StepOutcome:

@@ -20,13 +20,12 @@ from trainer.config import TrainConfig
 from trainer.errors import MissingModel
 from trainer.memory import store
 from trainer.memory.replay import Held, Peak, replay
+from trainer.memory.states import optimizer_bytes as optimizer_bytes
 from trainer.memory.traces import CONV_DIM, DIM, Trace, as_table, from_table
 from trainer.oom import CUDA_CONTEXT_BYTES
 
 # PyTorch's cuBLAS workspace: :4096:2:16:8 (PyTorch docs, CUDA semantics); 32 MiB on Hopper, the value used here.
 CUBLAS_BYTES = 32 * 2**20
-MIN_8BIT_ELEMENTS = 4096  # bitsandbytes' min_8bit_size: smaller tensors keep 32-bit state
-BLOCK_ELEMENTS = 256  # block size of bitsandbytes' blockwise state: one fp32 maximum per block
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
     adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
     updated = [shape for shape, is_updated in shapes if is_updated]
-    state = [optimizer_bytes(config.optimizer_type, shape) for shape in updated]
+    state = [optimizer_bytes(config.optimizer_type, shape, config.optimizer_args) for shape in updated]
     update = [4 * _count(shape) for shape in updated] if config.full_bf16 else []
     if config.cpu_offload:
         state, update = [], [*update, *state]
@@ -124,7 +123,8 @@ def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
     bucket = (config.resolution, config.resolution)
     settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
     found = _trace(facts, settings, bucket, is_full=True)
-    state = [optimizer_bytes(config.optimizer_type, shape) for shape, _ in found.shapes]
+    kind, arguments = config.optimizer_type, config.optimizer_args
+    state = [optimizer_bytes(kind, shape, arguments) for shape, _ in found.shapes]
     weights = {"unet": 4 * sum(_count(shape) for shape, _ in found.shapes)}
     held = Held(weights, [], state, [], accumulates(config))
     return _footprint(replay(found, (1, 1), held), held, bucket, config.images_at_once)
@@ -189,25 +189,6 @@ def tensors_question(facts: BaseFacts) -> dict[str, Any]:
 def fresh_tensors(facts: BaseFacts) -> Any:
     """The shapes of a base's tensors, found now."""
     return _loaded_networks().tensor_shapes(facts)
-
-
-def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...]) -> int:
-    """Bytes of the optimizer state for one trained tensor. The optimizer uses fp32 weights, also with full_bf16."""
-    count = _count(shape)
-    blocks = -(-count // BLOCK_ELEMENTS)
-    small = count < MIN_8BIT_ELEMENTS
-    match optimizer_type:
-        case "AdamW8bit":
-            return 2 * (4 * count if small else count + 4 * blocks)
-        case "Lion8bit":
-            return 4 * count if small else count + 4 * blocks
-        case "Adafactor":
-            if len(shape) < 2:
-                return 4 * count
-            return 4 * (_count(shape[:-1]) + _count((*shape[:-2], shape[-1])))
-        case "Prodigy":  # two moments, s and the starting point
-            return 16 * count
-    return 8 * count
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer import optimizers
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory.footprint import BaseFacts, Footprint, predict, text_encoders_stay
@@ -77,9 +78,10 @@ def _bf16(config: TrainConfig, facts: BaseFacts) -> Candidates:
 
 
 def _eight_bit(config: TrainConfig, facts: BaseFacts) -> Candidates:
-    if config.optimizer_type in EIGHT_BIT:
+    smaller = EIGHT_BIT.get(config.optimizer_type)
+    if smaller is not None and optimizers.takes(smaller, config.optimizer_args):
         yield (
-            {"optimizer_type": EIGHT_BIT[config.optimizer_type]},
+            {"optimizer_type": smaller},
             "a quarter of the optimizer state, same speed",
         )
 

@@ -14,6 +14,7 @@ from hpo.study.space.space import Parameter, Space
 from trainer.checks import Rule, check, suggestion
 from trainer.config import SETTINGS, ZERO_IS_UNSET, check_value
 from trainer.errors import ConfigError
+from trainer.settings import spelled
 
 STEP = Rule("remove it to allow any value", low=0, low_is_excluded=True)
 
@@ -49,6 +50,8 @@ def _read_parameter(name: str, body: Any) -> Parameter:
 
 def _read_choice(name: str, body: Values) -> Choice:
     options = body["choices"]
+    if isinstance(options, list) and name in ("optimizer_type", "lr_scheduler"):
+        options = [spelled(name, option) for option in options]
     numbers = [key for key in ("low", "high", "log", "step") if key in body]
     if numbers:
         raise ConfigError(f"{name} has choices and {numbers[0]}", "use either choices or a range")

@@ -19,11 +19,11 @@ from evaluation.prompts import STYLE
 from hpo.study import (
     CHARACTER,
     NEUTRAL_SETTINGS,
-    SETTINGS_THEN,
     SOURCE_STUDY,
     STYLE_PRESET,
     Inputs,
     StudyFolder,
+    counting_settings,
     read_json,
 )
 from hpo.terminal import say
@@ -78,17 +78,9 @@ def identity(done: Transfer) -> str:
 
 
 def identities(done: Transfer) -> tuple[str, str]:
-    """The identity, and its former form: with all settings of that time but the names of files and those for saving.
-
-    A setting that was added since counts only if it has another value than its default.
-    """
-    usual = TrainConfig().as_dict()
-    former = {
-        name: value
-        for name, value in done.plan.config.as_dict().items()
-        if name not in NAMES and (name in SETTINGS_THEN or value != usual[name])
-    }
-    return identity(done), _hash(former)
+    """The identity, and its former form: with all settings but the names of files and those for saving."""
+    settings = counting_settings(done.plan.config.as_dict())
+    return identity(done), _hash({k: v for k, v in settings.items() if k not in NAMES})
 
 
 def _hash(settings: Mapping[str, Any]) -> str:

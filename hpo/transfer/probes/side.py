@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo.study import ELSEWHERE, NOT_SEARCHABLE, StudyConfig, build_study
-from hpo.transfer import ADAM, MOST_WARMUP, RATE_FREE, ProfileLimits, normalised, updates_of
+from hpo.transfer import ADAM, MOST_WARMUP, ProfileLimits, finds_its_rate, normalised, updates_of
 from hpo.transfer.probes.design import TRANSFERRED, Probe, Scope
 from trainer.config import SETTINGS, ZERO_IS_UNSET, TrainConfig
 from trainer.errors import ConfigError
@@ -113,7 +113,7 @@ def make_side(
     """Make the side for one base.  Candidates that do not fit into a common search space are left out."""
     own = whole[TRANSFERRED]
     for config in whole.values():
-        if config.optimizer_type in RATE_FREE:
+        if finds_its_rate(config):
             raise ConfigError(
                 f"{config.optimizer_type} adapts its learning rate itself, so trying other rates has no effect",
                 "run without --trials; compare LoRA files with hpo evaluate",

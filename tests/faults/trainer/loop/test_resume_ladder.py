@@ -86,3 +86,34 @@ def test_a_run_killed_four_times_ends_as_the_run_that_was_never_killed(tmp_path)
     for k in (1, 2, 4, 5):
         assert attempt(run, config, tmp_path / "killed", k) == -signal.SIGKILL
     assert run(config, tmp_path / "killed")[1] == weights
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, more",
+    [
+        (
+            "RAdamScheduleFree",
+            "betas=(0.9, 0.5)",
+            {},
+        ),  # a small second beta: it moves from the second step on
+        ("AdamWScheduleFree", "", {"full_bf16": True, "mixed_precision": "bf16"}),
+        ("Prodigy", "d_coef=2.0 safeguard_warmup=True", {"learning_rate": 1.0}),
+        ("DAdaptAdam", "decouple=True", {"learning_rate": 1.0}),
+        ("Adafactor", "relative_step=True scale_parameter=True", {}),
+        ("CAME", "", {"loraplus_lr_ratio": 4.0}),
+        (
+            "AdamW",
+            "betas=(0.9, 0.99)",
+            {"lr_scheduler": "RexAnnealingWarmRestarts", "lr_scheduler_args": "gamma=0.9"},
+        ),
+    ],
+)
+def test_every_kind_of_optimizer_state_survives_a_kill(kind, arguments, more, tmp_path):
+    config = settings("LoRA").with_values({"optimizer_type": kind, "optimizer_args": arguments, **more})
+    whole, weights = run(config, tmp_path / "whole")
+    assert len({event[2] for event in whole if isinstance(event, tuple)}) == STEPS
+    for k in (2, 4):
+        assert attempt(run, config, tmp_path / "killed", k) == -signal.SIGKILL
+    rest, resumed = run(config, tmp_path / "killed")
+    assert resumed == weights
+    assert rest == whole[len(whole) - len(rest) :]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.config import TrainConfig
-from trainer.loop.optim import OPTIMIZERS
+from trainer.loop.optimizers import make
 
 STEPS = 60
 
@@ -45,13 +45,13 @@ def curve(make, width):
 @pytest.mark.parametrize(
     "name, reference",
     [
-        ("AdamW8bit", lambda groups: OPTIMIZERS["AdamW"](groups, TrainConfig(weight_decay=0.01))),
+        ("AdamW8bit", lambda groups: make(groups, TrainConfig(optimizer_type="AdamW", weight_decay=0.01))),
         ("Lion8bit", lambda groups: Lion(groups, 2e-2, 0.01)),
     ],
 )
 def test_an_8_bit_optimizers_curve_is_its_32_bit_ones(name, reference):
     config = TrainConfig(optimizer_type=name, weight_decay=0.01)
-    losses, weight, optimizer = curve(lambda groups: OPTIMIZERS[name](groups, config), 64)
+    losses, weight, optimizer = curve(lambda groups: make(groups, config), 64)
     quantized = [t for t in optimizer.state[optimizer.param_groups[0]["params"][0]].values()]
     assert any(torch.is_tensor(t) and t.dtype == torch.uint8 for t in quantized), "nothing was quantized"
     expected, exact, _ = curve(reference, 64)
@@ -64,8 +64,8 @@ def test_an_8_bit_optimizers_curve_is_its_32_bit_ones(name, reference):
 def test_small_tensors_are_not_quantized():
     """Makes the test above meaningful: below 4,096 elements, the state stays 32-bit."""
     config = TrainConfig(optimizer_type="AdamW8bit", weight_decay=0.01)
-    _, weight, optimizer = curve(lambda groups: OPTIMIZERS["AdamW8bit"](groups, config), 32)
+    _, weight, optimizer = curve(lambda groups: make(groups, config), 32)
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     assert not any(torch.is_tensor(t) and t.dtype == torch.uint8 for t in state.values())
-    _, exact, _ = curve(lambda groups: OPTIMIZERS["AdamW"](groups, config), 32)
+    _, exact, _ = curve(lambda groups: make(groups, config.with_values({"optimizer_type": "AdamW"})), 32)
     torch.testing.assert_close(weight, exact, rtol=1e-4, atol=1e-5)

@@ -171,9 +171,13 @@ def test_what_was_suggested_is_what_ran(tmp_path: Path, monkeypatch: pytest.Monk
     study = build_study("tiny", STUDY | parts)
     bench = tiny_bench(tmp_path / "study", draw_images(tmp_path / "data"), study)
     made: list[str] = []
-    for name, make in optim.OPTIMIZERS.items():
-        noting = lambda *given, name=name, make=make: (made.append(name), make(*given))[1]  # noqa: E731
-        monkeypatch.setitem(optim.OPTIMIZERS, name, noting)
+    make = optim.make
+
+    def noting(groups: list[dict[str, Any]], config: TrainConfig) -> Any:
+        made.append(config.optimizer_type)
+        return make(groups, config)
+
+    monkeypatch.setattr(optim, "make", noting)
     make_search(bench, SearchLimits(4), Recorder()).run()
     found = open_study(bench.folder).get_trials(deepcopy=False)
     assert len({(t.params["optimizer_type"], t.params["gradient_accumulation_steps"]) for t in found}) >= 3

@@ -199,3 +199,22 @@ def test_a_place_and_its_value_are_each_others_inverse(place: float) -> None:
 def test_a_choice_tells_true_from_one() -> None:
     assert Choice((True, False)).holds(True)
     assert not Choice((True, False)).holds(1)
+
+
+def test_every_optimizer_can_be_searched_in_any_spelling(space: Space) -> None:
+    """A schedule-free optimizer among others: the schedule is proposed and recorded, and not followed."""
+    names = ["adamw", "AdamWScheduleFree", "lion_pytorch.Lion", "CAME", "AdamW8bit"]
+    own = read_space({**TWELVE, "optimizer_type": names})
+    own.check_edges(FIXED, BASELINE)
+    choices = own.describe()["optimizer_type"]
+    assert choices == "AdamW | AdamWScheduleFree | Lion | CAME | AdamW8bit"
+    free = own.config({**BASELINE, "optimizer_type": "AdamWScheduleFree", "warmup_ratio": 0.1}, FIXED)
+    assert (free.lr_scheduler, free.lr_warmup_steps) == ("cosine", 0.1) and not free.warms_up
+    assert own.proposal(free.as_dict())["optimizer_type"] == "AdamWScheduleFree"
+
+
+def test_arguments_that_one_of_the_optimizers_lacks_are_told_before_the_first_trial() -> None:
+    space = read_space({"optimizer_type": ["AdamW", "SGDNesterov"]})
+    fixed = FIXED.with_values({"optimizer_args": "betas=(0.9, 0.99)"})
+    with pytest.raises(ConfigError, match="optimizer_type = SGDNesterov, but optimizer_args betas"):
+        space.check_edges(fixed, {"optimizer_type": "AdamW"})

@@ -15,6 +15,7 @@ from hpo.transfer.rules import rules_table, transfer
 from tests.places import ROOT
 from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TOKEN_LENGTHS, TrainConfig
 from trainer.errors import ConfigError
+from trainer.optimizers import OPTIMIZERS
 
 FIGURES = DatasetFigures(images=120, samples=1200)
 POINT_A = TrainConfig(
@@ -241,15 +242,28 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 # Properties of every configuration
 
 RATE = st.floats(1e-7, 5e-2)
+NEEDED = {
+    "piecewise_constant": "step_rules='1:100,0.1'",
+    "RexAnnealingWarmRestarts": "gamma=0.9",
+    "CosineAnnealingWarmupRestarts": "gamma=0.9",
+    "CosineAnnealingWarmRestarts": "T_0=100",
+    "CosineAnnealingLR": "T_max=100",
+    "StepLR": "step_size=10",
+    "MultiStepLR": "milestones=(10, 20)",
+    "ExponentialLR": "gamma=0.99",
+}
+SCHEDULES = [(name, NEEDED.get(name, "")) for name in SCHEDULER_NAMES if name != "adafactor"]
 
 
 @st.composite
 def sd15(draw: st.DrawFn) -> TrainConfig:
     """Any valid SD1.5 configuration, as far as the rules look at it."""
     optimizer = draw(st.sampled_from(OPTIMIZER_NAMES))
+    one_rate = OPTIMIZERS[optimizer].one_rate
+    schedule, arguments = draw(st.sampled_from(SCHEDULES))
     values: dict[str, Any] = {
         "optimizer_type": optimizer,
-        "learning_rate": 1.0 if optimizer == "Prodigy" else draw(RATE),
+        "learning_rate": 1.0 if one_rate else draw(RATE),
         "train_batch_size": draw(st.integers(1, 64)),
         "gradient_accumulation_steps": draw(st.integers(1, 64)),
         "max_train_epochs": draw(st.integers(1, 100_000)),
@@ -258,7 +272,9 @@ def sd15(draw: st.DrawFn) -> TrainConfig:
         "network_alpha": draw(st.floats(0.5, 256)),
         "network_type": draw(st.sampled_from(["LoRA", "DoRA", "LoHa", "LoKr"])),
         "lr_warmup_steps": draw(st.floats(0, 0.99) | st.integers(0, 5000)),
-        "lr_scheduler": draw(st.sampled_from(SCHEDULER_NAMES)),
+        "lr_scheduler": schedule,
+        "lr_scheduler_args": arguments,
+        "lr_scheduler_min_lr_ratio": draw(st.floats(0, 1)),
         "max_token_length": draw(st.sampled_from((None, *TOKEN_LENGTHS))),
         "clip_skip": draw(st.none() | st.integers(1, 12)),
         "noise_offset": draw(st.floats(0, 1)),
@@ -267,7 +283,7 @@ def sd15(draw: st.DrawFn) -> TrainConfig:
         "v_parameterization": draw(st.booleans()),
         "down_lr_weight": draw(st.sampled_from(["", "sine", ",".join(["0.5"] * 12)])),
     }
-    if optimizer == "Prodigy":
+    if one_rate:
         values |= {"down_lr_weight": "", "text_encoder_lr": draw(st.sampled_from([None, 0.0, 1.0]))}
     else:
         values["text_encoder_lr"] = draw(st.none() | st.just(0.0) | RATE)

@@ -17,8 +17,8 @@ from rich.console import Console
 from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import write_definition
+from hpo.study.firstsettings import FIRST
 from hpo.study.folder import StudyFolder
-from hpo.study.formersettings import SETTINGS_THEN
 from hpo.study.standing import BASELINE, ROLE
 from hpo.study.storage import create_study, open_study
 from hpo.study.unchanged import check_unchanged
@@ -333,7 +333,7 @@ def former_identity(done: Transfer) -> str:
         *("training_comment", "output_name", "pretrained_model_name_or_path", "train_data_dir"),
     )
     values = done.plan.config.as_dict().items()
-    deciding = {k: v for k, v in values if k not in names and k in SETTINGS_THEN}
+    deciding = {k: v for k, v in values if k not in names and k in FIRST}
     return hashlib.sha256(json.dumps(["1", deciding], sort_keys=True).encode()).hexdigest()[:16]
 
 

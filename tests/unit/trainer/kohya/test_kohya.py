@@ -226,9 +226,9 @@ def test_zeros_dropouts_and_safeguards_are_said(tmp_path: Path) -> None:
     prodigy = 'optimizer_type = "Prodigy"\nlr_scheduler = "cosine"\n'
     given = 'optimizer_args = ["safeguard_warmup=True"]\n'
     for text, said in (
-        (given, ["true → false, because there is no warm-up"]),
-        ("lr_warmup_steps = 9\n", ["false → true, because of the warm-up"]),
-        (given + "lr_warmup_steps = 9\n", []),
+        (given, []),
+        ("lr_warmup_steps = 9\n", ["not given → false, as sd-scripts does"]),
+        (given + "lr_warmup_steps = 9\n", ["true → the same as without it in Prodigy"]),
         ("", []),
     ):
         lines = [line for line in read(tmp_path, prodigy + text).translated if "safeguard" in line]
@@ -285,18 +285,19 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
     [
         ('network_module = "networks.oft"', "network_module"),
         ('network_module = "lycoris.kohya"\nnetwork_args = ["algo=boft"]', "algo"),
-        ('optimizer_type = "DAdaptAdam"', "optimizer_type"),
-        ('optimizer_type = "Adafactor"', "relative_step"),
-        ('optimizer_args = ["betas=(0.9, 0.99)"]', "betas"),
-        ('network_args = ["loraplus_lr_ratio=16"]', "loraplus_lr_ratio"),
-        ('lr_scheduler = "inverse_sqrt"', "lr_scheduler"),
+        ('optimizer_type = "AdmW"', "optimizer_type = AdmW: did you mean AdamW"),
+        ('optimizer_type = "os.system"', "optimizer_type"),
+        ('optimizer_type = "prodigyplus.ProdigyPlusScheduleFree"', "use Prodigy or"),
+        ('optimizer_args = ["betaz=(0.9, 0.99)"]', "no such argument; did you mean betas"),
+        ('lr_scheduler = "cosin"', "did you mean cosine"),
+        ('lr_scheduler_type = "builtins.print"', "lr_scheduler_type"),
+        ('lr_scheduler = "adafactor"', "lr_scheduler"),
         ('resolution = "512,768"', "resolution"),
-        ("lr_warmup_steps = 100.0", "lr_warmup_steps"),
+        ("lr_warmup_steps = 1.0\nmax_train_epochs = 2", "lr_warmup_steps"),
         ("random_crop = true", "random_crop"),
         ('resume = "state"', "resume"),
         ("initial_step = 100", "initial_step"),
         ("initial_epoch = 2", "initial_epoch"),
-        ("loraplus_lr_ratio = 16", "loraplus_lr_ratio"),
         ("datasets = [{resolution = 768}]", "resolution"),
         ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 9", "num_repeats"),
     ],
@@ -344,6 +345,7 @@ def test_values_that_ask_for_nothing_are_accepted(tmp_path: Path, line: str) -> 
     ("text", "expected"),
     [
         ("use_8bit_adam = true", {"optimizer_type": "AdamW8bit"}),
+        ("use_lion_optimizer = true", {"optimizer_type": "Lion", "weight_decay": 0.0}),
         ("network_dim = 16\nnetwork_alpha = 0", {"network_alpha": 16.0}),
         ("full_bf16 = true", {"mixed_precision": "bf16", "full_bf16": True}),
         ('full_fp16 = true\nmixed_precision = "no"', {"mixed_precision": "fp16"}),

@@ -24,7 +24,7 @@ from trainer.kohya import export as kohyaexport
 from trainer.kohya import settingsdoc
 from trainer.kohya.keys import KNOWN_KEYS, OURS_ALONE
 from trainer.kohya.trainfile import TrainFile, read_train_file
-from trainer.loop.optim import OPTIMIZERS
+from trainer.loop.optimizers import make
 
 KOHYA = """
 [general]
@@ -324,7 +324,7 @@ def test_prodigy_is_exported_as_it_runs_here(tmp_path: Path, data: Path) -> None
         config = TrainConfig(train_data_dir=str(data), lr_scheduler=schedule, **values)  # type: ignore[arg-type]
         found = kohyaexport.to_kohya(config, "sd15", "sd15", tmp_path)
         groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}]
-        ours = OPTIMIZERS["Prodigy"](groups, config).defaults["safeguard_warmup"]
+        ours = make(groups, config).defaults["safeguard_warmup"]
         assert f"safeguard_warmup={ours}" in found.config["optimizer_args"]
 
 
