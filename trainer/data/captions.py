@@ -235,7 +235,14 @@ class CaptionRules:
             draw.shuffle(tags)
         if self.caption_tag_dropout_rate > 0:
             tags = [tag for tag in tags if draw.random() >= self.caption_tag_dropout_rate]
-        return ", ".join(front + tags + back)
+        return self._between.join(front + tags + back)
+
+    @property
+    def _between(self) -> str:
+        """What stands between tags that were taken apart: the separator and a space (sd-scripts' process_caption since
+        #2391; before, it was always a comma)."""
+        mark = self.caption_separator.rstrip()
+        return f"{mark} " if mark else self.caption_separator
 
     def _warm(self, count: int, now: Moment) -> int:
         """How many of the tags that move are in use: linear from token_warmup_min to all of them (sd-scripts'
@@ -253,7 +260,7 @@ class CaptionRules:
         if mark and mark in text:
             front, middle, *rest = text.split(mark, 2)
             return self._tags(front), self._tags(middle), self._tags(rest[0]) if rest else []
-        tags = [tag.strip() for tag in text.strip().split(self.caption_separator)]
+        tags = self._tags(text)
         return tags[: self.keep_tokens], tags[self.keep_tokens :], []
 
     def _tags(self, text: str) -> list[str]:

@@ -413,7 +413,7 @@ def test_a_key_means_the_same_here(tmp_path: Path, text: str, expected: dict[str
     ("text", "message"),
     [
         ("network_dim = 0", "network_dim = 0 is outside its limits"),
-        ('learning_rate = "1e-4"', "learning_rate = '1e-4' is not a number"),
+        ('learning_rate = "1e-4"', 'learning_rate = "1e-4" is a text, not a number'),
         ("resolution = 512.5", "resolution = 512.5 is not a whole number"),
         ('resolution = "wide"', "resolution = wide is not a size"),
         ("network_args = [3]", "network_args"),
