@@ -214,9 +214,14 @@ def _single(name: str, value: Any, kind: type, rule: Rule, where: str) -> Any:
     place = f" in {where}" if where else ""
     if not _is_of(kind, value):
         if meant := _unquoted(kind, value):
+            how = (
+                "without quotes and in lower case"
+                if value.lower() != value and kind is bool
+                else "without quotes"
+            )
             raise ConfigError(
                 f'{name} = "{clean_text(value)[:SHOWN]}"{place} is a text, not {_WORDS[kind][0]}',
-                f"write it without quotes{' and in lower case' * (value != value.lower())}: {name} = {meant}",
+                f"write it {how}: {name} = {meant}",
             )
         what = _WORDS[float if kind is int else kind][0]
         raise ConfigError(f"{name} = {value!r}{place} is not {what}", _remedy(_form(kind), rule))

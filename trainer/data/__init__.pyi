@@ -27,9 +27,11 @@ from .folders import named_subject as named_subject
 from .folders import parts_of as parts_of
 from .folders import subject_of_names as subject_of_names
 from .images import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from .images import is_image as is_image
 from .images import read_picture as read_picture
 from .layout import Wish as Wish
 from .layout import build as build
+from .litter import visible as visible
 from .steps import Plan as Plan
 from .steps import batches_per_epoch as batches_per_epoch
 from .steps import length_of as length_of

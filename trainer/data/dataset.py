@@ -180,7 +180,7 @@ def assemble(
         said.append(f"{len(apart)} images are set apart for the validation loss (validation_split)")
     items, more = _balanced(items)
     trigger, class_word = subject_of_parts([part for part in parts if not part.is_reg])
-    return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
+    return Dataset(root, items, trigger, class_word, held_out, tuple(dict.fromkeys([*said, *more])))
 
 
 def _facts_or_error(path: Path) -> Facts | DataError:

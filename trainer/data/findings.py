@@ -18,7 +18,7 @@ import numpy as np
 from trainer.bases import FAMILIES
 from trainer.config import TOKEN_LENGTHS, TrainConfig
 from trainer.data.buckets import BucketRules
-from trainer.data.captions import shown
+from trainer.data.captions import CaptionFiles, shown
 from trainer.data.dataset import MIN_REFERENCES, references_apart
 from trainer.data.survey import Photo, Survey
 
@@ -253,7 +253,8 @@ def _caption_files(survey: Survey, question: Question) -> Iterator[DatasetFindin
         do = f"put a {extension} file of the same name beside each, or copy the folder with hpo dataset prepare, "
         do += "which writes trigger and class word"
         others = [e for e in (".txt", ".caption") if e != extension]
-        found = [e for e in others if any(p.with_suffix(e).is_file() for p in survey.uncaptioned)]
+        files = CaptionFiles()
+        found = [e for e in others if any(files.find(p, e) for p in survey.uncaptioned)]
         if found:
             do = f'there are {found[0]} files: set caption_extension = "{found[0]}"'
         yield DatasetFinding("caption-missing", REFUSED, what, do, _files(survey.uncaptioned))

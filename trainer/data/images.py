@@ -50,6 +50,11 @@ class Picture:
         return width, height
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file's ending says that it is an image that can be read."""
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.is_dir()
+
+
 def read_picture(path: Path) -> Picture:
     """Decode an image file completely.  DataError names the file if it is broken, too large or no image."""
     shown = clean_text(str(path))

@@ -26,6 +26,7 @@ from trainer.data.folders import (
     images_in,
     subject_of,
 )
+from trainer.data.litter import litter_notes, visible
 from trainer.errors import ConfigError, DataError, MissingData
 from trainer.text import clean_text
 from trainer.tomlfile import as_text, read_table
@@ -168,9 +169,10 @@ def _all_images(
     folders = [Path(subset.image_dir) for subset in file.subsets if not subset.is_reg]
     try:
         held_paths = held_out_of_subsets(folders)
+        notes = litter_notes(dict.fromkeys(Path(subset.image_dir) for subset in file.subsets))
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
-    found = assemble(Path(config.dataset_config).parent, parts, (), config, held_paths)
+    found = assemble(Path(config.dataset_config).parent, parts, notes, config, held_paths)
     return replace(found, trigger=trigger or found.trigger, class_word=class_word or found.class_word)
 
 
@@ -182,7 +184,7 @@ def _part(subset: Subset) -> FolderPart:
         )
     try:
         images = images_in(folder, folder)
-        inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != HELD_OUT)
+        inside = [path.name for path in visible(folder) if path.is_dir() and path.name != HELD_OUT]
     except OSError as error:
         raise DataError(f"cannot read {shown(folder)}: {error.strerror}", "check its permissions") from error
     if not images:
