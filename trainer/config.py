@@ -180,6 +180,11 @@ class TrainConfig(Settings):
         return self.trains_text_encoder and not self.text_encoder_frozen
 
     @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height) of the training resolution."""
+        return self.resolution, self.resolution_height or self.resolution
+
+    @property
     def effective_batch_size(self) -> int:
         """Images per optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps
@@ -203,7 +208,7 @@ class TrainConfig(Settings):
         """A copy with ``values`` replaced. Raises ConfigError for unknown names, with a suggestion."""
         for name in values:
             check_name(name)
-        return dataclasses.replace(self, **values)
+        return dataclasses.replace(self, **squared(values))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -223,3 +228,10 @@ class TrainConfig(Settings):
     def as_dict(self) -> dict[str, Any]:
         """Setting → value, in declaration order. Values can be stored as JSON (unset values are None)."""
         return dataclasses.asdict(self)
+
+
+def squared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of which a new resolution without a height is a square, whatever it was before."""
+    if "resolution" in values and "resolution_height" not in values:
+        return {**values, "resolution_height": None}
+    return dict(values)

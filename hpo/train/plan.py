@@ -58,8 +58,8 @@ def count_steps(config: TrainConfig, data: Dataset) -> Steps:
     """The length of a run (``trainer.data.steps``), with what goes into it."""
     buckets = assign_buckets(data.items, config)
     samples: Counter[str] = Counter()
-    for item in sorted(data.items, key=lambda item: buckets[item.sha256]):
-        samples[str(buckets[item.sha256])] += item.repeats
+    for item in sorted(data.items, key=lambda item: buckets[item.key]):
+        samples[str(buckets[item.key])] += item.repeats
     batches = batches_per_epoch(config, data, buckets)
     run = length_of(config, batches)
     whole_epoch = sum(samples.values())

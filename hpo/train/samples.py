@@ -98,8 +98,8 @@ def _prompt(row: Any, config: TrainConfig, shown: str) -> SamplePrompt:
     found = SamplePrompt(
         values["prompt"].strip(),
         values.get("negative_prompt", ""),
-        values.get("width", config.resolution) // 8 * 8,
-        values.get("height", config.resolution) // 8 * 8,
+        values.get("width", config.size_px[0]) // 8 * 8,
+        values.get("height", config.size_px[1]) // 8 * 8,
         values.get("seed", config.seed),
         values.get("sample_steps", STEPS),
         float(values.get("scale", SCALE)),

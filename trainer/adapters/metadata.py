@@ -106,7 +106,7 @@ def own_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
         "modelspec.architecture": base.facts.kohya_architecture,
         "modelspec.implementation": base.facts.kohya_implementation,
         "modelspec.title": config.output_name,
-        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "modelspec.resolution": "{}x{}".format(*config.size_px),
         "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else base.prediction_type,
         CONFIG_KEY: json.dumps(shared_settings(config, base.name)),
         BASE_KEY: base.identity,
@@ -337,7 +337,7 @@ ENTRIES = (
     _both(
         "resolution",
         RESOLUTION,
-        written=lambda base, config: (config.resolution, config.resolution),
+        written=lambda base, config: config.size_px,
         value=lambda text: _sides(_value(text)),
     ),
     _both("enable_bucket"),

@@ -38,12 +38,15 @@ from .steps import length_of as length_of
 from .steps import plan as plan
 from .steps import total_steps as total_steps
 from .steps import warmup_steps as warmup_steps
+from .subsets import FACE_CROP as FACE_CROP
 from .subsets import OWN_KEYS as OWN_KEYS
 from .subsets import PIXELS_REFUSED as PIXELS_REFUSED
 from .subsets import RUN_KEYS as RUN_KEYS
 from .subsets import Subset as Subset
 from .subsets import is_dataset_table as is_dataset_table
 from .subsets import read_dataset_file as read_dataset_file
-from .subsets import read_training_data as read_training_data
+from .subsets import read_dataset_table as read_dataset_table
+from .subsets import sides as sides
 from .survey import Survey as Survey
 from .survey import survey as survey
+from .training import read_training_data as read_training_data

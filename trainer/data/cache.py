@@ -27,12 +27,13 @@ from trainer.bases import WINDOW_TOKENS, Base, Sizes, TextStates
 from trainer.compute import holds_fp8
 from trainer.config import TrainConfig
 from trainer.data import preflight
-from trainer.data.buckets import Bucket, BucketRules, Fit
+from trainer.data.buckets import Bucket, Fit
 from trainer.data.dataset import Dataset, Item
 from trainer.data.epoch import (
     MIRRORED,
     assign_buckets,
     caption_variants,
+    fit_of,
     load_mask,
     load_pixels,
     sizes_for,
@@ -105,7 +106,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 class Prepared:
     """A dataset ready to train on.  Tensors are fp32 on CPU; a caption's states have the encoders' number type.
 
-    ``latents`` (C, h, w) are unscaled VAE samples by view (``view_for``: Item.sha256, or that of the
+    ``latents`` (C, h, w) are unscaled VAE samples by view (``view_for``: Item.key, or that of the
     mirrored image), ``sizes`` likewise.  ``masks`` (h, w) are weights of the loss, 0 to 1, for views that
     have one.  The counters say what this call had to encode.
     """
@@ -172,11 +173,10 @@ def _prepare_images(
 def _prepare_group(
     prepared: Prepared, base: Base, config: TrainConfig, store: Store, group: Sequence[Item], mirrored: bool
 ) -> None:
-    rules = BucketRules.of(config)
     kind = torch.float32 if config.no_half_vae else base.vae.dtype
     missing: dict[str, str] = {}
     for item in group:
-        fit = rules.fit(item.width_px, item.height_px)
+        fit = fit_of(item, config)
         assert fit is not None, "assign_buckets refuses images that fill no bucket"
         view = _view(item, mirrored)
         prepared.sizes[view] = sizes_for(item, fit, mirrored=mirrored)
@@ -197,7 +197,7 @@ def _prepare_group(
 
 
 def _view(item: Item, mirrored: bool) -> str:
-    return item.sha256 + MIRRORED if mirrored else item.sha256
+    return item.key + MIRRORED if mirrored else item.key
 
 
 def _prepare_masks(prepared: Prepared, base: Base, config: TrainConfig) -> None:
@@ -223,7 +223,7 @@ def _groups(items: Sequence[Item], buckets: Mapping[str, Bucket], size: int) -> 
     """Distinct images of one bucket, ``size`` at a time."""
     members: dict[Bucket, dict[str, Item]] = {}
     for item in items:
-        members.setdefault(buckets[item.sha256], {})[item.sha256] = item
+        members.setdefault(buckets[item.key], {})[item.key] = item
     groups = []
     for bucket in sorted(members):
         distinct = list(members[bucket].values())

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.config import TrainConfig
+from trainer.data.buckets import SIZE_SETTINGS
 from trainer.data.captions import read_captions, shown
 from trainer.data.folders import (
     HELD_OUT,
@@ -46,15 +47,18 @@ MAX_REFERENCES = 8
 REFERENCE_SHARE = 0.2
 MIN_REFERENCES = 2  # likeness is measured between them (evaluation.encoders.require_references)
 _READERS = 4  # threads that decode; each holds one image
-Facts = tuple[int, int, str]  # of an image: width in px, height in px, sha256 of the file
+Facts = tuple[int, int, str, tuple[str, ...]]  # of an image: width, height in px, sha256 of the file, traits
 
 
 @dataclass(frozen=True)
 class Item:
     """One captioned image.  Size as decoded and turned upright; sha256 of the file's bytes.
 
-    ``own`` are (setting, value) pairs that its folder has for itself (``trainer.data.subsets``); ``is_reg``
-    marks a regularisation image, whose loss weighs prior_loss_weight; ``mask`` is the file of its mask.
+    ``own`` are (setting, value) pairs that its folder or its dataset has for itself (``trainer.data.subsets``);
+    ``is_reg`` marks a regularisation image, whose loss weighs prior_loss_weight; ``mask`` is the file of its mask.
+    ``dataset`` is the place of its [[datasets]] in a dataset file: each is batched apart. ``traits`` are what is odd
+    about the file (``trainer.data.differences``); ``tagged`` the metadata file that its caption comes from, and the
+    tags there.
     """
 
     path: Path
@@ -66,6 +70,15 @@ class Item:
     own: tuple[tuple[str, Any], ...] = ()
     is_reg: bool = False
     mask: Path | None = None
+    dataset: int = 0
+    traits: tuple[str, ...] = ()
+    tagged: tuple[str, str] | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """What its latent is found by: the image, and the sizes of its dataset where it has its own."""
+        sizes = [f"{name}={value}" for name, value in self.own if name in SIZE_SETTINGS]
+        return ":".join([self.sha256, *sizes])
 
     def setting(self, config: TrainConfig, name: str) -> Any:
         """A setting's value for this image."""
@@ -96,9 +109,10 @@ class Dataset:
 
 def _particulars(item: Item) -> list[Any]:
     """What an item has beyond an image and a caption; usually nothing."""
-    if not (item.own or item.is_reg or item.mask):
+    if not (item.own or item.is_reg or item.mask or item.dataset):
         return []
-    return [item.own, item.is_reg, sha256_file(item.mask) if item.mask else ""]
+    place = [item.dataset] if item.dataset else []
+    return [item.own, item.is_reg, sha256_file(item.mask) if item.mask else "", *place]
 
 
 # Reading a folder
@@ -159,20 +173,26 @@ def assemble(
         texts, more = read_captions(images, extension, part.root or root, instead=part.words, all_lines=lines)
         captions |= {(path, other): texts[path] for path, other in jobs if path in texts}
         said += more
-    with ThreadPoolExecutor(_READERS) as pool:
-        paths = [path for path, _ in jobs] + list(held_paths)
-        read = list(pool.map(lambda path: (known or {}).get(path) or _facts_or_error(path), paths))
-    report(fact for fact in read if isinstance(fact, DataError))
-    facts = [fact for fact in read if not isinstance(fact, DataError)]
+    for part in parts:
+        captions |= {(path, part): text for path, text in zip(part.images, part.texts, strict=False)}
+    facts = _all_facts([path for path, _ in jobs] + list(held_paths), known or {})
     items = tuple(
         Item(
-            path, captions[path, part], part.repeats, *fact, part.own, part.is_reg, _mask(path, part, config)
+            path,
+            captions[path, part],
+            part.repeats,
+            *facts[path][:3],
+            part.own,
+            part.is_reg,
+            _mask(path, part, config),
+            part.dataset,
+            facts[path][3],
+            part.tagged(path),
         )
-        for (path, part), fact in zip(jobs, facts, strict=False)
+        for path, part in jobs
+        if path in facts
     )
-    held_out = tuple(
-        Item(path, "", 1, *fact) for path, fact in zip(held_paths, facts[len(jobs) :], strict=True)
-    )
+    held_out = tuple(Item(path, "", 1, *facts[path][:3]) for path in held_paths)
     _check_held_out(items, held_out)
     items, apart = _validation(items, config)
     if apart:
@@ -181,6 +201,15 @@ def assemble(
     items, more = _balanced(items)
     trigger, class_word = subject_of_parts([part for part in parts if not part.is_reg])
     return Dataset(root, items, trigger, class_word, held_out, tuple(dict.fromkeys([*said, *more])))
+
+
+def _all_facts(paths: Sequence[Path], known: Mapping[Path, Facts]) -> dict[Path, Facts]:
+    """The facts of every image, each decoded once; what cannot be read is an error, all of it in one go."""
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(_READERS) as pool:
+        read = list(pool.map(lambda path: known.get(path) or _facts_or_error(path), distinct))
+    report(fact for fact in read if isinstance(fact, DataError))
+    return {path: fact for path, fact in zip(distinct, read, strict=True) if not isinstance(fact, DataError)}
 
 
 def _facts_or_error(path: Path) -> Facts | DataError:
@@ -194,6 +223,8 @@ def _by_captions(parts: Sequence[FolderPart]) -> list[tuple[FolderPart, list[Pat
     """Folders whose captions are found alike, read together: (the first of them, all their images)."""
     groups: dict[tuple[Any, ...], tuple[FolderPart, list[Path]]] = {}
     for part in parts:
+        if part.texts:
+            continue
         own = dict(part.own)
         alike = (part.words, part.root, own.get("caption_extension"), own.get("enable_wildcard"))
         groups.setdefault(alike, (part, []))[1].extend(part.images)
@@ -201,12 +232,30 @@ def _by_captions(parts: Sequence[FolderPart]) -> list[tuple[FolderPart, list[Pat
 
 
 def _balanced(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], list[str]]:
-    """As many regularisation images as training images, repeats included: some are left out or
-    repeated more (sd-scripts' DreamBoothDataset)."""
-    regular = [item for item in items if item.is_reg]
+    """As many regularisation images as training images, repeats included, in each dataset: some are left out or
+    repeated more (sd-scripts' DreamBoothDataset). Those of a dataset without training images are as many as all
+    training images."""
+    places = sorted({item.dataset for item in items})
+    trained = [item for item in items if not item.is_reg]
+    found: list[Item] = []
+    notes = []
+    for place in places:
+        own = [item for item in trained if item.dataset == place]
+        regular = [item for item in items if item.is_reg and item.dataset == place]
+        used, more = _as_many(regular, sum(item.repeats for item in own or trained))
+        found += [*own, *used]
+        notes += more
+        if used and not own:
+            notes.append(
+                f"[[datasets]] {place + 1} has only regularisation images: sd-scripts would use none of them"
+            )
+    return tuple(found), notes
+
+
+def _as_many(regular: Sequence[Item], wanted: int) -> tuple[list[Item], list[str]]:
+    """Regularisation images, so many with their repeats, and a note."""
     if not regular:
-        return items, []
-    wanted = sum(item.repeats for item in items if not item.is_reg)
+        return [], []
     used: list[Item] = []
     count = 0
     for item in regular:
@@ -216,7 +265,7 @@ def _balanced(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], list[str]]:
     more, rest = divmod(max(0, wanted - count), len(used))
     used = [replace(item, repeats=item.repeats + more + (place < rest)) for place, item in enumerate(used)]
     note = f"{len(used)} of {len(regular)} regularisation images, {sum(i.repeats for i in used)} with repeats"
-    return (*(item for item in items if not item.is_reg), *used), [note]
+    return used, [note]
 
 
 def _validation(items: tuple[Item, ...], config: TrainConfig) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
@@ -224,17 +273,18 @@ def _validation(items: tuple[Item, ...], config: TrainConfig) -> tuple[tuple[Ite
 
     Chosen by content and validation_seed, not by name or order; equal images stay together.
     """
-    if not config.validation_split:
+    if not any(item.setting(config, "validation_split") for item in items):
         return items, ()
-    seed = config.seed if config.validation_seed is None else config.validation_seed
-    folders: dict[Path, set[str]] = {}
+    folders: dict[tuple[Path, float, int], set[str]] = {}
     for item in items:
         if not item.is_reg:
-            folders.setdefault(item.path.parent, set()).add(item.sha256)
+            share, seed = (item.setting(config, name) for name in ("validation_split", "validation_seed"))
+            place = (item.path.parent, share, config.seed if seed is None else seed)
+            folders.setdefault(place, set()).add(item.sha256)
     apart: set[str] = set()
-    for contents in folders.values():
+    for (_, share, seed), contents in folders.items():
         order = sorted(contents, key=lambda sha256: hashlib.sha256(f"{seed} {sha256}".encode()).digest())
-        apart |= set(order[math.ceil(len(order) * (1 - config.validation_split) - 1e-9) :])
+        apart |= set(order[math.ceil(len(order) * (1 - share) - 1e-9) :])
     chosen = {item.sha256: item for item in items if item.sha256 in apart and not item.is_reg}
     if not chosen:
         raise DataError(
@@ -258,9 +308,9 @@ def _mask(image: Path, part: FolderPart, config: TrainConfig) -> Path | None:
 
 
 def _image_facts(path: Path) -> Facts:
-    """Width, height and sha256 of an image, which is decoded completely."""
+    """The facts of an image, which is decoded completely."""
     picture = read_picture(path)
-    return *picture.size_px, picture.sha256
+    return *picture.size_px, picture.sha256, picture.traits
 
 
 def _check_held_out(items: Sequence[Item], held_out: Sequence[Item]) -> None:
@@ -294,8 +344,17 @@ def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, D
     chosen = set(distinct[:count])
     return (
         replace(dataset, items=tuple(item for item in dataset.items if item.sha256 not in chosen)),
-        replace(dataset, items=tuple(item for item in dataset.items if item.sha256 in chosen)),
+        replace(dataset, items=_once(item for item in dataset.items if item.sha256 in chosen)),
     )
+
+
+def _once(items: Iterable[Item]) -> tuple[Item, ...]:
+    """Each image of several datasets once: from the first that has it."""
+    found = tuple(items)
+    first: dict[str, int] = {}
+    for item in found:
+        first.setdefault(item.sha256, item.dataset)
+    return tuple(item for item in found if item.dataset == first[item.sha256])
 
 
 def references_apart(images: int) -> int:
@@ -304,11 +363,12 @@ def references_apart(images: int) -> int:
 
 
 def tag_frequency(dataset: Dataset) -> dict[str, dict[str, int]]:
-    """How often each tag is in the captions of a folder, regularisation images left out: sd-scripts'
-    ss_tag_frequency, which A1111 shows."""
+    """How often each tag is in the captions of a folder, or among the tags of a metadata file, regularisation images
+    left out: sd-scripts' ss_tag_frequency, which A1111 shows."""
     tags: dict[str, Counter[str]] = {}
     for item in dataset.items:
         if not item.is_reg:
-            words = (clean_text(tag.strip().lower()) for tag in item.caption.replace("\n", ",").split(","))
-            tags.setdefault(item.path.parent.name, Counter()).update(word for word in words if word)
+            place, text = item.tagged or (item.path.parent.name, item.caption)
+            words = (clean_text(tag.strip().lower()) for tag in text.replace("\n", ",").split(","))
+            tags.setdefault(place, Counter()).update(word for word in words if word)
     return {folder: dict(count) for folder, count in tags.items()}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from trainer.bases import Sizes
 
-MIRRORED = ":mirrored"  # added to the sha256 of an image in the name of its mirrored view
+MIRRORED = ":mirrored"  # added to the key of an image in the name of its mirrored view
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,24 @@ class Batch:
 
 
 def assign_buckets(items: Iterable[Item], config: TrainConfig) -> dict[str, Bucket]:
-    """Item.sha256 → bucket.  DataError names images too small for any."""
-    rules = BucketRules.of(config)
-    fits = {item: rules.fit(item.width_px, item.height_px) for item in items}
+    """Item.key → bucket.  DataError names images too small for any."""
+    fits = {item: fit_of(item, config) for item in items}
     small = [item for item, fit in fits.items() if fit is None]
     if small:
         first = small[0]
+        rules = BucketRules.of(config, first.own)
         raise DataError(
             f"{len(small)} images fill no bucket of {rules.step_px} px steps: "
             f"{listed([item.path for item in small])} "
-            f"({first.width_px}×{first.height_px} px at resolution {rules.resolution})",
+            f"({first.width_px}×{first.height_px} px at resolution {rules.size})",
             "lower bucket_reso_steps, set bucket_no_upscale = false, or use larger images",
         )
-    return {item.sha256: fit.bucket for item, fit in fits.items() if fit is not None}
+    return {item.key: fit.bucket for item, fit in fits.items() if fit is not None}
+
+
+def fit_of(item: Item, config: TrainConfig) -> Fit | None:
+    """How an item is trained, by the rules of its dataset; None if it fills no bucket."""
+    return BucketRules.of(config, item.own).fit(item.width_px, item.height_px)
 
 
 def load_pixels(item: Item, config: TrainConfig) -> tuple[Tensor, Sizes]:
@@ -58,7 +63,7 @@ def load_pixels(item: Item, config: TrainConfig) -> tuple[Tensor, Sizes]:
     picture = read_picture(item.path)
     if picture.sha256 != item.sha256:
         raise DataError(f"{shown(item.path)} was changed since it was read", "start again")
-    fit = BucketRules.of(config).fit(item.width_px, item.height_px)
+    fit = fit_of(item, config)
     assert fit is not None, "assign_buckets refuses images that fill no bucket"
     pixels_HW3 = torch.from_numpy(fit_pixels(picture, fit).copy())
     return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1, sizes_for(item, fit)
@@ -83,7 +88,7 @@ def load_mask(item: Item, config: TrainConfig) -> Tensor | None:
         values = alpha
     else:
         return None
-    fit = BucketRules.of(config).fit(item.width_px, item.height_px)
+    fit = fit_of(item, config)
     assert fit is not None, "assign_buckets refuses images that fill no bucket"
     return torch.from_numpy(fit_values(values, fit).copy()).float() / 255
 
@@ -107,8 +112,8 @@ def sizes_for(item: Item, fit: Fit, *, mirrored: bool = False) -> Sizes:
 
 
 def views(item: Item, config: TrainConfig) -> tuple[str, ...]:
-    """The names of an item's latents: its sha256, and with flip_aug also of the mirrored image."""
-    return (item.sha256, item.sha256 + MIRRORED) if item.setting(config, "flip_aug") else (item.sha256,)
+    """The names of an item's latents: its key, and with flip_aug also that of the mirrored image."""
+    return (item.key, item.key + MIRRORED) if item.setting(config, "flip_aug") else (item.key,)
 
 
 def view_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> str:
@@ -122,16 +127,19 @@ def view_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> st
 def epoch_batches(
     dataset: Dataset, buckets: Mapping[str, Bucket], config: TrainConfig, epoch: int
 ) -> list[Batch]:
-    """The batches of an epoch in order: repeats duplicated, buckets and batches shuffled, partial batches kept."""
-    members: dict[Bucket, list[int]] = {}
+    """The batches of an epoch in order: repeats duplicated, buckets and batches shuffled, partial batches kept.
+
+    Each dataset has buckets and a batch size of its own; the batches of all are shuffled together (sd-scripts'
+    DatasetGroup)."""
+    members: dict[tuple[int, Bucket], list[int]] = {}
     for index, item in enumerate(dataset.items):
-        members.setdefault(buckets[item.sha256], []).extend([index] * item.repeats)
+        members.setdefault((item.dataset, buckets[item.key]), []).extend([index] * item.repeats)
     draw = _generator("batches", config.seed, epoch)
     batches = []
-    for bucket in sorted(members):
-        order = members[bucket]
+    for place, bucket in sorted(members):
+        order = members[place, bucket]
+        size = dataset.items[order[0]].setting(config, "train_batch_size")
         draw.shuffle(order)
-        size = config.train_batch_size
         batches += [Batch(tuple(order[start : start + size]), bucket) for start in range(0, len(order), size)]
     draw.shuffle(batches)
     return batches

@@ -154,7 +154,7 @@ def _is_small(photo: Photo, config: TrainConfig) -> bool:
 def _enlargement(photo: Photo, config: TrainConfig) -> float:
     """By how much an image is enlarged – or would have to be, where bucket_no_upscale keeps it small."""
     if config.enable_bucket and config.bucket_no_upscale:
-        return math.sqrt(config.resolution**2 / (photo.width_px * photo.height_px))
+        return math.sqrt(math.prod(config.size_px) / (photo.width_px * photo.height_px))
     fit = BucketRules.of(config).fit(photo.width_px, photo.height_px)
     assert fit is not None, "only bucket_no_upscale leaves images without a bucket"
     return fit.resized_width_px / photo.width_px

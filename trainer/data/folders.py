@@ -29,7 +29,8 @@ class FolderPart:
     """One folder of images, what its name says, and what a dataset file says of it.
 
     ``words`` is the caption of images that have none; ``root`` the folder that links may not lead out
-    of (unset: the dataset's).
+    of (unset: the dataset's).  ``dataset`` counts the [[datasets]] of the file.  ``texts`` are the captions where a
+    metadata file has them, ``tags`` its tags, ``metadata`` its name.
     """
 
     images: tuple[Path, ...]
@@ -40,6 +41,14 @@ class FolderPart:
     own: tuple[tuple[str, Any], ...] = ()
     is_reg: bool = False
     root: Path | None = None
+    dataset: int = 0
+    texts: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    metadata: str = ""
+
+    def tagged(self, image: Path) -> tuple[str, str] | None:
+        """The metadata file that an image's caption comes from, and its tags there."""
+        return (self.metadata, self.tags[self.images.index(image)]) if self.metadata else None
 
     def setting(self, config: TrainConfig, name: str) -> Any:
         """A setting's value for this folder."""

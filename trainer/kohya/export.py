@@ -23,7 +23,9 @@ from trainer.text import clean_text
 
 CONFIG, DATASET, COMMAND = "config.toml", "dataset.toml", "train.sh"
 # Settings in dataset.toml, and settings with a different form in sd-scripts.
-_IN_DATASET = (*RUN_KEYS.values(), *OWN_KEYS, "train_data_dir", "dataset_config", "reg_data_dir")
+_IN_DATASET = (
+    *RUN_KEYS.values(), *OWN_KEYS, "train_data_dir", "dataset_config", "reg_data_dir", "in_json", "dataset_repeats",
+)  # fmt: skip
 _IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts accepts them there only
 _OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
 _OPTIMIZER_ARGUMENTS = {
@@ -187,7 +189,9 @@ def _dataset(config: TrainConfig) -> dict[str, Any]:
     """The dataset file: [general] with the run's settings, one dataset, one subset per folder."""
     general: dict[str, Any] = {}
     for key, setting in RUN_KEYS.items():
-        if (value := getattr(config, setting)) is not None:
+        if key == "resolution" and config.resolution_height:
+            general[key] = list(config.size_px)
+        elif (value := getattr(config, setting)) is not None:
             general[key] = value
     for name in OWN_KEYS:
         value = getattr(config, name)
@@ -198,12 +202,27 @@ def _dataset(config: TrainConfig) -> dict[str, Any]:
     if not config.validation_split:  # sd-scripts up to v0.9.1 refuses the key
         general.pop("validation_split", None)
         general.pop("validation_seed", None)
-    subsets = [_subset(subset, config) for subset in _subsets(config)]
-    return {"general": general, "datasets": [{"subsets": subsets}]}
+    datasets: dict[int, dict[str, Any]] = {}
+    for subset in _subsets(config):
+        entry = datasets.setdefault(subset.dataset, {**_of_dataset(subset), "subsets": []})
+        entry["subsets"].append(_subset(subset, config))
+    return {"general": general, "datasets": list(datasets.values())}
+
+
+def _of_dataset(subset: Subset) -> dict[str, Any]:
+    """The settings that one of several datasets has for itself."""
+    own = dict(subset.own)
+    found = {key: own[setting] for key, setting in RUN_KEYS.items() if own.get(setting) is not None}
+    if own.get("resolution_height"):
+        found["resolution"] = [own["resolution"], own["resolution_height"]]
+    return found
 
 
 def _subset(subset: Subset, config: TrainConfig) -> dict[str, Any]:
-    table: dict[str, Any] = {"image_dir": _full(subset.image_dir), "num_repeats": subset.num_repeats}
+    table: dict[str, Any] = {"num_repeats": subset.repeats(config)}
+    for name in ("image_dir", "metadata_file"):
+        if place := getattr(subset, name):
+            table[name] = _full(place)
     if subset.class_tokens:
         table["class_tokens"] = subset.class_tokens
     if subset.is_reg:
@@ -225,6 +244,8 @@ def _full(path: str) -> str:
 def _subsets(config: TrainConfig) -> list[Subset]:
     if config.dataset_config:
         return list(read_dataset_file(Path(config.dataset_config)).subsets)
+    if config.in_json:
+        return [Subset(config.train_data_dir, metadata_file=config.in_json)]
     if not config.train_data_dir:
         raise ConfigError("no training images are given", "set train_data_dir, or give --data FOLDER")
     found = _folders(Path(config.train_data_dir), is_reg=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import SCHEDULER_NAMES, SETTINGS
-from trainer.data import PIXELS_REFUSED
+from trainer.data import FACE_CROP, PIXELS_REFUSED
 
 # Defaults of sd-scripts that differ from ours.
 KOHYA_DEFAULTS: dict[str, Any] = {
@@ -119,7 +119,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "lr_decay_steps",
         "lr_scheduler_timescale",
         "lr_scheduler_min_lr_ratio",
-        "dataset_repeats",
         "base_weights_multiplier",
     ),
     "the validation loss is computed after every epoch, over all validation images": (
@@ -132,6 +131,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "noise_offset_type",
         "lowvram",
     ),
+    FACE_CROP: ("face_crop_aug_range",),
     "it belongs to other models or commands": (
         "config_file",
         "debug_dataset",
@@ -151,7 +151,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     **PIXELS_REFUSED,
     "weighted_captions": ((False,), "not supported: captions are used without weights"),
-    "in_json": ((), "captions are read from the caption files next to the images"),
     "dataset_class": ((), "external code is not run"),
     "vae": ((), "the VAE of the base is used; to use another one, save it in the base"),
     "dim_from_weights": (
@@ -263,6 +262,7 @@ OURS_ALONE = frozenset(
         "cpu_offload",
         "checkpoint_blocks",
         "hold_out_references",
+        "resolution_height",
     }
 )
 KNOWN_KEYS = (

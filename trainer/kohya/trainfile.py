@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.adapters import BASE_NAME, CONFIG_KEY, kohya_settings, tells_training
-from trainer.config import SETTINGS, TrainConfig
+from trainer.config import SETTINGS, TrainConfig, squared
 from trainer.data import is_dataset_table, read_dataset_file
 from trainer.errors import ConfigError, ModelFileError
 from trainer.findings import piece
@@ -194,7 +194,7 @@ def _with_values(file: TrainFile, given: Mapping[str, tuple[Any, str]]) -> Train
         origins.pop("dataset_config", None)
     return replace(
         file,
-        config=TrainConfig.of({**file.config.as_dict(), **values}),
+        config=TrainConfig.of({**file.config.as_dict(), **squared(values)}),
         origins=origins,
         translated=(*file.translated, *lines),
     )

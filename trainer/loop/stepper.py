@@ -174,7 +174,7 @@ class Stepper:
                     weight.copy_(value)
             memory.release(device)
         self.is_untouched = True
-        bucket = self.prepared.buckets[micro[0].item.sha256]
+        bucket = self.prepared.buckets[micro[0].item.key]
         images = min(len(micro), config.images_at_once)
         size = (bucket.width_px, bucket.height_px)
         seconds = time.perf_counter() - started

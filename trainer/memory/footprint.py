@@ -82,10 +82,10 @@ def base_facts(spec: str | Path) -> BaseFacts:
 def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int] | None = None) -> Footprint:
     """The peak of a training step on a GPU that computes in ``mixed_precision`` (auto: bf16).
 
-    ``bucket_px`` is (width, height); by default resolution², the largest area of a bucket. Latents are
+    ``bucket_px`` is (width, height); by default the resolution, the largest area of a bucket. Latents are
     cached. Text encoders are on the GPU only if one of them is trained or captions vary.
     """
-    bucket = bucket_px or (config.resolution, config.resolution)
+    bucket = bucket_px or config.size_px
     found = _trace(facts, _traced_settings(config), bucket)
     dim, conv_dim = (config.network_dim, config.conv_dim or 1)
     if config.network_type == "LoKr":
@@ -121,7 +121,7 @@ def _footprint(peak: Peak, held: Held, bucket_px: tuple[int, int], images_at_onc
 def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
     """The same for full fine-tuning of the U-Net in fp32, without an adapter. This tool cannot train that
     way; the prediction is compared with published measurements."""
-    bucket = (config.resolution, config.resolution)
+    bucket = config.size_px
     settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
     found = _trace(facts, settings, bucket, is_full=True)
     state = [optimizer_bytes(config.optimizer_type, shape) for shape, _ in found.shapes]
