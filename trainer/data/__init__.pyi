@@ -1,6 +1,7 @@
 from . import cache as cache
 from . import preflight as preflight
 from . import subsets as subsets
+from .augment import DRAWN_ANEW as DRAWN_ANEW
 from .buckets import BucketRules as BucketRules
 from .cache import Prepared as Prepared
 from .captions import LISTED as LISTED

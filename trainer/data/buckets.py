@@ -42,15 +42,26 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Fit:
-    """How one image becomes its bucket: resized to this size, then cropped around the centre."""
+    """How one image becomes its bucket: resized to this size, then cropped around the centre, or at ``crop`` (top,
+    left)."""
 
     bucket: Bucket
     resized_width_px: int
     resized_height_px: int
+    crop: tuple[int, int] | None = None
+
+    @property
+    def covers(self) -> bool:
+        """Whether the resized image fills its bucket."""
+        return (
+            self.resized_width_px >= self.bucket.width_px and self.resized_height_px >= self.bucket.height_px
+        )
 
     @property
     def crop_top_left(self) -> tuple[int, int]:
         """Rows and columns that the crop takes off in front."""
+        if self.crop is not None:
+            return self.crop
         return (
             (self.resized_height_px - self.bucket.height_px) // 2,
             (self.resized_width_px - self.bucket.width_px) // 2,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.config import TrainConfig
+from trainer.data.augment import Colour, drawn_colour, drawn_crop
 from trainer.data.buckets import Bucket, BucketRules, Fit
 from trainer.data.captions import START, CaptionRules, Moment, listed, shown
 from trainer.data.dataset import Dataset, Item
@@ -52,24 +53,55 @@ def assign_buckets(items: Iterable[Item], config: TrainConfig) -> dict[str, Buck
 
 
 def fit_of(item: Item, config: TrainConfig) -> Fit | None:
-    """How an item is trained, by the rules of its dataset; None if it fills no bucket."""
-    return BucketRules.of(config, item.own).fit(item.width_px, item.height_px)
+    """How an item is trained, by the rules of its dataset; None if it fills no bucket.
+
+    With random_crop and without buckets, an image that is large enough is not resized (as in sd-scripts)."""
+    rules = BucketRules.of(config, item.own)
+    whole = Fit(Bucket(rules.width_px, rules.height_px), item.width_px, item.height_px)
+    if not rules.enabled and item.setting(config, "random_crop") and whole.covers:
+        return whole
+    return rules.fit(item.width_px, item.height_px)
 
 
-def load_pixels(item: Item, config: TrainConfig) -> tuple[Tensor, Sizes]:
-    """Pixels (3, H, W) of an item in its bucket, float32 in [-1, 1], and what SDXL is told about them."""
+@dataclass(frozen=True)
+class Drawn:
+    """How an item is trained one time, where that is drawn at random: its crop, side and colours."""
+
+    fit: Fit
+    is_mirrored: bool
+    colour: Colour
+    seed: int  # of the VAE's sample
+
+
+def drawn_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> Drawn:
+    """What is drawn for an item the ``occurrence``-th time (from 0) in an epoch."""
+    fit = fit_of(item, config)
+    assert fit is not None, "assign_buckets refuses images that fill no bucket"
+    draw = _generator("view", config.seed, epoch, item.sha256, occurrence)
+    fit = drawn_crop(item, config, fit, draw)
+    colour = drawn_colour(item, config, draw)
+    is_mirrored = view_for(item, config, epoch, occurrence).endswith(MIRRORED)
+    return Drawn(fit, is_mirrored, colour, draw.getrandbits(60))
+
+
+def load_pixels(item: Item, config: TrainConfig, drawn: Drawn | None = None) -> tuple[Tensor, Sizes]:
+    """Pixels (3, H, W) of an item in its bucket, float32 in [-1, 1], and what SDXL is told about them: around the
+    centre, or as ``drawn``."""
     import torch  # here, so that listing a dataset stays instant
 
     picture = read_picture(item.path)
     if picture.sha256 != item.sha256:
         raise DataError(f"{shown(item.path)} was changed since it was read", "start again")
-    fit = fit_of(item, config)
+    fit = drawn.fit if drawn else fit_of(item, config)
     assert fit is not None, "assign_buckets refuses images that fill no bucket"
-    pixels_HW3 = torch.from_numpy(fit_pixels(picture, fit).copy())
-    return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1, sizes_for(item, fit)
+    fitted = fit_pixels(picture, fit)
+    pixels_HW3 = torch.from_numpy((drawn.colour.apply(fitted) if drawn else fitted).copy())
+    pixels_3HW = pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1
+    is_mirrored = drawn is not None and drawn.is_mirrored
+    return pixels_3HW.flip(-1) if is_mirrored else pixels_3HW, sizes_for(item, fit, mirrored=is_mirrored)
 
 
-def load_mask(item: Item, config: TrainConfig) -> Tensor | None:
+def load_mask(item: Item, config: TrainConfig, drawn: Drawn | None = None) -> Tensor | None:
     """The loss weights (H, W) of an item in its bucket, 0 to 1: its mask's red channel (as sd-scripts), or
     how opaque the image is.  None: everything counts."""
     import torch
@@ -88,16 +120,17 @@ def load_mask(item: Item, config: TrainConfig) -> Tensor | None:
         values = alpha
     else:
         return None
-    fit = fit_of(item, config)
+    fit = drawn.fit if drawn else fit_of(item, config)
     assert fit is not None, "assign_buckets refuses images that fill no bucket"
-    return torch.from_numpy(fit_values(values, fit).copy()).float() / 255
+    mask_HW = torch.from_numpy(fit_values(values, fit).copy()).float() / 255
+    return mask_HW.flip(-1) if drawn and drawn.is_mirrored else mask_HW
 
 
 def sizes_for(item: Item, fit: Fit, *, mirrored: bool = False) -> Sizes:
     """What SDXL is told about an item.
 
-    The crop offset is where the centre crop really starts.  (sd-scripts reports the bars of a letterbox
-    instead, which differ on images that lose more than a few pixels.)
+    The crop offset is where the crop really starts, also a random one.  (sd-scripts reports the bars of a letterbox
+    instead, which differ on images that lose more than a few pixels, and says nothing of a random crop.)
     """
     from trainer.bases import Sizes
 
