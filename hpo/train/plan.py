@@ -37,6 +37,7 @@ class Steps:
     total_steps: int
     warmup_steps: int
     samples_seen: int
+    batch_sizes: tuple[int, ...] = ()
 
     def line(self, config: TrainConfig) -> str:
         """The arithmetic in one line."""
@@ -48,7 +49,8 @@ class Steps:
             else f"{self.steps_per_epoch} steps an epoch, {self.epochs} epochs begun"
         )
         return (
-            f"{self.samples_per_epoch} samples an epoch in batches of {config.train_batch_size} "
+            f"{self.samples_per_epoch} samples an epoch in batches of "
+            f"{' and '.join(map(str, self.batch_sizes)) or config.train_batch_size} "
             f"→ {self.batches_per_epoch} batches{groups} → {length} → {self.total_steps} steps"
             + (f", {self.warmup_steps} of them warm-up" if self.warmup_steps else "")
         )
@@ -74,6 +76,7 @@ def count_steps(config: TrainConfig, data: Dataset) -> Steps:
         total_steps=run.total_steps,
         warmup_steps=warmup_steps(config, run.total_steps),
         samples_seen=round(whole_epoch * run.total_steps / run.steps_per_epoch),
+        batch_sizes=tuple(sorted({item.setting(config, "train_batch_size") for item in data.items})),
     )
 
 

@@ -35,7 +35,7 @@ from hpo.train.plan import count_steps
 from hpo.train.samples import SamplePrompt, read_sample_prompts
 from hpo.train.view import TrainView
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import DRAWN_ANEW, Dataset, read_captions, read_training_data
+from trainer.data import DRAWN_ANEW, Dataset, differences, read_captions, read_training_data
 from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
 from trainer.events import Event, Rehearsed, Step, Validated
 from trainer.files import make_folder, sweep_tree, write_atomic
@@ -63,6 +63,8 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
         return folder.lora
     for note in data.notes:
         view.say(f"note: {note}")
+    for line in differences(ladder.config, data):
+        view.say(f"differs from sd-scripts: {line}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
     device = own_device(device, ranks.local)
     check_device(device)

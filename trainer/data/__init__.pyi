@@ -14,6 +14,7 @@ from .dataset import Item as Item
 from .dataset import read_dataset as read_dataset
 from .dataset import split_references as split_references
 from .dataset import tag_frequency as tag_frequency
+from .differences import differences as differences
 from .epoch import assign_buckets as assign_buckets
 from .epoch import caption_for as caption_for
 from .epoch import epoch_batches as epoch_batches

@@ -182,9 +182,11 @@ def test_captions_of_a_metadata_file(folders: Path, name: str) -> None:
     file = "meta.jsonl" if name == "semicolon" else "meta.json"
     lines = [json.dumps({"image_path": key, **entry}) for key, entry in entries.items()]
     (folders / file).write_text("\n".join(lines) if name == "semicolon" else json.dumps(entries))
-    extra = {"plain": {}, "wildcard": {"enable_wildcard": True}, "semicolon": {"caption_separator": ";"}}[
-        name
-    ]
+    extra: dict[str, Any] = {
+        "plain": {},
+        "wildcard": {"enable_wildcard": True},
+        "semicolon": {"caption_separator": ";"},
+    }[name]
     subset = {"metadata_file": file, "image_dir": "a", "num_repeats": 2, **extra}
     table = {"datasets": [{"resolution": 512, "batch_size": 2, **BUCKETS, "subsets": [subset]}]}
     data, config = read(folders, table, KOHYA)
