@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from evaluation.score import CLIPPED, SIGNED, told_part
+from hpo.study.firstsettings import counting_settings
 from hpo.study.folder import TrialFolder, read_json
 from hpo.study.sections import FOLLOWING, LIKENESS, SCORE
 from trainer.config import TrainConfig
@@ -108,7 +109,8 @@ def infeasible_value(below_zero: str) -> float:
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that determine a LoRA, as read back from JSON.  Paths are excluded; contents are hashed."""
-    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in PATHS}, sort_keys=True))
+    found = {name: value for name, value in counting_settings(settings).items() if name not in PATHS}
+    return json.loads(json.dumps(found, sort_keys=True))
 
 
 def config_sha256(config: TrainConfig) -> str:

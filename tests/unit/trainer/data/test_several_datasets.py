@@ -237,7 +237,8 @@ def test_what_differs_from_sd_scripts_is_said_where_it_applies(tmp_path: Path) -
     more = config.with_values(
         {
             "caption_prefix": "x", "unet_lr": 1e-4, "text_encoder_lr": 0.0, "shuffle_caption": True,
-            "random_crop": True, "caption_separator": ";", "multires_noise_iterations": 6, "gradient_accumulation_steps": 1,
+            "random_crop": True, "caption_separator": ";", "multires_noise_iterations": 6,
+            "gradient_accumulation_steps": 1,
         }
     )  # fmt: skip
     lines = differences(more, data)
