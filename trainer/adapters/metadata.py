@@ -27,6 +27,7 @@ COMMENT, STEPS, EPOCH = "ss_training_comment", "ss_steps", "ss_epoch"
 RESOLUTION, BASE_NAME = "ss_resolution", "ss_sd_model_name"
 FOLDERS = (
     "dataset_config",
+    "in_json",
     "reg_data_dir",
     "conditioning_data_dir",
     "sample_prompts",
@@ -347,9 +348,9 @@ ENTRIES = (
     _both("keep_tokens"),
     _read("keep_tokens_separator"),
     _both("shuffle_caption"),
-    _read("color_aug"),
-    _read("flip_aug"),
-    _read("random_crop"),
+    _both("color_aug"),
+    _both("flip_aug"),
+    _both("random_crop"),
     # several settings, or one that depends on another; a later entry wins
     Entry("ss_datasets", None, None, _first_dataset),
     Entry(

@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.checks import Rule, check, check_known
 from trainer.config import TrainConfig, check_value
+from trainer.data.augment import DRAWN_ANEW
 from trainer.data.captions import shown
 from trainer.data.folders import (
     MAX_REPEATS,
@@ -187,6 +188,10 @@ class _DatasetReading:
             for group, own in zip(subsets, own_settings, strict=True)
             for subset in group
         ]
+        for name in DRAWN_ANEW:  # the run's value says whether any image is encoded anew
+            if any(dict(subset.own).get(name) for subset in found):
+                settings[name] = True
+                found = [replace(s, own=tuple(({name: False} | dict(s.own)).items())) for s in found]
         if not found:
             raise ConfigError(
                 f"{shown(self.path)} has num_repeats = 0 everywhere", "give at least one folder 1"

@@ -15,7 +15,7 @@ import tomlkit
 
 from trainer.bases import FAMILIES
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
+from trainer.data import DRAWN_ANEW, OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
 from trainer.errors import ConfigError, MissingData
 from trainer.files import write_atomic
 from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
@@ -114,6 +114,9 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
         arguments.append(
             f"safeguard_warmup={config.lr_warmup_steps > 0 and config.lr_scheduler != 'constant'}"
         )
+    anew = any(getattr(config, name) for name in DRAWN_ANEW)  # sd-scripts refuses them with cached latents
+    if anew:
+        table["cache_latents_to_disk"] = False
     return {
         **table,
         **length,
@@ -123,7 +126,7 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
         "network_dim": config.network_dim,
         "network_alpha": config.network_alpha,
         "save_model_as": "safetensors",
-        "cache_latents": True,
+        **({} if anew else {"cache_latents": True}),
         "sdpa": True,
     }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomlkit
 from PIL import Image
 
 from tests.tiny import tiny_base, tiny_config
@@ -24,6 +25,7 @@ from trainer.data import (
 from trainer.data.subsets import read_dataset_file, sides
 from trainer.errors import ConfigError, ToolError
 from trainer.events import Step
+from trainer.kohya.export import to_kohya
 from trainer.kohya.trainfile import read_train_file
 from trainer.loop import Conduct
 from trainer.loop.loop import train
@@ -82,6 +84,25 @@ def test_one_folder_is_trained_at_two_resolutions(tmp_path: Path) -> None:
     adapter.remove()
     assert len(events) == 2 * 4, "two epochs of one batch of three and three of one"
     assert cache.prepare(base, data, config, tmp_path / "cache").encoded_images == 0
+
+
+def test_several_datasets_and_random_crops_are_exported_as_they_were_read(tmp_path: Path) -> None:
+    draw(tmp_path / "a")
+    data, config = described(tmp_path, TWO.replace("keep_tokens = 1", "keep_tokens = 1\nrandom_crop = true"))
+    assert config.random_crop, "memory is planned with the VAE"
+    assert [item.setting(config, "random_crop") for item in data.items] == [True] * 3 + [False] * 3
+    found = to_kohya(config, "sd15", "sd15", tmp_path / "out")
+    assert "cache_latents" not in found.config and found.config["cache_latents_to_disk"] is False
+    first, second = found.dataset["datasets"]
+    assert (first["resolution"], first["batch_size"]) == (64, 3)
+    assert (second["resolution"], second["batch_size"]) == ([96, 64], 1)
+    file = tmp_path / "again.toml"
+    file.write_text(tomlkit.dumps(dict(found.dataset)))
+    again = config.with_values({**read_dataset_file(file).settings, "dataset_config": str(file)})
+    items = read_training_data(again).items
+    assert assign_buckets(items, again) == assign_buckets(data.items, config)
+    assert [i.setting(again, "random_crop") for i in items] == [True] * 3 + [False] * 3
+    assert [i.setting(again, "train_batch_size") for i in items] == [3] * 3 + [1] * 3
 
 
 def test_references_of_several_datasets_are_each_one_image(tmp_path: Path) -> None:
