@@ -125,7 +125,20 @@ def read_captions(
             f"{len(late)} captions begin with a blank line, which sd-scripts takes as the caption; the first line with "
             f"text is used here: {listed(late)}"
         )
-    return captions, notes + _shared_notes(found)
+    return captions, notes + _shared_notes(found) + _rival_notes(found, extension, files)
+
+
+def _rival_notes(found: Mapping[Path, Path | None], extension: str, files: CaptionFiles) -> list[str]:
+    """Images with captions of two endings, of which one is used."""
+    notes = []
+    for other in (".txt", ".caption"):
+        both = [path for path, file in found.items() if file and (o := files.find(path, other)) and o != file]
+        if both and other != extension:
+            notes.append(
+                f"{len(both)} images have a {other} file too, which is not used (caption_extension = {extension}): "
+                f"{listed(both)}"
+            )
+    return notes
 
 
 def _shared_notes(found: Mapping[Path, Path | None]) -> list[str]:

@@ -150,3 +150,15 @@ def test_a_blank_first_line_is_said_because_sd_scripts_takes_it(tmp_path: Path) 
     draw(tmp_path / "a.png", 0).with_suffix(".txt").write_bytes(b"\xef\xbb\xbf\r\nzed man\r\n")
     data = read_dataset(tmp_path, TrainConfig(resolution=64))
     assert data.items[0].caption == "zed man" and "begin with a blank line" in data.notes[0]
+
+
+def test_two_captions_of_one_image_are_named_and_the_setting_decides(tmp_path: Path) -> None:
+    image = draw(tmp_path / "a.png", 0)
+    image.with_suffix(".txt").write_text("from txt")
+    image.with_suffix(".CAPTION").write_text("from caption")
+    for extension, other in ((".txt", ".caption"), (".caption", ".txt")):
+        data = read_dataset(tmp_path, TrainConfig(resolution=64, caption_extension=extension))
+        assert data.items[0].caption == f"from {extension[1:]}"
+        assert [note for note in data.notes if f"1 images have a {other} file too" in note] == list(
+            data.notes
+        )
