@@ -16,7 +16,14 @@ from rich.text import Text
 
 from hpo.terminal import say, short
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import Dataset, assign_buckets, batches_per_epoch, length_of, warmup_steps
+from trainer.data import (
+    Dataset,
+    assign_buckets,
+    batches_per_epoch,
+    differences,
+    length_of,
+    warmup_steps,
+)
 from trainer.errors import ToolError
 from trainer.kohya import TrainFile
 from trainer.text import clean_text
@@ -93,7 +100,7 @@ def as_json(
         "translated": list(file.translated),
         "without_effect": list(file.without_effect),
         "unknown": list(file.unknown),
-        "differs": list(file.differs),
+        "differs": [*file.differs, *(differences(file.config, data) if data else ())],
         "refused": list(file.refused),
         "notes": list(data.notes) if data else [],
         "steps": asdict(count_steps(file.config, data)) if data else None,
@@ -115,6 +122,8 @@ def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -
     show_lines(console, file)
     if data is not None:
         steps = count_steps(file.config, data)
+        for line in differences(file.config, data):
+            say(console, f"differs from sd-scripts: {line}")
         for note in data.notes:
             say(console, f"note: {note}")
         reg = f", {steps.regularisation_images} regularisation images" if steps.regularisation_images else ""

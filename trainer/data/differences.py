@@ -16,9 +16,9 @@ from trainer.data.epoch import assign_buckets
 from trainer.data.images import DEEP, TRANSPARENT, TURNED
 
 _IMAGES = {
-    TRANSPARENT: "partly transparent: white is put behind them; sd-scripts shows the colours that lie hidden there",
-    TURNED: "stored on their side: they are turned upright by their EXIF mark; sd-scripts trains them as they lie",
-    DEEP: "16-bit grey: they are shortened to 8 bits; sd-scripts clips them, mostly to white",
+    TRANSPARENT: "partly transparent: white is put behind; sd-scripts shows the colours that lie hidden",
+    TURNED: "stored on the side: turned upright by the EXIF mark; sd-scripts trains what is stored",
+    DEEP: "16-bit grey: shortened to 8 bits; sd-scripts clips the values, mostly to white",
 }
 
 
