@@ -348,9 +348,9 @@ ENTRIES = (
     _both("keep_tokens"),
     _read("keep_tokens_separator"),
     _both("shuffle_caption"),
-    _both("color_aug"),
-    _both("flip_aug"),
-    _both("random_crop"),
+    _read("color_aug"),
+    _read("flip_aug"),
+    _read("random_crop"),
     # several settings, or one that depends on another; a later entry wins
     Entry("ss_datasets", None, None, _first_dataset),
     Entry(
