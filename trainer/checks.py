@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -20,6 +21,7 @@ from trainer.errors import ConfigError
 from trainer.text import clean_text
 
 T = TypeVar("T")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")  # in TOML, .5 and 5. are no numbers
 LARGEST_WHOLE = 2**63 - 1  # TOML's limit; larger numbers may not convert to float or text
 SHOWN = 80  # characters of a list or a table in a message
 # type → (what a value must be, plural, what to write)
@@ -191,9 +193,37 @@ def _is_of(kind: type, value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
 
 
+def _unquoted(kind: type, value: Any) -> str:
+    """What a text in quotes means as a number or a truth value, as TOML has it; empty if it means none."""
+    if not isinstance(value, str) or kind is str:
+        return ""
+    text = value.strip()
+    if kind is bool:
+        return text.lower() if text.lower() in ("true", "false") else ""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        return ""
+    if kind is int:
+        return str(int(number))
+    return text if _NUMBER.fullmatch(text) else repr(number)
+
+
 def _single(name: str, value: Any, kind: type, rule: Rule, where: str) -> Any:
     place = f" in {where}" if where else ""
     if not _is_of(kind, value):
+        if meant := _unquoted(kind, value):
+            how = (
+                "without quotes and in lower case"
+                if value.lower() != value and kind is bool
+                else "without quotes"
+            )
+            raise ConfigError(
+                f'{name} = "{clean_text(value)[:SHOWN]}"{place} is a text, not {_WORDS[kind][0]}',
+                f"write it {how}: {name} = {meant}",
+            )
         what = _WORDS[float if kind is int else kind][0]
         raise ConfigError(f"{name} = {value!r}{place} is not {what}", _remedy(_form(kind), rule))
     if isinstance(value, str):

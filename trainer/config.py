@@ -218,6 +218,11 @@ class TrainConfig(Settings):
         return self.trains_text_encoder and not self.text_encoder_frozen
 
     @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height) of the training resolution."""
+        return self.resolution, self.resolution_height or self.resolution
+
+    @property
     def effective_batch_size(self) -> int:
         """Images per optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps
@@ -241,7 +246,7 @@ class TrainConfig(Settings):
         """A copy with ``values`` replaced. Raises ConfigError for unknown names, with a suggestion."""
         for name in values:
             check_name(name)
-        return dataclasses.replace(self, **values)
+        return dataclasses.replace(self, **squared(values))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -308,3 +313,10 @@ def _wrong_argument(setting: str, name: str, value: Any, reason: str) -> ConfigE
     if not hint:
         return ConfigError(f"{setting} {clean_text(shown)[:120]} does not fit", what)
     return ConfigError(f"{setting} {clean_text(shown)[:120]}: {what}", hint)
+
+
+def squared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of which a new resolution without a height is a square, whatever it was before."""
+    if "resolution" in values and "resolution_height" not in values:
+        return {**values, "resolution_height": None}
+    return dict(values)

@@ -110,6 +110,26 @@ class Settings:
     conditioning_data_dir: str = setting(
         "", "folder of masks with the names of the images; white is trained, black is ignored"
     )
+    resolution_height: int | None = setting(
+        None,
+        "height of a training resolution that is no square; resolution is its width then",
+        unit="px",
+        low=16,
+        high=4096,
+    )
+    dataset_repeats: int = setting(
+        1, "repeats of the folders of a dataset config that give no num_repeats", low=1, high=10_000
+    )
+    in_json: str = setting(
+        "",
+        "JSON or JSONL file with captions and tags of the images in train_data_dir, instead of caption files",
+    )
+    random_crop: bool = setting(
+        False, "crop images at a random place instead of the centre; latents are encoded anew each time"
+    )
+    color_aug: bool = setting(
+        False, "change hue or gamma of a third of the images; latents are encoded anew each time"
+    )
 
     # Training length and batch size
     train_batch_size: int = setting(4, "images per micro-batch", low=1, high=1024)

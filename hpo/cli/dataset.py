@@ -117,7 +117,7 @@ def examine(request: DatasetRequest) -> Report:
     found = list(findings(seen, question))
     refused = any(finding.severity == REFUSED for finding in found)
     if not refused and trouble is None:  # run the checks of training itself, too
-        known = {p.path: (p.width_px, p.height_px, p.sha256) for p in seen.photos}
+        known = {p.path: (p.width_px, p.height_px, p.sha256, ()) for p in seen.photos}
         try:
             notes = list(read_dataset(root, config, known=known).notes)
         except ToolError as error:

@@ -30,7 +30,7 @@ from evaluation.prompts import CONFIRM_SEEDS, SEARCH_SEEDS, CountTokens, PromptS
 from evaluation.score import Evaluator, SafeguardLimits, Safeguards, embed_copies, scene_encoders
 from hpo.study.config import Inputs, StudyConfig
 from trainer.bases import Base
-from trainer.data import IMAGE_EXTENSIONS, Dataset, Item, read_picture
+from trainer.data import Dataset, Item, is_image, read_picture, visible
 from trainer.errors import DataError, MissingData
 
 Say = Callable[[str], None]
@@ -173,7 +173,7 @@ def reference_paths(folder: Path, data: Dataset) -> list[Path]:
     try:
         if not folder.is_dir():
             raise MissingData(f"no folder {folder}", "--references must be a folder of reference images")
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_EXTENSIONS and not p.is_dir())
+        found = [path for path in visible(folder) if is_image(path)]
     except OSError as error:
         raise DataError(f"cannot read {folder}: {error.strerror}", "check its permissions") from None
     if len(found) < 2:

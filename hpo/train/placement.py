@@ -2,6 +2,7 @@
 on the device only when needed.
 
 After the images and captions are encoded, the VAE and the text encoders move to RAM and come back only for samples.
+With random_crop or color_aug the VAE stays: images are encoded anew each time.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Place:
             for encoder in self.base.text_encoders:
                 if not fp8.holds_fp8(encoder):
                     fp8.convert(encoder)
-        self._away = [self.base.vae]
+        self._away = [] if prepared.encodes_anew else [self.base.vae]
         if done or (config.cpu_offload and not config.updates_text_encoder):
             self._away += self.base.text_encoders
         self._send()

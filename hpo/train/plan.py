@@ -16,7 +16,14 @@ from rich.text import Text
 
 from hpo.terminal import say, short
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import Dataset, assign_buckets, batches_per_epoch, length_of, warmup_steps
+from trainer.data import (
+    Dataset,
+    assign_buckets,
+    batches_per_epoch,
+    differences,
+    length_of,
+    warmup_steps,
+)
 from trainer.errors import ToolError
 from trainer.kohya import TrainFile
 from trainer.text import clean_text
@@ -37,6 +44,7 @@ class Steps:
     total_steps: int
     warmup_steps: int
     samples_seen: int
+    batch_sizes: tuple[int, ...] = ()
 
     def line(self, config: TrainConfig) -> str:
         """The arithmetic in one line."""
@@ -48,7 +56,8 @@ class Steps:
             else f"{self.steps_per_epoch} steps an epoch, {self.epochs} epoch{'s'[: self.epochs > 1]} begun"
         )
         return (
-            f"{self.samples_per_epoch} samples an epoch in batches of {config.train_batch_size} "
+            f"{self.samples_per_epoch} samples an epoch in batches of "
+            f"{' and '.join(map(str, self.batch_sizes)) or config.train_batch_size} "
             f"→ {self.batches_per_epoch} batches{groups} → {length} → {self.total_steps} steps"
             + (f", {self.warmup_steps} of them warm-up" if self.warmup_steps else "")
         )
@@ -58,8 +67,8 @@ def count_steps(config: TrainConfig, data: Dataset) -> Steps:
     """The length of a run (``trainer.data.steps``), with what goes into it."""
     buckets = assign_buckets(data.items, config)
     samples: Counter[str] = Counter()
-    for item in sorted(data.items, key=lambda item: buckets[item.sha256]):
-        samples[str(buckets[item.sha256])] += item.repeats
+    for item in sorted(data.items, key=lambda item: buckets[item.key]):
+        samples[str(buckets[item.key])] += item.repeats
     batches = batches_per_epoch(config, data, buckets)
     run = length_of(config, batches)
     whole_epoch = sum(samples.values())
@@ -74,6 +83,7 @@ def count_steps(config: TrainConfig, data: Dataset) -> Steps:
         total_steps=run.total_steps,
         warmup_steps=warmup_steps(config, run.total_steps),
         samples_seen=round(whole_epoch * run.total_steps / run.steps_per_epoch),
+        batch_sizes=tuple(sorted({item.setting(config, "train_batch_size") for item in data.items})),
     )
 
 
@@ -90,7 +100,7 @@ def as_json(
         "translated": list(file.translated),
         "without_effect": list(file.without_effect),
         "unknown": list(file.unknown),
-        "differs": list(file.differs),
+        "differs": [*file.differs, *(differences(file.config, data) if data else ())],
         "refused": list(file.refused),
         "notes": list(data.notes) if data else [],
         "steps": asdict(count_steps(file.config, data)) if data else None,
@@ -112,6 +122,8 @@ def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -
     show_lines(console, file)
     if data is not None:
         steps = count_steps(file.config, data)
+        for line in differences(file.config, data):
+            say(console, f"differs from sd-scripts: {line}")
         for note in data.notes:
             say(console, f"note: {note}")
         reg = f", {steps.regularisation_images} regularisation images" if steps.regularisation_images else ""

@@ -36,7 +36,7 @@ from hpo.train.plan import count_steps
 from hpo.train.promptfile import SamplePrompt, sample_prompts
 from hpo.train.view import TrainView
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import Dataset, read_captions, read_training_data
+from trainer.data import DRAWN_ANEW, Dataset, differences, read_captions, read_training_data
 from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
 from trainer.events import Event, Rehearsed, Step, Validated
 from trainer.files import make_folder, sweep_tree, write_atomic
@@ -66,6 +66,8 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     samples = sample_prompts(config)
     for line in samples.findings:
         view.say(f"warning: {line}")
+    for line in differences(ladder.config, data):
+        view.say(f"differs from sd-scripts: {line}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
     device = own_device(device, ranks.local)
     check_device(device)
@@ -222,6 +224,8 @@ class _Run:
         if self.ranks.is_first:
             self.ranks.wait()
         self.view.say(f"{len(prepared.latents)} latents, {prepared.encoded_images} of them encoded now")
+        if prepared.encodes_anew:
+            self.view.say("random_crop or color_aug: images are encoded anew each time they are trained")
         return prepared
 
 
@@ -234,8 +238,15 @@ def _held_out(base: Base, config: TrainConfig, data: Dataset, folder: RunFolder)
     words = " ".join(word for word in (data.trigger, data.class_word) if word) or "a picture"
     paths = [item.path for item in data.held_out if not item.caption]
     captions, _ = read_captions(paths, config.caption_extension, data.root, instead=words)
-    items = tuple(replace(item, caption=item.caption or captions[item.path]) for item in data.held_out)
-    plain = config.with_values({"flip_aug": False, "alpha_mask": False})
+    items = tuple(
+        replace(
+            item,
+            caption=item.caption or captions[item.path],
+            own=tuple(pair for pair in item.own if pair[0] not in DRAWN_ANEW),
+        )
+        for item in data.held_out
+    )
+    plain = config.with_values({"flip_aug": False, "alpha_mask": False} | dict.fromkeys(DRAWN_ANEW, False))
     return cache.prepare(base, replace(data, items=items, held_out=()), plain, folder.cache)
 
 

@@ -31,6 +31,7 @@ COMMENT, STEPS, EPOCH = "ss_training_comment", "ss_steps", "ss_epoch"
 RESOLUTION, BASE_NAME = "ss_resolution", "ss_sd_model_name"
 FOLDERS = (
     "dataset_config",
+    "in_json",
     "reg_data_dir",
     "conditioning_data_dir",
     "sample_prompts",
@@ -127,7 +128,7 @@ def own_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
         "modelspec.architecture": base.facts.kohya_architecture,
         "modelspec.implementation": base.facts.kohya_implementation,
         "modelspec.title": config.output_name,
-        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "modelspec.resolution": "{}x{}".format(*config.size_px),
         "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else base.prediction_type,
         CONFIG_KEY: json.dumps(shared_settings(config, base.name)),
         BASE_KEY: base.identity,
@@ -375,7 +376,7 @@ ENTRIES = (
     _both(
         "resolution",
         RESOLUTION,
-        written=lambda base, config: (config.resolution, config.resolution),
+        written=lambda base, config: config.size_px,
         value=lambda text: _sides(_value(text)),
     ),
     _both("enable_bucket"),

@@ -1,6 +1,7 @@
 from . import cache as cache
 from . import preflight as preflight
 from . import subsets as subsets
+from .augment import DRAWN_ANEW as DRAWN_ANEW
 from .buckets import BucketRules as BucketRules
 from .cache import Prepared as Prepared
 from .captions import LISTED as LISTED
@@ -13,6 +14,7 @@ from .dataset import Item as Item
 from .dataset import read_dataset as read_dataset
 from .dataset import split_references as split_references
 from .dataset import tag_frequency as tag_frequency
+from .differences import differences as differences
 from .epoch import assign_buckets as assign_buckets
 from .epoch import caption_for as caption_for
 from .epoch import epoch_batches as epoch_batches
@@ -27,9 +29,11 @@ from .folders import named_subject as named_subject
 from .folders import parts_of as parts_of
 from .folders import subject_of_names as subject_of_names
 from .images import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from .images import is_image as is_image
 from .images import read_picture as read_picture
 from .layout import Wish as Wish
 from .layout import build as build
+from .litter import visible as visible
 from .steps import Plan as Plan
 from .steps import batches_per_epoch as batches_per_epoch
 from .steps import length_of as length_of
@@ -37,12 +41,15 @@ from .steps import plan as plan
 from .steps import steps_of as steps_of
 from .steps import total_steps as total_steps
 from .steps import warmup_steps as warmup_steps
+from .subsets import FACE_CROP as FACE_CROP
 from .subsets import OWN_KEYS as OWN_KEYS
 from .subsets import PIXELS_REFUSED as PIXELS_REFUSED
 from .subsets import RUN_KEYS as RUN_KEYS
 from .subsets import Subset as Subset
 from .subsets import is_dataset_table as is_dataset_table
 from .subsets import read_dataset_file as read_dataset_file
-from .subsets import read_training_data as read_training_data
+from .subsets import read_dataset_table as read_dataset_table
+from .subsets import sides as sides
 from .survey import Survey as Survey
 from .survey import survey as survey
+from .training import read_training_data as read_training_data

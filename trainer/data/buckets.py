@@ -10,11 +10,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 
+# Settings that decide at which size an image is trained. One of several datasets may have its own.
+SIZE_SETTINGS = (
+    "resolution",
+    "resolution_height",
+    "enable_bucket",
+    "min_bucket_reso",
+    "max_bucket_reso",
+    "bucket_reso_steps",
+    "bucket_no_upscale",
+)
 LATENT_CELL_PX = 8  # the VAEs of all supported families shrink a side by 8
 
 
@@ -31,15 +42,26 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Fit:
-    """How one image becomes its bucket: resized to this size, then cropped around the centre."""
+    """How one image becomes its bucket: resized to this size, then cropped around the centre, or at ``crop`` (top,
+    left)."""
 
     bucket: Bucket
     resized_width_px: int
     resized_height_px: int
+    crop: tuple[int, int] | None = None
+
+    @property
+    def covers(self) -> bool:
+        """Whether the resized image fills its bucket."""
+        return (
+            self.resized_width_px >= self.bucket.width_px and self.resized_height_px >= self.bucket.height_px
+        )
 
     @property
     def crop_top_left(self) -> tuple[int, int]:
         """Rows and columns that the crop takes off in front."""
+        if self.crop is not None:
+            return self.crop
         return (
             (self.resized_height_px - self.bucket.height_px) // 2,
             (self.resized_width_px - self.bucket.width_px) // 2,
@@ -50,7 +72,8 @@ class Fit:
 class BucketRules:
     """The settings that decide buckets, checked together."""
 
-    resolution: int
+    width_px: int
+    height_px: int
     enabled: bool
     shortest_px: int
     longest_px: int
@@ -58,38 +81,47 @@ class BucketRules:
     no_upscale: bool
 
     @classmethod
-    def of(cls, config: TrainConfig) -> BucketRules:
-        """The rules in ``config``; ConfigError if they contradict each other or the VAE."""
+    def of(cls, config: TrainConfig, own: tuple[tuple[str, Any], ...] = ()) -> BucketRules:
+        """The rules in ``config``, and of the settings that one of several datasets has for itself (``own``);
+        ConfigError if they contradict each other or the VAE."""
+        return _rules(config, tuple(pair for pair in own if pair[0] in SIZE_SETTINGS))
+
+    @classmethod
+    def _checked(cls, config: TrainConfig) -> BucketRules:
         step = config.bucket_reso_steps
+        width_px, height_px = config.size_px
         if config.enable_bucket and step % LATENT_CELL_PX:
             raise ConfigError(
                 f"bucket_reso_steps = {step} is not a multiple of {LATENT_CELL_PX}", "use 64 or 32"
             )
-        if not config.enable_bucket and config.resolution % LATENT_CELL_PX:
-            raise ConfigError(
-                f"resolution = {config.resolution} is not a multiple of {LATENT_CELL_PX}",
-                f"use {config.resolution - config.resolution % LATENT_CELL_PX}, or enable_bucket = true",
-            )
+        for side_px in () if config.enable_bucket else (width_px, height_px):
+            if side_px % LATENT_CELL_PX:
+                raise ConfigError(
+                    f"resolution = {side_px} is not a multiple of {LATENT_CELL_PX}",
+                    f"use {side_px - side_px % LATENT_CELL_PX}, or enable_bucket = true",
+                )
         # sd-scripts rounds the shortest side down and the longest side up to whole steps.
         shortest = config.min_bucket_reso - config.min_bucket_reso % step
         longest = config.max_bucket_reso + -config.max_bucket_reso % step
         if config.enable_bucket and not config.bucket_no_upscale:
-            if shortest > config.resolution:
+            if shortest > min(width_px, height_px):
                 raise ConfigError(
-                    f"min_bucket_reso {config.min_bucket_reso} is above resolution {config.resolution}",
+                    f"min_bucket_reso {config.min_bucket_reso} is above resolution {min(width_px, height_px)}",
                     "lower min_bucket_reso, or set bucket_no_upscale = true, which does not use it",
                 )
-            if longest < config.resolution:
+            if longest < max(width_px, height_px):
                 raise ConfigError(
-                    f"max_bucket_reso {config.max_bucket_reso} is below resolution {config.resolution}",
+                    f"max_bucket_reso {config.max_bucket_reso} is below resolution {max(width_px, height_px)}",
                     "raise max_bucket_reso, or set bucket_no_upscale = true, which does not use it",
                 )
-        if config.enable_bucket and step > config.resolution:
+        if config.enable_bucket and step > min(width_px, height_px):
             raise ConfigError(
-                f"bucket_reso_steps {step} is above resolution {config.resolution}", "lower bucket_reso_steps"
+                f"bucket_reso_steps {step} is above resolution {min(width_px, height_px)}",
+                "lower bucket_reso_steps",
             )
         return cls(
-            config.resolution,
+            width_px,
+            height_px,
             config.enable_bucket,
             max(shortest, step),
             longest,
@@ -97,16 +129,26 @@ class BucketRules:
             config.bucket_no_upscale,
         )
 
+    @property
+    def area_px(self) -> int:
+        """The most pixels that a bucket has."""
+        return self.width_px * self.height_px
+
+    @property
+    def size(self) -> str:
+        """The resolution in words: 512, or 512×768."""
+        return str(self.width_px) if self.width_px == self.height_px else f"{self.width_px}×{self.height_px}"
+
     def fit(self, width_px: int, height_px: int) -> Fit | None:
         """How an image of this size is trained; None if it is too small or too narrow to fill any bucket."""
         if self.enabled and self.no_upscale:
             width, height = self._shrunk(width_px, height_px)
             bucket = Bucket(width - width % self.step_px, height - height % self.step_px)
             return Fit(bucket, width, height) if bucket.width_px and bucket.height_px else None
-        bucket = Bucket(self.resolution, self.resolution)
+        bucket = Bucket(self.width_px, self.height_px)
         if self.enabled:
             bucket = nearest_bucket(
-                predefined_buckets(self.resolution, self.shortest_px, self.longest_px, self.step_px),
+                predefined_buckets(self.area_px, self.shortest_px, self.longest_px, self.step_px),
                 width_px,
                 height_px,
             )
@@ -115,7 +157,7 @@ class BucketRules:
     def _shrunk(self, width_px: int, height_px: int) -> tuple[int, int]:
         """With bucket_no_upscale: the size an image is shrunk to.  One side becomes a whole number of steps –
         the side whose bucket then has the closer aspect ratio.  An image within the area keeps its size."""
-        area = self.resolution**2
+        area = self.area_px
         if width_px * height_px <= area:
             return width_px, height_px
         aspect = width_px / height_px
@@ -138,15 +180,19 @@ def _aspect_error(width_px: int, height_px: int, aspect: float) -> float:
     return abs(width_px / height_px - aspect) if width_px and height_px else math.inf
 
 
+@lru_cache(maxsize=64)
+def _rules(config: TrainConfig, own: tuple[tuple[str, Any], ...]) -> BucketRules:
+    return BucketRules._checked(config.with_values(dict(own)) if own else config)
+
+
 @cache
-def predefined_buckets(
-    resolution: int, shortest_px: int, longest_px: int, step_px: int
-) -> tuple[Bucket, ...]:
-    """All buckets of about resolution² between both side limits, sorted by width."""
-    square = resolution // step_px * step_px
+def predefined_buckets(area_px: int, shortest_px: int, longest_px: int, step_px: int) -> tuple[Bucket, ...]:
+    """All buckets of about this area between both side limits, sorted by width (sd-scripts'
+    make_bucket_resolutions, for which only the area of a resolution matters)."""
+    square = math.isqrt(area_px) // step_px * step_px
     buckets = {Bucket(square, square)}
     for width in range(shortest_px, longest_px + 1, step_px):
-        height = min(longest_px, resolution**2 // width // step_px * step_px)
+        height = min(longest_px, area_px // width // step_px * step_px)
         if height >= shortest_px:
             buckets |= {Bucket(width, height), Bucket(height, width)}
     return tuple(sorted(buckets))

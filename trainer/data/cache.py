@@ -9,105 +9,59 @@ Shapes: B batch, C latent channels, H W pixels, h w latent sides, L tokens, D te
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.bases import WINDOW_TOKENS, Base, Sizes, TextStates
 from trainer.compute import holds_fp8
 from trainer.config import TrainConfig
 from trainer.data import preflight
-from trainer.data.buckets import Bucket, BucketRules, Fit
+from trainer.data.augment import is_drawn_anew
+from trainer.data.buckets import Bucket, Fit
 from trainer.data.dataset import Dataset, Item
 from trainer.data.epoch import (
     MIRRORED,
+    Drawn,
     assign_buckets,
     caption_variants,
+    drawn_for,
+    fit_of,
     load_mask,
     load_pixels,
     sizes_for,
+    view_for,
     views,
 )
+from trainer.data.store import Store, Tensors
 from trainer.errors import DataError, OutOfMemory
-from trainer.files import make_folder, sweep, write_atomic
 from trainer.oom import out_of_memory_named
 from trainer.text import clean_text
 
 FORMAT = 1  # raised when pixels or encoding change, so that old files are not found
-Tensors = dict[str, Tensor]
 
 
-class Store:
-    """Tensors by key.  What was read or made once stays in memory; with a folder it also stays on disk.
+class View(NamedTuple):
+    """An image as it is trained one time: its unscaled latent (C, h, w), what SDXL is told, and its mask (h, w)."""
 
-    A worker keeps one store over its trials.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
-        self._memory: dict[str, Tensors] = {}
-        if folder is not None:
-            make_folder(folder)
-            sweep(folder)
-
-    def get(self, key: str, fits: Callable[[Tensors], bool]) -> Tensors | None:
-        """The tensors of a key, or None if there are none, the file is damaged, or they are not what ``fits``."""
-        tensors = self._memory.get(key)
-        if tensors is None and self.folder is not None:
-            tensors = read_tensors(self._path(key), key)
-        if tensors is None or not fits(tensors):
-            return None
-        self._memory[key] = tensors
-        return tensors
-
-    def put(self, key: str, tensors: Tensors, *, on_disk: bool = True) -> None:
-        """Keep the tensors of a key."""
-        self._memory[key] = tensors
-        if on_disk and self.folder is not None:
-            facts = {"key": key, "sha256": digest(tensors)}
-            write_atomic(self._path(key), safetensors.torch.save(tensors, metadata=facts))
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-
-
-def read_tensors(path: Path, key: str) -> Tensors | None:
-    """The tensors in a file if it is whole and was written for this key, else None."""
-    with suppress(OSError, SafetensorError, ValueError), safe_open(path, framework="pt") as file:
-        facts = file.metadata() or {}
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 – not a dict
-        if facts.get("key") == key and facts.get("sha256") == digest(tensors):
-            return tensors
-    return None
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, shapes, types and bytes; safetensors itself does not notice a flipped bit."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+    latent: Tensor
+    sizes: Sizes
+    mask: Tensor | None
 
 
 @dataclass
 class Prepared:
     """A dataset ready to train on.  Tensors are fp32 on CPU; a caption's states have the encoders' number type.
 
-    ``latents`` (C, h, w) are unscaled VAE samples by view (``view_for``: Item.sha256, or that of the
-    mirrored image), ``sizes`` likewise.  ``masks`` (h, w) are weights of the loss, 0 to 1, for views that
-    have one.  The counters say what this call had to encode.
+    ``latents`` (C, h, w) are unscaled VAE samples by view (``view_for``: Item.key, or that of the mirrored
+    image), ``sizes`` likewise; images that random_crop or color_aug change each time have none.  ``masks`` (h, w)
+    are weights of the loss, 0 to 1, for views that have one.  The counters say what this call had to encode.
     """
 
     dataset: Dataset
@@ -118,6 +72,18 @@ class Prepared:
     masks: dict[str, Tensor] = field(default_factory=dict)
     encoded_images: int = 0
     encoded_captions: int = 0
+
+    @property
+    def encodes_anew(self) -> bool:
+        """Whether the VAE is needed while training: some images are others each time."""
+        return any(item.key not in self.latents for item in self.dataset.items)
+
+    def view(self, base: Base, item: Item, config: TrainConfig, epoch: int, occurrence: int) -> View:
+        """An item as it is trained the ``occurrence``-th time (from 0) in an epoch: kept, or encoded anew."""
+        if is_drawn_anew(item, config):
+            return _encoded_anew(base, item, config, drawn_for(item, config, epoch, occurrence))
+        name = view_for(item, config, epoch, occurrence)
+        return View(self.latents[name], self.sizes[name], self.masks.get(name))
 
     def text(self, captions: Sequence[str]) -> TextStates | None:
         """The states of some captions (B, L, D), (B, P) – or None where they must be encoded in every step."""
@@ -158,7 +124,7 @@ def prepare(
 def _prepare_images(
     prepared: Prepared, base: Base, config: TrainConfig, store: Store, on_image: Callable[[int, int], None]
 ) -> None:
-    items = prepared.dataset.items
+    items = [item for item in prepared.dataset.items if not is_drawn_anew(item, config)]
     upright = _groups(items, prepared.buckets, config.vae_batch_size)
     turned = [item for item in items if len(views(item, config)) > 1]
     jobs = [(group, False) for group in upright]
@@ -172,11 +138,10 @@ def _prepare_images(
 def _prepare_group(
     prepared: Prepared, base: Base, config: TrainConfig, store: Store, group: Sequence[Item], mirrored: bool
 ) -> None:
-    rules = BucketRules.of(config)
-    kind = torch.float32 if config.no_half_vae else base.vae.dtype
+    kind = _kind(base, config)
     missing: dict[str, str] = {}
     for item in group:
-        fit = rules.fit(item.width_px, item.height_px)
+        fit = fit_of(item, config)
         assert fit is not None, "assign_buckets refuses images that fill no bucket"
         view = _view(item, mirrored)
         prepared.sizes[view] = sizes_for(item, fit, mirrored=mirrored)
@@ -188,7 +153,15 @@ def _prepare_group(
             prepared.latents[view] = cached["latent"]
     if missing:
         # The whole group, always: the last bits of a latent may depend on the rest of the VAE's batch.
-        latents = _encode(base, group, config, kind, mirrored)
+        pixels_BCHW = torch.stack([load_pixels(item, config)[0] for item in group])
+        seeds = [int(item.sha256[:15], 16) for item in group]
+        try:
+            latents = _encode(base, pixels_BCHW.flip(-1) if mirrored else pixels_BCHW, group, kind, seeds)
+        except torch.OutOfMemoryError:
+            raise OutOfMemory(
+                f"out of memory while encoding images at vae_batch_size {config.vae_batch_size}",
+                "lower vae_batch_size or resolution",
+            ) from None
         prepared.encoded_images += len(group)
         for item, latent in zip(group, latents, strict=True):
             if (view := _view(item, mirrored)) in missing:
@@ -197,19 +170,36 @@ def _prepare_group(
 
 
 def _view(item: Item, mirrored: bool) -> str:
-    return item.sha256 + MIRRORED if mirrored else item.sha256
+    return item.key + MIRRORED if mirrored else item.key
 
 
 def _prepare_masks(prepared: Prepared, base: Base, config: TrainConfig) -> None:
     """Weights of the loss at the size of the latents: the mean over each latent's pixels (as sd-scripts)."""
     for item in prepared.dataset.items:
-        mask_HW = load_mask(item, config)
+        mask_HW = None if is_drawn_anew(item, config) else load_mask(item, config)
         if mask_HW is None:
             continue
-        side_px = base.latent_factor_px
-        small_hw = torch.nn.functional.avg_pool2d(mask_HW[None], side_px)[0]
+        small_hw = _small_mask(mask_HW, base)
         for view in views(item, config):
             prepared.masks[view] = small_hw.flip(-1) if view.endswith(MIRRORED) else small_hw
+
+
+def _small_mask(mask_HW: Tensor, base: Base) -> Tensor:
+    """A mask at the size of the latents."""
+    return torch.nn.functional.avg_pool2d(mask_HW[None], base.latent_factor_px)[0]
+
+
+def _encoded_anew(base: Base, item: Item, config: TrainConfig, drawn: Drawn) -> View:
+    """One image as it was drawn. Images are encoded one by one: a split batch then has the same latents."""
+    pixels_3HW, sizes = load_pixels(item, config, drawn)
+    mask_HW = load_mask(item, config, drawn)
+    mask_hw = None if mask_HW is None else _small_mask(mask_HW, base)
+    (latent,) = _encode(base, pixels_3HW[None], [item], _kind(base, config), [drawn.seed])
+    return View(latent, sizes, mask_hw)
+
+
+def _kind(base: Base, config: TrainConfig) -> torch.dtype:
+    return torch.float32 if config.no_half_vae else base.vae.dtype
 
 
 def latent_key(item: Item, fit: Fit, base: Base, kind: torch.dtype, *, mirrored: bool = False) -> str:
@@ -223,7 +213,7 @@ def _groups(items: Sequence[Item], buckets: Mapping[str, Bucket], size: int) -> 
     """Distinct images of one bucket, ``size`` at a time."""
     members: dict[Bucket, dict[str, Item]] = {}
     for item in items:
-        members.setdefault(buckets[item.sha256], {})[item.sha256] = item
+        members.setdefault(buckets[item.key], {})[item.key] = item
     groups = []
     for bucket in sorted(members):
         distinct = list(members[bucket].values())
@@ -243,29 +233,20 @@ def _is_latent(tensors: Tensors, bucket: Bucket, cell_px: int) -> bool:
 
 
 def _encode(
-    base: Base, group: Sequence[Item], config: TrainConfig, kind: torch.dtype, mirrored: bool
+    base: Base, pixels_BCHW: Tensor, group: Sequence[Item], kind: torch.dtype, seeds: Sequence[int]
 ) -> list[Tensor]:
     """Latents of a group.  One that is not finite in half precision – SDXL's VAE is known for it –
     is done in fp32."""
-    pixels_BCHW = torch.stack([load_pixels(item, config)[0] for item in group])
-    if mirrored:
-        pixels_BCHW = pixels_BCHW.flip(-1)
-    try:
-        latents = _vae_sample(base, pixels_BCHW, group, kind)
-        broken = [row for row, latent in enumerate(latents) if not latent.isfinite().all()]
-        if broken and kind != torch.float32:
-            again = _vae_sample(base, pixels_BCHW[broken], [group[row] for row in broken], torch.float32)
-            for row, latent in zip(broken, again, strict=True):
-                latents[row] = latent
-            if all(latent.isfinite().all() for latent in again):
-                base.say_once(
-                    f"the VAE of {base.name} overflows in half precision: such images are encoded again in fp32"
-                )
-    except torch.OutOfMemoryError:
-        raise OutOfMemory(
-            f"out of memory while encoding images at vae_batch_size {config.vae_batch_size}",
-            "lower vae_batch_size or resolution",
-        ) from None
+    latents = _vae_sample(base, pixels_BCHW, seeds, kind)
+    broken = [row for row, latent in enumerate(latents) if not latent.isfinite().all()]
+    if broken and kind != torch.float32:
+        again = _vae_sample(base, pixels_BCHW[broken], [seeds[row] for row in broken], torch.float32)
+        for row, latent in zip(broken, again, strict=True):
+            latents[row] = latent
+        if all(latent.isfinite().all() for latent in again):
+            base.say_once(
+                f"the VAE of {base.name} overflows in half precision: such images are encoded again in fp32"
+            )
     for item, latent in zip(group, latents, strict=True):
         if not latent.isfinite().all():
             raise DataError(
@@ -275,9 +256,9 @@ def _encode(
     return latents
 
 
-def _vae_sample(base: Base, pixels_BCHW: Tensor, group: Sequence[Item], kind: torch.dtype) -> list[Tensor]:
-    """One unscaled VAE sample per image, fp32 on CPU, from a generator seeded by the image's content."""
-    generators = [torch.Generator().manual_seed(int(item.sha256[:15], 16)) for item in group]
+def _vae_sample(base: Base, pixels_BCHW: Tensor, seeds: Sequence[int], kind: torch.dtype) -> list[Tensor]:
+    """One unscaled VAE sample per image, fp32 on CPU, each from a generator of its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with base.vae_as(kind):
         latents_BCHW = base.encode_images(pixels_BCHW.to(base.device), generators)
     return [

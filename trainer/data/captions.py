@@ -6,6 +6,7 @@ prefix, dropping, wildcards, shuffled tags.  ``trainer.data.dataset`` owns the r
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import math
 import os
@@ -23,7 +24,47 @@ from trainer.text import clean_text
 
 MAX_CAPTION_BYTES = 65_536  # assumed: encoders read 75 to 225 tokens, about 1 kB
 _EXTENSION = re.compile(r"\.\w[\w.-]*")
+_SAVE_AS_UTF8 = "save it as UTF-8 (in an editor: Save as, encoding UTF-8)"
 LISTED = 5  # file names shown in an error
+
+
+class CaptionFiles:
+    """Finds the captions beside images; each folder is listed once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, dict[str, list[str]]] = {}
+
+    def find(self, image: Path, extension: str) -> Path | None:
+        """``name.txt`` or ``name.png.txt``, whatever the case of the ending (``CAPS.TXT``), and then of the name, if it
+        is not the name of another image."""
+        for candidate in (image.with_suffix(extension), image.with_name(image.name + extension)):
+            if candidate.is_file():
+                return candidate
+        names = self._names(image.parent)
+        for wanted in (image.stem + extension, image.name + extension):
+            same = names.get(wanted.casefold(), [])
+            stem = wanted.removesuffix(extension)
+            close = [name for name in same if name.startswith(stem)]
+            free = [name for name in same if not self._is_taken(image, name[: len(stem)])]
+            if close or free:
+                return image.with_name((close or free)[0])
+        return None
+
+    def _names(self, folder: Path) -> dict[str, list[str]]:
+        """Names of files without regard to case → as they are written."""
+        if folder not in self._folders:
+            found: dict[str, list[str]] = {}
+            for path in sorted(folder.iterdir()):
+                if path.is_file():
+                    found.setdefault(path.name.casefold(), []).append(path.name)
+            self._folders[folder] = found
+        return self._folders[folder]
+
+    def _is_taken(self, image: Path, stem: str) -> bool:
+        """Whether a stem is exactly that of another file with the image's ending."""
+        return f"{stem}{image.suffix}" in self._names(image.parent).get(
+            f"{stem}{image.suffix}".casefold(), []
+        )
 
 
 def read_captions(
@@ -36,7 +77,8 @@ def read_captions(
     """
     if not _EXTENSION.fullmatch(extension):
         raise ConfigError(f"caption_extension = {clean_text(extension)!r} is no file ending", "write .txt")
-    found = {path: caption_file(path, extension) for path in images}
+    files = CaptionFiles()
+    found = {path: files.find(path, extension) for path in images}
     missing = [path for path, file in found.items() if file is None]
     if missing and not instead:
         what = (
@@ -46,9 +88,10 @@ def read_captions(
         )
         with piece():
             raise DataError(
-                f"{what} ({extension}): {listed(missing)}", _other_extension_hint(missing, extension)
+                f"{what} ({extension}): {listed(missing)}", _other_extension_hint(missing, extension, files)
             )
-    captions, empty, long = dict.fromkeys(missing, instead), [], []
+    captions: dict[Path, str] = dict.fromkeys(missing, instead)
+    empty, long, late = [], [], []
     for path, file in found.items():
         if file is None:
             continue
@@ -56,10 +99,13 @@ def read_captions(
         with piece():
             check_inside(file, root)
             lines = [line.strip() for line in read_text(file).splitlines()]
+        is_late = bool(lines) and not lines[0]
         lines = [line for line in lines if line]
         if not lines:
             empty.append(file)
             continue
+        if is_late and not all_lines:
+            late.append(file)
         if len(lines) > 1 and not all_lines:
             long.append(file)
         captions[path] = "\n".join(lines) if all_lines else lines[0]
@@ -74,20 +120,44 @@ def read_captions(
         notes.append(
             f"{len(long)} captions have several lines, the first is used, as kohya does: {listed(long)}"
         )
-    return captions, notes
+    if late:
+        notes.append(
+            f"{len(late)} captions begin with a blank line, which sd-scripts takes as the caption; the first line with "
+            f"text is used here: {listed(late)}"
+        )
+    return captions, notes + _shared_notes(found) + _rival_notes(found, extension, files)
 
 
-def caption_file(image: Path, extension: str) -> Path | None:
-    """The caption beside an image: ``name.txt``, or ``name.png.txt``."""
-    for candidate in (image.with_suffix(extension), image.with_name(image.name + extension)):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def _other_extension_hint(missing: Sequence[Path], extension: str) -> str:
+def _rival_notes(found: Mapping[Path, Path | None], extension: str, files: CaptionFiles) -> list[str]:
+    """Images with captions of two endings, of which one is used."""
+    notes = []
     for other in (".txt", ".caption"):
-        if other != extension and any(caption_file(path, other) for path in missing):
+        both = [path for path, file in found.items() if file and (o := files.find(path, other)) and o != file]
+        if both and other != extension:
+            notes.append(
+                f"{len(both)} images have a {other} file too, which is not used (caption_extension = {extension}): "
+                f"{listed(both)}"
+            )
+    return notes
+
+
+def _shared_notes(found: Mapping[Path, Path | None]) -> list[str]:
+    """Images of one name that get one caption: ``a.jpg`` and ``a.png``."""
+    images: dict[Path, list[Path]] = {}
+    for path, file in found.items():
+        if file is not None:
+            images.setdefault(file, []).append(path)
+    shared = [path for group in images.values() if len(group) > 1 for path in group]
+    return (
+        [f"{len(shared)} images share a caption with another of their name: {listed(shared)}"]
+        if shared
+        else []
+    )
+
+
+def _other_extension_hint(missing: Sequence[Path], extension: str, files: CaptionFiles) -> str:
+    for other in (".txt", ".caption"):
+        if other != extension and any(files.find(path, other) for path in missing):
             return f'there are {other} files: set caption_extension = "{other}"'
     return (
         f"put a {extension} file with the same name beside each image, or copy the folder with hpo dataset prepare, "
@@ -105,16 +175,29 @@ def read_text(file: Path) -> str:
         data = file.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {shown(file)}: {error.strerror}", "check its permissions") from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"the caption {shown(file)} is UTF-16, not UTF-8", _SAVE_AS_UTF8)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"the caption {shown(file)} is not UTF-8: byte {data[error.start]:#04x} at {error.start}",
-            "save it as UTF-8",
+            f"the caption {shown(file)} is not UTF-8: byte {data[error.start]:#04x} at {error.start}"
+            + _as_windows(data, error.start),
+            _SAVE_AS_UTF8,
         ) from error
     if "\0" in text:
-        raise DataError(f"the caption {shown(file)} has a NUL byte", "save it as plain UTF-8 text")
+        what = "a NUL byte" if text.count("\0") < len(text) // 3 else "NUL bytes, as UTF-16 has them"
+        raise DataError(f"the caption {shown(file)} has {what}", _SAVE_AS_UTF8)
     return text
+
+
+def _as_windows(data: bytes, start: int) -> str:
+    """What a byte beyond ASCII means in Windows-1252, the usual encoding of old Windows programs."""
+    try:
+        letter = data[start : start + 1].decode("cp1252")
+    except UnicodeDecodeError:
+        return ""
+    return f", {shown(letter)!r} if it is Windows-1252" if letter.isprintable() else ""
 
 
 def check_inside(path: Path, root: Path) -> None:
@@ -235,7 +318,14 @@ class CaptionRules:
             draw.shuffle(tags)
         if self.caption_tag_dropout_rate > 0:
             tags = [tag for tag in tags if draw.random() >= self.caption_tag_dropout_rate]
-        return ", ".join(front + tags + back)
+        return self._between.join(front + tags + back)
+
+    @property
+    def _between(self) -> str:
+        """What stands between tags that were taken apart: the separator and a space (sd-scripts' process_caption since
+        #2391; before, it was always a comma)."""
+        mark = self.caption_separator.rstrip()
+        return f"{mark} " if mark else self.caption_separator
 
     def _warm(self, count: int, now: Moment) -> int:
         """How many of the tags that move are in use: linear from token_warmup_min to all of them (sd-scripts'
@@ -253,7 +343,7 @@ class CaptionRules:
         if mark and mark in text:
             front, middle, *rest = text.split(mark, 2)
             return self._tags(front), self._tags(middle), self._tags(rest[0]) if rest else []
-        tags = [tag.strip() for tag in text.strip().split(self.caption_separator)]
+        tags = self._tags(text)
         return tags[: self.keep_tokens], tags[self.keep_tokens :], []
 
     def _tags(self, text: str) -> list[str]:

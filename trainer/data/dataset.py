@@ -1,7 +1,7 @@
 """Dataset: a folder of captioned images as values – items, reference images, batches.
 
-Owns reading of images, regularisation and validation images, the split into training and reference images, the
-order of an epoch and the random numbers of an image.  Kohya's folder layout is ``trainer.data.folders``,
+Owns reading of images and the split into training and reference images.  Regularisation and validation images are
+``trainer.data.items``'.  Kohya's folder layout is ``trainer.data.folders``,
 decoding ``trainer.data.images``, bucket arithmetic ``trainer.data.buckets``, captions
 ``trainer.data.captions``, dataset files ``trainer.data.subsets``.  Imports no torch until pixels are asked for.
 
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +33,7 @@ from trainer.data.folders import (
     subject_of_parts,
 )
 from trainer.data.images import IMAGE_EXTENSIONS, read_picture
+from trainer.data.items import Item, balanced, set_apart
 from trainer.errors import DataError
 from trainer.files import sha256_file
 from trainer.findings import report
@@ -46,30 +46,7 @@ MAX_REFERENCES = 8
 REFERENCE_SHARE = 0.2
 MIN_REFERENCES = 2  # likeness is measured between them (evaluation.encoders.require_references)
 _READERS = 4  # threads that decode; each holds one image
-Facts = tuple[int, int, str]  # of an image: width in px, height in px, sha256 of the file
-
-
-@dataclass(frozen=True)
-class Item:
-    """One captioned image.  Size as decoded and turned upright; sha256 of the file's bytes.
-
-    ``own`` are (setting, value) pairs that its folder has for itself (``trainer.data.subsets``); ``is_reg``
-    marks a regularisation image, whose loss weighs prior_loss_weight; ``mask`` is the file of its mask.
-    """
-
-    path: Path
-    caption: str
-    repeats: int
-    width_px: int
-    height_px: int
-    sha256: str
-    own: tuple[tuple[str, Any], ...] = ()
-    is_reg: bool = False
-    mask: Path | None = None
-
-    def setting(self, config: TrainConfig, name: str) -> Any:
-        """A setting's value for this image."""
-        return dict(self.own).get(name, getattr(config, name))
+Facts = tuple[int, int, str, tuple[str, ...]]  # of an image: width, height in px, sha256 of the file, traits
 
 
 @dataclass(frozen=True)
@@ -96,9 +73,10 @@ class Dataset:
 
 def _particulars(item: Item) -> list[Any]:
     """What an item has beyond an image and a caption; usually nothing."""
-    if not (item.own or item.is_reg or item.mask):
+    if not (item.own or item.is_reg or item.mask or item.dataset):
         return []
-    return [item.own, item.is_reg, sha256_file(item.mask) if item.mask else ""]
+    place = [item.dataset] if item.dataset else []
+    return [item.own, item.is_reg, sha256_file(item.mask) if item.mask else "", *place]
 
 
 # Reading a folder
@@ -159,28 +137,43 @@ def assemble(
         texts, more = read_captions(images, extension, part.root or root, instead=part.words, all_lines=lines)
         captions |= {(path, other): texts[path] for path, other in jobs if path in texts}
         said += more
-    with ThreadPoolExecutor(_READERS) as pool:
-        paths = [path for path, _ in jobs] + list(held_paths)
-        read = list(pool.map(lambda path: (known or {}).get(path) or _facts_or_error(path), paths))
-    report(fact for fact in read if isinstance(fact, DataError))
-    facts = [fact for fact in read if not isinstance(fact, DataError)]
+    for part in parts:
+        captions |= {(path, part): text for path, text in zip(part.images, part.texts, strict=False)}
+    facts = _all_facts([path for path, _ in jobs] + list(held_paths), known or {})
     items = tuple(
         Item(
-            path, captions[path, part], part.repeats, *fact, part.own, part.is_reg, _mask(path, part, config)
+            path,
+            captions[path, part],
+            part.repeats,
+            *facts[path][:3],
+            part.own,
+            part.is_reg,
+            _mask(path, part, config),
+            part.dataset,
+            facts[path][3],
+            part.tagged(path),
         )
-        for (path, part), fact in zip(jobs, facts, strict=False)
+        for path, part in jobs
+        if path in facts
     )
-    held_out = tuple(
-        Item(path, "", 1, *fact) for path, fact in zip(held_paths, facts[len(jobs) :], strict=True)
-    )
+    held_out = tuple(Item(path, "", 1, *facts[path][:3]) for path in held_paths)
     _check_held_out(items, held_out)
-    items, apart = _validation(items, config)
+    items, apart = set_apart(items, config)
     if apart:
         held_out += apart
         said.append(f"{len(apart)} images are set apart for the validation loss (validation_split)")
-    items, more = _balanced(items)
+    items, more = balanced(items)
     trigger, class_word = subject_of_parts([part for part in parts if not part.is_reg])
-    return Dataset(root, items, trigger, class_word, held_out, (*said, *more))
+    return Dataset(root, items, trigger, class_word, held_out, tuple(dict.fromkeys([*said, *more])))
+
+
+def _all_facts(paths: Sequence[Path], known: Mapping[Path, Facts]) -> dict[Path, Facts]:
+    """The facts of every image, each decoded once; what cannot be read is an error, all of it in one go."""
+    distinct = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(_READERS) as pool:
+        read = list(pool.map(lambda path: known.get(path) or _facts_or_error(path), distinct))
+    report(fact for fact in read if isinstance(fact, DataError))
+    return {path: fact for path, fact in zip(distinct, read, strict=True) if not isinstance(fact, DataError)}
 
 
 def _facts_or_error(path: Path) -> Facts | DataError:
@@ -194,54 +187,12 @@ def _by_captions(parts: Sequence[FolderPart]) -> list[tuple[FolderPart, list[Pat
     """Folders whose captions are found alike, read together: (the first of them, all their images)."""
     groups: dict[tuple[Any, ...], tuple[FolderPart, list[Path]]] = {}
     for part in parts:
+        if part.texts:
+            continue
         own = dict(part.own)
         alike = (part.words, part.root, own.get("caption_extension"), own.get("enable_wildcard"))
         groups.setdefault(alike, (part, []))[1].extend(part.images)
     return list(groups.values())
-
-
-def _balanced(items: tuple[Item, ...]) -> tuple[tuple[Item, ...], list[str]]:
-    """As many regularisation images as training images, repeats included: some are left out or
-    repeated more (sd-scripts' DreamBoothDataset)."""
-    regular = [item for item in items if item.is_reg]
-    if not regular:
-        return items, []
-    wanted = sum(item.repeats for item in items if not item.is_reg)
-    used: list[Item] = []
-    count = 0
-    for item in regular:
-        if count < wanted:
-            used.append(item)
-            count += item.repeats
-    more, rest = divmod(max(0, wanted - count), len(used))
-    used = [replace(item, repeats=item.repeats + more + (place < rest)) for place, item in enumerate(used)]
-    note = f"{len(used)} of {len(regular)} regularisation images, {sum(i.repeats for i in used)} with repeats"
-    return (*(item for item in items if not item.is_reg), *used), [note]
-
-
-def _validation(items: tuple[Item, ...], config: TrainConfig) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """(what is trained on, what validation_split sets apart): ⌊share⌋ of each folder's images, as sd-scripts.
-
-    Chosen by content and validation_seed, not by name or order; equal images stay together.
-    """
-    if not config.validation_split:
-        return items, ()
-    seed = config.seed if config.validation_seed is None else config.validation_seed
-    folders: dict[Path, set[str]] = {}
-    for item in items:
-        if not item.is_reg:
-            folders.setdefault(item.path.parent, set()).add(item.sha256)
-    apart: set[str] = set()
-    for contents in folders.values():
-        order = sorted(contents, key=lambda sha256: hashlib.sha256(f"{seed} {sha256}".encode()).digest())
-        apart |= set(order[math.ceil(len(order) * (1 - config.validation_split) - 1e-9) :])
-    chosen = {item.sha256: item for item in items if item.sha256 in apart and not item.is_reg}
-    if not chosen:
-        raise DataError(
-            f"validation_split = {config.validation_split:g} sets apart no image of {len(items)}",
-            "raise it, or set it to 0",
-        )
-    return tuple(item for item in items if item.sha256 not in apart), tuple(chosen.values())
 
 
 def _mask(image: Path, part: FolderPart, config: TrainConfig) -> Path | None:
@@ -258,9 +209,9 @@ def _mask(image: Path, part: FolderPart, config: TrainConfig) -> Path | None:
 
 
 def _image_facts(path: Path) -> Facts:
-    """Width, height and sha256 of an image, which is decoded completely."""
+    """The facts of an image, which is decoded completely."""
     picture = read_picture(path)
-    return *picture.size_px, picture.sha256
+    return *picture.size_px, picture.sha256, picture.traits
 
 
 def _check_held_out(items: Sequence[Item], held_out: Sequence[Item]) -> None:
@@ -294,8 +245,17 @@ def split_references(dataset: Dataset, n: int | None = None) -> tuple[Dataset, D
     chosen = set(distinct[:count])
     return (
         replace(dataset, items=tuple(item for item in dataset.items if item.sha256 not in chosen)),
-        replace(dataset, items=tuple(item for item in dataset.items if item.sha256 in chosen)),
+        replace(dataset, items=_once(item for item in dataset.items if item.sha256 in chosen)),
     )
+
+
+def _once(items: Iterable[Item]) -> tuple[Item, ...]:
+    """Each image of several datasets once: from the first that has it."""
+    found = tuple(items)
+    first: dict[str, int] = {}
+    for item in found:
+        first.setdefault(item.sha256, item.dataset)
+    return tuple(item for item in found if item.dataset == first[item.sha256])
 
 
 def references_apart(images: int) -> int:
@@ -304,11 +264,12 @@ def references_apart(images: int) -> int:
 
 
 def tag_frequency(dataset: Dataset) -> dict[str, dict[str, int]]:
-    """How often each tag is in the captions of a folder, regularisation images left out: sd-scripts'
-    ss_tag_frequency, which A1111 shows."""
+    """How often each tag is in the captions of a folder, or among the tags of a metadata file, regularisation images
+    left out: sd-scripts' ss_tag_frequency, which A1111 shows."""
     tags: dict[str, Counter[str]] = {}
     for item in dataset.items:
         if not item.is_reg:
-            words = (clean_text(tag.strip().lower()) for tag in item.caption.replace("\n", ",").split(","))
-            tags.setdefault(item.path.parent.name, Counter()).update(word for word in words if word)
+            place, text = item.tagged or (item.path.parent.name, item.caption)
+            words = (clean_text(tag.strip().lower()) for tag in text.replace("\n", ",").split(","))
+            tags.setdefault(place, Counter()).update(word for word in words if word)
     return {folder: dict(count) for folder, count in tags.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.config import TrainConfig
+from trainer.data.augment import Colour, drawn_colour, drawn_crop
 from trainer.data.buckets import Bucket, BucketRules, Fit
 from trainer.data.captions import START, CaptionRules, Moment, listed, shown
 from trainer.data.dataset import Dataset, Item
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from trainer.bases import Sizes
 
-MIRRORED = ":mirrored"  # added to the sha256 of an image in the name of its mirrored view
+MIRRORED = ":mirrored"  # added to the key of an image in the name of its mirrored view
 
 
 @dataclass(frozen=True)
@@ -36,35 +37,71 @@ class Batch:
 
 
 def assign_buckets(items: Iterable[Item], config: TrainConfig) -> dict[str, Bucket]:
-    """Item.sha256 → bucket.  DataError names images too small for any."""
-    rules = BucketRules.of(config)
-    fits = {item: rules.fit(item.width_px, item.height_px) for item in items}
+    """Item.key → bucket.  DataError names images too small for any."""
+    fits = {item: fit_of(item, config) for item in items}
     small = [item for item, fit in fits.items() if fit is None]
     if small:
         first = small[0]
+        rules = BucketRules.of(config, first.own)
         raise DataError(
             f"{len(small)} images fill no bucket of {rules.step_px} px steps: "
             f"{listed([item.path for item in small])} "
-            f"({first.width_px}×{first.height_px} px at resolution {rules.resolution})",
+            f"({first.width_px}×{first.height_px} px at resolution {rules.size})",
             "lower bucket_reso_steps, set bucket_no_upscale = false, or use larger images",
         )
-    return {item.sha256: fit.bucket for item, fit in fits.items() if fit is not None}
+    return {item.key: fit.bucket for item, fit in fits.items() if fit is not None}
 
 
-def load_pixels(item: Item, config: TrainConfig) -> tuple[Tensor, Sizes]:
-    """Pixels (3, H, W) of an item in its bucket, float32 in [-1, 1], and what SDXL is told about them."""
+def fit_of(item: Item, config: TrainConfig) -> Fit | None:
+    """How an item is trained, by the rules of its dataset; None if it fills no bucket.
+
+    With random_crop and without buckets, an image that is large enough is not resized (as in sd-scripts)."""
+    rules = BucketRules.of(config, item.own)
+    whole = Fit(Bucket(rules.width_px, rules.height_px), item.width_px, item.height_px)
+    if not rules.enabled and item.setting(config, "random_crop") and whole.covers:
+        return whole
+    return rules.fit(item.width_px, item.height_px)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How an item is trained one time, where that is drawn at random: its crop, side and colours."""
+
+    fit: Fit
+    is_mirrored: bool
+    colour: Colour
+    seed: int  # of the VAE's sample
+
+
+def drawn_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> Drawn:
+    """What is drawn for an item the ``occurrence``-th time (from 0) in an epoch."""
+    fit = fit_of(item, config)
+    assert fit is not None, "assign_buckets refuses images that fill no bucket"
+    draw = _generator("view", config.seed, epoch, item.sha256, occurrence)
+    fit = drawn_crop(item, config, fit, draw)
+    colour = drawn_colour(item, config, draw)
+    is_mirrored = view_for(item, config, epoch, occurrence).endswith(MIRRORED)
+    return Drawn(fit, is_mirrored, colour, draw.getrandbits(60))
+
+
+def load_pixels(item: Item, config: TrainConfig, drawn: Drawn | None = None) -> tuple[Tensor, Sizes]:
+    """Pixels (3, H, W) of an item in its bucket, float32 in [-1, 1], and what SDXL is told about them: around the
+    centre, or as ``drawn``."""
     import torch  # here, so that listing a dataset stays instant
 
     picture = read_picture(item.path)
     if picture.sha256 != item.sha256:
         raise DataError(f"{shown(item.path)} was changed since it was read", "start again")
-    fit = BucketRules.of(config).fit(item.width_px, item.height_px)
+    fit = drawn.fit if drawn else fit_of(item, config)
     assert fit is not None, "assign_buckets refuses images that fill no bucket"
-    pixels_HW3 = torch.from_numpy(fit_pixels(picture, fit).copy())
-    return pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1, sizes_for(item, fit)
+    fitted = fit_pixels(picture, fit)
+    pixels_HW3 = torch.from_numpy((drawn.colour.apply(fitted) if drawn else fitted).copy())
+    pixels_3HW = pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1
+    is_mirrored = drawn is not None and drawn.is_mirrored
+    return pixels_3HW.flip(-1) if is_mirrored else pixels_3HW, sizes_for(item, fit, mirrored=is_mirrored)
 
 
-def load_mask(item: Item, config: TrainConfig) -> Tensor | None:
+def load_mask(item: Item, config: TrainConfig, drawn: Drawn | None = None) -> Tensor | None:
     """The loss weights (H, W) of an item in its bucket, 0 to 1: its mask's red channel (as sd-scripts), or
     how opaque the image is.  None: everything counts."""
     import torch
@@ -83,16 +120,17 @@ def load_mask(item: Item, config: TrainConfig) -> Tensor | None:
         values = alpha
     else:
         return None
-    fit = BucketRules.of(config).fit(item.width_px, item.height_px)
+    fit = drawn.fit if drawn else fit_of(item, config)
     assert fit is not None, "assign_buckets refuses images that fill no bucket"
-    return torch.from_numpy(fit_values(values, fit).copy()).float() / 255
+    mask_HW = torch.from_numpy(fit_values(values, fit).copy()).float() / 255
+    return mask_HW.flip(-1) if drawn and drawn.is_mirrored else mask_HW
 
 
 def sizes_for(item: Item, fit: Fit, *, mirrored: bool = False) -> Sizes:
     """What SDXL is told about an item.
 
-    The crop offset is where the centre crop really starts.  (sd-scripts reports the bars of a letterbox
-    instead, which differ on images that lose more than a few pixels.)
+    The crop offset is where the crop really starts, also a random one.  (sd-scripts reports the bars of a letterbox
+    instead, which differ on images that lose more than a few pixels, and says nothing of a random crop.)
     """
     from trainer.bases import Sizes
 
@@ -107,8 +145,8 @@ def sizes_for(item: Item, fit: Fit, *, mirrored: bool = False) -> Sizes:
 
 
 def views(item: Item, config: TrainConfig) -> tuple[str, ...]:
-    """The names of an item's latents: its sha256, and with flip_aug also of the mirrored image."""
-    return (item.sha256, item.sha256 + MIRRORED) if item.setting(config, "flip_aug") else (item.sha256,)
+    """The names of an item's latents: its key, and with flip_aug also that of the mirrored image."""
+    return (item.key, item.key + MIRRORED) if item.setting(config, "flip_aug") else (item.key,)
 
 
 def view_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> str:
@@ -122,16 +160,19 @@ def view_for(item: Item, config: TrainConfig, epoch: int, occurrence: int) -> st
 def epoch_batches(
     dataset: Dataset, buckets: Mapping[str, Bucket], config: TrainConfig, epoch: int
 ) -> list[Batch]:
-    """The batches of an epoch in order: repeats duplicated, buckets and batches shuffled, partial batches kept."""
-    members: dict[Bucket, list[int]] = {}
+    """The batches of an epoch in order: repeats duplicated, buckets and batches shuffled, partial batches kept.
+
+    Each dataset has buckets and a batch size of its own; the batches of all are shuffled together (sd-scripts'
+    DatasetGroup)."""
+    members: dict[tuple[int, Bucket], list[int]] = {}
     for index, item in enumerate(dataset.items):
-        members.setdefault(buckets[item.sha256], []).extend([index] * item.repeats)
+        members.setdefault((item.dataset, buckets[item.key]), []).extend([index] * item.repeats)
     draw = _generator("batches", config.seed, epoch)
     batches = []
-    for bucket in sorted(members):
-        order = members[bucket]
+    for place, bucket in sorted(members):
+        order = members[place, bucket]
+        size = dataset.items[order[0]].setting(config, "train_batch_size")
         draw.shuffle(order)
-        size = config.train_batch_size
         batches += [Batch(tuple(order[start : start + size]), bucket) for start in range(0, len(order), size)]
     draw.shuffle(batches)
     return batches

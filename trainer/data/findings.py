@@ -18,7 +18,7 @@ import numpy as np
 from trainer.bases import FAMILIES
 from trainer.config import TOKEN_LENGTHS, TrainConfig
 from trainer.data.buckets import BucketRules
-from trainer.data.captions import shown
+from trainer.data.captions import CaptionFiles, shown
 from trainer.data.dataset import MIN_REFERENCES, references_apart
 from trainer.data.survey import Photo, Survey
 
@@ -154,7 +154,7 @@ def _is_small(photo: Photo, config: TrainConfig) -> bool:
 def _enlargement(photo: Photo, config: TrainConfig) -> float:
     """By how much an image is enlarged – or would have to be, where bucket_no_upscale keeps it small."""
     if config.enable_bucket and config.bucket_no_upscale:
-        return math.sqrt(config.resolution**2 / (photo.width_px * photo.height_px))
+        return math.sqrt(math.prod(config.size_px) / (photo.width_px * photo.height_px))
     fit = BucketRules.of(config).fit(photo.width_px, photo.height_px)
     assert fit is not None, "only bucket_no_upscale leaves images without a bucket"
     return fit.resized_width_px / photo.width_px
@@ -253,7 +253,8 @@ def _caption_files(survey: Survey, question: Question) -> Iterator[DatasetFindin
         do = f"put a {extension} file of the same name beside each, or copy the folder with hpo dataset prepare, "
         do += "which writes trigger and class word"
         others = [e for e in (".txt", ".caption") if e != extension]
-        found = [e for e in others if any(p.with_suffix(e).is_file() for p in survey.uncaptioned)]
+        files = CaptionFiles()
+        found = [e for e in others if any(files.find(p, e) for p in survey.uncaptioned)]
         if found:
             do = f'there are {found[0]} files: set caption_extension = "{found[0]}"'
         yield DatasetFinding("caption-missing", REFUSED, what, do, _files(survey.uncaptioned))

@@ -14,7 +14,8 @@ from typing import Any
 
 from trainer.config import TrainConfig
 from trainer.data.captions import check_inside, shown
-from trainer.data.images import IMAGE_EXTENSIONS
+from trainer.data.images import IMAGE_EXTENSIONS, is_image
+from trainer.data.litter import litter_notes, visible
 from trainer.errors import DataError, MissingData
 from trainer.text import clean_text
 
@@ -28,7 +29,8 @@ class FolderPart:
     """One folder of images, what its name says, and what a dataset file says of it.
 
     ``words`` is the caption of images that have none; ``root`` the folder that links may not lead out
-    of (unset: the dataset's).
+    of (unset: the dataset's).  ``dataset`` counts the [[datasets]] of the file.  ``texts`` are the captions where a
+    metadata file has them, ``tags`` its tags, ``metadata`` its name.
     """
 
     images: tuple[Path, ...]
@@ -39,6 +41,14 @@ class FolderPart:
     own: tuple[tuple[str, Any], ...] = ()
     is_reg: bool = False
     root: Path | None = None
+    dataset: int = 0
+    texts: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    metadata: str = ""
+
+    def tagged(self, image: Path) -> tuple[str, str] | None:
+        """The metadata file that an image's caption comes from, and its tags there."""
+        return (self.metadata, self.tags[self.images.index(image)]) if self.metadata else None
 
     def setting(self, config: TrainConfig, name: str) -> Any:
         """A setting's value for this folder."""
@@ -66,10 +76,10 @@ def regularisation(root: Path) -> tuple[list[FolderPart], list[str]]:
 def parts_of(root: Path, default_repeats: int) -> tuple[list[FolderPart], list[str]]:
     """The folders to train on, and notes about what is left out."""
     name = KOHYA_FOLDER.fullmatch(root.resolve().name)
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = [path for path in visible(root) if path.is_dir()]
     named = [(path, match) for path in folders if (match := KOHYA_FOLDER.fullmatch(path.name))]
     loose = images_in(root, root)
-    notes = []
+    notes = litter_notes([root, *(path for path, _ in named)])
     if named:
         parts = []
         for path, match in named:
@@ -164,12 +174,8 @@ def _beside(folder: Path) -> Path | None:
 
 
 def images_in(folder: Path, root: Path) -> list[Path]:
-    """Image files of a folder, sorted by name.  Hidden files are passed over; links may not lead out of ``root``."""
-    images = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".") and not path.is_dir()
-    )
+    """Image files of a folder, sorted by name, without litter.  Links may not lead out of ``root``."""
+    images = [path for path in visible(folder) if is_image(path)]
     for path in images:
         check_inside(path, root)
     return images
@@ -179,7 +185,7 @@ def _no_images(root: Path, folders: Sequence[Path]) -> DataError:
     """The error for a folder without images, with the most likely intention."""
     hint = f"images end in {', '.join(sorted(IMAGE_EXTENSIONS))}"
     for path in folders:
-        children = [child for child in path.iterdir() if not child.name.startswith(".")]
+        children = visible(path)
         if any(child.is_dir() and KOHYA_FOLDER.fullmatch(child.name) for child in children):
             hint = f"did you mean {shown(path)}, which has folders like 10_name?"
         elif path.name != HELD_OUT and any(child.suffix.lower() in IMAGE_EXTENSIONS for child in children):

@@ -25,6 +25,7 @@ IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 # Recognised by content, whatever the extension says; no format that runs other programs (EPS) or has no end
 # (PSD).
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+TRANSPARENT, TURNED, DEEP = "transparent", "turned", "16-bit"  # traits of an image
 MAX_PIXELS = 178_956_970  # where Pillow calls an image a decompression bomb: 512 MiB as RGB
 MAX_FILE_BYTES = 1 << 30  # no image below MAX_PIXELS needs more
 # Pillow warns at half its limit; here the limit itself refuses.  Filters cannot be changed per thread.
@@ -48,6 +49,21 @@ class Picture:
         """(width, height)"""
         height, width = self.pixels_HW3.shape[:2]
         return width, height
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """What is odd about the file, of what sd-scripts reads otherwise."""
+        odd = {
+            TRANSPARENT: self.alpha_HW is not None and bool((self.alpha_HW < 255).any()),
+            TURNED: self.is_turned,
+            DEEP: self.mode.startswith("I"),
+        }
+        return tuple(name for name, applies in odd.items() if applies)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's ending says that it is an image that can be read."""
+    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.is_dir()
 
 
 def read_picture(path: Path) -> Picture:

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.data.captions import caption_file, check_inside, listed, read_text, shown
+from trainer.data.captions import CaptionFiles, check_inside, listed, read_text, shown
 from trainer.data.folders import HELD_OUT, MAX_REPEATS
-from trainer.data.images import read_picture
-from trainer.data.survey import CAPTION_EXTENSIONS, OTHER_PICTURES, READERS, is_image
+from trainer.data.images import is_image, read_picture
+from trainer.data.litter import is_litter, litter_notes, visible
+from trainer.data.survey import CAPTION_EXTENSIONS, OTHER_PICTURES, READERS
 from trainer.errors import ConfigError, DataError, MissingData
 from trainer.files import atomic_folder, machine_error, require_space, sweep
 from trainer.text import clean_text
@@ -132,14 +133,19 @@ def _check_places(source: Path, out: Path) -> None:
 
 
 def _images(source: Path) -> Iterator[Path]:
-    """The images of a folder and all folders in it, sorted.  Hidden ones are passed over; links to
-    folders are not followed."""
+    """The images of a folder and all folders in it, sorted, without litter; links to folders are not
+    followed."""
+    for place, names in _places(source):
+        for name in sorted(names):
+            if not is_litter(name) and is_image(place / name):
+                yield place / name
+
+
+def _places(source: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all folders in it, with the names of their files."""
     for place, folders, files in os.walk(source, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(place) / name
-            if not name.startswith(".") and is_image(path):
-                yield path
+        folders[:] = sorted(name for name in folders if not is_litter(name))
+        yield Path(place), files
 
 
 def _raise(error: OSError) -> None:
@@ -149,7 +155,8 @@ def _raise(error: OSError) -> None:
 def _read(paths: Sequence[Path], source: Path, wish: Wish) -> tuple[list[LayoutSource], list[str]]:
     """Every image decoded and its caption read; DataError names all that fail."""
     with ThreadPoolExecutor(READERS) as pool:
-        read = list(pool.map(lambda path: _source(path, source), paths))
+        captions = CaptionFiles()
+        read = list(pool.map(lambda path: _source(path, source, captions), paths))
     images = [entry for entry in read if isinstance(entry, LayoutSource)]
     broken = [entry for entry in read if isinstance(entry, DataError)]
     if broken and not wish.skip_corrupt:
@@ -161,11 +168,11 @@ def _read(paths: Sequence[Path], source: Path, wish: Wish) -> tuple[list[LayoutS
     return images, [f"left out: {error.message}" for error in broken]
 
 
-def _source(path: Path, root: Path) -> LayoutSource | DataError:
+def _source(path: Path, root: Path, captions: CaptionFiles) -> LayoutSource | DataError:
     try:
         check_inside(path, root)
         sha256 = read_picture(path).sha256
-        file = next((f for e in (CAPTION, ".caption") if (f := caption_file(path, e))), None)
+        file = next((f for e in (CAPTION, ".caption") if (f := captions.find(path, e))), None)
         text = None
         if file is not None:
             check_inside(file, root)
@@ -218,17 +225,15 @@ def _notes(found: Sequence[LayoutSource], source: Path, wish: Wish) -> list[str]
         names = ", ".join(f"{entry.path.name} → {entry.stem}{entry.path.suffix}" for entry in renamed[:5])
         more = f" and {len(renamed) - 5} more" if len(renamed) > 5 else ""
         notes.append(f"renamed, because the name is taken: {names}{more}")
-    both = [e.path for e in found if all(caption_file(e.path, ending) for ending in CAPTION_EXTENSIONS)]
+    captions = CaptionFiles()
+    both = [e.path for e in found if all(captions.find(e.path, ending) for ending in CAPTION_EXTENSIONS)]
     if both:
         notes.append(f"with two captions, of which the .txt is used: {listed(both)}")
-    others = [
-        path
-        for path in sorted(source.rglob("*"))
-        if path.suffix.lower() in OTHER_PICTURES and not path.name.startswith(".")
-    ]
+    places = [place for place, _ in _places(source)]
+    others = [path for place in places for path in visible(place) if path.suffix.lower() in OTHER_PICTURES]
     if others:
         notes.append(f"left out, because the format is not read: {listed(others)}")
-    return notes
+    return notes + litter_notes(places)
 
 
 def _copy(entry: LayoutSource, folder: Path, wish: Wish) -> None:

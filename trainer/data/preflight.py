@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 from trainer import optimizers
 from trainer.bases import Base, families
 from trainer.compute import holds_fp8
@@ -31,10 +33,10 @@ def notes(base: Base, config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
     """What this base ignores in these settings and captions."""
     found = []
     native_px = base.native_resolution_px
-    if 2 * config.resolution <= native_px:
+    if 4 * math.prod(config.size_px) <= native_px**2:
         found.append(
             f"{base.name} is {base.facts.title} made for {native_px} px; "
-            f"these settings train {config.resolution} px"
+            f"these settings train {round(math.sqrt(math.prod(config.size_px)))} px"
         )
     found += families.passed_over(config, base.family)
     limit = config.max_token_length or base.caption_tokens

@@ -1,36 +1,36 @@
 """Datasets described in a file, in the form of sd-scripts' ``--dataset_config``: general, datasets, subsets.
 
-Owns which of its keys are used, translated, ignored or refused, and the folders it describes.  A value is
-looked up in the subset, then its dataset, then [general], then the run's settings.  ``trainer.data.dataset``
-reads images and captions.
+Owns which of its keys are used, translated, ignored or refused, the folders it describes, and which settings each
+[[datasets]] has for itself: it has buckets and batches of its own, as in sd-scripts.  A value is
+looked up in the subset, then its dataset, then [general], then the run's settings.  ``trainer.data.training``
+reads the images and captions.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trainer.checks import Rule, check, check_known
 from trainer.config import TrainConfig, check_value
+from trainer.data.augment import DRAWN_ANEW
 from trainer.data.captions import shown
-from trainer.data.dataset import Dataset, assemble, read_dataset, split_references
 from trainer.data.folders import (
-    HELD_OUT,
-    KOHYA_FOLDER,
     MAX_REPEATS,
-    FolderPart,
-    held_out_of_subsets,
-    images_in,
-    subject_of,
 )
-from trainer.errors import ConfigError, DataError, MissingData
+from trainer.errors import ConfigError
+from trainer.paths import user_path
 from trainer.text import clean_text
 from trainer.tomlfile import as_text, read_table
 
-# Keys of a dataset that are settings of the whole run here: all datasets of a file must agree on them.
+FACE_CROP = (
+    "sd-scripts reads it only without buckets and without cached latents, for images named NAME_x_y_width_height; "
+    "images are cropped around their centre"
+)
+# Keys of a dataset that are settings of the run here. Where datasets differ, their images have their own.
 RUN_KEYS = {
     "resolution": "resolution",
     "batch_size": "train_batch_size",
@@ -61,27 +61,23 @@ OWN_KEYS = (
     "flip_aug",
     "alpha_mask",
     "conditioning_data_dir",
+    "random_crop",
+    "color_aug",
 )
-PLACE_KEYS = ("image_dir", "num_repeats", "class_tokens", "is_reg")
+PLACE_KEYS = ("image_dir", "metadata_file", "num_repeats", "class_tokens", "is_reg")
 WITHOUT_EFFECT = {
+    "face_crop_aug_range": FACE_CROP,
     "cache_info": "image sizes are read again for each run",
     "custom_attributes": "only diff_output_preservation would have an effect",
 }
 # key → (values without an effect, why all other values are refused); sd-scripts accepts these in both of its files
 PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "color_aug": ((False,), "not supported: latents are cached and reused"),
-    "random_crop": (
-        (False,),
-        "not supported: latents are cached and reused (sd-scripts refuses it with cached latents too)",
-    ),
-    "face_crop_aug_range": ((), "not supported: images are cropped around their centre"),
     "resize_interpolation": (
         (),
         "images are downscaled with area and upscaled with Lanczos, the defaults of sd-scripts",
     ),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "metadata_file": ((), "captions are read from the caption files next to the images"),
     **PIXELS_REFUSED,
     "network_multiplier": ((1,), "the LoRA is always trained at full strength"),
 }
@@ -93,19 +89,27 @@ def _keeps_base(attributes: Any) -> bool:
     return isinstance(attributes, dict) and bool(attributes.get("diff_output_preservation"))
 
 
-REPEATS = Rule(low=1, high=MAX_REPEATS)
+_SIDES = ("resolution", "resolution_height")
+REPEATS = Rule(low=0, high=MAX_REPEATS)
 KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT, *REFUSED)
 
 
 @dataclass(frozen=True)
 class Subset:
-    """One folder of images as the file describes it.  ``own`` are settings it has for itself."""
+    """One folder of images, or the images of a metadata file, as the file describes them.  ``own`` are settings it has
+    for itself; ``num_repeats`` None means dataset_repeats; ``dataset`` counts the [[datasets]]."""
 
     image_dir: str
-    num_repeats: int = 1
+    num_repeats: int | None = None
     class_tokens: str = ""
     is_reg: bool = False
     own: tuple[tuple[str, Any], ...] = ()
+    metadata_file: str = ""
+    dataset: int = 0
+
+    def repeats(self, config: TrainConfig) -> int:
+        """How often an image is used in an epoch."""
+        return config.dataset_repeats if self.num_repeats is None else self.num_repeats
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class DatasetFile:
     subsets: tuple[Subset, ...]
     without_effect: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def require_all(self) -> DatasetFile:
         """Raise ConfigError if anything was refused."""
@@ -129,92 +134,35 @@ class DatasetFile:
 
 
 def is_dataset_table(table: Mapping[str, Any]) -> bool:
-    """Whether a TOML file describes datasets (alone or beside settings)."""
+    """Whether a TOML or JSON file describes datasets (alone or beside settings)."""
     datasets = table.get("datasets")
     return isinstance(datasets, list) and any(isinstance(d, dict) and "subsets" in d for d in datasets)
 
 
 def read_dataset_file(path: Path) -> DatasetFile:
-    """Read a dataset file.  ConfigError for typing errors, bad values, and what cannot be told apart."""
-    return _DatasetReading(Path(path), read_table(path)).result()
+    """Read a dataset file, TOML or JSON.  ConfigError for typing errors, bad values, and what cannot be told apart."""
+    return _DatasetReading(Path(path), read_dataset_table(Path(path))).result()
 
 
-def read_training_data(
-    config: TrainConfig,
-    *,
-    trigger: str | None = None,
-    class_word: str | None = None,
-    default_repeats: int = 1,
-) -> Dataset:
-    """The dataset of a run: dataset_config if it is set, else train_data_dir.
-
-    With ``hold_out_references`` the references of a search are held out here, too.
-    """
-    found = _all_images(config, trigger, class_word, default_repeats)
-    if not config.hold_out_references or found.held_out:
-        return found
-    training, references = split_references(found)
-    said = f"{len(references.items)} images are held out to judge likeness with (hold_out_references)"
-    return replace(training, held_out=references.items, notes=(*training.notes, said))
-
-
-def _all_images(
-    config: TrainConfig, trigger: str | None, class_word: str | None, default_repeats: int
-) -> Dataset:
-    if not config.dataset_config:
-        if not config.train_data_dir:
-            raise ConfigError("no images are given", "set train_data_dir, or give --data FOLDER")
-        return read_dataset(
-            Path(config.train_data_dir),
-            config,
-            trigger=trigger,
-            class_word=class_word,
-            default_repeats=default_repeats,
-        )
-    file = read_dataset_file(Path(config.dataset_config)).require_all()
-    parts = [_part(subset) for subset in file.subsets]
-    folders = [Path(subset.image_dir) for subset in file.subsets if not subset.is_reg]
+def read_dataset_table(path: Path) -> dict[str, Any]:
+    """The content of a dataset file: JSON if its name says so (sd-scripts' load_user_config), else TOML."""
+    if path.suffix.lower() != ".json":
+        return read_table(path)
     try:
-        held_paths = held_out_of_subsets(folders)
+        table = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
-    found = assemble(Path(config.dataset_config).parent, parts, (), config, held_paths)
-    return replace(found, trigger=trigger or found.trigger, class_word=class_word or found.class_word)
-
-
-def _part(subset: Subset) -> FolderPart:
-    folder = Path(subset.image_dir)
-    if not folder.is_dir():
-        raise MissingData(
-            f"the folder {shown(folder)} does not exist", "correct image_dir in the dataset file"
-        )
-    try:
-        images = images_in(folder, folder)
-        inside = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != HELD_OUT)
-    except OSError as error:
-        raise DataError(f"cannot read {shown(folder)}: {error.strerror}", "check its permissions") from error
-    if not images:
-        hint = (
-            f"image_dir is one folder of images, for example {shown(inside[0])}"
-            if inside
-            else "put images in it"
-        )
-        raise DataError(f"no images in {shown(folder)}", hint)
-    trigger, class_word = subject_of(subset.class_tokens)
-    named = KOHYA_FOLDER.fullmatch(folder.resolve().name)
-    if named and not class_word:  # as a search of this folder would read it
-        own = subject_of(named[2])
-        trigger, class_word = own if trigger in (None, own[0]) else (trigger, own[1])
-    return FolderPart(
-        tuple(images),
-        subset.num_repeats,
-        trigger=trigger,
-        class_word=class_word,
-        words=subset.class_tokens,
-        own=subset.own,
-        is_reg=subset.is_reg,
-        root=folder,
-    )
+        raise ConfigError(f"cannot read {shown(path)}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{shown(path)} is not UTF-8 text (byte {error.start})", "save it as UTF-8"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{shown(path)} is not valid JSON: {clean_text(str(error))}", "correct it"
+        ) from error
+    if not isinstance(table, dict):
+        raise ConfigError(f"{shown(path)} is not a table of settings", "see docs/settings.md for its form")
+    return table
 
 
 @dataclass
@@ -225,6 +173,7 @@ class _DatasetReading:
     table: Mapping[str, Any]
     without_effect: dict[str, None] = field(default_factory=dict)
     refused: dict[str, None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def result(self) -> DatasetFile:
         general = self._section(self.table.get("general", {}), "[general]")
@@ -232,25 +181,64 @@ class _DatasetReading:
         if not isinstance(datasets, list) or not datasets:
             raise ConfigError(f"{shown(self.path)} has no [[datasets]]", "see docs/settings.md for its form")
         runs, subsets = [], []
-        for number, dataset in enumerate(datasets, 1):
-            where = f"[[datasets]] {number}"
+        for number, dataset in enumerate(datasets):
+            where = f"[[datasets]] {number + 1}"
             own = self._section(dataset, where)
             folders = own.pop("subsets", None)
             if not isinstance(folders, list) or not folders:
                 raise ConfigError(f"{where} in {shown(self.path)} has no [[datasets.subsets]]", "add one")
             values = {**general, **own}
             runs.append(self._run(values))
-            for place, folder in enumerate(folders, 1):
-                given = self._section(folder, f"subset {place} of {where}")
-                misplaced = [name for name in given if name in RUN_KEYS]
-                if misplaced:
-                    raise ConfigError(
-                        f"{misplaced[0]} belongs to {where}, not to one of its subsets", "move it up"
-                    )
-                subsets.append(self._subset({**values, **given}, f"subset {place} of {where}"))
+            subsets.append(self._subsets(folders, values, number))
+        settings, own_settings = _common(runs)
+        found = [
+            replace(subset, own=(*subset.own, *own.items()))
+            for group, own in zip(subsets, own_settings, strict=True)
+            for subset in group
+        ]
+        for name in DRAWN_ANEW:  # the run's value says whether any image is encoded anew
+            if any(dict(subset.own).get(name) for subset in found):
+                settings[name] = True
+                found = [replace(s, own=tuple(({name: False} | dict(s.own)).items())) for s in found]
+        if not found:
+            raise ConfigError(
+                f"{shown(self.path)} has num_repeats = 0 everywhere", "give at least one folder 1"
+            )
         return DatasetFile(
-            self.path, self._common(runs), tuple(subsets), tuple(self.without_effect), tuple(self.refused)
+            self.path,
+            settings,
+            tuple(found),
+            tuple(self.without_effect),
+            tuple(self.refused),
+            tuple(self.notes),
         )
+
+    def _subsets(self, folders: list[Any], values: Mapping[str, Any], number: int) -> list[Subset]:
+        """The subsets of a dataset. sd-scripts leaves out those with no repeats, and a folder or metadata file that
+        was given before."""
+        found: dict[str, Subset] = {}
+        for place, folder in enumerate(folders, 1):
+            where = f"subset {place} of [[datasets]] {number + 1}"
+            given = self._section(folder, where)
+            misplaced = [name for name in given if name in RUN_KEYS]
+            if misplaced:
+                raise ConfigError(
+                    f"{misplaced[0]} belongs to [[datasets]] {number + 1}, not to one of its subsets",
+                    "move it up",
+                )
+            subset = self._subset({**values, **given}, where, number)
+            source = subset.metadata_file or str(Path(subset.image_dir).resolve())
+            if subset.num_repeats == 0:
+                self.notes.append(f"{where} is left out: num_repeats = 0")
+            elif source in found:
+                what = "metadata_file" if subset.metadata_file else "image_dir"
+                self.notes.append(
+                    f"{where} is left out: its {what} {shown(subset.metadata_file or subset.image_dir)} was given "
+                    "before in this dataset, and sd-scripts uses only the first"
+                )
+            else:
+                found[source] = subset
+        return list(found.values())
 
     def _section(self, section: Any, where: str) -> dict[str, Any]:
         if not isinstance(section, dict):
@@ -277,42 +265,21 @@ class _DatasetReading:
 
     def _run(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run that one dataset asks for."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, setting in RUN_KEYS.items():
-            if name in values:
-                value = values[name]
-                if name == "resolution":
-                    value = self._side(value)
-                found[setting] = check_value(setting, value)
+            if name == "resolution" and name in values:
+                found |= sides(values[name])
+            elif name in values:
+                found[setting] = check_value(setting, values[name])
         return found
 
-    def _side(self, value: Any) -> Any:
-        if isinstance(value, list):
-            if len(value) == 2 and value[0] == value[1]:
-                return value[0]
-            self.refused[
-                f"resolution = {as_text(value)}: only squares; buckets keep aspect ratios at the same area"
-            ] = None
-            return TrainConfig().resolution
-        return value
-
-    def _common(self, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What all datasets ask for.  One latent is kept of each image, and a step has one batch size."""
-        first = dict(runs[0])
-        for number, other in enumerate(runs[1:], 2):
-            for name, value in _differences(first, other):
-                self.refused[
-                    f"{name} of [[datasets]] {number} is {value}: all datasets of a run share one {name}"
-                ] = None
-        return first
-
-    def _subset(self, values: Mapping[str, Any], where: str) -> Subset:
-        folder = values.get("image_dir")
-        if not isinstance(folder, str) or not folder:
-            if "metadata_file" in values:
-                return Subset("")
+    def _subset(self, values: Mapping[str, Any], where: str, number: int) -> Subset:
+        folder, metadata = values.get("image_dir", ""), values.get("metadata_file", "")
+        if not isinstance(metadata, str):
+            raise ConfigError(f"metadata_file of {where} is not a path", 'write it in "…"')
+        if not isinstance(folder, str) or not (folder or metadata):
             raise ConfigError(f"{where} in {shown(self.path)} has no image_dir", "give its folder of images")
-        repeats = check("num_repeats", values.get("num_repeats", 1), int, REPEATS, where)
+        repeats = check("num_repeats", values.get("num_repeats"), int | None, REPEATS, where)
         words = check("class_tokens", values.get("class_tokens", ""), str, where=where)
         is_reg = check("is_reg", values.get("is_reg", False), bool, where=where)
         own = {name: check_value(name, values[name]) for name in OWN_KEYS if name in values}
@@ -320,11 +287,58 @@ class _DatasetReading:
         if extension and not extension.startswith("."):
             own["caption_extension"] = f".{extension}"  # as sd-scripts does
         if own.get("conditioning_data_dir"):
+            own["conditioning_data_dir"] = user_path(own["conditioning_data_dir"], "conditioning_data_dir")
             own["masked_loss"] = True
-        return Subset(folder, repeats, clean_text(words), is_reg, tuple(own.items()))
+        return Subset(
+            user_path(folder, "image_dir"),
+            repeats,
+            clean_text(words),
+            is_reg,
+            tuple(own.items()),
+            user_path(metadata, "metadata_file"),
+            number,
+        )
 
 
-def _differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name in sorted({*first, *other}):
-        if first.get(name) != other.get(name):
-            yield name, json.dumps(other.get(name, "not set"))
+def sides(value: Any) -> dict[str, int]:
+    """A resolution as sd-scripts has it – 512, "512", "512,768", [512, 768] – as settings. Raises ConfigError."""
+    given = str(value).strip(" []()").split(",") if isinstance(value, str) else value
+    given = list(given) if isinstance(given, list | tuple) else [given]
+    try:
+        numbers = [int(side) if isinstance(side, str) else side for side in given]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 2:
+        raise ConfigError(
+            f"resolution = {as_text(value)} is not a size",
+            'write for example 512 or "512,768" (width, height)',
+        )
+    width, height = (check_value("resolution", side) for side in (numbers[0], numbers[-1]))
+    return {"resolution": width} if width == height else {"resolution": width, "resolution_height": height}
+
+
+def _common(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(settings of the run, those that each dataset has for itself): what all datasets ask for is the run's. Where they
+    differ the run has the largest resolution and batch size, which memory is planned for."""
+    several = [{"resolution_height": None, **run} if "resolution" in run else run for run in runs]
+    names = dict.fromkeys(name for run in several for name in run)
+    differ = [name for name in names if len({run.get(name, "not given") for run in several}) > 1]
+    if "resolution_height" in differ or "resolution" in differ:
+        differ = [*(name for name in differ if not name.startswith("resolution")), *_SIDES]
+    for name in {"resolution", "train_batch_size"} & set(differ):
+        for number, run in enumerate(several, 1):
+            if name not in run:
+                key = next(key for key, setting in RUN_KEYS.items() if setting == name)
+                raise ConfigError(
+                    f"[[datasets]] {number} has no {key}, but another dataset has one",
+                    f"write {key} in each of them, or in [general] for all",
+                )
+    settings = {name: value for name, value in runs[0].items() if name not in differ}
+    if "resolution" in differ:
+        largest = max(
+            several, key=lambda run: run["resolution"] * (run["resolution_height"] or run["resolution"])
+        )
+        settings |= {name: largest[name] for name in _SIDES if largest[name] is not None}
+    if "train_batch_size" in differ:
+        settings["train_batch_size"] = max(run["train_batch_size"] for run in several)
+    return settings, [{name: run[name] for name in differ if name in run} for run in several]

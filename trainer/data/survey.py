@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from trainer.config import TrainConfig
-from trainer.data.captions import caption_file, check_inside, read_text, shown
+from trainer.data.captions import CaptionFiles, check_inside, read_text, shown
 from trainer.data.dataset import Item
 from trainer.data.folders import KOHYA_FOLDER, MAX_REPEATS, held_out_folder, subject_of_names
-from trainer.data.images import IMAGE_EXTENSIONS, read_picture
+from trainer.data.images import is_image, read_picture
+from trainer.data.litter import visible
 from trainer.errors import DataError, MissingData
 
 READERS = 4  # threads that decode; each holds one image
@@ -109,14 +110,17 @@ def survey(root: Path, config: TrainConfig, *, default_repeats: int = 1) -> Surv
         )
     try:
         folders = _folders(root, default_repeats)
-        listing = {folder: sorted(_visible(folder)) for folder, _ in folders}
+        listing = {folder: visible(folder) for folder, _ in folders}
     except OSError as error:
         raise DataError(f"cannot read {shown(root)}: {error.strerror}", "check its permissions") from error
     jobs = [(path, repeats) for folder, repeats in folders for path in listing[folder] if is_image(path)]
     with ThreadPoolExecutor(READERS) as pool:
         read = list(pool.map(lambda job: _photo(job[0], job[1], root), jobs))
+    captions = CaptionFiles()
     texts = [
-        _caption(found, root, config) if isinstance(found, Photo) and not found.is_held_out else None
+        _caption(found, root, config, captions)
+        if isinstance(found, Photo) and not found.is_held_out
+        else None
         for found in read
     ]
     photos = []
@@ -144,18 +148,10 @@ def survey(root: Path, config: TrainConfig, *, default_repeats: int = 1) -> Surv
     )
 
 
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.is_dir()
-
-
-def _visible(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.iterdir() if not path.name.startswith("."))
-
-
 def _folders(root: Path, default_repeats: int) -> list[tuple[Path, int]]:
     """The folders that training reads, by the rules of ``trainer.data.dataset.parts_of``,
     and held_out/ (0 repeats)."""
-    inside = sorted(path for path in _visible(root) if path.is_dir())
+    inside = [path for path in visible(root) if path.is_dir()]
     named = [(path, match) for path in inside if (match := KOHYA_FOLDER.fullmatch(path.name))]
     found = [(path, int(match[1])) for path, match in named if int(match[1])]
     if not named:
@@ -197,9 +193,9 @@ def look_of(pixels_HW3: np.ndarray) -> Look:
     return Look((values[:, 1:] > values[:, :-1]).ravel(), np.asarray(small).astype(np.int16))
 
 
-def _caption(photo: Photo, root: Path, config: TrainConfig) -> str | Broken | None:
+def _caption(photo: Photo, root: Path, config: TrainConfig, captions: CaptionFiles) -> str | Broken | None:
     """The caption as training reads it; "" for an empty one, None if there is none."""
-    file = caption_file(photo.path, config.caption_extension)
+    file = captions.find(photo.path, config.caption_extension)
     if file is None:
         return None
     try:
@@ -214,9 +210,15 @@ def _caption(photo: Photo, root: Path, config: TrainConfig) -> str | Broken | No
 def _orphans(files: Iterable[Path]) -> Iterable[Path]:
     """Captions whose image is gone."""
     files = list(files)
-    stems = {path.with_suffix("") for path in files if is_image(path)} | {p for p in files if is_image(p)}
+    images = [path for path in files if is_image(path)]
+    stems = {_folded(path) for path in images} | {_folded(path.with_suffix("")) for path in images}
     return (
         path
         for path in files
-        if path.suffix.lower() in CAPTION_EXTENSIONS and path.with_suffix("") not in stems
+        if path.suffix.lower() in CAPTION_EXTENSIONS and _folded(path.with_suffix("")) not in stems
     )
+
+
+def _folded(path: Path) -> tuple[Path, str]:
+    """A path without regard to the case of its name."""
+    return path.parent, path.name.casefold()

@@ -15,7 +15,7 @@ import tomlkit
 
 from trainer.bases import FAMILIES
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
+from trainer.data import DRAWN_ANEW, OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
 from trainer.errors import ConfigError, MissingData
 from trainer.files import write_atomic
 from trainer.kohya.exportrates import exported_optimizer, exported_schedule
@@ -25,7 +25,9 @@ from trainer.text import clean_text
 
 CONFIG, DATASET, COMMAND = "config.toml", "dataset.toml", "train.sh"
 # Settings in dataset.toml, and settings with a different form in sd-scripts.
-_IN_DATASET = (*RUN_KEYS.values(), *OWN_KEYS, "train_data_dir", "dataset_config", "reg_data_dir")
+_IN_DATASET = (
+    *RUN_KEYS.values(), *OWN_KEYS, "train_data_dir", "dataset_config", "reg_data_dir", "in_json", "dataset_repeats",
+)  # fmt: skip
 _IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts accepts them there only
 _OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
 _RATES = ("optimizer_args", "lr_scheduler", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps")
@@ -105,6 +107,9 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
         if config.max_train_steps is not None
         else {"max_train_epochs": config.max_train_epochs}
     )
+    anew = any(getattr(config, name) for name in DRAWN_ANEW)  # sd-scripts refuses them with cached latents
+    if anew:
+        table["cache_latents_to_disk"] = False
     return {
         **table,
         **length,
@@ -114,7 +119,7 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
         "network_dim": config.network_dim,
         "network_alpha": config.network_alpha,
         "save_model_as": "safetensors",
-        "cache_latents": True,
+        **({} if anew else {"cache_latents": True}),
         "sdpa": True,
     }
 
@@ -180,7 +185,9 @@ def _dataset(config: TrainConfig) -> dict[str, Any]:
     """The dataset file: [general] with the run's settings, one dataset, one subset per folder."""
     general: dict[str, Any] = {}
     for key, setting in RUN_KEYS.items():
-        if (value := getattr(config, setting)) is not None:
+        if key == "resolution" and config.resolution_height:
+            general[key] = list(config.size_px)
+        elif (value := getattr(config, setting)) is not None:
             general[key] = value
     for name in OWN_KEYS:
         value = getattr(config, name)
@@ -191,12 +198,27 @@ def _dataset(config: TrainConfig) -> dict[str, Any]:
     if not config.validation_split:  # sd-scripts up to v0.9.1 refuses the key
         general.pop("validation_split", None)
         general.pop("validation_seed", None)
-    subsets = [_subset(subset, config) for subset in _subsets(config)]
-    return {"general": general, "datasets": [{"subsets": subsets}]}
+    datasets: dict[int, dict[str, Any]] = {}
+    for subset in _subsets(config):
+        entry = datasets.setdefault(subset.dataset, {**_of_dataset(subset), "subsets": []})
+        entry["subsets"].append(_subset(subset, config))
+    return {"general": general, "datasets": list(datasets.values())}
+
+
+def _of_dataset(subset: Subset) -> dict[str, Any]:
+    """The settings that one of several datasets has for itself."""
+    own = dict(subset.own)
+    found = {key: own[setting] for key, setting in RUN_KEYS.items() if own.get(setting) is not None}
+    if own.get("resolution_height"):
+        found["resolution"] = [own["resolution"], own["resolution_height"]]
+    return found
 
 
 def _subset(subset: Subset, config: TrainConfig) -> dict[str, Any]:
-    table: dict[str, Any] = {"image_dir": _full(subset.image_dir), "num_repeats": subset.num_repeats}
+    table: dict[str, Any] = {"num_repeats": subset.repeats(config)}
+    for name in ("image_dir", "metadata_file"):
+        if place := getattr(subset, name):
+            table[name] = _full(place)
     if subset.class_tokens:
         table["class_tokens"] = subset.class_tokens
     if subset.is_reg:
@@ -218,6 +240,8 @@ def _full(path: str) -> str:
 def _subsets(config: TrainConfig) -> list[Subset]:
     if config.dataset_config:
         return list(read_dataset_file(Path(config.dataset_config)).subsets)
+    if config.in_json:
+        return [Subset(config.train_data_dir, metadata_file=config.in_json)]
     if not config.train_data_dir:
         raise ConfigError("no training images are given", "set train_data_dir, or give --data FOLDER")
     found = _folders(Path(config.train_data_dir), is_reg=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config import check_value
+from trainer.data import sides
 from trainer.errors import ConfigError
 from trainer.kohya.keys import ZERO_IS_UNSET
 from trainer.kohya.reading import Reading
@@ -30,24 +30,14 @@ def _old_names(reading: Reading) -> None:
 
 
 def _resolution(reading: Reading) -> None:
-    """A side, "side" or "width,height"; only squares, because resolution² is the area."""
+    """A side, "side" or "width,height"."""
     value = reading.take("resolution")
     if value is None:
         return
-    sides = str(value).strip("[]()").split(",") if isinstance(value, str | list) else [value]
-    try:
-        numbers = [int(side) if isinstance(side, str) else check_value("resolution", side) for side in sides]
-    except ValueError:
-        hint = 'write for example 512 or "512,512"'
-        raise ConfigError(f"resolution = {as_text(value)} is not a size", hint) from None
-    if len(set(numbers)) != 1 or len(numbers) > 2:
-        reading.refuse(
-            "resolution", value, "only squares are supported; buckets keep aspect ratios at the same area"
-        )
-        return
-    reading.given["resolution"] = numbers[0]
-    if numbers[0] != value:
-        reading.say("resolution", value, str(numbers[0]))
+    found = sides(value)
+    reading.given |= found
+    if found.get("resolution") != value:
+        reading.say("resolution", value, " × ".join(map(str, found.values())))
 
 
 def _length(reading: Reading) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import SETTINGS
-from trainer.data import PIXELS_REFUSED
+from trainer.data import FACE_CROP, PIXELS_REFUSED
 from trainer.optimizers import OPTIMIZERS
 from trainer.settings import SETTING_TYPES
 
@@ -117,7 +117,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "cache_text_encoder_outputs_to_disk",
     ),
     "it only has an effect together with a refused setting": (
-        "dataset_repeats",
         "base_weights_multiplier",
         "skip_until_initial_step",
     ),
@@ -136,6 +135,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "noise_offset_type",
         "lowvram",
     ),
+    FACE_CROP: ("face_crop_aug_range",),
     "it belongs to other models or commands": (
         "config_file",
         "debug_dataset",
@@ -157,7 +157,6 @@ FROM_THE_START = (
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     **PIXELS_REFUSED,
-    "in_json": ((), "captions are read from the caption files next to the images"),
     "dataset_class": ((), "external code is not run"),
     "dim_from_weights": (
         (False,),
@@ -239,6 +238,7 @@ OURS_ALONE = frozenset(
         "cpu_offload",
         "checkpoint_blocks",
         "hold_out_references",
+        "resolution_height",
     }
 )
 # Keys that are on or off; 0 and 1 are read as false and true, as sd-scripts' tests for truth do.

@@ -225,7 +225,7 @@ def _arguments(table: Mapping[str, Argument]) -> str:
 
 
 def _dataset_table() -> str:
-    of_run = "sets {} of the run; must be the same in all datasets"
+    of_run = "sets {} of the run; where datasets differ, of this dataset"
     rows = [(key, "used in a dataset", of_run.format(name)) for key, name in subsets.RUN_KEYS.items()]
     rows += [(key, "used in a subset", "for its images") for key in (*subsets.PLACE_KEYS, *subsets.OWN_KEYS)]
     rows += [(key, "refused", reason) for key, (_, reason) in subsets.REFUSED.items()]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.config import SETTINGS, TrainConfig
+from trainer.config import SETTINGS, TrainConfig, squared
 from trainer.data import read_dataset_file
 from trainer.errors import ConfigError
 from trainer.findings import Findings, collecting, piece
@@ -99,7 +99,7 @@ def _read(
     source = open_source(path)
     given = _on_command_line(source, sets, places)
     source = _without_rivals(source, given)
-    dataset_given: Given = {}
+    dataset_given: dict[str, tuple[Any, str]] = {}
     notes = None
     if (place := _dataset_file(source, dataset, given)) is not None:
         with piece():
@@ -107,6 +107,8 @@ def _read(
         dataset_given = {"dataset_config": (str(place), "dataset file")}
         if notes is not None:
             dataset_given |= {name: (value, "dataset file") for name, value in notes.settings.items()}
+            if "resolution" in given:
+                dataset_given.pop("resolution_height", None)
     file = _resolved(source, {**dataset_given, **given})
     if notes is not None:
         file = replace(
@@ -124,7 +126,7 @@ def _resolved(source: Source, given: Given) -> TrainFile:
         return TrainFile(
             source.path,
             source.form,
-            TrainConfig.of({**TrainConfig().as_dict(), **source.values, **values}),
+            TrainConfig.of({**TrainConfig().as_dict(), **source.values, **squared(values)}),
             {**dict.fromkeys(source.values, source.origin), **{name: by for name, (_, by) in given.items()}},
             OUR_DEFAULTS,
             source.translated,

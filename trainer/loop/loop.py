@@ -173,7 +173,7 @@ def _largest(config: TrainConfig, prepared: Prepared) -> MicroBatch:
     """The micro-batch of the first epoch with the most pixels."""
 
     def pixels(micro: MicroBatch) -> int:
-        bucket = prepared.buckets[micro[0].item.sha256]
+        bucket = prepared.buckets[micro[0].item.key]
         return bucket.width_px * bucket.height_px * min(len(micro), config.images_at_once)
 
     return max((micro for group in _epoch_groups(config, prepared, 0) for micro in group), key=pixels)

@@ -30,7 +30,7 @@ from trainer.bases import (
     zero_terminal_snr,
 )
 from trainer.config import TrainConfig
-from trainer.data import START, Item, Moment, Prepared, caption_for, view_for
+from trainer.data import START, Item, Moment, Prepared, caption_for
 from trainer.errors import ConfigError
 from trainer.events import Rehearsed
 from trainer.loop import loss, optim, validation
@@ -176,7 +176,7 @@ class Stepper:
                     weight.copy_(value)
             memory.release(device)
         self.is_untouched = True
-        bucket = self.prepared.buckets[micro[0].item.sha256]
+        bucket = self.prepared.buckets[micro[0].item.key]
         images = min(len(micro), config.images_at_once)
         size = (bucket.width_px, bucket.height_px)
         seconds = time.perf_counter() - started
@@ -228,15 +228,15 @@ class Stepper:
     def _losses(self, micro: MicroBatch, epoch: int) -> Tensor:
         """Loss of each sample (B) with its own noise and timestep."""
         device, config, prepared = self.base.device, self.config, self.prepared
-        views = [view_for(sample.item, config, epoch, sample.occurrence) for sample in micro]
-        latents = [prepared.latents[view].float() * self.base.latent_scale for view in views]
+        views = [prepared.view(self.base, s.item, config, epoch, s.occurrence) for s in micro]
+        latents = [view.latent.float() * self.base.latent_scale for view in views]
         draws = [self._draw(sample, latent, epoch) for sample, latent in zip(micro, latents, strict=True)]
         latents_BCHW = torch.stack(latents).to(device)
         noise_BCHW = torch.stack([draw.noise for draw in draws]).to(device)
         input_noise_BCHW = torch.stack([draw.input_noise for draw in draws]).to(device)
         timesteps_B = torch.stack([draw.timestep for draw in draws]).to(device)
         noisy_BCHW = loss.add_noise(latents_BCHW, input_noise_BCHW, timesteps_B, self.alphas_cumprod)
-        sizes = [Sizes(*prepared.sizes[view]) for view in views]
+        sizes = [Sizes(*view.sizes) for view in views]
         with self._autocast():
             states = self._text([self._caption(sample, epoch) for sample in micro])
             predicted_BCHW = self.base.predict(noisy_BCHW, timesteps_B, states, sizes)
@@ -249,7 +249,7 @@ class Stepper:
             timesteps_B,
             self.alphas_cumprod,
             config,
-            masks_B1HW=_masks(prepared, views, latents_BCHW),
+            masks_B1HW=_masks([view.mask for view in views], latents_BCHW),
             weights_alphas=self.plain_alphas,
         )
         if config.prior_loss_weight != 1.0 and any(sample.item.is_reg for sample in micro):
@@ -327,9 +327,8 @@ def cut(group: Sequence[MicroBatch], at_once: int, world: int) -> list[StepPart]
         at_once = max(1, max(len(part.samples) for part in parts) // 2)
 
 
-def _masks(prepared: Prepared, views: Sequence[str], latents_BCHW: Tensor) -> Tensor | None:
+def _masks(masks: Sequence[Tensor | None], latents_BCHW: Tensor) -> Tensor | None:
     """Weights of the loss (B, 1, h, w), 1 where an image has none; None if none of them has any."""
-    masks = [prepared.masks.get(view) for view in views]
     if all(mask is None for mask in masks):
         return None
     whole = torch.ones(latents_BCHW.shape[2:])

@@ -32,7 +32,7 @@ def validation_loss(base: Base, config: TrainConfig, split: Prepared) -> float:
     alphas = base.alphas_cumprod.to(base.device)
     timesteps_B = torch.tensor(TIMESTEPS, device=base.device)
     for item in items:
-        latent = split.latents[item.sha256].to(base.device, torch.float32) * base.latent_scale
+        latent = split.latents[item.key].to(base.device, torch.float32) * base.latent_scale
         latents_BCHW = latent.expand(len(TIMESTEPS), *latent.shape)
         noise_BCHW = torch.stack(
             [
@@ -45,7 +45,7 @@ def validation_loss(base: Base, config: TrainConfig, split: Prepared) -> float:
             loss.add_noise(latents_BCHW, noise_BCHW, timesteps_B, alphas),
             timesteps_B,
             states.rows([0] * len(TIMESTEPS)),
-            [Sizes(*split.sizes[item.sha256])] * len(TIMESTEPS),
+            [Sizes(*split.sizes[item.key])] * len(TIMESTEPS),
         )
         target_BCHW = noise_BCHW
         if base.prediction_type == "v_prediction":

@@ -18,7 +18,7 @@ from typing import Any
 from trainer.bases import FAMILIES, detect
 from trainer.config import TrainConfig
 from trainer.errors import MissingModel
-from trainer.memory import store
+from trainer.memory import store, vae
 from trainer.memory.replay import Held, Peak, replay
 from trainer.memory.states import optimizer_bytes as optimizer_bytes
 from trainer.memory.traces import CONV_DIM, DIM, Trace, as_table, from_table
@@ -81,10 +81,11 @@ def base_facts(spec: str | Path) -> BaseFacts:
 def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int] | None = None) -> Footprint:
     """The peak of a training step on a GPU that computes in ``mixed_precision`` (auto: bf16).
 
-    ``bucket_px`` is (width, height); by default resolution², the largest area of a bucket. Latents are
-    cached. Text encoders are on the GPU only if one of them is trained or captions vary.
+    ``bucket_px`` is (width, height); by default the resolution, the largest area of a bucket. Latents are
+    cached, but with random_crop or color_aug: then the VAE is there too. Text encoders are on the GPU only if one
+    of them is trained or captions vary.
     """
-    bucket = bucket_px or (config.resolution, config.resolution)
+    bucket = bucket_px or config.size_px
     found = _trace(facts, _traced_settings(config), bucket)
     dim, conv_dim = (config.network_dim, config.conv_dim or 1)
     if config.network_type == "LoKr":
@@ -97,7 +98,11 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     if config.cpu_offload:
         state, update = [], [*update, *state]
     held = Held(base_bytes(config, facts), adapter, state, update, accumulates(config))
-    return _footprint(replay(found, (dim, conv_dim), held), held, bucket, config.images_at_once)
+    peak = replay(found, (dim, conv_dim), held)
+    if vae.encodes_anew(config):
+        needed = vae.encode_bytes(config, facts.config("vae"), bucket, compute_type(config))
+        peak = vae.at_least(peak, held, needed)
+    return _footprint(peak, held, bucket, config.images_at_once)
 
 
 def _footprint(peak: Peak, held: Held, bucket_px: tuple[int, int], images_at_once: int) -> Footprint:
@@ -120,7 +125,7 @@ def _footprint(peak: Peak, held: Held, bucket_px: tuple[int, int], images_at_onc
 def predict_full(config: TrainConfig, facts: BaseFacts) -> Footprint:
     """The same for full fine-tuning of the U-Net in fp32, without an adapter. This tool cannot train that
     way; the prediction is compared with published measurements."""
-    bucket = (config.resolution, config.resolution)
+    bucket = config.size_px
     settings = _traced_settings(config.with_values({"network_type": "LoRA", "conv_dim": None}))
     found = _trace(facts, settings, bucket, is_full=True)
     kind, arguments = config.optimizer_type, config.optimizer_args
@@ -151,6 +156,8 @@ def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
     if text_encoders_stay(config):
         for name in FAMILIES[facts.family].text_encoders:
             found[name] = sum(n * _weight_bytes(shape, element, False) for shape, n in networks[name])
+    if vae.encodes_anew(config):
+        found["vae"] = vae.weight_bytes(config, facts.config("vae"), compute_type(config))
     return found
 
 

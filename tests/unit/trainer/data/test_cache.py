@@ -203,7 +203,7 @@ def test_a_damaged_file_is_encoded_anew_without_a_word(
     data = read_dataset(images, CONFIG)
     first = cache.prepare(base, data, CONFIG, tmp_path / "cache")
     item = data.items[0]
-    fit = cache.BucketRules.of(CONFIG).fit(item.width_px, item.height_px)
+    fit = cache.fit_of(item, CONFIG)
     assert fit is not None
     key = cache.latent_key(item, fit, base, torch.float32)
     path = cache.Store(tmp_path / "cache")._path(key)
@@ -224,7 +224,7 @@ def test_a_file_with_numbers_that_are_not_finite_is_not_used(
     first = cache.prepare(base, data, CONFIG, tmp_path / "cache")
     store = cache.Store(tmp_path / "cache")
     item = data.items[0]
-    fit = cache.BucketRules.of(CONFIG).fit(item.width_px, item.height_px)
+    fit = cache.fit_of(item, CONFIG)
     assert fit is not None
     store.put(cache.latent_key(item, fit, base, torch.float32), {"latent": torch.full((4, 8, 8), torch.nan)})
     assert same(cache.prepare(base, data, CONFIG, tmp_path / "cache"), first)

@@ -42,7 +42,25 @@ def made(caption: str, times: int = 200, epoch: int = 0, **values: Any) -> list[
         ("z, a", {"caption_tag_dropout_rate": 0.5, "keep_tokens": 1}, {"z, a", "z"}),
         ("z", {"caption_dropout_rate": 0.5}, {"z", ""}),
         ("z", {"caption_dropout_rate": 1}, {""}),
-        ("a|b", {"shuffle_caption": True, "caption_separator": "|"}, {"a, b", "b, a"}),
+        ("a|b", {"shuffle_caption": True, "caption_separator": "|"}, {"a| b", "b| a"}),
+        (
+            "zed man; at sea, at dusk; hat",
+            {"caption_tag_dropout_rate": 1e-9, "caption_separator": ";"},
+            {"zed man; at sea, at dusk; hat"},
+        ),
+        (
+            "zed man; at sea, at dusk; hat",
+            {"shuffle_caption": True, "keep_tokens": 1, "caption_separator": ";"},
+            {"zed man; at sea, at dusk; hat", "zed man; hat; at sea, at dusk"},
+        ),
+        (
+            "z ||| a; b",
+            {"shuffle_caption": True, "keep_tokens_separator": "|||", "caption_separator": ";"},
+            {"z; a; b", "z; b; a"},
+        ),
+        ("zed  red", {"shuffle_caption": True, "keep_tokens": 1, "caption_separator": " "}, {"zed red"}),
+        ("zed, red", {"shuffle_caption": True, "keep_tokens": 1, "caption_separator": ", "}, {"zed, red"}),
+        (" , z,, a;b, ", {"shuffle_caption": True, "secondary_separator": ";"}, {"z, a,b", "a,b, z"}),
     ],
 )
 def test_a_caption_becomes_what_kohya_makes_of_it(
@@ -104,6 +122,8 @@ def test_token_warm_up_adds_tags_step_by_step_as_sd_scripts_does() -> None:
     ]  # fmt: skip
     assert tags(8) == tags(99) == caption
     assert rules.variants(caption) is None  # so that no caption is encoded in advance
+    other = CaptionRules.of(TrainConfig(token_warmup_step=8, caption_separator=";"))
+    assert other.apply("zed, man; hat; sea", 0, random.Random(0), Moment(4, 100)) == "zed, man; hat"
     share = CaptionRules.of(TrainConfig(token_warmup_step=0.5))
     assert share.apply("a, b, c", 0, random.Random(0), Moment(49, 100)) == "a, b"
     assert share.apply("a, b, c", 0, random.Random(0), Moment(50, 100)) == "a, b, c"

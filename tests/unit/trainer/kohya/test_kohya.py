@@ -292,9 +292,7 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
         ('lr_scheduler = "cosin"', "did you mean cosine"),
         ('lr_scheduler_type = "builtins.print"', "lr_scheduler_type"),
         ('lr_scheduler = "adafactor"', "lr_scheduler"),
-        ('resolution = "512,768"', "resolution"),
         ("lr_warmup_steps = 1.0\nmax_train_epochs = 2", "lr_warmup_steps"),
-        ("random_crop = true", "random_crop"),
         ('resume = "state"', "resume"),
         ("initial_step = 100", "initial_step"),
         ("initial_epoch = 2", "initial_epoch"),
@@ -414,7 +412,7 @@ def test_a_key_means_the_same_here(tmp_path: Path, text: str, expected: dict[str
     ("text", "message"),
     [
         ("network_dim = 0", "network_dim = 0 is outside its limits"),
-        ('learning_rate = "1e-4"', "learning_rate = '1e-4' is not a number"),
+        ('learning_rate = "1e-4"', 'learning_rate = "1e-4" is a text, not a number'),
         ("resolution = 512.5", "resolution = 512.5 is not a whole number"),
         ('resolution = "wide"', "resolution = wide is not a size"),
         ("network_args = [3]", "network_args"),

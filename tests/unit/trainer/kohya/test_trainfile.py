@@ -17,7 +17,7 @@ from tests.tiny_search import draw_images
 from trainer.adapters.metadata import kohya_settings
 from trainer.bases.blockrates import block_rates
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import subsets
+from trainer.data import OWN_KEYS, RUN_KEYS, read_training_data
 from trainer.data.epoch import assign_buckets, epoch_batches
 from trainer.errors import ConfigError, DataError
 from trainer.kohya import export as kohyaexport
@@ -142,7 +142,7 @@ def described(tmp_path: Path, data: Path) -> Path:
 def test_a_dataset_file_is_trained_as_it_says(described: Path) -> None:
     file = read_train_file(described)
     assert (file.config.resolution, file.config.train_batch_size) == (32, 2)
-    found = subsets.read_training_data(file.config)
+    found = read_training_data(file.config)
     regular = [item for item in found.items if item.is_reg]
     assert [item.repeats for item in found.items if not item.is_reg] == [3] * 5
     assert sum(item.repeats for item in regular) == 15 and {i.caption for i in regular} == {"figure"}
@@ -153,19 +153,22 @@ def test_a_dataset_file_is_trained_as_it_says(described: Path) -> None:
     assert sum(len(batch.items) for batch in batches) == 30
     text = described.read_text()
     described.write_text(text.replace("keep_tokens = 1", "keep_tokens = 2"))
-    assert subsets.read_training_data(file.config).content_hash != found.content_hash
+    assert read_training_data(file.config).content_hash != found.content_hash
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("num_repeats", "num_repeat", "unknown setting num_repeat"),
-        ("num_repeats = 3", "num_repeats = 0", "num_repeats = 0"),
+        ("num_repeats = 3", "num_repeats = -1", "num_repeats = -1"),
+        ("num_repeats = 3", 'num_repeats = "3"', "is a text, not a whole number"),
+        ("num_repeats = 3", "num_repeats = 2.5", "is not a whole number"),
         ("num_repeats = 3", "batch_size = 3", r"batch_size belongs to \[\[datasets\]\] 1"),
-        ("num_repeats = 3", "color_aug = true", "color_aug = true"),
-        ("resolution = 32", "resolution = [32, 64]", "only squares"),
+        ("num_repeats = 3", 'resize_interpolation = "lanczos"', "resize_interpolation"),
+        ("resolution = 32", "resolution = [32, 64, 32]", "is not a size"),
+        ("resolution = 32", 'resolution = "32x64"', "is not a size"),
         ("image_dir", "image_dirs", "unknown setting image_dirs"),
-        ("[[datasets.subsets]]", "[[datasets]]\nresolution = 64\n[[datasets.subsets]]", "resolution of"),
+        ("[[datasets.subsets]]", "[[datasets]]\nresolution = 64\n[[datasets.subsets]]", "has no batch_size"),
     ],
 )
 def test_what_a_dataset_file_asks_in_vain_is_named(described: Path, old: str, new: str, message: str) -> None:
@@ -250,14 +253,14 @@ def test_what_is_exported_means_the_same_when_it_is_read_back(
     again = read_train_file(tmp_path / "config.toml", dataset=tmp_path / "dataset.toml").require_all().config
     moved = {"pretrained_model_name_or_path", "train_data_dir", "dataset_config", "conv_alpha"}
     moved |= {"text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2"}
-    before = config.as_dict() | {name: getattr(again, name) for name in subsets.OWN_KEYS}
+    before = config.as_dict() | {name: getattr(again, name) for name in OWN_KEYS}
     assert {k: v for k, v in again.as_dict().items() if k not in moved} == {
         k: v for k, v in before.items() if k not in moved
     }
     assert again.effective_text_encoder_lrs == config.effective_text_encoder_lrs
-    item = subsets.read_training_data(again).items[0]
-    assert {name: item.setting(again, name) for name in subsets.OWN_KEYS} == {
-        name: getattr(config, name) for name in subsets.OWN_KEYS
+    item = read_training_data(again).items[0]
+    assert {name: item.setting(again, name) for name in OWN_KEYS} == {
+        name: getattr(config, name) for name in OWN_KEYS
     }
     assert item.repeats == 2 and "sdxl_train_network.py" in found.command
     assert tomlkit.parse((tmp_path / "dataset.toml").read_text())["general"]["batch_size"] == 4  # type: ignore[index]
@@ -295,7 +298,7 @@ def test_an_exported_number_has_the_type_that_sd_scripts_acts_on(
     numbers = [*whole_numbers(table), *whole_numbers(tomllib.loads((tmp_path / "dataset.toml").read_text()))]
     assert {*steps, *more, "resolution", "num_repeats", "batch_size"} <= {name for name, _ in numbers}
     for name, value in numbers:
-        setting = subsets.RUN_KEYS.get(name, name)
+        setting = RUN_KEYS.get(name, name)
         wants_int = name == "num_repeats" or int in (types[setting], *get_args(types[setting]))
         assert name == "lr_warmup_steps" or type(value) is (int if wants_int else float), name
 

@@ -11,10 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.tiny import tiny_base, tiny_config
 from trainer.adapters.adapter import inject
+from trainer.bases import empty_network
 from trainer.bases.base import Sizes, TextStates
 from trainer.compute.recompute import blocks_outermost_first, recomputing
 from trainer.errors import ConfigError, MissingModel
-from trainer.memory import footprint, stacks, tracing
+from trainer.memory import footprint, stacks, tracing, vae
 from trainer.memory.footprint import BaseFacts, base_facts, optimizer_bytes, predict
 
 SIDE_PX = 128
@@ -265,6 +266,24 @@ def test_what_cannot_fit_is_refused_with_its_least_peak():
 def test_an_unknown_base_is_refused():
     with pytest.raises(MissingModel, match="no base 'nowhere/base'"):
         base_facts("nowhere/base")
+
+
+@pytest.mark.parametrize("base", ["sd15", "sdxl", "mini-sd15", "mini-sdxl"])
+def test_the_vaes_weights_are_counted_by_its_configuration(base):
+    config = base_facts(base).config("vae")
+    assert vae.parameters(config) == sum(p.numel() for p in empty_network("vae", config).parameters())
+
+
+def test_the_vae_counts_where_images_are_encoded_anew():
+    facts = tiny_facts()
+    usual = predict(settings(), facts)
+    for name in ("random_crop", "color_aug"):
+        anew = predict(settings(**{name: True}), facts)
+        assert anew.parts["base: vae"] == 2 * vae.parameters(facts.config("vae"))
+        assert anew.allocated_bytes > usual.allocated_bytes and sum(anew.parts.values()) == anew.peak_bytes
+    large = predict(settings(random_crop=True), facts, bucket_px=(512, 512))
+    assert large.parts["activations"] >= 3 * facts.config("vae")["block_out_channels"][0] * 512 * 512 * 2
+    assert "base: vae" not in usual.parts
 
 
 def test_facts_are_plain_texts():
