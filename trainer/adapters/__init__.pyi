@@ -1,5 +1,7 @@
 from . import adapter as adapter
+from . import contents as contents
 from . import lorafile as lorafile
+from . import values as values
 from .adapter import Adapter as Adapter
 from .adapter import keyed_generator as keyed_generator
 from .kinds import KINDS as KINDS

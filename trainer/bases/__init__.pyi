@@ -1,5 +1,8 @@
 from . import detect as detect
 from . import families as families
+from .architecture import LoraLayer as LoraLayer
+from .architecture import MadeFor as MadeFor
+from .architecture import made_for as made_for
 from .base import WINDOW_TOKENS as WINDOW_TOKENS
 from .base import Base as Base
 from .base import Parts as Parts
