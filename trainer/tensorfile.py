@@ -68,7 +68,7 @@ def read_header(path: Path) -> Header:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             # the length of a valid header may begin like another kind of file, as with a pickle's first byte, 0x80
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise _no_safetensors(path, size, length)
+                raise _no_safetensors(path, size)
             text = file.read(length)
     except FileNotFoundError as error:
         raise MissingModel(f"cannot read {path}: {error.strerror}", "check the path") from None
@@ -166,16 +166,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_safetensors(path: Path, size: int, length: int) -> ModelFileError:
+def _no_safetensors(path: Path, size: int) -> ModelFileError:
     """The error for a file whose first eight bytes are no header length of a safetensors file."""
     if size == 0:
         return _broken(path, "it is empty (0 bytes)")
     if known := what_file(beginning_of(path)):
         return ModelFileError(f"{path} is {known[0]}", known[1])
-    if length > MAX_HEADER_BYTES:
-        return _broken(
-            path, f"its header would be {length:,} bytes long: it is damaged or no safetensors file"
-        )
     return _broken(path, "its header does not fit into the file: it is truncated or not a safetensors file")
 
 

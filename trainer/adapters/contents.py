@@ -18,7 +18,7 @@ from pathlib import Path
 
 from trainer.adapters.keys import PRIOR, TEXT, TEXT_2, TEXT_3, UNET, Keys, Module, Name, read_keys
 from trainer.adapters.otherfiles import what_is
-from trainer.bases import LoraLayer, MadeFor, made_for
+from trainer.bases import FAMILIES, LoraLayer, MadeFor, made_for
 from trainer.errors import ModelFileError
 from trainer.text import clean_text
 
@@ -125,11 +125,9 @@ class Contents:
         if all(name.startswith("base_model.") for name in written):
             return "PEFT"
         if any(name.startswith("lora_") for name in written):
-            original = any(
-                re.match(r"lora_\w+?_(?:in|out)put_blocks_|lora_\w+?_middle_block_", name) for name in written
-            )
-            unet = any("_blocks_" in name for name in written) and self._is_unet
-            return "kohya" + (" with diffusers' block names" if unet and not original else "")
+            usual = any(mark in name for name in written for mark in ("_input_", "_middle_", "_output_"))
+            named = any("_blocks_" in mark for f in self.made_for.families for mark in FAMILIES[f].lora_marks)
+            return "kohya" + (" with diffusers' block names" if self._is_unet and named and not usual else "")
         if any(name.startswith("lycoris_") for name in written):
             return "LyCORIS without kohya's prefixes"
         if ".lora_A" in spelled or ".lora." in spelled or "lora_linear_layer" in spelled:

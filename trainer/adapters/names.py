@@ -55,6 +55,7 @@ def places_of(base: Base) -> dict[Name, Place]:
     found: dict[Name, Place] = {}
     known = [table for tables in (base.lora_names(), base.conv_names()) for table in tables.items()]
     keys = {(component, path): key for component, table in known for path, key in table.items()}
+    original = any("_blocks_" in mark for mark in base.facts.lora_marks)
     for component, network in base.components().items():
         for path, layer in network.named_modules():
             if not isinstance(layer, LAYERS):
@@ -63,7 +64,7 @@ def places_of(base: Base) -> dict[Name, Place]:
             names = [plain]
             if component == "unet" and (other := original_path(base.unet, path)):
                 names.append(other.replace(".", "_"))
-            key = keys.get((component, path)) or _key(base, component, path, names[-1])
+            key = keys.get((component, path)) or _key(base, component, names, original)
             for name in names:
                 found[Name(component, name)] = Place(component, path, key, layer)
     return found
@@ -92,12 +93,9 @@ def original_path(unet: Any, path: str) -> str | None:
     return f"{side}.{int(what == 'attentions')}.{rest}"
 
 
-def _key(base: Base, component: str, path: str, name: str) -> str:
+def _key(base: Base, component: str, names: list[str], original: bool) -> str:
     """kohya's key of a layer that sd-scripts' own networks do not train."""
-    if component != "unet":
-        prefix = dict(zip(base.facts.text_encoders, base.facts.text_prefixes, strict=False))[component]
-        return f"{prefix}_{name}" if name == "text_projection" else f"{prefix}_text_model_{name}"
-    try:
-        return base.unet_key(path)
-    except AssertionError:
-        return f"lora_unet_{name}"
+    if component == "unet":
+        return f"lora_unet_{names[-1 if original else 0]}"
+    prefix = dict(zip(base.facts.text_encoders, base.facts.text_prefixes, strict=False))[component]
+    return f"{prefix}_{names[0]}" if names[0] == "text_projection" else f"{prefix}_text_model_{names[0]}"
