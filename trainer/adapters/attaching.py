@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.adapters.adapter import Adapter
 from trainer.adapters.contents import PEFT_KEY, Contents, listed, no_lora, peft_alpha, read_contents
 from trainer.adapters.difference import Differences
-from trainer.adapters.forms import Change, Misfit, Plain, read_form
+from trainer.adapters.forms import READABLE, Change, Misfit, Plain, read_form
 from trainer.adapters.keys import Name
 from trainer.adapters.names import Place, places_of
 from trainer.adapters.targets import Target
@@ -118,6 +118,12 @@ def attach(base: Base, file: LoraFile) -> Attached:
     _check_finite(file)
     if file.contents.keys.twice:
         raise damaged(file, f"it has {file.contents.keys.twice[0]} twice")
+    if parts := [name for name, kind in file.contents.kinds.items() if kind not in READABLE]:
+        kinds = ", ".join(sorted({file.contents.kinds[name] for name in parts}))
+        raise ModelFileError(
+            f"{file.path.name} holds {kinds} ({len(parts)} modules), whose effect depends on how its training began",
+            "ask its maker for a file merged into LoRA or full differences",
+        )
     found = _Found()
     places = places_of(base)
     unknown: list[str] = []

@@ -25,6 +25,7 @@ from trainer.text import clean_text
 Shapes = Mapping[str, tuple[int, ...]]
 LORA, LOCON, DORA, LOHA, LOKR = "LoRA", "LoCon", "DoRA", "LoHa", "LoKr"
 FULL, NORM, IA3, OFT, BOFT, GLORA = "full differences", "norms", "IA3", "OFT", "BOFT", "GLoRA"
+TLORA = "T-LoRA"
 # Parts of a module → its kind.  The first entry with one of its parts counts.
 _KINDS = (
     (("lora_down.weight", "lora_up.weight", "lora_mid.weight"), LORA),
@@ -32,6 +33,7 @@ _KINDS = (
     (("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"), LOKR),
     (("a1.weight", "a2.weight", "b1.weight", "b2.weight"), GLORA),
     (("oft_blocks", "oft_R.weight"), OFT),
+    (("q_layer.weight", "p_layer.weight", "lambda_layer"), TLORA),
     (("ia3", "ia3_l"), IA3),
     (("w_norm", "b_norm"), NORM),
     (("diff", "diff_b", "set_weight"), FULL),

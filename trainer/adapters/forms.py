@@ -51,6 +51,7 @@ _READ = {
     GLORA: ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
 }
 _READ |= {LOCON: _READ[LORA], DORA: (*_READ[LORA], *_DORA)}
+READABLE = frozenset(_READ)
 
 
 class Misfit(Exception):

@@ -43,6 +43,7 @@ _ENDINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (rf"\.oft_R{_NAME}\.weight", "oft_R.weight"),
         (r"\.oft_R\.scaled_oft", "oft_R.scaled_oft"),
         (r"\.((?:a1|a2|b1|b2|bm)\.weight)", r"\1"),
+        (r"\.((?:q|p)_layer\.weight|lambda_layer)", r"\1"),
     )
 )
 # Beginnings that wrap the names of every component.

@@ -1,6 +1,6 @@
 """The tensors of every form of LoRA for two small layers, and a recorder of what LyCORIS and PEFT make of them.
 
-    python -m tests.parity.trainer.adapters.forms > tests/data/lora_forms.json
+    python -m tests.parity.trainer.adapters.forms tests/data/lora_forms.json
 
 needs lycoris-lora (recorded with 4.1.3) and peft (0.21.2); the tests need neither.  The values of all tensors are a sine, so
 no random generator is involved.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,11 @@ def wave(*shape: int, at: int) -> Tensor:
 def layer_of(shape: tuple[int, ...]) -> nn.Linear | nn.Conv2d:
     """The base's layer: with a bias."""
     layer: nn.Linear | nn.Conv2d
-    layer = nn.Linear(shape[1], shape[0]) if len(shape) == 2 else nn.Conv2d(shape[1], shape[0], shape[2], padding=1)
+    layer = (
+        nn.Linear(shape[1], shape[0])
+        if len(shape) == 2
+        else nn.Conv2d(shape[1], shape[0], shape[2], padding=1)
+    )
     with torch.no_grad():
         layer.weight.copy_(wave(*shape, at=90))
         assert layer.bias is not None
@@ -38,7 +44,8 @@ def layer_of(shape: tuple[int, ...]) -> nn.Linear | nn.Conv2d:
 
 def _named(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     return {
-        name.replace("__", "."): wave(*shape, at=number) for number, (name, shape) in enumerate(shapes.items(), 1)
+        name.replace("__", "."): wave(*shape, at=number)
+        for number, (name, shape) in enumerate(shapes.items(), 1)
     }
 
 
@@ -52,16 +59,25 @@ LYCORIS: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
     "locon, 3x3": (CONV, _named(lora_up__weight=(6, R, 1, 1), lora_down__weight=(R, 4, 3, 3)) | ALPHA),
     "locon, Tucker": (
         CONV,
-        _named(lora_up__weight=(6, R, 1, 1), lora_down__weight=(R, 4, 1, 1), lora_mid__weight=(R, R, 3, 3)) | ALPHA,
+        _named(lora_up__weight=(6, R, 1, 1), lora_down__weight=(R, 4, 1, 1), lora_mid__weight=(R, R, 3, 3))
+        | ALPHA,
     ),
     "locon, DoRA per output": (LINEAR, _named(**_LORA) | ALPHA | _PER_OUTPUT),
     "locon, DoRA per input": (LINEAR, _named(**_LORA) | ALPHA | {"dora_scale": wave(1, 8, at=41) + 1.0}),
     "loha": (LINEAR, _named(**_LOHA) | ALPHA),
     "loha, Tucker": (
         CONV,
-        _named(
-            hada_w1_a=(R, 6), hada_w1_b=(R, 4), hada_w2_a=(R, 6), hada_w2_b=(R, 4), hada_t1=(R, R, 3, 3), hada_t2=(R, R, 3, 3)
-        )
+        {
+            name: tensor * 4
+            for name, tensor in _named(
+                hada_w1_a=(R, 6),
+                hada_w1_b=(R, 4),
+                hada_w2_a=(R, 6),
+                hada_w2_b=(R, 4),
+                hada_t1=(R, R, 3, 3),
+                hada_t2=(R, R, 3, 3),
+            ).items()
+        }
         | ALPHA,
     ),
     "loha, DoRA": (LINEAR, _named(**_LOHA) | ALPHA | _PER_OUTPUT),
@@ -86,7 +102,7 @@ LYCORIS: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
     "diag-oft, limited": (LINEAR, _named(oft_blocks=(4, 3, 3)) | {"alpha": torch.tensor(0.05)}),
     "diag-oft, rescaled, 3x3": (
         CONV,
-        _named(oft_blocks=(2, 3, 3)) | {"rescale": wave(6, 1, 1, 1, at=42) + 1.0, "alpha": torch.tensor(0.0)},
+        _named(oft_blocks=(3, 2, 2)) | {"rescale": wave(6, 1, 1, 1, at=42) + 1.0, "alpha": torch.tensor(0.0)},
     ),
     "boft": ((16, 8), _named(oft_blocks=(3, 4, 4, 4)) | {"alpha": torch.tensor(0.0)}),
     "glora": (
@@ -116,7 +132,8 @@ PEFT: dict[str, tuple[tuple[int, ...], dict[str, Tensor], dict[str, Any]]] = {
     ),
     "dora": (
         LINEAR,
-        _named(lora_A__weight=(R, 8), lora_B__weight=(12, R)) | {"lora_magnitude_vector": wave(12, at=43) + 1.0},
+        _named(lora_A__weight=(R, 8), lora_B__weight=(12, R))
+        | {"lora_magnitude_vector": wave(12, at=43) + 1.0},
         {"lora_alpha": 3, "use_dora": True},
     ),
     "ia3, outputs": (LINEAR, {"ia3_l": wave(12, 1, at=44) + 1.0}, {}),
@@ -127,17 +144,52 @@ PEFT: dict[str, tuple[tuple[int, ...], dict[str, Tensor], dict[str, Any]]] = {
 
 
 def _lycoris(form: str) -> dict[str, Any]:
-    from lycoris.modules import get_module, make_module  # type: ignore[import-not-found]
+    from lycoris import modules  # type: ignore[import-not-found]
 
     shape, tensors = LYCORIS[form]
     layer = layer_of(shape)
-    state = {f"lora_unet_x.{name}": tensor.clone() for name, tensor in tensors.items()}
-    algo, weights = get_module(state, "lora_unet_x")
+    algo, _, detail = form.partition(", ")
+    kind = {
+        "locon": modules.LoConModule,
+        "loha": modules.LohaModule,
+        "lokr": modules.LokrModule,
+        "full": modules.FullModule,
+        "ia3": modules.IA3Module,
+        "diag-oft": modules.DiagOFTModule,
+        "boft": modules.ButterflyOFTModule,
+        "glora": modules.GLoRAModule,
+    }[algo]
+    options: dict[str, Any] = {"lora_dim": R, "alpha": 1.5}
+    options |= {"use_tucker": True} if "Tucker" in detail else {}
+    options |= {"weight_decompose": True, "wd_on_out": "input" not in detail} if "DoRA" in detail else {}
+    options |= {"train_on_input": "inputs" in detail} if algo == "ia3" else {}
+    if "oft_blocks" in tensors:
+        options = {
+            "lora_dim": tensors["oft_blocks"].shape[-1],
+            "constraint": float(tensors["alpha"]),
+            "rescaled": "rescale" in tensors,
+        }
+    module = kind("x", layer, 1.0, **options)
+    if algo == "lokr":
+        module.use_w1, module.use_w2 = "lokr_w1" in tensors, "lokr_w2" in tensors
+        module.tucker = "lokr_t2" in tensors
+        module.scale = 1.0 if module.use_w1 and module.use_w2 else 1.5 / R
+    names = {"diff": "weight", "diff_b": "bias"} if algo == "full" else {}
+    for name, tensor in tensors.items():
+        if name in ("alpha", "on_input"):
+            continue
+        owner_name, _, last = names.get(name, name).rpartition(".")
+        owner = module.get_submodule(owner_name)
+        own = getattr(owner, last, None)
+        assert own is None or form.startswith("lokr") or own.shape == tensor.shape, (form, name, own.shape)
+        setattr(owner, last, nn.Parameter(tensor.clone()))
     with torch.no_grad():
-        module = make_module(algo, weights, "lora_unet_x", layer)
-        if form == "ia3, inputs":
-            module.train_input = True
-        merged, bias = module.get_merged_weight(multiplier=1.0, shape=shape)
+        if algo in ("loha", "lokr"):  # as their forward; their get_merged_weight scales twice
+            merged, bias = layer.weight + module.get_weight(shape), None
+            merged = module.apply_weight_decompose(merged) if module.wd else merged
+        else:
+            merged, bias = module.get_merged_weight(multiplier=1.0, shape=shape)
+    assert layer.bias is not None
     own_bias = layer.bias if bias is None else bias
     return {"weight": merged.float().flatten().tolist(), "bias": own_bias.float().flatten().tolist()}
 
@@ -158,10 +210,22 @@ def _peft(form: str) -> dict[str, Any]:
     inject_adapter_in_model(config, model)
     set_peft_model_state_dict(model, {f"x.{name}": tensor.clone() for name, tensor in tensors.items()})
     given = wave(2, *((shape[1],) if len(shape) == 2 else (shape[1], 5, 5)), at=80)
+    if (
+        form == "oft, 3x3"
+    ):  # merged: PEFT's forward adds overlapping patches, which no change of the weight does
+        model.get_submodule("x").merge()  # type: ignore[operator]
     with torch.no_grad():
         return {"output": model(given).flatten().tolist()}
 
 
 if __name__ == "__main__":
-    found = {f"lycoris: {form}": _lycoris(form) for form in LYCORIS} | {f"peft: {form}": _peft(form) for form in PEFT}
-    print(json.dumps(found, indent=0).replace("\n", " ").replace("},", "},\n"))
+    found = {f"lycoris: {form}": _lycoris(form) for form in LYCORIS} | {
+        f"peft: {form}": _peft(form) for form in PEFT
+    }
+    rounded = {
+        form: {what: [round(value, 7) for value in values] for what, values in record.items()}
+        for form, record in found.items()
+    }
+    Path(sys.argv[1]).write_text(
+        "{\n" + ",\n".join(f"{json.dumps(f)}: {json.dumps(r)}" for f, r in rounded.items()) + "\n}\n"
+    )
