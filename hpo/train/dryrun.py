@@ -115,12 +115,12 @@ def _check_base(config: TrainConfig, family: str | None, findings: Findings) -> 
                 layers = detect.whole(config_file, detect.read_json(config_file), "num_hidden_layers", 12)
                 families.check_clip_skip(config, family, name, layers)
         with findings.looking():
-            _check_weights(config)
+            _check_weights(config, family)
         with findings.looking():
             families.check_prediction(config, name, detect.prediction_of(spec) or "epsilon")
     else:
         with findings.looking():
-            _check_weights(config)
+            _check_weights(config, None)
 
 
 def _check_cached(repo: str) -> None:
@@ -131,8 +131,8 @@ def _check_cached(repo: str) -> None:
         require_network(repo)
 
 
-def _check_weights(config: TrainConfig) -> None:
+def _check_weights(config: TrainConfig, family: str | None) -> None:
     if config.network_weights:
-        from trainer.tensorfile import read_header  # loads torch
+        from trainer.adapters import check_start
 
-        read_header(Path(config.network_weights))
+        check_start(config, family)

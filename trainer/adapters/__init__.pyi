@@ -18,5 +18,6 @@ from .metadata import dataset_metadata as dataset_metadata
 from .metadata import kohya_settings as kohya_settings
 from .metadata import shared_settings as shared_settings
 from .metadata import tells_training as tells_training
+from .start import check_start as check_start
 from .targets import count_weights as count_weights
 from .targets import targets_of as targets_of

@@ -117,7 +117,7 @@ def attach(base: Base, file: LoraFile) -> Attached:
         )
     _check_finite(file)
     if file.contents.keys.twice:
-        raise damaged(file, f"it has {file.contents.keys.twice[0]} twice")
+        raise damaged(file, f"it has {file.contents.keys.twice[0]} twice, under two names")
     if parts := [name for name, kind in file.contents.kinds.items() if kind not in READABLE]:
         kinds = ", ".join(sorted({file.contents.kinds[name] for name in parts}))
         raise ModelFileError(

@@ -143,12 +143,16 @@ class Contents:
         words = _COMPONENTS | ({TEXT: "first text encoder"} if two else {})
         if not self.made_for.families and not self._is_unet:
             words = words | {UNET: "transformer"}
-        return dict(Counter(words[name.component] for name in self.kinds))
+        counts = Counter(name.component for name in self.kinds)
+        return {words[component]: counts[component] for component in words if counts[component]}
 
     @property
     def _is_unet(self) -> bool:
         return any(
-            re.search(r"^(?:down|up|mid)_block\w*(?:attentions|resnets|samplers)_", name.path)
+            re.search(
+                r"^(?:down|up|mid)_block\w*(?:attentions|resnets|samplers)_|^(?:in|out)put_blocks_\d",
+                name.path,
+            )
             for name in self.kinds
         )
 
@@ -180,7 +184,7 @@ class Contents:
         found += self._on_rank()
         if self.keys.bundled:
             names = ", ".join(
-                f"{clean_text(n)[:40]!r} ({', '.join(e)})" for n, e in self.keys.bundled.items()
+                f"{clean_text(n)[:40]!r} ({', '.join(sorted(e))})" for n, e in self.keys.bundled.items()
             )
             found.append(
                 f"it bundles the embeddings {names}: they are not attached, so prompts that use them are read as "

@@ -7,7 +7,6 @@ scored, since the adapter is rounded to the save precision first.  docs/adapters
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,13 +18,13 @@ from trainer.adapters.attaching import Attached as Attached
 from trainer.adapters.attaching import LoraFile as LoraFile
 from trainer.adapters.attaching import attach as attach
 from trainer.adapters.attaching import read as read
-from trainer.adapters.contents import DORA, LOCON, LORA, listed
+from trainer.adapters.contents import listed
 from trainer.adapters.metadata import own_metadata, training_metadata
+from trainer.adapters.start import check_start
 from trainer.bases import Base
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
-from trainer.settings import NETWORK_TYPES
 from trainer.tensorfile import to_bytes
 from trainer.text import clean_text
 
@@ -56,9 +55,8 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
     if not config.network_weights:
         return inject(base, config)
     name = clean_text(Path(config.network_weights).name)
-    file = read(Path(config.network_weights))
-    _check_kind(name, file, config)
-    given = attach(base, file)
+    check_start(config, base.family)
+    given = attach(base, read(Path(config.network_weights)))
     state = given.state()
     given.remove()
     adapter = inject(base, config)
@@ -90,36 +88,6 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
         adapter.remove()
         raise
     return adapter
-
-
-def _check_kind(name: str, file: LoraFile, config: TrainConfig) -> None:
-    """ConfigError for a file of a kind that these settings do not train."""
-    alike = {LOCON: LORA}
-    wanted = alike.get(config.network_type, config.network_type)
-    counts = Counter(alike.get(kind, kind) for kind in file.contents.kinds.values())
-    others = [f"{kind} ({count} modules)" for kind, count in counts.items() if kind != wanted]
-    if others:
-        trained = file.contents.kind.split(" ")[0]
-        hint = (
-            f"set network_type = {trained}"
-            if len(counts) == 1 and trained in NETWORK_TYPES
-            else (
-                "start from a file of one kind that network_type can be, or merge this one into the base model first"
-            )
-        )
-        raise ConfigError(
-            f"network_weights {name} holds {', '.join(others)}; network_type is {config.network_type}", hint
-        )
-    decomposed = (
-        tensor
-        for key, tensor in file.tensors.items()
-        if key.endswith((MAGNITUDE, "lora_magnitude_vector.weight"))
-    )
-    if config.network_type == DORA and any(tensor.shape[0] != 1 for tensor in decomposed):
-        raise ConfigError(
-            f"network_weights {name} has DoRA magnitudes per output, and this tool trains them per input",
-            "train it again from the start, or go on with the tool that made it",
-        )
 
 
 def _size(tensor: Tensor) -> tuple[int, ...] | float:

@@ -72,6 +72,7 @@ class _Mark(NamedTuple):
     widths: tuple[int, ...] = ()
 
 
+_NEXT_DIT = r"(?:layers|context_refiner|noise_refiner)_\d+_(?:attention|feed_forward|adaLN)"
 # The first mark that a layer shows counts.
 _MARKS = (
     _Mark("a motion module (AnimateDiff)", r"motion_modules|temporal_transformer"),
@@ -114,10 +115,9 @@ _MARKS = (
         r"^(?:vace_)?blocks_\d+_(?:(?:self|cross)_attn_[qkvo]|cross_attn_[kv]_img|ffn_(?:\d|net)|attn[12]_)",
     ),
     _Mark("OmniGen2", r"ref_image_(?:refiner|patch)"),
-    _Mark(
-        "Z-Image", r"^(?:layers|context_refiner|noise_refiner)_\d+_(?:attention|feed_forward|adaLN)", (3840,)
-    ),
-    _Mark("Lumina", r"^(?:layers|context_refiner|noise_refiner)_\d+_(?:attention|feed_forward|adaLN)"),
+    _Mark("Lumina", rf"^{_NEXT_DIT}", (2304,)),
+    _Mark("Z-Image", rf"^{_NEXT_DIT}", (3840,)),
+    _Mark("Lumina", rf"^{_NEXT_DIT}"),
     _Mark("Kandinsky 5", r"visual_transformer_blocks|text_transformer_blocks"),
     _Mark("Kandinsky 2", r"^(?:down|up|mid)_block\w+_add_[kv]_proj"),
     _Mark(

@@ -2,8 +2,8 @@
 
     python -m tests.parity.trainer.adapters.forms tests/data/lora_forms.json
 
-needs lycoris-lora (recorded with 4.1.3) and peft (0.21.2); the tests need neither.  The values of all tensors are a sine, so
-no random generator is involved.
+needs lycoris-lora (recorded with 4.1.3) and peft (0.21.2); the tests need neither.  The values of all tensors are a
+sine, so no random generator is involved.
 """
 
 from __future__ import annotations
