@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.adapters.adapter import Adapter
 from trainer.adapters.contents import PEFT_KEY, Contents, listed, no_lora, peft_alpha, read_contents
-from trainer.adapters.difference import Differences
+from trainer.adapters.difference import Differences, fits
 from trainer.adapters.forms import READABLE, Change, Misfit, Plain, read_form
 from trainer.adapters.keys import Name
 from trainer.adapters.names import Place, places_of
@@ -108,40 +108,27 @@ def read(path: Path) -> LoraFile:
 
 def attach(base: Base, file: LoraFile) -> Attached:
     """Put a LoRA file into a base.  Every module must fit one of the base, complete and in its shape."""
-    made_for = file.contents.made_for
-    if base.family not in made_for.families:
-        raise ModelFileError(
-            f"{file.path.name} is a LoRA for {made_for.title} ({made_for.why}); "
-            f"the base {base.name} is {FAMILIES[base.family].title}",
-            "use it with a base of its own family",
-        )
-    _check_finite(file)
-    if file.contents.keys.twice:
-        raise damaged(file, f"it has {file.contents.keys.twice[0]} twice, under two names")
-    if parts := [name for name, kind in file.contents.kinds.items() if kind not in READABLE]:
-        kinds = ", ".join(sorted({file.contents.kinds[name] for name in parts}))
-        raise ModelFileError(
-            f"{file.path.name} holds {kinds} ({len(parts)} modules), whose effect depends on how its training began",
-            "ask its maker for a file merged into LoRA or full differences",
-        )
+    _check_whole(base, file)
     found = _Found()
     places = places_of(base)
     unknown: list[str] = []
     for name, kind in file.contents.kinds.items():
         module = file.contents.keys.modules[name]
-        parts = file.parts(name)
         place = places.get(name)
         if place is None:
             unknown += module.tensors.values()
             continue
+        parts = file.parts(name)
         _check_numbers(file, module.written, parts)
         if place.key in found.places:
             raise damaged(file, f"it has {place.key} twice, under two names")
-        alpha = _alpha(file, name, parts)
+        one_trainer = not module.written.startswith("base_model.")
         try:
             with torch.no_grad():
-                one_trainer = not module.written.startswith("base_model.")
+                alpha = _alpha(file, name, parts)
                 plain, change = read_form(kind, parts, place.layer, alpha, one_trainer=one_trainer)
+                if change is not None and not fits(place.layer, change):
+                    raise Misfit(name.path)
         except Misfit:
             shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
             unknown.append(f"{module.written} {shapes}")
@@ -153,6 +140,25 @@ def attach(base: Base, file: LoraFile) -> Attached:
             "the file is partial, of another kind, or for another base",
         )
     return found.attached(base)
+
+
+def _check_whole(base: Base, file: LoraFile) -> None:
+    """ModelFileError for a file of which nothing can be attached."""
+    made_for, kinds = file.contents.made_for, file.contents.kinds
+    if base.family not in made_for.families:
+        raise ModelFileError(
+            f"{file.path.name} is a LoRA for {made_for.title} ({made_for.why}); "
+            f"the base {base.name} is {FAMILIES[base.family].title}",
+            "use it with a base of its own family",
+        )
+    if others := sorted({kind for kind in kinds.values() if kind not in READABLE}):
+        raise ModelFileError(
+            f"{file.path.name} holds {', '.join(others)}, whose effect depends on how its training began",
+            "ask its maker for a file of LoRA or full differences",
+        )
+    _check_finite(file)
+    if file.contents.keys.twice:
+        raise damaged(file, f"it has {file.contents.keys.twice[0]} twice, under two names")
 
 
 class _Found:

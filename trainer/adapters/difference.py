@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.adapters.forms import Change, Misfit
+from trainer.adapters.forms import Change
 from trainer.bases import Base
 
 
@@ -29,14 +29,8 @@ class Differences:
         return len(self._changes)
 
     def add(self, base: Base, key: str, layer: Any, change: Change) -> None:
-        """Attach a change.  Raises Misfit if it has other shapes than the layer."""
-        weight = layer.weight
-        if change.weight is not None and change.weight.shape != weight.shape:
-            raise Misfit(key)
-        if change.bias is not None and change.bias.numel() != weight.shape[0]:
-            raise Misfit(key)
-        if change.bias is not None and layer.bias is None and not isinstance(layer, nn.Linear | nn.Conv2d):
-            raise Misfit(key)
+        """Attach a change that fits the layer (``fits``)."""
+        assert fits(layer, change), key
         self._changes[key] = change
         if isinstance(layer, nn.Linear | nn.Conv2d):
             self._undo.append(layer.register_forward_hook(_added(base, layer, change)).remove)
@@ -67,6 +61,16 @@ class Differences:
             value = (own.detach().float() + added.to(own.device)).to(own.dtype)
             setattr(layer, name, nn.Parameter(value, requires_grad=False))
             self._undo.append(lambda name=name, own=own: setattr(layer, name, own))  # type: ignore[misc]
+
+
+def fits(layer: Any, change: Change) -> bool:
+    """Whether a change has the shapes of a layer's weight and bias.  A linear layer or convolution may gain a bias."""
+    if change.weight is not None and change.weight.shape != layer.weight.shape:
+        return False
+    if change.bias is None:
+        return True
+    may_gain = isinstance(layer, nn.Linear | nn.Conv2d)
+    return change.bias.numel() == layer.weight.shape[0] and (may_gain or layer.bias is not None)
 
 
 def _added(base: Base, layer: Any, change: Change) -> Callable[[nn.Module, Any, Tensor], Tensor]:

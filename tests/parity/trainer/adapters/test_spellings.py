@@ -1,5 +1,6 @@
-"""One LoRA under the key names of every tool gives the same prediction; diffusers and ComfyUI's formula prove the first one
-(``test_lora_in_diffusers``, ``test_adapter_kinds``).  Forms that no adapter computes change the weights as they should."""
+"""One LoRA under the key names of every tool gives the same prediction, and forms that no adapter computes change the
+weights as they should.  diffusers and ComfyUI's formula prove the first spelling (``test_lora_in_diffusers``,
+``test_adapter_kinds``)."""
 
 import re
 
