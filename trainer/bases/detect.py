@@ -1,7 +1,7 @@
 """Detect the family of a model from names, shapes, metadata and configurations, before anything is loaded.
 
-The only place that detects families of models (for LoRAs: ``architecture``); their distinguishing properties are in ``families``. The error for an
-unsupported model names its kind.
+The only place that detects families of models (for LoRAs: ``architecture``); their distinguishing properties are in
+``families``. The error for an unsupported model names its kind.
 """
 
 from __future__ import annotations

@@ -322,3 +322,77 @@ def test_training_can_begin_with_the_weights_of_a_file(kind, tmp_path):
     fresh = lorafile.begin(base, config)
     assert any(not bool(layer.delta().any()) for layer in fresh.layers)
     fresh.remove()
+
+
+def started(tmp_path, tensors, metadata=None, **values):
+    """(network_weights of a file with these tensors, settings)"""
+    save_file(tensors, tmp_path / "first.safetensors", metadata)
+    config = TrainConfig(network_dim=2, network_alpha=1, save_precision="float", **values)
+    return config.with_values({"network_weights": str(tmp_path / "first.safetensors")})
+
+
+def test_training_begins_with_a_file_of_another_tool(tmp_path):
+    """diffusers' names and halves: alpha is in the second one, so the file's alpha is its rank."""
+    base = tiny_base()
+    config = TrainConfig(network_dim=2, network_alpha=2, network_train_unet_only=True)
+    first = inject(base, config)
+    randomise(first)
+    theirs, deltas = {}, {}
+    for layer in first.layers:
+        for half, weight in (("lora_A", layer.down.weight), ("lora_B", layer.up.weight)):
+            theirs[f"unet.{layer.target.path}.{half}.weight"] = weight.detach().clone()
+        deltas[layer.target.key] = layer.delta().detach().clone()
+    first.remove()
+    again = lorafile.begin(
+        base, started(tmp_path, theirs, network_train_unet_only=True).with_values({"network_alpha": 2})
+    )
+    assert {layer.target.key for layer in again.layers} == deltas.keys()
+    for layer in again.layers:
+        torch.testing.assert_close(layer.delta().detach(), deltas[layer.target.key])
+
+
+PROJ = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+@pytest.mark.parametrize(
+    "tensors, values, message",
+    [
+        (
+            {f"{PROJ}.diff": (16, 16, 1, 1)},
+            {},
+            r"holds full differences \(1 modules\), and network_type is LoRA",
+        ),
+        ({"lora_unet_mid_block_attentions_0_norm.w_norm": (16,)}, {}, r"holds norms \(1 modules\)"),
+        ({f"{PROJ}.lokr_w1": (4, 4), f"{PROJ}.lokr_w2": (4, 4)}, {}, "holds LoKr .*set network_type = LoKr"),
+        (
+            {
+                f"{PROJ}.lora_down.weight": (2, 16, 1, 1),
+                f"{PROJ}.lora_up.weight": (16, 2, 1, 1),
+                f"{PROJ}.dora_scale": (16, 1),
+            },
+            {"network_type": "DoRA"},
+            "has DoRA magnitudes per output",
+        ),
+        (
+            {f"{FC1}.lora_down.weight": (2, 16), f"{FC1}.lora_up.weight": (32, 2)},
+            {"network_type": "LoHa"},
+            "holds LoRA .*set network_type = LoRA",
+        ),
+        (
+            {
+                "lora_unet_single_blocks_0_linear1.lora_down.weight": (2, 3072),
+                "lora_unet_single_blocks_0_linear1.lora_up.weight": (21504, 2),
+            },
+            {},
+            r"is a LoRA for FLUX \(.*\); the base is SD1.5",
+        ),
+    ],
+)
+def test_a_file_that_these_settings_cannot_go_on_with_is_refused_with_the_reason(
+    tensors, values, message, tmp_path
+):
+    base = tiny_base()
+    config = started(tmp_path, {name: torch.ones(shape) for name, shape in tensors.items()}, **values)
+    with pytest.raises(ConfigError, match=message):
+        lorafile.begin(base, config)
+    assert not hasattr(base.unet, "peft_config")
