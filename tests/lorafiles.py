@@ -180,6 +180,9 @@ FILES: dict[str, File] = {
     "only a text encoder": File(
         "LoRA", "SD1.5", lambda: lora(f"lora_te_{TEXT}", 768, 768), {}, ("text encoder",)
     ),
+    "only SDXL's first text encoder": File(
+        "LoRA", "SDXL", lambda: lora(f"lora_te1_{TEXT}", 768, 768), {}, ("first text encoder",)
+    ),
     "only SDXL's second text encoder": File(
         "LoRA", "SDXL", lambda: lora(f"lora_te2_{TEXT}", 1280, 1280), {}, ("second text encoder",)
     ),
@@ -228,6 +231,11 @@ FILES: dict[str, File] = {
         lambda: _lokr(XL_TO_K, (32, 64), (20, 32)) | {f"{XL_TO_K}.dora_scale": filled(640, 1)},
     ),
     "LyCORIS diag-oft": File("OFT", "SDXL", lambda: {f"{XL_TO_K}.oft_blocks": filled(20, 32, 32)}, XL),
+    "kohya OFT": File(
+        "OFT",
+        "SDXL",
+        lambda: {"oft_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.oft_blocks": filled(4, 160, 160)},
+    ),
     "LyCORIS boft": File("BOFT", "SDXL", lambda: {f"{XL_TO_K}.oft_blocks": filled(4, 20, 32, 32)}, XL),
     "LyCORIS GLoRA": File(
         "GLoRA",

@@ -38,6 +38,12 @@ _KINDS = (
     (("w_norm", "b_norm"), NORM),
     (("diff", "diff_b", "set_weight"), FULL),
 )
+# Kinds → the parts that each module has.
+_NEEDED = (
+    ((LORA, LOCON, DORA), {"lora_down.weight", "lora_up.weight"}),
+    ((LOHA,), {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+    ((GLORA,), {"a1.weight", "a2.weight", "b1.weight", "b2.weight"}),
+)
 _TUCKER = ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t2", "bm.weight")
 # Parts that hold no weights of their own.
 MARKERS = ("alpha", "on_input", "oft_R.scaled_oft", "scalar", "reshape_weight")
@@ -126,7 +132,7 @@ class Contents:
             return "diffusers before 0.18 (attention processors)"
         if all(name.startswith("base_model.") for name in written):
             return "PEFT"
-        if any(name.startswith("lora_") for name in written):
+        if any(name.startswith(("lora_", "oft_")) for name in written):
             usual = any(mark in name for name in written for mark in ("_input_", "_middle_", "_output_"))
             named = any("_blocks_" in mark for f in self.made_for.families for mark in FAMILIES[f].lora_marks)
             return "kohya" + (" with diffusers' block names" if self._is_unet and named and not usual else "")
@@ -139,7 +145,8 @@ class Contents:
     @cached_property
     def components(self) -> dict[str, int]:
         """Component in words → how many modules it has."""
-        two = self.keys_of(TEXT_2)
+        families = self.made_for.families
+        two = self.keys_of(TEXT_2) or (families and all(len(FAMILIES[f].text_encoders) > 1 for f in families))
         words = _COMPONENTS | ({TEXT: "first text encoder"} if two else {})
         if not self.made_for.families and not self._is_unet:
             words = words | {UNET: "transformer"}
@@ -190,11 +197,19 @@ class Contents:
                 f"it bundles the embeddings {names}: they are not attached, so prompts that use them are read as "
                 "plain words"
             )
+        if halves := self._incomplete():
+            found.append(f"{_count(len(halves), 'module')} without a part of their kind: {listed(halves)}")
         if self.keys.twice:
             found.append(f"{len(self.keys.twice)} tensors are there twice: {listed(self.keys.twice)}")
         if self.strays:
             found.append(f"{len(self.strays)} tensors are no part of a LoRA: {listed(list(self.strays))}")
-        return tuple(found)
+        return tuple(map(clean_text, found))
+
+    def _incomplete(self) -> list[str]:
+        """Modules that lack a half, in the file's own spelling."""
+        needed = {kind: parts for kinds, parts in _NEEDED for kind in kinds}
+        modules = ((self.keys.modules[name], needed.get(kind, set())) for name, kind in self.kinds.items())
+        return [module.written for module, parts in modules if not parts <= module.tensors.keys()]
 
     def _on_alpha(self) -> list[str]:
         without = self.unscaled()
@@ -204,10 +219,9 @@ class Contents:
         dim, alpha = (_number(self.metadata.get(f"ss_network_{key}")) for key in ("dim", "alpha"))
         if dim and alpha and dim != alpha:
             said = f", though the metadata says alpha {alpha:g} of dim {dim:g}"
-        all_of = "no module has" if len(without) == len(self.kinds) else f"{len(without)} modules have no"
-        return [
-            f"{all_of} {'an ' if all_of.startswith('no') else ''}alpha: readers take the rank (scale 1){said}"
-        ]
+        alphas = any("alpha" in module.tensors for module in self.keys.modules.values())
+        which = f"{_count(len(without), 'module')} without" if alphas else "no module has an"
+        return [f"{which} alpha: readers take the rank (scale 1){said}"]
 
     def _on_rank(self) -> list[str]:
         dim = _number(self.metadata.get("ss_network_dim"))
@@ -319,6 +333,10 @@ def _sides(module: Module, shapes: Shapes) -> tuple[int | None, int | None, bool
         outer = first * second if first and second else None
     down = shapes.get(module.tensors.get("lora_down.weight", module.tensors.get("diff", "")))
     return inner, outer, len(down) == 4 if down else None
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def _number(text: str | None) -> float | None:

@@ -57,17 +57,17 @@ _COMPONENTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             TEXT_3,
         ),
         (
-            r"lora_te2[._]|te2[._]|text_encoder_2[._]|lora_text_encoder_2_"
+            r"(?:lora|oft)_te2[._]|te2[._]|text_encoder_2[._]|lora_text_encoder_2_"
             r"|text_encoders\.clip_g\.(?:transformer\.)?|clip_g\.|conditioner\.embedders\.1\.(?:model\.)?",
             TEXT_2,
         ),
         (
-            r"lora_te1?[._]|te1?[._]|text_encoder(?:_1)?[._]|lora_text_encoder_"
+            r"(?:lora|oft)_te1?[._]|te1?[._]|text_encoder(?:_1)?[._]|lora_text_encoder_"
             r"|text_encoders\.clip_[lh]\.(?:transformer\.)?|clip_[lh]\."
             r"|cond_stage_model\.(?:transformer\.)?|conditioner\.embedders\.0\.(?:transformer\.)?",
             TEXT,
         ),
-        (r"(?:lora_)?unet[._]|(?:model\.)?diffusion_model[._]|lora_transformer[._]|transformer\.", UNET),
+        (r"(?:lora_|oft_)?unet[._]|(?:model\.)?diffusion_model[._]|lora_transformer[._]|transformer\.", UNET),
     )
 )
 _BARE_TEXT = re.compile(r"text_model[._]|encoder[._]layers[._]|text_projection\b")

@@ -39,7 +39,11 @@ def check_start(config: TrainConfig, family: str | None = None) -> None:
 def _check_kind(name: str, contents: Contents, config: TrainConfig) -> None:
     wanted = _ALIKE.get(config.network_type, config.network_type)
     counts = Counter(_ALIKE.get(kind, kind) for kind in contents.kinds.values())
-    others = [f"{kind} ({count} modules)" for kind, count in counts.items() if kind != wanted]
+    others = [
+        f"{kind} ({count} module{'s' if count > 1 else ''})"
+        for kind, count in counts.items()
+        if kind != wanted
+    ]
     if others:
         only = next(iter(counts))
         is_trained = len(counts) == 1 and only in NETWORK_TYPES

@@ -75,8 +75,8 @@ class _Mark(NamedTuple):
 _NEXT_DIT = r"(?:layers|context_refiner|noise_refiner)_\d+_(?:attention|feed_forward|adaLN)"
 # The first mark that a layer shows counts.
 _MARKS = (
-    _Mark("a motion module (AnimateDiff)", r"motion_modules|temporal_transformer"),
     _Mark("Stable Video Diffusion", r"time_stack|time_mix|temporal_transformer_blocks"),
+    _Mark("a motion module (AnimateDiff)", r"motion_modules|temporal_transformer"),
     _Mark("FLUX.2", r"double_stream_modulation|single_stream_modulation|to_qkv_mlp_proj"),
     _Mark("FLUX.2", r"^(?:double|single)_blocks_\d+_(?:img_attn_qkv|txt_attn_qkv|linear1)", (4096, 6144)),
     _Mark("HunyuanImage 2.1", r"^(?:double|single)_blocks_\d+_", (3584,)),
@@ -243,7 +243,7 @@ def _seen_in_unet(
     if linear == {True}:
         return (_SD15,), "proj_in and proj_out are convolutions", usual
     sgm = next((layer for layer in body if _SGM.search(layer.path)), None)
-    if sgm and re.match(r"lora_unet_|unet\.", sgm.written):
+    if sgm and re.match(r"(?:lora|oft)_unet_|unet\.", sgm.written):
         return (_SDXL,), f"its layers are named as in SDXL ({_short(sgm.path)})", False
     return _by_text_prefix(layers) or (
         (_SDXL, _SD2) if linear == {False} else (_SD15, _SDXL, _SD2),

@@ -150,6 +150,16 @@ def test_settings_of_peft_count_as_alphas(tmp_path):
     assert read_contents(tmp_path / "adapter_model.safetensors").notes == ()
 
 
+def test_half_a_module_is_told(tmp_path):
+    tensors = FILES["kohya SDXL"].tensors()
+    del tensors["lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"]
+    save_file(tensors, tmp_path / "x.safetensors", XL)
+    notes = read_contents(tmp_path / "x.safetensors").notes
+    assert notes == (
+        "1 module without a part of their kind: lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+    )
+
+
 def test_values_that_are_broken_or_zero_are_told(tmp_path):
     for value, words in (
         (float("nan"), "3 of 4 modules hold NaN or infinity"),
