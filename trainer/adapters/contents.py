@@ -198,7 +198,7 @@ class Contents:
                 "plain words"
             )
         if halves := self._incomplete():
-            found.append(f"{_count(len(halves), 'module')} without a part of their kind: {listed(halves)}")
+            found.append(f"{_count(len(halves), 'module')} not complete: {listed(halves)}")
         if self.keys.twice:
             found.append(f"{len(self.keys.twice)} tensors are there twice: {listed(self.keys.twice)}")
         if self.strays:

@@ -156,7 +156,7 @@ def test_half_a_module_is_told(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", XL)
     notes = read_contents(tmp_path / "x.safetensors").notes
     assert notes == (
-        "1 module without a part of their kind: lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
+        "1 module not complete: lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
     )
 
 
