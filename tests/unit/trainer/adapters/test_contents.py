@@ -155,9 +155,7 @@ def test_half_a_module_is_told(tmp_path):
     del tensors["lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"]
     save_file(tensors, tmp_path / "x.safetensors", XL)
     notes = read_contents(tmp_path / "x.safetensors").notes
-    assert notes == (
-        "1 module not complete: lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
-    )
+    assert notes == ("1 module not complete: lora_te2_text_model_encoder_layers_0_self_attn_q_proj",)
 
 
 def test_values_that_are_broken_or_zero_are_told(tmp_path):

@@ -396,3 +396,29 @@ def test_a_file_that_these_settings_cannot_go_on_with_is_refused_with_the_reason
     with pytest.raises(ConfigError, match=message):
         lorafile.begin(base, config)
     assert not hasattr(base.unet, "peft_config")
+
+
+def test_training_goes_on_with_a_tucker_file_as_a_locon(tmp_path):
+    base = tiny_base()
+    config = TrainConfig(
+        network_dim=2, network_alpha=1, conv_dim=2, network_train_unet_only=True, save_precision="float"
+    )
+    fresh = inject(base, config)
+    randomise(fresh)
+    tensors, expected = {}, {}
+    for layer in fresh.layers:
+        key, down, up = layer.target.key, layer.down.weight.detach(), layer.up.weight.detach()
+        tensors |= {f"{key}.alpha": torch.tensor(layer.target.alpha), f"{key}.lora_up.weight": up.clone()}
+        if down.dim() == 4 and down.shape[-1] > 1:
+            core, down = down[:, :2].clone(), down[:, :, :1, :1].clone()
+            tensors[f"{key}.lora_mid.weight"] = core
+            full = torch.einsum("rskl,si->rikl", core, down[:, :, 0, 0])
+        else:
+            full = down
+        tensors[f"{key}.lora_down.weight"] = down.clone()
+        expected[key] = up.flatten(1) @ full.flatten(1) * layer.wrapped.scaling["lora"]
+    fresh.remove()
+    begun = lorafile.begin(base, started(tmp_path, tensors, conv_dim=2, network_train_unet_only=True))
+    assert any("lora_mid" in name for name in tensors)
+    for layer in begun.layers:
+        torch.testing.assert_close(layer.delta().detach(), expected[layer.target.key])
