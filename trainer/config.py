@@ -12,8 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.checks import suggestion
 from trainer.errors import ConfigError
 from trainer.findings import collecting, piece, report
+from trainer.settings import LARGEST_DIM as LARGEST_DIM
+from trainer.settings import LYCORIS_PRESETS as LYCORIS_PRESETS
 from trainer.settings import OPTIMIZER_NAMES as OPTIMIZER_NAMES
 from trainer.settings import SCHEDULER_NAMES as SCHEDULER_NAMES
 from trainer.settings import SETTINGS as SETTINGS
@@ -75,7 +78,7 @@ class TrainConfig(Settings):
             "use 75, 150 or 225",
         )
         yield (
-            self.network_type == "LoCon" and self.conv_dim is None,
+            self.network_type == "LoCon" and self.conv_dim is None and not self.lycoris_preset,
             "network_type = LoCon trains 3×3 convolutions, but conv_dim is not set",
             f"set conv_dim, for example to {max(1, self.network_dim // 2)}",
         )
@@ -83,6 +86,19 @@ class TrainConfig(Settings):
             self.network_type in ("LoHa", "LoKr") and self.network_dropout > 0,
             f"network_dropout is not supported by {self.network_type}, only by LoRA, LoCon and DoRA",
             "use rank_dropout or module_dropout",
+        )
+        yield (
+            self.network_type != "LoKr" and max(self.network_dim, self.conv_dim or 0) > LARGEST_DIM,
+            f"network_dim or conv_dim is above {LARGEST_DIM}, which only LoKr takes (as full matrices)",
+            f"use up to {LARGEST_DIM}, or network_type = LoKr",
+        )
+        yield (
+            bool(self.lycoris_preset)
+            and self.lycoris_preset not in LYCORIS_PRESETS
+            and not self.lycoris_preset.lower().endswith(".toml"),
+            f"lycoris_preset = {self.lycoris_preset} is not known",
+            suggestion(self.lycoris_preset, LYCORIS_PRESETS)
+            or "use a .toml file, or one of " + ", ".join(LYCORIS_PRESETS),
         )
         yield (self.factor == 0, "factor = 0 is not valid", "use -1, or a whole number from 1")
         yield (
@@ -144,6 +160,10 @@ class TrainConfig(Settings):
         return len(rates) > 1 or bool(blocks)
 
     @property
+    def _trains_unet_only(self) -> bool:
+        return self.network_train_unet_only or self.lycoris_preset.startswith("unet-")
+
+    @property
     def effective_unet_lr(self) -> float:
         """The learning rate of the U-Net (kohya: unet_lr, else learning_rate)."""
         return self.learning_rate if self.unet_lr is None else self.unet_lr
@@ -151,7 +171,7 @@ class TrainConfig(Settings):
     @property
     def effective_text_encoder_lr(self) -> float:
         """The learning rate of the text encoders (kohya: text_encoder_lr, else learning_rate)."""
-        if self.network_train_unet_only:
+        if self._trains_unet_only:
             return 0.0
         return self.learning_rate if self.text_encoder_lr is None else self.text_encoder_lr
 
@@ -159,7 +179,7 @@ class TrainConfig(Settings):
     def effective_text_encoder_lrs(self) -> tuple[float, float]:
         """The learning rates of SDXL's two text encoders; a base with one uses the first."""
         common = self.effective_text_encoder_lr
-        if self.network_train_unet_only:
+        if self._trains_unet_only:
             return 0.0, 0.0
         return (
             common if self.text_encoder_lr1 is None else self.text_encoder_lr1,

@@ -22,6 +22,18 @@ SCHEDULER_NAMES = (
     "polynomial",
 )
 NETWORK_TYPES = ("LoRA", "LoCon", "DoRA", "LoHa", "LoKr")
+# What LyCORIS calls a preset: which modules are trained.
+LYCORIS_PRESETS = (
+    "full",
+    "full-lin",
+    "attn-mlp",
+    "attn-only",
+    "unet-only",
+    "unet-transformer-only",
+    "unet-convblock-only",
+    "ia3",
+)
+LARGEST_DIM = 1024  # of a low rank; LoKr takes a larger one as "full matrices"
 TOKEN_LENGTHS = (75, 150, 225)
 
 
@@ -171,9 +183,11 @@ class Settings:
 
     # Network
     network_type: str = setting("LoRA", "type of adapter", choices=NETWORK_TYPES)
-    network_dim: int = setting(32, "rank of the LoRA", low=1, high=1024)
+    network_dim: int = setting(
+        32, "rank of the LoRA; LoKr: 10000 and more trains full matrices", low=1, high=1_000_000
+    )
     network_alpha: float = setting(
-        16.0, "the LoRA is scaled by alpha / dim", low=0, high=4096, low_is_excluded=True
+        16.0, "the LoRA is scaled by alpha / dim", low=0, high=1_000_000, low_is_excluded=True
     )
     network_dropout: float = setting(
         0.0, "dropout probability of the values after lora_down", low=0, high=0.95
@@ -192,10 +206,18 @@ class Settings:
         low_is_excluded=True,
     )
     conv_dim: int | None = setting(
-        None, "rank of 3×3 convolutions (LoCon); default: not trained", low=1, high=1024
+        None,
+        "rank of 3×3 convolutions (LoCon); 0: of resnets only linear layers and 1×1 convolutions; default: no layer "
+        "of resnets is trained, and with lycoris_preset the rank is network_dim",
+        low=0,
+        high=1_000_000,
     )
     conv_alpha: float | None = setting(
-        None, "alpha of 3×3 convolutions; default: network_alpha", low=0, high=4096, low_is_excluded=True
+        None,
+        "alpha of 3×3 convolutions; default: network_alpha",
+        low=0,
+        high=1_000_000,
+        low_is_excluded=True,
     )
 
     factor: int = setting(
@@ -205,6 +227,14 @@ class Settings:
         high=1024,
     )
     network_weights: str = setting("", "LoRA file to continue from, with the same network_type and rank")
+    lycoris_preset: str = setting(
+        "",
+        "which modules are trained: full, full-lin, attn-mlp, attn-only, unet-only, unet-transformer-only, "
+        "unet-convblock-only, ia3, or a preset file of LyCORIS (.toml); default: those of networks.lora",
+    )
+    rank_dropout_rows: bool = setting(
+        False, "rank_dropout as in LyCORIS: drops rows of the weight change, and the rest is not scaled up"
+    )
 
     # Loss
     min_snr_gamma: float | None = setting(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,11 +31,13 @@ MAGNITUDE = "dora_scale"
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout while training: shares of channels after lora_down, of ranks, of modules."""
+    """Dropout while training: shares of channels after lora_down, of ranks, of modules.  ``rows``: ``rank`` is LyCORIS'
+    rank_dropout, which drops rows of ΔW (one draw for a micro-batch) and does not scale the rest."""
 
     network: float = 0.0
     rank: float = 0.0
     module: float = 0.0
+    rows: bool = False
 
     def __bool__(self) -> bool:
         return max(self.network, self.rank, self.module) > 0
@@ -68,6 +70,10 @@ class Layer:
         """What ΔW is a product of."""
         return [weight for ending, weight in self.weights.items() if ending != MAGNITUDE]
 
+    def drops_rows(self, dropout: Dropout) -> bool:
+        """Whether rank_dropout drops rows of ΔW here."""
+        return dropout.rows or self.target.kind in ("LoHa", "LoKr")
+
     def delta(self) -> Tensor:
         """ΔW (out, in·kh·kw) times alpha / rank."""
         return self.kind.delta(self.weights) * self.wrapped.scaling[NAME]
@@ -89,7 +95,9 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
             weights[f"{target.key}.{ending}"] = value
         if target.kind == "DoRA":
             weights[f"{target.key}.{MAGNITUDE}"] = column_norm(weight_of(layer))
-    dropout = Dropout(config.network_dropout, config.rank_dropout, config.module_dropout)
+    dropout = Dropout(
+        config.network_dropout, config.rank_dropout, config.module_dropout, config.rank_dropout_rows
+    )
     kept_in = torch.bfloat16 if config.full_bf16 else torch.float32
     return Adapter(base, targets, weights, dropout=dropout, kept_in=kept_in)
 
@@ -230,11 +238,14 @@ class Adapter:
     def _prepare(self, number: int, layer: Layer) -> None:
         """Hooks for DoRA's magnitude and for dropout; they go with PEFT's layer."""
         if MAGNITUDE in layer.weights:
-            _attach_magnitude(layer)
+            _attach_magnitude(layer, lambda: self._kept_rows(number, layer))
         if layer.target.kind in ("LoHa", "LoKr"):
             if self._dropout.rank > 0:
-                layer.wrapped.get_delta_weight = self._row_dropout(number, layer.wrapped.get_delta_weight)
-        elif max(self._dropout.network, self._dropout.rank) > 0:
+                layer.wrapped.get_delta_weight = self._row_dropout(number, layer)
+            return
+        if self._dropout.rows and self._dropout.rank > 0:
+            layer.up.register_forward_hook(self._output_dropout(number, layer))
+        if self._dropout.network > 0 or (self._dropout.rank > 0 and not self._dropout.rows):
             layer.down.register_forward_hook(self._channel_dropout(number))
 
     def _channel_dropout(self, number: int) -> Any:
@@ -250,7 +261,7 @@ class Adapter:
                 keep = 1.0 - self._dropout.network
                 generator = keyed_generator(*self._dropout_key, number, device=device)
                 output_BR = output_BR * self._kept(list(output_BR.shape), keep, generator, output_BR)
-            if self._dropout.rank > 0:
+            if self._dropout.rank > 0 and not self._dropout.rows:
                 keep = 1.0 - self._dropout.rank
                 generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
                 rank_axis = -1 if output_BR.dim() < 4 else 1
@@ -270,8 +281,19 @@ class Adapter:
         mask = torch.empty(drawn, device=like.device, dtype=like.dtype).bernoulli_(keep, generator=generator)
         return (mask[start * each : (start + count) * each] if each else mask).div_(keep)
 
-    def _row_dropout(self, number: int, get_delta_weight: Any) -> Any:
-        """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS rank_dropout_scale)."""
+    def _kept_rows(self, number: int, layer: Layer) -> Tensor | None:
+        """1 or 0 for each row of ΔW (out), fp32; None where no rows are dropped."""
+        if self._dropout_key is None or self._dropout.rank == 0 or not layer.drops_rows(self._dropout):
+            return None
+        device = next(iter(layer.weights.values())).device
+        generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
+        outputs = layer.wrapped.base_layer.weight.shape[0]
+        return torch.empty(outputs, device=device).bernoulli_(1.0 - self._dropout.rank, generator=generator)
+
+    def _row_dropout(self, number: int, layer: Layer) -> Any:
+        """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS' rank_dropout_scale) unless
+        ``Dropout.rows``."""
+        get_delta_weight = layer.wrapped.get_delta_weight
 
         def dropped(*args: Any, **options: Any) -> Tensor:
             delta: Tensor = get_delta_weight(*args, **options)
@@ -281,10 +303,21 @@ class Adapter:
             generator = keyed_generator(*self._dropout_key, number, "rank", device=delta.device)
             rows = torch.empty(
                 (delta.shape[0], *[1] * (delta.dim() - 1)), device=delta.device, dtype=delta.dtype
-            )
-            return delta * rows.bernoulli_(keep, generator=generator).div_(keep)
+            ).bernoulli_(keep, generator=generator)
+            return delta * (rows if self._dropout.rows else rows.div_(keep))
 
         return dropped
+
+    def _output_dropout(self, number: int, layer: Layer) -> Any:
+        """LyCORIS' rank_dropout of LoRA: rows of ΔW, which are channels of what leaves ``lora_up``."""
+
+        def drop(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            rows = self._kept_rows(number, layer)
+            if rows is None:
+                return output
+            return output * rows.to(output.dtype).reshape((1, -1, 1, 1) if output.dim() == 4 else (-1,))
+
+        return drop
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -309,9 +342,10 @@ def row_norm(weight: Tensor) -> Tensor:
     return weight.float().flatten(1).norm(dim=1).reshape(weight.shape[0], *[1] * (weight.dim() - 1))
 
 
-def _attach_magnitude(layer: Layer) -> None:
+def _attach_magnitude(layer: Layer, kept_rows: Callable[[], Tensor | None]) -> None:
     """Scale what goes into the layer (one m per input) or what comes out of it without bias (one m per
-    output).  As in PEFT and section 4.3 of the paper the norm is taken as a constant of the gradient."""
+    output).  As in PEFT and section 4.3 of the paper the norm is taken as a constant of the gradient.  The norm is
+    that of what is computed: without the rows that dropout leaves out."""
     magnitude = layer.weights[MAGNITUDE]
     per_input = magnitude.shape[0] == 1
     base_layer = layer.wrapped.base_layer
@@ -319,7 +353,10 @@ def _attach_magnitude(layer: Layer) -> None:
     def scale() -> Tensor:
         with torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
             weight = weight_of(base_layer).float()
-            merged = weight + layer.delta().reshape(weight.shape)
+            delta = layer.delta()
+            if (rows := kept_rows()) is not None:
+                delta = delta * rows[:, None]
+            merged = weight + delta.reshape(weight.shape)
             norm = column_norm(merged) if per_input else row_norm(merged)
         return magnitude / norm.clamp(min=torch.finfo(torch.float32).eps)
 

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from trainer.adapters.kinds import kernel_size, kind_of
+from trainer.adapters.presets import chosen, preset_of
 from trainer.bases import Base, BlockRates, block_rates
 from trainer.config import TrainConfig
 
@@ -34,29 +38,52 @@ class Target:
 
 
 def targets_of(base: Base, config: TrainConfig) -> list[Target]:
-    """The modules that sd-scripts' ``networks.lora`` would train with these settings, in module order."""
+    """The modules that these settings train, in module order: those of sd-scripts' ``networks.lora``, or of a preset of
+    LyCORIS."""
     wanted = {component for component in base.components() if _is_trained(component, config)}
-    kind = config.network_type
-    targets = [
-        Target(component, path, key, config.network_dim, config.network_alpha, kind)
-        for component, names in base.lora_names().items()
-        if component in wanted
-        for path, key in names.items()
-    ]
-    if config.conv_dim is not None and "unet" in wanted:
-        conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
-        for path, key in base.conv_names()["unet"].items():
-            wide = kernel_size(base.unet.get_submodule(path)) > 1
-            rank, alpha = (
-                (config.conv_dim, conv_alpha) if wide else (config.network_dim, config.network_alpha)
-            )
-            targets.append(Target("unet", path, key, rank, alpha, kind))
-    targets = [_with_own_alpha(base, config, target) for target in targets]
+    named = _of_preset(base, config) if config.lycoris_preset else _of_networks_lora(base, config)
+    targets = [_with_own_alpha(base, config, target) for target in named if target.component in wanted]
     rates = block_rates(config, base.family)
     if rates is None:
         return targets
     rated = [replace(t, rate=block_rate(rates, t.key)) if t.component == "unet" else t for t in targets]
     return [target for target in rated if target.rate > 0]
+
+
+def _of_networks_lora(base: Base, config: TrainConfig) -> Iterator[Target]:
+    for component, names in base.lora_names().items():
+        for path, key in names.items():
+            yield Target(component, path, key, config.network_dim, config.network_alpha, config.network_type)
+    if config.conv_dim is not None:
+        for path, key in base.conv_names()["unet"].items():
+            found = _ranked("unet", path, key, base.unet.get_submodule(path), config, config.conv_dim)
+            if found is not None:
+                yield found
+
+
+def _of_preset(base: Base, config: TrainConfig) -> Iterator[Target]:
+    """As LyCORIS: the rank of 3×3 convolutions is network_dim unless conv_dim is given."""
+    preset = preset_of(config.lycoris_preset)
+    conv_dim = config.network_dim if config.conv_dim is None else config.conv_dim
+    for it in chosen(base, preset):
+        key = base.key_of(it.component, it.path)
+        found = _ranked(it.component, it.path, key, it.module, config, conv_dim * preset.enable_conv)
+        if found is not None:
+            yield found
+
+
+def _ranked(
+    component: str, path: str, key: str, module: nn.Module, config: TrainConfig, conv_dim: int
+) -> Target | None:
+    """A target with its rank and alpha; None for a 3×3 convolution of rank 0, and for a norm."""
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return None
+    if kernel_size(module) == 1:
+        return Target(component, path, key, config.network_dim, config.network_alpha, config.network_type)
+    if conv_dim == 0:
+        return None
+    conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
+    return Target(component, path, key, conv_dim, conv_alpha, config.network_type)
 
 
 def count_weights(base: Base, config: TrainConfig) -> int:
@@ -77,7 +104,8 @@ def block_rate(rates: BlockRates, key: str) -> float:
     LoRA – and up block i, layer j number 3i + j.  SDXL: the numbers of sgm's names.
     """
     found = _BLOCK.match(key)
-    assert found is not None, f"{key} lies in no block"
+    if found is None:  # conv_in, conv_out, time_embedding
+        return 1.0
     if found["sgm"]:
         table = {"input": rates.down, "middle": rates.mid, "output": rates.up}[found["sgm"]]
         return table[int(found["n"])]

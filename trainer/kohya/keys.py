@@ -255,6 +255,8 @@ OURS_ALONE = frozenset(
         *NETWORK_ARGUMENTS,
         "weight_decay",
         "network_type",
+        "lycoris_preset",
+        "rank_dropout_rows",
         "text_encoder_lr1",
         "text_encoder_lr2",
         "micro_batch_size",

@@ -1,0 +1,144 @@
+"""Translate network_module = lycoris.kohya (LyCORIS f49d30d, lycoris/kohya.py: create_network).
+
+Does not own what a type of adapter does (``trainer.adapters``) or which modules a preset trains
+(``trainer.adapters.presets``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.checks import suggestion
+from trainer.kohya.keys import KOHYA_DEFAULTS, LYCORIS_TYPES
+from trainer.kohya.netargs import Arguments
+from trainer.kohya.reading import Reading
+from trainer.settings import LYCORIS_PRESETS
+from trainer.tomlfile import as_text
+
+ARGUMENTS = (
+    "algo",
+    "preset",
+    "conv_dim",
+    "conv_alpha",
+    "dropout",
+    "rank_dropout",
+    "module_dropout",
+    "dora_wd",
+    "wd_on_output",
+    "bypass_mode",
+    "factor",
+)
+_WITHOUT_CONVOLUTIONS = ("full-lin", "attn-mlp", "attn-only", "unet-transformer-only", "ia3")
+
+
+def lycoris(reading: Reading, arguments: Arguments) -> None:
+    algorithm = str(arguments.take("algo") or "lora").lower()
+    kind = LYCORIS_TYPES.get(algorithm)
+    if kind is None:
+        known = suggestion(algorithm, LYCORIS_TYPES) or "supported: " + ", ".join(LYCORIS_TYPES)
+        reading.refuse("network_args algo", algorithm, known, stands_for="network_type")
+        return
+    preset = _preset(reading, arguments)
+    if preset == "full" and kind == "LoRA":  # which also trains convolutions: LoCon
+        kind = "LoCon"
+    if arguments.flag("dora_wd"):
+        kind = _dora(reading, arguments, algorithm, kind)
+    reading.given |= {"network_type": kind, "lycoris_preset": preset}
+    reading.say("network_module", "lycoris.kohya", f"network_type = {kind}, lycoris_preset = {preset}")
+    _ranks(reading, arguments, preset)
+    _dropout(reading, arguments, kind)
+    if kind == "LoKr":
+        arguments.use("factor")
+    else:
+        arguments.nothing("factor", "only lokr has factors")
+    arguments.nothing("wd_on_output", "only together with dora_wd")
+    arguments.nothing("rank_dropout_scale", "LyCORIS does not read it in network_args")
+    arguments.nothing("train_on_input", "LyCORIS does not read it in network_args; a preset file can tell it")
+    arguments.use_lora_plus()
+    arguments.rest("lycoris.kohya", ARGUMENTS)
+
+
+def _preset(reading: Reading, arguments: Arguments) -> str:
+    preset = str(arguments.take("preset") or "full")
+    if preset not in LYCORIS_PRESETS and not preset.lower().endswith(".toml"):
+        reading.refuse(
+            "network_args preset",
+            preset,
+            suggestion(preset, LYCORIS_PRESETS) or "supported: a .toml file, " + ", ".join(LYCORIS_PRESETS),
+            stands_for="lycoris_preset",
+        )
+        return "full"
+    if preset == "ia3":
+        reading.differ(
+            "network_args preset = ia3: the modules that end in to_k, to_v, ff.net.2, k_proj, v_proj and mlp.fc2; "
+            "LyCORIS compares these names with the beginning of each path, so it finds none and cannot train"
+        )
+    return preset
+
+
+def _dora(reading: Reading, arguments: Arguments, algorithm: str, kind: str) -> str:
+    if kind not in ("LoRA", "LoCon"):
+        reading.refuse("network_args dora_wd", True, f"supported for lora and locon, not for {algorithm}")
+        return kind
+    if arguments.flag("wd_on_output") or "wd_on_output" not in arguments.left:
+        reading.say("network_args wd_on_output", True, "false: DoRA magnitudes are per input here")
+    reading.differ(
+        "dora_wd: the norm of W + ΔW is a constant of the gradient, as the paper proposes (arXiv 2402.09353, 4.3); "
+        "LyCORIS differentiates it too"
+    )
+    return "DoRA"
+
+
+def _ranks(reading: Reading, arguments: Arguments, preset: str) -> None:
+    """Ranks and alphas. An argument arrives as a text, so ``conv_dim=0`` is a rank of 0 (no 3×3 convolutions) and not
+    the rank of the others; an alpha of 0 is the rank of the module."""
+    rank = reading.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
+    alpha = reading.left.get("network_alpha", KOHYA_DEFAULTS["network_alpha"])
+    if preset in _WITHOUT_CONVOLUTIONS:
+        why = f"preset = {preset} trains no 3×3 convolutions"
+        arguments.nothing("conv_dim", why)
+        arguments.nothing("conv_alpha", why)
+        return
+    given_dim, given_alpha = arguments.number("conv_dim"), arguments.number("conv_alpha")
+    conv_dim = rank if given_dim is None else given_dim
+    conv_alpha = alpha if given_alpha is None else given_alpha
+    reading.given["conv_dim"] = conv_dim
+    if conv_dim == 0:
+        reading.say("network_args conv_dim", 0, "conv_dim = 0: no 3×3 convolutions")
+        return
+    reading.given["conv_alpha"] = conv_alpha or conv_dim
+    if given_dim is not None:
+        reading.say("network_args conv_dim", given_dim, f"conv_dim = {as_text(conv_dim)}")
+    if given_alpha is not None:
+        meaning = ", which is conv_dim" if given_alpha == 0 else ""
+        reading.say(
+            "network_args conv_alpha", given_alpha, f"conv_alpha = {as_text(conv_alpha or conv_dim)}{meaning}"
+        )
+
+
+def _dropout(reading: Reading, arguments: Arguments, kind: str) -> None:
+    """Only what LyCORIS applies: it computes W + ΔW first, so values are not dropped (without bypass_mode), and
+    rank_dropout drops rows of ΔW."""
+    usual = reading.take("network_dropout")
+    given = arguments.number("dropout")
+    value: Any = usual if given is None else given
+    name = "network_dropout" if given is None else "network_args dropout"
+    bypass = arguments.flag("bypass_mode")
+    if value:
+        if bypass and kind in ("LoRA", "LoCon"):
+            reading.given["network_dropout"] = value
+            reading.differ(
+                f"{name} = {as_text(value)} with bypass_mode: values after lora_down are dropped, in LyCORIS those after "
+                "lora_up"
+            )
+        else:
+            why = f"LyCORIS has none for {kind}" if kind in ("LoHa", "LoKr") else "LyCORIS applies it with bypass_mode only"
+            reading.without_effect.append(f"{name} = {as_text(value)}: {why}")
+    elif bypass:
+        reading.without_effect.append("network_args bypass_mode = true: it changes speed and memory, not the result")
+    if rank := arguments.number("rank_dropout"):
+        arguments.set("rank_dropout", rank)
+        if not (bypass and kind in ("LoRA", "LoCon")):
+            reading.given["rank_dropout_rows"] = True
+    if module := arguments.number("module_dropout"):
+        arguments.set("module_dropout", module)
