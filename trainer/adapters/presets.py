@@ -28,8 +28,8 @@ _CLASSES = {"CrossAttention": "Attention"}
 
 @dataclass(frozen=True)
 class Preset:
-    """``…_module``: classes, whose layers are all trained. ``…_name``: names of single modules. ``enable_conv``: whether
-    3×3 convolutions are trained. ``on_input``: names of modules whose IA³ scales the input."""
+    """``…_module``: classes, whose layers are all trained. ``…_name``: names of single modules. ``enable_conv``:
+    whether 3×3 convolutions are trained. ``on_input``: names of modules whose IA³ scales the input."""
 
     enable_conv: bool = True
     unet_target_module: tuple[str, ...] = ()
@@ -112,7 +112,9 @@ def preset_of(name: str) -> Preset:
             )
     for key in [key for key in table if key not in known]:
         if key not in _IGNORED:
-            raise ConfigError(f"{shown} has an unknown key {clean_text(key)}", "use " + ", ".join(sorted(known)))
+            raise ConfigError(
+                f"{shown} has an unknown key {clean_text(key)}", "use " + ", ".join(sorted(known))
+            )
         del table[key]
     return Preset(**{key: _checked(shown, key, value) for key, value in table.items()})
 

@@ -36,15 +36,14 @@ def lycoris(reading: Reading, arguments: Arguments) -> None:
     kind = LYCORIS_TYPES.get(algorithm)
     if kind is None:
         known = suggestion(algorithm, LYCORIS_TYPES) or "supported: " + ", ".join(LYCORIS_TYPES)
-        reading.refuse("network_args algo", algorithm, known, stands_for="network_type")
+        reading.refuse("network_args algo", algorithm, known)
         return
     preset = _preset(reading, arguments)
-    if preset == "full" and kind == "LoRA":  # which also trains convolutions: LoCon
-        kind = "LoCon"
+    if kind in ("LoRA", "LoCon"):
+        kind = "LoRA" if preset in _WITHOUT_CONVOLUTIONS else "LoCon"
     if arguments.flag("dora_wd"):
         kind = _dora(reading, arguments, algorithm, kind)
-    reading.given |= {"network_type": kind, "lycoris_preset": preset}
-    reading.say("network_module", "lycoris.kohya", f"network_type = {kind}, lycoris_preset = {preset}")
+    _modules(reading, kind, preset)
     _ranks(reading, arguments, preset)
     _dropout(reading, arguments, kind)
     if kind == "LoKr":
@@ -65,7 +64,6 @@ def _preset(reading: Reading, arguments: Arguments) -> str:
             "network_args preset",
             preset,
             suggestion(preset, LYCORIS_PRESETS) or "supported: a .toml file, " + ", ".join(LYCORIS_PRESETS),
-            stands_for="lycoris_preset",
         )
         return "full"
     if preset == "ia3":
@@ -74,6 +72,15 @@ def _preset(reading: Reading, arguments: Arguments) -> str:
             "LyCORIS compares these names with the beginning of each path, so it finds none and cannot train"
         )
     return preset
+
+
+def _modules(reading: Reading, kind: str, preset: str) -> None:
+    """attn-mlp are the modules of networks.lora (192 and 722 of the U-Net, 72 and 264 of text encoders)."""
+    reading.given["network_type"] = kind
+    if preset != "attn-mlp":
+        reading.given["lycoris_preset"] = preset
+    where = "the modules of networks.lora" if preset == "attn-mlp" else f"lycoris_preset = {preset}"
+    reading.say("network_module", "lycoris.kohya", f"network_type = {kind}, {where}")
 
 
 def _dora(reading: Reading, arguments: Arguments, algorithm: str, kind: str) -> str:
@@ -128,14 +135,20 @@ def _dropout(reading: Reading, arguments: Arguments, kind: str) -> None:
         if bypass and kind in ("LoRA", "LoCon"):
             reading.given["network_dropout"] = value
             reading.differ(
-                f"{name} = {as_text(value)} with bypass_mode: values after lora_down are dropped, in LyCORIS those after "
-                "lora_up"
+                f"{name} = {as_text(value)} with bypass_mode: values after lora_down are dropped, in LyCORIS those "
+                "after lora_up"
             )
         else:
-            why = f"LyCORIS has none for {kind}" if kind in ("LoHa", "LoKr") else "LyCORIS applies it with bypass_mode only"
+            why = (
+                f"LyCORIS has none for {kind}"
+                if kind in ("LoHa", "LoKr")
+                else "LyCORIS applies it with bypass_mode only"
+            )
             reading.without_effect.append(f"{name} = {as_text(value)}: {why}")
     elif bypass:
-        reading.without_effect.append("network_args bypass_mode = true: it changes speed and memory, not the result")
+        reading.without_effect.append(
+            "network_args bypass_mode = true: it changes speed and memory, not the result"
+        )
     if rank := arguments.number("rank_dropout"):
         arguments.set("rank_dropout", rank)
         if not (bypass and kind in ("LoRA", "LoCon")):

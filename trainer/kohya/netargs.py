@@ -9,14 +9,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from trainer.checks import suggestion
-from trainer.config import SETTINGS
+from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 from trainer.kohya.keys import LORA_PLUS
 from trainer.kohya.reading import Reading, literal
-from trainer.settings import SETTING_TYPES
 from trainer.text import clean_text
 from trainer.tomlfile import as_text
-
 
 LORA_PLUS_RATIOS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 
@@ -55,7 +53,7 @@ class Arguments:
         """Numbers and texts that are settings of the same name."""
         for name in names:
             if (value := self.take(name)) is not None:
-                self.set(name, multipliers(value) if SETTING_TYPES[name] is str else value)
+                self.set(name, multipliers(value) if isinstance(getattr(TrainConfig(), name), str) else value)
 
     def use_flags(self, *names: str) -> None:
         """Switches that are settings of the same name; off is their default."""
@@ -91,7 +89,6 @@ class Arguments:
 def multipliers(value: Any) -> str:
     """Numbers of blocks as one text: from a list, a number, or the name of a shape."""
     return ",".join(str(part) for part in value) if isinstance(value, tuple | list) else str(value)
-
 
 
 def _unquoted(value: Any) -> Any:

@@ -26,9 +26,7 @@ def _network(reading: Reading) -> None:
     elif any(name in module for name in _OTHER_MODELS):
         reading.refuse("network_module", module, "it is for another model than SD1.5 and SDXL")
     else:
-        reading.refuse(
-            "network_module", module, "supported: " + ", ".join(MODULES), stands_for="network_type"
-        )
+        reading.refuse("network_module", module, "supported: " + ", ".join(MODULES))
     if reading.left.get("network_alpha") == 0:
         rank = reading.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
         reading.left["network_alpha"] = rank
@@ -48,7 +46,9 @@ def _lora(reading: Reading, arguments: Arguments) -> None:
         elif conv_alpha is not None:
             arguments.set("conv_alpha", conv_alpha)
     elif conv_alpha:
-        reading.without_effect.append(f"network_args conv_alpha = {as_text(conv_alpha)}: conv_dim is not given")
+        reading.without_effect.append(
+            f"network_args conv_alpha = {as_text(conv_alpha)}: conv_dim is not given"
+        )
     for name in ("rank_dropout", "module_dropout", "block_lr_zero_threshold"):
         if value := arguments.number(name):
             arguments.set(name, value)
