@@ -78,7 +78,9 @@ class TrainConfig(Settings):
             "use 75, 150 or 225",
         )
         yield (
-            self.network_type == "LoCon" and self.conv_dim is None and not self.lycoris_preset,
+            self.network_type == "LoCon"
+            and self.conv_dim is None
+            and not (self.lycoris_preset or self.conv_block_dims or self.dim_from_weights),
             "network_type = LoCon trains 3×3 convolutions, but conv_dim is not set",
             f"set conv_dim, for example to {max(1, self.network_dim // 2)}",
         )
@@ -99,6 +101,17 @@ class TrainConfig(Settings):
             f"lycoris_preset = {self.lycoris_preset} is not known",
             suggestion(self.lycoris_preset, LYCORIS_PRESETS)
             or "use a .toml file, or one of " + ", ".join(LYCORIS_PRESETS),
+        )
+        yield (
+            self.dim_from_weights and not self.network_weights,
+            "dim_from_weights has no file to take the ranks from",
+            "set network_weights, or remove dim_from_weights",
+        )
+        blocks = self.block_dims or self.block_alphas or self.conv_block_dims or self.conv_block_alphas
+        yield (
+            bool(blocks) and bool(self.lycoris_preset),
+            "block_dims and block_alphas are for the modules of networks.lora, but lycoris_preset is set",
+            "remove one of them",
         )
         yield (self.factor == 0, "factor = 0 is not valid", "use -1, or a whole number from 1")
         yield (

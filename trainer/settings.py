@@ -235,6 +235,22 @@ class Settings:
     rank_dropout_rows: bool = setting(
         False, "rank_dropout as in LyCORIS: drops rows of the weight change, and the rest is not scaled up"
     )
+    block_dims: str = setting(
+        "",
+        "rank of each U-Net block, 25 numbers for SD1.5 and 23 for SDXL: 4,4,8,…; 0: the block is not trained",
+    )
+    block_alphas: str = setting("", "alpha of each U-Net block; default: network_alpha")
+    conv_block_dims: str = setting("", "rank of the 3×3 convolutions of each U-Net block; default: conv_dim")
+    conv_block_alphas: str = setting(
+        "", "alpha of the 3×3 convolutions of each U-Net block; default: conv_alpha"
+    )
+    dim_from_weights: bool = setting(
+        False, "train the modules of network_weights, at their ranks and alphas; dim and alpha are ignored"
+    )
+    base_weights: str = setting(
+        "", "LoRA files that are merged into the base before training; several with ; between them"
+    )
+    base_weights_multiplier: str = setting("", "strength of each file of base_weights: 1,0.5; default: 1")
 
     # Loss
     min_snr_gamma: float | None = setting(

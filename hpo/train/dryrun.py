@@ -132,7 +132,10 @@ def _check_cached(repo: str) -> None:
 
 
 def _check_weights(config: TrainConfig) -> None:
-    if config.network_weights:
-        from trainer.tensorfile import read_header  # loads torch
+    if config.network_weights or config.base_weights:
+        from trainer.adapters import base_weights  # loads torch
+        from trainer.tensorfile import read_header
 
-        read_header(Path(config.network_weights))
+        given = [Path(config.network_weights)] if config.network_weights else []
+        for path in [*given, *(path for path, _ in base_weights(config))]:
+            read_header(path)

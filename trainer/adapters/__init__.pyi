@@ -4,6 +4,8 @@ from .adapter import Adapter as Adapter
 from .adapter import keyed_generator as keyed_generator
 from .kinds import KINDS as KINDS
 from .kinds import NAME as NAME
+from .merge import base_weights as base_weights
+from .merge import merge_base_weights as merge_base_weights
 from .metadata import BASE_NAME as BASE_NAME
 from .metadata import COMMENT as COMMENT
 from .metadata import CONFIG_KEY as CONFIG_KEY

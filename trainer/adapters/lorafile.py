@@ -85,6 +85,11 @@ def read(path: Path) -> LoraFile:
 
 def attach(base: Base, file: LoraFile) -> Adapter:
     """Put a LoRA file into a base.  Every key must fit a module of the base, complete and in its shape."""
+    return Adapter(base, *parts_of(base, file))
+
+
+def parts_of(base: Base, file: LoraFile) -> tuple[list[Target], dict[str, Tensor]]:
+    """The modules of a LoRA file, and its tensors under their kohya keys.  Raises ModelFileError as ``attach``."""
     if file.family != base.family:
         raise ModelFileError(
             f"{file.path.name} is a LoRA for {file.family}, the base {base.name} is {base.family}",
@@ -136,7 +141,7 @@ def attach(base: Base, file: LoraFile) -> Adapter:
             f"{len(unknown)} entries of {file.path.name} do not fit {base.name}: {_listed(unknown)}",
             "the file is partial, of another kind, or for another base",
         )
-    return Adapter(base, targets, weights)
+    return targets, weights
 
 
 def begin(base: Base, config: TrainConfig) -> Adapter:
@@ -153,6 +158,8 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
     adapter = inject(base, config)
     try:
         wanted = adapter.state()
+        if config.dim_from_weights:  # it also tells modules that are not trained
+            state = {key: tensor for key, tensor in state.items() if key in wanted}
         if config.network_type == "DoRA":  # saved with alpha = rank, the rest of its scale in lora_up
             for key in [key for key in wanted if key.endswith(".alpha") and key in state]:
                 up = key.removesuffix("alpha") + "lora_up.weight"

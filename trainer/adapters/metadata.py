@@ -32,6 +32,7 @@ FOLDERS = (
     "sample_prompts",
     "logging_dir",
     "network_weights",
+    "lycoris_preset",
 )
 ALGORITHMS = {"DoRA": "lora", "LoHa": "loha", "LoKr": "lokr"}  # LyCORIS' names
 
@@ -116,7 +117,9 @@ def own_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
 def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
     """The settings as stored in a LoRA file: folders of this machine by name only."""
     values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
-    return values | {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
+    values |= {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
+    files = [Path(part.strip()).name for part in config.base_weights.split(";") if part.strip()]
+    return values | {"base_weights": ";".join(files)}
 
 
 def tells_training(metadata: Mapping[str, str]) -> bool:
@@ -149,7 +152,8 @@ def network_args(config: TrainConfig) -> dict[str, object]:
         conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
         values |= {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
     rates = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
-    names = ("rank_dropout", "module_dropout", *rates)
+    blocks = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+    names = ("rank_dropout", "module_dropout", *rates, *blocks)
     return values | {name: getattr(config, name) for name in names if getattr(config, name)}
 
 

@@ -120,7 +120,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "lr_scheduler_timescale",
         "lr_scheduler_min_lr_ratio",
         "dataset_repeats",
-        "base_weights_multiplier",
     ),
     "the validation loss is computed after every epoch, over all validation images": (
         "validate_every_n_steps",
@@ -154,11 +153,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "in_json": ((), "captions are read from the caption files next to the images"),
     "dataset_class": ((), "external code is not run"),
     "vae": ((), "the VAE of the base is used; to use another one, save it in the base"),
-    "dim_from_weights": (
-        (False,),
-        "set network_dim and network_alpha to those of the file (hpo inspect shows them)",
-    ),
-    "base_weights": ((), "merge them into the base first"),
     "resume": ((), "a training state of sd-scripts cannot be resumed"),
     "lr_scheduler_type": ((), "supported schedules: " + ", ".join(SCHEDULER_NAMES)),
     "lr_scheduler_args": ((), "schedules have no other arguments"),
@@ -245,6 +239,10 @@ NETWORK_ARGUMENTS = (
     "mid_lr_weight",
     "up_lr_weight",
     "block_lr_zero_threshold",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
     "factor",
 )
 # LyCORIS' algo → our network_type.

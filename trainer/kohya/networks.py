@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from trainer.errors import ConfigError
 from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS
 from trainer.kohya.lycoris import lycoris
 from trainer.kohya.netargs import Arguments, multipliers
 from trainer.kohya.reading import Reading, key_values
+from trainer.paths import user_path
 from trainer.tomlfile import as_text
 
 _OTHER_MODELS = ("flux", "sd3", "lumina", "anima", "hunyuan", "qwen", "wan")
@@ -56,13 +58,45 @@ def _lora(reading: Reading, arguments: Arguments) -> None:
         if (value := arguments.take(name)) is not None:
             reading.given[name] = multipliers(value)
             reading.say(f"network_args {name}", value, f"{name} = {as_text(reading.given[name])}")
+    _block_ranks(reading, arguments)
     arguments.nothing("factor", "only LoKr has factors")
     arguments.use_lora_plus()
     arguments.rest("networks.lora", NETWORK_ARGUMENTS)
+
+
+def _block_ranks(reading: Reading, arguments: Arguments) -> None:
+    """sd-scripts reads them only if block_dims or a block's rate is given."""
+    names = ("block_alphas", "conv_block_dims", "conv_block_alphas")
+    if "block_dims" in arguments.left or any(reading.given.get(name) for name in _BLOCKS):
+        arguments.use("block_dims", *names)
+    for name in names:
+        arguments.nothing(name, "sd-scripts reads it only together with block_dims or down_lr_weight")
+
+
+def _weights(reading: Reading) -> None:
+    """Files that are merged into the base first; one file may stand without a list."""
+    files, multipliers_ = reading.take("base_weights"), reading.take("base_weights_multiplier")
+    if files is None:
+        if multipliers_ is not None:
+            reading.without_effect.append("base_weights_multiplier: base_weights is not given")
+        return
+    names = [files] if isinstance(files, str) else files
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ConfigError(
+            f"base_weights = {as_text(files)} is not a list of files", 'write ["a.safetensors"]'
+        )
+    if odd := [name for name in names if ";" in name]:
+        reading.refuse("base_weights", odd[0], "a file name with ; in it")
+        return
+    reading.given["base_weights"] = ";".join(user_path(name, "base_weights") for name in names)
+    reading.say("base_weights", files, "merged into the base before training; the LoRA does not contain them")
+    if multipliers_ is not None:
+        reading.given["base_weights_multiplier"] = multipliers(multipliers_)
+        reading.say("base_weights_multiplier", multipliers_, reading.given["base_weights_multiplier"])
 
 
 MODULES: dict[str, Callable[[Reading, Arguments], None]] = {
     "networks.lora": _lora,
     "lycoris.kohya": lycoris,
 }
-TRANSLATIONS = (_network,)
+TRANSLATIONS = (_network, _weights)

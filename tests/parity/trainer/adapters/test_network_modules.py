@@ -17,6 +17,7 @@ from tests.fullsize import meta_base
 from trainer.adapters.targets import Target, targets_of
 from trainer.bases import Base
 from trainer.config import TrainConfig
+from trainer.errors import ConfigError
 
 
 @cache
@@ -79,3 +80,50 @@ def test_conv_dim_0_of_networks_lora_still_trains_narrow_layers_of_resnets(famil
     """There "0" is not None, so the classes of resnets are searched, and only rank 0 is skipped."""
     found = trained(family, network_dim=8, network_alpha=4, conv_dim=0)
     assert counts(found)[0] == unet and {target.rank for target in found} == {8}
+
+
+def block_values(family: str) -> dict[str, str]:
+    """The block settings that were recorded: ranks 0 to 4 and other alphas for each block."""
+    numbers = range({"sd15": 25, "sdxl": 23}[family])
+    return {
+        "block_dims": ",".join(str(n % 5) for n in numbers),
+        "block_alphas": ",".join(str((n % 5) / 2 + 0.5) for n in numbers),
+        "conv_block_dims": ",".join(str((n + 1) % 4) for n in numbers),
+        "conv_block_alphas": ",".join(str((n % 3) + 0.25) for n in numbers),
+    }
+
+
+# settings → family → (modules, sha256 of "name rank alpha")
+BLOCKS: dict[tuple[str, ...], dict[str, tuple[int, str]]] = {
+    (): {"sd15": (264, "417623ee0227d546"), "sdxl": (986, "0f7a121163987ede")},
+    ("conv_dim",): {"sd15": (350, "7475d927ee669c90"), "sdxl": (1052, "81f00b65cc7d99ee")},
+    ("block_dims", "block_alphas"): {
+        "sd15": (240, "52f490492588d89f"),
+        "sdxl": (862, "ae0ec7b929489d20"),
+    },
+    ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"): {
+        "sd15": (308, "20bdd56d3acee6f1"),
+        "sdxl": (913, "cf77251092002e09"),
+    },
+    ("block_dims", "conv_dim"): {"sd15": (320, "e0c8f914460e84dd"), "sdxl": (921, "60657a013eb25d52")},
+    ("mid_lr_weight", "conv_block_dims", "block_alphas"): {
+        "sd15": (338, "8e9bf23c7cb4d1cd"),
+        "sdxl": (1041, "996e486cf7e7cc4c"),
+    },
+}
+
+
+@pytest.mark.parametrize("names", BLOCKS)
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_ranks_and_alphas_of_blocks_are_those_of_sd_scripts(family: str, names: tuple[str, ...]) -> None:
+    middle = {"sd15": "0.5", "sdxl": "0.5,0.5,0"}[family]
+    known = block_values(family) | {"conv_dim": 4, "mid_lr_weight": middle}
+    values = {name: known[name] for name in names}
+    found = trained(family, network_dim=8, network_alpha=4, conv_alpha=1, **values)
+    lines = [f"{target.key} {target.rank} {target.alpha:g}" for target in found]
+    assert (len(found), digest(lines)) == BLOCKS[names][family]
+
+
+def test_the_number_of_blocks_must_be_that_of_the_base() -> None:
+    with pytest.raises(ConfigError, match="block_dims has 2 values, but this base has 23 blocks"):
+        trained("sdxl", block_dims="4,8")
