@@ -85,9 +85,28 @@ class TrainConfig(Settings):
             f"set conv_dim, for example to {max(1, self.network_dim // 2)}",
         )
         yield (
-            self.network_type in ("LoHa", "LoKr") and self.network_dropout > 0,
-            f"network_dropout is not supported by {self.network_type}, only by LoRA, LoCon and DoRA",
+            self.network_dropout > 0
+            and (
+                self.network_type not in ("LoRA", "LoCon", "DoRA", "LoRA-FA")
+                or self.use_tucker
+                or self.use_scalar
+            ),
+            f"network_dropout is not supported by {self.network_type}"
+            + (", use_tucker and use_scalar" if self.use_tucker or self.use_scalar else "")
+            + ", only by LoRA, LoCon and DoRA",
             "use rank_dropout or module_dropout",
+        )
+        yield (
+            self.network_type not in ("LoRA", "LoCon", "LoHa", "LoKr", "GLoRA")
+            and (self.use_tucker or self.use_scalar),
+            f"use_tucker and use_scalar are not supported by {self.network_type}",
+            "remove them, or use LoCon, LoHa or LoKr",
+        )
+        yield (
+            self.network_type == "DyLoRA"
+            and bool(self.network_dim % self.unit or (self.conv_dim or self.network_dim) % self.unit),
+            f"unit {self.unit} does not divide network_dim and conv_dim",
+            "use a rank that is a multiple of unit",
         )
         yield (
             self.network_type != "LoKr" and max(self.network_dim, self.conv_dim or 0) > LARGEST_DIM,

@@ -21,7 +21,20 @@ SCHEDULER_NAMES = (
     "cosine_with_restarts",
     "polynomial",
 )
-NETWORK_TYPES = ("LoRA", "LoCon", "DoRA", "LoHa", "LoKr")
+NETWORK_TYPES = (
+    "LoRA",
+    "LoCon",
+    "DoRA",
+    "LoHa",
+    "LoKr",
+    "LoRA-FA",
+    "DyLoRA",
+    "GLoRA",
+    "IA3",
+    "OFT",
+    "BOFT",
+    "Full",
+)
 # What LyCORIS calls a preset: which modules are trained.
 LYCORIS_PRESETS = (
     "full",
@@ -251,6 +264,30 @@ class Settings:
         "", "LoRA files that are merged into the base before training; several with ; between them"
     )
     base_weights_multiplier: str = setting("", "strength of each file of base_weights: 1,0.5; default: 1")
+    full_matrix: bool = setting(False, "LoKr: neither factor is decomposed, whatever network_dim")
+    decompose_both: bool = setting(False, "LoKr: the smaller factor is decomposed too")
+    unbalanced_factorization: bool = setting(False, "LoKr: the outputs are divided the other way round")
+    use_tucker: bool = setting(
+        False, "3×3 convolutions in Tucker form (LoRA, LoCon, LoHa, LoKr): fewer weights"
+    )
+    use_scalar: bool = setting(
+        False,
+        "the weight change is multiplied by a trained number that starts at 0, and no factor starts at 0",
+    )
+    rs_lora: bool = setting(False, "rank-stabilised: scaled by alpha / √dim instead of alpha / dim")
+    train_norm: bool = setting(False, "also train weight and bias of the norms between the trained modules")
+    constraint: float = setting(
+        0.0,
+        "OFT, BOFT: the rotation of a module is limited to this, times its outputs; 0: not",
+        low=0,
+        high=1000,
+    )
+    rescaled: bool = setting(False, "OFT, BOFT: each output also gets a trained scale")
+    oft_blocks: bool = setting(
+        False,
+        "OFT: network_dim is the number of blocks, as in networks.oft; default: near the size of a block",
+    )
+    unit: int = setting(1, "DyLoRA: ranks that are trained together", low=1, high=1024)
 
     # Loss
     min_snr_gamma: float | None = setting(

@@ -2,7 +2,8 @@ from . import adapter as adapter
 from . import lorafile as lorafile
 from .adapter import Adapter as Adapter
 from .adapter import keyed_generator as keyed_generator
-from .kinds import KINDS as KINDS
+from .choice import KINDS as KINDS
+from .choice import kind_for as kind_for
 from .kinds import NAME as NAME
 from .merge import base_weights as base_weights
 from .merge import merge_base_weights as merge_base_weights

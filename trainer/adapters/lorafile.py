@@ -6,18 +6,20 @@ adapter is rounded to the save precision first.  docs/adapters.md says which pro
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, inject
-from trainer.adapters.kinds import KINDS
+from trainer.adapters.choice import IN_FILES, KINDS
+from trainer.adapters.kinds import SCALAR
 from trainer.adapters.metadata import own_metadata, training_metadata
 from trainer.adapters.targets import Target
 from trainer.bases import Base, detect
@@ -40,9 +42,17 @@ ENDINGS = {
     ".lora_linear_layer.up.weight": "lora_up.weight",
     ".alpha": "alpha",
     f".{MAGNITUDE}": MAGNITUDE,
-    **{f".{ending}": ending for kind in ("LoHa", "LoKr") for ending in KINDS[kind].endings},
+    **{f".{ending}": ending for kind in IN_FILES for ending in (*KINDS[kind].endings, *KINDS[kind].extras)},
+    ".on_input": "on_input",
 }
-EXACT = ("alpha", MAGNITUDE)  # kept in fp32: half types cannot hold every alpha, and magnitudes nearly cancel
+ENDINGS = dict(sorted(ENDINGS.items(), key=lambda pair: -len(pair[0])))  # ".weight" is the last resort
+EXACT = (
+    "alpha",
+    MAGNITUDE,
+    "on_input",
+)  # fp32: half types cannot hold every alpha, and magnitudes nearly cancel
+CONSTANTS = ("alpha", "on_input")
+_VECTORS = ("weight", "w_norm", "b_norm", "diff", "diff_b")  # which may have one axis
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def write(path: Path, adapter: Adapter, config: TrainConfig, more: Mapping[str, 
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
-        for key, tensor in _with_unit_scales(adapter.state()).items()
+        for key, tensor in _with_unit_scales(adapter.saved()).items()
     }
     training = {**training_metadata(adapter.base, config), **(more or {})}
     hashes = _file_hashes(tensors, training)
@@ -73,11 +83,11 @@ def write(path: Path, adapter: Adapter, config: TrainConfig, more: Mapping[str, 
 def read(path: Path) -> LoraFile:
     """Read a LoRA file of any kind, checking the header first. Anything else is refused."""
     header = read_header(path)
-    foreign = [name for name in header.shapes if _ending(name) is None]
+    foreign = [name for name in header.shapes if not _is_ours(name, header.shapes)]
     if foreign or not header.shapes:
         raise ModelFileError(
             f"{path} holds more than a LoRA: {_listed(foreign)}" if foreign else f"{path} holds no tensors",
-            "LoRA, LoCon, DoRA, LoHa and LoKr can be attached; Tucker forms, other kinds and full models cannot",
+            "LoRA files of kohya, LyCORIS and diffusers can be attached; full models cannot",
         )
     tensors = load_tensors(path)
     return LoraFile(path, tensors, header.metadata, family_of(header.metadata, header.shapes))
@@ -122,26 +132,30 @@ def parts_of(base: Base, file: LoraFile) -> tuple[list[Target], dict[str, Tensor
             raise _damaged(file, f"it has {key} twice, under two names")
         alpha = float(parts["alpha"]) if "alpha" in parts else None
         rank = KINDS[kind].rank_of(parts, alpha)
-        if alpha is None:
-            alpha = _default_alpha(file, module, rank)
-        if not math.isfinite(alpha):
-            raise _damaged(file, f"{module} has alpha {alpha}")
-        if kind == "LoKr" and "lokr_w1" in parts and "lokr_w2" in parts:
-            alpha = float(rank)
-        # alpha 0 means the rank, as in sd-scripts
-        targets.append(Target(component, path, key, rank, alpha or float(rank), kind))
-        weights |= {f"{key}.{ending}": part for ending, part in parts.items() if ending != "alpha"}
-    kinds = {target.kind for target in targets}
-    if len(kinds) > 1:
-        raise ModelFileError(
-            f"{file.path.name} mixes {', '.join(sorted(kinds))}", "a file of one kind can be attached"
-        )
+        number = _constant(file, module, kind, parts, rank)
+        if not math.isfinite(number):
+            raise _damaged(file, f"{module} has alpha {number}")
+        targets.append(Target(component, path, key, rank, number, kind))
+        weights |= {f"{key}.{ending}": part for ending, part in parts.items() if ending not in CONSTANTS}
     if unknown or not targets:
         raise ModelFileError(
             f"{len(unknown)} entries of {file.path.name} do not fit {base.name}: {_listed(unknown)}",
             "the file is partial, of another kind, or for another base",
         )
     return targets, weights
+
+
+def _constant(file: LoraFile, module: str, kind: str, parts: Mapping[str, Tensor], rank: int) -> float:
+    """The number beside a module's tensors: its alpha, or what its kind has instead."""
+    name = KINDS[kind].constant
+    if name != "alpha":
+        return float(parts[name]) if name in parts else 1.0
+    if kind in ("OFT", "BOFT"):
+        return float(parts["alpha"]) if "alpha" in parts else 0.0
+    if kind == "LoKr" and "lokr_w1" in parts and "lokr_w2" in parts:
+        return float(rank)
+    alpha = float(parts["alpha"]) if "alpha" in parts else _default_alpha(file, module, rank)
+    return alpha or float(rank)  # alpha 0 means the rank, as in sd-scripts
 
 
 def begin(base: Base, config: TrainConfig) -> Adapter:
@@ -159,7 +173,9 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
     try:
         wanted = adapter.state()
         if config.dim_from_weights:  # it also tells modules that are not trained
-            state = {key: tensor for key, tensor in state.items() if key in wanted}
+            keys = {layer.target.key for layer in adapter.layers}
+            state = {key: tensor for key, tensor in state.items() if key.partition(".")[0] in keys}
+        state = _as_trained(adapter, state)
         if config.network_type == "DoRA":  # saved with alpha = rank, the rest of its scale in lora_up
             for key in [key for key in wanted if key.endswith(".alpha") and key in state]:
                 up = key.removesuffix("alpha") + "lora_up.weight"
@@ -188,6 +204,25 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
     return adapter
 
 
+def _as_trained(adapter: Adapter, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors in the parts that training has: DyLoRA's units, and the scalar of use_scalar."""
+    found = dict(state)
+    for layer in adapter.layers:
+        start = f"{layer.target.key}."
+        wanted = {ending: layer.weights[ending] for ending in layer.weights}
+        if SCALAR not in wanted and layer.kind.endings:
+            continue
+        given = {key.removeprefix(start): found.pop(key) for key in [*found] if key.startswith(start)}
+        constants = {ending: value for ending, value in given.items() if ending in CONSTANTS}
+        tensors = {ending: value for ending, value in given.items() if ending not in CONSTANTS}
+        try:
+            parts = layer.kind.unfolded(tensors, wanted)
+        except (KeyError, ValueError):
+            parts = tensors
+        found |= {start + ending: value for ending, value in (parts | constants).items()}
+    return found
+
+
 def _size(tensor: Tensor) -> tuple[int, ...] | float:
     """A weight's shape, or an alpha's value."""
     return tuple(tensor.shape) if tensor.dim() else round(float(tensor), 4)
@@ -195,17 +230,32 @@ def _size(tensor: Tensor) -> tuple[int, ...] | float:
 
 def _kind(parts: Mapping[str, Tensor]) -> str | None:
     """Which kind of adapter a module's tensors are, or None if they are of several or of none."""
-    endings = parts.keys() - {"alpha", MAGNITUDE}
-    for kind in ("LoRA", "LoHa", "LoKr"):
-        if endings and endings <= set(KINDS[kind].endings):
-            if MAGNITUDE not in parts:
-                return kind
-            return "DoRA" if kind == "LoRA" else None
+    endings = parts.keys() - {*CONSTANTS, MAGNITUDE}
+    for name in IN_FILES:
+        kind = KINDS[name]
+        if not endings or not endings <= {*kind.endings, *kind.extras}:
+            continue
+        if name == "OFT" and parts["oft_blocks"].dim() == 4:
+            continue
+        if name == "IA3" and "on_input" not in parts:
+            return None
+        if MAGNITUDE not in parts:
+            return name
+        return "DoRA" if name == "LoRA" and "lora_mid.weight" not in parts else None
     return None
+
+
+def _is_ours(name: str, names: Collection[str]) -> bool:
+    """Whether a tensor is one of a LoRA of any kind. IA³ has a mere ".weight", with ".on_input" beside it."""
+    ending = _ending(name)
+    return ending is not None and (ending != ".weight" or name.removesuffix(ending) + ".on_input" in names)
 
 
 def _fits(kind: str, parts: Mapping[str, Tensor], weight: Tensor) -> bool:
     """Whether a module's tensors are complete and belong to a weight of this shape."""
+    parts = {ending: part for ending, part in parts.items() if ending not in CONSTANTS}
+    if not parts.keys() >= set(KINDS[kind].endings) and kind != "LoKr":
+        return False
     if MAGNITUDE in parts:
         ones = (1,) * (weight.dim() - 2)
         per_input, per_output = (1, weight.shape[1], *ones), (weight.shape[0], 1, *ones)
@@ -234,6 +284,11 @@ def _known_names(base: Base) -> dict[str, tuple[str, str, str]]:
     """Every name a file may use for a module → (component, path, kohya key): kohya's, diffusers' with
     underscores under kohya's prefix (some SDXL writers), and diffusers' dotted."""
     known: dict[str, tuple[str, str, str]] = {}
+    for component, network in base.components().items():
+        for path, module in network.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
+                with contextlib.suppress(KeyError):  # sd-scripts has no such module
+                    known[base.key_of(component, path)] = (component, path, base.key_of(component, path))
     for table in (base.lora_names(), base.conv_names()):
         for component, names in table.items():
             for path, key in names.items():
@@ -262,10 +317,10 @@ def family_of(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> None:
     """ModelFileError for what no module of a sound file has: empty, whole-number or non-finite tensors."""
     for ending, part in sorted(parts.items()):
-        if ending == "alpha":
+        if ending in CONSTANTS:
             if part.numel() != 1:
-                raise _damaged(file, f"{module} has {part.numel()} alphas")
-        elif part.dim() < 2 or part.numel() == 0:
+                raise _damaged(file, f"{module} has {part.numel()} {ending}s")
+        elif part.numel() == 0 or (part.dim() < 2 and ending not in _VECTORS):
             raise _damaged(file, f"{module} has {ending} of shape {tuple(part.shape)}")
         elif not part.is_floating_point():
             raise _damaged(file, f"{module} is not of floating-point numbers")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import nn
 
-from trainer.adapters.kinds import kernel_size, kind_of
-from trainer.adapters.presets import chosen, preset_of
+from trainer.adapters.choice import kind_for
+from trainer.adapters.kinds import kernel_size
+from trainer.adapters.presets import PRESETS, chosen, preset_of
 from trainer.bases import FAMILIES, Base, BlockRanks, BlockRates, block_ranks, block_rates
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
@@ -87,6 +88,11 @@ def _of_networks_lora(base: Base, config: TrainConfig) -> Iterator[Target]:
             found = _ranked("unet", path, key, base, config, ranks, config.conv_dim or 0)
             if found is not None:
                 yield found
+    if config.train_norm:
+        around = PRESETS["attn-mlp" if config.conv_dim is None else "full"]
+        for it in chosen(base, around):
+            if isinstance(it.module, nn.GroupNorm | nn.LayerNorm):
+                yield Target(it.component, it.path, base.key_of(it.component, it.path), 1, 1.0, "Norm")
 
 
 def _of_preset(base: Base, config: TrainConfig) -> Iterator[Target]:
@@ -97,7 +103,7 @@ def _of_preset(base: Base, config: TrainConfig) -> Iterator[Target]:
         key = base.key_of(it.component, it.path)
         found = _ranked(it.component, it.path, key, base, config, None, conv_dim * preset.enable_conv)
         if found is not None:
-            yield found
+            yield replace(found, alpha=float(it.on_input)) if found.kind == "IA3" else found
 
 
 def _ranked(
@@ -111,6 +117,8 @@ def _ranked(
 ) -> Target | None:
     """A target with its rank and alpha; None for rank 0, and for a norm."""
     module = base.components()[component].get_submodule(path)
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        return Target(component, path, key, 1, 1.0, "Norm") if config.train_norm else None
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return None
     is_wide = kernel_size(module) > 1
@@ -129,7 +137,9 @@ def count_weights(base: Base, config: TrainConfig) -> int:
     count = 0
     for target in targets_of(base, config):
         layer = base.components()[target.component].get_submodule(target.path)
-        count += sum(math.prod(shape) for shape in kind_of(config).shapes(layer, target.rank).values())
+        kind = kind_for(config, target)
+        shapes = kind.shapes(layer, target.rank)
+        count += sum(math.prod(shape) for ending, shape in shapes.items() if ending not in kind.frozen)
         if target.kind == "DoRA":
             count += layer.weight.shape[1]  # one magnitude per input (column_norm)
     return count
@@ -179,6 +189,14 @@ def _is_trained(component: str, config: TrainConfig) -> bool:
 
 
 def _with_own_alpha(base: Base, config: TrainConfig, target: Target) -> Target:
-    """A target with the alpha that its kind of adapter has for these settings."""
+    """A target with the constant that its kind of adapter has for these settings: alpha, a constraint …"""
+    if target.kind in ("OFT", "BOFT"):
+        return replace(target, alpha=config.constraint)
+    if target.kind == "IA3":
+        return target if config.lycoris_preset else replace(target, alpha=0.0)
     layer = base.components()[target.component].get_submodule(target.path)
-    return replace(target, alpha=kind_of(config).alpha(layer, target.rank, target.alpha))
+    kind = kind_for(config, target)
+    alpha = kind.alpha(layer, target.rank, target.alpha)
+    if config.rs_lora and kind.constant and alpha == target.alpha:
+        alpha *= math.sqrt(target.rank)
+    return replace(target, alpha=alpha)

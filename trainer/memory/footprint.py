@@ -237,6 +237,15 @@ def _loaded_networks() -> Any:
     return networks
 
 
+# Settings whose tensors are not proportional to one rank.
+_FORMS = (
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+)
+_OF_ONE_RANK = ("LoRA", "LoCon", "DoRA", "LoHa", "LoRA-FA")
 _DECIDES_A_TRACE = (
     "network_type",
     "gradient_checkpointing",
@@ -252,20 +261,27 @@ _DECIDES_A_TRACE = (
     "mixed_precision",
     "lycoris_preset",
     "rank_dropout_rows",
+    "train_norm",
+    "rescaled",
+    "oft_blocks",
+    "unit",
+    *_FORMS,
 )
 _RANKS = ("block_dims", "conv_block_dims", "dim_from_weights")
 
 
 def _has_own_ranks(config: TrainConfig) -> bool:
     """Whether the trace is made with the ranks themselves: tensors are not proportional to one rank."""
-    return config.network_type == "LoKr" or any(getattr(config, name) for name in _RANKS)
+    return config.network_type not in _OF_ONE_RANK or any(
+        getattr(config, name) for name in (*_RANKS, *_FORMS)
+    )
 
 
 def _traced_settings(config: TrainConfig) -> TrainConfig:
     """The settings that affect the sequence of allocations; all others are set to a fixed value."""
     ranks: dict[str, Any] = {"network_dim": DIM}
     if _has_own_ranks(config):
-        ranks = {name: getattr(config, name) for name in ("network_dim", "conv_dim", *_RANKS)}
+        ranks = {name: getattr(config, name) for name in ("network_dim", "conv_dim", "factor", *_RANKS)}
     elif config.conv_dim:
         ranks["conv_dim"] = CONV_DIM
     elif config.conv_dim == 0:
