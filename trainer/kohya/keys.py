@@ -246,7 +246,32 @@ NETWORK_ARGUMENTS = (
     "factor",
 )
 # LyCORIS' algo → our network_type.
-LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
+LYCORIS_TYPES = {
+    "lora": "LoRA",
+    "locon": "LoCon",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "full": "Full",
+    "ia3": "IA3",
+    "diag-oft": "OFT",
+    "boft": "BOFT",
+    "glora": "GLoRA",
+    "dylora": "DyLoRA",
+}
+# Settings that are arguments of LyCORIS and other network modules.
+LYCORIS_SETTINGS = (
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+    "rs_lora",
+    "train_norm",
+    "constraint",
+    "rescaled",
+    "oft_blocks",
+    "unit",
+)
 # Our settings that sd-scripts spells differently (in network_args and optimizer_args) or does not have.
 OURS_ALONE = frozenset(
     {
@@ -255,6 +280,7 @@ OURS_ALONE = frozenset(
         "network_type",
         "lycoris_preset",
         "rank_dropout_rows",
+        *LYCORIS_SETTINGS,
         "text_encoder_lr1",
         "text_encoder_lr2",
         "micro_batch_size",

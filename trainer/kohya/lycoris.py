@@ -27,7 +27,18 @@ ARGUMENTS = (
     "wd_on_output",
     "bypass_mode",
     "factor",
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+    "rs_lora",
+    "train_norm",
+    "constraint",
+    "rescaled",
+    "block_size",
 )
+_FACTORS = ("LoRA", "LoCon", "LoHa", "LoKr", "GLoRA")  # kinds that are products of factors
 _WITHOUT_CONVOLUTIONS = ("full-lin", "attn-mlp", "attn-only", "unet-transformer-only", "ia3")
 
 
@@ -46,12 +57,10 @@ def lycoris(reading: Reading, arguments: Arguments) -> None:
     _modules(reading, kind, preset)
     _ranks(reading, arguments, preset)
     _dropout(reading, arguments, kind)
-    if kind == "LoKr":
-        arguments.use("factor")
-    else:
-        arguments.nothing("factor", "only lokr has factors")
+    _form(reading, arguments, kind)
     arguments.nothing("wd_on_output", "only together with dora_wd")
     arguments.nothing("rank_dropout_scale", "LyCORIS does not read it in network_args")
+    arguments.nothing("train_t5xxl", "it belongs to other models")
     arguments.nothing("train_on_input", "LyCORIS does not read it in network_args; a preset file can tell it")
     arguments.use_lora_plus()
     arguments.rest("lycoris.kohya", ARGUMENTS)
@@ -72,6 +81,56 @@ def _preset(reading: Reading, arguments: Arguments) -> str:
             "LyCORIS compares these names with the beginning of each path, so it finds none and cannot train"
         )
     return preset
+
+
+def _form(reading: Reading, arguments: Arguments, kind: str) -> None:
+    """Options of single algorithms; LyCORIS ignores those of others."""
+    for old in ("use_cp", "use_conv_cp"):
+        if (value := arguments.take(old)) is not None:
+            arguments.left.setdefault("use_tucker", value)
+    if arguments.take("disable_conv_cp") is not None:
+        reading.differ(
+            "network_args disable_conv_cp: no Tucker form here; LyCORIS reads its value as that of use_tucker"
+        )
+    if kind == "LoKr":
+        _lokr(reading, arguments)
+    elif kind == "DyLoRA":
+        reading.given["unit"] = arguments.number("block_size") or 4
+        reading.differ(
+            "algo = dylora: scaled by alpha / dim · √(dim / ranks in use), as in sd-scripts' networks.dylora; LyCORIS "
+            "trains at alpha / blocks in use, so its file is weaker than what was trained"
+        )
+    elif kind in ("OFT", "BOFT"):
+        if (value := arguments.take("constrain")) is not None:
+            arguments.left.setdefault("constraint", value)
+        if value := arguments.number("constraint"):
+            arguments.set("constraint", value)
+        arguments.use_flags("rescaled")
+    elif kind == "Full":
+        reading.differ(
+            "algo = full: weight decay pulls the change of a weight to 0; in LyCORIS it pulls the weight itself"
+        )
+    if kind in ("LoCon", "LoHa", "LoKr"):
+        arguments.use_flags("use_tucker")
+    if kind in _FACTORS:
+        arguments.use_flags("use_scalar")
+    if kind in (*_FACTORS, "DoRA"):
+        arguments.use_flags("rs_lora")
+    arguments.use_flags("train_norm")
+    for name in ARGUMENTS[ARGUMENTS.index("factor") :]:
+        arguments.nothing(name, f"it is not for {kind} with these modules")
+
+
+def _lokr(reading: Reading, arguments: Arguments) -> None:
+    arguments.use("factor")
+    if "decompose_both" in arguments.left:
+        if arguments.flag("decompose_both"):
+            arguments.set("decompose_both", True)
+        else:
+            reading.differ(
+                "network_args decompose_both = False: off here; LyCORIS takes any text for on, this one too"
+            )
+    arguments.use_flags("full_matrix", "unbalanced_factorization")
 
 
 def _modules(reading: Reading, kind: str, preset: str) -> None:
@@ -138,10 +197,12 @@ def _dropout(reading: Reading, arguments: Arguments, kind: str) -> None:
                 f"{name} = {as_text(value)} with bypass_mode: values after lora_down are dropped, in LyCORIS those "
                 "after lora_up"
             )
+        elif bypass and kind in ("LoHa", "LoKr"):
+            reading.differ(f"{name} = {as_text(value)} with bypass_mode: not applied to {kind} here")
         else:
             why = (
                 f"LyCORIS has none for {kind}"
-                if kind in ("LoHa", "LoKr")
+                if kind not in ("LoRA", "LoCon", "DoRA")
                 else "LyCORIS applies it with bypass_mode only"
             )
             reading.without_effect.append(f"{name} = {as_text(value)}: {why}")
@@ -149,7 +210,9 @@ def _dropout(reading: Reading, arguments: Arguments, kind: str) -> None:
         reading.without_effect.append(
             "network_args bypass_mode = true: it changes speed and memory, not the result"
         )
-    if rank := arguments.number("rank_dropout"):
+    if kind in ("IA3", "GLoRA", "DyLoRA", "BOFT"):
+        arguments.nothing("rank_dropout", f"LyCORIS does not apply it to {kind}")
+    elif rank := arguments.number("rank_dropout"):
         arguments.set("rank_dropout", rank)
         if not (bypass and kind in ("LoRA", "LoCon")):
             reading.given["rank_dropout_rows"] = True

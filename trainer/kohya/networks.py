@@ -35,7 +35,7 @@ def _network(reading: Reading) -> None:
         reading.say("network_alpha", 0, f"{as_text(rank)}, which is network_dim")
 
 
-def _lora(reading: Reading, arguments: Arguments) -> None:
+def _lora(reading: Reading, arguments: Arguments, module: str = "networks.lora") -> None:
     """networks/lora.py: create_network."""
     conv_dim, conv_alpha = arguments.number("conv_dim"), arguments.number("conv_alpha")
     if conv_dim is not None:
@@ -61,7 +61,7 @@ def _lora(reading: Reading, arguments: Arguments) -> None:
     _block_ranks(reading, arguments)
     arguments.nothing("factor", "only LoKr has factors")
     arguments.use_lora_plus()
-    arguments.rest("networks.lora", NETWORK_ARGUMENTS)
+    arguments.rest(module, NETWORK_ARGUMENTS)
 
 
 def _block_ranks(reading: Reading, arguments: Arguments) -> None:
@@ -95,8 +95,97 @@ def _weights(reading: Reading) -> None:
         reading.say("base_weights_multiplier", multipliers_, reading.given["base_weights_multiplier"])
 
 
+def _lora_fa(reading: Reading, arguments: Arguments) -> None:
+    """networks/lora_fa.py; its lora_down is constant."""
+    _kind(reading, "networks.lora_fa", "LoRA-FA")
+    _lora(reading, arguments, "networks.lora_fa")
+
+
+def _dylora(reading: Reading, arguments: Arguments) -> None:
+    """networks/dylora.py: conv_dim must be network_dim there, and it knows no dropout."""
+    _kind(reading, "networks.dylora", "DyLoRA")
+    conv_dim, conv_alpha = arguments.number("conv_dim"), arguments.number("conv_alpha")
+    if conv_dim:
+        arguments.set("conv_dim", conv_dim)
+        arguments.set("conv_alpha", conv_dim if conv_alpha == 0 else conv_alpha or 1.0)
+    arguments.use("unit")
+    _without_dropout(reading, arguments, "networks.dylora")
+    for name in NETWORK_ARGUMENTS:
+        arguments.nothing(name, "networks.dylora does not read it")
+    reading.differ(
+        "networks.dylora: ranks after those of a step are not used in it, as the paper proposes (arXiv 2210.07558); "
+        "in sd-scripts they are used, as constants"
+    )
+    arguments.use_lora_plus()
+    arguments.rest("networks.dylora", ("unit", "conv_dim", "conv_alpha"))
+
+
+def _oft(reading: Reading, arguments: Arguments) -> None:
+    """networks/oft.py: the attention of the U-Net, or more with two switches, which any text turns on there."""
+    _kind(reading, "networks.oft", "OFT")
+    alpha = reading.take("network_alpha")
+    reading.given |= {
+        "oft_blocks": True,
+        "constraint": 1.0 if alpha is None else alpha,
+        "network_train_unet_only": True,
+    }
+    reading.take("network_train_unet_only")
+    reading.say("network_alpha", alpha, f"constraint = {as_text(reading.given['constraint'])}")
+    linear, convolutions = (arguments.take(name) is not None for name in ("enable_all_linear", "enable_conv"))
+    if convolutions and not linear:
+        reading.refuse("network_args enable_conv", True, "supported together with enable_all_linear")
+    elif convolutions:
+        rank = reading.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
+        reading.given["conv_dim"] = rank
+    elif not linear:
+        reading.given["lycoris_preset"] = "attn-only"
+    _without_dropout(reading, arguments, "networks.oft")
+    arguments.rest("networks.oft", ("enable_all_linear", "enable_conv"))
+
+
+def _loha(reading: Reading, arguments: Arguments) -> None:
+    _native(reading, arguments, "networks.loha", "LoHa")
+
+
+def _lokr(reading: Reading, arguments: Arguments) -> None:
+    arguments.use("factor")
+    _native(reading, arguments, "networks.lokr", "LoKr")
+
+
+def _native(reading: Reading, arguments: Arguments, module: str, kind: str) -> None:
+    """networks/loha.py and networks/lokr.py (sd-scripts aff4a2e): the modules of networks.lora, and a rank_dropout that
+    scales up the rest."""
+    _kind(reading, module, kind)
+    arguments.use_flags("use_tucker")
+    if value := reading.take("network_dropout"):
+        reading.without_effect.append(f"network_dropout = {as_text(value)}: {module} has none")
+    for name in ("exclude_patterns", "include_patterns", "network_reg_dims", "network_reg_lrs"):
+        if (value := arguments.take(name)) is not None:
+            reading.refuse(
+                f"network_args {name}", value, "modules are not chosen by patterns; see lycoris_preset"
+            )
+    _lora(reading, arguments, module)
+
+
+def _kind(reading: Reading, module: str, kind: str) -> None:
+    reading.given["network_type"] = kind
+    reading.say("network_module", module, f"network_type = {kind}")
+
+
+def _without_dropout(reading: Reading, arguments: Arguments, module: str) -> None:
+    if value := reading.take("network_dropout"):
+        reading.without_effect.append(f"network_dropout = {as_text(value)}: {module} has none")
+    for name in ("rank_dropout", "module_dropout"):
+        arguments.nothing(name, f"{module} does not read it")
+
+
 MODULES: dict[str, Callable[[Reading, Arguments], None]] = {
     "networks.lora": _lora,
+    "networks.loha": _loha,
+    "networks.lokr": _lokr,
+    "networks.lora_fa": _lora_fa,
+    "networks.dylora": _dylora,
+    "networks.oft": _oft,
     "lycoris.kohya": lycoris,
 }
 TRANSLATIONS = (_network, _weights)

@@ -284,8 +284,8 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
 @pytest.mark.parametrize(
     ("line", "key"),
     [
-        ('network_module = "networks.oft"', "network_module"),
-        ('network_module = "lycoris.kohya"\nnetwork_args = ["algo=boft"]', "algo"),
+        ('network_module = "networks.lora_flux"', "network_module"),
+        ('network_module = "lycoris.kohya"\nnetwork_args = ["algo=tlora"]', "algo"),
         ('optimizer_type = "DAdaptAdam"', "optimizer_type"),
         ('optimizer_type = "Adafactor"', "relative_step"),
         ('optimizer_args = ["betas=(0.9, 0.99)"]', "betas"),
