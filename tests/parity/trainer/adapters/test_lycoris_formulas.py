@@ -1,8 +1,8 @@
 """Outputs of every kind equal LyCORIS' (f49d30d, executed on CPU in fp32 with torch 2.15).
 
-Recorded with ``network_module_dict[algo]("x", layer, 1.0, lora_dim=…, alpha=…, …)``, ``IA3Module`` and ``NormModule``
-on a layer and on tensors (in the order of their sorted names) filled by ``filled``: the first three outputs, and the sum
-of their absolute values.
+Recorded with ``network_module_dict[algo]("x", layer, 1.0, lora_dim=…, alpha=…, …)``, ``IA3Module``, ``NormModule`` on a
+layer and on tensors (in the order of their sorted names) filled by ``filled``: the first three outputs, and the sum of
+their absolute values.
 """
 
 from __future__ import annotations
