@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import tiny_base, tiny_config
+from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer.adapters import lorafile
 from trainer.adapters.adapter import Adapter, inject
 from trainer.adapters.targets import count_weights
 from trainer.bases import Base, Sizes
 from trainer.config import TrainConfig
+from trainer.errors import Interrupted
+from trainer.events import Event
+from trainer.loop.loop import Conduct, train
 
 SIZES = Sizes((64, 64), (0, 0), (64, 64))
 CASES: dict[str, dict[str, Any]] = {
@@ -204,3 +208,30 @@ def test_scale_weight_norms_limits_products_and_blocks_and_leaves_the_rest() -> 
                 assert float(layer.delta().norm()) <= 0.0101
             elif name == "OFT":
                 assert float(layer.weights["oft_blocks"].norm()) <= 0.0101
+
+
+@pytest.mark.parametrize("name", ["scalar LoCon", "DyLoRA", "Full"])
+def test_a_resumed_run_is_the_same_run(name: str, tmp_path: Path) -> None:
+    config = settings(
+        name,
+        max_train_steps=3,
+        max_train_epochs=None,
+        train_batch_size=2,
+        module_dropout=0.2,
+        **({} if name == "DyLoRA" else {"rank_dropout": 0.3, "rank_dropout_rows": True}),
+    )
+
+    def trained(stop_after: int | None, folder: Path) -> dict[str, Tensor]:
+        base = tiny_base("sd15")
+        adapter = inject(base, config)
+        seen: list[Event] = []
+        how = Conduct(checkpoints=folder, should_stop=lambda: len(seen) + 1 == stop_after)
+        with contextlib.suppress(Interrupted):
+            for event in train(config, base, adapter, tiny_prepared(base, config), how):
+                seen.append(event)
+        return adapter.state()
+
+    straight = trained(None, tmp_path / "a")
+    trained(1, tmp_path / "b")
+    resumed = trained(None, tmp_path / "b")
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
