@@ -136,3 +136,8 @@ def _check_weights(config: TrainConfig, family: str | None) -> None:
         from trainer.adapters import check_start
 
         check_start(config, family)
+    if config.base_weights:
+        from trainer.adapters import base_weights, check_lora
+
+        for path, _ in base_weights(config):
+            check_lora(path, family)

@@ -8,7 +8,6 @@ name, and what is only told is in ``LoraFile.notes``.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,8 +105,27 @@ def read(path: Path) -> LoraFile:
     return LoraFile(path, load_tensors(path), contents)
 
 
-def attach(base: Base, file: LoraFile) -> Attached:
-    """Put a LoRA file into a base.  Every module must fit one of the base, complete and in its shape."""
+def attach(base: Base, file: LoraFile, *, cores: bool = False) -> Attached:
+    """Put a LoRA file into a base.  Every module must fit one of the base, complete and in its shape.  ``cores``:
+    Tucker cores stay tensors of their own, as ``use_tucker`` trains them."""
+    return _all_of(base, file, cores).attached(base)
+
+
+def parts_of(base: Base, file: LoraFile) -> tuple[list[Target], dict[str, Tensor]]:
+    """The modules of a LoRA file that can be trained, and their tensors under kohya's keys.  Raises ModelFileError as
+    ``attach``, and for forms that are only differences."""
+    found = _all_of(base, file, cores=False)
+    if found.changes:
+        raise ModelFileError(
+            f"{len(found.changes)} modules of {file.path.name} have a form that cannot be trained: "
+            f"{listed(list(found.changes))}",
+            "begin without this file",
+        )
+    return found.parts()
+
+
+def _all_of(base: Base, file: LoraFile, cores: bool) -> _Found:
+    """What a file does to each layer of a base."""
     _check_whole(base, file)
     found = _Found()
     places = places_of(base)
@@ -126,7 +144,9 @@ def attach(base: Base, file: LoraFile) -> Attached:
         try:
             with torch.no_grad():
                 alpha = _alpha(file, name, parts)
-                plain, change = read_form(kind, parts, place.layer, alpha, one_trainer=one_trainer)
+                plain, change = read_form(
+                    kind, parts, place.layer, alpha, one_trainer=one_trainer, cores=cores
+                )
                 if change is not None and not fits(place.layer, change):
                     raise Misfit(name.path)
         except Misfit:
@@ -139,7 +159,7 @@ def attach(base: Base, file: LoraFile) -> Attached:
             f"{len(unknown)} entries of {file.path.name} do not fit {base.name}: {listed(unknown)}",
             "the file is partial, of another kind, or for another base",
         )
-    return found.attached(base)
+    return found
 
 
 def _check_whole(base: Base, file: LoraFile) -> None:
@@ -166,45 +186,35 @@ class _Found:
 
     def __init__(self) -> None:
         self.places: dict[str, Place] = {}
-        self._plain: dict[str, Plain] = {}
-        self._changes: dict[str, Change] = {}
+        self.plain: dict[str, Plain] = {}
+        self.changes: dict[str, Change] = {}
 
     def add(self, place: Place, plain: Plain | None, change: Change | None) -> None:
         self.places[place.key] = place
         if plain is not None:
-            self._plain[place.key] = plain
+            self.plain[place.key] = plain
         if change is not None:
-            self._changes[place.key] = change
+            self.changes[place.key] = change
 
-    def attached(self, base: Base) -> Attached:
-        """PEFT has one kind per network: what is of a rarer kind becomes a difference."""
-        differences = Differences()
+    def parts(self) -> tuple[list[Target], dict[str, Tensor]]:
+        """The targets of an adapter, and its tensors."""
         targets: list[Target] = []
         weights: dict[str, Tensor] = {}
+        for key, plain in self.plain.items():
+            place = self.places[key]
+            targets.append(Target(place.component, place.path, key, plain.rank, plain.alpha, plain.kind))
+            weights |= {f"{key}.{ending}": tensor for ending, tensor in plain.tensors.items()}
+        return targets, weights
+
+    def attached(self, base: Base) -> Attached:
+        differences = Differences()
         try:
-            usual = self._usual()
-            for key, place in self.places.items():
-                plain, change = self._plain.get(key), self._changes.get(key)
-                if plain is not None and plain.group != usual[place.component]:
-                    change, plain = plain.delta(place.layer).with_more(change), None
-                if change is not None:
-                    differences.add(base, key, place.layer, change)
-                if plain is not None:
-                    targets.append(
-                        Target(place.component, place.path, key, plain.rank, plain.alpha, plain.kind)
-                    )
-                    weights |= {f"{key}.{ending}": tensor for ending, tensor in plain.tensors.items()}
-            return Attached(base, targets, weights, differences)
+            for key, change in self.changes.items():
+                differences.add(base, key, self.places[key].layer, change)
+            return Attached(base, *self.parts(), differences)
         except BaseException:
             differences.remove()
             raise
-
-    def _usual(self) -> dict[str, str]:
-        """Component → the kind that most of its modules have."""
-        counts: dict[str, Counter[str]] = {}
-        for key, plain in self._plain.items():
-            counts.setdefault(self.places[key].component, Counter())[plain.group] += 1
-        return {component: count.most_common(1)[0][0] for component, count in counts.items()}
 
 
 def damaged(file: LoraFile, why: str) -> ModelFileError:

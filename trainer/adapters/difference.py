@@ -7,7 +7,7 @@ layers in fp8 keep their form; norms get other parameters while it is attached.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,12 @@ class Differences:
 
     def __init__(self) -> None:
         self._changes: dict[str, Change] = {}
+        self._layers: dict[str, Any] = {}
         self._undo: list[Callable[[], None]] = []
+
+    def __iter__(self) -> Iterator[tuple[Any, Change]]:
+        """Layer and change, of every one."""
+        return iter([(self._layers[key], change) for key, change in self._changes.items()])
 
     def __len__(self) -> int:
         return len(self._changes)
@@ -32,6 +37,7 @@ class Differences:
         """Attach a change that fits the layer (``fits``)."""
         assert fits(layer, change), key
         self._changes[key] = change
+        self._layers[key] = layer
         if isinstance(layer, nn.Linear | nn.Conv2d):
             self._undo.append(layer.register_forward_hook(_added(base, layer, change)).remove)
         else:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from trainer.adapters.adapter import MAGNITUDE
+from trainer.adapters.choice import KINDS
 from trainer.adapters.contents import BOFT, DORA, FULL, GLORA, IA3, LOCON, LOHA, LOKR, LORA, NORM, OFT
-from trainer.adapters.kinds import KINDS
 from trainer.compute import weight_of
 
 _LORA_LIKE = (LORA, LOCON, DORA)
@@ -52,6 +52,8 @@ _READ = {
 }
 _READ |= {LOCON: _READ[LORA], DORA: (*_READ[LORA], *_DORA)}
 READABLE = frozenset(_READ)
+# Kinds of files → the kinds of adapters that hold their tensors.
+OWN = {FULL: "Full", NORM: "Norm", IA3: "IA3", OFT: "OFT", BOFT: "BOFT", GLORA: "GLoRA"}
 
 
 class Misfit(Exception):
@@ -67,13 +69,12 @@ class Plain:
     alpha: float
     tensors: dict[str, Tensor]
 
-    @property
-    def group(self) -> str:
-        """Kinds that can be in one network together."""
-        return LORA if self.kind in _LORA_LIKE else self.kind
-
     def delta(self, layer: Any) -> Change:
         """The same as a difference."""
+        kind = KINDS[self.kind]
+        if kind.is_own:
+            tensors = {ending: tensor.float() for ending, tensor in self.tensors.items()}
+            return Change(*kind.difference(tensors, layer, kind.scale(self.rank, self.alpha), None))
         weight = weight_of(layer).float()
         delta = KINDS[self.kind].delta({k: t.float() for k, t in self.tensors.items()})
         delta = (delta * (self.alpha / self.rank)).reshape(weight.shape).to(weight.device)
@@ -100,20 +101,29 @@ Parts = Mapping[str, Tensor]
 
 
 def read_form(
-    kind: str, parts: Parts, layer: Any, alpha: float | None, *, one_trainer: bool = False
+    kind: str,
+    parts: Parts,
+    layer: Any,
+    alpha: float | None,
+    *,
+    one_trainer: bool = False,
+    cores: bool = False,
 ) -> tuple[Plain | None, Change | None]:
     """What a module's tensors do to a layer: as tensors of an adapter, as a difference, or as both.
 
     ``alpha`` None means the rank.  ``one_trainer``: OneTrainer's OFT turns a convolution's weight the other way round
-    than PEFT's.  Raises Misfit, also for a part that the formula of this kind does not know.
+    than PEFT's.  ``cores``: keep Tucker cores as tensors.
+    Raises Misfit, also for a part that the formula of this kind does not know.
     """
     if not parts.keys() <= {*_READ[kind], "alpha", "scalar"}:
         raise Misfit(kind)
     try:
         if kind in _LORA_LIKE:
-            return _lora(kind, parts, layer, alpha)
+            return _lora(kind, parts, layer, alpha, cores)
         if kind in (LOHA, LOKR):
-            return _factors(kind, parts, layer, alpha)
+            return _factors(kind, parts, layer, alpha, cores)
+        if (own := _own(kind, parts, layer, alpha)) is not None:
+            return own, None
         weight = weight_of(layer).float()
         parts = {part: tensor.to(weight.device) for part, tensor in parts.items()}
         if kind == OFT and "oft_R.weight" in parts:
@@ -137,10 +147,33 @@ def decomposed(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
 # LoRA, LoCon, DoRA
 
 
-def _lora(kind: str, parts: Parts, layer: Any, alpha: float | None) -> tuple[Plain, Change | None]:
+def _own(kind: str, parts: Parts, layer: Any, alpha: float | None) -> Plain | None:
+    """A module whose tensors an adapter of that kind holds as they are."""
+    name = OWN[kind]
+    own, constant = KINDS[name], KINDS[name].constant
+    tensors = {"weight" if part == "ia3" else part: tensor for part, tensor in parts.items()}
+    given = tensors.pop(constant, None) if constant else None
+    tensors.pop("alpha", None)
+    known = {*own.endings, *own.extras}
+    if not set(own.endings) <= tensors.keys() <= known or not own.fits(tensors, layer.weight):
+        return None
+    rank = own.rank_of(tensors, alpha)
+    if constant == "alpha":
+        value = (alpha or 0.0) if kind in (OFT, BOFT) else (alpha or float(rank))
+    else:
+        value = 1.0 if given is None else float(given.flatten()[0])
+    return Plain(name, rank, value, tensors)
+
+
+def _lora(
+    kind: str, parts: Parts, layer: Any, alpha: float | None, cores: bool
+) -> tuple[Plain, Change | None]:
     shape = tuple(layer.weight.shape)
     down, up = parts["lora_down.weight"], parts["lora_up.weight"]
     rank = down.shape[0]
+    halves = {part: parts[part] for part in (*KINDS[LORA].endings, *KINDS[LORA].extras) if part in parts}
+    if cores and parts.keys() - {"alpha"} == halves.keys() and KINDS[LORA].fits(halves, layer.weight):
+        return Plain(LORA, rank, alpha or float(rank), halves), None
     if "lora_mid.weight" in parts:
         down = torch.einsum("rs...,si->ri...", parts["lora_mid.weight"].float(), down.flatten(1).float())
     down, up = down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *(1,) * (len(shape) - 2))
@@ -183,9 +216,16 @@ def magnitude_of(parts: Parts, shape: tuple[int, ...]) -> Tensor:
 # LoHa, LoKr
 
 
-def _factors(kind: str, parts: Parts, layer: Any, alpha: float | None) -> tuple[Plain | None, Change | None]:
+def _factors(
+    kind: str, parts: Parts, layer: Any, alpha: float | None, cores: bool
+) -> tuple[Plain | None, Change | None]:
     shape = tuple(layer.weight.shape)
     tensors = {part: parts[part] for part in KINDS[kind].endings if part in parts}
+    whole = {part: parts[part] for part in (*KINDS[kind].endings, *KINDS[kind].extras) if part in parts}
+    if cores and len(whole) > len(tensors) and parts.keys() - {"alpha"} == whole.keys():
+        rank = KINDS[kind].rank_of(whole, alpha)
+        if KINDS[kind].fits(whole, layer.weight):
+            return Plain(kind, rank, alpha or float(rank), whole), None
     if kind == LOHA:
         for number in (1, 2):
             if core := _get(parts, f"hada_t{number}"):

@@ -17,8 +17,10 @@ from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, inject
 from trainer.adapters.attaching import Attached as Attached
 from trainer.adapters.attaching import LoraFile as LoraFile
 from trainer.adapters.attaching import attach as attach
+from trainer.adapters.attaching import parts_of as parts_of
 from trainer.adapters.attaching import read as read
 from trainer.adapters.contents import listed
+from trainer.adapters.kinds import SCALAR
 from trainer.adapters.metadata import own_metadata, training_metadata
 from trainer.adapters.start import check_start
 from trainer.bases import Base
@@ -28,7 +30,8 @@ from trainer.files import write_atomic
 from trainer.tensorfile import to_bytes
 from trainer.text import clean_text
 
-EXACT = ("alpha", MAGNITUDE)  # kept in fp32: half types cannot hold every alpha, and magnitudes nearly cancel
+CONSTANTS = ("alpha", "on_input")
+EXACT = (*CONSTANTS, MAGNITUDE)  # fp32: half types cannot hold every alpha, and magnitudes nearly cancel
 
 
 def write(path: Path, adapter: Adapter, config: TrainConfig, more: Mapping[str, str] | None = None) -> None:
@@ -39,7 +42,7 @@ def write(path: Path, adapter: Adapter, config: TrainConfig, more: Mapping[str, 
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
-        for key, tensor in _with_unit_scales(adapter.state()).items()
+        for key, tensor in _with_unit_scales(adapter.saved()).items()
     }
     training = {**training_metadata(adapter.base, config), **(more or {})}
     hashes = _file_hashes(tensors, training)
@@ -56,12 +59,16 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
         return inject(base, config)
     name = clean_text(Path(config.network_weights).name)
     check_start(config, base.family)
-    given = attach(base, read(Path(config.network_weights)))
+    given = attach(base, read(Path(config.network_weights)), cores=config.use_tucker)
     state = given.state()
     given.remove()
     adapter = inject(base, config)
     try:
         wanted = adapter.state()
+        if config.dim_from_weights:  # it also tells modules that are not trained
+            keys = {layer.target.key for layer in adapter.layers}
+            state = {key: tensor for key, tensor in state.items() if key.partition(".")[0] in keys}
+        state = _as_trained(adapter, state)
         if config.network_type == "DoRA":  # saved with alpha = rank, the rest of its scale in lora_up
             for key in [key for key in wanted if key.endswith(".alpha") and key in state]:
                 up = key.removesuffix("alpha") + "lora_up.weight"
@@ -76,7 +83,7 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
         unequal = [
             f"{key} {_size(state[key])} instead of {_size(wanted[key])}"
             for key in wanted
-            if _size(state[key]) != _size(wanted[key])
+            if not key.endswith(f".{SCALAR}") and _size(state[key]) != _size(wanted[key])
         ]
         if unequal:
             raise ConfigError(
@@ -88,6 +95,25 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
         adapter.remove()
         raise
     return adapter
+
+
+def _as_trained(adapter: Adapter, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors in the parts that training has: DyLoRA's units, and the scalar of use_scalar."""
+    found = dict(state)
+    for layer in adapter.layers:
+        start = f"{layer.target.key}."
+        wanted = {ending: layer.weights[ending] for ending in layer.weights}
+        if SCALAR not in wanted and layer.kind.endings:
+            continue
+        given = {key.removeprefix(start): found.pop(key) for key in [*found] if key.startswith(start)}
+        constants = {ending: value for ending, value in given.items() if ending in CONSTANTS}
+        tensors = {ending: value for ending, value in given.items() if ending not in CONSTANTS}
+        try:
+            parts = layer.kind.unfolded(tensors, wanted)
+        except (KeyError, ValueError):
+            parts = tensors
+        found |= {start + ending: value for ending, value in (parts | constants).items()}
+    return found
 
 
 def _size(tensor: Tensor) -> tuple[int, ...] | float:

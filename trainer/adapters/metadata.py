@@ -32,8 +32,31 @@ FOLDERS = (
     "sample_prompts",
     "logging_dir",
     "network_weights",
+    "lycoris_preset",
 )
-ALGORITHMS = {"DoRA": "lora", "LoHa": "loha", "LoKr": "lokr"}  # LyCORIS' names
+# LyCORIS' names
+ALGORITHMS = {
+    "DoRA": "lora",
+    "LoHa": "loha",
+    "LoKr": "lokr",
+    "Full": "full",
+    "IA3": "ia3",
+    "OFT": "diag-oft",
+    "BOFT": "boft",
+    "GLoRA": "glora",
+}
+MODULES = {"DyLoRA": "networks.dylora", "LoRA-FA": "networks.lora_fa"}
+_OPTIONS = (
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+    "rs_lora",
+    "train_norm",
+    "constraint",
+    "rescaled",
+)
 
 Written = Callable[["Base", TrainConfig], object]
 Read = Callable[[str], Mapping[str, Any]]
@@ -116,7 +139,9 @@ def own_metadata(base: Base, config: TrainConfig) -> dict[str, str]:
 def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
     """The settings as stored in a LoRA file: folders of this machine by name only."""
     values = config.as_dict() | {"pretrained_model_name_or_path": base_name, "train_data_dir": ""}
-    return values | {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
+    values |= {name: Path(str(values[name])).name for name in FOLDERS if values[name]}
+    files = [Path(part.strip()).name for part in config.base_weights.split(";") if part.strip()]
+    return values | {"base_weights": ";".join(files)}
 
 
 def tells_training(metadata: Mapping[str, str]) -> bool:
@@ -136,11 +161,23 @@ def kohya_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
 # What is written
 
 
+def network_module(config: TrainConfig) -> str:
+    """The network module of sd-scripts that trains these settings."""
+    options = any(getattr(config, name) for name in _OPTIONS)
+    is_lycoris = config.network_type in ALGORITHMS or bool(config.lycoris_preset) or options
+    return MODULES.get(config.network_type, "lycoris.kohya" if is_lycoris else "networks.lora")
+
+
 def network_args(config: TrainConfig) -> dict[str, object]:
     """What sd-scripts takes as network_args for these settings: of networks.lora, or of lycoris.kohya."""
     values: dict[str, object] = {}
-    if config.network_type in ALGORITHMS:
-        values["algo"] = ALGORITHMS[config.network_type]
+    if network_module(config) == "lycoris.kohya":
+        values["algo"] = ALGORITHMS.get(config.network_type, "locon")
+    if config.lycoris_preset:
+        values["preset"] = Path(config.lycoris_preset).name
+    values |= {name: getattr(config, name) for name in _OPTIONS if getattr(config, name)}
+    if config.network_type == "DyLoRA":
+        values["unit"] = config.unit
     if config.network_type == "DoRA":
         values |= {"dora_wd": True, "wd_on_output": False}
     if config.network_type == "LoKr":
@@ -149,7 +186,8 @@ def network_args(config: TrainConfig) -> dict[str, object]:
         conv_alpha = config.network_alpha if config.conv_alpha is None else config.conv_alpha
         values |= {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
     rates = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
-    names = ("rank_dropout", "module_dropout", *rates)
+    blocks = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+    names = ("rank_dropout", "module_dropout", *rates, *blocks)
     return values | {name: getattr(config, name) for name in names if getattr(config, name)}
 
 
@@ -293,9 +331,7 @@ ENTRIES = (
     _both("lr_scheduler", value=str),
     _both(
         "network_module",
-        written=lambda base, config: (
-            "lycoris.kohya" if config.network_type in ALGORITHMS else "networks.lora"
-        ),
+        written=lambda base, config: network_module(config),
         value=str,
     ),
     _both("network_dim"),

@@ -9,40 +9,51 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from trainer.adapters.contents import DORA, LOCON, LORA, Contents, no_lora, read_contents
+from trainer.adapters.contents import DORA, FULL, LOCON, LORA, NORM, Contents, no_lora, read_contents
 from trainer.bases import FAMILIES
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.settings import NETWORK_TYPES
 from trainer.text import clean_text
 
-_ALIKE = {LOCON: LORA}  # LoCon is LoRA on convolutions too; conv_dim decides
+# What a file shows or the settings name → what its tensors are. LoCon is LoRA on convolutions too (conv_dim decides);
+# LoRA-FA and DyLoRA are saved as LoRA.
+_ALIKE = {LOCON: LORA, "LoRA-FA": LORA, "DyLoRA": LORA, FULL: "Full", NORM: "Norm"}
 
 
 def check_start(config: TrainConfig, family: str | None = None) -> None:
     """Raise ModelFileError or ConfigError if ``network_weights`` is no LoRA, for another model than ``family``, or of a
     kind that these settings do not train."""
     path = Path(config.network_weights)
+    contents = check_lora(path, family)
+    _check_kind(f"network_weights {clean_text(path.name)}", contents, config)
+
+
+def check_lora(path: Path, family: str | None = None) -> Contents:
+    """What the header of a LoRA file shows.  Raises ModelFileError or ConfigError for no LoRA, or one for another
+    model than ``family``."""
     contents = read_contents(path)
     if not contents.is_lora:
         raise no_lora(path, contents)
-    name = f"network_weights {clean_text(path.name)}"
     made_for = contents.made_for
     if family is not None and family not in made_for.families:
         raise ConfigError(
-            f"{name} is a LoRA for {made_for.title} ({made_for.why}); the base is {FAMILIES[family].title}",
+            f"{clean_text(path.name)} is a LoRA for {made_for.title} ({made_for.why}); "
+            f"the base is {FAMILIES[family].title}",
             "use a LoRA that was trained on a base of this family",
         )
-    _check_kind(name, contents, config)
+    return contents
 
 
 def _check_kind(name: str, contents: Contents, config: TrainConfig) -> None:
-    wanted = _ALIKE.get(config.network_type, config.network_type)
+    wanted = {_ALIKE.get(config.network_type, config.network_type)} | (
+        {"Norm"} if config.train_norm else set()
+    )
     counts = Counter(_ALIKE.get(kind, kind) for kind in contents.kinds.values())
     others = [
         f"{kind} ({count} module{'s' if count > 1 else ''})"
         for kind, count in counts.items()
-        if kind != wanted
+        if kind not in wanted
     ]
     if others:
         only = next(iter(counts))

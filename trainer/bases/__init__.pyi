@@ -10,6 +10,8 @@ from .base import Sizes as Sizes
 from .base import TextStates as TextStates
 from .base import compute_type as compute_type
 from .base import plain_alphas_cumprod as plain_alphas_cumprod
+from .blockranks import BlockRanks as BlockRanks
+from .blockranks import block_ranks as block_ranks
 from .blockrates import BlockRates as BlockRates
 from .blockrates import block_rates as block_rates
 from .clipbpe import tokenizer_of as tokenizer_of

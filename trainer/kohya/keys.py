@@ -121,7 +121,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "lr_scheduler_timescale",
         "lr_scheduler_min_lr_ratio",
         "dataset_repeats",
-        "base_weights_multiplier",
     ),
     "the validation loss is computed after every epoch, over all validation images": (
         "validate_every_n_steps",
@@ -155,11 +154,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "in_json": ((), "captions are read from the caption files next to the images"),
     "dataset_class": ((), "external code is not run"),
     "vae": ((), "the VAE of the base is used; to use another one, save it in the base"),
-    "dim_from_weights": (
-        (False,),
-        "set network_dim and network_alpha to those of the file (hpo inspect shows them)",
-    ),
-    "base_weights": ((), "merge them into the base first"),
     "resume": ((), "a training state of sd-scripts cannot be resumed"),
     "lr_scheduler_type": ((), "supported schedules: " + ", ".join(SCHEDULER_NAMES)),
     "lr_scheduler_args": ((), "schedules have no other arguments"),
@@ -246,16 +240,48 @@ NETWORK_ARGUMENTS = (
     "mid_lr_weight",
     "up_lr_weight",
     "block_lr_zero_threshold",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
     "factor",
 )
 # LyCORIS' algo → our network_type.
-LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
+LYCORIS_TYPES = {
+    "lora": "LoRA",
+    "locon": "LoCon",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "full": "Full",
+    "ia3": "IA3",
+    "diag-oft": "OFT",
+    "boft": "BOFT",
+    "glora": "GLoRA",
+    "dylora": "DyLoRA",
+}
+# Settings that are arguments of LyCORIS and other network modules.
+LYCORIS_SETTINGS = (
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+    "rs_lora",
+    "train_norm",
+    "constraint",
+    "rescaled",
+    "oft_blocks",
+    "unit",
+)
 # Our settings that sd-scripts spells differently (in network_args and optimizer_args) or does not have.
 OURS_ALONE = frozenset(
     {
         *NETWORK_ARGUMENTS,
         "weight_decay",
         "network_type",
+        "lycoris_preset",
+        "rank_dropout_rows",
+        *LYCORIS_SETTINGS,
         "text_encoder_lr1",
         "text_encoder_lr2",
         "micro_batch_size",
