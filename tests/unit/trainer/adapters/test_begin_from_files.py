@@ -48,7 +48,7 @@ def test_dim_from_weights_trains_the_modules_of_the_file_at_their_ranks(tmp_path
     assert {layer.target.component for layer in adapter.layers} == {"unet"}
     state, given = adapter.state(), lorafile.read(path).tensors
     assert all(torch.equal(tensor, given[key].float()) for key, tensor in state.items())
-    with pytest.raises(ConfigError, match="holds LoRA .*network_type is LoHa"):
+    with pytest.raises(ConfigError, match=r"holds LoRA .*network_type is LoHa"):
         inject_other = config.with_values({"network_type": "LoHa"})
         lorafile.begin(tiny_base("sd15"), inject_other)
 

@@ -360,9 +360,9 @@ PROJ = "lora_unet_mid_block_attentions_0_proj_in"
         (
             {f"{PROJ}.diff": (16, 16, 1, 1)},
             {},
-            r"holds full differences \(1 module\), and network_type is LoRA",
+            r"holds Full \(1 module\), and network_type is LoRA",
         ),
-        ({"lora_unet_mid_block_attentions_0_norm.w_norm": (16,)}, {}, r"holds norms \(1 module\)"),
+        ({"lora_unet_mid_block_attentions_0_norm.w_norm": (16,)}, {}, r"holds Norm \(1 module\)"),
         ({f"{PROJ}.lokr_w1": (4, 4), f"{PROJ}.lokr_w2": (4, 4)}, {}, "holds LoKr .*set network_type = LoKr"),
         (
             {
