@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer import optimizers, schedules
+from trainer.checks import suggestion
 from trainer.errors import ConfigError
 from trainer.findings import collecting, piece, report
+from trainer.settings import LARGEST_DIM as LARGEST_DIM
+from trainer.settings import LYCORIS_PRESETS as LYCORIS_PRESETS
 from trainer.settings import OPTIMIZER_NAMES as OPTIMIZER_NAMES
 from trainer.settings import SCHEDULER_NAMES as SCHEDULER_NAMES
 from trainer.settings import SETTINGS as SETTINGS
@@ -85,14 +88,59 @@ class TrainConfig(Settings):
             "use 75, 150 or 225",
         )
         yield (
-            self.network_type == "LoCon" and self.conv_dim is None,
+            self.network_type == "LoCon"
+            and self.conv_dim is None
+            and not (self.lycoris_preset or self.conv_block_dims or self.dim_from_weights),
             "network_type = LoCon trains 3×3 convolutions, but conv_dim is not set",
             f"set conv_dim, for example to {max(1, self.network_dim // 2)}",
         )
         yield (
-            self.network_type in ("LoHa", "LoKr") and self.network_dropout > 0,
-            f"network_dropout is not supported by {self.network_type}, only by LoRA, LoCon and DoRA",
+            self.network_dropout > 0
+            and (
+                self.network_type not in ("LoRA", "LoCon", "DoRA", "LoRA-FA")
+                or self.use_tucker
+                or self.use_scalar
+            ),
+            f"network_dropout is not supported by {self.network_type}"
+            + (", use_tucker and use_scalar" if self.use_tucker or self.use_scalar else "")
+            + ", only by LoRA, LoCon and DoRA",
             "use rank_dropout or module_dropout",
+        )
+        yield (
+            self.network_type not in ("LoRA", "LoCon", "LoHa", "LoKr", "GLoRA")
+            and (self.use_tucker or self.use_scalar),
+            f"use_tucker and use_scalar are not supported by {self.network_type}",
+            "remove them, or use LoCon, LoHa or LoKr",
+        )
+        yield (
+            self.network_type == "DyLoRA"
+            and bool(self.network_dim % self.unit or (self.conv_dim or self.network_dim) % self.unit),
+            f"unit {self.unit} does not divide network_dim and conv_dim",
+            "use a rank that is a multiple of unit",
+        )
+        yield (
+            self.network_type != "LoKr" and max(self.network_dim, self.conv_dim or 0) > LARGEST_DIM,
+            f"network_dim or conv_dim is above {LARGEST_DIM}, which only LoKr takes (as full matrices)",
+            f"use up to {LARGEST_DIM}, or network_type = LoKr",
+        )
+        yield (
+            bool(self.lycoris_preset)
+            and self.lycoris_preset not in LYCORIS_PRESETS
+            and not self.lycoris_preset.lower().endswith(".toml"),
+            f"lycoris_preset = {self.lycoris_preset} is not known",
+            suggestion(self.lycoris_preset, LYCORIS_PRESETS)
+            or "use a .toml file, or one of " + ", ".join(LYCORIS_PRESETS),
+        )
+        yield (
+            self.dim_from_weights and not self.network_weights,
+            "dim_from_weights has no file to take the ranks from",
+            "set network_weights, or remove dim_from_weights",
+        )
+        blocks = self.block_dims or self.block_alphas or self.conv_block_dims or self.conv_block_alphas
+        yield (
+            bool(blocks) and bool(self.lycoris_preset),
+            "block_dims and block_alphas are for the modules of networks.lora, but lycoris_preset is set",
+            "remove one of them",
         )
         yield (self.factor == 0, "factor = 0 is not valid", "use -1, or a whole number from 1")
         yield (
@@ -182,6 +230,10 @@ class TrainConfig(Settings):
         return schedules.SCHEDULES[self.lr_scheduler].warms_up and not has_own
 
     @property
+    def _trains_unet_only(self) -> bool:
+        return self.network_train_unet_only or self.lycoris_preset.startswith("unet-")
+
+    @property
     def effective_unet_lr(self) -> float:
         """The learning rate of the U-Net (kohya: unet_lr, else learning_rate)."""
         return self.learning_rate if self.unet_lr is None else self.unet_lr
@@ -189,7 +241,7 @@ class TrainConfig(Settings):
     @property
     def effective_text_encoder_lr(self) -> float:
         """The learning rate of the text encoders (kohya: text_encoder_lr, else learning_rate)."""
-        if self.network_train_unet_only:
+        if self._trains_unet_only:
             return 0.0
         return self.learning_rate if self.text_encoder_lr is None else self.text_encoder_lr
 
@@ -197,7 +249,7 @@ class TrainConfig(Settings):
     def effective_text_encoder_lrs(self) -> tuple[float, float]:
         """The learning rates of SDXL's two text encoders; a base with one uses the first."""
         common = self.effective_text_encoder_lr
-        if self.network_train_unet_only:
+        if self._trains_unet_only:
             return 0.0, 0.0
         return (
             common if self.text_encoder_lr1 is None else self.text_encoder_lr1,

@@ -18,7 +18,32 @@ from trainer.checks import Rule, check, check_known, setting
 from trainer.optimizers import OPTIMIZER_NAMES as OPTIMIZER_NAMES
 from trainer.schedules import SCHEDULER_NAMES as SCHEDULER_NAMES
 
-NETWORK_TYPES = ("LoRA", "LoCon", "DoRA", "LoHa", "LoKr")
+NETWORK_TYPES = (
+    "LoRA",
+    "LoCon",
+    "DoRA",
+    "LoHa",
+    "LoKr",
+    "LoRA-FA",
+    "DyLoRA",
+    "GLoRA",
+    "IA3",
+    "OFT",
+    "BOFT",
+    "Full",
+)
+# What LyCORIS calls a preset: which modules are trained.
+LYCORIS_PRESETS = (
+    "full",
+    "full-lin",
+    "attn-mlp",
+    "attn-only",
+    "unet-only",
+    "unet-transformer-only",
+    "unet-convblock-only",
+    "ia3",
+)
+LARGEST_DIM = 1024  # of a low rank; LoKr takes a larger one as "full matrices"
 TOKEN_LENGTHS = (75, 150, 225)
 
 
@@ -227,9 +252,11 @@ class Settings:
 
     # Network
     network_type: str = setting("LoRA", "type of adapter", choices=NETWORK_TYPES)
-    network_dim: int = setting(32, "rank of the LoRA", low=1, high=1024)
+    network_dim: int = setting(
+        32, "rank of the LoRA; LoKr: 10000 and more trains full matrices", low=1, high=1_000_000
+    )
     network_alpha: float = setting(
-        16.0, "the LoRA is scaled by alpha / dim", low=0, high=4096, low_is_excluded=True
+        16.0, "the LoRA is scaled by alpha / dim", low=0, high=1_000_000, low_is_excluded=True
     )
     network_dropout: float = setting(
         0.0, "dropout probability of the values after lora_down", low=0, high=0.95
@@ -248,10 +275,18 @@ class Settings:
         low_is_excluded=True,
     )
     conv_dim: int | None = setting(
-        None, "rank of 3×3 convolutions (LoCon); default: not trained", low=1, high=1024
+        None,
+        "rank of 3×3 convolutions (LoCon); 0: of resnets only linear layers and 1×1 convolutions; default: no layer "
+        "of resnets is trained, and with lycoris_preset the rank is network_dim",
+        low=0,
+        high=1_000_000,
     )
     conv_alpha: float | None = setting(
-        None, "alpha of 3×3 convolutions; default: network_alpha", low=0, high=4096, low_is_excluded=True
+        None,
+        "alpha of 3×3 convolutions; default: network_alpha",
+        low=0,
+        high=1_000_000,
+        low_is_excluded=True,
     )
 
     factor: int = setting(
@@ -261,6 +296,54 @@ class Settings:
         high=1024,
     )
     network_weights: str = setting("", "LoRA file to continue from, with the same network_type and rank")
+    lycoris_preset: str = setting(
+        "",
+        "which modules are trained: full, full-lin, attn-mlp, attn-only, unet-only, unet-transformer-only, "
+        "unet-convblock-only, ia3, or a preset file of LyCORIS (.toml); default: those of networks.lora",
+    )
+    rank_dropout_rows: bool = setting(
+        False, "rank_dropout as in LyCORIS: drops rows of the weight change, and the rest is not scaled up"
+    )
+    block_dims: str = setting(
+        "",
+        "rank of each U-Net block, 25 numbers for SD1.5 and 23 for SDXL: 4,4,8,…; 0: the block is not trained",
+    )
+    block_alphas: str = setting("", "alpha of each U-Net block; default: network_alpha")
+    conv_block_dims: str = setting("", "rank of the 3×3 convolutions of each U-Net block; default: conv_dim")
+    conv_block_alphas: str = setting(
+        "", "alpha of the 3×3 convolutions of each U-Net block; default: conv_alpha"
+    )
+    dim_from_weights: bool = setting(
+        False, "train the modules of network_weights, at their ranks and alphas; dim and alpha are ignored"
+    )
+    base_weights: str = setting(
+        "", "LoRA files that are merged into the base before training; several with ; between them"
+    )
+    base_weights_multiplier: str = setting("", "strength of each file of base_weights: 1,0.5; default: 1")
+    full_matrix: bool = setting(False, "LoKr: neither factor is decomposed, whatever network_dim")
+    decompose_both: bool = setting(False, "LoKr: the smaller factor is decomposed too")
+    unbalanced_factorization: bool = setting(False, "LoKr: the outputs are divided the other way round")
+    use_tucker: bool = setting(
+        False, "3×3 convolutions in Tucker form (LoRA, LoCon, LoHa, LoKr): fewer weights"
+    )
+    use_scalar: bool = setting(
+        False,
+        "the weight change is multiplied by a trained number that starts at 0, and no factor starts at 0",
+    )
+    rs_lora: bool = setting(False, "rank-stabilised: scaled by alpha / √dim instead of alpha / dim")
+    train_norm: bool = setting(False, "also train weight and bias of the norms between the trained modules")
+    constraint: float = setting(
+        0.0,
+        "OFT, BOFT: the rotation of a module is limited to this, times its outputs; 0: not",
+        low=0,
+        high=1000,
+    )
+    rescaled: bool = setting(False, "OFT, BOFT: each output also gets a trained scale")
+    oft_blocks: bool = setting(
+        False,
+        "OFT: network_dim is the number of blocks, as in networks.oft; default: near the size of a block",
+    )
+    unit: int = setting(1, "DyLoRA: ranks that are trained together", low=1, high=1024)
 
     # Loss
     min_snr_gamma: float | None = setting(

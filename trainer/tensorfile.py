@@ -10,7 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer.errors import MissingModel, ModelFileError, first_line
+from trainer.filekinds import beginning_of, what_file
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_TENSORS = 100_000  # SDXL with EMA weights has about 5,000
@@ -35,6 +36,10 @@ TYPE_BYTES = {
     "U16": 2,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "C64": 8,
     "I8": 1,
     "U8": 1,
     "BOOL": 1,
@@ -44,10 +49,11 @@ PICKLE_ENDINGS = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 
 @dataclass(frozen=True)
 class Header:
-    """Names and shapes of the tensors in a file, and its metadata."""
+    """Names and shapes of the tensors in a file, its metadata, and each tensor's number type in safetensors' words."""
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    types: dict[str, str] = field(default_factory=dict)
 
 
 def read_header(path: Path) -> Header:
@@ -60,24 +66,18 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            fits = 2 <= length <= min(MAX_HEADER_BYTES, size - 8)
-            # checked last: the length field of a valid header may start with a pickle's first byte, 0x80
-            if not fits and (start[:2] == b"PK" or start[:1] == b"\x80"):
-                raise ModelFileError(
-                    f"{path} is a pickle file with the name of a safetensors file",
-                    "it was not loaded; convert it to safetensors",
-                )
-            if not fits:
-                raise _broken(
-                    path, "its header does not fit into the file: it is truncated or not a safetensors file"
-                )
+            # the length of a valid header may begin like another kind of file, as with a pickle's first byte, 0x80
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise _no_safetensors(path, size)
             text = file.read(length)
     except FileNotFoundError as error:
         raise MissingModel(f"cannot read {path}: {error.strerror}", "check the path") from None
     except OSError as error:
         raise ModelFileError(f"cannot read {path}: {error.strerror}", "check the path") from None
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_once)
+    except _Twice as error:
+        raise _broken(path, f"its header has the entry {str(error)[:80]!r} twice") from None
     except (ValueError, RecursionError):
         raise _broken(path, "its header is not JSON") from None
     if not isinstance(entries, dict) or len(entries) > MAX_TENSORS:
@@ -86,7 +86,8 @@ def read_header(path: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "its metadata is not a table of texts")
     body = size - 8 - length
-    return Header({name: _shape(path, name, entry, body) for name, entry in entries.items()}, metadata)
+    shapes = {name: _shape(path, name, entry, body) for name, entry in entries.items()}
+    return Header(shapes, metadata, {name: str(entry["dtype"]) for name, entry in entries.items()})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -151,6 +152,27 @@ def _shape(path: Path, name: str, entry: Any, body_bytes: int) -> tuple[int, ...
             path, f"it ends {end - body_bytes:,} bytes too early: the download or copy is incomplete"
         )
     return shape
+
+
+class _Twice(Exception):
+    """A name that is twice in a JSON object."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object.  Readers differ in which of two equal names they take, so there may be none."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number])))
+    return found
+
+
+def _no_safetensors(path: Path, size: int) -> ModelFileError:
+    """The error for a file whose first eight bytes are no header length of a safetensors file."""
+    if size == 0:
+        return _broken(path, "it is empty (0 bytes)")
+    if known := what_file(beginning_of(path)):
+        return ModelFileError(f"{path} is {known[0]}", known[1])
+    return _broken(path, "its header does not fit into the file: it is truncated or not a safetensors file")
 
 
 def _broken(path: Path, why: str) -> ModelFileError:

@@ -1,13 +1,12 @@
-"""``hpo inspect``: what a LoRA file contains: modules, ranks, alphas, metadata.
+"""``hpo inspect``: what a LoRA file contains: kind, model, modules, ranks, alphas, metadata, and what is wrong with it.
 
-Also works with files from other tools.  Reads only the header and the alphas, not the weights.  Control
-characters in text from the file are removed.
+Works with files of every tool (``trainer.adapters``).  Control characters in text from the file are removed.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,92 +16,67 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
-from trainer.adapters import CONFIG_KEY, lorafile
-from trainer.bases import FAMILIES
-from trainer.errors import ModelFileError
+from trainer.adapters import CONFIG_KEY, contents, values
 from trainer.files import sha256_file
-from trainer.tensorfile import Header, read_header
+from trainer.tensorfile import load_tensors
 from trainer.text import clean_text
 
 LONG = 160  # maximum length of a metadata value in the table; --json shows it in full
-# The end of a tensor's name: its role, and with it the kind of adapter.
-_ENDINGS = re.compile(
-    r"\.(?P<what>lora_down\.weight|lora_up\.weight|lora_A(?:\.\w+)?\.weight|lora_B(?:\.\w+)?\.weight"
-    r"|lora\.down\.weight|lora\.up\.weight|lora_linear_layer\.(?:down|up)\.weight|lora_mid\.weight"
-    r"|hada_\w+|lokr_\w+|dora_scale|lora_magnitude_vector(?:\.\w+)?|alpha|diff|diff_b|w_norm|b_norm|scalar)$"
-)
-_COMPONENTS = (
-    ("lora_unet_", "U-Net"),
-    ("unet.", "U-Net"),
-    ("lora_te1_", "first text encoder"),
-    ("lora_te2_", "second text encoder"),
-    ("lora_te_", "text encoder"),
-    ("text_encoder_2.", "second text encoder"),
-    ("text_encoder.", "text encoder"),
-)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The contents of a LoRA file.  ``ranks`` and ``alphas`` count modules by value."""
+    """The contents of a LoRA file.  ``ranks`` and ``alphas`` count modules by value; ``family`` is the model it is for,
+    in words; ``warnings`` are what a user should know."""
 
     path: Path
     size_bytes: int
     sha256: str
     kind: str
     family: str
+    family_from: str
+    form: str
+    kinds: Mapping[str, int]
     modules: Mapping[str, int]
     ranks: Mapping[str, int]
     alphas: Mapping[str, int]
     types: Mapping[str, int]
     parameters: int
+    embeddings: tuple[str, ...]
     other_tensors: tuple[str, ...]
+    warnings: tuple[str, ...]
     settings: Mapping[str, Any] | None
     metadata: Mapping[str, str]
 
 
 def inspect(path: Path) -> Facts:
-    """Read a file.  Raises ModelFileError if it is not a safetensors file or contains no adapter."""
-    header = read_header(path)
-    modules: dict[str, set[str]] = {}
-    others = []
-    for name in header.shapes:
-        match = _ENDINGS.search(name)
-        if match is None:
-            others.append(name)
-        else:
-            modules.setdefault(name[: match.start()], set()).add(match["what"])
-    if not modules:
-        raise ModelFileError(
-            f"{path} contains no LoRA",
-            "give a LoRA file; the tensors here are " + ", ".join(clean_text(n[:80]) for n in others[:3]),
-        )
-    ranks: Counter[str] = Counter()
-    parameters = 0
-    for name, shape in header.shapes.items():
-        size = 1
-        for side in shape:
-            size *= side
-        parameters += 0 if name.endswith(".alpha") else size
-    for module, parts in modules.items():
-        ranks[_rank(header.shapes, module, parts)] += 1
-    types, alphas = _stored(path, sum(1 for parts in modules.values() if "alpha" not in parts))
+    """Read a file.  Raises ModelFileError that names what it is, if it is no safetensors file or contains no LoRA."""
+    found = contents.read_contents(path)
+    if not found.is_lora:
+        raise contents.no_lora(path, found)
+    tensors = load_tensors(path)
     return Facts(
         path=path,
         size_bytes=path.stat().st_size,
         sha256=sha256_file(path),
-        kind=_kind(header.shapes, modules),
-        family=_family(header),
-        modules=dict(Counter(_component(module) for module in modules)),
-        ranks=_by_count(ranks),
-        alphas=_by_count(alphas),
-        types=_by_count(types),
-        parameters=parameters,
-        other_tensors=tuple(others),
-        settings=_settings(header.metadata),
-        metadata=header.metadata,
+        kind=found.kind,
+        family=found.made_for.title,
+        family_from=found.made_for.why,
+        form=found.form,
+        kinds=_by_count(Counter(found.kinds.values())),
+        modules=found.components,
+        ranks=_by_count(found.ranks),
+        alphas=_by_count(values.alphas_of(found, tensors)),
+        types=_by_count(Counter(kind for name, kind in found.types.items() if not name.endswith(".alpha"))),
+        parameters=sum(
+            math.prod(shape) for name, shape in found.shapes.items() if not name.endswith(".alpha")
+        ),
+        embeddings=tuple(found.keys.bundled),
+        other_tensors=found.strays,
+        warnings=(*found.notes, *values.value_notes(found, tensors)),
+        settings=_settings(found.own_metadata),
+        metadata=found.own_metadata,
     )
 
 
@@ -121,14 +95,17 @@ def show(console: Console, facts: Facts) -> None:
         ("file", f"{facts.path} ({facts.size_bytes / 1e6:.2f} MB)"),
         ("sha256", facts.sha256),
         ("kind", f"{facts.kind} for {facts.family}"),
+        ("model", f"{facts.family}: {facts.family_from}"),
+        ("keys", facts.form),
         ("modules", _words(facts.modules)),
         ("rank", _words(facts.ranks, "modules")),
-        ("alpha", _words(facts.alphas, "modules")),
+        ("alpha", _words(facts.alphas, "modules") or "–"),
         ("data type", _words(facts.types, "tensors")),
         ("parameters", f"{facts.parameters:,}"),
     ]
-    if facts.other_tensors:
-        rows.append(("other tensors", f"{len(facts.other_tensors)}: {', '.join(facts.other_tensors[:5])}"))
+    if facts.embeddings:
+        rows.append(("embeddings", ", ".join(facts.embeddings)))
+    rows += [("warning", text) for text in facts.warnings]
     _print(console, rows)
     if facts.settings is not None:
         console.print(Text("\nsettings", style="bold"))
@@ -165,63 +142,6 @@ def _words(counts: Mapping[str, int], what: str = "") -> str:
 
 def _by_count(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])))
-
-
-def _rank(shapes: Mapping[str, tuple[int, ...]], module: str, parts: set[str]) -> str:
-    """The rank of a module: the dimension shared by its two factors."""
-    for part in sorted(parts):
-        shape = shapes[f"{module}.{part}"]
-        first = re.fullmatch(r"(lora_down|lora_A.*|lora\.down|lora_linear_layer\.down)(\.weight)?", part)
-        if shape and (first or part in ("hada_w1_b", "hada_w2_b", "lokr_w2_b", "lokr_w1_b")):
-            return str(shape[0])
-    return "full" if any(part.startswith("lokr_") for part in parts) else "–"
-
-
-def _kind(shapes: Mapping[str, tuple[int, ...]], modules: Mapping[str, set[str]]) -> str:
-    parts = set().union(*modules.values())
-    if any(part.startswith("hada_") for part in parts):
-        return "LoHa"
-    if any(part.startswith("lokr_") for part in parts):
-        return "LoKr"
-    if "dora_scale" in parts or any(part.startswith("lora_magnitude_vector") for part in parts):
-        return "DoRA"
-    downs = [
-        shape
-        for name, shape in shapes.items()
-        if re.search(r"(lora_down|lora_A[^/]*|lora\.down)\.weight$", name)
-    ]
-    return "LoCon" if any(len(shape) == 4 and shape[-1] > 1 for shape in downs) else "LoRA"
-
-
-def _family(header: Header) -> str:
-    version = header.metadata.get("ss_base_model_version", "")
-    if version:
-        return clean_text(version)[:40]
-    return f"{FAMILIES[lorafile.family_of(header.metadata, header.shapes)].title} (guessed from the tensor names)"
-
-
-def _component(module: str) -> str:
-    return next((words for start, words in _COMPONENTS if module.startswith(start)), "other")
-
-
-def _stored(path: Path, without_alpha: int) -> tuple[Counter[str], Counter[str]]:
-    """Count the data types of the tensors and the values of the alphas."""
-    types: Counter[str] = Counter()
-    alphas: Counter[str] = Counter()
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 – not a dict
-                if name.endswith(".alpha"):
-                    alphas[f"{float(file.get_tensor(name).float().mean()):g}"] += 1
-                else:
-                    types[str(file.get_slice(name).get_dtype())] += 1
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ModelFileError(
-            f"cannot read {path}: {clean_text(str(error))}", "the file is damaged; copy it again"
-        ) from None
-    if without_alpha:
-        alphas["none (readers take the rank)"] += without_alpha
-    return types, alphas
 
 
 def _settings(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -83,6 +83,7 @@ class Judge:
     reference_files: tuple[Path, ...]
     say: Say
     settings: Mapping[str, str] = field(default_factory=dict)
+    noted: set[str] = field(default_factory=set)
 
     @property
     def safeguards(self) -> Safeguards:
@@ -142,8 +143,13 @@ class Judge:
             return self._draw(folder, identity)
 
     def check(self, lora: Path) -> None:
-        """Raise ModelFileError if the file cannot be applied to the base."""
-        lorafile.attach(self.evaluator.base, lorafile.read(lora)).remove()
+        """Raise ModelFileError if the file cannot be applied to the base.  Says once what a user should know of it."""
+        file = lorafile.read(lora)
+        lorafile.attach(self.evaluator.base, file).remove()
+        for note in file.notes:
+            if note not in self.noted:
+                self.noted.add(note)
+                self.say(f"warning: {lora.name}: {note}")
 
     def free(self) -> None:
         """Free the memory of the base.  The judge cannot be used afterwards."""

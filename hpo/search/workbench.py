@@ -40,6 +40,7 @@ from hpo.study import (
 )
 from hpo.terminal import left
 from hpo.train import check_device
+from trainer.adapters import merge_base_weights
 from trainer.bases import compute_type, is_miniature, load_base
 from trainer.config import TrainConfig
 from trainer.data import Dataset, cache, preflight, read_dataset, shown, split_references, words_everywhere
@@ -192,6 +193,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     base = load_base(
         inputs.base, device=device, dtype=dtype, no_half_vae=train.no_half_vae, settings=train, say=say
     )
+    merge_base_weights(base, train, say)
     if base.native_resolution_px < train.resolution and is_miniature(inputs.base):
         raise ConfigError(
             f"{inputs.base} has {base.native_resolution_px} px, but resolution is {train.resolution}",

@@ -19,7 +19,7 @@ from hpo.train import dryrun
 from hpo.train import plan as trainplan
 from hpo.train.samples import file_stem
 from trainer import optimizers
-from trainer.bases import FAMILIES, block_rates, families
+from trainer.bases import FAMILIES, block_ranks, block_rates, families
 from trainer.config import TrainConfig
 from trainer.data import read_dataset_file
 from trainer.errors import ConfigError
@@ -112,11 +112,14 @@ def check(config: TrainConfig, family: str | None) -> None:
             families.check(config, family, clean_text(config.pretrained_model_name_or_path))
         with piece():
             block_rates(config, family)
+        with piece():
+            block_ranks(config, family)
         return
     errors = []
     for either in FAMILIES:
         try:
             block_rates(config, either)
+            block_ranks(config, either)
         except ConfigError as error:
             errors.append(error)
     if len(errors) == len(FAMILIES):
@@ -145,6 +148,23 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "token_warmup_min": (lambda c: c.token_warmup_step > 0, "token_warmup_step"),
     "validation_seed": (lambda c: c.validation_split > 0, "validation_split"),
     "factor": (lambda c: c.network_type == "LoKr", "network_type = LoKr"),
+    "full_matrix": (lambda c: c.network_type == "LoKr", "network_type = LoKr"),
+    "decompose_both": (lambda c: c.network_type == "LoKr" and not c.full_matrix, "LoKr without full_matrix"),
+    "unbalanced_factorization": (lambda c: c.network_type == "LoKr", "network_type = LoKr"),
+    "constraint": (lambda c: c.network_type in ("OFT", "BOFT"), "network_type = OFT or BOFT"),
+    "rescaled": (lambda c: c.network_type in ("OFT", "BOFT"), "network_type = OFT or BOFT"),
+    "oft_blocks": (lambda c: c.network_type == "OFT", "network_type = OFT"),
+    "unit": (lambda c: c.network_type == "DyLoRA", "network_type = DyLoRA"),
+    "rs_lora": (
+        lambda c: c.network_type not in ("Full", "IA3", "OFT", "BOFT"),
+        "a network_type with alpha and rank",
+    ),
+    "rank_dropout": (
+        lambda c: c.network_type not in ("IA3", "BOFT", "GLoRA", "DyLoRA"),
+        "another network_type than IA3, BOFT, GLoRA and DyLoRA",
+    ),
+    "rank_dropout_rows": (lambda c: c.rank_dropout > 0, "rank_dropout"),
+    "base_weights_multiplier": (lambda c: bool(c.base_weights), "base_weights"),
     "prior_loss_weight": (lambda c: bool(c.reg_data_dir or c.dataset_config), "reg_data_dir"),
     "conditioning_data_dir": (lambda c: c.masked_loss, "masked_loss"),
     "lr_scheduler_num_cycles": (

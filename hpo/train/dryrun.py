@@ -131,14 +131,14 @@ def _check_base(config: TrainConfig, family: str | None, findings: Findings) -> 
                 layers = detect.whole(config_file, detect.read_json(config_file), "num_hidden_layers", 12)
                 families.check_clip_skip(config, family, name, layers)
         with findings.looking():
-            _check_weights(config)
+            _check_weights(config, family)
         with findings.looking():
             said = said_prediction(spec)
             assumed = assumed_schedule(said, config).get("prediction_type")
             families.check_prediction(config, name, said or str(assumed or "epsilon"))
     else:
         with findings.looking():
-            _check_weights(config)
+            _check_weights(config, None)
 
 
 def _assumption(config: TrainConfig) -> list[str]:
@@ -161,8 +161,13 @@ def _check_cached(repo: str) -> None:
         require_network(repo)
 
 
-def _check_weights(config: TrainConfig) -> None:
+def _check_weights(config: TrainConfig, family: str | None) -> None:
     if config.network_weights:
-        from trainer.tensorfile import read_header  # loads torch
+        from trainer.adapters import check_start
 
-        read_header(Path(config.network_weights))
+        check_start(config, family)
+    if config.base_weights:
+        from trainer.adapters import base_weights, check_lora
+
+        for path, _ in base_weights(config):
+            check_lora(path, family)

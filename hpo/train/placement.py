@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from trainer.adapters import merge_base_weights
 from trainer.bases import Base, compute_type, load_base
 from trainer.compute import fp8
 from trainer.config import TrainConfig
@@ -37,6 +38,7 @@ def load(config: TrainConfig, data: Dataset, device: str, say: Callable[[str], N
         settings=config,
         say=say,
     )
+    merge_base_weights(base, config, say)
     preflight.check(
         base, config.with_values({"fp8_base": False})
     )  # its weights go to 8 bits in ``Place.prepare``

@@ -1,10 +1,15 @@
 from . import adapter as adapter
+from . import contents as contents
 from . import lorafile as lorafile
 from . import private as private
+from . import values as values
 from .adapter import Adapter as Adapter
 from .adapter import keyed_generator as keyed_generator
-from .kinds import KINDS as KINDS
+from .choice import KINDS as KINDS
+from .choice import kind_for as kind_for
 from .kinds import NAME as NAME
+from .merge import base_weights as base_weights
+from .merge import merge_base_weights as merge_base_weights
 from .metadata import BASE_NAME as BASE_NAME
 from .metadata import COMMENT as COMMENT
 from .metadata import CONFIG_KEY as CONFIG_KEY
@@ -18,6 +23,8 @@ from .metadata import dataset_metadata as dataset_metadata
 from .metadata import kohya_settings as kohya_settings
 from .metadata import shared_settings as shared_settings
 from .metadata import tells_training as tells_training
+from .start import check_lora as check_lora
+from .start import check_start as check_start
 from .targets import Target as Target
 from .targets import count_weights as count_weights
 from .targets import targets_of as targets_of

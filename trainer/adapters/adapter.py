@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,10 @@ from diffusers.utils import recurse_remove_peft_layers
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
-from trainer.adapters.kinds import KINDS, NAME, Kind, kind_of
+from trainer.adapters.changed import ChangedLayer
+from trainer.adapters.choice import KINDS, kind_for
+from trainer.adapters.kinds import NAME, SCALAR, Kind
+from trainer.adapters.morekinds import DyLoRA
 from trainer.adapters.targets import Target, targets_of
 from trainer.bases import Base
 from trainer.compute import weight_of
@@ -31,11 +34,13 @@ MAGNITUDE = "dora_scale"
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout while training: shares of channels after lora_down, of ranks, of modules."""
+    """Dropout while training: shares of channels after lora_down, of ranks, of modules.  ``rows``: ``rank`` is LyCORIS'
+    rank_dropout, which drops rows of ΔW (one draw for a micro-batch) and does not scale the rest."""
 
     network: float = 0.0
     rank: float = 0.0
     module: float = 0.0
+    rows: bool = False
 
     def __bool__(self) -> bool:
         return max(self.network, self.rank, self.module) > 0
@@ -68,9 +73,26 @@ class Layer:
         """What ΔW is a product of."""
         return [weight for ending, weight in self.weights.items() if ending != MAGNITUDE]
 
+    def drops_rows(self, dropout: Dropout) -> bool:
+        """Whether rank_dropout drops rows of ΔW here."""
+        return dropout.rows or self.target.kind in ("LoHa", "LoKr") or isinstance(self.wrapped, ChangedLayer)
+
     def delta(self) -> Tensor:
         """ΔW (out, in·kh·kw) times alpha / rank."""
+        if isinstance(self.wrapped, ChangedLayer):
+            difference = self.wrapped.get_delta_weight(NAME)
+            return difference.flatten(1) if difference.dim() > 1 else difference
         return self.kind.delta(self.weights) * self.wrapped.scaling[NAME]
+
+    def saved(self) -> dict[str, Tensor]:
+        """ending → tensor as a file holds them, with the constant beside them; fp32 copies on CPU."""
+        kind = self.kind
+        tensors = {
+            ending: weight.detach().to("cpu", torch.float32, copy=True)
+            for ending, weight in self.weights.items()
+        }
+        found = kind.folded(tensors)
+        return found | ({kind.constant: torch.tensor(float(self.target.alpha))} if kind.constant else {})
 
 
 def inject(base: Base, config: TrainConfig) -> Adapter:
@@ -85,11 +107,13 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
     for target in targets:
         layer = base.components()[target.component].get_submodule(target.path)
         generator = keyed_generator(config.seed, target.key)
-        for ending, value in kind_of(config).start(layer, target.rank, generator).items():
+        for ending, value in kind_for(config, target).start(layer, target.rank, generator).items():
             weights[f"{target.key}.{ending}"] = value
         if target.kind == "DoRA":
             weights[f"{target.key}.{MAGNITUDE}"] = column_norm(weight_of(layer))
-    dropout = Dropout(config.network_dropout, config.rank_dropout, config.module_dropout)
+    dropout = Dropout(
+        config.network_dropout, config.rank_dropout, config.module_dropout, config.rank_dropout_rows
+    )
     kept_in = torch.bfloat16 if config.full_bf16 else torch.float32
     return Adapter(base, targets, weights, dropout=dropout, kept_in=kept_in)
 
@@ -125,7 +149,12 @@ class Adapter:
 
     def trainable(self) -> list[nn.Parameter]:
         """All trainable weights, in module order."""
-        return [weight for layer in self.layers for weight in layer.weights.values()]
+        return [
+            weight
+            for layer in self.layers
+            for ending, weight in layer.weights.items()
+            if ending not in layer.kind.frozen
+        ]
 
     def freeze_text_encoders(self) -> None:
         """Freeze the text encoders' part."""
@@ -140,13 +169,22 @@ class Adapter:
         for layer in self.layers:
             for ending, weight in layer.weights.items():
                 state[f"{layer.target.key}.{ending}"] = weight.detach().to("cpu", torch.float32, copy=True)
-            state[f"{layer.target.key}.alpha"] = torch.tensor(float(layer.target.alpha))
+            if layer.kind.constant:
+                state[f"{layer.target.key}.{layer.kind.constant}"] = torch.tensor(float(layer.target.alpha))
         return state
+
+    def saved(self) -> dict[str, Tensor]:
+        """The same as a file has it: a trained scalar is part of a factor, and parts are joined."""
+        return {
+            f"{layer.target.key}.{ending}": tensor
+            for layer in self.layers
+            for ending, tensor in layer.saved().items()
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what ``state`` returned. Raises ConfigError if modules or ranks differ."""
         own = {f"{layer.target.key}.{end}": w for layer in self.layers for end, w in layer.weights.items()}
-        alphas = {f"{layer.target.key}.alpha" for layer in self.layers}
+        alphas = {f"{layer.target.key}.{layer.kind.constant}" for layer in self.layers if layer.kind.constant}
         others = sorted(state.keys() ^ (own.keys() | alphas))
         others += [
             name for name, weight in own.items() if name in state and state[name].shape != weight.shape
@@ -180,6 +218,7 @@ class Adapter:
             _with_unit_scale(layer) if MAGNITUDE in layer.weights else layer for layer in self.layers
         ]
         for layer in self.layers:
+            _fold_scalar(layer)
             for weight in layer.factors:
                 weight.copy_(weight.to(SAVE_DTYPES[save_precision]).float())
             if not all(bool(weight.isfinite().all()) for weight in layer.weights.values()):
@@ -203,9 +242,14 @@ class Adapter:
         """kohya's scale_weight_norms: where ‖ΔW · alpha / rank‖ is above, its n factors shrink by
         the n-th root each."""
         for layer in self.layers:
-            share = (max_norm / layer.delta().norm()).clamp(max=1.0)
-            for weight in layer.factors:
-                weight.mul_(share ** (1 / len(layer.factors)))
+            match layer.kind.limit:
+                case "product":
+                    share = (max_norm / layer.delta().norm()).clamp(max=1.0)
+                    for weight in layer.factors:
+                        weight.mul_(share ** (1 / len(layer.factors)))
+                case "blocks":
+                    blocks = layer.weights["oft_blocks"]
+                    blocks.mul_((max_norm / blocks.norm()).clamp(max=1.0))
 
     def apply_dropout(self, *key: int, rows: tuple[int, int, int] = (0, 0, 0)) -> None:
         """Enable dropout as ``Dropout`` says, drawn from this key (seed, step, micro-batch). Without a key
@@ -222,19 +266,27 @@ class Adapter:
     def remove(self) -> None:
         """Take the adapter out of the base: the same layer objects return, nothing of PEFT remains."""
         for model in self.base.components().values():
-            recurse_remove_peft_layers(model)
+            _unwrap(model)
+            if getattr(model, "peft_config", None):
+                recurse_remove_peft_layers(model)
             if hasattr(model, "peft_config"):
                 del model.peft_config
         self.layers = []
 
     def _prepare(self, number: int, layer: Layer) -> None:
         """Hooks for DoRA's magnitude and for dropout; they go with PEFT's layer."""
+        if isinstance(layer.wrapped, ChangedLayer):
+            layer.wrapped.chance = _Chance(self, number, layer)
+            return
         if MAGNITUDE in layer.weights:
-            _attach_magnitude(layer)
+            _attach_magnitude(layer, lambda: self._kept_rows(number, layer))
         if layer.target.kind in ("LoHa", "LoKr"):
             if self._dropout.rank > 0:
-                layer.wrapped.get_delta_weight = self._row_dropout(number, layer.wrapped.get_delta_weight)
-        elif max(self._dropout.network, self._dropout.rank) > 0:
+                layer.wrapped.get_delta_weight = self._row_dropout(number, layer)
+            return
+        if self._dropout.rows and self._dropout.rank > 0:
+            layer.up.register_forward_hook(self._output_dropout(number, layer))
+        if self._dropout.network > 0 or (self._dropout.rank > 0 and not self._dropout.rows):
             layer.down.register_forward_hook(self._channel_dropout(number))
 
     def _channel_dropout(self, number: int) -> Any:
@@ -250,7 +302,7 @@ class Adapter:
                 keep = 1.0 - self._dropout.network
                 generator = keyed_generator(*self._dropout_key, number, device=device)
                 output_BR = output_BR * self._kept(list(output_BR.shape), keep, generator, output_BR)
-            if self._dropout.rank > 0:
+            if self._dropout.rank > 0 and not self._dropout.rows:
                 keep = 1.0 - self._dropout.rank
                 generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
                 rank_axis = -1 if output_BR.dim() < 4 else 1
@@ -270,8 +322,19 @@ class Adapter:
         mask = torch.empty(drawn, device=like.device, dtype=like.dtype).bernoulli_(keep, generator=generator)
         return (mask[start * each : (start + count) * each] if each else mask).div_(keep)
 
-    def _row_dropout(self, number: int, get_delta_weight: Any) -> Any:
-        """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS rank_dropout_scale)."""
+    def _kept_rows(self, number: int, layer: Layer) -> Tensor | None:
+        """1 or 0 for each row of ΔW (out), fp32; None where no rows are dropped."""
+        if self._dropout_key is None or self._dropout.rank == 0 or not layer.drops_rows(self._dropout):
+            return None
+        device = next(iter(layer.weights.values())).device
+        generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
+        outputs = layer.wrapped.base_layer.weight.shape[0]
+        return torch.empty(outputs, device=device).bernoulli_(1.0 - self._dropout.rank, generator=generator)
+
+    def _row_dropout(self, number: int, layer: Layer) -> Any:
+        """rank_dropout of LoHa and LoKr: whole rows of ΔW, the rest scaled up (LyCORIS' rank_dropout_scale) unless
+        ``Dropout.rows``."""
+        get_delta_weight = layer.wrapped.get_delta_weight
 
         def dropped(*args: Any, **options: Any) -> Tensor:
             delta: Tensor = get_delta_weight(*args, **options)
@@ -281,10 +344,21 @@ class Adapter:
             generator = keyed_generator(*self._dropout_key, number, "rank", device=delta.device)
             rows = torch.empty(
                 (delta.shape[0], *[1] * (delta.dim() - 1)), device=delta.device, dtype=delta.dtype
-            )
-            return delta * rows.bernoulli_(keep, generator=generator).div_(keep)
+            ).bernoulli_(keep, generator=generator)
+            return delta * (rows if self._dropout.rows else rows.div_(keep))
 
         return dropped
+
+    def _output_dropout(self, number: int, layer: Layer) -> Any:
+        """LyCORIS' rank_dropout of LoRA: rows of ΔW, which are channels of what leaves ``lora_up``."""
+
+        def drop(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            rows = self._kept_rows(number, layer)
+            if rows is None:
+                return output
+            return output * rows.to(output.dtype).reshape((1, -1, 1, 1) if output.dim() == 4 else (-1,))
+
+        return drop
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -309,9 +383,10 @@ def row_norm(weight: Tensor) -> Tensor:
     return weight.float().flatten(1).norm(dim=1).reshape(weight.shape[0], *[1] * (weight.dim() - 1))
 
 
-def _attach_magnitude(layer: Layer) -> None:
+def _attach_magnitude(layer: Layer, kept_rows: Callable[[], Tensor | None]) -> None:
     """Scale what goes into the layer (one m per input) or what comes out of it without bias (one m per
-    output).  As in PEFT and section 4.3 of the paper the norm is taken as a constant of the gradient."""
+    output).  As in PEFT and section 4.3 of the paper the norm is taken as a constant of the gradient.  The norm is
+    that of what is computed: without the rows that dropout leaves out."""
     magnitude = layer.weights[MAGNITUDE]
     per_input = magnitude.shape[0] == 1
     base_layer = layer.wrapped.base_layer
@@ -319,7 +394,10 @@ def _attach_magnitude(layer: Layer) -> None:
     def scale() -> Tensor:
         with torch.no_grad(), torch.autocast(magnitude.device.type, enabled=False):
             weight = weight_of(base_layer).float()
-            merged = weight + layer.delta().reshape(weight.shape)
+            delta = layer.delta()
+            if (rows := kept_rows()) is not None:
+                delta = delta * rows[:, None]
+            merged = weight + delta.reshape(weight.shape)
             norm = column_norm(merged) if per_input else row_norm(merged)
         return magnitude / norm.clamp(min=torch.finfo(torch.float32).eps)
 
@@ -357,31 +435,124 @@ def _with_unit_scale(layer: Layer) -> Layer:
 def _inject_component(
     model: nn.Module, targets: list[Target], weights: Mapping[str, Tensor], kept_in: torch.dtype
 ) -> list[Layer]:
-    """PEFT layers around the targets of one network, holding ``weights`` on the network's device; DoRA's
-    magnitudes always in fp32."""
+    """Layers around the targets of one network, holding ``weights`` on the network's device; DoRA's magnitudes always
+    in fp32.  PEFT's where it has one, else ``ChangedLayer``."""
     assert not hasattr(model, "peft_config"), "an adapter is in the base already: remove it first"
-    kind = KINDS[targets[0].kind]
-    inject_adapter_in_model(kind.settings(targets), model, adapter_name=NAME, low_cpu_mem_usage=True)
-    layers = []
-    for target in targets:
-        wrapped: Any = model.get_submodule(target.path)
-        device = wrapped.base_layer.weight.device
-        placed: dict[str, nn.Parameter] = {}
-        for ending in (*kind.endings, MAGNITUDE):
-            value = weights.get(f"{target.key}.{ending}")
-            if value is None:
-                continue
-            kind_of_number = torch.float32 if ending == MAGNITUDE else kept_in
-            placed[ending] = nn.Parameter(value.to(device, kind_of_number, copy=True))
-            if ending == MAGNITUDE:
-                wrapped.register_parameter(MAGNITUDE, placed[ending])
-                continue
-            shape = kind.shape(wrapped, ending)
-            assert shape is None or shape == value.shape, f"{target.key}: {value.shape} for {shape}"
-            kind.place(wrapped, ending, placed[ending])
-        wrapped.scaling[NAME] = target.alpha / target.rank
-        layers.append(Layer(target, wrapped, placed))
-    return layers
+    tensors = {target.key: _tensors_of(target, weights) for target in targets}
+    of_peft = [target for target in targets if not KINDS[target.kind].is_changed(tensors[target.key])]
+    first = type(KINDS[of_peft[0].kind]).settings if of_peft else None
+    of_peft = [target for target in of_peft if type(KINDS[target.kind]).settings is first]
+    if of_peft:
+        settings = KINDS[of_peft[0].kind].settings(of_peft)
+        inject_adapter_in_model(settings, model, adapter_name=NAME, low_cpu_mem_usage=True)
+    else:
+        model.requires_grad_(False)
+        model.peft_config = {}  # type: ignore[assignment]
+    paths = {target.path for target in of_peft}
+    return [
+        (_fill if target.path in paths else _wrap)(model, target, tensors[target.key], kept_in)
+        for target in targets
+    ]
+
+
+def _tensors_of(target: Target, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ending → tensor of a target."""
+    kind = KINDS[target.kind]
+    if isinstance(kind, DyLoRA):
+        start = f"{target.key}.lora_"
+        return {
+            key.removeprefix(f"{target.key}."): value
+            for key, value in weights.items()
+            if key.startswith(start)
+        }
+    endings = (*kind.endings, *kind.extras, SCALAR, MAGNITUDE)
+    return {ending: weights[key] for ending in endings if (key := f"{target.key}.{ending}") in weights}
+
+
+def _parameter(
+    kind: Kind, ending: str, value: Tensor, device: torch.device, kept_in: torch.dtype
+) -> nn.Parameter:
+    number = torch.float32 if ending == MAGNITUDE else kept_in
+    return nn.Parameter(value.to(device, number, copy=True), requires_grad=ending not in kind.frozen)
+
+
+def _fill(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], kept_in: torch.dtype) -> Layer:
+    """PEFT's layer of a target with these tensors."""
+    kind = KINDS[target.kind]
+    wrapped: Any = model.get_submodule(target.path)
+    placed: dict[str, nn.Parameter] = {}
+    for ending, value in tensors.items():
+        placed[ending] = _parameter(kind, ending, value, wrapped.base_layer.weight.device, kept_in)
+        if ending == MAGNITUDE:
+            wrapped.register_parameter(MAGNITUDE, placed[ending])
+            continue
+        shape = kind.shape(wrapped, ending)
+        assert shape is None or shape == value.shape, f"{target.key}: {value.shape} for {shape}"
+        kind.place(wrapped, ending, placed[ending])
+    wrapped.scaling[NAME] = target.alpha / target.rank
+    return Layer(target, wrapped, placed)
+
+
+def _wrap(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], kept_in: torch.dtype) -> Layer:
+    """A ChangedLayer in the place of a target."""
+    kind = KINDS[target.kind]
+    layer: Any = model.get_submodule(target.path)
+    placed = {
+        ending: _parameter(kind, ending, value, layer.weight.device, kept_in)
+        for ending, value in tensors.items()
+    }
+    wrapped = ChangedLayer(layer, kind, placed, NAME, kind.scale(target.rank, target.alpha))
+    wrapped.train(layer.training)
+    _put(model, target.path, wrapped)
+    return Layer(target, wrapped, placed)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Put the layers of a base back where a ChangedLayer is."""
+    for path, module in [*model.named_modules()]:
+        if isinstance(module, ChangedLayer):
+            _put(model, path, module.base_layer)
+
+
+def _fold_scalar(layer: Layer) -> None:
+    """Move a trained scalar into the factors that carry it in a file."""
+    scalar = layer.weights.get(SCALAR)
+    if scalar is not None:
+        for ending in layer.kind.carriers:
+            if ending in layer.weights:
+                layer.weights[ending].mul_(scalar)
+        scalar.fill_(1.0)
+
+
+class _Chance:
+    """What one ChangedLayer draws; its values depend only on the adapter's key and the layer's number."""
+
+    def __init__(self, adapter: Adapter, number: int, layer: Layer) -> None:
+        self._adapter, self._number, self._layer = adapter, number, layer
+
+    def rows(self, count: int, like: Tensor) -> Tensor | None:
+        if not self._layer.kind.drops_rows:
+            return None
+        rows = self._adapter._kept_rows(self._number, self._layer)
+        if rows is None or self._adapter._dropout.rows:
+            return rows
+        return rows / (1.0 - self._adapter._dropout.rank)
+
+    def entries(self, like: Tensor) -> Tensor | None:
+        key, rate = self._adapter._dropout_key, self._adapter._dropout.rank
+        if key is None or rate == 0:
+            return None
+        generator = keyed_generator(*key, self._number, "rank", device=like.device)
+        return torch.empty_like(like).bernoulli_(1.0 - rate, generator=generator) / (1.0 - rate)
+
+    def block(self, count: int) -> int | None:
+        key = self._adapter._dropout_key
+        return None if key is None else int(_draw(*key, self._number, "block") * count)
 
 
 def _draw(*key: int | str) -> float:

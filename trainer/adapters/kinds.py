@@ -1,9 +1,9 @@
 """Kinds of adapters: LoRA, LoHa and LoKr – the tensors of each, their start, and PEFT's layer for it.
 
-Owns what differs between kinds; ``adapter`` owns what they share.  PEFT computes the forward pass; LoCon is
-LoRA on convolutions too, and DoRA is LoRA plus a magnitude (``adapter.Magnitude``).  Names of tensors and
-their start are LyCORIS' (KohakuBlueleaf/LyCORIS, lycoris/modules), which ComfyUI and A1111 read; LoHa and
-LoKr are the variants without Tucker decomposition.
+Owns what differs between kinds; ``adapter`` owns what they share, ``morekinds`` the kinds that PEFT does not have.
+PEFT computes the forward pass, except of Tucker forms and of use_scalar (``changed``); LoCon is LoRA on convolutions
+too, and DoRA is LoRA plus a magnitude (``adapter.Magnitude``).  Names of tensors and their start are LyCORIS'
+(KohakuBlueleaf/LyCORIS, lycoris/modules), which ComfyUI and A1111 read.
 
 Shapes: out in of a linear layer; a convolution has in·kh·kw where "in" is flattened; r rank.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -21,8 +21,9 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
-from trainer.config import TrainConfig
+from trainer.adapters.changed import Chance
 
+SCALAR = "scalar"  # use_scalar: a factor of ΔW that starts at 0
 NAME = "lora"  # PEFT's name of the adapter inside each layer
 
 
@@ -36,9 +37,23 @@ class Ranked(Protocol):
 
 
 class Kind(ABC):
-    """One family of formulas for ΔW."""
+    """One family of formulas for ΔW.
 
-    endings: ClassVar[tuple[str, ...]]  # endings of its tensors in a file, beside .alpha
+    ``endings`` are the endings of its tensors in a file, ``extras`` those that only some modules have.  ``constant``:
+    the ending of the number that a file holds beside them, or "".  ``limit``: what scale_weight_norms shrinks –
+    "product" (ΔW is a product of all tensors), "blocks" (the tensor itself) or "" (nothing, as in LyCORIS).
+    ``drops_rows``: whether rank_dropout drops rows of ΔW in a ``ChangedLayer``.  ``carriers``: the tensors that take up
+    use_scalar's scalar in a file.  ``frozen``: tensors that are not trained.
+    """
+
+    endings: ClassVar[tuple[str, ...]]
+    extras: ClassVar[tuple[str, ...]] = ()
+    constant: ClassVar[str] = "alpha"
+    limit: ClassVar[str] = "product"
+    is_own: ClassVar[bool] = False
+    drops_rows: ClassVar[bool] = True
+    carriers: ClassVar[tuple[str, ...]] = ()
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
@@ -48,13 +63,46 @@ class Kind(ABC):
     def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
         """ending → first value.  ΔW is 0, and every tensor but the zeros gets a gradient soon."""
 
-    @abstractmethod
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
         """PEFT's settings for the targets of one network.  Scales are set by the adapter."""
+        raise NotImplementedError
 
-    @abstractmethod
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """ΔW (out, in), before alpha / rank."""
+        raise NotImplementedError
+
+    def difference(
+        self, tensors: Mapping[str, Tensor], layer: nn.Module, scale: float, chance: Chance | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """ΔW in the shape of the layer's weight, and Δb, at this scale (alpha / rank, or ``scale``)."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        delta = self.delta(tensors) * scale
+        if SCALAR in tensors:
+            delta = delta * tensors[SCALAR]
+        return delta.reshape(weight.shape), None
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The number that ``difference`` is computed with, from what a file holds."""
+        return alpha / rank
+
+    def is_changed(self, endings: Collection[str]) -> bool:
+        """Whether a module with these tensors needs a ``ChangedLayer``."""
+        return self.is_own or SCALAR in endings or any(ending in endings for ending in self.extras)
+
+    def folded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as a file has them: a scalar is part of the carriers."""
+        if SCALAR not in tensors:
+            return dict(tensors)
+        return {
+            ending: tensor * tensors[SCALAR] if ending in self.carriers else tensor
+            for ending, tensor in tensors.items()
+            if ending != SCALAR
+        }
+
+    def unfolded(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The reverse, for the tensors that training needs: the scalar is 1, as in LyCORIS."""
+        return {**tensors, SCALAR: torch.ones(())} if SCALAR in wanted else dict(tensors)
 
     def alpha(self, layer: nn.Module, rank: int, alpha: float) -> float:
         """The alpha that a file holds for this layer."""
@@ -82,20 +130,33 @@ class LoRA(Kind):
     """ΔW = up · down (arXiv 2106.09685)."""
 
     endings = ("lora_down.weight", "lora_up.weight")
+    extras = ("lora_mid.weight",)
+    carriers = ("lora_up.weight",)
+
+    def __init__(self, use_tucker: bool = False, use_scalar: bool = False) -> None:
+        """Options of a fresh adapter, as in LyCORIS."""
+        self.use_tucker, self.use_scalar = use_tucker, use_scalar
 
     def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+        scalar: dict[str, tuple[int, ...]] = {SCALAR: ()} if self.use_scalar else {}
+        if self.use_tucker and isinstance(layer, nn.Conv2d) and kernel_size(layer) > 1:
+            return {
+                "lora_down.weight": (rank, layer.in_channels, 1, 1),
+                "lora_mid.weight": (rank, rank, *layer.kernel_size),
+                "lora_up.weight": (layer.out_channels, rank, 1, 1),
+            } | scalar
         if isinstance(layer, nn.Conv2d):
             down: tuple[int, ...] = (rank, layer.in_channels, *layer.kernel_size)
             up: tuple[int, ...] = (layer.out_channels, rank, 1, 1)
         else:
             assert isinstance(layer, nn.Linear)
             down, up = (rank, layer.in_features), (layer.out_features, rank)
-        return {"lora_down.weight": down, "lora_up.weight": up}
+        return {"lora_down.weight": down, "lora_up.weight": up} | scalar
 
     def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """down kaiming-uniform (a = √5), up zero: sd-scripts networks/lora.py."""
-        down, up = self.shapes(layer, rank).values()
-        return {"lora_down.weight": _uniform(down, generator), "lora_up.weight": torch.zeros(up)}
+        """down kaiming-uniform (a = √5), up zero: sd-scripts networks/lora.py.  With a scalar only that is zero."""
+        zero = (SCALAR,) if self.use_scalar else ("lora_up.weight",)
+        return _start(self.shapes(layer, rank), zero, generator)
 
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
         rank, pattern = _ranks(targets)
@@ -109,7 +170,10 @@ class LoRA(Kind):
         )
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["lora_up.weight"].flatten(1) @ tensors["lora_down.weight"].flatten(1)
+        down, up = tensors["lora_down.weight"].flatten(1), tensors["lora_up.weight"].flatten(1)
+        if "lora_mid.weight" in tensors:
+            return tucker(tensors["lora_mid.weight"], up.T, down).flatten(1)
+        return up @ down
 
     def rank_of(self, tensors: Mapping[str, Tensor], alpha: float | None) -> int:
         return tensors["lora_down.weight"].shape[0]
@@ -119,6 +183,13 @@ class LoRA(Kind):
             return False
         down, up = (tensors[ending] for ending in self.endings)
         ones = (1,) * (weight.dim() - 2)
+        if "lora_mid.weight" in tensors:
+            rank = down.shape[0]
+            return (
+                tuple(tensors["lora_mid.weight"].shape) == (rank, rank, *weight.shape[2:])
+                and tuple(down.shape) == (rank, weight.shape[1], *ones)
+                and tuple(up.shape) == (weight.shape[0], rank, *ones)
+            )
         return (
             down.dim() == weight.dim()
             and down.shape[1:] == weight.shape[1:]
@@ -138,26 +209,46 @@ class LoHa(Kind):
     """ΔW = (w1_a · w1_b) ⊙ (w2_a · w2_b) (FedPara, arXiv 2108.06098)."""
 
     endings = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    extras = ("hada_t1", "hada_t2")
+    carriers = ("hada_w1_a",)
+
+    def __init__(self, use_tucker: bool = False, use_scalar: bool = False) -> None:
+        """Options of a fresh adapter, as in LyCORIS."""
+        self.use_tucker, self.use_scalar = use_tucker, use_scalar
 
     def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+        scalar: dict[str, tuple[int, ...]] = {SCALAR: ()} if self.use_scalar else {}
         out, inner = _flat_shape(layer)
-        return {ending: (out, rank) if ending.endswith("a") else (rank, inner) for ending in self.endings}
+        found: dict[str, tuple[int, ...]] = {
+            ending: (out, rank) if ending.endswith("a") else (rank, inner) for ending in self.endings
+        }
+        if self.use_tucker and isinstance(layer, nn.Conv2d) and kernel_size(layer) > 1:
+            core = (rank, rank, *layer.kernel_size)
+            sides = (out, layer.in_channels)
+            found = {ending: (rank, sides[ending.endswith("b")]) for ending in self.endings}
+            found |= {"hada_t1": core, "hada_t2": core}
+        return found | scalar
 
     def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Normal with deviation 0.1 (w1_a) and 1 (w1_b, w2_b), w2_a zero: LyCORIS loha.py."""
-        shapes = self.shapes(layer, rank)
-        return {
-            "hada_w1_a": torch.randn(shapes["hada_w1_a"], generator=generator) * 0.1,
-            "hada_w1_b": torch.randn(shapes["hada_w1_b"], generator=generator),
-            "hada_w2_a": torch.zeros(shapes["hada_w2_a"]),
-            "hada_w2_b": torch.randn(shapes["hada_w2_b"], generator=generator),
-        }
+        """Normal with deviation 0.1 (w1_a and cores) and 1 (w1_b, w2_b), w2_a zero: LyCORIS loha.py.  With a scalar
+        only that is zero, and w2_a is as w1_a."""
+        found = {}
+        for ending, shape in self.shapes(layer, rank).items():
+            is_zero = ending == (SCALAR if self.use_scalar else "hada_w2_a")
+            deviation = 1.0 if ending.endswith("_b") else 0.1
+            found[ending] = (
+                torch.zeros(shape) if is_zero else torch.randn(shape, generator=generator) * deviation
+            )
+        return found
 
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
         return _lycoris(LoHaConfig, targets)
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
         w1_a, w1_b, w2_a, w2_b = (tensors[ending] for ending in self.endings)
+        if "hada_t1" in tensors:
+            first, second = tucker(tensors["hada_t1"], w1_a, w1_b), tucker(tensors["hada_t2"], w2_a, w2_b)
+            return (first * second).flatten(1)
         return (w1_a @ w1_b) * (w2_a @ w2_b)
 
     def rank_of(self, tensors: Mapping[str, Tensor], alpha: float | None) -> int:
@@ -167,6 +258,14 @@ class LoHa(Kind):
         if not tensors.keys() >= set(self.endings):
             return False
         rank = tensors["hada_w1_b"].shape[0]
+        if "hada_t1" in tensors or "hada_t2" in tensors:
+            core = (rank, rank, *weight.shape[2:])
+            return all(
+                tuple(tensors[ending].shape) == core for ending in self.extras if ending in tensors
+            ) and all(
+                tuple(tensors[ending].shape) == (rank, weight.shape[ending.endswith("b")])
+                for ending in self.endings
+            )
         outer, inner = (weight.shape[0], rank), (rank, weight[0].numel())
         return all(
             tensors[ending].shape == (outer if ending.endswith("a") else inner) for ending in self.endings
@@ -177,36 +276,72 @@ class LoKr(Kind):
     """ΔW = w1 ⊗ w2, w1 small and whole, w2 = w2_a · w2_b – or whole where the rank is no saving
     (arXiv 2212.10650, LyCORIS arXiv 2309.14859)."""
 
-    def __init__(self, factor: int = -1) -> None:
-        """``factor``: LyCORIS' factor, which only a fresh adapter needs."""
-        self.factor = factor
-
     endings = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+    extras = ("lokr_t2",)
+    carriers = ("lokr_w1", "lokr_w1_a")
+
+    def __init__(
+        self,
+        factor: int = -1,
+        *,
+        full_matrix: bool = False,
+        decompose_both: bool = False,
+        unbalanced: bool = False,
+        use_tucker: bool = False,
+        use_scalar: bool = False,
+    ) -> None:
+        """Options of a fresh adapter, as in LyCORIS."""
+        self.factor, self.full_matrix, self.decompose_both = factor, full_matrix, decompose_both
+        self.unbalanced, self.use_tucker, self.use_scalar = unbalanced, use_tucker, use_scalar
 
     def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
-        (out_small, out_large), (in_small, in_large), kernel = _factors(layer, self.factor)
-        first: dict[str, tuple[int, ...]] = {"lokr_w1": (out_small, in_small)}
-        if _is_whole(layer, rank, self.factor):
-            return first | {"lokr_w2": (out_large, in_large, *kernel)}
-        return first | {"lokr_w2_a": (out_large, rank), "lokr_w2_b": (rank, in_large * math.prod(kernel))}
+        (out_1, out_2), (in_1, in_2), kernel = self._factors(layer)
+        if self._keeps_first(layer, rank):
+            found: dict[str, tuple[int, ...]] = {"lokr_w1": (out_1, in_1)}
+        else:
+            found = {"lokr_w1_a": (out_1, rank), "lokr_w1_b": (rank, in_1)}
+        if self._keeps_second(layer, rank):
+            found |= {"lokr_w2": (out_2, in_2, *kernel)}
+        elif self.use_tucker and math.prod(kernel) > 1:
+            found |= {"lokr_t2": (rank, rank, *kernel), "lokr_w2_a": (rank, out_2), "lokr_w2_b": (rank, in_2)}
+        else:
+            found |= {"lokr_w2_a": (out_2, rank), "lokr_w2_b": (rank, in_2 * math.prod(kernel))}
+        return found | ({SCALAR: ()} if self.use_scalar else {})
+
+    def _factors(self, layer: nn.Module) -> tuple[tuple[int, int], tuple[int, int], tuple[int, ...]]:
+        """A layer's factors of out and of in, and its kernel (empty for a linear layer)."""
+        out, inner, kernel = _factors(layer, self.factor)
+        return (out[::-1] if self.unbalanced else out), inner, kernel
+
+    def _keeps_first(self, layer: nn.Module, rank: int) -> bool:
+        (out_1, _), (in_1, _), _ = self._factors(layer)
+        return not self.decompose_both or self.full_matrix or rank >= max(out_1, in_1) / 2
+
+    def _keeps_second(self, layer: nn.Module, rank: int) -> bool:
+        """Whether LyCORIS keeps w2 whole at this rank."""
+        (_, out_2), (_, in_2), _ = self._factors(layer)
+        return self.full_matrix or rank >= max(out_2, in_2) / 2
 
     def start(self, layer: nn.Module, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """w1 and w2_a kaiming-uniform (a = √5), w2_b or w2 zero: LyCORIS lokr.py."""
-        return {
-            ending: torch.zeros(shape) if ending in ("lokr_w2", "lokr_w2_b") else _uniform(shape, generator)
-            for ending, shape in self.shapes(layer, rank).items()
-        }
+        """Kaiming-uniform (a = √5), but w2_b or w2 zero: LyCORIS lokr.py.  With a scalar only that is zero."""
+        zero = (SCALAR,) if self.use_scalar else ("lokr_w2", "lokr_w2_b")
+        return _start(self.shapes(layer, rank), zero, generator)
 
     def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
         return _lycoris(LoKrConfig, targets)
 
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
         w1 = _product(tensors, "lokr_w1")
-        return torch.kron(w1, _product(tensors, "lokr_w2").flatten(1))
+        if "lokr_t2" in tensors:
+            w2 = tucker(tensors["lokr_t2"], tensors["lokr_w2_a"], tensors["lokr_w2_b"])
+        else:
+            w2 = _product(tensors, "lokr_w2")
+        return torch.kron(w1, w2.flatten(1))
 
     def alpha(self, layer: nn.Module, rank: int, alpha: float) -> float:
         """Alpha, or the rank (scale 1) where both factors are whole: readers take no scale there."""
-        return float(rank) if _is_whole(layer, rank, self.factor) else alpha
+        is_whole = self._keeps_first(layer, rank) and self._keeps_second(layer, rank)
+        return float(rank) if is_whole else alpha
 
     def rank_of(self, tensors: Mapping[str, Tensor], alpha: float | None) -> int:
         """The rank of what is decomposed; both factors whole: alpha itself, so that the scale is 1."""
@@ -217,7 +352,11 @@ class LoKr(Kind):
 
     def fits(self, tensors: Mapping[str, Tensor], weight: Tensor) -> bool:
         try:
-            w1, w2 = _product(tensors, "lokr_w1"), _product(tensors, "lokr_w2").flatten(1)
+            w1 = _product(tensors, "lokr_w1")
+            if "lokr_t2" in tensors:
+                w2 = tucker(tensors["lokr_t2"], tensors["lokr_w2_a"], tensors["lokr_w2_b"]).flatten(1)
+            else:
+                w2 = _product(tensors, "lokr_w2").flatten(1)
         except (KeyError, RuntimeError, IndexError):
             return False
         shape = (w1.shape[0] * w2.shape[0], w1.shape[-1] * w2.shape[1])
@@ -240,12 +379,6 @@ _OTHER_FORM = {
     for n in (1, 2)
     for half in ("", "_a", "_b")
 }
-KINDS: dict[str, Kind] = {"LoRA": LoRA(), "LoCon": LoRA(), "DoRA": LoRA(), "LoHa": LoHa(), "LoKr": LoKr()}
-
-
-def kind_of(config: TrainConfig) -> Kind:
-    """The kind that these settings train."""
-    return LoKr(config.factor) if config.network_type == "LoKr" else KINDS[config.network_type]
 
 
 def kernel_size(layer: nn.Module) -> int:
@@ -288,19 +421,13 @@ def _factors(layer: nn.Module, factor: int) -> tuple[tuple[int, int], tuple[int,
     """A layer's (small, large) factors of out and of in, and its kernel (empty for a linear layer)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return _split(weight.shape[0], factor), _split(weight.shape[1], factor), tuple(weight.shape[2:])
+    return split_side(weight.shape[0], factor), split_side(weight.shape[1], factor), tuple(weight.shape[2:])
 
 
-def _split(side: int, factor: int) -> tuple[int, int]:
+def split_side(side: int, factor: int) -> tuple[int, int]:
     """LyCORIS' factorization: the small part first.  (PEFT's does not sort where the factor divides.)"""
     first, second = factorization(side, factor)
     return min(first, second), max(first, second)
-
-
-def _is_whole(layer: nn.Module, rank: int, factor: int) -> bool:
-    """Whether LyCORIS keeps w2 whole at this rank."""
-    (_, out_large), (_, in_large), _ = _factors(layer, factor)
-    return rank >= max(out_large, in_large) / 2
 
 
 def _product(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -309,6 +436,21 @@ def _product(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[f"{name}_a"] @ tensors[f"{name}_b"] if whole is None else whole
 
 
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _start(
+    shapes: Mapping[str, tuple[int, ...]], zero: Collection[str], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Zeros for some tensors, kaiming-uniform for the others."""
+    return {
+        ending: torch.zeros(shape) if ending in zero else uniform(shape, generator)
+        for ending, shape in shapes.items()
+    }
+
+
+def tucker(core: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    """A kernel (out, in, …) of a core (r, r, …), (r, out), (r, in): LyCORIS functional/general.py, rebuild_tucker."""
+    return torch.einsum("ij...,ip,jr->pr...", core, outer, inner)
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Kaiming-uniform with a = √5: ±1 / √fan_in."""
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

@@ -1,58 +1,37 @@
-"""LoRA files, of every kind of adapter: kohya's and LyCORIS' keys out; theirs and diffusers' in.
+"""LoRA files: written with kohya's and LyCORIS' keys, read and attached (``attaching``), continued by training.
 
-Owns the file format only; see ``metadata`` for the metadata. The file holds what was scored, since the
-adapter is rounded to the save precision first.  docs/adapters.md says which program reads what.
+Owns what is written, and how training begins with a file; see ``metadata`` for the metadata. The file holds what was
+scored, since the adapter is rounded to the save precision first.  docs/adapters.md says which program reads what.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, inject
-from trainer.adapters.kinds import KINDS
+from trainer.adapters.attaching import Attached as Attached
+from trainer.adapters.attaching import LoraFile as LoraFile
+from trainer.adapters.attaching import attach as attach
+from trainer.adapters.attaching import parts_of as parts_of
+from trainer.adapters.attaching import read as read
+from trainer.adapters.contents import listed
+from trainer.adapters.kinds import SCALAR
 from trainer.adapters.metadata import least, own_metadata, training_metadata
-from trainer.adapters.targets import Target
-from trainer.bases import Base, detect
+from trainer.adapters.start import check_start
+from trainer.bases import Base
 from trainer.config import TrainConfig
-from trainer.errors import ConfigError, ModelFileError
+from trainer.errors import ConfigError
 from trainer.files import write_atomic
-from trainer.tensorfile import load_tensors, read_header, to_bytes
+from trainer.tensorfile import to_bytes
 from trainer.text import clean_text
 
-SHOWN_KEYS = 5  # how many keys an error names
-# What a tensor's name may end in → the ending that this tool writes.
-ENDINGS = {
-    ".lora_down.weight": "lora_down.weight",
-    ".lora_up.weight": "lora_up.weight",
-    ".lora_A.weight": "lora_down.weight",
-    ".lora_B.weight": "lora_up.weight",
-    ".lora.down.weight": "lora_down.weight",
-    ".lora.up.weight": "lora_up.weight",
-    ".lora_linear_layer.down.weight": "lora_down.weight",
-    ".lora_linear_layer.up.weight": "lora_up.weight",
-    ".alpha": "alpha",
-    f".{MAGNITUDE}": MAGNITUDE,
-    **{f".{ending}": ending for kind in ("LoHa", "LoKr") for ending in KINDS[kind].endings},
-}
-EXACT = ("alpha", MAGNITUDE)  # kept in fp32: half types cannot hold every alpha, and magnitudes nearly cancel
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA as read: its tensors under the file's own names, its metadata, and the family it is for."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    family: str
+CONSTANTS = ("alpha", "on_input")
+EXACT = (*CONSTANTS, MAGNITUDE)  # fp32: half types cannot hold every alpha, and magnitudes nearly cancel
 
 
 def write(
@@ -70,7 +49,7 @@ def write(
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
-        for key, tensor in _with_unit_scales(adapter.state()).items()
+        for key, tensor in _with_unit_scales(adapter.saved()).items()
     }
     training, own = (
         {**training_metadata(adapter.base, config), **(more or {})},
@@ -83,89 +62,26 @@ def write(
     return whole
 
 
-def read(path: Path) -> LoraFile:
-    """Read a LoRA file of any kind, checking the header first. Anything else is refused."""
-    header = read_header(path)
-    foreign = [name for name in header.shapes if _ending(name) is None]
-    if foreign or not header.shapes:
-        raise ModelFileError(
-            f"{path} holds more than a LoRA: {_listed(foreign)}" if foreign else f"{path} holds no tensors",
-            "LoRA, LoCon, DoRA, LoHa and LoKr can be attached; Tucker forms, other kinds and full models cannot",
-        )
-    tensors = load_tensors(path)
-    return LoraFile(path, tensors, header.metadata, family_of(header.metadata, header.shapes))
-
-
-def attach(base: Base, file: LoraFile) -> Adapter:
-    """Put a LoRA file into a base.  Every key must fit a module of the base, complete and in its shape."""
-    if file.family != base.family:
-        raise ModelFileError(
-            f"{file.path.name} is a LoRA for {file.family}, the base {base.name} is {base.family}",
-            "use it with a base of its own family",
-        )
-    known = _known_names(base)
-    found: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for name, tensor in file.tensors.items():
-        ending = _ending(name)
-        assert ending is not None
-        module = name.removesuffix(ending)
-        if module in known:
-            if found.setdefault(module, {}).setdefault(ENDINGS[ending], tensor) is not tensor:
-                raise _damaged(file, f"it has {module} twice")
-        else:
-            unknown.append(name)
-    targets: list[Target] = []
-    weights: dict[str, Tensor] = {}
-    for module, parts in found.items():
-        component, path, key = known[module]
-        _check_numbers(file, module, parts)
-        kind = _kind(parts)
-        weight = base.components()[component].get_submodule(path).weight
-        if kind is None or not _fits(kind, parts, weight):
-            shapes = ", ".join(f"{ending} {tuple(part.shape)}" for ending, part in parts.items())
-            unknown.append(f"{module} {shapes}")
-            continue
-        if any(target.key == key for target in targets):
-            raise _damaged(file, f"it has {key} twice, under two names")
-        alpha = float(parts["alpha"]) if "alpha" in parts else None
-        rank = KINDS[kind].rank_of(parts, alpha)
-        if alpha is None:
-            alpha = _default_alpha(file, module, rank)
-        if not math.isfinite(alpha):
-            raise _damaged(file, f"{module} has alpha {alpha}")
-        if kind == "LoKr" and "lokr_w1" in parts and "lokr_w2" in parts:
-            alpha = float(rank)
-        # alpha 0 means the rank, as in sd-scripts
-        targets.append(Target(component, path, key, rank, alpha or float(rank), kind))
-        weights |= {f"{key}.{ending}": part for ending, part in parts.items() if ending != "alpha"}
-    kinds = {target.kind for target in targets}
-    if len(kinds) > 1:
-        raise ModelFileError(
-            f"{file.path.name} mixes {', '.join(sorted(kinds))}", "a file of one kind can be attached"
-        )
-    if unknown or not targets:
-        raise ModelFileError(
-            f"{len(unknown)} entries of {file.path.name} do not fit {base.name}: {_listed(unknown)}",
-            "the file is partial, of another kind, or for another base",
-        )
-    return Adapter(base, targets, weights)
-
-
 def begin(base: Base, config: TrainConfig) -> Adapter:
     """The adapter that training begins with: a fresh one, or the weights of network_weights.
 
-    Raises ConfigError if the file has other modules, ranks or alphas than the settings. Nothing is padded or cut.
+    Raises ConfigError if the file has another kind, other modules, ranks or alphas than the settings. Nothing is padded
+    or cut.
     """
     if not config.network_weights:
         return inject(base, config)
     name = clean_text(Path(config.network_weights).name)
-    given = attach(base, read(Path(config.network_weights)))
+    check_start(config, base.family)
+    given = attach(base, read(Path(config.network_weights)), cores=config.use_tucker)
     state = given.state()
     given.remove()
     adapter = inject(base, config)
     try:
         wanted = adapter.state()
+        if config.dim_from_weights:  # it also tells modules that are not trained
+            keys = {layer.target.key for layer in adapter.layers}
+            state = {key: tensor for key, tensor in state.items() if key.partition(".")[0] in keys}
+        state = _as_trained(adapter, state)
         if config.network_type == "DoRA":  # saved with alpha = rank, the rest of its scale in lora_up
             for key in [key for key in wanted if key.endswith(".alpha") and key in state]:
                 up = key.removesuffix("alpha") + "lora_up.weight"
@@ -174,17 +90,17 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
         other = sorted(wanted.keys() ^ state.keys())
         if other:
             raise ConfigError(
-                f"network_weights {name} has other tensors than these settings train: {_listed(other)}",
+                f"network_weights {name} has other tensors than these settings train: {listed(other)}",
                 "set network_type, network_dim, conv_dim, factor … to what hpo inspect shows of it",
             )
         unequal = [
             f"{key} {_size(state[key])} instead of {_size(wanted[key])}"
             for key in wanted
-            if _size(state[key]) != _size(wanted[key])
+            if not key.endswith(f".{SCALAR}") and _size(state[key]) != _size(wanted[key])
         ]
         if unequal:
             raise ConfigError(
-                f"network_weights {name} has another rank or alpha than these settings: {_listed(unequal)}",
+                f"network_weights {name} has another rank or alpha than these settings: {listed(unequal)}",
                 "set network_dim, network_alpha, conv_dim and conv_alpha to what hpo inspect shows of it",
             )
         adapter.load_state(state)
@@ -194,30 +110,28 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
     return adapter
 
 
+def _as_trained(adapter: Adapter, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors in the parts that training has: DyLoRA's units, and the scalar of use_scalar."""
+    found = dict(state)
+    for layer in adapter.layers:
+        start = f"{layer.target.key}."
+        wanted = {ending: layer.weights[ending] for ending in layer.weights}
+        if SCALAR not in wanted and layer.kind.endings:
+            continue
+        given = {key.removeprefix(start): found.pop(key) for key in [*found] if key.startswith(start)}
+        constants = {ending: value for ending, value in given.items() if ending in CONSTANTS}
+        tensors = {ending: value for ending, value in given.items() if ending not in CONSTANTS}
+        try:
+            parts = layer.kind.unfolded(tensors, wanted)
+        except (KeyError, ValueError):
+            parts = tensors
+        found |= {start + ending: value for ending, value in (parts | constants).items()}
+    return found
+
+
 def _size(tensor: Tensor) -> tuple[int, ...] | float:
     """A weight's shape, or an alpha's value."""
     return tuple(tensor.shape) if tensor.dim() else round(float(tensor), 4)
-
-
-def _kind(parts: Mapping[str, Tensor]) -> str | None:
-    """Which kind of adapter a module's tensors are, or None if they are of several or of none."""
-    endings = parts.keys() - {"alpha", MAGNITUDE}
-    for kind in ("LoRA", "LoHa", "LoKr"):
-        if endings and endings <= set(KINDS[kind].endings):
-            if MAGNITUDE not in parts:
-                return kind
-            return "DoRA" if kind == "LoRA" else None
-    return None
-
-
-def _fits(kind: str, parts: Mapping[str, Tensor], weight: Tensor) -> bool:
-    """Whether a module's tensors are complete and belong to a weight of this shape."""
-    if MAGNITUDE in parts:
-        ones = (1,) * (weight.dim() - 2)
-        per_input, per_output = (1, weight.shape[1], *ones), (weight.shape[0], 1, *ones)
-        if tuple(parts[MAGNITUDE].shape) not in (per_input, per_output):
-            return False
-    return KINDS[kind].fits(parts, weight)
 
 
 def _with_unit_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -236,64 +150,6 @@ def _with_unit_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _known_names(base: Base) -> dict[str, tuple[str, str, str]]:
-    """Every name a file may use for a module → (component, path, kohya key): kohya's, diffusers' with
-    underscores under kohya's prefix (some SDXL writers), and diffusers' dotted."""
-    known: dict[str, tuple[str, str, str]] = {}
-    for table in (base.lora_names(), base.conv_names()):
-        for component, names in table.items():
-            for path, key in names.items():
-                entry = (component, path, key)
-                known[f"{component}.{path}"] = entry
-                if component == "unet":
-                    known["lora_unet_" + path.replace(".", "_")] = entry
-                else:
-                    known[f"{component}.text_model.{path.removeprefix('text_model.')}"] = entry
-                known[key] = entry
-    return known
-
-
-def _ending(name: str) -> str | None:
-    """The ending of a tensor's name, or None if it has none that a LoRA of any kind has."""
-    return next((ending for ending in ENDINGS if name.endswith(ending)), None)
-
-
-def family_of(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The family that a LoRA is for (``detect.family_of_lora``)."""
-    endings = ("lora_down.weight", "hada_w1_b")
-    readers = [name for name in shapes if ENDINGS.get(_ending(name) or "") in endings]
-    return detect.family_of_lora(metadata, shapes, readers)
-
-
-def _check_numbers(file: LoraFile, module: str, parts: Mapping[str, Tensor]) -> None:
-    """ModelFileError for what no module of a sound file has: empty, whole-number or non-finite tensors."""
-    for ending, part in sorted(parts.items()):
-        if ending == "alpha":
-            if part.numel() != 1:
-                raise _damaged(file, f"{module} has {part.numel()} alphas")
-        elif part.dim() < 2 or part.numel() == 0:
-            raise _damaged(file, f"{module} has {ending} of shape {tuple(part.shape)}")
-        elif not part.is_floating_point():
-            raise _damaged(file, f"{module} is not of floating-point numbers")
-        elif not bool(part.float().isfinite().all()):
-            raise _damaged(file, f"{module} is not finite")
-
-
-def _default_alpha(file: LoraFile, module: str, rank: int) -> float:
-    """Alpha of a module that has no alpha tensor: PEFT's settings in diffusers' metadata, else the rank (scale 1)."""
-    try:
-        settings = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-        component, _, path = module.partition(".")
-        pattern = settings.get(f"{component}.alpha_pattern") or {}
-        return float(pattern.get(path, settings.get(f"{component}.lora_alpha", rank)))
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise _damaged(file, f"its lora_adapter_metadata gives {module} no alpha") from None
-
-
-def _damaged(file: LoraFile, why: str) -> ModelFileError:
-    return ModelFileError(f"{file.path.name} cannot be attached: {why}", "make or download it again")
-
-
 def _file_hashes(tensors: dict[str, Tensor], training: Mapping[str, str]) -> dict[str, str]:
     """sshs_model_hash over the tensors' bytes, sshs_legacy_hash over 64 KiB at 1 MiB, both of a file that has
     only ss_* metadata (sd-scripts library/train_util.py, precalculate_safetensors_hashes)."""
@@ -303,9 +159,3 @@ def _file_hashes(tensors: dict[str, Tensor], training: Mapping[str, str]) -> dic
         "sshs_model_hash": hashlib.sha256(content[8 + header :]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
     }
-
-
-def _listed(names: list[str]) -> str:
-    """The first names of a list, shortened: a hostile file may hold very long ones."""
-    shown = ", ".join(clean_text(name[:120]) for name in names[:SHOWN_KEYS])
-    return shown + (" …" if len(names) > SHOWN_KEYS else "")

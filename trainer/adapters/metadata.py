@@ -37,8 +37,31 @@ FOLDERS = (
     "sample_prompts",
     "logging_dir",
     "network_weights",
+    "lycoris_preset",
 )
-ALGORITHMS = {"DoRA": "lora", "LoHa": "loha", "LoKr": "lokr"}  # LyCORIS' names
+# LyCORIS' names
+ALGORITHMS = {
+    "DoRA": "lora",
+    "LoHa": "loha",
+    "LoKr": "lokr",
+    "Full": "full",
+    "IA3": "ia3",
+    "OFT": "diag-oft",
+    "BOFT": "boft",
+    "GLoRA": "glora",
+}
+MODULES = {"DyLoRA": "networks.dylora", "LoRA-FA": "networks.lora_fa"}
+_OPTIONS = (
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+    "rs_lora",
+    "train_norm",
+    "constraint",
+    "rescaled",
+)
 
 Written = Callable[["Base", TrainConfig], object]
 Read = Callable[[str], Mapping[str, Any]]
@@ -158,7 +181,9 @@ def shared_settings(config: TrainConfig, base_name: str) -> dict[str, object]:
     paths = [name for name in FOLDERS if values[name] and not is_prompt_text(str(values[name]))]
     if config.vae and Path(config.vae).exists():
         paths.append("vae")
-    return values | {name: Path(str(values[name])).name for name in paths}
+    values |= {name: Path(str(values[name])).name for name in paths}
+    files = [Path(part.strip()).name for part in config.base_weights.split(";") if part.strip()]
+    return values | {"base_weights": ";".join(files)}
 
 
 def tells_training(metadata: Mapping[str, str]) -> bool:
@@ -178,11 +203,23 @@ def kohya_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
 # What is written
 
 
+def network_module(config: TrainConfig) -> str:
+    """The network module of sd-scripts that trains these settings."""
+    options = any(getattr(config, name) for name in _OPTIONS)
+    is_lycoris = config.network_type in ALGORITHMS or bool(config.lycoris_preset) or options
+    return MODULES.get(config.network_type, "lycoris.kohya" if is_lycoris else "networks.lora")
+
+
 def network_args(config: TrainConfig) -> dict[str, object]:
     """What sd-scripts takes as network_args for these settings: of networks.lora, or of lycoris.kohya."""
     values: dict[str, object] = {}
-    if config.network_type in ALGORITHMS:
-        values["algo"] = ALGORITHMS[config.network_type]
+    if network_module(config) == "lycoris.kohya":
+        values["algo"] = ALGORITHMS.get(config.network_type, "locon")
+    if config.lycoris_preset:
+        values["preset"] = Path(config.lycoris_preset).name
+    values |= {name: getattr(config, name) for name in _OPTIONS if getattr(config, name)}
+    if config.network_type == "DyLoRA":
+        values["unit"] = config.unit
     if config.network_type == "DoRA":
         values |= {"dora_wd": True, "wd_on_output": False}
     if config.network_type == "LoKr":
@@ -192,7 +229,8 @@ def network_args(config: TrainConfig) -> dict[str, object]:
         values |= {"conv_dim": config.conv_dim, "conv_alpha": conv_alpha}
     rates = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
     plus = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
-    names = ("rank_dropout", "module_dropout", *rates, *plus)
+    blocks = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+    names = ("rank_dropout", "module_dropout", *rates, *plus, *blocks)
     return values | {name: getattr(config, name) for name in names if getattr(config, name)}
 
 
@@ -332,9 +370,7 @@ ENTRIES = (
     _both("lr_scheduler", value=str),
     _both(
         "network_module",
-        written=lambda base, config: (
-            "lycoris.kohya" if config.network_type in ALGORITHMS else "networks.lora"
-        ),
+        written=lambda base, config: network_module(config),
         value=str,
     ),
     _both("network_dim"),

@@ -1,5 +1,8 @@
 from . import detect as detect
 from . import families as families
+from .architecture import LoraLayer as LoraLayer
+from .architecture import MadeFor as MadeFor
+from .architecture import made_for as made_for
 from .assumed import assumed_schedule as assumed_schedule
 from .assumed import assumption as assumption
 from .assumed import said_prediction as said_prediction
@@ -10,6 +13,8 @@ from .base import Sizes as Sizes
 from .base import TextStates as TextStates
 from .base import compute_type as compute_type
 from .base import plain_alphas_cumprod as plain_alphas_cumprod
+from .blockranks import BlockRanks as BlockRanks
+from .blockranks import block_ranks as block_ranks
 from .blockrates import BlockRates as BlockRates
 from .blockrates import block_rates as block_rates
 from .clipbpe import tokenizer_of as tokenizer_of

@@ -318,8 +318,21 @@ class Base(ABC):
     # Names of LoRA modules in kohya's files
 
     @abstractmethod
+    def unet_name(self, path: str) -> str:
+        """The path of a U-Net module in sd-scripts' own U-Net, on which presets of LyCORIS are written. Raises KeyError
+        for a module that it does not have."""
+
     def unet_key(self, path: str) -> str:
         """kohya's key prefix of a U-Net module, e.g. ``lora_unet_down_blocks_0_…``."""
+        return "lora_unet_" + self.unet_name(path).replace(".", "_")
+
+    def text_keys(self) -> dict[str, str]:
+        """component → kohya's key prefix of its text encoder."""
+        return dict(zip(self.facts.text_encoders, self.facts.text_prefixes, strict=False))
+
+    def key_of(self, component: str, path: str) -> str:
+        """kohya's key of a module, without the ending of a tensor."""
+        return self.unet_key(path) if component == "unet" else text_key(self.text_keys()[component], path)
 
     def lora_names(self) -> dict[str, dict[str, str]]:
         """component → module path → kohya key prefix of the modules that sd-scripts' ``networks.lora`` trains.

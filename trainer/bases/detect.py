@@ -1,14 +1,14 @@
-"""Detect the family of a model or a LoRA from names, shapes, metadata and configurations, before anything is loaded.
+"""Detect the family of a model from names, shapes, metadata and configurations, before anything is loaded.
 
-The only place that detects families; their distinguishing properties are in ``families``. The error for an
-unsupported model names its kind.
+The only place that detects families of models (for LoRAs: ``architecture``); their distinguishing properties are in
+``families``. The error for an unsupported model names its kind.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -160,25 +160,6 @@ def family_of_path(path: Path) -> str:
     from trainer.tensorfile import read_header  # loads torch
 
     return family_of_folder(path) if path.is_dir() else family_of_file(path, read_header(path))
-
-
-def family_of_lora(
-    metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], readers: Collection[str]
-) -> str:
-    """The family of a LoRA: from kohya's metadata, else from tensor names that only one family has, else from
-    the input width of ``readers``: tensors whose last dimension is the input width of their module. The first
-    family if nothing matches."""
-    if (told := _family_of_metadata(metadata)) is not None:
-        return told
-    families = FAMILIES.values()
-    marked = _last(f for f in families if any(mark in name for name in shapes for mark in f.lora_marks))
-    if marked is not None:
-        return marked
-    attention = (shapes[name] for name in readers if "attn2" in name and "to_k" in name)
-    widths = {shape[-1] for shape in attention if shape}
-    is_linear = any("proj_in" in n and len(shapes[n]) == 2 and ".hada" not in n for n in readers)
-    fitting = (f for f in families if f.context_width in widths or (is_linear and f.linear_projections))
-    return _last(fitting) or next(iter(FAMILIES))
 
 
 def family_of_file(path: Path, header: Header) -> str:

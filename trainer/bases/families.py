@@ -39,6 +39,8 @@ class BaseFamily:
     """Whether proj_in of a transformer block is a linear layer; otherwise it is a 1×1 convolution."""
     blocks: tuple[int, int, int]
     """Number of U-Net blocks for LoRA modules (down, middle, up), as counted by sd-scripts."""
+    outer_blocks: int
+    """Blocks without LoRA modules before and after these, which sd-scripts' block_dims lists too."""
     uses_clip_skip: bool
     half_vae: bool
     """Whether the VAE can run in fp16; otherwise it overflows (sd-scripts --no_half_vae)."""
@@ -88,6 +90,7 @@ _SD15 = BaseFamily(
     has_pooled_text=False,
     linear_projections=False,
     blocks=(12, 1, 12),
+    outer_blocks=0,
     uses_clip_skip=True,
     half_vae=True,
     resolution_px=512,
@@ -113,6 +116,7 @@ _SDXL = BaseFamily(
     has_pooled_text=True,
     linear_projections=True,
     blocks=(9, 3, 9),
+    outer_blocks=1,
     uses_clip_skip=False,
     half_vae=False,
     resolution_px=1024,

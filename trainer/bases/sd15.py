@@ -39,5 +39,5 @@ class SD15(Base):
         )[0]
         return predicted.float()
 
-    def unet_key(self, path: str) -> str:
-        return "lora_unet_" + path.replace(".", "_")
+    def unet_name(self, path: str) -> str:
+        return path

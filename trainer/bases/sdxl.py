@@ -12,10 +12,22 @@ from trainer.bases.base import Base, Sizes, TextStates, first_position, join_win
 
 # diffusers names in a resnet and in a sampler → sgm names (sd-scripts library/sdxl_model_util.py)
 _RESNET = {
-    "conv1": "in_layers_2",
-    "conv2": "out_layers_3",
-    "time_emb_proj": "emb_layers_1",
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
+}
+# Modules outside the blocks (sd-scripts library/sdxl_original_unet.py).
+_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
 }
 
 
@@ -65,17 +77,20 @@ class SDXL(Base):
         )[0]
         return predicted.float()
 
-    def unet_key(self, path: str) -> str:
-        return "lora_unet_" + sgm_path(path, int(self.unet.config.layers_per_block)).replace(".", "_")
+    def unet_name(self, path: str) -> str:
+        return sgm_path(path, int(self.unet.config.layers_per_block))
 
 
 def sgm_path(path: str, layers_per_block: int) -> str:
-    """A diffusers module path → the path of the module in Stability's code, which kohya's SDXL keys use."""
+    """A diffusers module path → the path of the module in Stability's code, which kohya's SDXL keys use.
+    Raises KeyError for a module that it does not have."""
+    if path in _ENDS:
+        return _ENDS[path]
     for pattern, rename in _BLOCKS:
         match = re.fullmatch(pattern, path)
         if match:
             return rename(match.groupdict(), layers_per_block + 1)
-    raise AssertionError(f"no sgm name for {path}")
+    raise KeyError(f"no sgm name for {path}")
 
 
 def _index(part: dict[str, str], stride: int) -> int:

@@ -19,7 +19,7 @@ from trainer.data import DRAWN_ANEW, OWN_KEYS, RUN_KEYS, Subset, parts_of, read_
 from trainer.errors import ConfigError, MissingData
 from trainer.files import write_atomic
 from trainer.kohya.exportrates import exported_optimizer, exported_schedule
-from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS, OURS_ALONE
+from trainer.kohya.keys import KOHYA_DEFAULTS, LYCORIS_SETTINGS, NETWORK_ARGUMENTS, OURS_ALONE
 from trainer.paths import is_prompt_text
 from trainer.text import clean_text
 
@@ -38,9 +38,20 @@ _MISSING = {
     "cpu_offload": "sd-scripts keeps everything on the GPU: more memory, the result is the same",
     "checkpoint_blocks": "sd-scripts recomputes all blocks: slower, the result is the same",
     "opt_channels_last": "sd-scripts does not support this layout: slower, the result is the same",
+    "rank_dropout_rows": "sd-scripts drops ranks with networks.lora, LyCORIS rows of the weight change",
     "hold_out_references": "sd-scripts trains on these images too; to exclude them, move them to another folder",
 }
-_ALGORITHMS = {"DoRA": "locon", "LoHa": "loha", "LoKr": "lokr"}
+_ALGORITHMS = {
+    "DoRA": "locon",
+    "LoHa": "loha",
+    "LoKr": "lokr",
+    "Full": "full",
+    "IA3": "ia3",
+    "OFT": "diag-oft",
+    "BOFT": "boft",
+    "GLoRA": "glora",
+}
+_MODULES = {"DyLoRA": "networks.dylora", "LoRA-FA": "networks.lora_fa"}
 
 
 @dataclass(frozen=True)
@@ -164,13 +175,18 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
     if config.text_encoder_frozen and config.trains_text_encoder:
         extra["text_encoder_lr"] = 0.0
         notes.append("text_encoder_frozen → text_encoder_lr = 0")
-    module = "networks.lora"
-    if config.network_type in _ALGORITHMS:
+    module = _MODULES.get(config.network_type, "networks.lora")
+    options = [name for name in LYCORIS_SETTINGS if getattr(config, name) != getattr(usual, name)]
+    arguments += [f"{name}={getattr(config, name)}" for name in options]
+    is_lycoris = config.network_type in _ALGORITHMS or config.lycoris_preset or set(options) - {"unit"}
+    if is_lycoris:
         module = "lycoris.kohya"
-        arguments.insert(0, f"algo={_ALGORITHMS[config.network_type]}")
+        arguments.insert(0, f"algo={_ALGORITHMS.get(config.network_type, 'locon')}")
         if config.network_type == "DoRA":
             arguments += ["dora_wd=True", "wd_on_output=False"]
-        if config.conv_dim is None:
+        if config.lycoris_preset:
+            arguments.append(f"preset={config.lycoris_preset}")
+        elif config.conv_dim is None:
             arguments.append("preset=attn-mlp")
         else:
             notes.append("LyCORIS also trains conv_in, conv_out and time_embedding; this tool does not")

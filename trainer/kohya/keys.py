@@ -116,10 +116,7 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "cache_text_encoder_outputs",
         "cache_text_encoder_outputs_to_disk",
     ),
-    "it only has an effect together with a refused setting": (
-        "base_weights_multiplier",
-        "skip_until_initial_step",
-    ),
+    "it only has an effect together with a refused setting": ("skip_until_initial_step",),
     "the validation loss is computed after every epoch, over all validation images": (
         "validate_every_n_steps",
         "validate_every_n_epochs",
@@ -158,11 +155,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
     **PIXELS_REFUSED,
     "dataset_class": ((), "external code is not run"),
-    "dim_from_weights": (
-        (False,),
-        "set network_dim and network_alpha to those of the file (hpo inspect shows them)",
-    ),
-    "base_weights": ((), "merge them into the base first"),
     "resume": ((), "a training state of sd-scripts cannot be resumed"),
     "initial_epoch": ((0, 1), FROM_THE_START),
     "initial_step": ((0,), FROM_THE_START),
@@ -215,21 +207,53 @@ NETWORK_ARGUMENTS = (
     "mid_lr_weight",
     "up_lr_weight",
     "block_lr_zero_threshold",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
     "factor",
     "loraplus_lr_ratio",
     "loraplus_unet_lr_ratio",
     "loraplus_text_encoder_lr_ratio",
 )
 # LyCORIS' algo → our network_type.
-LYCORIS_TYPES = {"lora": "LoRA", "locon": "LoCon", "loha": "LoHa", "lokr": "LoKr"}
 # network_args that GUIs also write beside it, where sd-scripts does not read them.
 LORA_PLUS = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+LYCORIS_TYPES = {
+    "lora": "LoRA",
+    "locon": "LoCon",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "full": "Full",
+    "ia3": "IA3",
+    "diag-oft": "OFT",
+    "boft": "BOFT",
+    "glora": "GLoRA",
+    "dylora": "DyLoRA",
+}
+# Settings that are arguments of LyCORIS and other network modules.
+LYCORIS_SETTINGS = (
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+    "rs_lora",
+    "train_norm",
+    "constraint",
+    "rescaled",
+    "oft_blocks",
+    "unit",
+)
 # Our settings that sd-scripts spells differently (in network_args and optimizer_args) or does not have.
 OURS_ALONE = frozenset(
     {
         *NETWORK_ARGUMENTS,
         "weight_decay",
         "network_type",
+        "lycoris_preset",
+        "rank_dropout_rows",
+        *LYCORIS_SETTINGS,
         "text_encoder_lr1",
         "text_encoder_lr2",
         "micro_batch_size",

@@ -1,111 +1,191 @@
-"""Translate sd-scripts' network_module and network_args, and those of LyCORIS.
+"""Translate sd-scripts' network_module and network_args.
 
-Does not own what a type of adapter does (``trainer.adapters``).
+Does not own what a type of adapter does (``trainer.adapters``) or LyCORIS (``trainer.kohya.lycoris``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-from trainer.kohya.keys import KOHYA_DEFAULTS, LYCORIS_TYPES, NETWORK_ARGUMENTS
-from trainer.kohya.reading import Reading, is_one_of, key_values
+from trainer.errors import ConfigError
+from trainer.kohya.keys import KOHYA_DEFAULTS, NETWORK_ARGUMENTS
+from trainer.kohya.lycoris import lycoris
+from trainer.kohya.netargs import Arguments, multipliers
+from trainer.kohya.reading import Reading, key_values
+from trainer.paths import user_path
 from trainer.tomlfile import as_text
+
+_OTHER_MODELS = ("flux", "sd3", "lumina", "anima", "hunyuan", "qwen", "wan")
+_BLOCKS = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 
 
 def _network(reading: Reading) -> None:
-    module = reading.take("network_module")
-    arguments = key_values("network_args", reading.take("network_args"))
-    if module == "lycoris.kohya":
-        arguments = _lycoris(reading, arguments)
+    module = str(reading.take("network_module") or "networks.lora")
+    arguments = Arguments(reading, key_values("network_args", reading.take("network_args")))
+    translate = MODULES.get(module)
+    if translate is not None:
+        translate(reading, arguments)
+    elif any(name in module for name in _OTHER_MODELS):
+        reading.refuse("network_module", module, "it is for another model than SD1.5 and SDXL")
     else:
-        arguments = _zero_convolutions(reading, arguments)
-    if module not in (None, "networks.lora", "lycoris.kohya"):
-        known = "supported: networks.lora (LoCon with conv_dim) and lycoris.kohya (locon, loha, lokr)"
-        reading.refuse("network_module", module, known)
-    for name, value in arguments.items():
-        if name in NETWORK_ARGUMENTS:
-            reading.given[name] = multipliers(value) if name.endswith("lr_weight") else value
-            reading.say(f"network_args {name}", value, f"{name} = {as_text(reading.given[name])}")
-        elif value not in (0, None, False):
-            reading.refuse(f"network_args {name}", value, "supported: " + ", ".join(NETWORK_ARGUMENTS))
+        reading.refuse("network_module", module, "supported: " + ", ".join(MODULES))
     if reading.left.get("network_alpha") == 0:
         rank = reading.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
         reading.left["network_alpha"] = rank
         reading.say("network_alpha", 0, f"{as_text(rank)}, which is network_dim")
 
 
-def _lycoris(reading: Reading, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Translate the LyCORIS algorithm to network_type; returns the remaining arguments."""
-    left = dict(arguments)
-    algorithm = str(left.pop("algo", "lora")).lower()
-    kind = LYCORIS_TYPES.get(algorithm)
-    if kind is None:
-        reading.refuse("network_args algo", algorithm, "supported: " + ", ".join(LYCORIS_TYPES))
-        return left
-    if left.pop("dora_wd", False) not in (False, 0, "False", "false"):
-        if kind not in ("LoRA", "LoCon"):
-            reading.refuse("network_args dora_wd", True, f"supported for lora and locon, not for {algorithm}")
-            return left
-        kind = "DoRA"
-        if left.pop("wd_on_output", True) not in (False, "False", "false"):
-            reading.say("network_args wd_on_output", True, "false: DoRA magnitudes are per input here")
-    if (dropout := left.pop("dropout", None)) is not None:
-        _lycoris_dropout(reading, kind, dropout)
-    preset = left.pop("preset", "full")
-    if preset not in ("full", "attn-mlp"):
-        reading.refuse(
-            "network_args preset", preset, "not supported: the modules of networks.lora are trained"
+def _lora(reading: Reading, arguments: Arguments, module: str = "networks.lora") -> None:
+    """networks/lora.py: create_network."""
+    conv_dim, conv_alpha = arguments.number("conv_dim"), arguments.number("conv_alpha")
+    if conv_dim is not None:
+        arguments.set("conv_dim", conv_dim)
+        if conv_dim == 0:
+            reading.translated[-1] += ": layers of resnets, but not their 3×3 convolutions, as in sd-scripts"
+        elif conv_alpha == 0:
+            reading.given["conv_alpha"] = conv_dim
+            reading.say("network_args conv_alpha", 0, f"{as_text(conv_dim)}, which is conv_dim")
+        elif conv_alpha is not None:
+            arguments.set("conv_alpha", conv_alpha)
+    elif conv_alpha:
+        reading.without_effect.append(
+            f"network_args conv_alpha = {as_text(conv_alpha)}: conv_dim is not given"
         )
-    if (
-        preset == "full" and kind == "LoRA"
-    ):  # the LyCORIS preset full also trains convolutions, which is LoCon
-        kind = "LoCon"
-    rank = reading.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
-    usual = {
-        "conv_dim": rank,
-        "conv_alpha": reading.left.get("network_alpha", KOHYA_DEFAULTS["network_alpha"]),
-    }
-    for name, value in usual.items():
-        if name in left and is_one_of(left[name], (0, None)):
-            del left[name]
-            taken = f"{as_text(value)}, as LyCORIS does" if preset == "full" else "unset"
-            reading.say(f"network_args {name}", 0, taken)
-        if preset == "full":
-            left.setdefault(name, value)
-    reading.given["network_type"] = kind
-    where = "the modules of networks.lora" + (" with 3×3 convolutions" if preset == "full" else "")
-    reading.say("network_module", "lycoris.kohya", f"network_type = {kind}, on {where}")
-    return left
+    for name in ("rank_dropout", "module_dropout", "block_lr_zero_threshold"):
+        if value := arguments.number(name):
+            arguments.set(name, value)
+    for name in _BLOCKS:
+        if (value := arguments.take(name)) is not None:
+            reading.given[name] = multipliers(value)
+            reading.say(f"network_args {name}", value, f"{name} = {as_text(reading.given[name])}")
+    _block_ranks(reading, arguments)
+    arguments.nothing("factor", "only LoKr has factors")
+    arguments.use_lora_plus()
+    arguments.rest(module, NETWORK_ARGUMENTS)
 
 
-def _lycoris_dropout(reading: Reading, kind: str, value: Any) -> None:
-    """The LyCORIS name of network_dropout; it overrides network_dropout."""
-    reading.take("network_dropout")
-    if kind in ("LoHa", "LoKr"):
-        reading.say("network_args dropout", value, f"ignored: LyCORIS has no dropout for {kind}")
+def _block_ranks(reading: Reading, arguments: Arguments) -> None:
+    """sd-scripts reads them only if block_dims or a block's rate is given."""
+    names = ("block_alphas", "conv_block_dims", "conv_block_alphas")
+    if "block_dims" in arguments.left or any(reading.given.get(name) for name in _BLOCKS):
+        arguments.use("block_dims", *names)
+    for name in names:
+        arguments.nothing(name, "sd-scripts reads it only together with block_dims or down_lr_weight")
+
+
+def _weights(reading: Reading) -> None:
+    """Files that are merged into the base first; one file may stand without a list."""
+    files, multipliers_ = reading.take("base_weights"), reading.take("base_weights_multiplier")
+    if files is None:
+        if multipliers_ is not None:
+            reading.without_effect.append("base_weights_multiplier: base_weights is not given")
         return
-    reading.given["network_dropout"] = value or 0.0
-    reading.say("network_args dropout", value, f"network_dropout = {as_text(value or 0.0)}")
+    names = [files] if isinstance(files, str) else files
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ConfigError(
+            f"base_weights = {as_text(files)} is not a list of files", 'write ["a.safetensors"]'
+        )
+    if odd := [name for name in names if ";" in name]:
+        reading.refuse("base_weights", odd[0], "a file name with ; in it")
+        return
+    reading.given["base_weights"] = ";".join(user_path(name, "base_weights") for name in names)
+    reading.say("base_weights", files, "merged into the base before training; the LoRA does not contain them")
+    if multipliers_ is not None:
+        reading.given["base_weights_multiplier"] = multipliers(multipliers_)
+        reading.say("base_weights_multiplier", multipliers_, reading.given["base_weights_multiplier"])
 
 
-def _zero_convolutions(reading: Reading, arguments: dict[str, Any]) -> dict[str, Any]:
-    """In networks.lora, rank 0 means no 3×3 convolutions, and alpha 0 means alpha = rank."""
-    left = dict(arguments)
-    if is_one_of(left.get("conv_dim"), (0,)):
-        reading.say("network_args conv_dim", left.pop("conv_dim"), "unset: no 3×3 convolutions")
-    if is_one_of(left.get("conv_alpha"), (0,)):
-        rank = left.get("conv_dim")
-        if rank is None:
-            del left["conv_alpha"]
-        else:
-            left["conv_alpha"] = rank
-        reading.say("network_args conv_alpha", 0, "unset" if rank is None else f"{rank}, which is conv_dim")
-    return left
+def _lora_fa(reading: Reading, arguments: Arguments) -> None:
+    """networks/lora_fa.py; its lora_down is constant."""
+    _kind(reading, "networks.lora_fa", "LoRA-FA")
+    _lora(reading, arguments, "networks.lora_fa")
 
 
-def multipliers(value: Any) -> str:
-    """Block multipliers as one text: from a tuple of numbers, a number, or the name of a shape."""
-    return ",".join(str(part) for part in value) if isinstance(value, tuple) else str(value)
+def _dylora(reading: Reading, arguments: Arguments) -> None:
+    """networks/dylora.py: conv_dim must be network_dim there, and it knows no dropout."""
+    _kind(reading, "networks.dylora", "DyLoRA")
+    conv_dim, conv_alpha = arguments.number("conv_dim"), arguments.number("conv_alpha")
+    if conv_dim:
+        arguments.set("conv_dim", conv_dim)
+        arguments.set("conv_alpha", conv_dim if conv_alpha == 0 else conv_alpha or 1.0)
+    arguments.use("unit")
+    _without_dropout(reading, arguments, "networks.dylora")
+    for name in NETWORK_ARGUMENTS:
+        arguments.nothing(name, "networks.dylora does not read it")
+    reading.differ(
+        "networks.dylora: ranks after those of a step are not used in it, as the paper proposes (arXiv 2210.07558); "
+        "in sd-scripts they are used, as constants"
+    )
+    arguments.use_lora_plus()
+    arguments.rest("networks.dylora", ("unit", "conv_dim", "conv_alpha"))
 
 
-TRANSLATIONS = (_network,)
+def _oft(reading: Reading, arguments: Arguments) -> None:
+    """networks/oft.py: the attention of the U-Net, or more with two switches, which any text turns on there."""
+    _kind(reading, "networks.oft", "OFT")
+    alpha = reading.take("network_alpha")
+    reading.given |= {
+        "oft_blocks": True,
+        "constraint": 1.0 if alpha is None else alpha,
+        "network_train_unet_only": True,
+    }
+    reading.take("network_train_unet_only")
+    reading.say("network_alpha", alpha, f"constraint = {as_text(reading.given['constraint'])}")
+    linear, convolutions = (arguments.take(name) is not None for name in ("enable_all_linear", "enable_conv"))
+    if convolutions and not linear:
+        reading.refuse("network_args enable_conv", True, "supported together with enable_all_linear")
+    elif convolutions:
+        rank = reading.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
+        reading.given["conv_dim"] = rank
+    elif not linear:
+        reading.given["lycoris_preset"] = "attn-only"
+    _without_dropout(reading, arguments, "networks.oft")
+    arguments.rest("networks.oft", ("enable_all_linear", "enable_conv"))
+
+
+def _loha(reading: Reading, arguments: Arguments) -> None:
+    _native(reading, arguments, "networks.loha", "LoHa")
+
+
+def _lokr(reading: Reading, arguments: Arguments) -> None:
+    arguments.use("factor")
+    _native(reading, arguments, "networks.lokr", "LoKr")
+
+
+def _native(reading: Reading, arguments: Arguments, module: str, kind: str) -> None:
+    """networks/loha.py and networks/lokr.py (sd-scripts aff4a2e): the modules of networks.lora, and a rank_dropout that
+    scales up the rest."""
+    _kind(reading, module, kind)
+    arguments.use_flags("use_tucker")
+    if value := reading.take("network_dropout"):
+        reading.without_effect.append(f"network_dropout = {as_text(value)}: {module} has none")
+    for name in ("exclude_patterns", "include_patterns", "network_reg_dims", "network_reg_lrs"):
+        if (value := arguments.take(name)) is not None:
+            reading.refuse(
+                f"network_args {name}", value, "modules are not chosen by patterns; see lycoris_preset"
+            )
+    _lora(reading, arguments, module)
+
+
+def _kind(reading: Reading, module: str, kind: str) -> None:
+    reading.given["network_type"] = kind
+    reading.say("network_module", module, f"network_type = {kind}")
+
+
+def _without_dropout(reading: Reading, arguments: Arguments, module: str) -> None:
+    if value := reading.take("network_dropout"):
+        reading.without_effect.append(f"network_dropout = {as_text(value)}: {module} has none")
+    for name in ("rank_dropout", "module_dropout"):
+        arguments.nothing(name, f"{module} does not read it")
+
+
+MODULES: dict[str, Callable[[Reading, Arguments], None]] = {
+    "networks.lora": _lora,
+    "networks.loha": _loha,
+    "networks.lokr": _lokr,
+    "networks.lora_fa": _lora_fa,
+    "networks.dylora": _dylora,
+    "networks.oft": _oft,
+    "lycoris.kohya": lycoris,
+}
+TRANSLATIONS = (_network, _weights)

@@ -88,8 +88,8 @@ def predict(config: TrainConfig, facts: BaseFacts, *, bucket_px: tuple[int, int]
     bucket = bucket_px or config.size_px
     found = _trace(facts, _traced_settings(config), bucket)
     dim, conv_dim = (config.network_dim, config.conv_dim or 1)
-    if config.network_type == "LoKr":
-        dim = conv_dim = 1  # this network type is traced with its own ranks
+    if _has_own_ranks(config):
+        dim = conv_dim = 1
     shapes = [(_at_rank(shape, dim, conv_dim), is_updated) for shape, is_updated in found.shapes]
     adapter = [(2 if config.full_bf16 else 4) * _count(shape) for shape, _ in shapes]
     updated = [shape for shape, is_updated in shapes if is_updated]
@@ -235,6 +235,15 @@ def _loaded_networks() -> Any:
     return networks
 
 
+# Settings whose tensors are not proportional to one rank.
+_FORMS = (
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+)
+_OF_ONE_RANK = ("LoRA", "LoCon", "DoRA", "LoHa", "LoRA-FA")
 _DECIDES_A_TRACE = (
     "network_type",
     "gradient_checkpointing",
@@ -248,16 +257,35 @@ _DECIDES_A_TRACE = (
     "up_lr_weight",
     "block_lr_zero_threshold",
     "mixed_precision",
+    "lycoris_preset",
+    "rank_dropout_rows",
+    "train_norm",
+    "rescaled",
+    "oft_blocks",
+    "unit",
+    *_FORMS,
 )
+_RANKS = ("block_dims", "conv_block_dims", "dim_from_weights")
+
+
+def _has_own_ranks(config: TrainConfig) -> bool:
+    """Whether the trace is made with the ranks themselves: tensors are not proportional to one rank."""
+    return config.network_type not in _OF_ONE_RANK or any(
+        getattr(config, name) for name in (*_RANKS, *_FORMS)
+    )
 
 
 def _traced_settings(config: TrainConfig) -> TrainConfig:
     """The settings that affect the sequence of allocations; all others are set to a fixed value."""
     ranks: dict[str, Any] = {"network_dim": DIM}
-    if config.network_type == "LoKr":
-        ranks = {"network_dim": config.network_dim, "conv_dim": config.conv_dim}
-    elif config.conv_dim is not None:
+    if _has_own_ranks(config):
+        ranks = {name: getattr(config, name) for name in ("network_dim", "conv_dim", "factor", *_RANKS)}
+    elif config.conv_dim:
         ranks["conv_dim"] = CONV_DIM
+    elif config.conv_dim == 0:
+        ranks["conv_dim"] = 0
+    elif config.lycoris_preset:  # LyCORIS' rank of convolutions is that of the others
+        ranks["conv_dim"] = DIM
     values = {name: getattr(config, name) for name in _DECIDES_A_TRACE}
     first, second = config.effective_text_encoder_lrs
     values |= {
@@ -269,6 +297,7 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
         "rank_dropout": 0.5 if config.rank_dropout else 0.0,
         "checkpoint_blocks": config.checkpoint_blocks if config.gradient_checkpointing else None,
         "max_token_length": None if config.max_token_length == 75 else config.max_token_length,
+        "network_weights": config.network_weights if config.dim_from_weights else "",
     }
     return TrainConfig(**values, **ranks)
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from trainer.adapters import KINDS, targets_of
 from trainer.adapters import adapter as adapters
+from trainer.adapters import kind_for, targets_of
 from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
 from trainer.config import TrainConfig
@@ -63,12 +63,12 @@ def subject(base: Base, config: TrainConfig) -> Subject:
     with torch.device("meta"):
         for target in targets:
             layer = base.components()[target.component].get_submodule(target.path)
-            kind = KINDS[target.kind]
+            kind = kind_for(config, target)
             for ending, value in kind.start(layer, target.rank, None).items():  # type: ignore[arg-type]
                 weights[f"{target.key}.{ending}"] = value
             if target.kind == "DoRA":
                 weights[f"{target.key}.{adapters.MAGNITUDE}"] = adapters.column_norm(layer.weight)
-    dropout = adapters.Dropout(config.network_dropout, config.rank_dropout, 0.0)
+    dropout = adapters.Dropout(config.network_dropout, config.rank_dropout, 0.0, config.rank_dropout_rows)
     return Subject(base, adapters.Adapter(base, targets, weights, dropout=dropout))
 
 

@@ -267,7 +267,9 @@ def test_of_many_keys_that_do_not_fit_the_first_five_are_named(tmp_path):
     assert caught.value.message.endswith(" …")
 
 
-def test_a_file_of_two_kinds_is_refused(tmp_path):
+def test_a_file_of_two_kinds_gives_every_module_its_own(tmp_path):
+    """As LyCORIS writes with a preset that gives some modules another algorithm: one kind is attached as an adapter,
+    the rest as differences."""
     base = tiny_base("sd15")
     written(base, tmp_path / "a.safetensors", "LoHa")
     written(base, tmp_path / "b.safetensors", "LoRA")
@@ -278,8 +280,13 @@ def test_a_file_of_two_kinds_is_refused(tmp_path):
             del tensors[name]
         tensors.update(other)
 
-    with pytest.raises(ModelFileError, match="mixes LoHa, LoRA"):
-        lorafile.attach(base, changed(tmp_path / "a.safetensors", mix))
+    file = changed(tmp_path / "a.safetensors", mix)
+    assert file.contents.kind == "LoHa + LoRA"
+    adapter = lorafile.attach(base, file)
+    found = prediction(base)
+    adapter.remove()
+    expected = merged_prediction(base, tmp_path / "a.safetensors", comfyui_weight)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])

@@ -569,6 +569,23 @@ def foreign_lora(place: Path) -> None:
         (place / "foreign" / path.name).write_bytes(to_bytes(load_tensors(path), metadata))
 
 
+def test_what_the_files_of_another_tool_lack_is_said_once(place: Path) -> None:
+    from trainer.tensorfile import to_bytes
+
+    foreign_lora(place)
+    paths = sorted((place / "foreign").glob("*.safetensors"))
+    for path in paths:
+        weights = {name: tensor for name, tensor in load_tensors(path).items() if not name.endswith(".alpha")}
+        path.write_bytes(to_bytes(weights, read_header(path).metadata))
+    found, _ = judge("foreign", base="tiny-sd15", data=Path("images"))
+    said: list[str] = []
+    found.say = said.append
+    for path in paths:
+        found.check(path)
+    assert len(paths) > 1 and len(said) == 1
+    assert said[0].startswith(f"warning: {paths[0].name}: no module has an alpha: readers take the rank")
+
+
 def test_a_run_of_a_dataset_file_with_plain_folders_is_trained_and_judged(place: Path) -> None:
     """held_out/ lies next to the folder, the words are in the file."""
     import shutil

@@ -21,6 +21,7 @@ import hpo.train.keeper
 from hpo.cli.main import main
 from hpo.judge.runfiles import find_run
 from hpo.train.plan import count_steps
+from tests.lorafiles import FILES
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
 from trainer.adapters.adapter import inject
@@ -329,8 +330,29 @@ def test_inspect_shows_foreign_files_and_nothing_a_terminal_would_act_on(tmp_pat
         "4": 1,
         "none (readers take the rank)": 1,
     }
-    assert (found["kind"], found["family"]) == ("LoRA", "SDXL (guessed from the tensor names)")
+    assert (found["kind"], found["family"]) == ("LoRA", "SDXL")
     assert found["other_tensors"] == ["surplus"] and found["metadata"]["ss_tag_frequency"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["LCM, SDXL", "OneTrainer, bundled embedding", "LyCORIS full and norms", "LyCORIS IA3"]
+)
+def test_inspect_shows_what_a_file_of_another_tool_is(name: str, tmp_path: Path) -> None:
+    file = FILES[name]
+    path = file.write(tmp_path / "x.safetensors")
+    lines = [line.split(None, 1) for line in hpo_command("inspect", str(path)).output.splitlines()]
+    assert ["kind", f"{file.kind} for {file.model}"] in [[*map(str.strip, line)] for line in lines]
+    found = json.loads(hpo_command("inspect", str(path), "--json").stdout)
+    assert tuple(found["modules"]) == file.parts and bool(found["warnings"]) == bool(file.warns)
+    assert all(words in " ".join(found["warnings"]) for words in file.warns)
+
+
+def test_inspect_tells_of_values_that_are_not_finite(tmp_path: Path) -> None:
+    tensors = FILES["kohya SDXL"].tensors()
+    name = next(name for name in tensors if name.endswith("lora_up.weight"))
+    safetensors.torch.save_file(tensors | {name: tensors[name] * torch.nan}, tmp_path / "x.safetensors")
+    shown = hpo_command("inspect", str(tmp_path / "x.safetensors"))
+    assert shown.exit_code == 0 and "1 of 4 modules hold NaN or infinity" in " ".join(shown.output.split())
 
 
 def test_inspect_refuses_what_is_no_lora(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_the_model_hash_is_that_of_the_files_tensors(tmp_path):
 
 def test_a_lora_of_the_other_family_is_refused(tmp_path):
     written(tiny_base("sdxl"), tmp_path / "a.safetensors")
-    with pytest.raises(ModelFileError, match="LoRA for sdxl, the base tiny-sd15 is sd15"):
+    with pytest.raises(ModelFileError, match=r"LoRA for SDXL \(.*\); the base tiny-sd15 is SD1.5"):
         lorafile.attach(tiny_base("sd15"), lorafile.read(tmp_path / "a.safetensors"))
 
 
@@ -232,12 +232,23 @@ def test_a_lora_for_a_wider_model_is_refused(tmp_path):
         lorafile.attach(base, file)
 
 
-@pytest.mark.parametrize(
-    "name", ["x.hada_t1", "x.lokr_t2", "x.lora_mid.weight", "x.diff", "model.diffusion_model.out.2.weight"]
-)
+@pytest.mark.parametrize("name", ["x.hada_t1", "x.lokr_t2", "model.diffusion_model.out.2.weight"])
 def test_other_kinds_of_files_are_refused(name, tmp_path):
     save_file({name: torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(ModelFileError, match="holds more than a LoRA"):
+    with pytest.raises(ModelFileError, match="contains no LoRA"):
+        lorafile.read(tmp_path / "a.safetensors")
+
+
+def test_tensors_beside_a_lora_are_named_and_refused(tmp_path):
+    save_file(
+        {
+            f"{FC1}.lora_down.weight": torch.ones(4, 16),
+            f"{FC1}.lora_up.weight": torch.ones(32, 4),
+            "more": torch.ones(2),
+        },
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(ModelFileError, match="holds more than a LoRA: more"):
         lorafile.read(tmp_path / "a.safetensors")
 
 
@@ -311,3 +322,103 @@ def test_training_can_begin_with_the_weights_of_a_file(kind, tmp_path):
     fresh = lorafile.begin(base, config)
     assert any(not bool(layer.delta().any()) for layer in fresh.layers)
     fresh.remove()
+
+
+def started(tmp_path, tensors, metadata=None, **values):
+    """(network_weights of a file with these tensors, settings)"""
+    save_file(tensors, tmp_path / "first.safetensors", metadata)
+    config = TrainConfig(network_dim=2, network_alpha=1, save_precision="float", **values)
+    return config.with_values({"network_weights": str(tmp_path / "first.safetensors")})
+
+
+def test_training_begins_with_a_file_of_another_tool(tmp_path):
+    """diffusers' names and halves: alpha is in the second one, so the file's alpha is its rank."""
+    base = tiny_base()
+    config = TrainConfig(network_dim=2, network_alpha=2, network_train_unet_only=True)
+    first = inject(base, config)
+    randomise(first)
+    theirs, deltas = {}, {}
+    for layer in first.layers:
+        for half, weight in (("lora_A", layer.down.weight), ("lora_B", layer.up.weight)):
+            theirs[f"unet.{layer.target.path}.{half}.weight"] = weight.detach().clone()
+        deltas[layer.target.key] = layer.delta().detach().clone()
+    first.remove()
+    again = lorafile.begin(
+        base, started(tmp_path, theirs, network_train_unet_only=True).with_values({"network_alpha": 2})
+    )
+    assert {layer.target.key for layer in again.layers} == deltas.keys()
+    for layer in again.layers:
+        torch.testing.assert_close(layer.delta().detach(), deltas[layer.target.key])
+
+
+PROJ = "lora_unet_mid_block_attentions_0_proj_in"
+
+
+@pytest.mark.parametrize(
+    "tensors, values, message",
+    [
+        (
+            {f"{PROJ}.diff": (16, 16, 1, 1)},
+            {},
+            r"holds Full \(1 module\), and network_type is LoRA",
+        ),
+        ({"lora_unet_mid_block_attentions_0_norm.w_norm": (16,)}, {}, r"holds Norm \(1 module\)"),
+        ({f"{PROJ}.lokr_w1": (4, 4), f"{PROJ}.lokr_w2": (4, 4)}, {}, "holds LoKr .*set network_type = LoKr"),
+        (
+            {
+                f"{PROJ}.lora_down.weight": (2, 16, 1, 1),
+                f"{PROJ}.lora_up.weight": (16, 2, 1, 1),
+                f"{PROJ}.dora_scale": (16, 1),
+            },
+            {"network_type": "DoRA"},
+            "has DoRA magnitudes per output",
+        ),
+        (
+            {f"{FC1}.lora_down.weight": (2, 16), f"{FC1}.lora_up.weight": (32, 2)},
+            {"network_type": "LoHa"},
+            "holds LoRA .*set network_type = LoRA",
+        ),
+        (
+            {
+                "lora_unet_single_blocks_0_linear1.lora_down.weight": (2, 3072),
+                "lora_unet_single_blocks_0_linear1.lora_up.weight": (21504, 2),
+            },
+            {},
+            r"is a LoRA for FLUX \(.*\); the base is SD1.5",
+        ),
+    ],
+)
+def test_a_file_that_these_settings_cannot_go_on_with_is_refused_with_the_reason(
+    tensors, values, message, tmp_path
+):
+    base = tiny_base()
+    config = started(tmp_path, {name: torch.ones(shape) for name, shape in tensors.items()}, **values)
+    with pytest.raises(ConfigError, match=message):
+        lorafile.begin(base, config)
+    assert not hasattr(base.unet, "peft_config")
+
+
+def test_training_goes_on_with_a_tucker_file_as_a_locon(tmp_path):
+    base = tiny_base()
+    config = TrainConfig(
+        network_dim=2, network_alpha=1, conv_dim=2, network_train_unet_only=True, save_precision="float"
+    )
+    fresh = inject(base, config)
+    randomise(fresh)
+    tensors, expected = {}, {}
+    for layer in fresh.layers:
+        key, down, up = layer.target.key, layer.down.weight.detach(), layer.up.weight.detach()
+        tensors |= {f"{key}.alpha": torch.tensor(layer.target.alpha), f"{key}.lora_up.weight": up.clone()}
+        if down.dim() == 4 and down.shape[-1] > 1:
+            core, down = down[:, :2].clone(), down[:, :, :1, :1].clone()
+            tensors[f"{key}.lora_mid.weight"] = core
+            full = torch.einsum("rskl,si->rikl", core, down[:, :, 0, 0])
+        else:
+            full = down
+        tensors[f"{key}.lora_down.weight"] = down.clone()
+        expected[key] = up.flatten(1) @ full.flatten(1) * layer.wrapped.scaling["lora"]
+    fresh.remove()
+    begun = lorafile.begin(base, started(tmp_path, tensors, conv_dim=2, network_train_unet_only=True))
+    assert any("lora_mid" in name for name in tensors)
+    for layer in begun.layers:
+        torch.testing.assert_close(layer.delta().detach(), expected[layer.target.key])

@@ -369,8 +369,8 @@ def header_file(path, header, body=b""):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "truncated or not a safetensors file"),
-        (b"abc", "truncated or not a safetensors file"),
+        (b"", "it is empty"),
+        (b"abc", "is a text file"),
         (struct.pack("<Q", 2**63) + b"{}", "truncated or not a safetensors file"),
         (struct.pack("<Q", 500) + b"{}", "truncated or not a safetensors file"),
         (struct.pack("<Q", 4) + b"nope", "is not JSON"),

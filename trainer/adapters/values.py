@@ -1,0 +1,80 @@
+"""What the values of a LoRA file show: modules that are not finite, modules that change nothing, and the alphas.
+
+Owns the checks that need the tensors and no base.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from trainer.adapters.contents import Contents, listed
+from trainer.adapters.keys import Name
+
+FLAGS = ("alpha", "on_input", "oft_R.scaled_oft", "scalar")  # parts of a single value
+# One of these parts being zero makes ΔW zero.
+_FACTORS = (
+    ("lora_down.weight", "lora_up.weight"),
+    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+)
+
+
+def value_notes(contents: Contents, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What the values of a file show: modules that are not finite, and modules that change nothing."""
+    broken = broken_modules(contents, tensors)
+    found = []
+    if broken:
+        names = [contents.keys.modules[name].written for name in broken]
+        found.append(f"{len(broken)} of {len(contents.kinds)} modules hold NaN or infinity: {listed(names)}")
+    zero = sum(_changes_nothing(contents, tensors, name) for name in contents.kinds)
+    if zero:
+        which = "all" if zero == len(contents.kinds) else f"{zero} of {len(contents.kinds)}"
+        found.append(
+            f"{which} modules are zero and change nothing"
+            + (": the file was not trained" if which == "all" else "")
+        )
+    return found
+
+
+def broken_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> list[Name]:
+    """The modules with a value that is not finite."""
+    return [
+        name
+        for name in contents.kinds
+        if any(not is_finite(tensors[key]) for key in contents.keys.modules[name].tensors.values())
+    ]
+
+
+def alphas_of(contents: Contents, tensors: Mapping[str, Tensor]) -> Counter[str]:
+    """Alpha → how many modules have it."""
+    found: Counter[str] = Counter()
+    for name in contents.kinds:
+        if alpha := contents.keys.modules[name].tensors.get("alpha"):
+            found[f"{float(tensors[alpha].float().mean()):g}"] += 1
+    if without := len(contents.unscaled()):
+        found["none (readers take the rank)"] = without
+    return found
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers."""
+    return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())
+
+
+def _changes_nothing(contents: Contents, tensors: Mapping[str, Tensor], name: Name) -> bool:
+    parts = contents.keys.modules[name].tensors
+    if "dora_scale" in parts or "magnitude" in parts:
+        return False
+    for factors in _FACTORS:
+        own = [tensors[parts[part]] for part in factors if part in parts]
+        if own:
+            return any(not bool(tensor.float().any()) for tensor in own)
+    whole = [
+        tensors[key]
+        for part, key in parts.items()
+        if part not in FLAGS and part not in ("set_weight", "ia3_l", "rescale")
+    ]
+    return bool(whole) and all(not bool(tensor.float().any()) for tensor in whole)
