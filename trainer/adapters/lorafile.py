@@ -190,7 +190,7 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
         unequal = [
             f"{key} {_size(state[key])} instead of {_size(wanted[key])}"
             for key in wanted
-            if _size(state[key]) != _size(wanted[key])
+            if not key.endswith(f".{SCALAR}") and _size(state[key]) != _size(wanted[key])
         ]
         if unequal:
             raise ConfigError(
