@@ -438,6 +438,30 @@ WITHOUT_INFLUENCE = frozenset(
         "training_comment",
     }
 )
+# Settings that studies begun before do not know. At their default they mean what was done before, so they are no part of
+# a trial's identity then.
+ADDED_LATER = (
+    "lycoris_preset",
+    "rank_dropout_rows",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
+    "dim_from_weights",
+    "base_weights",
+    "base_weights_multiplier",
+    "full_matrix",
+    "decompose_both",
+    "unbalanced_factorization",
+    "use_tucker",
+    "use_scalar",
+    "rs_lora",
+    "train_norm",
+    "constraint",
+    "rescaled",
+    "oft_blocks",
+    "unit",
+)
 # Numeric settings that can be unset: 0 means unset (TOML has no null).
 ZERO_IS_UNSET = ("min_snr_gamma",)
 SETTINGS: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(Settings)}

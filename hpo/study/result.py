@@ -19,6 +19,7 @@ from hpo.study.sections import FOLLOWING, LIKENESS, SCORE
 from trainer.config import TrainConfig
 from trainer.errors import MachineError
 from trainer.files import make_folder, write_atomic
+from trainer.settings import ADDED_LATER
 
 COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
 # Below every measured value, which is above 0 or, in a study that is told signed values, above -1
@@ -107,8 +108,12 @@ def infeasible_value(below_zero: str) -> float:
 
 
 def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that determine a LoRA, as read back from JSON.  Paths are excluded; contents are hashed."""
-    return json.loads(json.dumps({k: v for k, v in settings.items() if k not in PATHS}, sort_keys=True))
+    """The settings that determine a LoRA, as read back from JSON.  Paths are excluded; contents are hashed.  A setting
+    that a study begun before does not know counts only if it is not at its default."""
+    usual = TrainConfig().as_dict()
+    added = {name for name in ADDED_LATER if settings.get(name, usual[name]) == usual[name]}
+    kept = {k: v for k, v in settings.items() if k not in PATHS and k not in added}
+    return json.loads(json.dumps(kept, sort_keys=True))
 
 
 def config_sha256(config: TrainConfig) -> str:
