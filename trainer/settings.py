@@ -438,8 +438,8 @@ WITHOUT_INFLUENCE = frozenset(
         "training_comment",
     }
 )
-# Settings that studies begun before do not know. At their default they mean what was done before, so they are no part of
-# a trial's identity then.
+# Settings that studies begun before do not know. At their default they mean what was done before, so they are then no
+# part of the identity of a trial.
 ADDED_LATER = (
     "lycoris_preset",
     "rank_dropout_rows",
