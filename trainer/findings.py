@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from trainer.errors import Interrupted, ToolError
+from trainer.errors import ConfigError, Interrupted, ToolError
 
 
 class Findings:
@@ -46,6 +46,16 @@ class Findings:
         if len(self.errors) == 1:
             raise first
         raise _Several(first, len(self.errors))
+
+    def require_none_together(self, where: str) -> None:
+        """Raise all findings as one error, if there are any. Its exit code is that of the first."""
+        if len(self.errors) < 2:
+            self.require_none()
+            return
+        lines = [f"{e.message} ({e.hint})" if e.hint else e.message for e in self.errors]
+        error = ConfigError(f"{where} has {len(lines)} mistakes: {'; '.join(lines)}", "correct all of them")
+        error.exit_code = self.errors[0].exit_code
+        raise error
 
     def as_json(self) -> list[dict[str, Any]]:
         return [{"what": e.message, "hint": e.hint, "exit_code": e.exit_code} for e in self.errors]

@@ -465,7 +465,7 @@ ADDED_LATER = (
 # Numeric settings that can be unset: 0 means unset (TOML has no null).
 ZERO_IS_UNSET = ("min_snr_gamma",)
 SETTINGS: dict[str, Rule] = {f.name: f.metadata["rule"] for f in fields(Settings)}
-_TYPES: dict[str, Any] = typing.get_type_hints(Settings)
+SETTING_TYPES: dict[str, Any] = typing.get_type_hints(Settings)
 
 
 def check_name(name: str) -> None:
@@ -477,8 +477,8 @@ def check_value(name: str, value: Any) -> Any:
     """``value`` converted to the type of the setting. Raises ConfigError with its limits.
     Whole floats become ints."""
     check_name(name)
-    found = check(name, value, _TYPES[name], SETTINGS[name])
+    found = check(name, value, SETTING_TYPES[name], SETTINGS[name])
     return float(found) if name in _FLOATS and found is not None else found
 
 
-_FLOATS = frozenset(name for name, kind in _TYPES.items() if kind in (float, float | None))
+_FLOATS = frozenset(name for name, kind in SETTING_TYPES.items() if kind in (float, float | None))

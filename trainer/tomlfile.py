@@ -41,8 +41,11 @@ def flat(path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
     shown = clean_text(str(path))
     found: dict[str, Any] = {}
     for name, value in _pairs(table):
-        if name in found:
-            raise ConfigError(f"{clean_text(name)} is set twice in {shown}", "keep one of them")
+        if name in found and found[name] != value:
+            raise ConfigError(
+                f"{clean_text(name)} is set twice in {shown}: {as_text(found[name])} and {as_text(value)}",
+                "keep one of them",
+            )
         found[name] = value
     if not found:
         raise ConfigError(f"{shown} has no settings", "write at least one, for example learning_rate = 1e-4")

@@ -73,7 +73,7 @@ def sample_grid(
     """Every prompt with its whole text, its images, and below them those of the untrained base.
 
     ``verdict``: the score in words, or, if it ``failed``, why there is none. A prompt with seeds of its own shows
-    only as many images as the others.
+    only as many images as the others (docs/study.md).
     """
     heading, beside = heading or Heading(), beside or Beside()
     seeds = len(prompts.seeds)

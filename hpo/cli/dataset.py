@@ -43,6 +43,7 @@ from trainer.overrides import read_setting
 from trainer.text import clean_text
 
 STYLES = {REFUSED: "bold red", WARNING: "yellow"}
+SEARCHED = "sd15"  # what is searched for a base that is too large to be searched itself
 BAR = 24  # width of the longest histogram bar, in columns
 LISTED_REFUSED = 20  # files of a refused finding listed in the table; --json lists all
 
@@ -184,12 +185,17 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
         for line in arithmetic(report.steps, config, {photo.repeats for photo in seen.trained}):
             say(console, line)
     if report.is_usable and not any(finding.kind == "few" for finding in report.findings):
+        if not KNOWN_BASES[request.base].study:
+            say(
+                console,
+                f"the search runs on {SEARCHED}; hpo transfer then adapts its best settings to {request.base}",
+            )
         say(console, f"next: {_search_command(request, report)}")
 
 
 def _search_command(request: DatasetRequest, report: Report) -> str:
     """The search on these images: on the base itself, or on SD1.5, from which settings are transferred to SDXL."""
-    base = request.base if KNOWN_BASES[request.base].study else "sd15"
+    base = request.base if KNOWN_BASES[request.base].study else SEARCHED
     words: list[str | Path] = ["hpo", "search", "--base", base, "--data", request.folder]
     named = {"--trigger": request.trigger, "--class": request.class_word}
     return command(*words, *(word for flag, value in named.items() if value for word in (flag, value)))

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hpo.cli import plantable
 from hpo.cli.plantable import GB, Cell
-from hpo.terminal import say
+from hpo.terminal import say, short
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.kohya import read_train_file
@@ -161,7 +161,7 @@ def show_stack(console: Console, vram_gb: float, given: Footprint, stack: Stack)
 
 
 def _shown(value: Any) -> str:
-    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "unset" if value is None else short(value)
 
 
 # The users' table

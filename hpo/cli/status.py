@@ -60,7 +60,7 @@ def _print_table(study: optuna.Study, folder: StudyFolder, table: StudyTable) ->
         screen.print(shown)
     for line in (*left_out, *reason_lines(table), *_remarks(study, folder, table)):
         click.echo(wrapped(line, screen.width - 1))
-    click.echo(study_line(folder.name, table.now, table.kind))
+    click.echo(wrapped(study_line(folder.name, table.now, table.kind), screen.width - 1))
 
 
 def _print_tsv(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> None:

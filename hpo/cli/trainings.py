@@ -50,6 +50,7 @@ def plan(
 @click.option(
     "--dry-run", is_flag=True, help="Check everything and show what would be done. Needs no weights."
 )
+@click.option("--strict", is_flag=True, help="Settings of FILE that sd-scripts does not know are errors.")
 @options.as_json("With --dry-run: print JSON.")
 @options.notifies
 def train(
@@ -61,6 +62,7 @@ def train(
     output: Path | None,
     device: str | None,
     dry_run: bool,
+    strict: bool,
     as_json: bool,
 ) -> None:
     """Train one LoRA from FILE. FILE: settings of this tool or of sd-scripts (TOML), a dataset file, a LoRA, or
@@ -80,6 +82,7 @@ def train(
         base=base,
         device=device,
         dry_run=dry_run,
+        strict=strict,
         as_json=as_json,
     )
     run(request, console(), click.echo)

@@ -25,6 +25,7 @@ from hpo.study import (
     find_folder,
     is_feasible,
     open_study,
+    parent_of,
     rank,
     read_json,
     score_of,
@@ -95,11 +96,6 @@ def run_of(params: Mapping[str, Any]) -> Wanted:
     return Wanted(params.get(OF, -1), params.get(TRAIN_SEED, -1))
 
 
-def searched(name: str) -> str | None:
-    """The name of the study that a study of this name confirms, or None if it is not a confirmation."""
-    return next((name.removesuffix(end) for end in SUFFIX.values() if name.endswith(end)), None)
-
-
 def fresh_seed(study_seed: int, repeat: int) -> int:
     """Training seed of the n-th repeat.  It is the same for all configurations, so repeats are paired."""
     state = np.random.SeedSequence([study_seed, STREAM, repeat]).generate_state(1)[0]
@@ -107,10 +103,11 @@ def fresh_seed(study_seed: int, repeat: int) -> int:
 
 
 def source_of(request: ConfirmRequest) -> StudyFolder:
-    """The searched study: the named one, else the one last worked on.  A confirmation's name leads to its search."""
+    """The searched study: the named one, else the one last worked on.  Those of a confirmation or
+    of target trials lead to their search."""
     found = find_folder(request.name, request.runs)
-    name = searched(found.name)
-    return found if name is None else find_folder(name, request.runs)
+    name = parent_of(found)
+    return found if name is None else find_folder(name, found.root.parent)
 
 
 def chosen_trials(

@@ -1,7 +1,7 @@
-"""--enqueue FILE.toml: a user's own kohya configuration as a trial.
+"""--enqueue FILE: a user's own training file as a trial.
 
 Owns the translation of the file to parameters of the study, and the notes about settings that are ignored.
-Does not own reading the file (``trainer.kohya.read``) or enqueueing (``hpo.search.session``).
+Does not own reading the file (``trainer.kohya.trainfile``) or enqueueing (``hpo.search.session``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from hpo.study import ELSEWHERE, StudyConfig, settings_of
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.kohya import read_kohya
+from trainer.kohya import read_train_file
 from trainer.text import clean_text
 
 # Together these define two learning rates, one for the U-Net and one for the text encoders.
@@ -29,7 +29,7 @@ def as_proposal(
     Settings that the file omits get kohya's defaults.  ``steps_of`` returns the optimizer steps of a run; it
     converts warmup steps to a ratio.  Raises ConfigError for values outside the study's ranges.
     """
-    file = read_kohya(path)
+    file = read_train_file(path, needs_base=False)
     name = clean_text(path.name)
     baseline = config.config(config.baseline)
     decided = {setting for p in config.space for setting in settings_of(p.name)}
@@ -51,7 +51,8 @@ def as_proposal(
         _check_text_encoder_off(proposal, config, name)
     proposal = config.space.check(proposal, f"--enqueue {name}")
     trained = config.config(proposal)
-    notes += _left_out(file.given, trained, decided, name)
+    given = {setting: getattr(file.config, setting) for setting in file.origins}
+    notes += _left_out(given, trained, decided, name)
     for whose, wanted, found in (
         ("the U-Net learning rate", file.config.effective_unet_lr, trained.effective_unet_lr),
         (
@@ -62,7 +63,11 @@ def as_proposal(
     ):
         if not math.isclose(wanted, found, rel_tol=1e-9):
             notes.append(f"{name}: {whose} {wanted:g} is ignored; the study uses {found:g}")
-    for what, lines in (("translated", file.translated), ("not supported", file.refused)):
+    for what, lines in (
+        ("translated", file.translated),
+        ("not known to sd-scripts", file.unknown),
+        ("not supported", file.refused),
+    ):
         if lines:
             notes.append(f"{name}, {what}: " + "; ".join(lines))
     return proposal, notes

@@ -50,7 +50,7 @@ from hpo.terminal import Stop, clock
 from hpo.terminal import live as report
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
-from trainer.kohya import read_kohya
+from trainer.kohya import read_train_file
 
 if TYPE_CHECKING:
     from hpo.search.cost import Cost
@@ -103,7 +103,9 @@ def search(request: SearchRequest, console: Console) -> None:
             )
         config = begun
         if request.enqueue:
-            read_kohya(request.enqueue)  # find mistakes in the file before anything is loaded
+            read_train_file(
+                request.enqueue, needs_base=False
+            )  # find mistakes in the file before anything is loaded
         with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
             for line in choice.says:
                 view.say(line)

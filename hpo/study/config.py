@@ -222,18 +222,21 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
 
 def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:
     """Find the file for ``--definition``, a path or a name; if None, the default for base and preset.  The current
-    folder takes precedence over shipped files."""
+    folder takes precedence over shipped files, but a file beside the images or runs that has the name of a base by
+    chance (settings of hpo train, say) is never the default."""
+    is_default = spec is None
     if spec is None:
         usual = (base in KNOWN_BASES and KNOWN_BASES[base].study) or DEFAULT_STUDY
         spec = default_study(usual, preset, SHIPPED)
     path = Path(spec)
-    if path.suffix == ".toml" and path.is_file():
+    if path.suffix == ".toml" and path.is_file() and not is_default:
         return path
     name = path.name.removesuffix(".toml")
     shipped = {p.name: p for p in SHIPPED.glob("*.toml")}
     if path.parent == Path("."):
         local = Path("studies") / f"{name}.toml"
-        for found in (Path(f"{name}.toml"), local, shipped.get(f"{name}.toml")):
+        here = None if is_default else Path(f"{name}.toml")
+        for found in (here, local, shipped.get(f"{name}.toml")):
             if found is not None and found.is_file():
                 return found
     if path.is_file():

@@ -10,8 +10,18 @@ from trainer.text import clean_text
 
 
 def command(*words: str | Path) -> str:
-    """A command line that can be pasted: ``command("hpo", "train", path)``."""
-    return shlex.join(clean_text(str(word)) for word in words)
+    """A command line that can be pasted: ``command("hpo", "train", path)``.  A path inside the current folder is
+    shown relative to it."""
+    return shlex.join(clean_text(str(_from_here(word))) for word in words)
+
+
+def _from_here(word: str | Path) -> str | Path:
+    if not isinstance(word, Path) or not word.is_absolute():
+        return word
+    try:
+        return word.relative_to(Path.cwd())
+    except (ValueError, OSError):
+        return word
 
 
 def on_device(device: str | None) -> tuple[str, ...]:

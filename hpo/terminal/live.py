@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.text import figures, left, short
+from hpo.terminal.text import figures, left, pace, short
 from trainer.events import Event, Skipped, Step
 from trainer.text import clean_text
 
@@ -95,7 +95,9 @@ class Current:
     def progress_text(self) -> str:
         if self.phase != TRAINING:
             return f"{self.done}/{self.total} images"
-        rate = "" if self.rate is None else f", {self.rate:.1f} steps/s"
+        if not self.total:  # the trial loads, or goes on with images of a trial that is trained
+            return "preparing …"
+        rate = "" if self.rate is None else f", {pace(self.rate)}"
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         return f"step {self.done}/{self.total}{rate}{loss}" + (
             f", {self.skipped} skipped" if self.skipped else ""

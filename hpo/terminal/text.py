@@ -14,12 +14,21 @@ if TYPE_CHECKING:
 
 
 def short(value: Any) -> str:
-    """A setting in readable form: floats with three significant digits."""
+    """A setting in readable form, as in a TOML file: floats with three significant digits, true and false."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return (
             f"{value:.3g}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}".replace("e-0", "e-")
         )
     return clean_text(str(value))
+
+
+def pace(steps_per_second: float) -> str:
+    """2.5 steps/s, or 4.0 s/step below one step a second."""
+    if steps_per_second >= 1:
+        return f"{steps_per_second:.1f} steps/s"
+    return f"{1 / steps_per_second:.1f} s/step" if steps_per_second > 0 else "0 steps/s"
 
 
 def clock(seconds: float) -> str:

@@ -15,15 +15,16 @@ from typing import Any
 from rich.console import Console
 
 from hpo.study import origin_of
-from hpo.terminal import say
 from hpo.train import dryrun
+from hpo.train import plan as trainplan
 from hpo.train.samples import file_stem, read_sample_prompts
 from trainer.bases import FAMILIES, block_ranks, block_rates, families
 from trainer.config import TrainConfig
 from trainer.data import read_dataset_file
 from trainer.errors import ConfigError
-from trainer.findings import piece
+from trainer.findings import Findings, piece
 from trainer.kohya import TrainFile, known_family, read_train_file
+from trainer.paths import user_path
 from trainer.text import clean_text
 
 OUTPUT = Path("output")  # where LoRA files go if neither the command nor the file names a folder
@@ -41,6 +42,7 @@ class TrainRequest:
     base: str | None = None
     device: str | None = None
     dry_run: bool = False
+    strict: bool = False
     as_json: bool = False
 
     @property
@@ -50,7 +52,8 @@ class TrainRequest:
 
     def output_of(self, file: TrainFile) -> Path:
         """Where LoRA files go."""
-        return self.output or (Path(file.output_dir) if file.output_dir else OUTPUT)
+        named = str(self.output) if self.output else file.output_dir
+        return Path(user_path(named, "--output" if self.output else "output_dir")) if named else OUTPUT
 
 
 def train(request: TrainRequest, console: Console, echo: Callable[[str], None]) -> None:
@@ -58,18 +61,31 @@ def train(request: TrainRequest, console: Console, echo: Callable[[str], None]) 
     if request.dry_run:
         dryrun.dry_run(request, console, echo)
         return
-    file = read_request(request)
-    family = known_family(file)
-    check(file.config, family)
-    file.require_all()
+    file = _checked(request, console)
     if os.environ.get("RANK", "0") != "0":  # one of several processes: only the first one prints
         console = Console(quiet=True)
-    for title, lines in (("translated", file.translated), ("without effect here", file.without_effect)):
-        for line in lines:
-            say(console, f"{title}: {line}")
+    trainplan.show_lines(console, file)
     from hpo.train.run import run  # loads torch
 
     run(file.config, request.output_of(file), request.device, console)
+
+
+def _checked(request: TrainRequest, console: Console) -> TrainFile:
+    """The settings of a run. Everything that is wrong with them is shown at once, then raised."""
+    findings = Findings()
+    file = None
+    with findings.looking():
+        file = read_request(request)
+    if file is not None:
+        with findings.looking():
+            check(file.config, known_family(file))
+        with findings.looking():
+            file.require_all()
+    if len(findings.errors) > 1:
+        trainplan.show_findings(console, findings.errors)
+    findings.require_none()
+    assert file is not None
+    return file
 
 
 def read_request(request: TrainRequest) -> TrainFile:
@@ -77,6 +93,9 @@ def read_request(request: TrainRequest) -> TrainFile:
     if request.dataset and request.data:
         raise ConfigError("--dataset and --data both say what is trained on", "give one of them")
     file = read_train_file(request.file, dataset=request.dataset, sets=request.sets, places=request.places)
+    if request.strict:
+        with piece():
+            file.require_known()
     return replace(file, without_effect=(*file.without_effect, *idle(file)))
 
 

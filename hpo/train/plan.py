@@ -43,9 +43,9 @@ class Steps:
         accumulation = config.gradient_accumulation_steps
         groups = f" / {accumulation} accumulated" if accumulation > 1 else ""
         length = (
-            f"{self.steps_per_epoch} steps an epoch × {self.epochs} epochs"
+            f"{self.steps_per_epoch} steps an epoch × {self.epochs} epoch{'s'[: self.epochs > 1]}"
             if config.max_train_steps is None
-            else f"{self.steps_per_epoch} steps an epoch, {self.epochs} epochs begun"
+            else f"{self.steps_per_epoch} steps an epoch, {self.epochs} epoch{'s'[: self.epochs > 1]} begun"
         )
         return (
             f"{self.samples_per_epoch} samples an epoch in batches of {config.train_batch_size} "
@@ -89,6 +89,8 @@ def as_json(
         "origins": {name: file.origins.get(name, file.defaults) for name in SETTINGS},
         "translated": list(file.translated),
         "without_effect": list(file.without_effect),
+        "unknown": list(file.unknown),
+        "differs": list(file.differs),
         "refused": list(file.refused),
         "notes": list(data.notes) if data else [],
         "steps": asdict(count_steps(file.config, data)) if data else None,
@@ -103,23 +105,11 @@ def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -
         table.add_column(name, overflow="fold")
     for name, value in file.config.as_dict().items():
         origin = file.origins.get(name)
-        shown = (
-            "–"
-            if value in (None, "")
-            else short(value)
-            if not isinstance(value, bool)
-            else str(value).lower()
-        )
+        shown = "–" if value in (None, "") else short(value)
         table.add_row(Text(name), Text(shown), Text(origin or file.defaults), style="" if origin else "dim")
     console.print(table)
     say(console, f"{clean_text(str(file.path))}: {file.form}; {file.defaults} fill what it leaves out")
-    for title, lines in (
-        ("translated", file.translated),
-        ("without effect here", file.without_effect),
-        ("refused", file.refused),
-    ):
-        for line in lines:
-            say(console, f"{title}: {line}")
+    show_lines(console, file)
     if data is not None:
         steps = count_steps(file.config, data)
         for note in data.notes:
@@ -129,6 +119,28 @@ def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -
         say(console, "buckets: " + ", ".join(f"{size} ({count})" for size, count in steps.buckets.items()))
         say(console, f"steps: {steps.line(file.config)}")
     say(console, f"output: {output}")
+
+
+def show_lines(console: Console, file: TrainFile) -> None:
+    """What became of the lines of a file that are not used as they stand, one row each; unknown keys in one warning."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, lines in (
+        ("translated", file.translated),
+        ("no effect", file.without_effect),
+        ("differs", file.differs),
+        ("refused", file.refused),
+    ):
+        for line in lines:
+            table.add_row(title, Text(line))
+    if table.row_count:
+        console.print(table)
+    if file.unknown:
+        settings = "1 setting" if len(file.unknown) == 1 else f"{len(file.unknown)} settings"
+        say(console, f"warning: sd-scripts does not know {settings} of this file; without effect, as there:")
+        for line in file.unknown:
+            say(console, f"  {line}")
 
 
 def show_findings(console: Console, errors: Sequence[ToolError]) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study import alone, recorded_at
+from hpo.study import alone, origin_of, recorded_at
 from hpo.terminal import Stop, command, on_device
 from hpo.train import memory as runmemory
 from hpo.train.adapter import StepLog, check_device, train_adapter
@@ -98,7 +98,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
 
 def _following(config: TrainConfig, data: Dataset, output: Path, device: str | None) -> str:
     """The command that scores the checkpoints, or what it needs that the run does not say."""
-    transferred = config.training_comment and config.hold_out_references
+    transferred = origin_of(config.training_comment or "") is not None
     needed = (
         [] if transferred or data.class_word else ["--class WORD (what the subject is: girl, style, vase)"]
     )

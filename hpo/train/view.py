@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, left
+from hpo.terminal import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, left, short
 from trainer.events import Event, Finished, Skipped, Step, Validated
 from trainer.text import clean_text
 
@@ -77,7 +77,7 @@ class TrainView:
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return (
             f"step {self.last.step}/{self.last.total_steps}, epoch {self.last.epoch}/{self.last.total_epochs}, "
-            f"loss {self.loss:.4f}, lr {self.last.learning_rate:.2e}, {self.seconds:.2f} s/step{skipped}, "
+            f"loss {self.loss:.4f}, lr {short(self.last.learning_rate)}, {self.seconds:.2f} s/step{skipped}, "
             f"{left(self.seconds_left())}"
         )
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.study import RUNS, StudyFolder, Work, recorded
-from hpo.terminal import command, on_device, say
+from hpo.terminal import command, on_device, say, wrapped
 from hpo.transfer import files as transferfile
 from hpo.transfer.files import Places, derived_lines, kept_line, shown
 from hpo.transfer.mapping import Transfer, make, planned, with_decision
@@ -125,7 +125,8 @@ def show(console: Console, plan: TransferPlan, moves: tuple[SettingMove, ...] | 
         console.print(_wide_table(moves))
     else:
         console.print(_narrow_table(moves, console.width))
-    for line in (f"kept: {kept_line(plan)}", *derived_lines(plan.derived)):
+    say(console, wrapped(f"kept: {kept_line(plan)}", console.width - 1))
+    for line in derived_lines(plan.derived):
         say(console, line)
     for finding in plan.findings:
         say(console, f"{finding.level}: {finding.text}")
@@ -143,7 +144,7 @@ def _wide_table(moves: tuple[SettingMove, ...]) -> Table:
 def _narrow_table(moves: tuple[SettingMove, ...], width: int) -> Text:
     """Setting, old, new and rule in columns, with the reason below."""
     rows = [("setting", "old", "new", "rule", "")] + [_cells(move) for move in moves]
-    widths = [min(27, max(len(row[n]) for row in rows)) for n in range(3)]
+    widths = [max(len(row[n]) for row in rows) for n in range(3)]
     lines = []
     for row in rows:
         lines.append("  ".join(f"{row[n]:<{widths[n]}}" for n in range(3)) + f"  {row[3]}")

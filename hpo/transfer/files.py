@@ -128,7 +128,7 @@ def shown(value: Any) -> str:
     """A value formatted for people."""
     if value is None or value == "":
         return "–"
-    return str(value).lower() if isinstance(value, bool) else short(value)
+    return short(value)
 
 
 # Files for sd-scripts

@@ -12,6 +12,8 @@ from trainer.kohya.keys import ZERO_IS_UNSET
 from trainer.kohya.reading import Reading
 from trainer.tomlfile import as_text
 
+LATENT_PIXEL = 8  # image pixels for each pixel of the latents
+
 
 def _places(reading: Reading) -> None:
     folder = reading.take("output_dir")
@@ -78,6 +80,20 @@ def _zeros(reading: Reading) -> None:
             reading.given[name] = None
 
 
+def _near_misses(reading: Reading) -> None:
+    """Values of front ends that sd-scripts takes without a check, or took once."""
+    steps, tokens = reading.left.get("bucket_reso_steps"), reading.left.get("max_token_length")
+    if isinstance(steps, int) and 0 < steps < LATENT_PIXEL and not isinstance(steps, bool):
+        reading.left["bucket_reso_steps"] = LATENT_PIXEL
+        why = "one pixel of the latents (older sd-scripts took it; today's ends with an error)"
+        reading.say("bucket_reso_steps", steps, f"{LATENT_PIXEL}: {why}")
+    if (
+        isinstance(tokens, int) and 225 < tokens < 300
+    ):  # strategy_base.py:_get_input_ids makes three parts of it too
+        reading.left["max_token_length"] = 225
+        reading.say("max_token_length", tokens, "225: three parts of 75 tokens, as in sd-scripts")
+
+
 def _precision(reading: Reading) -> None:
     if reading.take("full_fp16"):
         reading.say("full_fp16", True, "mixed_precision = fp16; the weights of the LoRA stay in fp32")
@@ -131,6 +147,7 @@ TRANSLATIONS = (
     _resolution,
     _length,
     _zeros,
+    _near_misses,
     _precision,
     _attention,
     _samples,

@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.config import SCHEDULER_NAMES, SETTINGS
 from trainer.data import PIXELS_REFUSED
+from trainer.settings import SETTING_TYPES
 
 # Defaults of sd-scripts that differ from ours.
 KOHYA_DEFAULTS: dict[str, Any] = {
@@ -289,6 +290,20 @@ OURS_ALONE = frozenset(
         "cpu_offload",
         "checkpoint_blocks",
         "hold_out_references",
+    }
+)
+# Keys that are on or off; 0 and 1 are read as false and true, as sd-scripts' tests for truth do.
+SWITCHES = frozenset(
+    {
+        *(name for name, kind in SETTING_TYPES.items() if kind is bool),
+        *(name for name, (harmless, _) in REFUSED.items() if any(value is False for value in harmless)),
+        "use_8bit_adam",
+        "use_lion_optimizer",
+        "full_fp16",
+        "fp8_base_unet",
+        "xformers",
+        "mem_eff_attn",
+        "network_train_text_encoder_only",
     }
 )
 KNOWN_KEYS = (

@@ -172,13 +172,23 @@ def _networks(facts: BaseFacts) -> dict[str, list[tuple[tuple[int, ...], int]]]:
     """component → shapes of its tensors, and how many have each."""
 
     def compute() -> tuple[Any, Any]:
-        found = _loaded_networks().tensor_shapes(facts)
+        found = fresh_tensors(facts)
         return found, found
 
     def unpack(table: Any) -> Any:
         return {name: [(tuple(shape), int(n)) for shape, n in shapes] for name, shapes in table.items()}
 
-    return store.stored({"what": "tensors", **_asked(facts)}, unpack, compute)
+    return store.stored(tensors_question(facts), unpack, compute)
+
+
+def tensors_question(facts: BaseFacts) -> dict[str, Any]:
+    """The question of the store for the shapes of a base's tensors."""
+    return {"what": "tensors", **_asked(facts)}
+
+
+def fresh_tensors(facts: BaseFacts) -> Any:
+    """The shapes of a base's tensors, found now."""
+    return _loaded_networks().tensor_shapes(facts)
 
 
 def optimizer_bytes(optimizer_type: str, shape: tuple[int, ...]) -> int:
@@ -319,10 +329,26 @@ def _trace(
         found = _loaded_networks().traced(facts, config, bucket_px, compute_type(config), is_full=is_full)
         return found, as_table(found)
 
-    question = {
+    return store.stored(_step_question(facts, config, bucket_px, is_full), from_table, compute)
+
+
+def _step_question(
+    facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int], is_full: bool
+) -> dict[str, Any]:
+    return {
         "what": "full step" if is_full else "step",
         **_asked(facts),
         "settings": config.as_dict(),
         "bucket_px": list(bucket_px),
     }
-    return store.stored(question, from_table, compute)
+
+
+def step_question(facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int]) -> dict[str, Any]:
+    """The question of the store for one step of these settings."""
+    return _step_question(facts, _traced_settings(config), bucket_px, is_full=False)
+
+
+def fresh_step(facts: BaseFacts, config: TrainConfig, bucket_px: tuple[int, int]) -> dict[str, Any]:
+    """The trace of one step of these settings as a JSON table, traced now."""
+    asked = _traced_settings(config)
+    return as_table(_loaded_networks().traced(facts, asked, bucket_px, compute_type(asked)))

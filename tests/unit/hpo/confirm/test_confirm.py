@@ -25,7 +25,7 @@ from hpo.confirm.outcome import (
     write_outcome,
 )
 from hpo.confirm.view import outcome_lines, outcome_table
-from hpo.confirm.wanted import OF, TRAIN_SEED, fresh_seed, searched
+from hpo.confirm.wanted import OF, TRAIN_SEED, ConfirmRequest, fresh_seed, source_of
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from hpo.terminal.confirmation import confirmed_lines, confirmed_trials
@@ -195,7 +195,17 @@ def test_rescoring_does_not_replace_a_retrained_confirmation(tmp_path: Path) -> 
 def test_training_seeds_are_fresh_and_the_same_for_every_trial() -> None:
     seeds = [fresh_seed(42, n) for n in range(5)]
     assert len({42, *seeds}) == 6 and seeds == [fresh_seed(42, n) for n in range(5)]
-    assert searched("x__confirm") == searched("x__rescore") == "x" and searched("x") is None
+
+
+def test_a_confirmation_leads_to_its_search_and_a_search_named_like_one_to_itself(tmp_path: Path) -> None:
+    for name, facts in {"x": {}, "x__confirm": {"confirms": "x"}, "y__confirm": {}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.db").touch()
+        (tmp_path / name / "study.json").write_text(json.dumps({"facts": facts}))
+    found = [
+        source_of(ConfirmRequest(name=name, runs=tmp_path)).name for name in ("x", "x__confirm", "y__confirm")
+    ]
+    assert found == ["x", "x", "y__confirm"]
 
 
 # The command

@@ -212,3 +212,14 @@ def test_a_search_without_a_trigger_says_so_and_names_words_that_could_be_it(her
     study = read_study(find_study(None, "mini-sd15"))
     load(Inputs("mini-sd15", data, class_word="figure"), study, StudyFolder(here / "study"), said.append)
     assert any("no trigger word is known" in line and "zkw, figure" in line for line in said)
+
+
+def test_a_settings_file_named_like_a_base_is_not_the_default_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = find_study(None, "mini-sdxl").resolve()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini-sdxl.toml").write_text("network_dim = 4\n")
+    (tmp_path / usual.name).write_text("network_dim = 4\n")
+    assert find_study(None, "mini-sdxl").resolve() == usual
+    assert find_study(usual.name, "mini-sdxl").resolve() == tmp_path / usual.name

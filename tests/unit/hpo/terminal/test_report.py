@@ -19,8 +19,9 @@ from hpo.study.folder import StudyFolder
 from hpo.study.pace import Forecast, Pace
 from hpo.study.result import Result, write_result
 from hpo.study.standing import Standing
+from hpo.terminal.following import command
 from hpo.terminal.live import Current, LiveView, PlainView, live_block, make_view, study_line, trial_line
-from hpo.terminal.text import clock, left, short
+from hpo.terminal.text import clock, left, pace, short
 from trainer.events import Step
 
 FORECAST = Forecast(Pace(0.5, 1.0, 10.0), samples=80, images=32, trials_ahead=22, samples_ahead=96.0)
@@ -292,3 +293,31 @@ def test_times_read_like_a_clock(seconds: float, text: str) -> None:
 )
 def test_settings_are_shown_short(value: Any, text: str) -> None:
     assert short(value) == text
+
+
+def test_a_slow_step_is_told_in_seconds_and_nothing_as_step_0_of_0() -> None:
+    assert Current(7, SETTINGS, STANDING).progress_text() == "preparing …"
+    assert [pace(2.54), pace(1.0), pace(0.25), pace(0.012)] == [
+        "2.5 steps/s",
+        "1.0 steps/s",
+        "4.0 s/step",
+        "83.3 s/step",
+    ]
+
+
+def test_values_are_shown_in_one_form() -> None:
+    assert [short(v) for v in (True, 1.31e-3, 1e-3, 0.5, "AdamW")] == [
+        "true",
+        "1.31e-3",
+        "1.00e-3",
+        "0.5",
+        "AdamW",
+    ]
+
+
+def test_a_command_shows_paths_inside_the_current_folder_relative_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("hpo", "train", tmp_path / "runs" / "a.toml") == "hpo train runs/a.toml"
+    assert command("hpo", "train", tmp_path.parent / "a.toml") == f"hpo train {tmp_path.parent / 'a.toml'}"

@@ -276,9 +276,8 @@ def test_our_own_file_takes_our_defaults_flat_or_in_sections(tmp_path: Path) -> 
     ],
 )
 def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match="unknown setting") as caught:
-        read(tmp_path, typo)
-    assert "did you mean" in caught.value.hint and meant in caught.value.hint
+    (line,) = read(tmp_path, typo).unknown
+    assert line.startswith(typo.split()[0]) and "did you mean" in line and meant in line
 
 
 @pytest.mark.parametrize(
@@ -418,8 +417,6 @@ def test_a_key_means_the_same_here(tmp_path: Path, text: str, expected: dict[str
         ('resolution = "wide"', "resolution = wide is not a size"),
         ("network_args = [3]", "network_args"),
         ("a = 1\nb = ", "is not valid TOML"),
-        ("", "has no settings"),
-        ("[a]\nseed = 1\n[b]\nseed = 2", "seed is set twice"),
         ("seed = " + "9" * 400, "seed"),
         ("seed = " + "9" * 5000, "is not valid TOML"),
         ("x = " + "[" * 5000, "is not valid TOML"),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from trainer.config import TrainConfig
-from trainer.memory import footprint, stacks, store
+from trainer.memory import footprint, shipped, stacks, store
 from trainer.memory.footprint import BaseFacts, base_facts
 from trainer.memory.recorder import _PURE, Recorder
 from trainer.memory.traces import as_table, from_table
@@ -114,7 +114,7 @@ def test_what_differs_only_in_rank_or_optimizer_is_not_traced_again(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda monkeypatch: monkeypatch.setattr(store, "_versions", lambda: {"torch": "0.1"}),
+        lambda monkeypatch: monkeypatch.setattr(store, "versions", lambda: {"torch": "0.1"}),
         lambda monkeypatch: monkeypatch.setattr(store, "_code", lambda: "other"),
         lambda monkeypatch: monkeypatch.setattr(store, "FORMAT", 0),
     ],
@@ -247,3 +247,54 @@ def test_a_plan_from_stored_traces_loads_no_torch(folder: Path) -> None:
     assert second.stdout == first.stdout and second.stderr.strip() == "False"
     body = json.loads(second.stdout)
     assert body["tried"][0] == {"settings": {}, "peak_bytes": body["given"]["peak_bytes"], "fits": True}
+
+
+# Traces in the package
+
+
+def usual(**values: Any) -> TrainConfig:
+    return TrainConfig().with_values({"pretrained_model_name_or_path": "sdxl", "resolution": 1024} | values)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        usual(),
+        usual(gradient_checkpointing=True, checkpoint_blocks=4),
+        usual(train_batch_size=1, network_train_unet_only=True, gradient_checkpointing=True, fp8_base=True),
+        usual(pretrained_model_name_or_path="sd15", resolution=512, train_batch_size=2),
+    ],
+    ids=["sdxl", "sdxl, 4 blocks", "sdxl, fp8", "sd15"],
+)
+def test_a_trace_in_the_package_equals_a_fresh_one(config: TrainConfig) -> None:
+    """If it does not: traces changed, or a library of constraints.txt did. ``python -m trainer.memory.shipped``"""
+    facts, bucket = base_facts(config.pretrained_model_name_or_path), (config.resolution, config.resolution)
+    step = shipped.read(footprint.step_question(facts, config, bucket), store.versions())
+    assert step == json.loads(json.dumps(footprint.fresh_step(facts, config, bucket)))
+    tensors = shipped.read(footprint.tensors_question(facts), store.versions())
+    assert tensors == json.loads(json.dumps(footprint.fresh_tensors(facts)))
+
+
+@pytest.mark.parametrize("vram_gb", [12, 16, 24])
+@pytest.mark.parametrize("unet_only", [False, True])
+def test_the_first_plan_of_usual_settings_traces_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, vram_gb: int, unet_only: bool
+) -> None:
+    no_tracing(monkeypatch)
+    config = usual(network_dim=24, optimizer_type="Prodigy", network_train_unet_only=unet_only)
+    assert stacks.choose(config, base_facts("sdxl"), vram_gb * 10**9).footprint.peak_bytes < vram_gb * 10**9
+    assert not folder.exists()
+
+
+def test_a_damaged_package_file_is_no_answer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "shipped.xz"
+    damaged.write_bytes(b"not packed")
+    monkeypatch.setattr(shipped, "FILE", damaged)
+    shipped._lines.cache_clear()
+    try:
+        question = {"what": "tensors", "settings": {}}
+        assert store.stored(question, str, lambda: ("fresh", "fresh")) == "fresh"
+    finally:
+        shipped._lines.cache_clear()

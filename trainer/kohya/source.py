@@ -1,0 +1,183 @@
+"""What a file says, before anything is checked: a file of this tool or of sd-scripts, a folder of a run, or a LoRA.
+
+Owns the detection of the form. Does not own what wins over a file (``trainer.kohya.trainfile``) or what the keys of
+sd-scripts mean (``trainer.kohya.read``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trainer.adapters import BASE_NAME, CONFIG_KEY, kohya_settings, tells_training
+from trainer.config import SETTINGS, TrainConfig
+from trainer.data import is_dataset_table
+from trainer.errors import ConfigError, ModelFileError
+from trainer.findings import piece
+from trainer.kohya.read import is_kohya, known_only
+from trainer.kohya.sections import join
+from trainer.paths import user_path
+from trainer.text import clean_text
+from trainer.tomlfile import flat, read_table
+
+RUN_CONFIG = "config.json"  # the settings in a run's folder
+OUTPUT = "output_dir"
+SAVED = "saved settings"
+ITS_BASE = "its base was"
+PROMPT_FILES = (".txt", ".toml", ".json")
+# Settings that are paths, or may be one (a base can be a short name).
+PATHS = frozenset(
+    {
+        "pretrained_model_name_or_path",
+        "train_data_dir",
+        "reg_data_dir",
+        "conditioning_data_dir",
+        "dataset_config",
+        "sample_prompts",
+        "network_weights",
+        "logging_dir",
+        "vae",
+        "in_json",
+        OUTPUT,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file says, before anything is checked. ``values`` have kohya's names and sd-scripts' meaning if
+    ``is_kohya``; ``origin`` is the source that they are shown with, ``output_dir`` that of a file of this tool."""
+
+    path: Path
+    form: str
+    values: Mapping[str, Any]
+    origin: str = "file"
+    is_kohya: bool = False
+    sections: Mapping[str, str] = field(default_factory=dict)
+    translated: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    output_dir: str | None = None
+
+
+# Paths
+
+
+def path_of(name: str, value: Any) -> Any:
+    """The value of a setting; a path that the user wrote is read as one."""
+    if name not in PATHS or not isinstance(value, str) or not value:
+        return value
+    if name == "sample_prompts" and not value.strip().lower().endswith(PROMPT_FILES):
+        return value
+    return user_path(value, name)
+
+
+def _with_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(values)
+    for name, value in values.items():
+        with piece():
+            found[name] = path_of(name, value)
+    return found
+
+
+# Formats
+
+
+def open_source(path: Path) -> Source:
+    """Read a file or folder. Raises ConfigError or ModelFileError if it holds no settings."""
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix.lower() == ".safetensors":
+        return _open_lora(path)
+    table = read_table(path)
+    if not is_dataset_table(table):
+        return _open_settings(path, table)
+    rest = {name: value for name, value in table.items() if name not in ("general", "datasets")}
+    source = _open_settings(path, rest) if rest else Source(path, "a dataset file of sd-scripts", {})
+    return replace(source, values={**source.values, "dataset_config": str(path)})
+
+
+def _open_settings(path: Path, table: Mapping[str, Any]) -> Source:
+    joined = join(table)
+    if is_kohya(name for name in joined.values if name != OUTPUT):
+        return Source(
+            path,
+            "a configuration of sd-scripts",
+            _with_paths(joined.values),
+            is_kohya=True,
+            sections=joined.sections,
+            translated=joined.repeated,
+        )
+    settings = _with_paths(flat(path, table))
+    output = settings.pop(OUTPUT, None)
+    return Source(
+        path,
+        "settings of this tool",
+        known_only(path, settings),
+        output_dir=output if isinstance(output, str) else None,
+    )
+
+
+def _open_folder(folder: Path) -> Source:
+    """A folder of ``hpo train`` (config.json) or of a trial (params.json)."""
+    for name, inner in ((RUN_CONFIG, None), ("params.json", "train")):
+        file = folder / name
+        if file.is_file():
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+                values = values if inner is None else values[inner]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ConfigError(f"{clean_text(str(file))} cannot be read", "give a TOML file") from None
+            return _saved(folder, "a run of this tool", values)
+    raise ConfigError(
+        f"{clean_text(str(folder))} has no {RUN_CONFIG} and no params.json",
+        "give a TOML file, a LoRA, or the folder of a run or a trial",
+    )
+
+
+def _saved(path: Path, form: str, values: Any) -> Source:
+    """Settings saved by this tool, possibly by an older or newer version."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"the settings in {clean_text(str(path))} are not a table", "give a TOML file")
+    usual = TrainConfig().as_dict()
+    known = {name: value for name, value in values.items() if name in SETTINGS and value != usual[name]}
+    unknown = tuple(
+        f"{clean_text(str(name))[:80]} = {clean_text(str(value))[:80]}: this version has no such setting"
+        for name, value in values.items()
+        if name not in SETTINGS
+    )
+    return Source(path, form, known, SAVED, refused=unknown)
+
+
+def _open_lora(path: Path) -> Source:
+    """The settings in the metadata of a LoRA: those of this tool if present, else those of sd-scripts."""
+    from trainer.tensorfile import read_header  # loads torch
+
+    metadata = read_header(path).metadata
+    if CONFIG_KEY in metadata:
+        try:
+            values = json.loads(metadata[CONFIG_KEY])
+        except ValueError:
+            raise ModelFileError(f"the settings in {path} are damaged", "give a TOML file") from None
+        return _saved(path, "a LoRA of this tool", values)
+    if not tells_training(metadata):
+        raise ModelFileError(
+            f"{path} has no metadata about its training", "its metadata was removed; give a TOML file instead"
+        )
+    notes = [
+        f"{name}: not in the metadata" for name in ("train_data_dir", "caption_extension", "save_precision")
+    ]
+    base = metadata.get(BASE_NAME, "None")
+    if base != "None":
+        notes.append(f"{ITS_BASE} {clean_text(base)[:80]}: name it with --base")
+    return Source(
+        path,
+        "a LoRA of sd-scripts",
+        kohya_settings(metadata),
+        "metadata",
+        is_kohya=True,
+        without_effect=tuple(notes),
+    )
