@@ -21,6 +21,7 @@ from trainer.data.captions import shown
 from trainer.data.folders import (
     MAX_REPEATS,
 )
+from trainer.datasetforms import dataset_of
 from trainer.errors import ConfigError
 from trainer.paths import user_path
 from trainer.text import clean_text
@@ -141,7 +142,13 @@ def is_dataset_table(table: Mapping[str, Any]) -> bool:
 
 def read_dataset_file(path: Path) -> DatasetFile:
     """Read a dataset file, TOML or JSON.  ConfigError for typing errors, bad values, and what cannot be told apart."""
-    return _DatasetReading(Path(path), read_dataset_table(Path(path))).result()
+    return _DatasetReading(Path(path), _described(Path(path))).result()
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The dataset of a file, in the form of sd-scripts; also from a file of LoRA_Easy_Training_Scripts."""
+    table = read_dataset_table(path)
+    return dataset_of(table) or table
 
 
 def read_dataset_table(path: Path) -> dict[str, Any]:

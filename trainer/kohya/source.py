@@ -7,21 +7,21 @@ sd-scripts mean (``trainer.kohya.read``).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trainer.adapters import BASE_NAME, CONFIG_KEY, kohya_settings, tells_training
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import is_dataset_table
 from trainer.errors import ConfigError, ModelFileError
 from trainer.findings import piece
+from trainer.kohya.frontends import recognise
 from trainer.kohya.read import is_kohya, known_only
 from trainer.kohya.sections import join
 from trainer.paths import is_prompt_text, user_path
 from trainer.text import clean_text
-from trainer.tomlfile import flat, read_table
+from trainer.tomlfile import flat
 
 RUN_CONFIG = "config.json"  # the settings in a run's folder
 OUTPUT = "output_dir"
@@ -74,12 +74,20 @@ def path_of(name: str, value: Any) -> Any:
     return user_path(value, name)
 
 
-def _with_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(values)
-    for name, value in values.items():
+def with_paths(source: Source, but: Collection[str]) -> Source:
+    """The source with its paths read as a user's, but for settings that are given elsewhere."""
+    if source.origin == SAVED:
+        return source
+    values = dict(source.values)
+    for name, value in source.values.items():
+        if name not in but:
+            with piece():
+                values[name] = path_of(name, value)
+    output = source.output_dir
+    if output and OUTPUT not in but:
         with piece():
-            found[name] = path_of(name, value)
-    return found
+            output = path_of(OUTPUT, output)
+    return replace(source, values=values, output_dir=output)
 
 
 # Formats
@@ -91,11 +99,16 @@ def open_source(path: Path) -> Source:
         return _open_folder(path)
     if path.suffix.lower() == ".safetensors":
         return _open_lora(path)
-    table = read_table(path)
-    if not is_dataset_table(table):
-        return _open_settings(path, table)
-    rest = {name: value for name, value in table.items() if name not in ("general", "datasets")}
-    source = _open_settings(path, rest) if rest else Source(path, "a dataset file of sd-scripts", {})
+    found = recognise(path)
+    if found.is_translated:
+        source = Source(path, found.form, dict(found.settings), is_kohya=True, translated=found.notes)
+    elif found.dataset is None:
+        return _open_settings(path, found.settings)
+    else:
+        rest = {name: value for name, value in found.settings.items() if name not in ("general", "datasets")}
+        source = _open_settings(path, rest) if rest else Source(path, found.form, {})
+    if found.dataset is None:
+        return source
     return replace(source, values={**source.values, "dataset_config": str(path)})
 
 
@@ -105,12 +118,12 @@ def _open_settings(path: Path, table: Mapping[str, Any]) -> Source:
         return Source(
             path,
             "a configuration of sd-scripts",
-            _with_paths(joined.values),
+            joined.values,
             is_kohya=True,
             sections=joined.sections,
             translated=joined.repeated,
         )
-    settings = _with_paths(flat(path, table))
+    settings = flat(path, table)
     output = settings.pop(OUTPUT, None)
     return Source(
         path,

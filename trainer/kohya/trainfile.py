@@ -18,7 +18,7 @@ from trainer.errors import ConfigError
 from trainer.findings import Findings, collecting, piece
 from trainer.kohya.keys import KNOWN_KEYS, NO_KOHYA_DEFAULT
 from trainer.kohya.read import from_kohya, require_none_refused
-from trainer.kohya.source import ITS_BASE, SAVED, Source, open_source, path_of
+from trainer.kohya.source import ITS_BASE, SAVED, Source, open_source, path_of, with_paths
 from trainer.kohya.source import RUN_CONFIG as RUN_CONFIG
 from trainer.overrides import read_override, read_setting
 from trainer.paths import is_prompt_text
@@ -98,7 +98,7 @@ def _read(
 ) -> TrainFile:
     source = open_source(path)
     given = _on_command_line(source, sets, places)
-    source = _without_rivals(source, given)
+    source = _without_rivals(with_paths(source, given), given)
     dataset_given: dict[str, tuple[Any, str]] = {}
     notes = None
     if (place := _dataset_file(source, dataset, given)) is not None:

@@ -113,7 +113,10 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     if it.adapter is not None:
         it.adapter.apply_dropout()
     blocks = tuple(block_of(*size, n in gradients) for n, size in enumerate(recorder.sizes))
-    shapes = tuple((tuple(p.shape), p.grad is not None) for p in parameters)
+    held = parameters
+    if it.adapter is not None:  # LoRA-FA also holds weights that are not trained
+        held = [weight for layer in it.adapter.layers for weight in layer.weights.values()]
+    shapes = tuple((tuple(p.shape), p.grad is not None) for p in held)
     found = Trace(blocks, tuple(recorder.events), shapes)
     for parameter in parameters:
         parameter.grad = None

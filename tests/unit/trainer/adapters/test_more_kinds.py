@@ -210,7 +210,7 @@ def test_scale_weight_norms_limits_products_and_blocks_and_leaves_the_rest() -> 
                 assert float(layer.weights["oft_blocks"].norm()) <= 0.0101
 
 
-@pytest.mark.parametrize("name", ["scalar LoCon", "DyLoRA", "Full"])
+@pytest.mark.parametrize("name", ["scalar LoCon", "DyLoRA"])
 def test_a_resumed_run_is_the_same_run(name: str, tmp_path: Path) -> None:
     config = settings(
         name,
