@@ -67,7 +67,7 @@ class _Several(ToolError):
     """Several findings: the exit code is that of the first, because the run would end there."""
 
     def __init__(self, first: ToolError, count: int) -> None:
-        super().__init__(f"{count} findings; a run would end at the first: {first.message}", first.hint)
+        super().__init__(f"{count} findings; the first: {first.message}", first.hint)
         self.exit_code = first.exit_code
 
 

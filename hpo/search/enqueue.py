@@ -14,11 +14,16 @@ from typing import Any
 from hpo.study import ELSEWHERE, StudyConfig, settings_of
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
-from trainer.kohya import read_train_file
+from trainer.kohya import TrainFile, read_train_file
 from trainer.text import clean_text
 
 # Together these define two learning rates, one for the U-Net and one for the text encoders.
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "network_train_unet_only")
+
+
+def read_enqueued(path: Path) -> TrainFile:
+    """The file of a user. Raises ConfigError or ModelFileError if it cannot be read."""
+    return read_train_file(path, needs_base=False, either_is_kohya=True)
 
 
 def as_proposal(
@@ -29,7 +34,7 @@ def as_proposal(
     Settings that the file omits get kohya's defaults.  ``steps_of`` returns the optimizer steps of a run; it
     converts warmup steps to a ratio.  Raises ConfigError for values outside the study's ranges.
     """
-    file = read_train_file(path, needs_base=False)
+    file = read_enqueued(path)
     name = clean_text(path.name)
     baseline = config.config(config.baseline)
     decided = {setting for p in config.space for setting in settings_of(p.name)}

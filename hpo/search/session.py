@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
-from hpo.search.enqueue import as_proposal
+from hpo.search.enqueue import as_proposal, read_enqueued
 from hpo.search.opening import opened
 from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.summary import introduction, ratio_line, summary
@@ -50,7 +50,6 @@ from hpo.terminal import Stop, clock
 from hpo.terminal import live as report
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
-from trainer.kohya import read_train_file
 
 if TYPE_CHECKING:
     from hpo.search.cost import Cost
@@ -103,9 +102,7 @@ def search(request: SearchRequest, console: Console) -> None:
             )
         config = begun
         if request.enqueue:
-            read_train_file(
-                request.enqueue, needs_base=False
-            )  # find mistakes in the file before anything is loaded
+            read_enqueued(request.enqueue)  # find mistakes in the file before anything is loaded
         with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
             for line in choice.says:
                 view.say(line)

@@ -17,6 +17,7 @@ from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError, ModelFileError
 from trainer.findings import piece
 from trainer.kohya.frontends import recognise
+from trainer.kohya.keys import KNOWN_KEYS
 from trainer.kohya.read import is_kohya, known_only
 from trainer.kohya.sections import join
 from trainer.paths import is_prompt_text, user_path
@@ -93,8 +94,9 @@ def with_paths(source: Source, but: Collection[str]) -> Source:
 # Formats
 
 
-def open_source(path: Path) -> Source:
-    """Read a file or folder. Raises ConfigError or ModelFileError if it holds no settings."""
+def open_source(path: Path, *, either_is_kohya: bool = False) -> Source:
+    """Read a file or folder. Settings that both this tool and sd-scripts have are read as those of this tool, or with
+    ``either_is_kohya`` as those of sd-scripts. Raises ConfigError or ModelFileError if there are no settings."""
     if path.is_dir():
         return _open_folder(path)
     if path.suffix.lower() == ".safetensors":
@@ -103,18 +105,19 @@ def open_source(path: Path) -> Source:
     if found.is_translated:
         source = Source(path, found.form, dict(found.settings), is_kohya=True, translated=found.notes)
     elif found.dataset is None:
-        return _open_settings(path, found.settings)
+        return _open_settings(path, found.settings, either_is_kohya)
     else:
         rest = {name: value for name, value in found.settings.items() if name not in ("general", "datasets")}
-        source = _open_settings(path, rest) if rest else Source(path, found.form, {})
+        source = _open_settings(path, rest, either_is_kohya) if rest else Source(path, found.form, {})
     if found.dataset is None:
         return source
     return replace(source, values={**source.values, "dataset_config": str(path)})
 
 
-def _open_settings(path: Path, table: Mapping[str, Any]) -> Source:
+def _open_settings(path: Path, table: Mapping[str, Any], either_is_kohya: bool) -> Source:
     joined = join(table)
-    if is_kohya(name for name in joined.values if name != OUTPUT):
+    names = [name for name in joined.values if name != OUTPUT]
+    if is_kohya(names) or (either_is_kohya and KNOWN_KEYS.issuperset(names)):
         return Source(
             path,
             "a configuration of sd-scripts",

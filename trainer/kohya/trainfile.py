@@ -73,18 +73,20 @@ def read_train_file(
     sets: Iterable[str] = (),
     places: Mapping[str, Any] | None = None,
     needs_base: bool = True,
+    either_is_kohya: bool = False,
 ) -> TrainFile:
     """All settings of a run. ``dataset`` is a dataset file, ``sets`` are key=value texts, ``places`` are settings
     with their own command-line options (--base, --data). They are applied first, and only what results is checked.
+    ``either_is_kohya``: see ``trainer.kohya.source.open_source``.
 
     Raises ConfigError with everything that is wrong, or ModelFileError for a LoRA without training metadata.
     """
     if collecting():
-        return _read(Path(path), dataset, list(sets), places or {}, needs_base)
+        return _read(Path(path), dataset, list(sets), places or {}, needs_base, either_is_kohya)
     findings = Findings()
     file = None
     with findings.looking():
-        file = _read(Path(path), dataset, list(sets), places or {}, needs_base)
+        file = _read(Path(path), dataset, list(sets), places or {}, needs_base, either_is_kohya)
     if findings.errors and file is not None:
         with findings.looking():
             file.require_all()
@@ -94,9 +96,14 @@ def read_train_file(
 
 
 def _read(
-    path: Path, dataset: Path | None, sets: list[str], places: Mapping[str, Any], needs_base: bool
+    path: Path,
+    dataset: Path | None,
+    sets: list[str],
+    places: Mapping[str, Any],
+    needs_base: bool,
+    either_is_kohya: bool,
 ) -> TrainFile:
-    source = open_source(path)
+    source = open_source(path, either_is_kohya=either_is_kohya)
     given = _on_command_line(source, sets, places)
     source = _without_rivals(with_paths(source, given), given)
     dataset_given: dict[str, tuple[Any, str]] = {}

@@ -100,7 +100,7 @@ def test_a_dry_run_shows_what_a_file_of_sd_scripts_means_and_ends_as_the_run_wou
         "translated xformers = true → SDPA",
         "no effect lowram:",
         "huber_c: only used with loss_type = huber",
-        "refused: resize_interpolation = area",
+        "resize_interpolation = area",
         "4 samples an epoch in batches of 2 → 2 batches → 2 steps an epoch × 3 epochs → 6 steps",
     ):
         assert part in shown, part

@@ -39,7 +39,7 @@ def test_the_bar_shows_loss_rate_seconds_a_step_and_time_left() -> None:
         "step 1/10",
         "epoch 1/2",
         "loss 0.2500",
-        "lr 1.50e-04",
+        "lr 1.50e-4",
         "2.00 s/step",
         "1 skipped",
     ):
