@@ -77,11 +77,6 @@ def limited(key: str, value: float) -> Any:
     return int(value) if isinstance(value, float) and key.startswith("max_train") else value
 
 
-def length_of_draft(draft: Draft) -> dict[str, Any]:
-    names = ("max_train_epochs", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
-    return {name: draft.values[name] for name in names}
-
-
 # These adapt their rate themselves, so learning_rate is kept (usually 1).
 RATE_FREE = ("Prodigy", *(name for name in OPTIMIZER_NAMES if name.startswith("DAdapt")))
 

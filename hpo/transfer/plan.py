@@ -7,12 +7,13 @@ from two configurations.  Pure.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpo.transfer.profile import Profile
 from trainer.config import TrainConfig
-from trainer.data import length_of
+from trainer.data import Plan, length_of
 
 GRID = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)  # at most a quarter below the exact value
 REFERENCE_ALPHA = 16.0  # for normalised rates
@@ -27,12 +28,21 @@ class DatasetFigures:
 
     ``samples``: images × repeats of one epoch.  ``small_share``: share of images whose shorter side is below
     the family's ``small_image_px``.  ``seconds_per_sample``: measured time on the source base, if known.
+    ``batches``: batches an epoch with given settings, as training makes them; None: as if all images were in one
+    bucket.
     """
 
     images: int
     samples: int
     small_share: float = 0.0
     seconds_per_sample: float | None = None
+    batches: Callable[[TrainConfig], int] | None = field(default=None, compare=False, repr=False)
+
+    def length(self, config: TrainConfig) -> Plan:
+        """Optimizer steps and epochs of a run."""
+        if self.batches is not None:
+            return length_of(config, self.batches(config))
+        return length_of(config, math.ceil(self.samples / config.train_batch_size))
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def normalised(rate: float, alpha: float) -> float:
 
 def derive(config: TrainConfig, result: TrainConfig, figures: DatasetFigures, profile: Profile) -> Derived:
     """The figures derived from a mapping, or from any two configurations."""
-    updates = updates_of(config, figures.samples), updates_of(result, figures.samples)
+    updates = figures.length(config).total_steps, figures.length(result).total_steps
     batches = config.effective_batch_size, result.effective_batch_size
     before, now = config.effective_unet_lr, result.effective_unet_lr
     seconds = None

@@ -12,26 +12,24 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from hpo.transfer.draft import RATE_KEYS, Change, Draft, length_of_draft, limited
+from hpo.transfer.draft import RATE_KEYS, Change, Draft, limited
 from hpo.transfer.plan import (
     DatasetFigures,
     SettingMove,
     TransferPlan,
     derive,
-    updates_of,
 )
 from hpo.transfer.profile import PRESETS, Profile
 from hpo.transfer.rates import rate_limits, rate_remarks, text_encoder_limits, text_encoder_rate, unet_rate
 from trainer.bases import block_rates
 from trainer.checks import suggestion
 from trainer.config import TrainConfig
-from trainer.data import length_of
 from trainer.errors import ConfigError
 from trainer.optimizers import takes
 
-MAPPING_VERSION = "2"  # increase it when the result of a rule changes
+MAPPING_VERSION = "3"  # increase it when the result of a rule changes
 # The version that last changed a setting that short runs are trained with; target trials of earlier versions are void.
-PROBED_VERSION = "1"  # 2 only changed when files are saved
+PROBED_VERSION = "1"  # 2 and 3 only changed when files are saved and how steps are counted
 MOST_WARMUP = 0.1  # largest share of all steps
 SMALL_SHARE = 0.3
 LEAST_SAVED, CURVE = 4, 5  # files of a run: fewer than the first number are raised to the second (assumed)
@@ -207,7 +205,7 @@ def length(draft: Draft) -> Iterator[Change]:
 def saving(draft: Draft) -> Iterator[Change]:
     """Save often enough for a curve: ``hpo evaluate`` compares the saved files of a run."""
     config = TrainConfig().with_values(draft.values)
-    run = length_of(config, math.ceil(draft.figures.samples / config.train_batch_size))
+    run = draft.figures.length(config)
     if _saved(config, run.total_steps, run.total_epochs) >= LEAST_SAVED:
         return
     every = int(limited("save_every_n_steps", math.ceil(run.total_steps / CURVE)))
@@ -243,8 +241,8 @@ def warmup(draft: Draft) -> Iterator[Change]:
         new: float = min(steps, MOST_WARMUP)
         reason = f"the share of the steps is kept, at most {MOST_WARMUP:g}"
     else:
-        before = updates_of(draft.source, draft.figures.samples)
-        now = updates_of(TrainConfig().with_values(length_of_draft(draft)), draft.figures.samples)
+        before = draft.figures.length(draft.source).total_steps
+        now = draft.figures.length(TrainConfig().with_values(draft.values)).total_steps
         new = min(round(steps * now / before), int(MOST_WARMUP * now))
         reason = f"{steps:g} of {before} steps → the same share of {now} steps, at most a tenth"
     yield Change("lr_warmup_steps", float(new), "warmup.ratio", reason)

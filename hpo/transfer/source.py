@@ -33,7 +33,7 @@ from hpo.transfer.plan import DatasetFigures
 from hpo.transfer.profile import Family
 from trainer.bases import is_miniature
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import Dataset, read_training_data
+from trainer.data import Dataset, batches_per_epoch, read_training_data
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
@@ -220,6 +220,7 @@ def dataset_figures(source: TransferSource, family: Family) -> tuple[DatasetFigu
             samples=sum(item.repeats for item in data.items),
             small_share=small / max(1, len(items)),
             seconds_per_sample=_seconds_per_sample(source),
+            batches=lambda config: batches_per_epoch(config, data),
         ),
         data,
     )

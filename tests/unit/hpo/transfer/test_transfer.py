@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hpo.transfer.profile import PRESETS, Profile, profiles_of, read_profile
 from hpo.transfer.rules import rules_table, transfer
 from tests.places import ROOT
 from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TOKEN_LENGTHS, TrainConfig
+from trainer.data import Dataset, Item, batches_per_epoch, total_steps
 from trainer.errors import ConfigError
 from trainer.optimizers import OPTIMIZERS
 
@@ -357,3 +359,18 @@ def test_a_short_run_saves_enough_files_for_a_curve(epochs: int, samples: int, k
         every, updates = config.save_every_n_steps, updates_of(config, samples)
         assert every is not None and config.save_every_n_epochs is None
         assert len({*range(every, updates, every), updates}) == 5
+
+
+def test_steps_are_counted_in_the_batches_that_training_makes(tmp_path: Path) -> None:
+    shapes = [(64, 64), (64, 96), (96, 64), (64, 128)]  # four buckets with an image each
+    data = Dataset(
+        tmp_path, tuple(Item(Path(f"{n}.png"), "", 5, w, h, f"{n}") for n, (w, h) in enumerate(shapes))
+    )
+    source = TrainConfig().with_values(
+        {"train_batch_size": 4, "lr_warmup_steps": 8.0, "max_train_epochs": 10}
+    )
+    figures = DatasetFigures(4, 20, batches=lambda config: batches_per_epoch(config, data))
+    plan = transfer(source, figures, read_profile("mini-sdxl"))
+    for config, updates in zip((source, plan.config), plan.derived.updates, strict=True):
+        assert updates == total_steps(config, data) > updates_of(config, 20)
+    assert any(f"8 of {plan.derived.updates[0]} steps" in move.reason for move in plan.moves)
