@@ -43,7 +43,6 @@ from trainer.overrides import read_setting
 from trainer.text import clean_text
 
 STYLES = {REFUSED: "bold red", WARNING: "yellow"}
-SEARCHED = "sd15"  # what is searched for a base that is too large to be searched itself
 BAR = 24  # width of the longest histogram bar, in columns
 LISTED_REFUSED = 20  # files of a refused finding listed in the table; --json lists all
 
@@ -195,7 +194,8 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
 
 def _search_command(request: DatasetRequest, report: Report) -> str:
     """The search on these images: on the base itself, or on SD1.5, from which settings are transferred to SDXL."""
-    base = request.base if KNOWN_BASES[request.base].study else SEARCHED
+    own = KNOWN_BASES[request.base].study
+    base = request.base if own else next(b.name for b in KNOWN_BASES.values() if b.hub and b.study)
     words: list[str | Path] = ["hpo", "search", "--base", base, "--data", request.folder]
     named = {"--trigger": request.trigger, "--class": request.class_word}
     return command(*words, *(word for flag, value in named.items() if value for word in (flag, value)))

@@ -219,7 +219,7 @@ def _filled(file: TrainFile, needs_base: bool) -> TrainFile:
         with piece():
             raise ConfigError(f"{clean_text(str(file.path))} does not name a base", hint)
     lines = [
-        f"{name} = unset → {getattr(file.config, name)}; sd-scripts has no default"
+        f"{name} (not in the file) → {getattr(file.config, name)}; sd-scripts has no default"
         for name in NO_KOHYA_DEFAULT
         if name not in file.origins
     ]

@@ -17,11 +17,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from trainer.bases import KNOWN_BASES
 from trainer.config import TrainConfig
 
-FILE = Path(__file__).with_name(
-    "shipped.xz"
-)  # lines of key, tab, JSON: traces have most in common, so one pack
+# Lines of key, tab, JSON: traces have most in common, so one pack.
+FILE = Path(__file__).with_name("shipped.xz")
 MAKE = "python -m trainer.memory.shipped"
 FP8: dict[str, Any] = {"gradient_checkpointing": True, "fp8_base": True}
 
@@ -34,13 +34,13 @@ def usual_settings() -> list[TrainConfig]:
     blocks = [{"gradient_checkpointing": True, "checkpoint_blocks": n} for n in range(1, 7)]
     batches = {1: [*steps, *blocks, FP8], 2: [*steps, FP8], 4: [*steps, *blocks, FP8]}
     usual = []
-    for base, resolution in (("sdxl", 1024), ("sd15", 512)):
+    for base in (base for base in KNOWN_BASES.values() if base.hub):
         for batch, forms in batches.items():
-            for form in forms if base == "sdxl" else steps:
+            for form in steps if base.study else forms:  # a base that is searched fits as it is
                 for unet_only in (False, True):
-                    values = {"resolution": resolution, "network_train_unet_only": unet_only, **form}
+                    values = {**base.settings, "network_train_unet_only": unet_only, **form}
                     usual.append(
-                        TrainConfig(pretrained_model_name_or_path=base, train_batch_size=batch, **values)
+                        TrainConfig(pretrained_model_name_or_path=base.name, train_batch_size=batch, **values)
                     )
     return usual
 

@@ -21,6 +21,8 @@ STARTS = [family.kohya_version_start for family in FAMILIES.values()]
 WORDS = {*FAMILIES, *KNOWN_BASES, *TITLES, *STARTS, "mini-"}
 # Methods that test a part of a text: a.startswith("mini-").
 ASKS = ("startswith", "endswith", "removeprefix", "removesuffix", "find", "get", "count", "index")
+# The room of the families, and where "sdxl" is a key of another program's files.
+WRITES_THEM = ("trainer/bases", "trainer/kohya/frontends", "trainer/kohya/unknown.py")
 
 
 def asked_words(tree: ast.AST) -> Iterator[int]:
@@ -67,8 +69,8 @@ def test_no_code_outside_the_bases_asks_for_a_family_by_its_name() -> None:
     found = []
     for room in ("hpo", "evaluation", "trainer"):
         for path in sorted((ROOT / room).rglob("*.py")):
-            if not path.is_relative_to(ROOT / "trainer" / "bases"):
-                place = path.relative_to(ROOT)
+            place = path.relative_to(ROOT)
+            if not any(place.is_relative_to(own) for own in WRITES_THEM):
                 found += [f"{place}:{line}" for line in asked_words(ast.parse(path.read_text()))]
     assert not found, "ask trainer.bases instead: a fact of its FAMILIES or KNOWN_BASES"
 

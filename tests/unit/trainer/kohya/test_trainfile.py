@@ -376,8 +376,8 @@ def test_a_file_of_sd_scripts_must_name_its_base_and_what_it_leaves_open_is_said
     assert "--base" in caught.value.hint
     places = {"pretrained_model_name_or_path": "mini-sd15"}
     said = read(tmp_path, nameless, places=places).translated
-    assert "resolution = unset → 512; sd-scripts has no default" in said
-    assert "seed = unset → 42; sd-scripts has no default" in said
+    assert "resolution (not in the file) → 512; sd-scripts has no default" in said
+    assert "seed (not in the file) → 42; sd-scripts has no default" in said
     described = tmp_path / "dataset.toml"
     described.write_text(
         f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{data}/2_zkw figure'\n"
