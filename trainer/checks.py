@@ -62,10 +62,15 @@ class Rule:
         """The range in words, "from 1 to 1024 px"; empty if there is none."""
         words = []
         if self.low is not None:
-            words.append(f"{'above' if self.low_is_excluded else 'from'} {self.low:g}")
+            words.append(f"{'above' if self.low_is_excluded else 'from'} {plain(self.low)}")
         if self.high is not None:
-            words.append(f"{'to' if words else 'up to'} {self.high:g}")
+            words.append(f"{'to' if words else 'up to'} {plain(self.high)}")
         return " ".join([*words, self.unit] if words and self.unit else words)
+
+
+def plain(number: float) -> str:
+    """A limit as a user would write it: 1000000, not 1e+06; 1e+20 is left as it is."""
+    return str(int(number)) if float(number).is_integer() and abs(number) < 1e9 else f"{number:g}"
 
 
 def setting(default: Any, doc: str = "", **facts: Any) -> Any:

@@ -187,16 +187,21 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
         if not KNOWN_BASES[request.base].study:
             say(
                 console,
-                f"the search runs on {SEARCHED}; hpo transfer then adapts its best settings to {request.base}",
+                f"the search runs on {_searched(request.base)}; hpo transfer then adapts its best settings to {request.base}",
             )
         say(console, f"next: {_search_command(request, report)}")
 
 
+def _searched(base: str) -> str:
+    """The base that is searched for this one: itself, or the smaller one if it has no study of its own."""
+    if KNOWN_BASES[base].study:
+        return base
+    return next(known.name for known in KNOWN_BASES.values() if known.hub and known.study)
+
+
 def _search_command(request: DatasetRequest, report: Report) -> str:
     """The search on these images: on the base itself, or on SD1.5, from which settings are transferred to SDXL."""
-    own = KNOWN_BASES[request.base].study
-    base = request.base if own else next(b.name for b in KNOWN_BASES.values() if b.hub and b.study)
-    words: list[str | Path] = ["hpo", "search", "--base", base, "--data", request.folder]
+    words: list[str | Path] = ["hpo", "search", "--base", _searched(request.base), "--data", request.folder]
     named = {"--trigger": request.trigger, "--class": request.class_word}
     return command(*words, *(word for flag, value in named.items() if value for word in (flag, value)))
 

@@ -8,6 +8,7 @@ or running trials (``hpo.search.worker``).
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -222,8 +223,8 @@ def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict
 
 def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:
     """Find the file for ``--definition``, a path or a name; if None, the default for base and preset.  The current
-    folder takes precedence over shipped files, but a file beside the images or runs that has the name of a base by
-    chance (settings of hpo train, say) is never the default."""
+    folder takes precedence over shipped files, but a file that has the name of a shipped study by chance (settings of
+    hpo train, say) is never the default: it has none of the sections of a study."""
     is_default = spec is None
     if spec is None:
         usual = (base in KNOWN_BASES and KNOWN_BASES[base].study) or DEFAULT_STUDY
@@ -235,7 +236,9 @@ def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:
     shipped = {p.name: p for p in SHIPPED.glob("*.toml")}
     if path.parent == Path("."):
         local = Path("studies") / f"{name}.toml"
-        here = None if is_default else Path(f"{name}.toml")
+        here: Path | None = Path(f"{name}.toml")
+        if is_default and not _has_section(Path(f"{name}.toml")):
+            here = None
         for found in (here, local, shipped.get(f"{name}.toml")):
             if found is not None and found.is_file():
                 return found
@@ -245,6 +248,15 @@ def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:
     raise ConfigError(
         f"no study file {spec}", suggestion(name, known) or "shipped studies: " + ", ".join(known)
     )
+
+
+def _has_section(path: Path) -> bool:
+    """Whether a file has a section of a study file. Its mistakes are for its reader."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(rf"^\s*\[({'|'.join(SECTIONS)})[\].]", text, re.MULTILINE) is not None
 
 
 def study_name(

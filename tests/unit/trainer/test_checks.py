@@ -163,8 +163,8 @@ def in_settings(folder: Path, section: str, line: str) -> None:
         (in_study, "limits", "copy_rate = 2", "from 0 to 1"),
         (in_study, "score", "likeness = 0", "from 0.01 to 100"),
         (in_profile, "batch", "train_batch_size = 2000", "from 0 to 1024"),
-        (in_dataset, "", "num_repeats = 0", "from 1 to "),
-        (in_settings, "", "network_dim = 0", "from 1 to 1024"),
+        (in_dataset, "", "num_repeats = -1", "from 0 to "),
+        (in_settings, "", "network_dim = 0", "from 1 to 1000000"),
     ],
 )
 def test_every_file_says_it_alike(

@@ -101,7 +101,7 @@ def test_every_command_explains_itself() -> None:
             "learning_rate = 20.0 is outside its limits",
             "0 to 10",
         ),
-        (["--set", "network_dim=0"], 2, "network_dim = 0 is outside its limits", "1 to 1024"),
+        (["--set", "network_dim=0"], 2, "network_dim = 0 is outside its limits", "1 to 1000000"),
         (["a/b"], 2, "study name 'a/b'", "a–z"),
         (["../up"], 2, "study name '../up'", "a–z"),
         (["\x1b[31mred"], 2, "study name", "a–z"),

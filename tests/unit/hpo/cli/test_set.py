@@ -82,7 +82,7 @@ def test_the_same_words_mean_the_same_in_every_command(
         ("conv_dims=4", "unknown setting conv_dims", "did you mean conv_dim?"),
         ("conv_dim=four", "conv_dim = 'four' is not a number", "rank of 3×3 convolutions"),
         ("conv_dim=4.5", "conv_dim = 4.5 is not a whole number", "rank of 3×3 convolutions"),
-        ("conv_dim=0", "conv_dim = 0 is outside its limits", "from 1 to 1024"),
+        ("conv_dim=-1", "conv_dim = -1 is outside its limits", "from 0 to 1000000"),
         ("flip_aug=True", 'flip_aug = "True" is a text, not true or false', "in lower case: flip_aug = true"),
         ("network_dim=none", "network_dim must have a value", "it is rank of the LoRA"),
         ("loss_type=l3", "loss_type = l3 is not known", "choose one of l2, l1"),

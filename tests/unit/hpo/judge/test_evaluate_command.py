@@ -189,7 +189,7 @@ def test_what_cannot_be_evaluated_is_two_lines_and_leaves_nothing(place: Path) -
     before = sorted(place.rglob("*"))
     refused(2, "no run found at nowhere", "nowhere")
     refused(2, "contains no LoRA file", "images")
-    refused(4, "is a LoRA for sd15, the base tiny-sdxl is sdxl", "out15", "--base", "tiny-sdxl")
+    refused(4, "is a LoRA for SD1.5", "out15", "--base", "tiny-sdxl")
     refused(
         2, "no class word", "out15", "--data", str(plain_images(place)), "--references", "images/held_out"
     )

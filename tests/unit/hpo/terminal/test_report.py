@@ -73,7 +73,7 @@ def test_the_live_block_cuts_no_setting_of_the_shipped_study() -> None:
     text = printed(live_block("x", Current(7, settings, EMPTY)))
     for name, value in settings.items():
         assert f"{name} " in text and short(value) in text, name
-    assert "…" not in text.replace("first trial", "") and max(map(len, text.splitlines())) <= 80
+    assert "…" not in text.replace("preparing …", "") and max(map(len, text.splitlines())) <= 80
     wide = printed(live_block("x", Current(7, settings, EMPTY), width=160), width=160)
     assert len(wide.splitlines()) < len(text.splitlines())
 
