@@ -65,8 +65,16 @@ OWN_KEYS = (
     "random_crop",
     "color_aug",
 )
-PLACE_KEYS = ("image_dir", "metadata_file", "num_repeats", "class_tokens", "is_reg")
+# Keys of a subset that say which images it has → what they mean.
+PLACE_KEYS = {
+    "image_dir": "folder of the images",
+    "metadata_file": "captions and tags of the images, JSON or JSONL",
+    "num_repeats": "how often each image is used in an epoch",
+    "class_tokens": "caption of images without a caption file",
+    "is_reg": "regularisation images, weighted by prior_loss_weight",
+}
 WITHOUT_EFFECT = {
+    "network_multiplier": "sd-scripts reads it, but its training script does not use it",
     "face_crop_aug_range": FACE_CROP,
     "cache_info": "image sizes are read again for each run",
     "custom_attributes": "only diff_output_preservation would have an effect",
@@ -80,7 +88,6 @@ PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     **PIXELS_REFUSED,
-    "network_multiplier": ((1,), "the LoRA is always trained at full strength"),
 }
 
 
