@@ -260,7 +260,9 @@ class _DatasetReading:
         for name, value in section.items():
             if name == "custom_attributes" and _keeps_base(value):
                 reason = "not supported: the LoRA is trained on these images too, not kept from changing them"
-                self.refused[f"custom_attributes diff_output_preservation: {reason}"] = None
+                self.refused[
+                    f"custom_attributes = {as_text(value)}: diff_output_preservation is {reason}"
+                ] = None
             elif name in WITHOUT_EFFECT:
                 self.without_effect[f"{name}: {WITHOUT_EFFECT[name]}"] = None
             elif name in REFUSED:

@@ -36,12 +36,13 @@ _VALUES: dict[str, Any] = {
     "base_weights_multiplier": [0.5],
     "bucket_reso_steps": 32,
     "caption_extention": ".txt",
+    "datasets": [{"subsets": [{"image_dir": "images"}]}],
     "dynamo_backend": "eager",
     "face_crop_aug_range": "2.0,4.0",
     "keep_tokens_separator": "|||",
     "loss_type": "huber",
     "lr_scheduler": "cosine",
-    "lr_scheduler_args": ["num_cycles=1.5"],
+    "lr_scheduler_args": ["step_size=10", "gamma=0.5"],
     "lr_scheduler_type": "torch.optim.lr_scheduler.StepLR",
     "max_bucket_reso": 1536,
     "max_token_length": 225,
@@ -66,7 +67,10 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "zero_terminal_snr": {"v_parameterization": True},
     "adaptive_noise_scale": {"noise_offset": 0.1},
     "base_weights_multiplier": {"base_weights": ["other.safetensors"]},
-    "lr_scheduler_args": {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_min_lr_ratio": 0.2},
+    "lr_scheduler_args": {
+        "lr_scheduler_type": "torch.optim.lr_scheduler.StepLR",
+        "lr_scheduler_args": ["step_size=10"],
+    },
     "save_n_epoch_ratio": {"max_train_epochs": 10},
 }
 # The same for keys of dataset files …
@@ -83,6 +87,20 @@ _IN_DATASET: dict[str, Any] = {
     "class_tokens": "zed girl",
     "batch_size": 2,
 }
+_NETWORK_SWITCHES = (
+    *(
+        "use_tucker",
+        "use_cp",
+        "use_conv_cp",
+        "use_scalar",
+        "train_norm",
+        "rescaled",
+        "dora_wd",
+        "wd_on_output",
+    ),
+    *("full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization", "decompose_both", "train_t5xxl"),
+    *("enable_all_linear", "enable_conv"),
+)
 # … and for arguments of networks; what is missing here is 2.
 _IN_NETWORK: dict[str, str] = {
     **dict.fromkeys(("down_lr_weight", "up_lr_weight"), "cosine"),
@@ -90,13 +108,7 @@ _IN_NETWORK: dict[str, str] = {
     **dict.fromkeys(("block_alphas", "conv_block_alphas"), ",".join(["2"] * 25)),
     **dict.fromkeys(("rank_dropout", "module_dropout", "dropout", "mid_lr_weight"), "0.5"),
     **dict.fromkeys(("block_lr_zero_threshold", "constraint", "constrain"), "0.1"),
-    **dict.fromkeys(
-        """
-        use_tucker use_cp use_conv_cp use_scalar train_norm rescaled dora_wd wd_on_output full_matrix bypass_mode rs_lora
-        unbalanced_factorization decompose_both train_t5xxl enable_all_linear enable_conv
-        """.split(),
-        "True",
-    ),
+    **dict.fromkeys(_NETWORK_SWITCHES, "True"),
     "algo": "loha",
     "preset": "attn-mlp",
     "disable_conv_cp": "False",
@@ -112,18 +124,21 @@ _BESIDE_IN_NETWORK: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("constraint", "constrain", "rescaled"), ("algo=diag-oft",)),
     **dict.fromkeys(("use_tucker", "use_cp", "use_conv_cp"), ("algo=loha",)),
     "block_size": ("algo=dylora",),
-    "wd_on_output": ("dora_wd=True",),
     "enable_conv": ("enable_all_linear=True",),
 }
+# Arguments that have an effect only beside another one, which says as much itself.
+_TOGETHER_IN_NETWORK = {"wd_on_output": ("dora_wd=True",)}
 
 
 @dataclass(frozen=True)
 class OptionState:
-    """``state`` is one of STATES; ``why`` are the reader's words, or what a used setting means."""
+    """``state`` is one of STATES; ``why`` are the reader's words, or what a used setting means; ``value`` is what was
+    tried."""
 
     name: str
     state: str
     why: str
+    value: Any = None
 
 
 # Options
@@ -139,8 +154,8 @@ def _option_state(name: str) -> OptionState:
     beside = _BESIDE.get(name, {})
     file, usual = _read(beside | {name: value}), _read(beside)
     if name == "output_dir" and file.output_dir != usual.output_dir:
-        return OptionState(name, USED, "the folder of the results; --out wins over it")
-    return _state(name, name, file, usual)
+        return OptionState(name, USED, "the folder of the results; --out wins over it", value)
+    return _state(name, value, name, file, usual)
 
 
 def network_states() -> dict[str, tuple[OptionState, ...]]:
@@ -157,35 +172,43 @@ def _argument_state(module: str, name: str) -> OptionState:
         for argument in _BESIDE_IN_NETWORK.get(name, ())
         if module == "lycoris.kohya" or not argument.startswith("algo=")
     ]
-    asked = [*beside, f"{name}={_IN_NETWORK.get(name, '2')}"]
+    value = _IN_NETWORK.get(name, "2")
+    asked = [*beside, *_TOGETHER_IN_NETWORK.get(name, ()), f"{name}={value}"]
     file, usual = (_read({"network_module": module, "network_args": given}) for given in (asked, beside))
-    return _state(name, f"network_args {name}", file, usual)
+    return _state(name, value, f"network_args {name}", file, usual)
 
 
 def _read(table: Mapping[str, Any]) -> KohyaFile:
     return from_kohya(Path("options.toml"), table)
 
 
-def _state(name: str, label: str, file: KohyaFile, usual: KohyaFile) -> OptionState:
+def _state(name: str, value: Any, label: str, file: KohyaFile, usual: KohyaFile) -> OptionState:
     """What the reader says in ``file`` beyond ``usual``, which is the same file without the option."""
-    for state in (REFUSED, UNKNOWN, NO_EFFECT):
-        if (line := _line(_lines(file, state), _lines(usual, state), label)) is not None:
-            return OptionState(name, state, line)
+    for state, lines, known in (
+        (REFUSED, file.refused, usual.refused),
+        (UNKNOWN, file.unknown, usual.unknown),
+        (NO_EFFECT, file.without_effect, usual.without_effect),
+    ):
+        if (line := _line(lines, known, label)) is not None:
+            return OptionState(name, state, line, value)
     line = _line(file.translated, usual.translated, label)
     changed = {
-        setting: value
-        for setting, value in file.config.as_dict().items()
-        if value != getattr(usual.config, setting)
+        setting: now
+        for setting, now in file.config.as_dict().items()
+        if now != getattr(usual.config, setting)
     }
     if name in changed and (line is None or label != name):
-        return OptionState(name, USED, SETTINGS[name].doc)
+        return OptionState(name, USED, SETTINGS[name].doc, value)
     if line is None and changed:
-        line = ", ".join(f"{setting} = {as_text(value)}" for setting, value in changed.items())
-    return OptionState(name, UNKNOWN if line is None else TRANSLATED, line or "")
-
-
-def _lines(file: KohyaFile, state: str) -> tuple[str, ...]:
-    return {REFUSED: file.refused, UNKNOWN: file.unknown, NO_EFFECT: file.without_effect}[state]
+        line = ", ".join(
+            f"{setting} not set" if now in (None, "") else f"{setting} = {as_text(now)}"
+            for setting, now in changed.items()
+        )
+    if line is not None:
+        return OptionState(name, TRANSLATED, line, value)
+    if (line := _line(file.differs, usual.differs, label)) is not None:
+        return OptionState(name, NO_EFFECT, line, value)
+    return OptionState(name, UNKNOWN, "", value)
 
 
 def _line(lines: Iterable[str], known: Iterable[str], label: str) -> str | None:
@@ -220,10 +243,10 @@ def dataset_states() -> tuple[OptionState, ...]:
     for name, places in optionnames.DATASET_KEYS.items():
         if optionnames.DATASET in places and name != "subsets":
             places = (optionnames.FILE, *places)
-        states = {_dataset_state(name, place) for place in places}
-        if len(states) != 1:
-            raise ValueError(f"{name} is not the same everywhere: {states}")
-        found.extend(states)
+        first, *others = (_dataset_state(name, place) for place in places)
+        if any(state != first for state in others):
+            raise ValueError(f"{name} is not the same everywhere: {[first, *others]}")
+        found.append(first)
     return tuple(found)
 
 
