@@ -43,7 +43,6 @@ from .steps import total_steps as total_steps
 from .steps import warmup_steps as warmup_steps
 from .subsets import FACE_CROP as FACE_CROP
 from .subsets import OWN_KEYS as OWN_KEYS
-from .subsets import PIXELS_REFUSED as PIXELS_REFUSED
 from .subsets import PLACE_KEYS as PLACE_KEYS
 from .subsets import RUN_KEYS as RUN_KEYS
 from .subsets import DatasetFile as DatasetFile

@@ -64,6 +64,7 @@ OWN_KEYS = (
     "conditioning_data_dir",
     "random_crop",
     "color_aug",
+    "resize_interpolation",
 )
 # Keys of a subset that say which images it has → what they mean.
 PLACE_KEYS = {
@@ -79,16 +80,6 @@ WITHOUT_EFFECT = {
     "cache_info": "image sizes are read again for each run",
     "custom_attributes": "only diff_output_preservation would have an effect",
 }
-# key → (values without an effect, why all other values are refused); sd-scripts accepts these in both of its files
-PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "resize_interpolation": (
-        (),
-        "images are downscaled with area and upscaled with Lanczos, the defaults of sd-scripts",
-    ),
-}
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    **PIXELS_REFUSED,
-}
 
 
 def _keeps_base(attributes: Any) -> bool:
@@ -99,7 +90,7 @@ def _keeps_base(attributes: Any) -> bool:
 
 _SIDES = ("resolution", "resolution_height")
 REPEATS = Rule(low=0, high=MAX_REPEATS)
-KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT, *REFUSED)
+KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT)
 
 
 @dataclass(frozen=True)
@@ -265,10 +256,6 @@ class _DatasetReading:
                 ] = None
             elif name in WITHOUT_EFFECT:
                 self.without_effect[f"{name}: {WITHOUT_EFFECT[name]}"] = None
-            elif name in REFUSED:
-                harmless, reason = REFUSED[name]
-                if value not in harmless:
-                    self.refused[f"{name} = {as_text(value)}: {reason}"] = None
             elif name != "subsets":
                 check_known(
                     name,

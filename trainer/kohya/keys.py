@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import SETTINGS
-from trainer.data import FACE_CROP, PIXELS_REFUSED
+from trainer.data import FACE_CROP
 from trainer.optimizers import OPTIMIZERS
 from trainer.settings import SETTING_TYPES
 
@@ -157,7 +157,6 @@ FROM_THE_START = (
 # key → (values without an effect, why all other values are refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
-    **PIXELS_REFUSED,
     "dataset_class": ((), "external code is not run"),
     "resume": ((), "a training state of sd-scripts cannot be resumed"),
     "initial_epoch": ((0, 1), FROM_THE_START),

@@ -53,6 +53,7 @@ _VALUES: dict[str, Any] = {
     "network_module": "lycoris.kohya",
     "optimizer_args": ["betas=0.9,0.99"],
     "optimizer_type": "Lion",
+    "resize_interpolation": "nearest",
     "resolution": "512,768",
     "sample_sampler": "euler_a",
     "save_precision": "fp16",
