@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.kohya import optionnames, optionsdoc, optionstates
+from trainer.kohya.keys import KNOWN_KEYS
 from trainer.kohya.optionstates import NO_EFFECT, REFUSED, STATES, TRANSLATED, UNKNOWN, USED, OptionState
 
 PAGE = Path(__file__).parents[4] / "docs" / "kohya.md"
@@ -44,7 +45,9 @@ def test_sd_scripts_options_are_196_with_one_kind_each() -> None:
 
 
 def test_every_option_stands_in_its_table_once_with_one_state() -> None:
-    text = PAGE.read_text(encoding="utf-8").split("## Options")[1]
+    page = PAGE.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in KNOWN_KEYS)
+    text = page.split("## Options")[1]
     tables = [part.split("\n## ")[0] for part in (text, text.split("## Dataset files")[1])]
     for part, names in zip(tables, (optionnames.OPTIONS, optionnames.DATASET_KEYS), strict=True):
         rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| `")]
