@@ -45,6 +45,7 @@ LYCORIS_PRESETS = (
 )
 LARGEST_DIM = 1024  # of a low rank; LoKr takes a larger one as "full matrices"
 TOKEN_LENGTHS = (75, 150, 225)
+RESIZE_INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,11 @@ class Settings:
     )
     color_aug: bool = setting(
         False, "change hue or gamma of a third of the images; latents are encoded anew each time"
+    )
+    resize_interpolation: str | None = setting(
+        None,
+        "how images are resized; default: area if no side grows, else lanczos",
+        choices=RESIZE_INTERPOLATIONS,
     )
 
     # Training length and batch size

@@ -425,6 +425,7 @@ ENTRIES = (
     _read("color_aug"),
     _read("flip_aug"),
     _read("random_crop"),
+    _read("resize_interpolation"),
     # several settings, or one that depends on another; a later entry wins
     Entry("ss_datasets", None, None, _first_dataset),
     Entry(

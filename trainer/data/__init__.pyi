@@ -43,8 +43,9 @@ from .steps import total_steps as total_steps
 from .steps import warmup_steps as warmup_steps
 from .subsets import FACE_CROP as FACE_CROP
 from .subsets import OWN_KEYS as OWN_KEYS
-from .subsets import PIXELS_REFUSED as PIXELS_REFUSED
+from .subsets import PLACE_KEYS as PLACE_KEYS
 from .subsets import RUN_KEYS as RUN_KEYS
+from .subsets import DatasetFile as DatasetFile
 from .subsets import Subset as Subset
 from .subsets import is_dataset_table as is_dataset_table
 from .subsets import read_dataset_file as read_dataset_file

@@ -145,7 +145,8 @@ def _prepare_group(
         assert fit is not None, "assign_buckets refuses images that fill no bucket"
         view = _view(item, mirrored)
         prepared.sizes[view] = sizes_for(item, fit, mirrored=mirrored)
-        key = latent_key(item, fit, base, kind, mirrored=mirrored)
+        method = item.setting(config, "resize_interpolation")
+        key = latent_key(item, fit, base, kind, mirrored=mirrored, method=method)
         cached = store.get(key, partial(_is_latent, bucket=fit.bucket, cell_px=base.latent_factor_px))
         if cached is None:
             missing[view] = key
@@ -202,11 +203,13 @@ def _kind(base: Base, config: TrainConfig) -> torch.dtype:
     return torch.float32 if config.no_half_vae else base.vae.dtype
 
 
-def latent_key(item: Item, fit: Fit, base: Base, kind: torch.dtype, *, mirrored: bool = False) -> str:
-    """Everything that decides a latent."""
+def latent_key(
+    item: Item, fit: Fit, base: Base, kind: torch.dtype, *, mirrored: bool = False, method: str | None = None
+) -> str:
+    """Everything that decides a latent. ``method`` is resize_interpolation."""
     size = [fit.resized_width_px, fit.resized_height_px, fit.bucket.width_px, fit.bucket.height_px]
     crop = "centre mirrored" if mirrored else "centre"
-    return _key("latent", item.sha256, size, crop, base.identity, str(kind))
+    return _key("latent", item.sha256, size, crop, base.identity, str(kind), *([method] if method else []))
 
 
 def _groups(items: Sequence[Item], buckets: Mapping[str, Bucket], size: int) -> list[list[Item]]:

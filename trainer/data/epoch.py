@@ -94,7 +94,7 @@ def load_pixels(item: Item, config: TrainConfig, drawn: Drawn | None = None) -> 
         raise DataError(f"{shown(item.path)} was changed since it was read", "start again")
     fit = drawn.fit if drawn else fit_of(item, config)
     assert fit is not None, "assign_buckets refuses images that fill no bucket"
-    fitted = fit_pixels(picture, fit)
+    fitted = fit_pixels(picture, fit, item.setting(config, "resize_interpolation"))
     pixels_HW3 = torch.from_numpy((drawn.colour.apply(fitted) if drawn else fitted).copy())
     pixels_3HW = pixels_HW3.permute(2, 0, 1).float() / 127.5 - 1
     is_mirrored = drawn is not None and drawn.is_mirrored
@@ -122,7 +122,8 @@ def load_mask(item: Item, config: TrainConfig, drawn: Drawn | None = None) -> Te
         return None
     fit = drawn.fit if drawn else fit_of(item, config)
     assert fit is not None, "assign_buckets refuses images that fill no bucket"
-    mask_HW = torch.from_numpy(fit_values(values, fit).copy()).float() / 255
+    method = item.setting(config, "resize_interpolation")
+    mask_HW = torch.from_numpy(fit_values(values, fit, method).copy()).float() / 255
     return mask_HW.flip(-1) if drawn and drawn.is_mirrored else mask_HW
 
 

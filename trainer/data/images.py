@@ -1,7 +1,7 @@
 """Reading training images safely, and bringing them to a bucket's size.
 
-Owns opening a picture from an untrusted file (formats, pixel limit, rotation, odd colour modes) and resizing
-it as sd-scripts does: averaging over areas when shrinking, Lanczos when enlarging, then a centre crop.
+Owns opening a picture from an untrusted file (formats, pixel limit, rotation, odd colour modes) and its crop. Does not
+own resizing (``trainer.data.resampling``).
 
 Shapes: H W pixels; 3 colour channels; uint8.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from trainer.data.buckets import Fit
+from trainer.data.resampling import resampled
 from trainer.errors import DataError
 from trainer.text import clean_text
 
@@ -108,43 +109,19 @@ def read_picture(path: Path) -> Picture:
     return Picture(pixels, hashlib.sha256(data).hexdigest(), alpha, mode, is_turned, frames)
 
 
-def fit_pixels(picture: Picture, fit: Fit) -> np.ndarray:
-    """The picture resized and centre-cropped to its bucket: uint8 (H, W, 3)."""
-    return fit_values(picture.pixels_HW3, fit)
+def fit_pixels(picture: Picture, fit: Fit, method: str | None = None) -> np.ndarray:
+    """The picture resized and cropped to its bucket: uint8 (H, W, 3). ``method`` is resize_interpolation."""
+    return fit_values(picture.pixels_HW3, fit, method)
 
 
-def fit_values(pixels: np.ndarray, fit: Fit) -> np.ndarray:
+def fit_values(pixels: np.ndarray, fit: Fit, method: str | None = None) -> np.ndarray:
     """``fit_pixels`` for any uint8 array (H, W) or (H, W, 3)."""
     size = (fit.resized_width_px, fit.resized_height_px)
     height, width = pixels.shape[:2]
     if (width, height) != size:
-        if size[0] <= width and size[1] <= height:
-            pixels = shrink(pixels, *size)
-        else:
-            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+        pixels = resampled(pixels, *size, method)
     top, left = fit.crop_top_left
     return pixels[top : top + fit.bucket.height_px, left : left + fit.bucket.width_px]
-
-
-def shrink(pixels_HW3: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
-    """Every new pixel is the mean of the area it covers, edge pixels by their share (what cv2 calls INTER_AREA)."""
-    rows = _area_means(pixels_HW3, height_px, axis=0)
-    return np.rint(_area_means(rows, width_px, axis=1)).astype(np.uint8)
-
-
-def _area_means(values: np.ndarray, count: int, axis: int) -> np.ndarray:
-    """Means of ``values`` over ``count`` equal stretches of an axis, float32.  ``count`` ≤ the axis' length."""
-    length = values.shape[axis]
-    if count == length:
-        return values
-    along = np.moveaxis(values, axis, 0)
-    edges = np.arange(count + 1) * (length / count)
-    whole = np.minimum(edges.astype(int), length - 1)
-    share = (edges - whole).astype(np.float32).reshape(-1, *[1] * (along.ndim - 1))
-    cut = along[whole] * share  # of the pixel that an edge runs through, the part that lies before the edge
-    inner = np.add.reduceat(along[:-1], whole[:-1], axis=0, dtype=np.float32)
-    # The last stretch ends within the last pixel, which ``inner`` leaves to ``cut``.
-    return np.moveaxis((inner - cut[:-1] + cut[1:]) * np.float32(count / length), 0, axis)
 
 
 def _alpha(image: Image.Image) -> np.ndarray | None:

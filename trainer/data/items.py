@@ -44,7 +44,8 @@ class Item:
     @cached_property
     def key(self) -> str:
         """What its latent is found by: the image, and the sizes of its dataset where it has its own."""
-        sizes = [f"{name}={value}" for name, value in self.own if name in SIZE_SETTINGS]
+        names = (*SIZE_SETTINGS, "resize_interpolation")
+        sizes = [f"{name}={value}" for name, value in self.own if name in names]
         return ":".join([self.sha256, *sizes])
 
     def setting(self, config: TrainConfig, name: str) -> Any:

@@ -64,23 +64,21 @@ OWN_KEYS = (
     "conditioning_data_dir",
     "random_crop",
     "color_aug",
+    "resize_interpolation",
 )
-PLACE_KEYS = ("image_dir", "metadata_file", "num_repeats", "class_tokens", "is_reg")
+# Keys of a subset that say which images it has → what they mean.
+PLACE_KEYS = {
+    "image_dir": "folder of the images",
+    "metadata_file": "captions and tags of the images, JSON or JSONL",
+    "num_repeats": "how often each image is used in an epoch",
+    "class_tokens": "caption of images without a caption file",
+    "is_reg": "regularisation images, weighted by prior_loss_weight",
+}
 WITHOUT_EFFECT = {
+    "network_multiplier": "sd-scripts reads it, but its training script does not use it",
     "face_crop_aug_range": FACE_CROP,
     "cache_info": "image sizes are read again for each run",
     "custom_attributes": "only diff_output_preservation would have an effect",
-}
-# key → (values without an effect, why all other values are refused); sd-scripts accepts these in both of its files
-PIXELS_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "resize_interpolation": (
-        (),
-        "images are downscaled with area and upscaled with Lanczos, the defaults of sd-scripts",
-    ),
-}
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    **PIXELS_REFUSED,
-    "network_multiplier": ((1,), "the LoRA is always trained at full strength"),
 }
 
 
@@ -92,7 +90,7 @@ def _keeps_base(attributes: Any) -> bool:
 
 _SIDES = ("resolution", "resolution_height")
 REPEATS = Rule(low=0, high=MAX_REPEATS)
-KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT, *REFUSED)
+KNOWN = (*RUN_KEYS, *OWN_KEYS, *PLACE_KEYS, *WITHOUT_EFFECT)
 
 
 @dataclass(frozen=True)
@@ -253,13 +251,11 @@ class _DatasetReading:
         for name, value in section.items():
             if name == "custom_attributes" and _keeps_base(value):
                 reason = "not supported: the LoRA is trained on these images too, not kept from changing them"
-                self.refused[f"custom_attributes diff_output_preservation: {reason}"] = None
+                self.refused[
+                    f"custom_attributes = {as_text(value)}: diff_output_preservation is {reason}"
+                ] = None
             elif name in WITHOUT_EFFECT:
                 self.without_effect[f"{name}: {WITHOUT_EFFECT[name]}"] = None
-            elif name in REFUSED:
-                harmless, reason = REFUSED[name]
-                if value not in harmless:
-                    self.refused[f"{name} = {as_text(value)}: {reason}"] = None
             elif name != "subsets":
                 check_known(
                     name,

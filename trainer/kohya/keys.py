@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.config import SETTINGS
-from trainer.data import FACE_CROP, PIXELS_REFUSED
+from trainer.data import FACE_CROP
 from trainer.optimizers import OPTIMIZERS
 from trainer.settings import SETTING_TYPES
 
@@ -49,7 +49,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
     "a LoRA is saved as .safetensors with its metadata": (
         "save_model_as",
         "use_safetensors",
-        "output_config",
     ),
     "metadata is written by this tool; training_comment is kept": (
         "metadata_title",
@@ -71,7 +70,6 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "huggingface_token",
         "huggingface_repo_visibility",
         "save_state_to_huggingface",
-        "resume_from_huggingface",
         "async_upload",
     ),
     "the log is train.jsonl, and TensorBoard with logging_dir": (
@@ -100,9 +98,11 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "skip_cache_check",
         "cache_info",
         "text_encoder_batch_size",
+        "sdpa",
+    ),
+    "DeepSpeed divides a model among GPUs; here each GPU has all of it": (
         "deepspeed",
         "zero_stage",
-        "sdpa",
         "offload_optimizer_device",
         "offload_optimizer_nvme_path",
         "offload_param_device",
@@ -116,7 +116,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "cache_text_encoder_outputs",
         "cache_text_encoder_outputs_to_disk",
     ),
-    "it only has an effect together with a refused setting": ("skip_until_initial_step",),
+    "it only has an effect together with a refused setting": (
+        "skip_until_initial_step",
+        "resume_from_huggingface",
+    ),
     "the validation loss is computed after every epoch, over all validation images": (
         "validate_every_n_steps",
         "validate_every_n_epochs",
@@ -133,9 +136,10 @@ WITHOUT_EFFECT: dict[str, tuple[str, ...]] = {
         "lowvram",
     ),
     FACE_CROP: ("face_crop_aug_range",),
-    "it belongs to other models or commands": (
-        "config_file",
-        "debug_dataset",
+    "command line only: it names the file of settings, which is the argument of hpo train": ("config_file",),
+    "command line only: it writes a file of settings and ends; here: hpo export kohya": ("output_config",),
+    "command line only: it shows the images and ends; here: hpo dataset check": ("debug_dataset",),
+    "it belongs to other models": (
         "weighting_scheme",
         "logit_mean",
         "logit_std",
@@ -153,7 +157,6 @@ FROM_THE_START = (
 # key → (values without an effect, why all other values are refused)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "v2": ((False,), "SD 2.x bases are not supported"),
-    **PIXELS_REFUSED,
     "dataset_class": ((), "external code is not run"),
     "resume": ((), "a training state of sd-scripts cannot be resumed"),
     "initial_epoch": ((0, 1), FROM_THE_START),

@@ -14,7 +14,6 @@ from trainer.arguments import Argument
 from trainer.arguments import as_text as arguments_text
 from trainer.checks import Rule
 from trainer.config import SETTINGS, TrainConfig
-from trainer.data import subsets
 from trainer.kohya import keys as kohyakeys
 from trainer.optimizers import OPTIMIZERS
 from trainer.schedules import SCHEDULES
@@ -87,8 +86,8 @@ makes a difference. Without `first_cycle_max_steps`, a cycle has all steps / `lr
 """
 RULES = """## sd-scripts' other keys
 
-Each key of a file for sd-scripts is used (above), translated, without effect here, or refused because the result
-would differ. A key that sd-scripts does not have is an error with the nearest name.
+[kohya.md](kohya.md) lists all options of sd-scripts and what becomes of each. A key that sd-scripts does not have is
+listed with what it probably meant, and has no effect.
 """
 DATASET_FORM = """## Dataset files
 
@@ -112,6 +111,7 @@ class_tokens = "girl"
 ```
 
 A value is looked up in the subset first, then in its dataset, in `[general]`, and in the settings of the run.
+[kohya.md](kohya.md#dataset-files) lists all keys.
 """
 SAMPLES = """## Sample prompts
 
@@ -136,11 +136,10 @@ def page() -> str:
     starts = [names.index(first) for first in SECTIONS.values()]
     for title, start, end in zip(SECTIONS, starts, [*starts[1:], len(names)], strict=True):
         parts.append(f"## {title}\n")
-        parts.append(_table(_HEADER, (_row(name) for name in names[start:end])))
+        parts.append(table(_HEADER, (_row(name) for name in names[start:end])))
     parts += [OPTIMIZERS_HEAD + _optimizer_table() + OPTIMIZERS_END]
     parts += [SCHEDULES_HEAD + _schedule_table() + SCHEDULES_END]
-    parts += [RULES, _kohya_table()]
-    parts += [DATASET_FORM, _dataset_table(), SAMPLES]
+    parts += [RULES, DATASET_FORM, SAMPLES]
     return "\n".join(parts)
 
 
@@ -180,13 +179,6 @@ def _values(name: str, facts: Rule) -> str:
     return f"{'above ' if facts.low_is_excluded else ''}{_number(facts.low)} to {_number(facts.high)}"
 
 
-def _kohya_table() -> str:
-    rows = [(f"`{name}`", "refused", reason) for name, (_, reason) in kohyakeys.REFUSED.items()]
-    rows += [(f"`{name}`", "translated", "shown when the file is read") for name in kohyakeys.TRANSLATED]
-    rows += [(f"`{name}`", "without effect", reason) for name, reason in kohyakeys.NO_EFFECT_REASON.items()]
-    return _table(("key", "handling", "details"), sorted(rows))
-
-
 def _optimizer_table() -> str:
     rows = []
     for name, optimizer in OPTIMIZERS.items():
@@ -203,7 +195,7 @@ def _optimizer_table() -> str:
                 ", ".join(notes),
             )
         )
-    return _table(("optimizer", "class", "arguments", "set here", "weight decay in sd-scripts", ""), rows)
+    return table(("optimizer", "class", "arguments", "set here", "weight decay in sd-scripts", ""), rows)
 
 
 def _schedule_table() -> str:
@@ -211,7 +203,7 @@ def _schedule_table() -> str:
         (f"`{name}`", _arguments(schedule.arguments), "yes" if schedule.warms_up else "no", schedule.where)
         for name, schedule in SCHEDULES.items()
     )
-    return _table(
+    return table(
         ("lr_scheduler", "lr_scheduler_args", "lr_warmup_steps", "lr_scheduler_type in sd-scripts"), rows
     )
 
@@ -224,17 +216,8 @@ def _arguments(table: Mapping[str, Argument]) -> str:
     )
 
 
-def _dataset_table() -> str:
-    of_run = "sets {} of the run; where datasets differ, of this dataset"
-    rows = [(key, "used in a dataset", of_run.format(name)) for key, name in subsets.RUN_KEYS.items()]
-    rows += [(key, "used in a subset", "for its images") for key in (*subsets.PLACE_KEYS, *subsets.OWN_KEYS)]
-    rows += [(key, "refused", reason) for key, (_, reason) in subsets.REFUSED.items()]
-    rows += [(key, "without effect", reason) for key, reason in subsets.WITHOUT_EFFECT.items()]
-    named = ((f"`{key}`", *rest) for key, *rest in rows)
-    return _table(("key", "handling", "details"), named)
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
     lines = [header, tuple("---" for _ in header), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 

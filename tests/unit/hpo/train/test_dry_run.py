@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[str, tuple[str, ...], Callable[[Path], None]]] = {
     "contradiction": (SETTINGS + "text_encoder_frozen = true\nunet_lr = 0.0\n", (), nothing),
     "two contradictions": (SETTINGS + "zero_terminal_snr = true\nmasked_loss = true\n", (), nothing),
     "not TOML": ("learning_rate = = 1\n", (), nothing),
-    "kohya: refused key": (KOHYA + 'resize_interpolation = "area"\n', (), nothing),
+    "kohya: refused key": (KOHYA + 'resume = "state"\n', (), nothing),
     "kohya: unknown key": (KOHYA + "colour_aug = true\n", ("--strict",), nothing),
     "kohya: bad list": (KOHYA + 'optimizer_args = ["weight_decay"]\n', (), nothing),
     "--set unknown": (SETTINGS, ("--set", "netwrk_dim=3"), nothing),
@@ -175,9 +175,7 @@ def test_a_vae_is_checked_before_anything_is_loaded(base: Path, place: Path) -> 
 
 
 def test_everything_that_is_wrong_is_told_in_one_go_the_cheap_first(base: Path, place: Path) -> None:
-    (place / "settings.toml").write_text(
-        KOHYA + 'colour_aug = true\nmin_snr_gamma = -3\nresize_interpolation = "area"\n'
-    )
+    (place / "settings.toml").write_text(KOHYA + 'colour_aug = true\nmin_snr_gamma = -3\nresume = "state"\n')
     no_caption(place)
     empty_caption(place)
     broken_image(place)

@@ -91,16 +91,16 @@ def test_a_dry_run_tells_everything_and_touches_nothing(place: Path) -> None:
 def test_a_dry_run_shows_what_a_file_of_sd_scripts_means_and_ends_as_the_run_would(place: Path) -> None:
     (place / "kohya.toml").write_text(
         SETTINGS + 'network_module = "networks.lora"\ncaption_extension = ".txt"\nxformers = true\n'
-        'lowram = true\nhuber_c = 0.3\nresize_interpolation = "area"\n'
+        'lowram = true\nhuber_c = 0.3\nresume = "state"\n'
     )
     result = train(Path("b"), "--dry-run", file="kohya.toml")
     shown = " ".join(result.stdout.split())
-    assert result.exit_code == 2 and "resize_interpolation" in result.stderr
+    assert result.exit_code == 2 and "resume" in result.stderr
     for part in (
         "translated xformers = true → SDPA",
         "no effect lowram:",
         "huber_c: only used with loss_type = huber",
-        "resize_interpolation = area",
+        "resume = state",
         "4 samples an epoch in batches of 2 → 2 batches → 2 steps an epoch × 3 epochs → 6 steps",
     ):
         assert part in shown, part
@@ -147,10 +147,10 @@ def test_what_a_folder_of_the_dataset_file_sets_is_not_waited_for(place: Path) -
 def test_refused_keys_leave_the_images_and_steps_in_the_dry_run(place: Path) -> None:
     described = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'images/1_zkw figure'\n"
     (place / "set.toml").write_text(described + 'caption_extension = ".txt"\n')
-    text = 'network_module = "networks.lora"\nresize_interpolation = "area"\n'
+    text = 'network_module = "networks.lora"\nresume = "state"\n'
     result = dry_run(place, text, "--dataset", "set.toml", "--base", "mini-sd15")
     assert result.exit_code == 2 and json.loads(result.stdout)["steps"]["images"] == 4
-    (place / "set.toml").write_text(described + 'resize_interpolation = "area"\n')
+    (place / "set.toml").write_text(described + "custom_attributes = {diff_output_preservation = true}\n")
     result = dry_run(place, text, "--dataset", "set.toml", "--base", "mini-sd15")
     assert result.exit_code == 2 and json.loads(result.stdout)["steps"] is None
 

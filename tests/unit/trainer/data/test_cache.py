@@ -150,6 +150,7 @@ def test_other_settings_that_change_a_latent_are_another_key(
         {"resolution": 56},
         {"enable_bucket": False},  # the same bucket for square images, but not the same crop for wide ones
         {"bucket_no_upscale": False, "min_bucket_reso": 32},
+        {"resolution": 56, "resize_interpolation": "nearest"},
     ):
         config = CONFIG.with_values(values)
         fresh = cache.prepare(base, data, config)
@@ -164,6 +165,21 @@ def test_the_same_bucket_reached_by_another_resizing_is_another_key(base: Base, 
     fits.append(Fit(Bucket(64, 56), 64, 64))
     assert len({cache.latent_key(item, fit, base, torch.float32) for fit in fits}) == 4
     assert len({cache.latent_key(item, fits[0], base, kind) for kind in (torch.float32, torch.float16)}) == 2
+
+
+def test_folders_may_be_resized_in_their_own_ways(base: Base, images: Path) -> None:
+    """resize_interpolation of a subset, and of the run for the rest: same image, same bucket, other latents."""
+    config = CONFIG.with_values({"resolution": 56})
+    data = read_dataset(images, config)
+    item = data.items[0]
+    own = replace(item, own=(("resize_interpolation", "nearest"),))
+    both = cache.prepare(base, replace(data, items=(item, own)), config)
+    assert len(both.latents) == 2 and both.encoded_images == 2
+    latents = [both.view(base, each, config, 0, 0).latent for each in (item, own)]
+    assert not torch.equal(*latents)
+    nearest = config.with_values({"resize_interpolation": "nearest"})
+    alone = cache.prepare(base, replace(data, items=(item,)), nearest).view(base, item, nearest, 0, 0).latent
+    assert torch.allclose(alone, latents[1], atol=1e-5)
 
 
 def test_another_base_shares_nothing(base: Base, images: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainer.config import TrainConfig
-from trainer.data import captions, dataset, images
+from trainer.data import captions, dataset, images, resampling
 from trainer.data import epoch as epochs
 from trainer.data.buckets import Bucket, BucketRules, Fit, predefined_buckets
 from trainer.errors import ConfigError, DataError
@@ -538,7 +538,7 @@ def area_means_by_hand(pixels: np.ndarray, width: int, height: int) -> np.ndarra
 def test_shrinking_takes_the_mean_of_the_covered_area(width: int, height: int) -> None:
     pixels = np.asarray(picture(20, 16))
     assert (
-        np.abs(images.shrink(pixels, width, height) - area_means_by_hand(pixels, width, height)).max()
+        np.abs(resampling.shrink(pixels, width, height) - area_means_by_hand(pixels, width, height)).max()
         <= 0.501
     )
 

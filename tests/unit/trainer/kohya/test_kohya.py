@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError, ToolError
 from trainer.kohya import keys as kohyakeys
+from trainer.kohya import optionnames
 from trainer.kohya.read import KohyaFile, read_kohya, read_own
 
 # A file as written by GUIs: sections, empty values, machine settings.
@@ -463,11 +464,22 @@ def test_the_four_classes_of_keys_do_not_overlap() -> None:
     ]
     assert sum(map(len, classes)) == len(set().union(*classes))
     assert set(kohyakeys.KOHYA_DEFAULTS) <= set(SETTINGS)
-    front_end = {"epoch", "noise_offset_type", "lowvram", "clip_l", "t5xxl", "stop_text_encoder_training"}
-    front_end |= {"train_inpainting", "loraplus_lr_ratio", "loraplus_unet_lr_ratio"}
-    front_end |= {"loraplus_text_encoder_lr_ratio"}
-    assert front_end <= kohyakeys.KNOWN_KEYS
-    assert len(kohyakeys.KNOWN_KEYS - front_end) == 204, "203 of sd-scripts (48d368f) and [[datasets]]"
+    front_end = {
+        *("epoch", "noise_offset_type", "lowvram", "clip_l", "t5xxl", "stop_text_encoder_training"),
+        *(
+            "train_inpainting",
+            "loraplus_lr_ratio",
+            "loraplus_unet_lr_ratio",
+            "loraplus_text_encoder_lr_ratio",
+        ),
+    }
+    other_scripts = {
+        *("blocks_to_swap", "logit_mean", "logit_std", "mode_scale", "weighting_scheme"),
+        *("text_encoder_batch_size", "use_safetensors"),
+    }
+    beside = front_end | other_scripts | {"datasets"}
+    assert beside.isdisjoint(optionnames.OPTIONS)
+    assert beside | set(optionnames.OPTIONS) == kohyakeys.KNOWN_KEYS
 
 
 def test_no_mutation_of_a_file_raises_anything_but_a_tool_error(tmp_path: Path) -> None:

@@ -164,7 +164,12 @@ def test_a_dataset_file_is_trained_as_it_says(described: Path) -> None:
         ("num_repeats = 3", 'num_repeats = "3"', "is a text, not a whole number"),
         ("num_repeats = 3", "num_repeats = 2.5", "is not a whole number"),
         ("num_repeats = 3", "batch_size = 3", r"batch_size belongs to \[\[datasets\]\] 1"),
-        ("num_repeats = 3", 'resize_interpolation = "lanczos"', "resize_interpolation"),
+        ("num_repeats = 3", 'resize_interpolation = "hamming"', "resize_interpolation"),
+        (
+            "num_repeats = 3",
+            "custom_attributes = {diff_output_preservation = true}",
+            "diff_output_preservation",
+        ),
         ("resolution = 32", "resolution = [32, 64, 32]", "is not a size"),
         ("resolution = 32", 'resolution = "32x64"', "is not a size"),
         ("image_dir", "image_dirs", "unknown setting image_dirs"),
@@ -427,4 +432,4 @@ def test_the_settings_page_is_what_the_code_says() -> None:
     made = settingsdoc.page()
     page = ROOT / "docs" / "settings.md"
     assert page.read_text(encoding="utf-8") == made, "python -m trainer.kohya.settingsdoc > docs/settings.md"
-    assert all(f"`{name}`" in made for name in {*SETTINGS, *KNOWN_KEYS})
+    assert all(f"`{name}`" in made for name in SETTINGS)
