@@ -96,7 +96,7 @@ class Bench:
             found = recognise(path)
         except ToolError as error:
             return Verdict(path, "", "not ours", (f"{_without_path(error.message, path)} – {error.hint}",))
-        request = self._request(path, found)
+        request = self.request(path, found)
         out = io.StringIO()
         ended: ToolError | None = None
         with contextlib.suppress(OSError):
@@ -120,7 +120,7 @@ class Bench:
             outcome, reasons = "not ours", sd2
         return Verdict(path, found.form, outcome, tuple(reasons), unknown, warnings)
 
-    def _request(self, path: Path, found: Found) -> TrainRequest:
+    def request(self, path: Path, found: Found) -> TrainRequest:
         text = path.read_text(encoding="utf-8", errors="replace")
         self._write_captions(found)
         is_sdxl = bool(SDXL.search(path.name) or _says_sdxl(text))

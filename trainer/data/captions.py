@@ -87,7 +87,7 @@ def read_captions(
     files = CaptionFiles()
     found = {path: files.find(path, extension) for path in images}
     missing = [path for path, file in found.items() if file is None]
-    if is_of_name and len(missing) == len(images) and _has_others(missing, extension, files):
+    if is_of_name and len(missing) == len(images) and has_other_captions(missing, extension, files):
         instead = ""
     if missing and not instead:
         what = (
@@ -141,7 +141,7 @@ def read_captions(
     return captions, notes + _shared_notes(found) + _rival_notes(found, extension, files)
 
 
-def _has_others(images: Sequence[Path], extension: str, files: CaptionFiles) -> bool:
+def has_other_captions(images: Sequence[Path], extension: str, files: CaptionFiles) -> bool:
     """Whether an ending is one of the usual two and images have captions with the other. Endings such as
     ``.none-use-foldername`` (presets of kohya_ss) are meant to find none."""
     usual = (".txt", ".caption")

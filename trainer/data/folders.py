@@ -108,9 +108,18 @@ def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Folde
         raise DataError(
             f"the folder name {shown(folder)} means 0 repeats", f"rename it, for example to 10_{match[2]}"
         )
-    trigger, class_word = subject_of(match[2])
-    words = " ".join(word for word in (trigger, class_word) if word)
-    return FolderPart(tuple(images), repeats, trigger, class_word, words, is_of_name=True)
+    subject = subject_of(match[2])
+    return FolderPart(tuple(images), repeats, *subject, words=_joined(*subject), is_of_name=True)
+
+
+def words_of(folder: Path) -> str:
+    """The caption of images without one: the words of a folder like ``10_luca man``; none for other folders."""
+    match = KOHYA_FOLDER.fullmatch(folder.resolve().name)
+    return _joined(*subject_of(match[2])) if match else ""
+
+
+def _joined(trigger: str | None, class_word: str | None) -> str:
+    return " ".join(word for word in (trigger, class_word) if word)
 
 
 def named_subject(root: Path) -> tuple[str | None, str | None]:
