@@ -142,6 +142,15 @@ class TrainConfig(Settings):
             "block_dims and block_alphas are for the modules of networks.lora, but lycoris_preset is set",
             "remove one of them",
         )
+        yield (
+            self.lr_scheduler_num_cycles == 0
+            and self.lr_scheduler in ("RexAnnealingWarmRestarts", "CosineAnnealingWarmupRestarts")
+            and not schedules.arguments_of(self.lr_scheduler, self.lr_scheduler_args)[
+                "first_cycle_max_steps"
+            ],
+            f"lr_scheduler_num_cycles = 0 gives {self.lr_scheduler} no length of a cycle",
+            "set it to 1 or more, or first_cycle_max_steps in lr_scheduler_args",
+        )
         yield (self.factor == 0, "factor = 0 is not valid", "use -1, or a whole number from 1")
         yield (
             self.first_timestep >= self.end_timestep,

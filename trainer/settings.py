@@ -210,10 +210,13 @@ class Settings:
     )
     lr_scheduler: str = setting("cosine", "learning rate schedule", choices=SCHEDULER_NAMES)
     lr_scheduler_num_cycles: int = setting(
-        1, "cycles of cosine_with_restarts; half waves of cosine_with_min_lr", low=1, high=1000
+        1,
+        "cycles of cosine_with_restarts; half waves of cosine_with_min_lr; 0: a constant rate",
+        low=0,
+        high=1000,
     )
     lr_scheduler_power: float = setting(
-        1.0, "exponent of the polynomial schedule", low=0, high=10, low_is_excluded=True
+        1.0, "exponent of the polynomial schedule; 0: a constant rate", low=0, high=10
     )
     lr_warmup_steps: float = setting(
         0, "warm-up: optimizer steps, or a fraction of all steps if below 1", low=0, high=1e7
@@ -461,7 +464,7 @@ class Settings:
     vae_batch_size: int = setting(4, "batch size of the VAE when latents are cached", low=1, high=256)
 
     # Saving, sample images, logging: nothing here changes the trained weights
-    save_every_n_epochs: int | None = setting(None, "save the LoRA every n epochs", low=1, high=100_000)
+    save_every_n_epochs: int | None = setting(None, "save the LoRA every n epochs", low=1, high=10_000_000)
     save_every_n_steps: int | None = setting(
         None, "save the LoRA every n optimizer steps", low=1, high=10_000_000
     )
@@ -472,7 +475,7 @@ class Settings:
         None, "keep only files saved within the last n steps", low=1, high=10_000_000
     )
     sample_every_n_epochs: int | None = setting(
-        None, "generate sample images every n epochs", low=1, high=100_000
+        None, "generate sample images every n epochs", low=1, high=10_000_000
     )
     sample_every_n_steps: int | None = setting(
         None, "generate sample images every n optimizer steps", low=1, high=10_000_000

@@ -166,12 +166,12 @@ class _Reading:
         if not values.get("prompt"):
             self._say(place, _ALONE if isinstance(row, str) else "has no text in prompt: left out")
             return None
-        side = max(8, self.config.resolution // 8 * 8)
+        width, height = (max(8, side // 8 * 8) for side in self.config.size_px)
         found = SamplePrompt(
             values["prompt"],
             values.get("negative_prompt", ""),
-            self._side(place, "width", values.get("width"), side),
-            self._side(place, "height", values.get("height"), side),
+            self._side(place, "width", values.get("width"), width),
+            self._side(place, "height", values.get("height"), height),
             values.get("seed", self.config.seed),
             max(1, min(MOST_STEPS, values.get("sample_steps", STEPS))),
             float(values.get("scale", SCALE)),

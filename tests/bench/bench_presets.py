@@ -6,8 +6,9 @@ Every TOML, JSON and script in the folder is given to ``hpo train --dry-run``, i
 and with a miniature base of the family that the file seems to mean. Folders of a dataset file are replaced by the
 generated one; other paths of another machine are not counted as refusals. ``write_presets`` writes such a folder.
 
-A file is "not ours" if the form reader names it as something else (a preset for FLUX, a workflow …). Of the others, a
-file is "accepted" if nothing in it is refused.
+A file is "not ours" if the form reader names it as something else (a preset for FLUX, a workflow …), or if it is for
+SD 2.x. Of the others, a file is "accepted" if nothing in it is refused. Warnings are counted apart. That the miniature
+base predicts noise is no refusal of a file for a v-prediction base.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ SDXL = re.compile(r"sdxl|\bxl\b|[_-]xl|xl[_-]|illustrious|noob|pony|animagine", 
 # Findings about this machine and the generated dataset, which say nothing about the settings.
 ELSEWHERE = re.compile(
     r"does not exist|cannot read|no such file|Windows path|cannot be written|is not a folder|has no images|"
-    r"has no masks|needs the package"
+    r"has no masks|needs the package|is not on this machine and cannot be downloaded|says that it predicts noise"
 )
+OTHER_FAMILY = re.compile(r"SD 2\.x bases are not supported")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Verdict:
     outcome: str  # "accepted", "refused" or "not ours"
     reasons: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -93,7 +96,7 @@ class Bench:
             found = recognise(path)
         except ToolError as error:
             return Verdict(path, "", "not ours", (f"{_without_path(error.message, path)} – {error.hint}",))
-        request = self._request(path, found)
+        request = self.request(path, found)
         out = io.StringIO()
         ended: ToolError | None = None
         with contextlib.suppress(OSError):
@@ -102,15 +105,22 @@ class Bench:
             except ToolError as error:
                 ended = error
         plan = json.loads(out.getvalue()) if out.getvalue().strip() else {}
-        findings = [f"{entry['what']} – {entry['hint']}" for entry in plan.get("findings", [])]
+        entries = plan.get("findings", [])
+        findings = [f"{entry['what']} – {entry['hint']}" for entry in entries if entry["exit_code"]]
+        warnings = tuple(
+            _without_path(entry["what"], request.file) for entry in entries if not entry["exit_code"]
+        )
         if ended is not None and not findings:
             findings = [f"{ended.message} – {ended.hint}"]
         reasons = [_without_path(text, request.file) for text in findings if not ELSEWHERE.search(text)]
         reasons = [part for reason in reasons for part in _parts(reason)]
         unknown = tuple(str(line).split(" = ")[0].split(":")[0] for line in plan.get("unknown", []))
-        return Verdict(path, found.form, "refused" if reasons else "accepted", tuple(reasons), unknown)
+        outcome = "refused" if reasons else "accepted"
+        if sd2 := [reason for reason in reasons if OTHER_FAMILY.search(reason)]:
+            outcome, reasons = "not ours", sd2
+        return Verdict(path, found.form, outcome, tuple(reasons), unknown, warnings)
 
-    def _request(self, path: Path, found: Found) -> TrainRequest:
+    def request(self, path: Path, found: Found) -> TrainRequest:
         text = path.read_text(encoding="utf-8", errors="replace")
         self._write_captions(found)
         is_sdxl = bool(SDXL.search(path.name) or _says_sdxl(text))
@@ -190,6 +200,7 @@ def _show(verdicts: Sequence[Verdict], folder: Path, all_files: bool) -> None:
     _table("forms", Counter(verdict.form or "not ours" for verdict in verdicts))
     _table("refused because", _files_per(verdicts, "refused"))
     _table("not ours", _files_per(verdicts, "not ours"))
+    _table("warnings", Counter(_kind(warning) for v in verdicts for warning in v.warnings))
     _table("unknown keys", Counter(key for verdict in verdicts for key in verdict.unknown), 400)
 
 

@@ -62,8 +62,11 @@ class _KohyaSS:
 
     def __init__(self, checkout: Path, folder: Path) -> None:
         sys.path.insert(0, str(checkout))
-        self.gui: Any = importlib.import_module("kohya_gui.lora_gui")
-        self.common: Any = importlib.import_module("kohya_gui.common_gui")
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.chdir(folder):  # kohya_ss writes logs into the current folder
+            self.gui: Any = importlib.import_module("kohya_gui.lora_gui")
+            self.common: Any = importlib.import_module("kohya_gui.common_gui")
         vars(self.gui).update(executor=Anything(), get_executable_path=lambda *_: "accelerate")
         logging.disable()
         self.usual = _window_values(checkout / "kohya_gui")
@@ -81,13 +84,15 @@ class _KohyaSS:
             "print_only": True,
         }
         fields["dataset_config"] = str(places["dataset_config"]) if preset.get("dataset_config") else ""
-        fields |= dict.fromkeys(("reg_data_dir", "vae", "network_weights", "resume"), "") | {
-            "output_name": name
-        }
+        fields |= dict.fromkeys(("reg_data_dir", "vae", "resume"), "") | {"output_name": name}
+        begins_from = preset.get("network_weights") or preset.get("lora_network_weights")
+        fields["network_weights"] = str(places["network_weights"]) if begins_from else ""
+        places["network_weights"].touch()  # only so that kohya_ss finds it
         shutil.rmtree(places["output_dir"])
         places["output_dir"].mkdir()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(self.folder):
             self.gui.train_model(**fields)
+        places["network_weights"].unlink()
         found = sorted(places["output_dir"].glob("config_lora-*.toml"))
         return found[-1].read_text(encoding="utf-8") if found else None
 
@@ -112,6 +117,7 @@ def _places(folder: Path) -> dict[str, Path]:
         "output_dir": folder / "output",
         "logging_dir": folder / "logs",
         "dataset_config": dataset,
+        "network_weights": folder / "lora.safetensors",
     }
 
 

@@ -20,8 +20,10 @@ from typing import Any
 _FORM = re.compile(r"^(\w+) *= *(.+?) *#@?\s*@?param *(\[.*?\]|\{.*?\})?", re.MULTILINE)
 
 
-def write_notebook(path: Path, out: Path) -> int:
-    """The TOML that a notebook writes: with its form as it is, and with each other choice of each list."""
+def write_notebook(path: Path, out: Path, *, leave_arguments: bool = False) -> int:
+    """The TOML that a notebook writes: with its form as it is, and with each other choice of each list. With another
+    optimizer the field for arguments of the optimizer is emptied, unless ``leave_arguments``: sd-scripts ends if they
+    are those of another one."""
     cells = [
         cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
     ]
@@ -30,7 +32,7 @@ def write_notebook(path: Path, out: Path) -> int:
     folder = out / f"{path.absolute().parent.name}-{path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
     written = 0
-    for name, changed in _choices(texts):
+    for name, changed in _choices(texts, leave_arguments):
         for number, text in enumerate(_run_cells(changed)):
             (folder / f"{name}-{number}.toml").write_text(text, encoding="utf-8")
             written += 1
@@ -39,6 +41,9 @@ def write_notebook(path: Path, out: Path) -> int:
 
 # Cells that say something of the network, the optimizer or the training; not those that upload or draw.
 _WRITES = re.compile(r"network_module *=|optimizer_type *=|[\"']network_module[\"']|train_batch_size *=")
+# Fields for the optimizer, and the field for arguments of the one that is chosen first.
+_OPTIMIZERS = ("optimizer_type", "optimizer")
+_ARGUMENTS = re.compile(r"^(optimizer_args *= *).+?( *#@? *@?param)", re.MULTILINE)
 _COMMAND = re.compile(r"^([ \t]*)[!%](?:[^\n]*\\\n)*[^\n]*$", re.MULTILINE)
 
 
@@ -47,7 +52,7 @@ def _python(cell: str) -> str:
     return re.sub(r"^main\(\)\s*$", "", _COMMAND.sub(r"\1pass", cell), flags=re.MULTILINE)
 
 
-def _choices(cells: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _choices(cells: Sequence[str], leave_arguments: bool) -> Iterator[tuple[str, list[str]]]:
     yield "default", list(cells)
     for place, cell in enumerate(cells):
         for match in _FORM.finditer(cell):
@@ -58,6 +63,8 @@ def _choices(cells: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
                 for choice in [entry for entry in choices if entry != ast.literal_eval(value)]:
                     line = match[0].replace(value, repr(choice), 1)
                     changed = [*cells[:place], cell.replace(match[0], line, 1), *cells[place + 1 :]]
+                    if name in _OPTIMIZERS and not leave_arguments:
+                        changed = [_ARGUMENTS.sub(r'\1""\2', text) for text in changed]
                     yield f"{name}={re.sub(r'[^A-Za-z0-9.]+', '-', str(choice))[:40]}", changed
             except (SyntaxError, ValueError):
                 continue

@@ -78,13 +78,33 @@ def write_lora_scripts(checkout: Path, window: Path, out: Path) -> int:
     if shutil.which("node") is None:
         print("  node is not installed")
         return 0
+    fields = _fields_of_window((checkout / "mikazuki" / "schema").resolve())
+    forms = {name: {**fields, **change} for name, change in _changes(fields)}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in _saved(window, forms).items():
+        (out / f"{name}.toml").write_text(tomlkit.dumps(table), encoding="utf-8")
+        (out / f"{name}-fields.json").write_text(json.dumps(forms[name], indent=1), encoding="utf-8")
+    return 2 * len(forms)
+
+
+def record_lora_scripts(window: Path, file: Path) -> int:
+    """Write into a JSON list of {"fields": …} what the window saves for each."""
+    cases = json.loads(file.read_text(encoding="utf-8"))
+    saved = _saved(window, {str(number): case["fields"] for number, case in enumerate(cases)})
+    for number, case in enumerate(cases):
+        case["saved"] = saved[str(number)]
+    lines = ",\n".join(json.dumps(case) for case in cases)
+    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return len(cases)
+
+
+def _saved(window: Path, forms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What parseParams of the window makes of fields."""
     script = next(
         p for p in (window / "dist" / "assets").glob("layout.*.js") if "parseParams=" in p.read_text("utf-8")
     )
     code = script.read_text(encoding="utf-8")
     start, end = code.index("const pathParams="), code.index("BasicLoraParams={")
-    fields = _fields_of_window((checkout / "mikazuki" / "schema").resolve())
-    forms = {name: {**fields, **change} for name, change in _changes(fields)}
     program = (
         code[start:end].rstrip(",")
         + ";const fs=require('fs');const forms=JSON.parse(fs.readFileSync(0,'utf8'));const out={};"
@@ -94,11 +114,8 @@ def write_lora_scripts(checkout: Path, window: Path, out: Path) -> int:
     answer = subprocess.run(
         ["node", "-e", program], input=json.dumps(forms), capture_output=True, text=True, check=True
     )
-    out.mkdir(parents=True, exist_ok=True)
-    for name, table in json.loads(answer.stdout.splitlines()[-1]).items():
-        (out / f"{name}.toml").write_text(tomlkit.dumps(table), encoding="utf-8")
-        (out / f"{name}-fields.json").write_text(json.dumps(forms[name], indent=1), encoding="utf-8")
-    return 2 * len(forms)
+    found: dict[str, dict[str, Any]] = json.loads(answer.stdout.splitlines()[-1])
+    return found
 
 
 def _fields_of_window(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.bench.front_end_kohya_ss import record, write_kohya_ss
 from tests.bench.front_end_notebooks import write_notebook
 from tests.bench.front_end_standins import StandIns, toml_module
-from tests.bench.front_end_windows import write_easy, write_lora_scripts
+from tests.bench.front_end_windows import record_lora_scripts, write_easy, write_lora_scripts
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -31,9 +31,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--kohya-ss", type=Path, help="a checkout of kohya_ss")
     parser.add_argument("--record", type=Path, help="tests/data/kohya_ss_presets.json, to be recorded anew")
     parser.add_argument("--notebook", type=Path, nargs="*", default=[], help="notebooks that write TOML")
+    parser.add_argument(
+        "--leave-arguments",
+        action="store_true",
+        help="notebooks: keep optimizer_args as they are if another optimizer is chosen",
+    )
     parser.add_argument("--easy", type=Path, help="a checkout of LoRA_Easy_Training_Scripts; needs PySide6")
     parser.add_argument("--lora-scripts", type=Path, help="a checkout of lora-scripts")
     parser.add_argument("--window", type=Path, help="a checkout of lora-gui-dist, the window of lora-scripts")
+    parser.add_argument(
+        "--record-fields", type=Path, help="tests/data/lora_scripts_fields.json, to be recorded anew"
+    )
     arguments = parser.parse_args(words)
     out = arguments.out.absolute()
     sys.meta_path.append(StandIns())
@@ -44,9 +52,12 @@ def main(words: Sequence[str] | None = None) -> None:
         if arguments.record:
             _report("recorded", record(arguments.kohya_ss.absolute(), arguments.record, out))
     for notebook in arguments.notebook:
-        _report(notebook.stem, write_notebook(notebook, out / "colab"))
+        written = write_notebook(notebook, out / "colab", leave_arguments=arguments.leave_arguments)
+        _report(notebook.stem, written)
     if arguments.easy:
         _report("LoRA_Easy_Training_Scripts", write_easy(arguments.easy.absolute(), out / "easy"))
+    if arguments.window and arguments.record_fields:
+        _report("recorded", record_lora_scripts(arguments.window, arguments.record_fields))
     if arguments.lora_scripts and arguments.window:
         _report(
             "lora-scripts",

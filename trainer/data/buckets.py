@@ -94,12 +94,6 @@ class BucketRules:
             raise ConfigError(
                 f"bucket_reso_steps = {step} is not a multiple of {LATENT_CELL_PX}", "use 64 or 32"
             )
-        for side_px in () if config.enable_bucket else (width_px, height_px):
-            if side_px % LATENT_CELL_PX:
-                raise ConfigError(
-                    f"resolution = {side_px} is not a multiple of {LATENT_CELL_PX}",
-                    f"use {side_px - side_px % LATENT_CELL_PX}, or enable_bucket = true",
-                )
         # sd-scripts rounds the shortest side down and the longest side up to whole steps.
         shortest = config.min_bucket_reso - config.min_bucket_reso % step
         longest = config.max_bucket_reso + -config.max_bucket_reso % step

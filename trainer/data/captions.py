@@ -68,18 +68,27 @@ class CaptionFiles:
 
 
 def read_captions(
-    images: Sequence[Path], extension: str, root: Path, *, instead: str = "", all_lines: bool = False
+    images: Sequence[Path],
+    extension: str,
+    root: Path,
+    *,
+    instead: str = "",
+    is_of_name: bool = False,
+    all_lines: bool = False,
 ) -> tuple[dict[Path, str], list[str]]:
     """The caption of every image, and notes.  Missing, empty or unreadable ones are errors that list the files.
 
-    ``instead`` is the caption of images without a file (kohya's class_tokens).  ``all_lines`` keeps several
-    lines, of which enable_wildcard draws one; else the first is used.
+    ``instead`` is the caption of images without a file: kohya's class_tokens, or with ``is_of_name`` the words of the
+    folder's name. The latter is no reason to pass over captions of another usual ending: then they are missing.
+    ``all_lines`` keeps several lines, of which enable_wildcard draws one; else the first is used.
     """
     if not _EXTENSION.fullmatch(extension):
         raise ConfigError(f"caption_extension = {clean_text(extension)!r} is no file ending", "write .txt")
     files = CaptionFiles()
     found = {path: files.find(path, extension) for path in images}
     missing = [path for path, file in found.items() if file is None]
+    if is_of_name and len(missing) == len(images) and has_other_captions(missing, extension, files):
+        instead = ""
     if missing and not instead:
         what = (
             "no image has a caption"
@@ -115,7 +124,11 @@ def read_captions(
         captions |= dict.fromkeys((path for path, file in found.items() if file in empty), "?")
     notes = []
     if missing and instead:
-        notes.append(f"{len(missing)} images have no caption and get {shown(instead)!r}")
+        whose = "the words of the folder's name, as in sd-scripts" if is_of_name else "class_tokens"
+        notes.append(
+            f"{len(missing)} images have no caption ({shown(extension)}) and get {shown(instead)!r}, {whose}: "
+            f"{listed(missing)}"
+        )
     if long:
         notes.append(
             f"{len(long)} captions have several lines, the first is used, as kohya does: {listed(long)}"
@@ -126,6 +139,15 @@ def read_captions(
             f"text is used here: {listed(late)}"
         )
     return captions, notes + _shared_notes(found) + _rival_notes(found, extension, files)
+
+
+def has_other_captions(images: Sequence[Path], extension: str, files: CaptionFiles) -> bool:
+    """Whether an ending is one of the usual two and images have captions with the other. Endings such as
+    ``.none-use-foldername`` (presets of kohya_ss) are meant to find none."""
+    usual = (".txt", ".caption")
+    return extension in usual and any(
+        files.find(path, other) for other in usual if other != extension for path in images
+    )
 
 
 def _rival_notes(found: Mapping[Path, Path | None], extension: str, files: CaptionFiles) -> list[str]:

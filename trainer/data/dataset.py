@@ -134,7 +134,14 @@ def assemble(
     for part, images in _by_captions(parts):
         extension = part.setting(config, "caption_extension")
         lines = part.setting(config, "enable_wildcard")
-        texts, more = read_captions(images, extension, part.root or root, instead=part.words, all_lines=lines)
+        texts, more = read_captions(
+            images,
+            extension,
+            part.root or root,
+            instead=part.words,
+            is_of_name=part.is_of_name,
+            all_lines=lines,
+        )
         captions |= {(path, other): texts[path] for path, other in jobs if path in texts}
         said += more
     for part in parts:

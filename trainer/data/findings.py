@@ -258,6 +258,12 @@ def _caption_files(survey: Survey, question: Question) -> Iterator[DatasetFindin
         if found:
             do = f'there are {found[0]} files: set caption_extension = "{found[0]}"'
         yield DatasetFinding("caption-missing", REFUSED, what, do, _files(survey.uncaptioned))
+    if survey.named:
+        what = f"{_count(survey.named, 'image')} without a caption ({extension})"
+        do = (
+            "the words of the folder's name are used, as in sd-scripts: write captions to describe each image"
+        )
+        yield DatasetFinding("caption-of-folder", WARNING, what, do, _files(survey.named))
     if survey.empty_captions:
         what = f"{_count(survey.empty_captions, 'caption')} empty"
         yield DatasetFinding(

@@ -28,9 +28,9 @@ KOHYA_FOLDER = re.compile(r"(\d{1,9})_(.*)", re.DOTALL)
 class FolderPart:
     """One folder of images, what its name says, and what a dataset file says of it.
 
-    ``words`` is the caption of images that have none; ``root`` the folder that links may not lead out
-    of (unset: the dataset's).  ``dataset`` counts the [[datasets]] of the file.  ``texts`` are the captions where a
-    metadata file has them, ``tags`` its tags, ``metadata`` its name.
+    ``words`` is the caption of images that have none, ``is_of_name`` says that they are the folder's name; ``root`` is
+    the folder that links may not lead out of (unset: the dataset's).  ``dataset`` counts the [[datasets]] of the file.
+    ``texts`` are the captions where a metadata file has them, ``tags`` its tags, ``metadata`` its name.
     """
 
     images: tuple[Path, ...]
@@ -38,6 +38,7 @@ class FolderPart:
     trigger: str | None = None
     class_word: str | None = None
     words: str = ""
+    is_of_name: bool = False
     own: tuple[tuple[str, Any], ...] = ()
     is_reg: bool = False
     root: Path | None = None
@@ -62,15 +63,7 @@ def regularisation(root: Path) -> tuple[list[FolderPart], list[str]]:
             f"the folder {shown(root)} of reg_data_dir does not exist", "give the folder that holds 1_class"
         )
     parts, notes = parts_of(root, 1)
-    return [
-        replace(
-            part,
-            is_reg=True,
-            root=root,
-            words=" ".join(word for word in (part.trigger, part.class_word) if word),
-        )
-        for part in parts
-    ], notes
+    return [replace(part, is_reg=True, root=root) for part in parts], notes
 
 
 def parts_of(root: Path, default_repeats: int) -> tuple[list[FolderPart], list[str]]:
@@ -115,7 +108,18 @@ def _kohya_part(folder: Path, match: re.Match[str], images: list[Path]) -> Folde
         raise DataError(
             f"the folder name {shown(folder)} means 0 repeats", f"rename it, for example to 10_{match[2]}"
         )
-    return FolderPart(tuple(images), repeats, *subject_of(match[2]))
+    subject = subject_of(match[2])
+    return FolderPart(tuple(images), repeats, *subject, words=_joined(*subject), is_of_name=True)
+
+
+def words_of(folder: Path) -> str:
+    """The caption of images without one: the words of a folder like ``10_luca man``; none for other folders."""
+    match = KOHYA_FOLDER.fullmatch(folder.resolve().name)
+    return _joined(*subject_of(match[2])) if match else ""
+
+
+def _joined(trigger: str | None, class_word: str | None) -> str:
+    return " ".join(word for word in (trigger, class_word) if word)
 
 
 def named_subject(root: Path) -> tuple[str | None, str | None]:

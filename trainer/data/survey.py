@@ -7,7 +7,7 @@ mistake.  Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from trainer.config import TrainConfig
-from trainer.data.captions import CaptionFiles, check_inside, read_text, shown
+from trainer.data.captions import CaptionFiles, check_inside, has_other_captions, read_text, shown
 from trainer.data.dataset import Item
-from trainer.data.folders import KOHYA_FOLDER, MAX_REPEATS, held_out_folder, subject_of_names
+from trainer.data.folders import KOHYA_FOLDER, MAX_REPEATS, held_out_folder, subject_of_names, words_of
 from trainer.data.images import is_image, read_picture
 from trainer.data.litter import visible
 from trainer.errors import DataError, MissingData
@@ -77,14 +77,16 @@ class Broken:
 
 @dataclass(frozen=True)
 class Survey:
-    """Everything found in a folder, sorted by path.  ``uncaptioned`` have no caption file; ``other`` are
-    pictures of formats that are not read; ``orphans`` captions without an image."""
+    """Everything found in a folder, sorted by path.  ``uncaptioned`` have no caption, ``named`` get the words of their
+    folder's name instead of one; ``other`` are pictures of formats that are not read; ``orphans`` captions without an
+    image."""
 
     root: Path
     photos: tuple[Photo, ...]
     broken: tuple[Broken, ...]
     broken_captions: tuple[Broken, ...]
     uncaptioned: tuple[Path, ...]
+    named: tuple[Path, ...]
     empty_captions: tuple[Path, ...]
     other: tuple[Path, ...]
     orphans: tuple[Path, ...]
@@ -134,18 +136,35 @@ def survey(root: Path, config: TrainConfig, *, default_repeats: int = 1) -> Surv
     ]
     trigger, class_word = subject_of_names(folder.resolve().name for folder, repeats in folders if repeats)
     files = [path for paths in listing.values() for path in paths]
+    uncaptioned = [path for path, text in wanted if text is None]
+    named = _named([path for path, _ in wanted], uncaptioned, config.caption_extension, captions)
     return Survey(
         root=root,
         photos=tuple(photos),
         broken=tuple(found for found in read if isinstance(found, Broken)),
         broken_captions=tuple(text for _, text in wanted if isinstance(text, Broken)),
-        uncaptioned=tuple(path for path, text in wanted if text is None),
+        uncaptioned=tuple(path for path in uncaptioned if path not in named),
+        named=tuple(path for path in uncaptioned if path in named),
         empty_captions=tuple(path for path, text in wanted if text == ""),
         other=tuple(path for path in files if path.suffix.lower() in OTHER_PICTURES),
         orphans=tuple(_orphans(files)),
         trigger=trigger,
         class_word=class_word,
     )
+
+
+def _named(
+    images: Sequence[Path], uncaptioned: Sequence[Path], extension: str, files: CaptionFiles
+) -> set[Path]:
+    """The images without a caption that get the words of their folder's name, by the rules of ``read_captions``."""
+    words = {path: words_of(path.parent) for path in images}
+    found = set()
+    for each in {words[path] for path in uncaptioned} - {""}:
+        missing = [path for path in uncaptioned if words[path] == each]
+        whole = len(missing) == sum(words[path] == each for path in images)
+        if not (whole and has_other_captions(missing, extension, files)):
+            found |= set(missing)
+    return found
 
 
 def _folders(root: Path, default_repeats: int) -> list[tuple[Path, int]]:

@@ -69,7 +69,9 @@ def _polynomial(config: TrainConfig, at: At) -> float:
     if start <= last:
         return 1.0
     end = last / start
-    return end + (1.0 - end) * (1.0 - min(1.0, at.done)) ** config.lr_scheduler_power
+    if at.done >= 1.0:
+        return end
+    return end + (1.0 - end) * (1.0 - at.done) ** config.lr_scheduler_power
 
 
 def _cosine_with_min_lr(config: TrainConfig, at: At) -> float:

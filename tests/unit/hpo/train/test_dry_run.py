@@ -46,7 +46,9 @@ def nothing(place: Path) -> None:
 
 
 def no_caption(place: Path) -> None:
+    """Nor a name of the folder that could be one."""
     sorted(place.rglob("*.txt"))[0].unlink()
+    (place / "images" / "1_zkw figure").rename(place / "images" / "1_")
 
 
 def empty_caption(place: Path) -> None:

@@ -95,3 +95,10 @@ def test_a_file_that_is_not_here_and_no_file_at_all_are_warnings() -> None:
     assert "D:\\p.txt is a Windows path" in read("D:\\p.txt").findings[0]
     assert "sample_prompts is not set" in read("", sample_every_n_epochs=1).findings[0]
     assert read("") == SamplePrompts()
+
+
+def test_a_prompt_without_a_size_has_that_of_the_training() -> None:
+    (prompt,) = read("a cat", resolution=640, resolution_height=390).prompts
+    assert (prompt.width, prompt.height) == (640, 384)  # rounded down to a multiple of 8
+    (prompt,) = read("a cat --h 128", resolution=650).prompts
+    assert (prompt.width, prompt.height) == (648, 128)

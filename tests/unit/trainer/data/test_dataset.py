@@ -24,6 +24,7 @@ from trainer.config import TrainConfig
 from trainer.data import captions, dataset, images, resampling
 from trainer.data import epoch as epochs
 from trainer.data.buckets import Bucket, BucketRules, Fit, predefined_buckets
+from trainer.data.survey import survey
 from trainer.errors import ConfigError, DataError
 
 CONFIG = TrainConfig(resolution=64, bucket_reso_steps=8, min_bucket_reso=32)
@@ -223,6 +224,40 @@ def test_no_captions_at_all_suggests_the_other_extension(tmp_path: Path) -> None
     assert 'caption_extension = ".caption"' in caught.value.hint
     kohya = CONFIG.with_values({"caption_extension": ".caption"})
     assert dataset.read_dataset(tmp_path, kohya).items[0].caption == "a zed"
+
+
+def test_images_without_a_caption_get_the_words_of_their_folder_as_in_sd_scripts(tmp_path: Path) -> None:
+    add(tmp_path / "2_zed  man", "a.png", None)
+    add(tmp_path / "2_zed  man", "b.png", "a zed, smiling")
+    data = dataset.read_dataset(tmp_path, CONFIG)
+    assert [item.caption for item in data.items] == ["zed man", "a zed, smiling"]
+    assert any(
+        note.startswith("1 images have no caption (.txt) and get 'zed man'") and "a.png" in note
+        for note in data.notes
+    )
+    seen = survey(tmp_path, CONFIG)
+    assert [path.name for path in seen.named] == ["a.png"] and not seen.uncaptioned
+
+
+@pytest.mark.parametrize("name", ["images", "3_"])
+def test_a_folder_without_words_gives_no_caption(tmp_path: Path, name: str) -> None:
+    add(tmp_path / name, "a.png", None)
+    with pytest.raises(DataError, match="no image has a caption"):
+        dataset.read_dataset(tmp_path / name, CONFIG)
+    seen = survey(tmp_path / name, CONFIG)
+    assert [path.name for path in seen.uncaptioned] == ["a.png"] and not seen.named
+
+
+def test_captions_of_another_ending_are_not_passed_over_for_the_words_of_a_folder(tmp_path: Path) -> None:
+    add(tmp_path / "2_zed man", "a.png", "a zed, smiling")
+    wrong = CONFIG.with_values({"caption_extension": ".caption"})
+    with pytest.raises(DataError, match="no image has a caption") as caught:
+        dataset.read_dataset(tmp_path, wrong)
+    assert caught.value.hint == 'there are .txt files: set caption_extension = ".txt"'
+    assert len(survey(tmp_path, wrong).uncaptioned) == 1
+    none = CONFIG.with_values({"caption_extension": ".none-use-foldername"})  # as presets of kohya_ss have it
+    assert [item.caption for item in dataset.read_dataset(tmp_path, none).items] == ["zed man"]
+    assert len(survey(tmp_path, none).named) == 1
 
 
 @pytest.mark.parametrize(
@@ -502,7 +537,6 @@ def test_an_image_too_small_for_any_bucket_is_named() -> None:
     ("values", "message"),
     [
         ({"bucket_reso_steps": 12}, "bucket_reso_steps = 12"),
-        ({"resolution": 500, "enable_bucket": False}, "resolution = 500"),
         ({"bucket_no_upscale": False, "min_bucket_reso": 640}, "min_bucket_reso 640 is above"),
         ({"bucket_no_upscale": False, "max_bucket_reso": 448}, "max_bucket_reso 448 is below"),
         ({"resolution": 64, "bucket_reso_steps": 128}, "bucket_reso_steps 128 is above"),
@@ -553,6 +587,14 @@ def test_pixels_are_cropped_around_the_centre_and_sized_for_sdxl(tmp_path: Path)
     expected = np.asarray(picture(131, 64, 3))[:, 33:97].transpose(2, 0, 1) / 127.5 - 1
     assert np.allclose(pixels.numpy(), expected, atol=1e-6)
     assert pixels.min() >= -1 and pixels.max() <= 1
+
+
+def test_without_buckets_any_size_is_trained_as_in_sd_scripts(tmp_path: Path) -> None:
+    add(tmp_path, "a.png", width_px=131, height_px=90, seed=3)
+    config = TrainConfig(resolution=75, resolution_height=67, enable_bucket=False)
+    data = dataset.read_dataset(tmp_path, config)
+    assert epochs.assign_buckets(data.items, config)[data.items[0].sha256] == Bucket(75, 67)
+    assert epochs.load_pixels(data.items[0], config)[0].shape == (3, 67, 75)
 
 
 def test_small_images_are_enlarged_where_buckets_demand_it(tmp_path: Path) -> None:

@@ -100,6 +100,15 @@ def test_warm_up_is_in_steps_or_a_share_below_one(given, steps):
     assert warmup_steps(TrainConfig(lr_warmup_steps=given), 200) == steps
 
 
+@pytest.mark.parametrize("name", ["RexAnnealingWarmRestarts", "CosineAnnealingWarmupRestarts"])
+def test_no_cycles_give_these_schedules_no_length(name: str) -> None:
+    values = {"lr_scheduler": name, "lr_scheduler_num_cycles": 0}
+    with pytest.raises(ConfigError, match="no length of a cycle"):
+        TrainConfig(lr_scheduler_args="gamma=0.9", **values)
+    sound = TrainConfig(lr_scheduler_args="gamma=0.9 first_cycle_max_steps=4", **values)
+    assert rate(sound, 10, 0) == 1.0
+
+
 def test_a_polynomial_below_its_end_rate_stays_where_it_is():
     config = TrainConfig(learning_rate=1e-8, lr_scheduler="polynomial")
     assert [rate(config, 10, step) for step in (0, 5, 9)] == [1.0, 1.0, 1.0]

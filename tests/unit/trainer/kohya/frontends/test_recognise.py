@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomlkit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.places import ROOT
 from trainer.datasetforms import dataset_of
 from trainer.errors import ConfigError
 from trainer.kohya.frontends import Found, kohya_ss, recognise
@@ -381,26 +384,25 @@ def test_any_content_is_read_or_named(content: bytes) -> None:
             assert error.message.startswith(name) or error.message.startswith(("the training", "line"))
 
 
-def test_fields_of_lora_scripts_for_dadaptation_and_sdxl_are_those_that_its_window_saves() -> None:
-    """Recorded with parseParams of lora-gui-dist (lora-scripts fdefba9), run by node: tests/bench/write_presets."""
-    fields = {
-        "model_train_type": "sdxl-lora",
-        "enable_preview": False,
-        "optimizer_type": "DAdaptAdam",
-        "network_module": "networks.lora",
-        "learning_rate": "1e-4",
-        "unet_lr": "1e-4",
-        "text_encoder_lr": "1e-5",
-        "clip_skip": 2,
-        "v2": False,
-        "seed": 1337,
-    }
-    assert dict(read("l.json", json.dumps(fields)).settings) == {
-        "optimizer_type": "DAdaptAdam",
-        "network_module": "networks.lora",
-        "optimizer_args": ["decouple=True", "weight_decay=0.01"],
-        "learning_rate": 1.0,
-        "unet_lr": 1.0,
-        "text_encoder_lr": 1.0,
-        "seed": 1337,
-    }
+RECORDED: list[dict[str, dict[str, Any]]] = json.loads(
+    (ROOT / "tests" / "data" / "lora_scripts_fields.json").read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["fields"]["optimizer_type"])
+def test_fields_of_lora_scripts_give_what_its_window_saves(case: dict[str, dict[str, Any]]) -> None:
+    """``saved`` is recorded with parseParams of lora-gui-dist 6dcccc0 (lora-scripts fdefba9), run by node:
+    tests.bench.write_presets --record-fields."""
+    settings = dict(read("l.json", json.dumps(case["fields"])).settings)
+    assert settings == dict(read("l.toml", tomlkit.dumps(case["saved"])).settings)
+    window = ("model_train_type", "randomly_choice_prompt", "sample_prompts")
+    kept = {name: value for name, value in case["saved"].items() if name not in window}
+    prompt = (
+        "positive_prompts",
+        "negative_prompts",
+        *(f"sample_{n}" for n in ("width", "height", "cfg", "seed", "steps")),
+    )
+    samples = settings.pop("sample_prompts", "")
+    assert settings == {name: value for name, value in kept.items() if name not in prompt}
+    if "positive_prompts" in kept:  # one prompt, as get_sample_prompts of mikazuki/app/api.py writes it
+        assert samples == "zed, sitting --n blurry --w 512 --h 640 --l 7 --s 20 --d 3"
