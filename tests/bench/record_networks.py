@@ -85,7 +85,8 @@ def module_of(roots: dict[str, Path], name: str) -> Any:
         "lycoris" if name == LYCORIS else "native" if name in ("networks.loha", "networks.lokr") else ""
     ]
     old = {"networks", "lycoris"}
-    if name != LYCORIS and str(root) not in str(getattr(sys.modules.get("library"), "__file__", root)):
+    library = getattr(sys.modules.get("library"), "__file__", None)
+    if name != LYCORIS and library is not None and root not in Path(library).parents:
         old.add("library")
         BASES.clear()
     for known in [known for known in sys.modules if known.split(".")[0] in old]:
