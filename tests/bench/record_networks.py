@@ -11,7 +11,8 @@ toml beside this tool's packages; OpenCV, which these modules import and do not 
 Modules, alphas and groups are recorded on sd-scripts' own U-Nets in the published sizes (meta device), what is learned
 on the tiny base of the tests, whose classes have the names that both projects look for – except two: networks/oft.py
 looks for CrossAttention, which diffusers calls Attention, and networks/loha.py knows no SD1.5. LyCORIS' full is
-recorded without ``apply_to``, which removes the weight that its ``forward`` reads (AttributeError).
+recorded without ``apply_to``, which removes the weight that its ``forward`` reads (AttributeError); see ``unlisted``. Its
+list of algorithms lacks ia3 (KeyError), which is added.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Encoder(nn.Module):
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.text_model = encoder
+        self.text_model = getattr(encoder, "text_model", encoder)
 
 
 def module_of(roots: dict[str, Path], name: str) -> Any:
@@ -94,9 +95,12 @@ def module_of(roots: dict[str, Path], name: str) -> Any:
     sys.path.insert(0, str(root))
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return importlib.import_module(name)
+            found = importlib.import_module(name)
     finally:
         sys.path.remove(str(root))
+    if name == LYCORIS:
+        found.network_module_dict.setdefault("ia3", found.IA3Module)
+    return found
 
 
 def created(
@@ -189,7 +193,8 @@ def begin(module: Any) -> None:
                 tensor.data.copy_(part)
         return
     for ending, weight in module.named_parameters():
-        weight.data.copy_(start(key, ending, weight.data))
+        if not ending.startswith("org_module."):
+            weight.data.copy_(start(key, ending, weight.data))
 
 
 @contextlib.contextmanager
@@ -203,6 +208,12 @@ def block(number: int) -> Iterator[None]:
         random.randint = randint
 
 
+def unlisted(module: Any) -> None:
+    """LyCORIS' full keeps a bias in a list, and adds to it: a TypeError at f49d30d."""
+    if isinstance(module.org_bias, list):
+        module.org_bias = module.org_bias[0]
+
+
 def layer_of(module: Any) -> nn.Module:
     held = module.org_module
     found = held[0] if isinstance(held, list) else held
@@ -210,8 +221,8 @@ def layer_of(module: Any) -> nn.Module:
     return found
 
 
-def learned(module: Any, case: dict[str, Any], name: str) -> dict[str, list[float]]:
-    """What every module has learned after the steps."""
+def learned(module: Any, case: dict[str, Any], name: str) -> list[list[float]]:
+    """What every module has learned after the steps, in the order of their names."""
     base = tiny_base("sd15")
     network, apply_text, apply_unet = created(module, case, [Encoder(base.text_encoders[0])], base.unet)
     modules = modules_of(network)
@@ -226,6 +237,7 @@ def learned(module: Any, case: dict[str, Any], name: str) -> dict[str, list[floa
     probes = {key: input_of(layer, f"{key} probe") for key, layer in layers.items()}
     if type(modules[0]).__name__ == "FullModule":
         for it in modules:
+            unlisted(it)
             layer_of(it).forward = it.forward
     else:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -244,7 +256,7 @@ def learned(module: Any, case: dict[str, Any], name: str) -> dict[str, list[floa
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     with torch.no_grad(), block(1):
-        return {key: figures(key, layer(probes[key]) - before[key]) for key, layer in layers.items()}
+        return [figures(key, layer(probes[key]) - before[key]) for key, layer in sorted(layers.items())]
 
 
 @contextlib.contextmanager
@@ -355,6 +367,7 @@ def single(label: str, roots: dict[str, Path]) -> dict[str, Any]:
             if not ending.startswith("org_module."):
                 weight.data.copy_(filled(named, weight.data))
     if who == "FullModule":
+        unlisted(module)
         layer.forward = module.forward
     else:
         module.apply_to()

@@ -38,6 +38,10 @@ ARGUMENTS = (
     "rescaled",
     "block_size",
 )
+TUCKER_LOHA = (
+    "use_tucker: hada_w1_a and hada_w2_a of 3×3 convolutions get their own gradients; in {} each gets one that is "
+    "computed from the other half"
+)
 _FACTORS = ("LoRA", "LoCon", "LoHa", "LoKr", "GLoRA")  # kinds that are products of factors
 _WITHOUT_CONVOLUTIONS = ("full-lin", "attn-mlp", "attn-only", "unet-transformer-only", "ia3")
 
@@ -118,6 +122,8 @@ def _form(reading: Reading, arguments: Arguments, kind: str) -> None:
         )
     if kind in ("LoCon", "LoHa", "LoKr"):
         arguments.use_flags("use_tucker")
+        if kind == "LoHa" and reading.given.get("use_tucker"):
+            reading.differ(TUCKER_LOHA.format("LyCORIS"))
     if kind in _FACTORS:
         arguments.use_flags("use_scalar")
     if kind in (*_FACTORS, "DoRA"):

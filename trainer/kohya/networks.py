@@ -10,7 +10,7 @@ from collections.abc import Callable
 from trainer.checks import suggestion
 from trainer.errors import ConfigError
 from trainer.kohya.keys import KOHYA_DEFAULTS, LORA_PLUS, NETWORK_ARGUMENTS
-from trainer.kohya.lycoris import lycoris
+from trainer.kohya.lycoris import TUCKER_LOHA, lycoris
 from trainer.kohya.netargs import Arguments, multipliers
 from trainer.kohya.reading import Reading, key_values
 from trainer.paths import user_path
@@ -143,12 +143,22 @@ def _lora_fa(reading: Reading, arguments: Arguments) -> None:
 
 
 def _dylora(reading: Reading, arguments: Arguments) -> None:
-    """networks/dylora.py: conv_dim must be network_dim there, and it knows no dropout."""
+    """networks/dylora.py: conv_dim turns convolutions on and must be network_dim; conv_alpha is read and not used. It
+    knows no dropout."""
     _kind(reading, "networks.dylora", "DyLoRA")
-    conv_dim, conv_alpha = arguments.number("conv_dim"), arguments.number("conv_alpha")
-    if conv_dim:
-        arguments.set("conv_dim", conv_dim)
-        arguments.set("conv_alpha", conv_dim if conv_alpha == 0 else conv_alpha or 1.0)
+    rank = reading.left.get("network_dim", KOHYA_DEFAULTS["network_dim"])
+    conv_dim = arguments.number("conv_dim")
+    if conv_dim is not None:
+        if conv_dim != rank:
+            reading.refuse(
+                "network_args conv_dim",
+                conv_dim,
+                f"networks.dylora wants that of network_dim, {as_text(rank)}",
+            )
+        arguments.set("conv_dim", rank)
+        alpha = reading.left.get("network_alpha", KOHYA_DEFAULTS["network_alpha"])
+        reading.given["conv_alpha"] = alpha or rank
+        arguments.nothing("conv_alpha", "networks.dylora gives convolutions network_alpha")
     arguments.use("unit")
     _without_dropout(reading, arguments, "networks.dylora")
     for name in NETWORK_ARGUMENTS:
@@ -202,6 +212,8 @@ def _native(reading: Reading, arguments: Arguments, module: str, kind: str) -> N
     scales up the rest."""
     _kind(reading, module, kind)
     arguments.use_flags("use_tucker")
+    if kind == "LoHa" and reading.given.get("use_tucker"):
+        reading.differ(TUCKER_LOHA.format(module))
     if value := reading.take("network_dropout"):
         reading.without_effect.append(f"network_dropout = {as_text(value)}: {module} has none")
     for name in ("exclude_patterns", "include_patterns", "network_reg_dims", "network_reg_lrs"):

@@ -123,8 +123,9 @@ def test_what_differs_on_purpose_is_said(tmp_path: Path, arguments: list[str], l
         ),
         ('network_module = "networks.lora_fa"', {"network_type": "LoRA-FA"}),
         (
-            'network_module = "networks.dylora"\nnetwork_dim = 8\nnetwork_args = ["unit=4", "conv_dim=8"]',
-            {"network_type": "DyLoRA", "unit": 4, "conv_dim": 8, "conv_alpha": 1.0},
+            'network_module = "networks.dylora"\nnetwork_dim = 8\nnetwork_alpha = 4\n'
+            'network_args = ["unit=4", "conv_dim=8", "conv_alpha=2"]',
+            {"network_type": "DyLoRA", "unit": 4, "conv_dim": 8, "conv_alpha": 4.0},
         ),
         (
             'network_module = "networks.oft"\nnetwork_dim = 4\nnetwork_alpha = 0.001',
@@ -236,6 +237,11 @@ def test_lora_plus_of_sd_scripts_own_loha_is_refused_unless_it_is_decided(tmp_pa
     text = 'network_module = "networks.loha"\nnetwork_args = ["loraplus_lr_ratio=16"]'
     (line,) = read(tmp_path, text).refused
     assert line.startswith("network_args loraplus_lr_ratio = 16: networks.loha raises the rate of hada_w2_a")
+
+
+def test_a_dylora_whose_convolutions_have_another_rank_is_refused_as_sd_scripts_does(tmp_path: Path) -> None:
+    (line,) = read(tmp_path, 'network_module = "networks.dylora"\nnetwork_args = ["conv_dim=8"]').refused
+    assert line == "network_args conv_dim = 8: networks.dylora wants that of network_dim, 4"
 
 
 def test_an_oft_that_cannot_turn_is_refused(tmp_path: Path) -> None:
