@@ -190,7 +190,6 @@ SINGLE: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "rows conv": ("LoConModule", (8, 6, 3, 3), {"rank_dropout": 0.25}),
     "rows loha": ("LohaModule", (20, 12), {"rank_dropout": 0.5}),
     "rows lokr": ("LokrModule", (8, 6, 3, 3), {"rank_dropout": 0.5}),
-    "rows full": ("FullModule", (20, 12), {"rank_dropout": 0.5}),
     "rank": ("networks.lora", (20, 12), {"rank_dropout": 0.25}),
     "rank conv": ("networks.lora", (8, 6, 3, 3), {"rank_dropout": 0.25}),
     "native rows loha": ("networks.loha", (20, 12), {"rank_dropout": 0.25}),

@@ -11,8 +11,8 @@ toml beside this tool's packages; OpenCV, which these modules import and do not 
 Modules, alphas and groups are recorded on sd-scripts' own U-Nets in the published sizes (meta device), what is learned
 on the tiny base of the tests, whose classes have the names that both projects look for – except two: networks/oft.py
 looks for CrossAttention, which diffusers calls Attention, and networks/loha.py knows no SD1.5. LyCORIS' full is
-recorded without ``apply_to``, which removes the weight that its ``forward`` reads (AttributeError); see ``unlisted``. Its
-list of algorithms lacks ia3 (KeyError), which is added.
+recorded without ``apply_to``, which removes the weight that its ``forward`` reads (AttributeError), see also
+``unlisted``; its list of algorithms lacks ia3 (KeyError), which is added.
 """
 
 from __future__ import annotations
@@ -181,6 +181,15 @@ def described(module: Any) -> tuple[float | None, dict[str, tuple[int, ...]]]:
     return float(module.on_input if name == "IA3Module" else module.alpha), shapes
 
 
+def numbered(key: str, known: dict[str, Any]) -> str:
+    """A name with the number of its text encoder, which networks/dylora.py leaves out: its second encoder of SDXL takes
+    the names of the first, whose modules are lost in the file."""
+    if not key.startswith("lora_te_"):
+        return key
+    first, second = (key.replace("lora_te_", f"lora_te{number}_") for number in (1, 2))
+    return second if first in known or any(name.startswith("lora_te2_") for name in known) else first
+
+
 @torch.no_grad()
 def begin(module: Any) -> None:
     """The first values of the recorded problem."""
@@ -300,11 +309,10 @@ def full_size(module: Any, case: dict[str, Any], family: str, roots: dict[str, P
         network.unet_loras = []
     groups = groups_of(network, case)
     trained = {id(weight) for group in groups for weight in group["params"]}
-    modules = {
-        key_of(it): described(it)
-        for it in modules_of(network)
-        if any(id(weight) in trained for weight in it.parameters())
-    }
+    modules: dict[str, Any] = {}
+    for it in modules_of(network):
+        if any(id(weight) in trained for weight in it.parameters()):
+            modules[numbered(key_of(it), modules) if len(encoders) > 1 else key_of(it)] = described(it)
     lines = lines_of(modules)
     return {"modules": len(lines), "sha256": digest(lines), "values": trained_values(groups)}
 

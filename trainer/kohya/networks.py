@@ -154,6 +154,7 @@ def _dylora(reading: Reading, arguments: Arguments) -> None:
                 "network_args conv_dim",
                 conv_dim,
                 f"networks.dylora wants that of network_dim, {as_text(rank)}",
+                stands_for="conv_dim",
             )
         arguments.set("conv_dim", rank)
         alpha = reading.left.get("network_alpha", KOHYA_DEFAULTS["network_alpha"])
@@ -161,13 +162,13 @@ def _dylora(reading: Reading, arguments: Arguments) -> None:
         arguments.nothing("conv_alpha", "networks.dylora gives convolutions network_alpha")
     arguments.use("unit")
     _without_dropout(reading, arguments, "networks.dylora")
+    arguments.use_lora_plus()
     for name in NETWORK_ARGUMENTS:
         arguments.nothing(name, "networks.dylora does not read it")
     reading.differ(
         "networks.dylora: ranks after those of a step are not used in it, as the paper proposes (arXiv 2210.07558); "
         "in sd-scripts they are used, as constants"
     )
-    arguments.use_lora_plus()
     arguments.rest("networks.dylora", ("unit", "conv_dim", "conv_alpha"))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,6 +286,7 @@ def one_layer(name: str) -> tuple[Adapter, Layer]:
     config = TrainConfig(unit=arguments.get("unit", arguments.get("block_size", 1)))
     tensors = {}
     made = kind_for(config.with_values({"network_type": kind}), target)
+    target = replace(target, alpha=made.alpha(layer, RANK, ALPHA))
     shapes = dict(made.shapes(layer, RANK))
     if isinstance(made, DyLoRA):
         whole = {end: filled(end, torch.ones(size)) for end, size in LoRA().shapes(layer, RANK).items()}
