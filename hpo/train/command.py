@@ -185,7 +185,10 @@ _WAITS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
         "an optimizer_type that follows a schedule",
     ),
     **{
-        name: (lambda c: c.network_type in ("LoRA", "LoCon", "DoRA"), "network_type = LoRA, LoCon or DoRA")
+        name: (
+            lambda c: c.network_type in ("LoRA", "LoCon", "DoRA", "DyLoRA"),
+            "network_type = LoRA, LoCon, DoRA or DyLoRA",
+        )
         for name in ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
     },
     "checkpoint_blocks": (lambda c: c.gradient_checkpointing, "gradient_checkpointing"),

@@ -338,14 +338,11 @@ class Adapter:
 
         def dropped(*args: Any, **options: Any) -> Tensor:
             delta: Tensor = get_delta_weight(*args, **options)
-            if self._dropout_key is None:
+            rows = self._kept_rows(number, layer)
+            if rows is None:
                 return delta
-            keep = 1.0 - self._dropout.rank
-            generator = keyed_generator(*self._dropout_key, number, "rank", device=delta.device)
-            rows = torch.empty(
-                (delta.shape[0], *[1] * (delta.dim() - 1)), device=delta.device, dtype=delta.dtype
-            ).bernoulli_(keep, generator=generator)
-            return delta * (rows if self._dropout.rows else rows.div_(keep))
+            rows = rows.to(delta.dtype).reshape(-1, *[1] * (delta.dim() - 1))
+            return delta * (rows if self._dropout.rows else rows / (1.0 - self._dropout.rank))
 
         return dropped
 

@@ -42,8 +42,9 @@ class Kind(ABC):
     ``endings`` are the endings of its tensors in a file, ``extras`` those that only some modules have.  ``constant``:
     the ending of the number that a file holds beside them, or "".  ``limit``: what scale_weight_norms shrinks –
     "product" (ΔW is a product of all tensors), "blocks" (the tensor itself) or "" (nothing, as in LyCORIS).
-    ``drops_rows``: whether rank_dropout drops rows of ΔW in a ``ChangedLayer``.  ``carriers``: the tensors that take up
-    use_scalar's scalar in a file.  ``frozen``: tensors that are not trained.
+    ``plus``: how the endings begin that LoRA+ trains at another rate.  ``drops_rows``: whether rank_dropout drops rows
+    of ΔW in a ``ChangedLayer``.  ``carriers``: the tensors that take up use_scalar's scalar in a file.  ``frozen``:
+    tensors that are not trained.
     """
 
     endings: ClassVar[tuple[str, ...]]
@@ -51,6 +52,7 @@ class Kind(ABC):
     constant: ClassVar[str] = "alpha"
     limit: ClassVar[str] = "product"
     is_own: ClassVar[bool] = False
+    plus: ClassVar[str] = ""
     drops_rows: ClassVar[bool] = True
     carriers: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
@@ -85,6 +87,10 @@ class Kind(ABC):
     def scale(self, rank: int, alpha: float) -> float:
         """The number that ``difference`` is computed with, from what a file holds."""
         return alpha / rank
+
+    def is_plus(self, ending: str) -> bool:
+        """Whether LoRA+ trains this tensor at another rate."""
+        return bool(self.plus) and ending.startswith(self.plus)
 
     def is_changed(self, endings: Collection[str]) -> bool:
         """Whether a module with these tensors needs a ``ChangedLayer``."""
@@ -131,6 +137,7 @@ class LoRA(Kind):
 
     endings = ("lora_down.weight", "lora_up.weight")
     extras = ("lora_mid.weight",)
+    plus = "lora_up"
     carriers = ("lora_up.weight",)
 
     def __init__(self, use_tucker: bool = False, use_scalar: bool = False) -> None:

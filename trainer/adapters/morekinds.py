@@ -289,9 +289,10 @@ class GLoRA(Own):
 
 
 class LoRAFA(LoRA):
-    """LoRA whose first half stays as it was drawn (arXiv 2308.03303, sd-scripts networks/lora_fa.py). The file is a
-    LoRA."""
+    """LoRA whose first half stays as it was drawn (arXiv 2308.03303, sd-scripts networks/lora_fa.py, which has no
+    LoRA+). The file is a LoRA."""
 
+    plus = ""
     frozen = ("lora_down.weight",)
 
     def __init__(self) -> None:
@@ -310,6 +311,7 @@ class DyLoRA(Own):
     those after them are not used (arXiv 2210.07558, sd-scripts networks/dylora.py). The file is a LoRA."""
 
     endings: ClassVar[tuple[str, ...]] = ()
+    plus = "lora_up"
     drops_rows = False
     limit = ""
 

@@ -56,12 +56,20 @@ def _of_steps(config: TrainConfig, data: Dataset) -> list[str]:
         place = (item.dataset, buckets[item.key])
         samples[place] += item.repeats
         sizes[place] = item.setting(config, "train_batch_size")
-    if all(count % sizes[place] == 0 for place, count in samples.items()):
-        return []
-    return [
-        "a bucket's last batch has fewer images: each image of an optimizer step weighs the same; in sd-scripts each "
-        "batch does, so an image in a small batch weighs more"
-    ]
+    found = []
+    if any(count % sizes[place] for place, count in samples.items()):
+        found.append(
+            "a bucket's last batch has fewer images: each image of an optimizer step weighs the same; in sd-scripts "
+            "each batch does, so an image in a small batch weighs more"
+        )
+    batches = sum(-(-count // sizes[place]) for place, count in samples.items())
+    if batches % config.gradient_accumulation_steps:
+        found.append(
+            f"an epoch's last optimizer step has {batches % config.gradient_accumulation_steps} of "
+            f"{config.gradient_accumulation_steps} batches: it is the mean of its images; sd-scripts divides it by "
+            f"{config.gradient_accumulation_steps}, so it counts less"
+        )
+    return found
 
 
 def _of_captions(config: TrainConfig, data: Dataset) -> list[str]:
@@ -81,6 +89,18 @@ def _of_captions(config: TrainConfig, data: Dataset) -> list[str]:
 
 def _of_noise(config: TrainConfig, data: Dataset) -> list[str]:
     found = []
+    drawn = [
+        name
+        for name, is_on in (
+            ("noise_offset", config.noise_offset and config.noise_offset_random_strength),
+            ("ip_noise_gamma", config.ip_noise_gamma and config.ip_noise_gamma_random_strength),
+        )
+        if is_on
+    ]
+    if drawn:
+        found.append(
+            f"random strength of {' and '.join(drawn)}: drawn for each image; sd-scripts draws it once for a batch"
+        )
     if config.multires_noise_iterations:
         found.append(
             "multires noise: the factor of each layer is drawn for each image; sd-scripts draws it once for a batch"

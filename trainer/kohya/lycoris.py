@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.checks import suggestion
-from trainer.kohya.keys import KOHYA_DEFAULTS, LYCORIS_TYPES
+from trainer.kohya.keys import KOHYA_DEFAULTS, LORA_PLUS, LYCORIS_TYPES
 from trainer.kohya.netargs import Arguments
 from trainer.kohya.reading import Reading
 from trainer.settings import LYCORIS_PRESETS
@@ -38,6 +38,10 @@ ARGUMENTS = (
     "rescaled",
     "block_size",
 )
+TUCKER_LOHA = (
+    "use_tucker: hada_w1_a and hada_w2_a of 3×3 convolutions get their own gradients; in {} each gets one that is "
+    "computed from the other half"
+)
 _FACTORS = ("LoRA", "LoCon", "LoHa", "LoKr", "GLoRA")  # kinds that are products of factors
 _WITHOUT_CONVOLUTIONS = ("full-lin", "attn-mlp", "attn-only", "unet-transformer-only", "ia3")
 
@@ -47,7 +51,7 @@ def lycoris(reading: Reading, arguments: Arguments) -> None:
     kind = LYCORIS_TYPES.get(algorithm)
     if kind is None:
         known = suggestion(algorithm, LYCORIS_TYPES) or "supported: " + ", ".join(LYCORIS_TYPES)
-        reading.refuse("network_args algo", algorithm, known)
+        reading.refuse("network_args algo", algorithm, known, stands_for="network_type")
         return
     preset = _preset(reading, arguments)
     if kind in ("LoRA", "LoCon"):
@@ -56,13 +60,18 @@ def lycoris(reading: Reading, arguments: Arguments) -> None:
         kind = _dora(reading, arguments, algorithm, kind)
     _modules(reading, kind, preset)
     _ranks(reading, arguments, preset)
-    _dropout(reading, arguments, kind)
     _form(reading, arguments, kind)
+    _dropout(reading, arguments, kind)
     arguments.nothing("wd_on_output", "only together with dora_wd")
     arguments.nothing("rank_dropout_scale", "LyCORIS does not read it in network_args")
     arguments.nothing("train_t5xxl", "it belongs to other models")
     arguments.nothing("train_on_input", "LyCORIS does not read it in network_args; a preset file can tell it")
-    arguments.use_lora_plus()
+    if kind in ("LoRA", "LoCon", "DoRA"):
+        arguments.use_lora_plus()
+    for name in LORA_PLUS:
+        arguments.nothing(
+            name, f"LyCORIS raises the rate of lora_up only, which its {algorithm} does not have"
+        )
     arguments.rest("lycoris.kohya", ARGUMENTS)
 
 
@@ -73,6 +82,7 @@ def _preset(reading: Reading, arguments: Arguments) -> str:
             "network_args preset",
             preset,
             suggestion(preset, LYCORIS_PRESETS) or "supported: a .toml file, " + ", ".join(LYCORIS_PRESETS),
+            stands_for="lycoris_preset",
         )
         return "full"
     if preset == "ia3":
@@ -112,6 +122,8 @@ def _form(reading: Reading, arguments: Arguments, kind: str) -> None:
         )
     if kind in ("LoCon", "LoHa", "LoKr"):
         arguments.use_flags("use_tucker")
+        if kind == "LoHa" and reading.given.get("use_tucker"):
+            reading.differ(TUCKER_LOHA.format("LyCORIS"))
     if kind in _FACTORS:
         arguments.use_flags("use_scalar")
     if kind in (*_FACTORS, "DoRA"):
@@ -144,7 +156,8 @@ def _modules(reading: Reading, kind: str, preset: str) -> None:
 
 def _dora(reading: Reading, arguments: Arguments, algorithm: str, kind: str) -> str:
     if kind not in ("LoRA", "LoCon"):
-        reading.refuse("network_args dora_wd", True, f"supported for lora and locon, not for {algorithm}")
+        why = f"supported for lora and locon, not for {algorithm}"
+        reading.refuse("network_args dora_wd", True, why, stands_for="network_type")
         return kind
     if arguments.flag("wd_on_output") or "wd_on_output" not in arguments.left:
         reading.say("network_args wd_on_output", True, "false: DoRA magnitudes are per input here")
@@ -216,5 +229,9 @@ def _dropout(reading: Reading, arguments: Arguments, kind: str) -> None:
         arguments.set("rank_dropout", rank)
         if not (bypass and kind in ("LoRA", "LoCon")):
             reading.given["rank_dropout_rows"] = True
+        if reading.given.get("train_norm"):
+            reading.differ(
+                f"rank_dropout = {as_text(rank)} leaves out that share of the values of norms; LyCORIS keeps that share"
+            )
     if module := arguments.number("module_dropout"):
         arguments.set("module_dropout", module)

@@ -67,8 +67,8 @@ OPTIMIZERS_END = """
   `lr_scheduler` have no effect.
 * Prodigy: `safeguard_warmup` is True here if there is a warm-up, unless it is set.
 * Paged optimizers keep their state in memory that CUDA can move to RAM. Updates are the same as without.
-* LoRA+ (`loraplus_lr_ratio`, usually 16): lora_up is trained at a multiple of the rate. It has no effect on LoHa and
-  LoKr, which have no lora_up. 1 and 0 turn it off.
+* LoRA+ (`loraplus_lr_ratio`, usually 16): lora_up is trained at a multiple of the rate. It has an effect on LoRA,
+  LoCon, DoRA and DyLoRA only: the others have no lora_up, and LoRA-FA trains nothing else. 1 and 0 turn it off.
 
 """
 SCHEDULES_HEAD = """## Schedules

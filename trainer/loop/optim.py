@@ -29,11 +29,11 @@ def build_optimizer(config: TrainConfig, adapter: Adapter) -> torch.optim.Optimi
     """
     groups: dict[str, dict[str, Any]] = {}
     for layer in adapter.layers:
-        if not any(weight.requires_grad for weight in layer.weights.values()):
-            continue  # frozen
         name, lr, ratio = _group_of(config, layer.target)
         for ending, weight in layer.weights.items():
-            is_plus = ratio != 1.0 and "lora_up" in ending
+            if not weight.requires_grad:
+                continue  # a frozen text encoder, or a half of LoRA-FA that stays as it was drawn
+            is_plus = ratio != 1.0 and layer.kind.is_plus(ending)
             full = lr * ratio if is_plus else lr
             place = name + PLUS if is_plus else name
             group = groups.setdefault(place, {"params": [], "lr": full, "name": place, "base_lr": full})

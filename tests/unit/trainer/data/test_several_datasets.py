@@ -22,6 +22,7 @@ from trainer.data import (
     read_training_data,
     split_references,
 )
+from trainer.data.steps import batches_per_epoch
 from trainer.data.subsets import read_dataset_file, sides
 from trainer.errors import ConfigError, ToolError
 from trainer.events import Step
@@ -254,7 +255,7 @@ def test_what_differs_from_sd_scripts_is_said_where_it_applies(tmp_path: Path) -
         "last batch",
     ):
         assert sum(part in line for line in lines) == 1, (part, lines)
-    assert len(lines) == 4
+    assert len(lines) == 5 - (batches_per_epoch(config, data) % 2 == 0)
     more = config.with_values(
         {
             "caption_prefix": "x", "unet_lr": 1e-4, "text_encoder_lr": 0.0, "shuffle_caption": True,
@@ -265,3 +266,43 @@ def test_what_differs_from_sd_scripts_is_said_where_it_applies(tmp_path: Path) -
     lines = differences(more, data)
     for part in ("caption_prefix", "caption_separator", "multires noise", "random_crop"):
         assert sum(part in line for line in lines) == 1, (part, lines)
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups", "expected"),
+    [
+        (2, 2, ("a bucket's last batch has fewer images", "last optimizer step has 1 of 2 batches")),
+        (1, 5, ()),
+        (5, 1, ()),
+        (1, 3, ("last optimizer step has 2 of 3 batches: it is the mean",)),
+        (4, 2, ("a bucket's last batch has fewer images",)),
+    ],
+)
+def test_how_images_weigh_in_accumulation_is_said(
+    tmp_path: Path, batch: int, groups: int, expected: tuple[str, ...]
+) -> None:
+    config = PLAIN.with_values(
+        {
+            "train_data_dir": str(draw(tmp_path / "a", count=5)),
+            "train_batch_size": batch,
+            "gradient_accumulation_steps": groups,
+        }
+    )
+    data = read_training_data(config)
+    assert batches_per_epoch(config, data) == -(-5 // batch)
+    lines = differences(config, data)
+    assert len(lines) == len(expected)
+    assert all(part in line for part, line in zip(expected, lines, strict=True)), lines
+
+
+def test_random_strengths_that_are_drawn_for_each_image_are_said(tmp_path: Path) -> None:
+    values = {
+        "train_data_dir": str(draw(tmp_path / "a")), "noise_offset": 0.1, "noise_offset_random_strength": True,
+        "ip_noise_gamma_random_strength": True,
+    }  # fmt: skip
+    config = PLAIN.with_values(values)
+    (line,) = differences(config, read_training_data(config))
+    assert line.startswith("random strength of noise_offset: drawn for each image")
+    both = config.with_values({"ip_noise_gamma": 0.1})
+    (line,) = differences(both, read_training_data(both))
+    assert line.startswith("random strength of noise_offset and ip_noise_gamma: ")

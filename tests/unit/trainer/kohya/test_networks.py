@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.kohya.read import KohyaFile, read_kohya
+from trainer.kohya.read import KohyaFile, from_kohya, read_kohya
 
 LYCORIS = 'network_module = "lycoris.kohya"\nnetwork_dim = 8\nnetwork_alpha = 4\n'
 
@@ -123,8 +123,9 @@ def test_what_differs_on_purpose_is_said(tmp_path: Path, arguments: list[str], l
         ),
         ('network_module = "networks.lora_fa"', {"network_type": "LoRA-FA"}),
         (
-            'network_module = "networks.dylora"\nnetwork_dim = 8\nnetwork_args = ["unit=4", "conv_dim=8"]',
-            {"network_type": "DyLoRA", "unit": 4, "conv_dim": 8, "conv_alpha": 1.0},
+            'network_module = "networks.dylora"\nnetwork_dim = 8\nnetwork_alpha = 4\n'
+            'network_args = ["unit=4", "conv_dim=8", "conv_alpha=2"]',
+            {"network_type": "DyLoRA", "unit": 4, "conv_dim": 8, "conv_alpha": 4.0},
         ),
         (
             'network_module = "networks.oft"\nnetwork_dim = 4\nnetwork_alpha = 0.001',
@@ -157,9 +158,96 @@ def test_network_modules_of_sd_scripts(tmp_path: Path, text: str, expected: dict
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_a_module_for_another_model_is_named_as_that(tmp_path: Path) -> None:
-    (line,) = read(tmp_path, 'network_module = "networks.lora_flux"').refused
-    assert line == "network_module = networks.lora_flux: it is for another model than SD1.5 and SDXL"
+@pytest.mark.parametrize(
+    ("module", "instead"),
+    [
+        ("networks.lora_flux", "it is for FLUX; for SD1.5 and SDXL use networks.lora"),
+        ("networks.lora_sd3", "it is for Stable Diffusion 3; for SD1.5 and SDXL use networks.lora"),
+        ("networks.oft_flux", "it is for FLUX; for SD1.5 and SDXL use networks.lora"),
+        ("networks.control_net_lllite", "it trains a ControlNet and no LoRA; for a LoRA use networks.lora"),
+        (
+            "locon.locon_kohya",
+            'it became part of LyCORIS; use lycoris.kohya with network_args = ["algo=locon"]',
+        ),
+        ("lycoris.locon", "use lycoris.kohya"),
+        ("networks.lorafa", "did you mean networks.lora_fa?"),
+        (
+            "my.own",
+            "use networks.lora; supported: networks.lora, networks.loha, networks.lokr, networks.lora_fa, "
+            "networks.dylora, networks.oft, lycoris.kohya",
+        ),
+    ],
+)
+def test_a_module_that_is_not_supported_is_one_finding_with_what_to_use_instead(
+    tmp_path: Path, module: str, instead: str
+) -> None:
+    text = f'network_module = "{module}"\nnetwork_args = ["conv_dim=4", "algo=abc"]'
+    (line,) = read(tmp_path, text).refused
+    assert line == f"network_module = {module}: {instead}"
+
+
+def test_network_type_decides_in_place_of_a_module_that_is_not_supported(tmp_path: Path) -> None:
+    table = {
+        "pretrained_model_name_or_path": "mini-sd15",
+        "network_module": "networks.lora_flux",
+        "network_args": ["train_blocks=all"],
+        "network_dim": 8,
+    }
+    file = from_kohya(tmp_path / "k.toml", table, ours={"network_type": "LoHa"}).require_all()
+    assert (file.config.network_type, file.config.network_dim) == ("LoHa", 8)
+    (line,) = [line for line in file.translated if line.startswith("network_module")]
+    assert line == "network_module = networks.lora_flux → ignored, because network_type is given"
+    assert (
+        "network_args train_blocks = all: it is of a network_module that is not supported"
+        in file.without_effect
+    )
+
+
+def test_an_algorithm_that_is_not_supported_is_one_finding_too(tmp_path: Path) -> None:
+    (line,) = lycoris(tmp_path, "algo=abba", "conv_dim=4").refused
+    assert line.startswith("network_args algo = abba: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "line"),
+    [
+        ("networks.lora_fa", ["loraplus_lr_ratio=16"], "loraplus_lr_ratio = 16: networks.lora_fa does not"),
+        ("networks.loha", ["block_dims=4"], "block_dims = 4: networks.loha does not read it"),
+        ("networks.lokr", ["down_lr_weight=sine"], "down_lr_weight = sine: networks.lokr does not read it"),
+        (
+            "lycoris.kohya",
+            ["algo=dylora", "loraplus_lr_ratio=16"],
+            "loraplus_lr_ratio = 16: LyCORIS raises the rate of lora_up only, which its dylora does not have",
+        ),
+        ("lycoris.kohya", ["algo=loha", "loraplus_unet_lr_ratio=2"], "loraplus_unet_lr_ratio = 2: LyCORIS"),
+    ],
+)
+def test_what_a_network_module_does_not_read_has_no_effect_here_either(
+    tmp_path: Path, module: str, arguments: list[str], line: str
+) -> None:
+    text = f'network_module = "{module}"\nnetwork_dim = 8\nnetwork_args = {arguments!r}'
+    file = read(tmp_path, text).require_all()
+    assert any(said.startswith(f"network_args {line}") for said in file.without_effect), file.without_effect
+    config = file.config
+    assert (config.uses_loraplus, config.block_dims, config.down_lr_weight) == (False, "", "")
+
+
+def test_lora_plus_of_sd_scripts_own_loha_is_refused_unless_it_is_decided(tmp_path: Path) -> None:
+    """networks/network_base.py raises the rate of hada_w2_a and lokr_w1."""
+    text = 'network_module = "networks.loha"\nnetwork_args = ["loraplus_lr_ratio=16"]'
+    (line,) = read(tmp_path, text).refused
+    assert line.startswith("network_args loraplus_lr_ratio = 16: networks.loha raises the rate of hada_w2_a")
+
+
+def test_a_dylora_whose_convolutions_have_another_rank_is_refused_as_sd_scripts_does(tmp_path: Path) -> None:
+    (line,) = read(tmp_path, 'network_module = "networks.dylora"\nnetwork_args = ["conv_dim=8"]').refused
+    assert line == "network_args conv_dim = 8: networks.dylora wants that of network_dim, 4"
+
+
+def test_an_oft_that_cannot_turn_is_refused(tmp_path: Path) -> None:
+    """networks/oft.py limits the rotation to alpha · outputs."""
+    (line,) = read(tmp_path, 'network_module = "networks.oft"\nnetwork_alpha = 0').refused
+    assert line == "network_alpha = 0: networks.oft trains nothing with it; use 0.001"
 
 
 def test_an_unknown_argument_of_networks_lora_is_said_with_what_it_meant(tmp_path: Path) -> None:

@@ -174,6 +174,39 @@ def test_loraplus_does_nothing_where_there_is_no_lora_up():
     assert [group["name"] for group in optimizer.param_groups] == ["unet"]
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Prodigy", "AdamWScheduleFree", "Adafactor"])
+def test_the_frozen_half_of_lora_fa_has_neither_decay_nor_state(name):
+    config = config_for(name, network_type="LoRA-FA", weight_decay=0.5)
+    adapter = inject(tiny_base("sd15"), config)
+    downs = [layer.weights["lora_down.weight"] for layer in adapter.layers]
+    before = [weight.clone() for weight in downs]
+    optimizer = build_optimizer(config, adapter)
+    held = [weight for group in optimizer.param_groups for weight in group["params"]]
+    assert {id(weight) for weight in held} == {id(weight) for weight in adapter.trainable()}
+    for step in range(3):
+        with in_training(optimizer, adapter.trainable(), None):
+            fake_gradients(adapter, step)
+            optimizer.step()
+    assert all(torch.equal(weight, old) for weight, old in zip(downs, before, strict=True))
+    assert not any(weight in optimizer.state for weight in downs)
+
+
+def test_a_frozen_text_encoder_has_no_group():
+    config = config_for("AdamW", loraplus_lr_ratio=4.0)
+    adapter = inject(tiny_base("sdxl"), config)
+    adapter.freeze_text_encoders()
+    optimizer = build_optimizer(config, adapter)
+    assert [group["name"] for group in optimizer.param_groups] == ["unet", "unet plus"]
+
+
+@pytest.mark.parametrize("kind, names", [("DyLoRA", ["unet", "unet plus"]), ("LoRA-FA", ["unet"])])
+def test_loraplus_of_other_kinds_with_lora_up_is_that_of_sd_scripts(kind, names):
+    """networks/dylora.py has it; networks/lora_fa.py, which trains lora_up only, does not."""
+    config = config_for("AdamW", loraplus_lr_ratio=16.0, network_type=kind, network_train_unet_only=True)
+    optimizer = build_optimizer(config, inject(tiny_base("sd15"), config))
+    assert [group["name"] for group in optimizer.param_groups] == names
+
+
 def test_further_rates_have_the_names_of_sd_scripts_log():
     """sd-scripts train_network.py:generate_step_logs: lr/unet plus, lr/d*lr/textencoder."""
     plus = config_for("AdamW", loraplus_lr_ratio=16.0, lr_scheduler="constant")
