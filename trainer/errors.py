@@ -21,6 +21,8 @@ been. The command line prints both lines without a traceback. Any other exceptio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trainer.text import clean_text
 
 RESUME = "hpo resume, or the same command again"  # how to go on, for hints
@@ -28,20 +30,23 @@ MAX_LENGTH = 2000  # of a message: names and values from files can have any leng
 
 
 class ToolError(Exception):
-    """Base class of all errors that are shown to a user as two lines: what is wrong and what to do.
+    """Base class of all errors that are shown to a user: what is wrong and what to do, a line each.
 
-    Messages can contain text from files, so both lines are made safe to print and log here.
+    ``commands`` are what the user can choose from, each printed on a line of its own, so that it can be copied.
+    Messages can contain text from files, so all lines are made safe to print and log here.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", commands: Sequence[str] = ()) -> None:
         self.message = _line(message)
         self.hint = _line(hint)
+        self.commands = tuple(_line(command) for command in commands)
         super().__init__(self.message)
 
     def __str__(self) -> str:
-        return f"{self.message} – {self.hint}" if self.hint else self.message
+        hint = " ".join((self.hint, "; ".join(self.commands))).strip()
+        return f"{self.message} – {hint}" if hint else self.message
 
 
 def first_line(error: BaseException) -> str:

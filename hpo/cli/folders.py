@@ -114,10 +114,11 @@ def _left(name: str | None, runs: Path) -> Left:
     if len(rivals) == 1:
         return rivals[0]
     if not at_terminal():
-        names = "   or: ".join(f"hpo resume {shlex.quote(str(left.root))}" for left in rivals)
+        commands = [f"hpo resume {shlex.quote(str(left.root))}" for left in rivals]
         raise ConfigError(
             "several commands were interrupted within a day: " + "; ".join(left.says for left in rivals),
-            f"name one: {names}",
+            "name one:",
+            commands,
         )
     return ask_which("several commands were interrupted within a day", rivals, [left.says for left in rivals])
 

@@ -21,7 +21,8 @@ from trainer.text import clean_text
 
 
 def print_error(error: ToolError) -> None:
-    """Print two lines: what is wrong and what to do.  Control characters are removed."""
+    """Print two lines: what is wrong and what to do; and a line for each command to choose from.  Control characters
+    are removed."""
     if isinstance(error, Interrupted):
         what, then = "", "next: "
     else:
@@ -29,6 +30,8 @@ def print_error(error: ToolError) -> None:
     click.echo(what + clean_text(error.message), err=True)
     if error.hint:
         click.echo(then + clean_text(error.hint), err=True)
+    for command in error.commands:
+        click.echo(f"  {clean_text(command)}", err=True)
 
 
 def _refuse(error: click.UsageError) -> NoReturn:

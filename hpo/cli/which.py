@@ -80,14 +80,15 @@ def ask_which(question: str, choices: Sequence[T], says: Sequence[str]) -> T:
 
 
 def asker() -> Callable[[str, tuple[str, ...]], str] | None:
-    """What asks at the terminal: (question, what may be answered, the first by default; empty: any text) → the
-    answer.  None if there is no terminal."""
+    """What asks at the terminal: (question, what may be answered, the first by default; empty: any text; only "":
+    any text or none) → the answer.  None if there is no terminal."""
 
     def ask(question: str, answers: tuple[str, ...]) -> str:
         from trainer.text import clean_text
 
-        kind = click.Choice(answers) if answers else str
-        return str(click.prompt(clean_text(question), type=kind, default=next(iter(answers), None), err=True))
+        kind, default = click.Choice(answers) if any(answers) else str, next(iter(answers), None)
+        shown = clean_text(question)
+        return str(click.prompt(shown, type=kind, default=default, show_default=bool(default), err=True))
 
     return ask if at_terminal() else None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.prompts import load_prompts
+from evaluation.prompts import load_prompts, no_class_word
 from hpo.study import (
     CHARACTER,
     PRESETS,
@@ -38,7 +38,7 @@ from trainer.text import clean_text
 if TYPE_CHECKING:
     from hpo.search.session import SearchRequest
 
-# (question, what may be answered; empty: any word) → the answer
+# (question, what may be answered; empty: any word; only "": any word or none) → the answer
 Ask = Callable[[str, tuple[str, ...]], str]
 
 
@@ -103,6 +103,8 @@ def choose(request: SearchRequest) -> SearchChoice:
     )
     if config.preset.style and not inputs.class_word and inputs.prompts is None:
         inputs = replace(inputs, class_word=STYLE_WORD)
+    if readable and inputs.data is not None and not inputs.class_word and inputs.prompts is None:
+        raise no_class_word()  # before anything is loaded
     return SearchChoice(config, folder, _as_given(request.inputs, inputs), lines)
 
 
@@ -213,13 +215,17 @@ def _asked(inputs: Inputs, said: str | None, ask: Ask | None) -> tuple[Inputs, s
         return inputs, CHARACTER, ()
     folder = shown(inputs.data)
     preset = ask(f"what does {folder} show?", (CHARACTER, *(name for name in PRESETS if name != CHARACTER)))
-    if preset == STYLE_PRESET:
-        return inputs, preset, (f"to skip this question: --preset {preset}",)
-    word = ask("in one word, as in the captions (girl, man, vase)", ()).strip()
-    if not word:
-        raise ConfigError("no class word was given", "give it with --class, for example --class girl")
-    words = replace(inputs, class_word=word)
-    return words, preset, (f"to skip these questions: --preset {preset} --class {shlex.quote(word)}",)
+    flags = ["--preset", preset]
+    if preset != STYLE_PRESET:
+        word = ask("in one word, as in the captions (girl, man, vase)", ()).strip()
+        if not word:
+            raise ConfigError("no class word was given", "give it with --class, for example --class girl")
+        inputs, flags = replace(inputs, class_word=word), [*flags, "--class", word]
+    if inputs.trigger is None:
+        trigger = ask("its name in the captions, the trigger word (Enter: none)", ("",)).strip()
+        inputs = replace(inputs, trigger=trigger or None)
+        flags += ["--trigger", trigger] if trigger else []
+    return inputs, preset, (f"to skip these questions: {shlex.join(flags)}",)
 
 
 def _a(preset: str) -> str:

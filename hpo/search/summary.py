@@ -57,8 +57,9 @@ def summary(
     lines += [
         f"search score: {figures(standing.best)}{confirm}",
         f"  usual settings{baseline}: {figures(standing.baseline) if standing.baseline else trouble}",
-        "  untrained base: 0.0000, by definition of the scale; 1 means its prompt following",
-        "  combined with the likeness of real images; ± is one standard error over prompts",
+        "  untrained base: 0.0000, by definition; 1 means that prompts are followed as by",
+        "  the base, and that images are as like the references as these are each other;",
+        "  ± is one standard error over prompts",
         *(f"  extra metrics: {line}" for line in trial_lines(trial)),
         *said,
     ]

@@ -6,6 +6,7 @@ from .changes import shorter as shorter
 from .config import NEUTRAL_SETTINGS as NEUTRAL_SETTINGS
 from .config import SHIPPED as SHIPPED
 from .config import Inputs as Inputs
+from .config import Say as Say
 from .config import StudyConfig as StudyConfig
 from .config import build_study as build_study
 from .config import find_study as find_study
@@ -69,7 +70,6 @@ from .result import objective_values as objective_values
 from .result import read_result as read_result
 from .result import write_params as write_params
 from .result import write_result as write_result
-from .scoring import Say as Say
 from .scoring import make_evaluator as make_evaluator
 from .scoring import on_another_base as on_another_base
 from .scoring import plan_scoring as plan_scoring

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from trainer.text import clean_text
 
 DEFAULT_STUDY = "sd15-character"
 SHIPPED = Path(__file__).parent.parent.parent / "studies"
+Say = Callable[[str], None]  # prints one line for the user
 NEUTRAL_SETTINGS = (*ELSEWHERE, "gradient_checkpointing", "cache_latents_to_disk", "vae_batch_size")
 
 

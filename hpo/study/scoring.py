@@ -7,7 +7,7 @@ the images (``hpo.search.workbench``, ``hpo.judge.standard``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,10 @@ from evaluation.gauges import others
 from evaluation.images import SHOWN_REFERENCES, SampleConfig, thumbnail
 from evaluation.prompts import CONFIRM_SEEDS, SEARCH_SEEDS, CountTokens, PromptSet, generate, load_prompts
 from evaluation.score import Evaluator, SafeguardLimits, Safeguards, embed_copies, scene_encoders
-from hpo.study.config import Inputs, StudyConfig
+from hpo.study.config import Inputs, Say, StudyConfig
 from trainer.bases import Base
 from trainer.data import Dataset, Item, is_image, read_picture, visible
 from trainer.errors import DataError, MissingData
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

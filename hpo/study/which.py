@@ -35,7 +35,8 @@ class SeveralStudies(ConfigError):
         commands = [shlex.join(["hpo", *words_with_name(words, one.folder.name)]) for one in worked]
         super().__init__(
             f"several studies were worked on within a day, and none is named: {said}",
-            "name one: " + "   or: ".join(commands),
+            "name one:",
+            commands,
         )
 
 

@@ -54,8 +54,8 @@ def end_lines(folder: StudyFolder, standing: Standing) -> tuple[list[str], str]:
         return confirm_advice(folder, standing), f"hpo status {folder.words}"
     if not known:
         return [
-            "  The best search score is optimistic, because it was selected. Confirm it with new",
-            "  prompts and seeds to see how good the trial is. It is not a final result yet.",
+            "  The best search score is optimistic, because it was selected: it is not a",
+            "  final result yet. hpo confirm trains with new seeds, scored on new prompts.",
         ], f"hpo confirm {folder.words}"
     lines = confirmed_lines(folder)
     if best in known:
@@ -65,5 +65,6 @@ def end_lines(folder: StudyFolder, standing: Standing) -> tuple[list[str], str]:
         ], after_search(folder, int((read_json(folder.confirmed) or {}).get("winner", best)))
     return [
         *lines,
-        f"  Trial {best} has a better search score but was not confirmed: it is not a final result yet.",
+        f"  Trial {best} has a better search score but was not confirmed:",
+        "  it is not a final result yet.",
     ], f"hpo confirm {folder.words}"

@@ -277,7 +277,7 @@ def trial_line(result: Result, standing: Standing) -> str:
         else f" reason={result.reason}"
     )
     if result.objective is not None and result.value != result.objective:
-        score += f" objective={result.objective:.4f}"
+        score += f" objective={round(result.objective, 4) + 0.0:.4f}"
     best = f" best={standing.best[0]}" if standing.best else ""
     return f"trial={result.number} state={result.state}{score}{best} seconds={result.seconds:.1f}"
 

@@ -5,6 +5,7 @@ Owns layout and wording.  Does not own the rows; see ``hpo.study.table``.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 GAP = 2  # columns between two cells
 FOLD = 12  # width from which names and words are broken at their underscores
+_COMMAND, _NO_BREAK = re.compile(r"(?<=: )hpo [a-z].*$"), "\x1f"  # textwrap does not break at the latter
 DIM = ("infeasible", "failed", "duplicate")
 
 
@@ -97,11 +99,14 @@ def _words(settings: Mapping[str, Any]) -> str:
 
 
 def wrapped(text: str, width: int = 79) -> str:
-    """Text in lines of this width, broken between words; settings stay whole."""
+    """Text in lines of this width, broken between words; settings, and a command at the end, stay whole, so that
+    they can be copied."""
     indent = " " * (len(text) - len(text.lstrip())) or "  "
-    return textwrap.fill(
-        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    held = _COMMAND.sub(lambda found: found[0].replace(" ", _NO_BREAK), text)
+    lines = textwrap.fill(
+        held, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+    return lines.replace(_NO_BREAK, " ")
 
 
 # Terminal

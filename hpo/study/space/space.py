@@ -221,9 +221,10 @@ class Space:
                     "use a power of two, or search network_dim itself instead of network_dim_log2",
                 )
             if not p.domain.holds(suggested[p.name]):
+                value = f" (--set baseline.{settings_of(p.name)[0]}=…)" if what == BASELINE else ""
                 raise ConfigError(
                     f"{what}: {p.name} = {suggested[p.name]} is outside the study's range: {p.domain.describe()}",
-                    "change the value, or widen the range in the study file",
+                    f"give a value in the range{value}, or search a wider range",
                 )
         return {name: suggested[name] for name in names}
 

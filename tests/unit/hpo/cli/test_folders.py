@@ -95,7 +95,11 @@ def test_resume_asks_which_of_two(here: Path, monkeypatch: pytest.MonkeyPatch) -
     note(Path("runs/other"), ["status", "other"], "interrupted", hours_ago=1)
     result = hpo("resume")
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[1] == "hint: name one: hpo resume runs/other   or: hpo resume runs/tiny"
+    assert result.stderr.splitlines()[1:] == [
+        "hint: name one:",
+        "  hpo resume runs/other",
+        "  hpo resume runs/tiny",
+    ]
     monkeypatch.setattr("hpo.cli.folders.at_terminal", lambda: True)
     result = hpo("resume", input="2\n")
     assert "study=tiny" in result.output and "2  hpo status tiny (interrupted" in result.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.stored.commands import NAME, TRAIN, environment, hpo, unpack
+from tests.tiny_search import draw_images
 
 # Ends the process when a slow library is first looked for.  Its last line stands among what the command wrote.
 WATCHED = """
@@ -31,8 +32,9 @@ SEARCH = (
     "search", NAME, "--base", "mini-sd15", "--data", "images", "--definition", "tiny.toml", "--device", "cpu"
 )  # fmt: skip
 COMMANDS = {  # and the first line of each
-    SEARCH: "hpo search: loading libraries …",
-    ("confirm", NAME, "--yes"): "hpo confirm: loading libraries …",
+    SEARCH: f"study {NAME} was begun with an earlier version and keeps its objective: the sampler is told 0 where the "
+    "score is 0",
+    ("confirm", NAME, "--yes"): "the search is not finished: 2 trials are left",
     (
         "transfer",
         NAME,
@@ -92,6 +94,33 @@ def test_the_first_line_comes_before_the_first_slow_import(words: tuple[str, ...
 def test_commands_that_are_quick_load_no_slow_library(words: tuple[str, ...], place: Path) -> None:
     said = watched(place, *words)
     assert said and "IMPORT" not in said and "loading" not in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data", "bare"),  # nothing says what the images show, and nobody can be asked
+        ("--set", "learning_rate={low=1e-7, high=1e-6, log=true}"),  # trial 0 is outside
+        ("--definition", "nothing.toml"),
+        ("--data", "images", "--set", "learning_rate=fast"),
+    ],
+    ids=str,
+)
+def test_a_search_finds_mistakes_in_what_was_asked_for_before_it_loads_libraries(
+    words: tuple[str, ...], place: Path
+) -> None:
+    if not (place / "bare").exists():
+        draw_images(place / "bare", count=10, size_px=64)
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, "search", "new", "--base", "mini-sd15", *words],
+        cwd=place,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert "IMPORT" not in done.stdout and not (place / "runs" / "new").exists()
 
 
 def test_what_scripts_read_is_not_disturbed(place: Path) -> None:

@@ -146,22 +146,25 @@ def test_a_folder_that_does_not_say_it_is_asked_about_once() -> None:
 
     def ask(question: str, answers: tuple[str, ...]) -> str:
         asked.append(question)
-        return "object" if answers else "vase"
+        return "object" if any(answers) else "zkw" if answers else "vase"
 
     chosen = choose(request("photos", "sd15", ask=ask))
     assert (chosen.config.name, chosen.inputs.class_word) == ("sd15-object", "vase")
-    assert len(asked) == 2 and "photos" in asked[0]
-    assert chosen.says == ("to skip these questions: --preset object --class vase",)
-    begin(chosen, class_word="vase")
+    assert len(asked) == 3 and "photos" in asked[0] and "trigger" in asked[2]
+    assert chosen.inputs.trigger == "zkw"
+    assert chosen.says == ("to skip these questions: --preset object --class vase --trigger zkw",)
+    begin(chosen, class_word="vase", trigger="zkw")
     again = choose(request("photos", "sd15", ask=ask))
-    assert len(asked) == 2 and again.folder == chosen.folder and again.inputs == chosen.inputs
+    assert len(asked) == 3 and again.folder == chosen.folder and again.inputs == chosen.inputs
 
 
 def test_a_style_needs_no_class_word_and_nobody_is_asked_about_what_is_known_or_missing() -> None:
     def ask(question: str, answers: tuple[str, ...]) -> str:
-        return "style" if "photos" in question else pytest.fail(question)
+        return "style" if "photos" in question else "" if "trigger" in question else pytest.fail(question)
 
-    assert choose(request("photos", ask=ask)).inputs.class_word == "style"
+    chosen = choose(request("photos", ask=ask))
+    assert (chosen.inputs.class_word, chosen.inputs.trigger) == ("style", None)
+    assert chosen.says == ("to skip these questions: --preset style",)
     for known in (
         request("photos", ask=ask, preset="style"),
         request("d/10_luca man", ask=ask),
@@ -169,7 +172,9 @@ def test_a_style_needs_no_class_word_and_nobody_is_asked_about_what_is_known_or_
         SearchRequest(Inputs("mini-sd15", Path("nowhere")), 2, ask=ask),
     ):
         choose(known)
-    silent = choose(request("photos"))
+    with pytest.raises(ConfigError, match="no class word is given"):
+        choose(request("photos"))
+    silent = choose(SearchRequest(Inputs("mini-sd15", Path("nowhere")), 2))
     assert silent.inputs.class_word is None and not silent.config.preset.style
 
 

@@ -97,6 +97,8 @@ def test_the_best_of_trials_that_all_score_zero_is_the_best_by_objective(tmp_pat
     assert "1*" in shown and shown.count("0.000 ±") == 3 and "-0.0" not in shown
     line = trial_line(RESULT, now)
     assert "score=0.0000" in line and "objective=-0.0290" in line
+    tiny = trial_line(dataclasses.replace(RESULT, objective=-0.00001), now)
+    assert "objective=0.0000" in tiny  # not -0.0000
 
 
 def test_a_study_begun_before_keeps_its_clipped_values() -> None:

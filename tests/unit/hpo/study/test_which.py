@@ -65,7 +65,7 @@ def test_two_studies_within_a_day_are_refused_with_both_commands(here: Path) -> 
         find_folder(None)
     INVOCATION.reset(token)
     assert [one.folder.name for one in caught.value.worked] == ["a", "b"]
-    assert caught.value.hint == "name one: hpo transfer a --to mini-sdxl   or: hpo transfer b --to mini-sdxl"
+    assert caught.value.commands == ("hpo transfer a --to mini-sdxl", "hpo transfer b --to mini-sdxl")
 
 
 @pytest.mark.parametrize("name", ["luca", "runs/luca", "runs/luca/", "runs/luca/trial_0001", "./runs/luca"])

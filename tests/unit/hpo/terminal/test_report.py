@@ -202,10 +202,11 @@ def test_the_end_names_files_next_command_and_that_a_search_score_is_no_result(t
         "grid.png",
         "metrics.json",
         "search score: 0.6123 ± 0.0212, confirm with: hpo confirm x --runs",
-        "not a final result yet",
+        "not a\n  final result yet",
         "next: hpo confirm x --runs",
     ]:
         assert part in text, part
+    assert not [line for line in text.splitlines() if len(line) > 80 and str(tmp_path) not in line]
 
 
 CONFIRMED = {"how": "retrained", "winner": 4, "score": 0.571, "interval": [0.52, 0.62], "beats_trial0": True,
@@ -221,7 +222,7 @@ def test_the_end_of_a_confirmed_search_says_its_result(tmp_path: Path) -> None:
     text = "\n".join(summary(folder, STANDING, SETTINGS, "30 trials are done"))
     assert "confirmed (retrained): trial 4, score 0.5710 (95 % 0.5200 … 0.6200)" in text
     assert (
-        "not a final result yet" not in text
+        "final result yet" not in text
         and "hpo confirm" not in text
         and f"next: hpo transfer {folder.words} --to mini-sdxl" in text
     )

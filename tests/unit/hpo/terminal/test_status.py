@@ -19,7 +19,7 @@ from hpo.study.standing import standing
 from hpo.study.storage import open_study
 from hpo.study.table import BY_IMPORTANCE, BY_SPREAD, study_table
 from hpo.terminal.confirmation import confirm_advice, end_lines
-from hpo.terminal.status import status_table, status_tsv
+from hpo.terminal.status import status_table, status_tsv, wrapped
 from tests.places import ROOT
 from tests.recorded import WIDE, recorded, settings
 
@@ -68,6 +68,16 @@ def test_at_80_columns_the_settings_that_matter_least_are_left_out_and_named(tmp
     # a wide terminal shows everything
     wide = at_a_terminal(tmp_path, "status", "t", columns=200)
     assert "not shown" not in wide and "_decay" in wide
+
+
+def test_commands_are_not_broken_when_a_line_is_wrapped() -> None:
+    shown = wrapped("confirm these scores of the search with: hpo confirm a-name --runs elsewhere", 40)
+    assert shown.splitlines() == [
+        "confirm these scores of the search with:",
+        "  hpo confirm a-name --runs elsewhere",
+    ]
+    long = wrapped(f"everything: hpo status {'x' * 60} --runs elsewhere | cat", 40).splitlines()
+    assert long[-1].strip() == f"hpo status {'x' * 60} --runs elsewhere | cat"
 
 
 def test_a_pipe_gets_every_setting_as_tab_separated_values_and_the_rest_as_remarks(tmp_path: Path) -> None:
