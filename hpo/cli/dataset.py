@@ -187,7 +187,8 @@ def show(console: Console, request: DatasetRequest, report: Report) -> None:
         if not KNOWN_BASES[request.base].study:
             say(
                 console,
-                f"the search runs on {_searched(request.base)}; hpo transfer then adapts its best settings to {request.base}",
+                f"the search runs on {_searched(request.base)}; "
+                f"hpo transfer then adapts its best settings to {request.base}",
             )
         say(console, f"next: {_search_command(request, report)}")
 
