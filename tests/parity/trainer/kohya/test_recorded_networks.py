@@ -69,6 +69,11 @@ def base_of(family: str) -> Base:
     return meta_base(family)
 
 
+@cache
+def small_base() -> Base:
+    return tiny_base("sd15")
+
+
 def shapes_of(config: TrainConfig, target: Target, layer: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes = dict(kind_for(config, target).shapes(layer, target.rank))
     if target.kind == "DoRA":
@@ -174,7 +179,7 @@ def begin(adapter: Adapter, *, other_half: bool = False) -> None:
 
 def learned(config: TrainConfig, *, other_half: bool = False) -> dict[str, list[float]]:
     """What every module has learned after the steps."""
-    adapter = inject(tiny_base("sd15"), config)
+    adapter = inject(small_base(), config)
     begin(adapter, other_half=other_half)
     optimizer = build_optimizer(config, adapter)
     chance = Block()
@@ -198,6 +203,7 @@ def learned(config: TrainConfig, *, other_half: bool = False) -> dict[str, list[
             key, base_layer = layer.target.key, layer.wrapped.base_layer
             probe = input_of(base_layer, f"{key} probe")
             found[key] = figures(key, layer.wrapped(probe) - base_layer(probe))
+    adapter.remove()
     return found
 
 
