@@ -101,13 +101,23 @@ DIFFERS = {
 }
 # rates per block, and those of text encoders: module sets and groups only, on the published sizes
 RATE_CASES: dict[str, str] = {
-    "blocks": network(
+    "blocks sd15": network(
         "networks.lora", "down_lr_weight=sine", "mid_lr_weight=0.5", "up_lr_weight=cosine+.25", *CONV
+    ),
+    "blocks sdxl": network(
+        "networks.lora", "down_lr_weight=sine", "mid_lr_weight=0.5,0.1,2", "up_lr_weight=cosine+.25", *CONV
     ),
     "blocks threshold": network(
         "networks.lora", "down_lr_weight=linear", "up_lr_weight=reverse_linear", "block_lr_zero_threshold=0.3"
     ),
-    "blocks plus": network("networks.lora", "mid_lr_weight=0.25", "loraplus_unet_lr_ratio=8"),
+    "blocks plus sd15": network("networks.lora", "mid_lr_weight=0.25", "loraplus_unet_lr_ratio=8"),
+    "blocks plus sdxl": network("networks.lora", "mid_lr_weight=0.25,0.5,1", "loraplus_unet_lr_ratio=8"),
+    "dylora unet sdxl": network(
+        "networks.dylora",
+        "unit=2",
+        "conv_dim=4",
+        more="learning_rate = 1e-3\nnetwork_train_unet_only = true\n",
+    ),
     "text encoder 0": network("networks.lora", more="learning_rate = 1e-3\ntext_encoder_lr = 0.0\n"),
     "unet 0": network("networks.lora", more="learning_rate = 1e-3\nunet_lr = 0.0\n"),
     "one rate": network("networks.lora", more="learning_rate = 1e-3\n"),

@@ -9,10 +9,10 @@ networks/loha.py and networks/lokr.py), LYCORIS one of github.com/KohakuBlueleaf
 toml beside this tool's packages; OpenCV, which these modules import and do not use, may be missing.
 
 Modules, alphas and groups are recorded on sd-scripts' own U-Nets in the published sizes (meta device), what is learned
-on the tiny base of the tests, whose classes have the names that both projects look for – except two: networks/oft.py
-looks for CrossAttention, which diffusers calls Attention, and networks/loha.py knows no SD1.5. LyCORIS' full is
-recorded without ``apply_to``, which removes the weight that its ``forward`` reads (AttributeError), see also
-``unlisted``; its list of algorithms lacks ia3 (KeyError), which is added.
+on the tiny base of the tests, whose classes have the names that both projects look for – except that networks/oft.py
+and some presets look for CrossAttention, which diffusers calls Attention, and that networks/loha.py knows no SD1.5.
+LyCORIS' full is recorded without ``apply_to``, which removes the weight that its ``forward`` reads (AttributeError),
+see also ``unlisted``; its list of algorithms lacks ia3 (KeyError), which is added.
 """
 
 from __future__ import annotations
@@ -181,15 +181,6 @@ def described(module: Any) -> tuple[float | None, dict[str, tuple[int, ...]]]:
     return float(module.on_input if name == "IA3Module" else module.alpha), shapes
 
 
-def numbered(key: str, known: dict[str, Any]) -> str:
-    """A name with the number of its text encoder, which networks/dylora.py leaves out: its second encoder of SDXL takes
-    the names of the first, whose modules are lost in the file."""
-    if not key.startswith("lora_te_"):
-        return key
-    first, second = (key.replace("lora_te_", f"lora_te{number}_") for number in (1, 2))
-    return second if first in known or any(name.startswith("lora_te2_") for name in known) else first
-
-
 @torch.no_grad()
 def begin(module: Any) -> None:
     """The first values of the recorded problem."""
@@ -309,16 +300,21 @@ def full_size(module: Any, case: dict[str, Any], family: str, roots: dict[str, P
         network.unet_loras = []
     groups = groups_of(network, case)
     trained = {id(weight) for group in groups for weight in group["params"]}
-    modules: dict[str, Any] = {}
-    for it in modules_of(network):
-        if any(id(weight) in trained for weight in it.parameters()):
-            modules[numbered(key_of(it), modules) if len(encoders) > 1 else key_of(it)] = described(it)
+    modules = {
+        key_of(it): described(it)
+        for it in modules_of(network)
+        if any(id(weight) in trained for weight in it.parameters())
+    }
     lines = lines_of(modules)
     return {"modules": len(lines), "sha256": digest(lines), "values": trained_values(groups)}
 
 
 def prepared(module: Any, name: str) -> Any:
     """A module that finds the layers of the tiny base."""
+    if name == LYCORIS:
+        for preset in module.PRESET.values():
+            if "CrossAttention" in preset.get("unet_target_module", ()):
+                preset["unet_target_module"] = [*preset["unet_target_module"], "Attention"]
     if name == "networks.oft":
         module.OFTNetwork.UNET_TARGET_REPLACE_MODULE_ATTN_ONLY = ["Attention"]
     if name in ("networks.loha", "networks.lokr"):
@@ -402,8 +398,13 @@ def main(sd_scripts: Path, native: Path, lycoris: Path, output: Path) -> None:
     for label, text in EVERY_CASE.items():
         case = tomllib.loads(text)
         name = case["network_module"]
-        # networks/loha.py ends with an error for SD1.5
-        families = [f for f in FAMILIES if f == "sdxl" or name not in ("networks.loha", "networks.lokr")]
+        families = [family for family in FAMILIES if family in label] or [*FAMILIES]
+        if name in ("networks.loha", "networks.lokr"):  # they end with an error for SD1.5
+            families = ["sdxl"]
+        if label.startswith("dylora") and len(families) > 1:
+            families = [
+                "sd15"
+            ]  # gives both text encoders of SDXL the same names, so the first is not trained
         if label not in found["sizes"]:
             print(label, file=sys.stderr)
             found["sizes"][label] = {
