@@ -194,7 +194,10 @@ def _command(request: TrainRequest, config: TrainConfig, output: Path, steps: in
     command = [*PROGRAM, "train", str(request.file), "--base", str(request.base), "--output", str(output)]
     command += ["--data", str(request.data)] if request.data else []
     lost = {name: "none" for name in PATHS if (value := getattr(config, name)) and not Path(value).exists()}
-    for name, value in {**SMALL, **lost, "max_train_steps": steps}.items():
+    blocks = (
+        {"network_dim": 4} if config.network_type == "OFT" else {}
+    )  # they must divide the miniature's layers
+    for name, value in {**SMALL, **lost, **blocks, "max_train_steps": steps}.items():
         command += ["--set", f"{name}={value}"]
     return command
 

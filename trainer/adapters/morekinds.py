@@ -130,6 +130,11 @@ class OFT(Own):
     def shapes(self, layer: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
         weight = _weight(layer)
         out = weight.shape[0]
+        if self.dim_is_blocks and out % rank:
+            raise ConfigError(
+                f"OFT with network_dim = {rank} parts the outputs of a layer into {rank} blocks, but one has {out}",
+                "use a network_dim that divides the outputs of all layers: 2, 4 or 8",
+            )
         size, count = (out // rank, rank) if self.dim_is_blocks else split_side(out, rank)
         found: dict[str, tuple[int, ...]] = {"oft_blocks": (count, size, size)}
         return found | ({"rescale": (out, *[1] * (weight.dim() - 1))} if self.rescaled else {})

@@ -98,7 +98,10 @@ def _optimizer_name(reading: Reading) -> str | None:
     if found is None:
         last = str(name).rpartition(".")[2]
         supported = "supported optimizers: " + ", ".join(OPTIMIZER_NAMES)
-        reason = _NOT_HERE.get(last.lower()) or suggestion(last, OPTIMIZER_NAMES) or supported
+        if last != name:  # a class of some package, not a mistyped name
+            supported = f"classes of other packages are not used; {supported}"
+        near = suggestion(last, OPTIMIZER_NAMES) if last == name else ""
+        reason = _NOT_HERE.get(last.lower()) or near or supported
         reading.refuse("optimizer_type", name, reason, stands_for="optimizer_type")
         return None
     reading.given["optimizer_type"] = found

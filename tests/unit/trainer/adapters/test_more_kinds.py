@@ -16,7 +16,7 @@ from trainer.adapters.adapter import Adapter, inject
 from trainer.adapters.targets import count_weights
 from trainer.bases import Base, Sizes
 from trainer.config import TrainConfig
-from trainer.errors import Interrupted
+from trainer.errors import ConfigError, Interrupted
 from trainer.events import Event
 from trainer.loop.loop import Conduct, train
 
@@ -235,3 +235,11 @@ def test_a_resumed_run_is_the_same_run(name: str, tmp_path: Path) -> None:
     trained(1, tmp_path / "b")
     resumed = trained(None, tmp_path / "b")
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def test_blocks_that_do_not_divide_a_layer_are_an_error_in_words() -> None:
+    with pytest.raises(
+        ConfigError, match=r"network_dim = 7 parts the outputs of a layer into 7 blocks, but one has \d+"
+    ) as caught:
+        inject(tiny_base("sd15"), settings("OFT blocks", network_dim=7))
+    assert "divides" in caught.value.hint

@@ -286,6 +286,10 @@ def test_a_typing_error_is_not_swallowed(tmp_path: Path, typo: str, meant: str) 
     [
         ('network_module = "networks.lora_flux"', "network_module"),
         ('network_module = "lycoris.kohya"\nnetwork_args = ["algo=tlora"]', "algo"),
+        (
+            'optimizer_type = "somewhere.LPFAdamW"',
+            "classes of other packages are not used; supported optimizers: AdamW,",
+        ),
         ('optimizer_type = "AdmW"', "optimizer_type = AdmW: did you mean AdamW"),
         ('optimizer_type = "os.system"', "optimizer_type"),
         ('optimizer_type = "prodigyplus.ProdigyPlusScheduleFree"', "use Prodigy or"),
