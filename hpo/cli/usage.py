@@ -31,7 +31,9 @@ def as_error(error: click.UsageError) -> ConfigError:
             )
         case click.MissingParameter():
             kind = error.param.type if error.param else None
-            hint = f"give one of {', '.join(map(str, kind.choices))}" if isinstance(kind, click.Choice) else ""
+            hint = (
+                f"give one of {', '.join(map(str, kind.choices))}" if isinstance(kind, click.Choice) else ""
+            )
             return ConfigError(f"{_name(error)} is missing", hint or _usage(error))
         case click.BadParameter():
             return _of_value(error)
