@@ -61,8 +61,8 @@ class Left:
 @options.runs
 @click.pass_context
 def resume(ctx: click.Context, name: str | None, notify: tuple[str, ...], runs: Path) -> None:
-    """Go on with the command that was interrupted last, with its own arguments: search, confirm, transfer, train,
-    evaluate or compare. NAME: a study, or the output folder of hpo train. Default: whatever was interrupted last."""
+    """Go on with what was interrupted last. That is a search, confirm, transfer, train, evaluate or compare; it
+    runs with its own arguments. NAME: a study, or the output folder of hpo train. Default: the last one of all."""
     left = _left(name, runs)
     if left.step.processes > 1:
         raise ConfigError(
@@ -151,7 +151,7 @@ def _roots(name: str | None, runs: Path) -> Iterator[Path]:
 @options.as_json("Print JSON.")
 @options.runs
 def studies(as_json: bool, runs: Path) -> None:
-    """List the studies in --runs with their state, best score and last command, the last one worked on first."""
+    """List the studies. Shows state, best score and last command; the study last worked on is first."""
     import json
 
     rows = [_row(one) for one in _worked_on(runs)]
@@ -229,8 +229,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @options.runs
 def delete(name: str, yes: bool, runs: Path) -> None:
-    """Move the study NAME to the trash: its trials, its confirmation and its target trials. Says how much disk space
-    it takes. Nothing is lost until the trash folder is deleted."""
+    """Move the study NAME to the trash. Takes its trials, its confirmation and its target trials along, and says how
+    much disk space they take. Nothing is lost until the trash folder is deleted."""
     folder = chosen_study(name, runs, own=True)
     path = Path(name)
     if "/" in name and path.resolve() != folder.root.resolve():

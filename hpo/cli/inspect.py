@@ -18,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.adapters import CONFIG_KEY, contents, values
+from trainer.config import TrainConfig
 from trainer.files import sha256_file
 from trainer.tensorfile import load_tensors
 from trainer.text import clean_text
 
+ALWAYS = ("learning_rate", "network_dim", "network_alpha", "train_batch_size", "resolution")  # default or not
 LONG = 160  # maximum length of a metadata value in the table; --json shows it in full
 
 
@@ -108,11 +110,18 @@ def show(console: Console, facts: Facts) -> None:
     rows += [("warning", text) for text in facts.warnings]
     _print(console, rows)
     if facts.settings is not None:
+        usual = TrainConfig().as_dict() if console.is_terminal else {}
+        shown = {
+            name: value
+            for name, value in facts.settings.items()
+            if name not in usual or value != usual[name] or name in ALWAYS
+        }
         console.print(Text("\nsettings", style="bold"))
-        _print(
-            console,
-            [(name, "–" if value in (None, "") else str(value)) for name, value in facts.settings.items()],
-        )
+        _print(console, [(name, "–" if value in (None, "") else str(value)) for name, value in shown.items()])
+        if left_out := len(facts.settings) - len(shown):
+            console.print(
+                Text(f"  and {left_out} with their defaults (the same command with | cat lists them)")
+            )
     metadata = [(name, text) for name, text in sorted(facts.metadata.items()) if name != CONFIG_KEY]
     console.print(
         Text(

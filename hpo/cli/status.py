@@ -93,5 +93,6 @@ def _remarks(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> Ite
 
     if folder.alert.is_file():
         yield clean_text(folder.alert.read_text(encoding="utf-8").splitlines()[0])
-    yield from learning_lines(study, folder)
-    yield from status_lines(study, folder, table)
+    nothing = learning_lines(study, folder)
+    yield from nothing
+    yield from status_lines(study, folder, table, learned=not nothing)

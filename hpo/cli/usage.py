@@ -30,7 +30,11 @@ def as_error(error: click.UsageError) -> ConfigError:
                 f"there is no option {_cut(error.option_name)}", _near(error, error.option_name, known)
             )
         case click.MissingParameter():
-            return ConfigError(f"{_name(error)} is missing", _usage(error))
+            kind = error.param.type if error.param else None
+            hint = (
+                f"give one of {', '.join(map(str, kind.choices))}" if isinstance(kind, click.Choice) else ""
+            )
+            return ConfigError(f"{_name(error)} is missing", hint or _usage(error))
         case click.BadParameter():
             return _of_value(error)
     name = re.fullmatch(r"No such command '(.*)'\.?", error.message.partition(" Did you mean")[0], re.DOTALL)

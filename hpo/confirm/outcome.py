@@ -53,7 +53,7 @@ class Repeat:
     score: float
     draws_K: np.ndarray
     train_seconds: float
-    trained_images: int  # optimizer steps × effective batch; the cost of a run, independent of machine load
+    trained_images: int  # training images that a run sees; its cost, independent of machine load
     objective: float | None = None
 
     @property

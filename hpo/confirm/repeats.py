@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.confirm.outcome import RESCORED, ConfirmCandidate, Confirmed, Repeat, decide
 from hpo.confirm.proposals import ConfirmProposals
 from hpo.confirm.wanted import run_of
+from hpo.search import images_seen
 from hpo.study import components, is_feasible, read_json, score_of
 from trainer.errors import DataError
 
@@ -72,13 +73,12 @@ def _repeat(trial: FrozenTrial, runs: ConfirmProposals) -> Repeat:
     trained = runs.asked.source.trial(run.of) if runs.asked.how == RESCORED else own
     cost = read_json(trained.result) or {}
     config = runs.config(trial.params, trial.number)
-    batch = config.train_batch_size * config.gradient_accumulation_steps
     return Repeat(
         trial.number,
         run.train_seed,
         score.value,
         by_draw(score, runs.bench.anchors),
         float(cost.get("train_seconds", 0.0)),
-        int(cost.get("steps", 0)) * batch,
+        images_seen(config, runs.bench.data),
         score.objective,
     )

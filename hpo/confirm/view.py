@@ -124,8 +124,10 @@ def result_lines(folder: StudyFolder, kind: StudyKind) -> list[str]:
     return confirmed_lines(folder) if folder.confirmed.is_file() else []
 
 
-def status_lines(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> list[str]:
-    """The noise of the scores in this study, and how to go on."""
+def status_lines(
+    study: optuna.Study, folder: StudyFolder, table: StudyTable, *, learned: bool = True
+) -> list[str]:
+    """The noise of the scores in this study, and how to go on.  ``learned``: hpo confirm would not refuse it."""
     from hpo.study import components
     from hpo.terminal import trial_lines
 
@@ -138,4 +140,4 @@ def status_lines(study: optuna.Study, folder: StudyFolder, table: StudyTable) ->
     lines = [noise.sentence(), noise.figures()] if noise else []
     if best:
         lines += [f"trial {best[0]}, extra metrics: {line}" for line in trial_lines(folder.trial(best[0]))]
-    return lines if kind.word == PROBES else [*lines, *confirm_advice(folder, table.now)]
+    return lines if kind.word == PROBES or not learned else [*lines, *confirm_advice(folder, table.now)]

@@ -1,4 +1,5 @@
 from . import workbench as workbench
+from .cost import images_seen as images_seen
 from .cost import probed_pace as probed_pace
 from .dashboard import serve as serve
 from .opening import opened as opened

@@ -33,7 +33,7 @@ from hpo.terminal import clock
 from hpo.train import count_steps
 from trainer.adapters import adapter, count_weights
 from trainer.config import TrainConfig
-from trainer.data import total_steps
+from trainer.data import Dataset, total_steps
 from trainer.errors import MachineError, OutOfMemory
 from trainer.events import Step
 from trainer.files import folder_bytes, require_space
@@ -121,11 +121,17 @@ def ends(bench: Workbench) -> Ends:
         corner = dict(zip((p.name for p in deciding), values, strict=True))
         config = bench.study.config({**bench.study.baseline, **corner})
         run = count_steps(config, bench.data)
-        own = sum(item.repeats for item in bench.data.items if not item.is_reg)
         updates.append(run.total_steps)
-        seen.append(round(run.samples_seen * own / run.samples_per_epoch))
+        seen.append(images_seen(config, bench.data))
         samples.append(samples_of(config, run.total_steps))
     return Ends((min(updates), max(updates)), (min(seen), max(seen)), (min(samples), max(samples)))
+
+
+def images_seen(config: TrainConfig, data: Dataset) -> int:
+    """How many training images a training sees, each as often as it is repeated; without regularization images."""
+    run = count_steps(config, data)
+    own = sum(item.repeats for item in data.items if not item.is_reg)
+    return round(run.samples_seen * own / run.samples_per_epoch)
 
 
 def check_disk(bench: Workbench, cost: Cost, trials: int, keep_best: int | None) -> None:

@@ -48,7 +48,7 @@ def summary(
     number = standing.best[0]
     trial = folder.trial(number)
     baseline = f" (trial {standing.baseline[0]})" if standing.baseline else ""
-    trouble = clean_text(standing.baseline_trouble) or figures(None)
+    trouble = clean_text(standing.baseline_trouble).replace("_", " ") or figures(None)
     said, following = end_lines(folder, standing)
     if nothing:
         said, following = [], nothing.command or f"hpo dashboard {folder.words}"

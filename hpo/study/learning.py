@@ -48,6 +48,7 @@ USUAL_IMAGES, MINIATURE_IMAGES = 1000, 200
 HARDLY_CHANGED = 0.01
 FOLLOWING_LOST = 0.5  # prompt following below this, by more than its noise, is lost (assumed)
 SKIPPED = 0.02  # share of steps with NaN or infinite values that counts as a sign (assumed)
+AGAIN = "search again under another name"
 NOT_THE_RATE = ("out_of_memory", "no_effect")  # infeasible, but not because of too much training
 
 
@@ -127,8 +128,11 @@ class NothingLearned:
         return [
             self.headline,
             *(f"  likely cause: {cause}" for cause in self.causes),
-            f"  what to do: {self.advice}",
-            *([f"  {self.command}"] if self.command else []),
+            *(
+                [f"  what to do: {AGAIN}:", f"  {self.command}"]
+                if self.command
+                else [f"  what to do: {self.advice}"]
+            ),
         ]
 
 
@@ -168,7 +172,10 @@ def require_learned(study: optuna.Study, folder: StudyFolder, command: str, *, a
     causes = "; ".join(state.causes)
     raise ConfigError(
         f"study {folder.name}: {state.headline}" + (f". Likely cause: {causes}" if causes else ""),
-        f"{state.advice}. To {command} it all the same, add --anyway",
+        f"to {command} it all the same, add --anyway; better, {AGAIN}:"
+        if state.command
+        else f"{state.advice}. To {command} it all the same, add --anyway",
+        (state.command,) if state.command else (),
     )
 
 
@@ -319,10 +326,15 @@ def _little_words(little: Sequence[TrialEvidence]) -> str:
     changed = [e.weight_change for e in little if e.weight_change is not None]
     text = f"{_trials(len(little))} hardly changed the weights"
     if changed:
-        text += f" (by {100 * min(changed):.2g} to {100 * max(changed):.2g} %)"
+        text += f" (by at most {_percent(max(changed))} %)"
     if all(e.loss is not None and abs(e.loss[1] - e.loss[0]) <= 2 * e.loss[2] for e in little):
         text += " or the loss"
     return text
+
+
+def _percent(share: float) -> str:
+    """0.014 % as 0.014: two digits, and no exponent."""
+    return f"{100 * share:.2g}" if share >= 1e-6 else "0.0001"
 
 
 def _trials(count: int) -> str:

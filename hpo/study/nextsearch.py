@@ -32,10 +32,17 @@ def next_search(folder: StudyFolder, changes: Sequence[str]) -> str:
     words = [
         word
         for option in _options(searches[-1].words[1:])
+        if not _is_changed(option, changes)
         for word in _moved_to_here(option, searches[-1].cwd)
     ]
     sets = [word for change in changes for word in ("--set", change)]
     return f"hpo search {new.words} {shlex.join([*words, *sets])}"
+
+
+def _is_changed(option: tuple[str, ...], changes: Sequence[str]) -> bool:
+    """Whether the option is a ``--set`` of a value that a change sets anew."""
+    names = {change.partition("=")[0].strip() for change in changes}
+    return option[0] == "--set" and option[1].partition("=")[0].strip() in names
 
 
 def _options(words: Sequence[str]) -> list[tuple[str, ...]]:

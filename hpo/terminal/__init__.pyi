@@ -23,5 +23,6 @@ from .stop import Stop as Stop
 from .text import clock as clock
 from .text import figures as figures
 from .text import left as left
+from .text import pace as pace
 from .text import say as say
 from .text import short as short

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GAP = 2  # columns between two cells
 FOLD = 12  # width from which names and words are broken at their underscores
-_COMMAND, _NO_BREAK = re.compile(r"(?<=: )hpo [a-z].*$"), "\x1f"  # textwrap does not break at the latter
+_COMMAND, _NO_BREAK = re.compile(r"(^ *|: )(hpo [a-z].*)$"), "\x1f"  # textwrap does not break at the latter
 DIM = ("infeasible", "failed", "duplicate")
 
 
@@ -73,7 +73,7 @@ def best_lines(table: StudyTable) -> list[str]:
     elif now.baseline:
         lines.append(f"trial {now.baseline[0]} has {table.kind.baseline}")
     elif now.baseline_trouble:
-        lines.append(f"{table.kind.baseline}: {clean_text(now.baseline_trouble)}")
+        lines.append(f"{table.kind.baseline}: {clean_text(now.baseline_trouble).replace('_', ' ')}")
     return lines
 
 
@@ -102,7 +102,7 @@ def wrapped(text: str, width: int = 79) -> str:
     """Text in lines of this width, broken between words; settings, and a command at the end, stay whole, so that
     they can be copied."""
     indent = " " * (len(text) - len(text.lstrip())) or "  "
-    held = _COMMAND.sub(lambda found: found[0].replace(" ", _NO_BREAK), text)
+    held = _COMMAND.sub(lambda found: found[1] + found[2].replace(" ", _NO_BREAK), text)
     lines = textwrap.fill(
         held, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from hpo.study import INVOCATION
+from hpo.terminal import command, say
 from hpo.train import plan as trainplan
 from hpo.train.folder import run_folder
 from hpo.train.promptfile import sample_prompts
@@ -89,6 +91,10 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
     else:
         trainplan.show(console, file, shown, str(output))
         trainplan.show_findings(console, findings.errors, warnings)
+        invocation = INVOCATION.get()
+        if invocation and not findings.errors:
+            words = [word for word in invocation.stored if word != "--dry-run"]
+            say(console, f"next: {command('hpo', *words)}")
     findings.require_none()
 
 

@@ -109,15 +109,23 @@ def as_json(
 
 
 def show(console: Console, file: TrainFile, data: Dataset | None, output: str) -> None:
-    """The dry run for people: every setting with its source, the step arithmetic, and a note per key."""
+    """The dry run for people: the settings with their sources, the step arithmetic, and a note per key.
+
+    A terminal shows the settings that something gives a value to; a pipe shows all.
+    """
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for name in ("setting", "value", "from"):
         table.add_column(name, overflow="fold")
     for name, value in file.config.as_dict().items():
         origin = file.origins.get(name)
+        if origin is None and console.is_terminal:
+            continue
         shown = "–" if value in (None, "") else short(value)
         table.add_row(Text(name), Text(shown), Text(origin or file.defaults), style="" if origin else "dim")
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    if left_out := len(SETTINGS) - table.row_count:
+        say(console, f"and {left_out} settings with {file.defaults} (the same command with | cat lists them)")
     say(console, f"{clean_text(str(file.path))}: {file.form}; {file.defaults} fill what it leaves out")
     show_lines(console, file)
     if data is not None:

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, left, short
+from hpo.terminal import PLAIN_SECONDS, REFRESH_PER_SECOND, SMOOTHING, STOPPING, left, pace, short
 from trainer.events import Event, Finished, Skipped, Step, Validated
 from trainer.text import clean_text
 
@@ -72,13 +72,18 @@ class TrainView:
 
     def line(self) -> str:
         """The run's progress as text."""
+        return ", ".join(self.parts())
+
+    def parts(self) -> tuple[str, ...]:
+        """How far the run is, and how it goes: two lines that each fit 80 columns."""
         if self.last is None:
-            return "preparing …"
+            return ("preparing …",)
         skipped = f", {self.skipped} skipped" if self.skipped else ""
+        speed = f", {pace(1 / self.seconds)}" if self.seconds > 0 else ""
         return (
-            f"step {self.last.step}/{self.last.total_steps}, epoch {self.last.epoch}/{self.last.total_epochs}, "
-            f"loss {self.loss:.4f}, lr {short(self.last.learning_rate)}, {self.seconds:.2f} s/step{skipped}, "
-            f"{left(self.seconds_left())}"
+            f"step {self.last.step}/{self.last.total_steps}, epoch {self.last.epoch}/{self.last.total_epochs}"
+            f"{speed}, {left(self.seconds_left())}",
+            f"loss {self.loss:.4f}, lr {short(self.last.learning_rate)}{skipped}",
         )
 
     def seconds_left(self) -> float:
@@ -93,7 +98,7 @@ class TrainView:
             Text(clean_text(self.name), style="bold"), ProgressBar(total=total, completed=done, width=30)
         )
         tail = [Text(STOPPING, style="bold")] if self.stopping else []
-        return Group(bar, Text(self.line()), *tail)
+        return Group(bar, *map(Text, self.parts()), *tail)
 
     def __enter__(self) -> TrainView:
         if self.console.is_terminal:

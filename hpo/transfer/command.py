@@ -125,7 +125,8 @@ def show(console: Console, plan: TransferPlan, moves: tuple[SettingMove, ...] | 
         console.print(_wide_table(moves))
     else:
         console.print(_narrow_table(moves, console.width))
-    say(console, wrapped(f"kept: {kept_line(plan)}", console.width - 1))
+    for line in wrapped(f"kept: {kept_line(plan)}", console.width - 1).splitlines():
+        say(console, line)
     for line in derived_lines(plan.derived):
         say(console, line)
     for finding in plan.findings:

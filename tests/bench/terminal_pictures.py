@@ -1,7 +1,9 @@
-"""Pictures of ``hpo status``, ``confirm`` and ``evaluate`` in a terminal of 80×24, for docs/images.
+"""Pictures for docs/images: ``hpo status``, ``confirm``, ``evaluate`` and ``compare`` in a terminal of 80×24, the sheet
+of ``compare``, and a trial in the dashboard.
 
-    python -m tests.bench.terminal_pictures WORK          makes WORK/runs first, if it is not there (about 10 minutes)
+    python -m tests.bench.terminal_pictures WORK          makes WORK/runs first, if it is not there (about 20 minutes)
 
+The dashboard needs Chromium; without it, its picture is left as it is.  Of the sheet, only the first rows are kept.
 Paths are shown from WORK on.  The commands are real, and so is their terminal (a pseudo-terminal of 80 columns and 24
 rows).  The picture shows the whole output, also what has scrolled away.  Confirm and evaluate have finished before, so
 they only print their result again.  Steps that are done are not repeated.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -20,9 +23,12 @@ import sys
 import termios
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from tests.e2e.test_dashboard_pixels import BROWSER, browse, served
 from tests.places import ROOT
 
 NAME, COLUMNS, ROWS = "luca", 80, 24
@@ -45,6 +51,7 @@ MAKE = (  # what a step leaves behind, and the command
     (f"{OUTPUT}/{NAME}_mini-sdxl.safetensors", ("train", SETTINGS)),
     (f"{OUTPUT}/best.safetensors", ("evaluate", OUTPUT, "--definition", QUICK)),
 )
+SHEET_PX = 1150  # the height at which the sheet is cut, at the next gap above
 SHOWN = {
     "status": ("status", NAME),
     "confirm": ("confirm", NAME, "--top", "2", "--yes"),
@@ -117,6 +124,20 @@ def picture(words: tuple[str, ...], text: str) -> str:
     return svg.replace("Fira Code, monospace", "monospace")
 
 
+def first_rows(sheet: Image.Image) -> Image.Image:
+    """The sheet down to a gap between two rows, at most ``SHEET_PX`` high."""
+    blank = (np.asarray(sheet.convert("L"))[:SHEET_PX] == 255).all(axis=1)
+    return sheet.crop((0, 0, sheet.width, int(np.flatnonzero(blank)[-1])))
+
+
+def take_dashboard(work: Path, trial: int) -> None:
+    """docs/images/dashboard.png: the page of a trial in the real dashboard."""
+    with served(work, NAME) as address:
+        page = f"{address}/dashboard/studies/1/trials?numbers={trial}"
+        browse(work, f"--screenshot={work / 'page.png'}", page)
+    Image.open(work / "page.png").convert("RGB").quantize(128).save(IMAGES / "dashboard.png", optimize=True)
+
+
 def main() -> None:
     work = Path(sys.argv[1]).resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -127,8 +148,15 @@ def main() -> None:
     for left, words in MAKE:
         if not (work / left).exists():
             subprocess.run([sys.executable, "-m", "hpo.cli", *words], cwd=work, env=environment(), check=True)
-    for name, words in SHOWN.items():
+    winner = json.loads((work / f"runs/{NAME}/confirmed.json").read_text())["winner"]
+    compare = ("compare", f"runs/{NAME}/trial_{winner:04d}", OUTPUT)
+    subprocess.run([sys.executable, "-m", "hpo.cli", *compare], cwd=work, env=environment(), check=True)
+    for name, words in {**SHOWN, "compare": compare}.items():
         (IMAGES / f"{name}.svg").write_text(picture(words, shown(work, words)), encoding="utf-8")
+    (sheet,) = (work / OUTPUT).glob("*.run/evaluation/compare/*/sheet.png")
+    first_rows(Image.open(sheet)).save(IMAGES / "compare.png", optimize=True)
+    if BROWSER:
+        take_dashboard(work, winner)
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ def test_a_browser_shows_an_infeasible_trial_as_infeasible(tmp_path: Path) -> No
 
 
 @contextlib.contextmanager
-def served(place: Path) -> Iterator[str]:
+def served(place: Path, *name: str) -> Iterator[str]:
     """The address of a real dashboard process of the study in ``place``."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     dashboard = subprocess.Popen(
-        [sys.executable, "-m", "hpo.cli", "dashboard", "--port", str(port)],
+        [sys.executable, "-m", "hpo.cli", "dashboard", *name, "--port", str(port)],
         cwd=place, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

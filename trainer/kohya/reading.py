@@ -54,7 +54,8 @@ class Reading:
 
     def say(self, name: str, value: Any, meaning: str) -> None:
         """The key is used, as something else."""
-        self.translated.append(f"{name} = {as_text(value)} → {meaning}")
+        if as_text(value) != meaning:
+            self.translated.append(f"{name} = {as_text(value)} → {meaning}")
 
     def refuse(self, name: str, value: Any, reason: str, *, stands_for: str = "") -> None:
         """The key asks for a result that cannot be had here, unless the setting it stands for is decided elsewhere."""

@@ -90,6 +90,7 @@ def test_a_number_beyond_its_limits_is_refused_while_parsing(
         ),
         (("transfer",), "--to is missing", "transfer --help"),
         (("inspect",), "FILE is missing", "inspect --help"),
+        (("dataset", "demo"), "SUBJECT is missing", "give one of character, style, object"),
         (("serch",), "there is no command serch", "did you mean search?"),
         (("dataset", "chek"), "there is no command chek", "did you mean check?"),
         (("search", "--bas", "sd15"), "there is no option --bas", "did you mean --base?"),
@@ -158,6 +159,13 @@ def test_an_address_for_messages_is_a_secret_and_never_repeated() -> None:
 
 def test_the_least_number_of_trials_is_what_the_designs_need() -> None:
     assert options.LEAST_TRIALS == LEAST
+
+
+@pytest.mark.parametrize("group", [(), ("dataset",), ("export",)])
+def test_the_list_of_commands_cuts_no_sentence(group: tuple[str, ...]) -> None:
+    shown = CliRunner().invoke(main, [*group, "--help"]).stdout
+    commands = shown.partition("Commands:")[2].splitlines()
+    assert commands and not [line for line in commands if line.endswith("...")]
 
 
 def test_help_stays_help() -> None:

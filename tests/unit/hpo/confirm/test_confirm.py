@@ -31,6 +31,7 @@ from hpo.study.storage import open_study
 from hpo.terminal.confirmation import confirmed_lines, confirmed_trials
 from tests.tiny_confirm import check_confirmation, run_confirm, searched_study
 from trainer.config import TrainConfig
+from trainer.data.dataset import read_dataset
 from trainer.errors import ConfigError, DataError, MachineError, ModelFileError
 from trainer.files import sha256_file
 
@@ -264,6 +265,18 @@ def test_the_best_trials_and_trial_0_are_retrained_on_unseen_prompts(source: Stu
     more, said = run_confirm(source, data, seeds=3)
     assert said.startswith("cost: 3 trainings") and more is not None
     check_confirmation(target, 9)
+
+
+def test_the_images_that_a_training_sees_are_counted_as_before_the_search(
+    source: StudyFolder, data: Path
+) -> None:
+    """Not as steps × batch: the last batch of a bucket is seldom full."""
+    outcome, _ = run_confirm(source, data)
+    assert outcome is not None
+    found = read_dataset(data, TrainConfig())
+    for row in outcome.rows:
+        train = read_json(source.trial(row.number).params)["train"]
+        assert row.trained_images == len(found.items) * train["max_train_epochs"]
 
 
 def test_rescoring_trains_nothing_and_scores_the_very_files(source: StudyFolder, data: Path) -> None:

@@ -17,6 +17,7 @@ from evaluation.score.statistics import above_zero, prompt_draws
 from hpo.cli.options import Renamed
 from hpo.cli.studies import search
 from hpo.search.summary import summary
+from hpo.study.changes import LEARNED_CHANGE
 from hpo.study.config import StudyConfig, build_study
 from hpo.study.folder import StudyFolder
 from hpo.study.learning import (
@@ -158,7 +159,7 @@ def test_a_rate_too_low_shows_in_the_weights_and_the_loss(tmp_path: Path) -> Non
     flat = [0.2 + 0.01 * math.sin(n) for n in range(30)]
     found = state(made(tmp_path / "low", *[trial(0.001, epochs=20, change=2e-4, losses=flat)] * 5))
     assert found is not None
-    words = "learning rate too low: 5 trials hardly changed the weights (by 0.02 to 0.02 %) or the loss"
+    words = "learning rate too low: 5 trials hardly changed the weights (by at most 0.02 %) or the loss"
     assert found.causes == (words,)
     after, before = changed(found), study()
     assert after.config(after.baseline).learning_rate > before.config(before.baseline).learning_rate
@@ -166,6 +167,23 @@ def test_a_rate_too_low_shows_in_the_weights_and_the_loss(tmp_path: Path) -> Non
     assert rates.edges == pytest.approx((1e-3, 1.0))
     nothing = state(made(tmp_path / "no-effect", *[trial(reason="no_effect", epochs=20, change=None)] * 5))
     assert nothing is not None and nothing.causes[0].startswith("learning rate too low")
+
+
+def test_a_rate_far_too_low_is_raised_until_the_weights_would_change(tmp_path: Path) -> None:
+    """Ten times as much would be as flat again."""
+    low = [
+        "learning_rate={low=1e-7, high=1e-6, log=true}",
+        "baseline.learning_rate=1e-7",
+        "baseline.text_encoder_lr=5e-8",
+    ]
+    flat = build_study("tiny", study().sections, sets=low)
+    trials = [trial(epochs=20, change=rate * 50, rate=rate) for rate in (1e-7, 2e-7, 3e-7, 5e-7, 9e-7)]
+    found = state(made(tmp_path / "flat", *trials, definition=flat))
+    assert found is not None
+    rates = {p.name: p.domain for p in changed(found, flat).space}["learning_rate"].edges
+    assert rates[0] * 50 < LEARNED_CHANGE < rates[1] * 50 and rates[1] == pytest.approx(
+        10 * rates[0], rel=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,8 +219,8 @@ def test_where_neither_length_nor_rate_is_the_cause_the_data_is(tmp_path: Path) 
 
 def test_a_fixed_length_and_rate_are_changed_as_fixed_values(tmp_path: Path) -> None:
     fixed = build_study("tiny", study().sections, sets=["max_train_epochs=2", "learning_rate=1e-6"])
-    found = state(made(tmp_path / "fixed", *[trial(change=1e-5)] * 5, definition=fixed))
-    assert found is not None and found.changes[:2] == ("max_train_epochs=13", "learning_rate=1e-05")
+    found = state(made(tmp_path / "fixed", *[trial(change=1e-5, rate=1e-6)] * 5, definition=fixed))
+    assert found is not None and found.changes[:2] == ("max_train_epochs=13", "learning_rate=0.003")
     assert changed(found, fixed).train.max_train_epochs == 13
 
 
@@ -270,6 +288,10 @@ def test_the_next_search_is_the_recorded_one_under_a_new_name(
     searched(folder, words, tmp_path)
     found = state(folder)
     assert found is not None
+    assert found.lines()[-2:] == ["  what to do: search again under another name:", f"  {found.command}"]
+    with pytest.raises(ConfigError) as refused:
+        require_learned(open_study(folder), folder, "confirm", anyway=False)
+    assert refused.value.commands == (found.command,) and "--anyway" in refused.value.hint
     again = shlex.split(found.command)
     assert again[:3] == ["hpo", "search", "luca-3"] and "--base" in again
     assert sum("luca" in word for word in again) == 2, "the name is replaced, the folder of images is not"
@@ -304,6 +326,12 @@ def test_the_next_search_can_be_pasted_in_another_folder_and_takes_no_enqueued_f
         "--clip", f"ViT-B-32:{there / 'models/clip.pt'}", "--references", str(tmp_path),
         "--set", "network_dim=4", "--notify-on", "best", *sets,
     ]  # fmt: skip
+    searched(
+        folder, ["search", "--base", "sd15", "--set", "max_train_epochs=1", "--set=network_dim=4"], there
+    )
+    found = state(folder)
+    assert found is not None and "network_dim=4" in found.command
+    assert " max_train_epochs=1 " not in found.command, "what is changed is not set twice"
     searched(
         folder, ["search", "--base", "mini-sd15", "--definition", "sd15", "--clip", "ViT-B-32:openai"], there
     )

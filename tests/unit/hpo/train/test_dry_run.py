@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from hpo.cli.main import main
+from hpo.train.command import TrainRequest, read_request
+from hpo.train.plan import show
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
+from trainer.config import SETTINGS as SETTINGS_NAMES
 from trainer.errors import ConfigError, DataError
 from trainer.findings import Findings, piece, report
 
@@ -141,6 +147,29 @@ def test_a_dry_run_ends_as_the_run_does(name: str, base: Path, place: Path) -> N
         assert not findings or findings[0]["exit_code"] == run.exit_code
     else:  # the file itself cannot be read
         assert message_of(dry) == said
+
+
+def test_a_sound_dry_run_ends_with_the_command_of_the_run(base: Path, place: Path) -> None:
+    (place / "settings.toml").write_text(SETTINGS)
+    words = command(base, ("--set", "network_dim=2"))
+    assert hpo(*words, "--dry-run").stdout.splitlines()[-1] == f"next: {shlex.join(['hpo', *words])}"
+    assert "next:" not in hpo(*words, "--dry-run", "--set", "network_dim=0").stdout
+
+
+def test_a_terminal_shows_the_settings_that_have_a_value_and_a_pipe_all(base: Path, place: Path) -> None:
+    (place / "settings.toml").write_text(KOHYA + 'resolution = "64"\n')
+    file = read_request(TrainRequest(place / "settings.toml", base=str(base), data=place / "images"))
+    shown = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
+        show(console, file, None, "output")
+        shown[terminal] = console.file.getvalue()  # type: ignore[attr-defined]
+    for name in ("learning_rate", "resolution", "train_data_dir"):
+        assert name in shown[True] and name in shown[False]
+    assert "noise_offset" not in shown[True] and "noise_offset" in shown[False]
+    left_out = len(SETTINGS_NAMES) - len(file.origins)
+    assert f"and {left_out} settings with sd-scripts' defaults" in shown[True]
+    assert "64 → 64" not in shown[True]
 
 
 def test_missing_sample_prompts_are_a_warning(base: Path, place: Path) -> None:

@@ -40,7 +40,7 @@ def test_the_bar_shows_loss_rate_seconds_a_step_and_time_left() -> None:
         "epoch 1/2",
         "loss 0.2500",
         "lr 1.50e-4",
-        "2.00 s/step",
+        "2.0 s/step",
         "1 skipped",
     ):
         assert words in shown, words
