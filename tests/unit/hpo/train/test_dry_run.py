@@ -140,10 +140,9 @@ def test_a_dry_run_ends_as_the_run_does(name: str, base: Path, place: Path) -> N
     said = message_of(run)
     if dry.stdout.strip():
         findings = json.loads(dry.stdout)["findings"]
-        if len(findings) > 1:
-            assert said == f"{len(findings)} findings; the first: {findings[0]['what']}"
-        else:
-            assert [f["what"] for f in findings] == ([said] if said else [])
+        # a run ends before the checks that load something, so it may have fewer findings
+        first = said.partition(" findings; the first: ")[2] or said
+        assert [f["what"] for f in findings][:1] == ([first] if first else [])
         assert not findings or findings[0]["exit_code"] == run.exit_code
     else:  # the file itself cannot be read
         assert message_of(dry) == said
@@ -157,7 +156,7 @@ def test_a_sound_dry_run_ends_with_the_command_of_the_run(base: Path, place: Pat
 
 
 def test_a_terminal_shows_the_settings_that_have_a_value_and_a_pipe_all(base: Path, place: Path) -> None:
-    (place / "settings.toml").write_text(KOHYA + 'resolution = "64"\n')
+    (place / "settings.toml").write_text(KOHYA.replace("resolution = 64", 'resolution = "64"'))
     file = read_request(TrainRequest(place / "settings.toml", base=str(base), data=place / "images"))
     shown = {}
     for terminal in (True, False):
@@ -215,10 +214,10 @@ def test_everything_that_is_wrong_is_told_in_one_go_the_cheap_first(base: Path, 
     found = [(f["what"], f["exit_code"]) for f in json.loads(result.stdout)["findings"]]
     for number, part in enumerate(
         (
-            "unknown setting colour_aug",
-            "min_snr_gamma = -3",
             "unknown setting netwrk_dim",
-            "random_crop = true",
+            "min_snr_gamma = -3",
+            "colour_aug = true: did you mean color_aug?",
+            "resume = state",
             "1 images have no caption",
             "1 captions are empty",
             "is not a PNG",
