@@ -28,9 +28,9 @@ from .families import published_name as published_name
 from .hub import require_network as require_network
 from .hub import without_login as without_login
 from .load import CLASSES as CLASSES
-from .load import empty_network as empty_network
 from .load import load_base as load_base
 from .load import short_name as short_name
 from .miniature.subjects import write_subject as write_subject
+from .networks import empty_network as empty_network
 from .schedule import zero_terminal_snr as zero_terminal_snr
 from .vae import check_vae as check_vae

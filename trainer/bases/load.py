@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.bases import assumed, detect
 from trainer.bases.base import Base, Parts, compute_type
@@ -27,6 +26,7 @@ from trainer.bases.families import (
     published_name,
 )
 from trainer.bases.hub import hub_folder
+from trainer.bases.networks import SHOWN_KEYS, check_tensors, empty_network, fill, present_name
 from trainer.bases.sd15 import SD15
 from trainer.bases.sdxl import SDXL
 from trainer.bases.vae import load_vae, with_vae
@@ -42,9 +42,6 @@ WEIGHTS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-# Names in older VAE folders → current diffusers names.
-OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-SHOWN_KEYS = 5
 # Keys of a configuration that describe how it was written, in addition to those that start with "_".
 BOOKKEEPING = frozenset({"transformers_version", "torch_dtype", "dtype"})
 
@@ -210,17 +207,6 @@ def _is_complete(folder: Path) -> bool:
     )
 
 
-def present_name(model: nn.Module, name: str) -> str:
-    """The name of a tensor in the installed libraries: handles older VAE attention names
-    and CLIP's ``text_model.`` prefix."""
-    for old, new in OLD_ATTENTION.items():
-        if old in name and ".attentions." in name:
-            name = name.replace(old, new)
-    if name.startswith("text_model.") and not hasattr(model, "text_model"):
-        return name.removeprefix("text_model.")
-    return name
-
-
 def _folder_tokenizer(folder: Path, encoder: Any) -> Any:
     """The tokenizer of a folder. If the folder sets no maximum length (it is 10³⁰ then), that of
     the encoder is used."""
@@ -294,64 +280,6 @@ def _beginning(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 # Networks
-
-
-def empty_network(component: str, config: dict[str, Any]) -> Any:
-    """A network without memory for its weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    try:
-        with init_empty_weights():
-            if component == "unet":
-                return UNet2DConditionModel.from_config(config)
-            if component == "vae":
-                return AutoencoderKL.from_config(config)
-            kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
-            return kind(CLIPTextConfig.from_dict(config))
-    except Exception as error:  # an invalid configuration can raise anything
-        raise ModelFileError(
-            f"the configuration of {component} is invalid: {first_line(error)[:160]}",
-            "download the model again",
-        ) from None
-
-
-def check_tensors(
-    path: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]], component: str = ""
-) -> None:
-    """Raise ModelFileError unless every tensor of the network is present with the right shape."""
-    place = f"{path} ({component})" if component else str(path)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in wanted if name not in given]
-    if missing:
-        raise ModelFileError(
-            f"{place} lacks {len(missing)} of {len(wanted)} tensors: {', '.join(missing[:SHOWN_KEYS])}",
-            "the file is incomplete or belongs to a different kind of model",
-        )
-    wrong = [
-        f"{name} {given[name]} instead of {shape}" for name, shape in wanted.items() if given[name] != shape
-    ]
-    if wrong:
-        raise ModelFileError(
-            f"{place} has {len(wrong)} tensors with a different shape: {', '.join(wrong[:SHOWN_KEYS])}",
-            "the file belongs to a different kind of model",
-        )
-
-
-def fill(model: nn.Module, tensors: Iterator[tuple[str, Tensor]] | Any, dtype: torch.dtype) -> None:
-    """Load the weights tensor by tensor, so that peak memory is the network plus one tensor."""
-    wanted = model.state_dict().keys()
-    for name, tensor in tensors:
-        if name not in wanted:
-            continue
-        owner_path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        value = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
-        if attribute in owner._parameters:
-            owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-        else:
-            owner._buffers[attribute] = value
-    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def _component_type(component: str, family: str, dtype: torch.dtype, no_half_vae: bool) -> torch.dtype:

@@ -79,7 +79,7 @@ def load_vae(spec: str, config: Mapping[str, Any], dtype: torch.dtype) -> tuple[
 
     Raises MissingModel or ModelFileError, which names a file that is something else.
     """
-    from trainer.bases import load  # it imports this module
+    from trainer.bases import networks  # loads diffusers' loaders
 
     path = locate_vae(spec)
     if path is None:
@@ -87,11 +87,11 @@ def load_vae(spec: str, config: Mapping[str, Any], dtype: torch.dtype) -> tuple[
             hub_folder(published_name(spec), revision=None, is_complete=_is_complete, choose=vae_files)
         )
     file = _weights(path) if path.is_dir() else path
-    model = load.empty_network("vae", dict(config))
+    model = networks.empty_network("vae", dict(config))
     tensors = _tensors(file, model)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    load.check_tensors(file, model, shapes, "VAE")
-    load.fill(model, tensors.items(), dtype)
+    networks.check_tensors(file, model, shapes, "VAE")
+    networks.fill(model, tensors.items(), dtype)
     return model.requires_grad_(False).eval(), sha256_file(file)
 
 
@@ -152,7 +152,7 @@ def _tensors(file: Path, model: Any) -> dict[str, torch.Tensor]:
     """The tensors under diffusers' names, from either layout, alone or inside a checkpoint."""
     from diffusers.loaders import single_file_utils as convert
 
-    from trainer.bases import load
+    from trainer.bases import networks
 
     prefix = _recognise(file, read_header(file).shapes)
     found = {
@@ -163,7 +163,7 @@ def _tensors(file: Path, model: Any) -> dict[str, torch.Tensor]:
     if any(name.startswith("encoder.down.") for name in found):
         original = {IN_CHECKPOINT + name: tensor for name, tensor in found.items()}
         found = convert.convert_ldm_vae_checkpoint(original, dict(model.config))
-    return {load.present_name(model, name): tensor for name, tensor in found.items()}
+    return {networks.present_name(model, name): tensor for name, tensor in found.items()}
 
 
 def with_vae(identity: str, digest: str) -> str:
