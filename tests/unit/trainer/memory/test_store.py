@@ -267,7 +267,7 @@ def usual(**values: Any) -> TrainConfig:
     ids=["sdxl", "sdxl, 4 blocks", "sdxl, fp8", "sd15"],
 )
 def test_a_trace_in_the_package_equals_a_fresh_one(config: TrainConfig) -> None:
-    """If it does not: traces changed, or a library of constraints.txt did. ``python -m trainer.memory.shipped``"""
+    """If it does not: traces changed, or a library of constraints.txt did. ``python -m trainer.memory.makeshipped``"""
     facts, bucket = base_facts(config.pretrained_model_name_or_path), (config.resolution, config.resolution)
     step = shipped.read(footprint.step_question(facts, config, bucket), store.versions())
     assert step == json.loads(json.dumps(footprint.fresh_step(facts, config, bucket)))
