@@ -99,6 +99,12 @@ DIFFERS = {
     "ly dylora": "scaled by alpha / blocks there",
     "ly dylora plus": "scaled by alpha / blocks there",
 }
+# SGD shows every scale; AdamW, which hides it, shows weight decay, and is run for one case of each form.
+WITH_ADAMW = (
+    "lora", "lora plus", "lora fa", "dylora", "oft", "lokr", "ly locon scalar", "ly locon norms", "ly loha",
+    "ly lokr 10000", "ly full", "ly ia3", "ly diag-oft rescaled", "ly boft", "ly glora", "ly dylora", "ly dylora plus",
+)  # fmt: skip
+LEARNED = [(name, how) for name in CASES for how in OPTIMIZERS if how != "AdamW" or name in WITH_ADAMW]
 # rates per block, and those of text encoders: module sets and groups only, on the published sizes
 RATE_CASES: dict[str, str] = {
     "blocks sd15": network(

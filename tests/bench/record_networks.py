@@ -40,6 +40,7 @@ from tests.networkcases import (
     CASES,
     EVERY_CASE,
     FAMILIES,
+    LEARNED,
     LYCORIS,
     MOMENTUM,
     OPTIMIZERS,
@@ -414,6 +415,7 @@ def main(sd_scripts: Path, native: Path, lycoris: Path, output: Path) -> None:
             found["learned"][label] = {
                 optimizer: learned(prepared(module_of(roots, name), name), case, optimizer)
                 for optimizer in OPTIMIZERS
+                if (label, optimizer) in LEARNED
             }
         output.write_text(as_json(found))
     found["single"] = {label: single(label, roots) for label in SINGLE}
