@@ -1,8 +1,9 @@
 """Shipped: traces of the usual settings as part of the package, so that a first ``hpo plan`` has nothing to trace.
 
 Owns the file ``shipped.xz`` and its form; ``trainer.memory.makeshipped`` says which traces are in it, and makes it. A
-shipped trace is found only under the same settings, the same networks and the same versions of the libraries; any other
-question is traced as before. It is not bound to this tool's source code: a test compares shipped traces with fresh ones.
+shipped trace is found only under the same settings, the same networks and the same versions of the libraries; any
+other question is traced as before. It is not bound to this tool's source code: a test compares shipped traces with
+fresh ones.
 """
 
 from __future__ import annotations
