@@ -168,10 +168,14 @@ class PlainView:
             self._last_line = time.monotonic()
 
     def on_result(self, result: Result, standing: Standing) -> None:
-        self.current = None
+        current, self.current = self.current, None
         if result.message:
             self.say(f"trial {result.number} is {result.state}: {result.message}")
-        self.say(trial_line(result, standing if self.ranks else replace(standing, best=None)))
+        line = trial_line(result, standing if self.ranks else replace(standing, best=None))
+        if not self.ranks and current:  # a repeat: of which trial, with which seed
+            words = {name: str(value).replace(" ", "_") for name, value in current.settings.items()}
+            line += "".join(f" {name.replace(' ', '_')}={clean_text(value)}" for name, value in words.items())
+        self.say(line)
 
     def __enter__(self) -> PlainView:
         return self

@@ -339,3 +339,12 @@ def test_a_command_shows_paths_inside_the_current_folder_relative_to_it(
     monkeypatch.chdir(tmp_path)
     assert command("hpo", "train", tmp_path / "runs" / "a.toml") == "hpo train runs/a.toml"
     assert command("hpo", "train", tmp_path.parent / "a.toml") == f"hpo train {tmp_path.parent / 'a.toml'}"
+
+
+def test_a_repeat_says_which_trial_it_repeats() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    view = PlainView(console, dict)
+    view.ranks = False
+    view.on_trial(1, {"repeats": "trial 6", "training seed": 118}, False, EMPTY)
+    view.on_result(result(), EMPTY)
+    assert console.file.getvalue().splitlines()[-1].endswith(" repeats=trial_6 training_seed=118")  # type: ignore[attr-defined]
