@@ -135,7 +135,8 @@ def _confirm(
     study = opened(bench, use, beside={"confirms": asked.source.name})
     with use.folder.study_lock().held():
         study.set_user_attr(TOTAL, max(len(asked.wanted), study.user_attrs.get(TOTAL, 0)))
-    bench.measure_anchors(view.say)
+    with view.waiting(f"the untrained {bench.base.name}"):
+        bench.measure_anchors(view.say)
     use.begun = work.begun = True
     runs = ConfirmProposals(study, bench, asked)
     with Stop(view.on_ask) as stop:

@@ -99,7 +99,8 @@ def compare(
         folder = runs[1].evaluation / "compare" / f"{files[0].name}-{sha256_file(files[0].path)[:8]}"
         _write(folder, files, prompts, (a, b), found)
         _show(view, files, (a, b), found)
-        view.say(f"results: {folder / 'compare.json'}; images side by side: {folder / 'sheet.png'}")
+        view.say(f"results: {folder / 'compare.json'}")
+        view.say(f"images side by side: {folder / 'sheet.png'}")
         chosen = is_mark(runs[1].mark) and read_header(runs[1].mark).metadata[MARK_KEY] == files[1].path.name
         view.say(f"LoRA B to use: {runs[1].mark if chosen else files[1].path}")
     return folder

@@ -62,8 +62,9 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
             view.say(work.says)
         if outcome.warning:
             view.say(outcome.warning)
-        curve = f", {run.evaluation / 'curve.png'}" if len(run.checkpoints) > 1 else ""
-        view.say(f"results: {run.evaluation / 'evaluation.json'}{curve}")
+        view.say(f"results: {run.evaluation / 'evaluation.json'}")
+        if len(run.checkpoints) > 1:
+            view.say(f"curve: {run.evaluation / 'curve.png'}")
         if line := following(run, path, inputs, study):
             view.say(f"next: {line}")
     return chosen.path

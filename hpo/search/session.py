@@ -218,10 +218,12 @@ def _told_cost(
     from hpo.search import cost as costs
 
     fresh = now.complete + now.running == 0
-    bench.measure_anchors(view.say, fresh=fresh)
+    with view.waiting(f"the untrained {bench.base.name}"):
+        bench.measure_anchors(view.say, fresh=fresh)
     if fresh:
         view.say(f"encoding {len(bench.data.items)} training images, timing {costs.PROBE_STEPS} steps …")
-    cost = costs.estimate(bench, study, probe=fresh)
+    with view.waiting("training images"):
+        cost = costs.estimate(bench, study, probe=fresh)
     bench.pace = cost.pace
     costs.check_disk(bench, cost, now.left, limits.keep_best)
     view.say(costs.length_line(cost))

@@ -6,15 +6,17 @@ here. All external text goes through ``clean_text`` and is printed without marku
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -120,6 +122,17 @@ class PlainView:
         """Print one line.  Long lines are wrapped by the terminal, so that they can be searched and copied."""
         self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
 
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Shows at a terminal that something goes on, and for how long, until the block ends.  Lines can be said
+        meanwhile."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as shown:
+            shown.add_task(clean_text(what), total=None)
+            yield
+
     def should_stop(self) -> bool:
         return self.asked_to_stop()
 
@@ -155,10 +168,14 @@ class PlainView:
             self._last_line = time.monotonic()
 
     def on_result(self, result: Result, standing: Standing) -> None:
-        self.current = None
+        current, self.current = self.current, None
         if result.message:
             self.say(f"trial {result.number} is {result.state}: {result.message}")
-        self.say(trial_line(result, standing if self.ranks else replace(standing, best=None)))
+        line = trial_line(result, standing if self.ranks else replace(standing, best=None))
+        if not self.ranks and current:  # a repeat: of which trial, with which seed
+            words = {name: str(value).replace(" ", "_") for name, value in current.settings.items()}
+            line += "".join(f" {name.replace(' ', '_')}={clean_text(value)}" for name, value in words.items())
+        self.say(line)
 
     def __enter__(self) -> PlainView:
         return self
@@ -249,8 +266,11 @@ def live_block(
         if standing.best
         else "best so far: –"
     )
-    if standing.baseline:
-        best += f"   (trial {standing.baseline[0]}, {baseline}: {standing.baseline[1]:.4f})"
+    usual = (
+        f"(trial {standing.baseline[0]}, {baseline}: {standing.baseline[1]:.4f})" if standing.baseline else ""
+    )
+    if usual:
+        best += f"   {usual}" if len(best) + 3 + len(usual) <= width else f"\n  {usual}"
     tail = left(seconds) if seconds is not None else "time left: known after the first trial"
     troubles = [
         f"{n} {what}" for n, what in ((standing.infeasible, "infeasible"), (standing.failed, "failed")) if n

@@ -5,8 +5,9 @@ Owns the checks that need the tensors and no base.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from trainer.adapters.contents import Contents, listed
 from trainer.adapters.keys import Name
 
 FLAGS = ("alpha", "on_input", "oft_R.scaled_oft", "scalar")  # parts of a single value
+_LAYER = re.compile(r"encoder_layers_(\d+)_")
 # One of these parts being zero makes ΔW zero.
 _FACTORS = (
     ("lora_down.weight", "lora_up.weight"),
@@ -29,14 +31,22 @@ def value_notes(contents: Contents, tensors: Mapping[str, Tensor]) -> list[str]:
     if broken:
         names = [contents.keys.modules[name].written for name in broken]
         found.append(f"{len(broken)} of {len(contents.kinds)} modules hold NaN or infinity: {listed(names)}")
-    zero = sum(_changes_nothing(contents, tensors, name) for name in contents.kinds)
-    if zero:
-        which = "all" if zero == len(contents.kinds) else f"{zero} of {len(contents.kinds)}"
-        found.append(
-            f"{which} modules are zero and change nothing"
-            + (": the file was not trained" if which == "all" else "")
-        )
+    zero = [name for name in contents.kinds if _changes_nothing(contents, tensors, name)]
+    if len(zero) == len(contents.kinds) and zero:
+        found.append("all modules are zero and change nothing: the file was not trained")
+    elif zero:
+        why = ": the last layer of a text encoder, which SDXL does not use" if _unused(contents, zero) else ""
+        found.append(f"{len(zero)} of {len(contents.kinds)} modules are zero and change nothing{why}")
     return found
+
+
+def _unused(contents: Contents, zero: Sequence[Name]) -> bool:
+    """Whether all are in the last layer of SDXL's first text encoder: its output comes from the layer before."""
+    if contents.made_for.families != ("sdxl",) or any(name.component != "text_encoder" for name in zero):
+        return False
+    layers = {name: _LAYER.match(name.path) for name in contents.kinds if name.component == "text_encoder"}
+    last = max((int(layer[1]) for layer in layers.values() if layer), default=-1)
+    return all((layer := layers[name]) is not None and int(layer[1]) == last for name in zero)
 
 
 def broken_modules(contents: Contents, tensors: Mapping[str, Tensor]) -> list[Name]:

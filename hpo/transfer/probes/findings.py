@@ -37,8 +37,8 @@ class Findings:
     shift: float | None
     decision: Decision
 
-    def lines(self, base: str) -> list[str]:
-        """The lines for the user.  ``base``: the target base, for the command of a direct search."""
+    def lines(self, direct: str) -> list[str]:
+        """The lines for the user.  ``direct``: the command of a direct search on the target base."""
         lines = [f"target trial ({o.probe.role}): {o.score:.4f} ± {o.se:.4f}" for o in self.outcomes]
         lines.append(f"decision: {self.decision.reason}")
         if self.shift is not None:
@@ -54,7 +54,7 @@ class Findings:
         )
         better = search_is_better(self.outcomes, found)
         if better:
-            lines.append(f"{better}; a direct search is probably better: hpo search --base {base}")
+            lines.append(f"{better}; a direct search is probably better: {direct}")
         return lines
 
 

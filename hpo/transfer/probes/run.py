@@ -26,7 +26,7 @@ from hpo.study import (
     counting_settings,
     read_json,
 )
-from hpo.terminal import say
+from hpo.terminal import command, say
 from hpo.transfer import MAPPING_VERSION, PROBED_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
 from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS, Probe, ProbeScore, find, horizon_shift
@@ -123,10 +123,24 @@ class Probing:
         found = Found(
             self.candidates.changed(findings.decision),
             findings.decision.reason,
-            tuple(findings.lines(base)),
+            tuple(findings.lines(self._direct_search(base))),
         )
         write_saved(self.folder.root, self.design_name, self.request.trials, findings, found)
         return found
+
+    def _direct_search(self, base: str) -> str:
+        """The command of a search for the same images on the target base."""
+        words = self.facts.get("inputs") or {}
+        preset = self._definition(self.folder.root).get("study", {}).get("preset", CHARACTER)
+        flags = {
+            "--trigger": words.get("trigger"),
+            "--class": words.get("class_word"),
+            "--clip": words.get("clip"),
+            "--preset": None if preset == CHARACTER else preset,
+        }
+        given = [word for name, value in flags.items() if value for word in (name, str(value))]
+        data = Path(self.done.source.best.config.train_data_dir)
+        return command("hpo", "search", "--base", base, "--data", data, *given)
 
     # Target and source
 
@@ -156,7 +170,8 @@ class Probing:
         self, name: str, whole: Mapping[str, TrainConfig], bounds: tuple[float, float], fraction: float
     ) -> ProbeSide:
         words = "miniature" if is_miniature(self.done.profile.family.base) else "natural"
-        preset = self._preset(self.folder.root.with_name(name))
+        sections = self._definition(self.folder.root.with_name(name))
+        preset = str(sections.get("study", {}).get("preset", CHARACTER))
         runs = ShortRuns(
             samples=self.done.plan.figures.samples,
             sampling=self.facts.get("sampling", {}),
@@ -164,15 +179,17 @@ class Probing:
             words=f"{words}{STYLE}" if preset == STYLE_PRESET else words,
             fraction=fraction,
             preset=preset,
+            judged=judged_as(sections),
         )
         return make_side(name, whole, runs, self.request.trials, bounds)
 
-    def _preset(self, root: Path) -> str:
-        """The preset of the search; probes that were begun with another one keep it."""
+    def _definition(self, root: Path) -> Mapping[str, Mapping[str, Any]]:
+        """The sections of the search; probes that were begun keep those that they were begun with."""
         for facts in (read_json(StudyFolder(root).facts), self.facts):
-            if facts and isinstance(study := facts.get("sections", {}).get("study"), dict):
-                return str(study.get("preset", CHARACTER))
-        return CHARACTER
+            sections = facts.get("sections") if facts else None
+            if isinstance(sections, dict) and isinstance(sections.get("study"), dict):
+                return sections
+        return {}
 
     def _probed(self, folder: StudyFolder, side: ProbeSide, choose: Choose, base: str) -> list[ProbeScore]:
         study = SideStudy(folder, side, self._inputs(base), self.provenance(folder))
@@ -213,6 +230,13 @@ class Probing:
         if begun.get("transferred") in identities(self.done):
             now |= {key: begun[key] for key in ("mapping_version", "transferred") if key in begun}
         return now
+
+
+def judged_as(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The parts of a definition that decide how images are scored, and which trials are infeasible."""
+    study = {key: value for key, value in sections.get("study", {}).items() if key in ("clip", "likeness")}
+    parts = {"study": study, **{name: dict(sections.get(name, {})) for name in ("score", "limits")}}
+    return {name: values for name, values in parts.items() if values}
 
 
 def in_order(probes: Sequence[Probe]) -> Choose:

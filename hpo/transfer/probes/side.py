@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpo.study import ELSEWHERE, NOT_SEARCHABLE, StudyConfig, build_study
@@ -27,7 +27,7 @@ class ShortRuns:
     """How all probes on one base are trained and sampled.
 
     ``samples``: images per epoch.  ``sampling``, ``words``: as in the sections of a study.  ``fraction``:
-    share of the updates of a whole run.
+    share of the updates of a whole run.  ``judged``: what a study says about scoring and limits, by section.
     """
 
     samples: int
@@ -36,6 +36,7 @@ class ShortRuns:
     words: str
     fraction: float = FRACTION
     preset: str = "character"
+    judged: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,10 @@ def _sections(short: Mapping[str, TrainConfig], runs: ShortRuns) -> dict[str, di
     if train.get("max_train_steps") or "max_train_steps" in space:
         train.pop("max_train_epochs", None)
     baseline = {key: getattr(own, key) for key in space}
+    title = "Target trials of transferred settings"
     return {
-        "study": {"title": "Target trials of transferred settings", "preset": runs.preset, "seed": runs.seed},
+        **{name: dict(values) for name, values in runs.judged.items()},
+        "study": {**runs.judged.get("study", {}), "title": title, "preset": runs.preset, "seed": runs.seed},
         "train": train,
         "space": space,
         "baseline": {key: 0 if value is None else value for key, value in baseline.items()},

@@ -58,7 +58,8 @@ class SideStudy:
             study = opened(bench, use, beside=self.provenance)
             for key in KEPT:
                 study.set_user_attr(key, self.provenance[key])
-            bench.measure_anchors(view.say)
+            with view.waiting(f"the untrained {bench.base.name}"):
+                bench.measure_anchors(view.say)
             self._say_cost(study, bench, view.say)
             use.begun = True
             study.set_user_attr(TOTAL, max(side.scope.budget, study.user_attrs.get(TOTAL, 0)))

@@ -86,6 +86,23 @@ def test_the_live_block_follows_the_images_too() -> None:
     assert "known after the first trial" in text
 
 
+def test_the_best_and_a_long_baseline_fit_80_columns() -> None:
+    text = printed(live_block("x", Current(7, SETTINGS, STANDING), baseline="the transferred settings"))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\n  (trial 0, the transferred settings: 0.4000)" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_takes_long_shows_at_a_terminal_that_it_goes_on(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
+    view = make_view(console, dict, "x")
+    with view.waiting("the untrained mini-sdxl"):
+        view.say("generating 38 images")
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "generating 38 images\n" in text
+    assert ("the untrained mini-sdxl" in text and "0:00:0" in text) == terminal
+
+
 def test_the_live_block_says_that_it_is_stopping() -> None:
     assert "stopping after this step" in printed(live_block("x", Current(7, SETTINGS, EMPTY), stopping=True))
 
@@ -322,3 +339,12 @@ def test_a_command_shows_paths_inside_the_current_folder_relative_to_it(
     monkeypatch.chdir(tmp_path)
     assert command("hpo", "train", tmp_path / "runs" / "a.toml") == "hpo train runs/a.toml"
     assert command("hpo", "train", tmp_path.parent / "a.toml") == f"hpo train {tmp_path.parent / 'a.toml'}"
+
+
+def test_a_repeat_says_which_trial_it_repeats() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    view = PlainView(console, dict)
+    view.ranks = False
+    view.on_trial(1, {"repeats": "trial 6", "training seed": 118}, False, EMPTY)
+    view.on_result(result(), EMPTY)
+    assert console.file.getvalue().splitlines()[-1].endswith(" repeats=trial_6 training_seed=118")  # type: ignore[attr-defined]

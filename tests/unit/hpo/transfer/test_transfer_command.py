@@ -17,6 +17,7 @@ from rich.console import Console
 from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import write_definition
+from hpo.study.config import build_study
 from hpo.study.firstsettings import FIRST
 from hpo.study.folder import StudyFolder
 from hpo.study.standing import BASELINE, ROLE
@@ -28,7 +29,7 @@ from hpo.transfer.plan import PLANNER, SettingMove, derive, normalised, snap_dow
 from hpo.transfer.probes.candidates import Candidates
 from hpo.transfer.probes.design import Ladder, Probe, ProbeScore
 from hpo.transfer.probes.findings import agree
-from hpo.transfer.probes.run import Probing, identity, probe_folder
+from hpo.transfer.probes.run import Probing, identity, judged_as, probe_folder
 from hpo.transfer.probes.side import MOST_OCTAVES, ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import probe_by_probe
 from hpo.transfer.profile import ProfileLimits, read_family, read_profile
@@ -457,6 +458,22 @@ def test_probes_of_a_style_are_scored_as_a_style() -> None:
         assert make_side("s", {"transferred": config}, runs, 6, (-4, 4)).study.preset.style == (
             preset == "style"
         )
+
+
+def test_probes_are_judged_as_the_search_was() -> None:
+    """Its limits and its formula: a LoRA that the search accepts is not infeasible on the target."""
+    searched = {
+        "study": {"title": "x", "preset": "style", "likeness": "clip"},
+        "score": {"mean": "harmonic", "likeness": 2.0},
+        "limits": {"diversity": 0.25, "copy_rate": 0.2},
+        "train": {"resolution": 64},
+    }
+    runs = ShortRuns(8, {}, 1, "natural", preset="style", judged=judged_as(searched))
+    study = make_side("s", {"transferred": TrainConfig(optimizer_type="AdamW")}, runs, 6, (-4, 4)).study
+    assert (study.limits.diversity, study.limits.copy_rate, study.limits.prior) == (0.25, 0.2, 1.0)
+    assert study.study.likeness == "clip" and study.preset.style
+    assert study.score == build_study("t", {**study.sections, "score": searched["score"]}).score
+    assert study.score != build_study("t", {**study.sections, "score": {}}).score
 
 
 def test_the_request_has_the_words_of_the_command() -> None:

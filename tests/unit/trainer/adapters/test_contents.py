@@ -158,6 +158,19 @@ def test_half_a_module_is_told(tmp_path):
     assert notes == ("1 module not complete: lora_te2_text_model_encoder_layers_0_self_attn_q_proj",)
 
 
+def test_the_layer_that_sdxl_does_not_use_is_named_as_such(tmp_path):
+    """It stays zero in every LoRA that trains the first text encoder."""
+    for prefix, unused in (("lora_te1", True), ("lora_te2", False), ("lora_unet", False)):
+        tensors = FILES["kohya SDXL"].tensors()
+        for name in tensors:
+            if name.startswith(prefix) and "lora_up" in name:
+                tensors[name] = torch.zeros_like(tensors[name])
+        save_file(tensors, tmp_path / "x.safetensors", XL)
+        notes = lorafile.read(tmp_path / "x.safetensors").notes
+        told = [note for note in notes if "are zero and change nothing" in note]
+        assert len(told) == 1 and ("which SDXL does not use" in told[0]) == unused, notes
+
+
 def test_values_that_are_broken_or_zero_are_told(tmp_path):
     for value, words in (
         (float("nan"), "3 of 4 modules hold NaN or infinity"),
