@@ -7,13 +7,12 @@ Owns the grammar (a list of texts, one text, or a table) and the check of one va
 from __future__ import annotations
 
 import ast
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.checks import SHOWN, suggestion
+from trainer.checks import SHOWN, is_finite, suggestion
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
@@ -232,7 +231,7 @@ class Argument:
             if not isinstance(value, bool if self.kind == FLAG else str):
                 raise ValueError(self.words)
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
             raise ValueError(self.words)
         if self.kind == WHOLE and value != int(value):
             raise ValueError(self.words)

@@ -184,7 +184,8 @@ def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _is_finite(value: float) -> bool:
+def is_finite(value: float) -> bool:
+    """Whether a number is one that a float can hold."""
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number of more than 308 digits
@@ -195,7 +196,7 @@ def _is_of(kind: type, value: Any) -> bool:
     """Whether a value is acceptable as ``kind``; a fraction for an int is reported later."""
     if kind in (bool, str):
         return isinstance(value, kind)
-    return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def _unquoted(kind: type, value: Any) -> str:

@@ -348,9 +348,10 @@ def _wrong_arguments(config: TrainConfig) -> Iterator[ConfigError]:
     found, wrong = schedules.check(schedule, config.lr_scheduler_args)
     for name, value, reason in wrong:
         yield _wrong_argument("lr_scheduler_args", name, value, reason)
-    if schedule == "polynomial" and (found.get("lr_end") or 0) >= config.learning_rate and "lr_end" in found:
+    last = found.get("lr_end") if schedule == "polynomial" else None
+    if last is not None and last >= config.learning_rate:
         yield ConfigError(
-            f"polynomial ends at lr_end = {found['lr_end']:g}, which is not below learning_rate = "
+            f"polynomial ends at lr_end = {last:g}, which is not below learning_rate = "
             f"{config.learning_rate:g}",
             "raise learning_rate (unet_lr and text_encoder_lr do not count here), or give lr_scheduler_args lr_end",
         )

@@ -344,7 +344,7 @@ def read_written(text: str) -> tuple[str, list[str]] | None:
     match = re.fullmatch(r"([\w.]+)(?:\((.*)\))?", text.strip(), re.DOTALL)
     if match is None:
         return None
-    pairs = re.findall(r"(\w+)=((?:\([^)]*\)|\[[^]]*\]|[^,()])+)", match[2] or "")
+    pairs = re.findall(r"\b(\w+)=((?:\([^)]*\)|\[[^]]*\]|[^,()])+)", match[2] or "")
     names = [name for name, _ in pairs]
     kind = match[1]
     if kind == "torch.optim.sgd.SGD" and "momentum" in names and "nesterov" not in names:

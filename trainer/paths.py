@@ -26,7 +26,7 @@ def user_path(text: str, name: str) -> str:
     written is always taken.
     """
     text = text.strip()
-    if not text or os.name == "nt" or Path(text).exists():
+    if not text or os.name == "nt" or _exists(text):
         return _home(text, name)
     shown = f"{name} = {clean_text(text)[:200]}"
     if match := _DRIVE.match(text):
@@ -47,8 +47,16 @@ def user_path(text: str, name: str) -> str:
     return _home(text, name)
 
 
+def _exists(text: str) -> bool:
+    """Whether there is such a path; not if it cannot be asked (a name longer than the system allows)."""
+    try:
+        return Path(text).exists()
+    except OSError:
+        return False
+
+
 def _home(text: str, name: str) -> str:
-    if not text.startswith("~") or Path(text).exists():
+    if not text.startswith("~") or _exists(text):
         return text
     try:
         return str(Path(text).expanduser())

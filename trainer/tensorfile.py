@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +163,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object.  Readers differ in which of two equal names they take, so there may be none."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _Twice(next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number])))
+        counts = Counter(name for name, _ in pairs)
+        raise _Twice(next(name for name, count in counts.items() if count > 1))
     return found
 
 

@@ -113,6 +113,8 @@ def _content(path: Path) -> str:
         raise ConfigError(f"sample_prompts = {shown} is not a text in UTF-8") from None
     except FileNotFoundError:
         raise ConfigError(f"sample_prompts = {shown} does not exist") from None
+    except ValueError:  # a NUL byte
+        raise ConfigError(f"sample_prompts = {shown} cannot be the name of a file") from None
     except OSError as error:
         raise ConfigError(f"sample_prompts = {shown} cannot be read ({error.strerror})") from None
 
@@ -144,7 +146,7 @@ class _Reading:
         self.ignored: dict[str, list[str]] = {}
 
     def done(self) -> SamplePrompts:
-        found = [prompt for place, row in self.rows if (prompt := self._prompt(place, row)) is not None]
+        found = [prompt for place, row in self.rows if (prompt := self._drawable(place, row)) is not None]
         if not self.rows:
             self.findings.append(f"{self.shown} has no prompts: no sample images are drawn")
         for what, places in self.ignored.items():
@@ -158,6 +160,13 @@ class _Reading:
         places = self.ignored.setdefault(what, [])
         if place not in places:
             places.append(place)
+
+    def _drawable(self, place: str, row: Any) -> SamplePrompt | None:
+        try:
+            return self._prompt(place, row)
+        except (ValueError, OverflowError):  # hundreds of digits
+            self._say(place, "is left out: it has a number that is too large")
+            return None
 
     def _prompt(self, place: str, row: Any) -> SamplePrompt | None:
         values = self._of_line(place, row) if isinstance(row, str) else self._of_table(place, row)

@@ -128,10 +128,11 @@ def assemble(
     known: Mapping[Path, Facts] | None = None,
 ) -> Dataset:
     """The dataset of some folders: captions and masks found, every image decoded."""
-    jobs = [(path, part) for part in parts for path in part.images]
-    captions: dict[tuple[Path, FolderPart], str] = {}
+    captions: dict[int, Mapping[Path, str]] = {}  # place of a part → its captions
     said = list(notes)
-    for part, images in _by_captions(parts):
+    for places in _by_captions(parts):
+        part = parts[places[0]]
+        images = list(dict.fromkeys(path for place in places for path in parts[place].images))
         extension = part.setting(config, "caption_extension")
         lines = part.setting(config, "enable_wildcard")
         texts, more = read_captions(
@@ -142,15 +143,16 @@ def assemble(
             is_of_name=part.is_of_name,
             all_lines=lines,
         )
-        captions |= {(path, other): texts[path] for path, other in jobs if path in texts}
+        captions |= dict.fromkeys(places, texts)
         said += more
-    for part in parts:
-        captions |= {(path, part): text for path, text in zip(part.images, part.texts, strict=False)}
-    facts = _all_facts([path for path, _ in jobs] + list(held_paths), known or {})
+    for place, part in enumerate(parts):
+        if part.texts:
+            captions[place] = dict(zip(part.images, part.texts, strict=True))
+    facts = _all_facts([path for part in parts for path in part.images] + list(held_paths), known or {})
     items = tuple(
         Item(
             path,
-            captions[path, part],
+            captions[place][path],
             part.repeats,
             *facts[path][:3],
             part.own,
@@ -160,8 +162,8 @@ def assemble(
             facts[path][3],
             part.tagged(path),
         )
-        for path, part in jobs
-        if path in facts
+        for place, part in enumerate(parts)
+        for path in part.images
     )
     held_out = tuple(Item(path, "", 1, *facts[path][:3]) for path in held_paths)
     _check_held_out(items, held_out)
@@ -175,7 +177,7 @@ def assemble(
 
 
 def _all_facts(paths: Sequence[Path], known: Mapping[Path, Facts]) -> dict[Path, Facts]:
-    """The facts of every image, each decoded once; what cannot be read is an error, all of it in one go."""
+    """The facts of every image, each decoded once. Raises DataError if any cannot be read; all are findings."""
     distinct = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(_READERS) as pool:
         read = list(pool.map(lambda path: known.get(path) or _facts_or_error(path), distinct))
@@ -190,15 +192,15 @@ def _facts_or_error(path: Path) -> Facts | DataError:
         return error
 
 
-def _by_captions(parts: Sequence[FolderPart]) -> list[tuple[FolderPart, list[Path]]]:
-    """Folders whose captions are found alike, read together: (the first of them, all their images)."""
-    groups: dict[tuple[Any, ...], tuple[FolderPart, list[Path]]] = {}
-    for part in parts:
+def _by_captions(parts: Sequence[FolderPart]) -> list[list[int]]:
+    """Folders whose captions are found alike, read together: their places in ``parts``."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, part in enumerate(parts):
         if part.texts:
             continue
         own = dict(part.own)
         alike = (part.words, part.root, own.get("caption_extension"), own.get("enable_wildcard"))
-        groups.setdefault(alike, (part, []))[1].extend(part.images)
+        groups.setdefault(alike, []).append(place)
     return list(groups.values())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,11 @@ class FolderPart:
 
     def tagged(self, image: Path) -> tuple[str, str] | None:
         """The metadata file that an image's caption comes from, and its tags there."""
-        return (self.metadata, self.tags[self.images.index(image)]) if self.metadata else None
+        return (self.metadata, self._tags_of[image]) if self.metadata else None
+
+    @cached_property
+    def _tags_of(self) -> dict[Path, str]:
+        return dict(zip(self.images, self.tags, strict=True))
 
     def setting(self, config: TrainConfig, name: str) -> Any:
         """A setting's value for this folder."""

@@ -112,17 +112,17 @@ def _piecewise_constant(config: TrainConfig, at: At) -> float:
 
 
 def _step(config: TrainConfig, at: At) -> float:
-    return float(at.arguments["gamma"] ** (at.step // at.arguments["step_size"]))
+    return _power(at.arguments["gamma"], at.step // at.arguments["step_size"])
 
 
 def _multi_step(config: TrainConfig, at: At) -> float:
     milestones = at.arguments["milestones"]
     milestones = sorted(milestones) if isinstance(milestones, tuple) else [milestones]
-    return float(at.arguments["gamma"] ** bisect_right(milestones, at.step))
+    return _power(at.arguments["gamma"], bisect_right(milestones, at.step))
 
 
 def _exponential(config: TrainConfig, at: At) -> float:
-    return float(at.arguments["gamma"] ** at.step)
+    return _power(at.arguments["gamma"], at.step)
 
 
 def _linear_between(config: TrainConfig, at: At) -> float:
@@ -184,7 +184,7 @@ def _restarts_of_lora_easy(
     first = at.arguments["first_cycle_max_steps"] or at.total // cycles
     first = max(first, warmup + 1)
     number, place, length = _cycle(at.step, first, lambda n: round((n - warmup) * longer) + warmup)
-    highest = full * at.arguments["gamma"] ** number
+    highest = full * _power(at.arguments["gamma"], number)
     if highest <= lowest:
         return lowest
     if place < warmup:
@@ -226,6 +226,14 @@ RATES: dict[str, Callable[[TrainConfig, At, float], float]] = {
     "CosineAnnealingWarmupRestarts": _cosine_of_lora_easy,
     "adafactor": _adafactor,
 }
+
+
+def _power(base: float, exponent: int) -> float:
+    """Infinite where a float cannot hold it, as in torch: the run then ends because its loss diverges."""
+    try:
+        return float(base) ** exponent
+    except OverflowError:
+        return math.inf
 
 
 def _cycle(step: int, length: int, longer: Callable[[int], int]) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ import pytest
 from trainer.arguments import NUMBER, PAIR, WHOLE, Argument, canonical, check_arguments, parse
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
+from trainer.optimizers import read_written
 from trainer.overrides import read_setting
 
 TWO = {"weight_decay": 0.01, "betas": (0.9, 0.999)}
@@ -165,3 +166,24 @@ def test_what_does_not_fit_is_refused(values, message, hint):
 )
 def test_names_are_taken_in_any_case_and_as_classes_of_the_table(given, meant):
     assert TrainConfig(optimizer_type=given).optimizer_type == meant
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"optimizer_type": "AdamW", "optimizer_args": "eps=" + "9" * 400},
+        {"lr_scheduler": "StepLR", "lr_scheduler_args": f"step_size={'9' * 400}"},
+    ],
+)
+def test_a_number_that_no_float_can_hold_is_an_error_in_words(values):
+    with pytest.raises(ConfigError, match="does not fit"):
+        TrainConfig(**values)
+
+
+def test_no_lowest_rate_of_a_polynomial_is_none_whatever_the_rate():
+    rates = {"learning_rate": 0.0, "unet_lr": 1e-4, "text_encoder_lr": 1e-4}
+    assert TrainConfig(lr_scheduler="polynomial", lr_scheduler_args="lr_end=None", **rates)
+
+
+def test_text_that_never_becomes_an_argument_is_read_at_once():
+    assert read_written("torch.optim.AdamW(" + "a" * 300_000 + ")") == ("AdamW", [])

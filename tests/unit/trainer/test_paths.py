@@ -47,3 +47,8 @@ def test_a_folder_whose_name_has_a_backslash_can_be_read(
     monkeypatch.chdir(tmp_path)
     Path("a\\b").mkdir()
     assert user_path("a\\b", "data") == "a\\b"
+
+
+def test_a_name_that_the_system_cannot_look_up_is_left_to_its_reader() -> None:
+    assert user_path("a" * 300, "vae") == "a" * 300
+    assert user_path("~" + "/b" * 3000, "vae").endswith("/b/b")

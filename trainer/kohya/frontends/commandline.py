@@ -15,31 +15,11 @@ from typing import Any
 from trainer.errors import ConfigError
 from trainer.kohya.frontends.architectures import SCRIPTS, refuse_script
 from trainer.kohya.frontends.found import Found, refuse, shown
+from trainer.kohya.optionnames import LISTS, TEXTS
 from trainer.text import clean_text
 
-# Flags that take several words (nargs in sd-scripts' parsers).
-_LISTS = (
-    "network_args",
-    "optimizer_args",
-    "lr_scheduler_args",
-    "base_weights",
-    "base_weights_multiplier",
-    "text_encoder_lr",
-)
 # Flags whose value stays a text even if it looks like a number.
-_TEXTS = (
-    "output_name",
-    "training_comment",
-    "log_prefix",
-    "resolution",
-    "caption_prefix",
-    "caption_suffix",
-    "keep_tokens_separator",
-    "caption_separator",
-    "secondary_separator",
-    "wandb_run_name",
-    "log_tracker_name",
-)
+_TEXTS = frozenset(TEXTS)
 _PROGRAM = re.compile(r"\b(\w+)\.py\b")
 _VARIABLE = re.compile(r"\$\{?(?:env:)?(\w+)\}?|%(\w+)%")
 _ASSIGNMENTS = (
@@ -47,6 +27,8 @@ _ASSIGNMENTS = (
     re.compile(r"^\s*\$(\w+)\s*=\s*(.*)$"),  # PowerShell
     re.compile(r"^\s*set\s+\"?(\w+)=(.*?)\"?\s*$", re.IGNORECASE),  # cmd
 )
+# CUDA_VISIBLE_DEVICES=0 accelerate launch …: variables of one command (sh)
+_FOR_ONE_COMMAND = re.compile(r"^\s*(?:env\s+)?(?:\w+=[^\s\"'$`();&|]*\s+)+(?=[\w./~])")
 _HINT = "give the TOML that it passes with --config_file, or write the settings into one"
 
 
@@ -67,7 +49,7 @@ def _training_script(text: str) -> re.Match[str] | None:
 def read_command(path: Path, text: str) -> Found:
     """The flags of the one training command in a script. Raises ConfigError if there is none, or more than one, or if
     it needs a shell to be understood."""
-    lines = _joined(text)
+    lines = [_FOR_ONE_COMMAND.sub("", line) for line in _joined(text)]
     commands = [
         line
         for line in lines
@@ -121,13 +103,13 @@ def flags(words: Sequence[str]) -> dict[str, Any]:
         if re.match(r"--[A-Za-z]", word):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            if name in _LISTS:
+            if name in LISTS:
                 found[name] = [value] if equals else []
             else:
                 found[name] = _value(name, value) if equals else True
         elif not name:
             continue
-        elif name in _LISTS:
+        elif name in LISTS:
             found[name].append(word)
         elif found[name] is True:
             found[name] = _value(name, word)

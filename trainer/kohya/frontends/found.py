@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainer.checks import is_finite
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
@@ -52,10 +52,7 @@ def as_number(value: Any, otherwise: Any = None) -> Any:
             except ValueError:
                 continue
             break
-    try:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    except OverflowError:  # a whole number with hundreds of digits
-        is_number = False
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
     return value if is_number else otherwise
 
 

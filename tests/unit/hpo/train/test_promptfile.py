@@ -102,3 +102,24 @@ def test_a_prompt_without_a_size_has_that_of_the_training() -> None:
     assert (prompt.width, prompt.height) == (640, 384)  # rounded down to a multiple of 8
     (prompt,) = read("a cat --h 128", resolution=650).prompts
     assert (prompt.width, prompt.height) == (648, 128)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (f"a dog\na cat --d {'9' * 5000}\n".encode(), "p.txt"),
+        (f'["a dog", {{"prompt": "a cat", "scale": {"9" * 400}}}]'.encode(), "p.json"),
+    ],
+)
+def test_a_number_that_is_too_large_leaves_out_its_prompt_only(
+    tmp_path: Path, content: bytes, name: str
+) -> None:
+    found = lines_of(tmp_path, content, name)
+    assert [prompt.prompt for prompt in found.prompts] == ["a dog"]
+    assert "2 is left out: it has a number that is too large" in found.findings[0]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b.txt"])
+def test_what_cannot_be_the_name_of_a_file_ends_no_training(name: str) -> None:
+    found = read(name)
+    assert not found.prompts and "no sample images are drawn" in found.findings[0]

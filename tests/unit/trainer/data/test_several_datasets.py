@@ -87,6 +87,18 @@ def test_one_folder_is_trained_at_two_resolutions(tmp_path: Path) -> None:
     assert cache.prepare(base, data, config, tmp_path / "cache").encoded_images == 0
 
 
+def test_one_folder_can_have_other_captions_in_another_dataset(tmp_path: Path) -> None:
+    draw(tmp_path / "a")
+    for number in range(3):
+        (tmp_path / "a" / f"{number}.caption").write_text(f"in words {number}")
+    words = TWO.replace("keep_tokens = 1", 'caption_extension = ".caption"')
+    data, _ = described(tmp_path, words)
+    assert [item.caption for item in data.items] == [
+        *(f"in words {number}" for number in range(3)),
+        *(f"zed {number}" for number in range(3)),
+    ]
+
+
 def test_several_datasets_and_random_crops_are_exported_as_they_were_read(tmp_path: Path) -> None:
     draw(tmp_path / "a")
     data, config = described(tmp_path, TWO.replace("keep_tokens = 1", "keep_tokens = 1\nrandom_crop = true"))

@@ -220,3 +220,12 @@ def test_further_rates_have_the_names_of_sd_scripts_log():
     plain = config_for("AdamW")
     optimizer = build_optimizer(plain, inject(tiny_base("sd15"), plain))
     assert other_rates(optimizer, set_rates_of_step(optimizer, plain, 10, 0)) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("ExponentialLR", "gamma=10"), ("StepLR", "step_size=1 gamma=1000"), ("ExponentialLR", "gamma=10.0")],
+)
+def test_a_rate_that_no_float_can_hold_is_infinite_as_in_torch(name, arguments):
+    config = TrainConfig(lr_scheduler=name, lr_scheduler_args=arguments)
+    assert rate(config, 1000, 900) == float("inf")

@@ -205,6 +205,21 @@ def test_the_flags_of_a_command_line_are_settings() -> None:
     }
 
 
+def test_variables_for_one_command_are_no_part_of_it() -> None:
+    command = "CUDA_VISIBLE_DEVICES=0 PYTHONPATH=. accelerate launch train_network.py --network_dim=8"
+    assert read("t.sh", f"#!/bin/bash\n{command}\n").settings == {"network_dim": 8}
+    assert read("t.sh", f"env {command}").settings == {"network_dim": 8}
+    assert read("t.sh", f"LR=1 # a note\n{command} --unet_lr=$LR").settings == {
+        "network_dim": 8,
+        "unet_lr": 1,
+    }
+
+
+def test_a_name_that_looks_like_a_number_stays_a_name() -> None:
+    found = read("t.sh", "accelerate launch train_network.py --output_dir 2024 --logging_dir=7 --seed 7")
+    assert found.settings == {"output_dir": "2024", "logging_dir": "7", "seed": 7}
+
+
 def test_windows_command_lines_are_read() -> None:
     bat = (
         "set BASE=C:\\models\\a.safetensors\naccelerate launch train_network.py ^\n --network_dim=8 ^\n"
