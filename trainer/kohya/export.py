@@ -14,7 +14,7 @@ from typing import Any
 import tomlkit
 
 from trainer.bases import FAMILIES
-from trainer.config import SETTINGS, TrainConfig
+from trainer.config import LYCORIS_PRESETS, SETTINGS, TrainConfig
 from trainer.data import DRAWN_ANEW, OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
 from trainer.errors import ConfigError, MissingData
 from trainer.files import write_atomic
@@ -31,6 +31,7 @@ _IN_DATASET = (
 _IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts accepts them there only
 _OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
 _RATES = ("optimizer_args", "lr_scheduler", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps")
+_LISTS = ("base_weights", "base_weights_multiplier")
 _PATHS = ("sample_prompts", "logging_dir", "network_weights")
 # Settings that sd-scripts does not have → what differs without them.
 _MISSING = {
@@ -107,6 +108,8 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
             if name == "sample_prompts" and is_prompt_text(value):
                 notes.append("sample_prompts are left out: sd-scripts reads them from a file")
                 continue
+            if name in _LISTS:
+                continue
             is_path = name in _PATHS or (name == "vae" and Path(value).exists())
             table[name] = _full(value) if is_path else value
     precision = config.mixed_precision
@@ -121,6 +124,12 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
     anew = any(getattr(config, name) for name in DRAWN_ANEW)  # sd-scripts refuses them with cached latents
     if anew:
         table["cache_latents_to_disk"] = False
+    if config.base_weights:
+        from trainer.adapters import base_weights  # loads torch
+
+        merged = base_weights(config)
+        table["base_weights"] = [_full(str(path)) for path, _ in merged]
+        table["base_weights_multiplier"] = [multiplier for _, multiplier in merged]
     return {
         **table,
         **length,
@@ -185,7 +194,8 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
         if config.network_type == "DoRA":
             arguments += ["dora_wd=True", "wd_on_output=False"]
         if config.lycoris_preset:
-            arguments.append(f"preset={config.lycoris_preset}")
+            is_file = config.lycoris_preset not in LYCORIS_PRESETS
+            arguments.append(f"preset={_full(config.lycoris_preset) if is_file else config.lycoris_preset}")
         elif config.conv_dim is None:
             arguments.append("preset=attn-mlp")
         else:
