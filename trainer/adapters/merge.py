@@ -28,9 +28,7 @@ from trainer.text import clean_text
 def base_weights(config: TrainConfig) -> list[tuple[Path, float]]:
     """The files to merge, each with its multiplier; missing multipliers are 1, as in sd-scripts.  Raises ConfigError
     for a multiplier that is not a finite number, or a path of another system."""
-    paths = [
-        Path(user_path(part, "base_weights")) for part in config.base_weights.split(";") if part.strip()
-    ]
+    paths = [Path(user_path(part, "base_weights")) for part in config.base_weights.split(";") if part.strip()]
     multipliers = [part.strip() for part in config.base_weights_multiplier.split(",") if part.strip()]
     try:
         numbers = [float(part) for part in multipliers]

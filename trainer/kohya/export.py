@@ -52,6 +52,7 @@ _ALGORITHMS = {
     "BOFT": "boft",
     "GLoRA": "glora",
 }
+_LYCORIS_ALONE = {**_ALGORITHMS, "DyLoRA": "dylora"}  # with a preset or an option of LyCORIS
 _MODULES = {"DyLoRA": "networks.dylora", "LoRA-FA": "networks.lora_fa"}
 
 
@@ -184,13 +185,29 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
     if config.text_encoder_frozen and config.trains_text_encoder:
         extra["text_encoder_lr"] = 0.0
         notes.append("text_encoder_frozen → text_encoder_lr = 0")
+    if config.network_type == "OFT" and config.oft_blocks:
+        return {**extra, **_networks_oft(config)}
     module = _MODULES.get(config.network_type, "networks.lora")
     options = [name for name in LYCORIS_SETTINGS if getattr(config, name) != getattr(usual, name)]
-    arguments += [f"{name}={getattr(config, name)}" for name in options]
     is_lycoris = config.network_type in _ALGORITHMS or config.lycoris_preset or set(options) - {"unit"}
+    if is_lycoris and config.network_type == "LoRA-FA":
+        asked = ", ".join([*options, *(["lycoris_preset"] if config.lycoris_preset else [])])
+        raise ConfigError(
+            f"sd-scripts' networks.lora_fa has no {asked}", "remove them, or use another network_type"
+        )
+    arguments += [
+        f"{'block_size' if is_lycoris and name == 'unit' else name}={getattr(config, name)}"
+        for name in options
+    ]
     if is_lycoris:
         module = "lycoris.kohya"
-        arguments.insert(0, f"algo={_ALGORITHMS.get(config.network_type, 'locon')}")
+        arguments.insert(0, f"algo={_LYCORIS_ALONE.get(config.network_type, 'locon')}")
+        if config.network_type == "DyLoRA" and "unit" not in options:
+            arguments.append(f"block_size={config.unit}")  # the default of LyCORIS is 4
+        if config.rank_dropout and not config.rank_dropout_rows:
+            notes.append(
+                "rank_dropout: LyCORIS drops rows of the weight change and does not scale up the rest"
+            )
         if config.network_type == "DoRA":
             arguments += ["dora_wd=True", "wd_on_output=False"]
         if config.lycoris_preset:
@@ -205,6 +222,32 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
     if arguments:
         extra["network_args"] = arguments
     return extra
+
+
+def _networks_oft(config: TrainConfig) -> dict[str, Any]:
+    """sd-scripts' networks.oft, whose network_dim is a number of blocks and whose network_alpha the constraint."""
+    is_other = (
+        config.lycoris_preset not in ("", "attn-only")
+        or config.trains_text_encoder
+        or config.train_norm
+        or config.rescaled
+        or config.conv_dim not in (None, config.network_dim)
+        or not config.constraint
+    )
+    if is_other:
+        raise ConfigError(
+            "oft_blocks is the OFT of sd-scripts' networks.oft, which trains the U-Net's attention or all its blocks, "
+            "with a constraint",
+            "set network_train_unet_only = true and constraint = 0.001, and leave out lycoris_preset, train_norm and "
+            "rescaled; or set oft_blocks = false",
+        )
+    switches = [] if config.lycoris_preset else ["enable_all_linear=True"]
+    switches += ["enable_conv=True"] if config.conv_dim and not config.lycoris_preset else []
+    return {
+        "network_module": "networks.oft",
+        "network_alpha": config.constraint,
+        **({"network_args": switches} if switches else {}),
+    }
 
 
 def _dataset(config: TrainConfig) -> dict[str, Any]:

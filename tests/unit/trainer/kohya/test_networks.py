@@ -295,3 +295,56 @@ def test_a_preset_file_that_cannot_be_meant_is_an_error(tmp_path: Path, text: st
         preset_of(str(tmp_path / "p.toml"))
     (tmp_path / "p.toml").write_text('unet_target_name = ["*.to_k"]\nuse_fnmatch = true')
     assert preset_of(str(tmp_path / "p.toml")).use_fnmatch
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "1_zed man").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "1_zed man" / "a.png")
+    return tmp_path
+
+
+OFT = {"network_type": "OFT", "oft_blocks": True, "network_train_unet_only": True, "constraint": 0.5}
+NETWORKS = [
+    {**OFT, "network_dim": 4, "lycoris_preset": "attn-only"},
+    {**OFT, "network_dim": 4},
+    {**OFT, "network_dim": 4, "conv_dim": 4},
+    {"network_type": "DyLoRA", "network_dim": 8, "unit": 4},
+    {"network_type": "DyLoRA", "network_dim": 8, "unit": 2, "train_norm": True},
+    {"network_type": "DyLoRA", "network_dim": 8, "lycoris_preset": "attn-only", "rs_lora": False},
+    {"network_type": "LoHa", "rank_dropout": 0.1, "rank_dropout_rows": True, "lycoris_preset": "unet-only"},
+]
+
+
+@pytest.mark.parametrize("values", NETWORKS, ids=str)
+def test_every_network_reads_back_as_itself(images: Path, values: dict[str, Any]) -> None:
+    config = TrainConfig(train_data_dir=str(images), **values)
+    found = export.to_kohya(config, "sd15", "sd15", images / "out")
+    again = from_kohya(images / "k.toml", dict(found.config)).require_all().config
+    assert {name: getattr(again, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**OFT, "constraint": 0.0},
+        {**OFT, "rescaled": True},
+        {**OFT, "network_train_unet_only": False},
+        {"network_type": "LoRA-FA", "train_norm": True},
+        {"network_type": "LoRA-FA", "lycoris_preset": "full"},
+    ],
+    ids=str,
+)
+def test_a_network_that_sd_scripts_does_not_have_is_not_exported_as_another(
+    images: Path, values: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"networks\.(oft|lora_fa)"):
+        export.to_kohya(TrainConfig(train_data_dir=str(images), **values), "sd15", "sd15", images / "out")
+
+
+def test_scaled_rank_dropout_is_said_where_lycoris_trains(images: Path) -> None:
+    config = TrainConfig(train_data_dir=str(images), network_type="LoHa", rank_dropout=0.1)
+    assert any(
+        note.startswith("rank_dropout: LyCORIS")
+        for note in export.to_kohya(config, "sd15", "sd15", images).notes
+    )
