@@ -239,6 +239,11 @@ class TrainConfig(Settings):
         return schedules.SCHEDULES[self.lr_scheduler].warms_up and not has_own
 
     @property
+    def safeguards_warmup(self) -> bool:
+        """Whether Prodigy gets safeguard_warmup if it is not set: with a warm-up, as its authors recommend."""
+        return self.lr_warmup_steps > 0 and self.lr_scheduler != "constant"
+
+    @property
     def _trains_unet_only(self) -> bool:
         return self.network_train_unet_only or self.lycoris_preset.startswith("unet-")
 

@@ -22,11 +22,11 @@ def user_path(text: str, name: str) -> str:
     """The path that ``text`` means: without spaces around it, and with ``~`` as the home folder.
 
     ``name`` is the setting or option, for messages. Raises ConfigError for a Windows path on another system, for
-    backslashes there, and for variables of a shell, none of which is what it looks like. A path that exists as it is
-    written is always taken.
+    backslashes there, and for variables of a shell, none of which is what it looks like; and for what cannot be a path.
+    A path that exists as it is written is always taken.
     """
     text = text.strip()
-    if not text or os.name == "nt" or _exists(text):
+    if not text or os.name == "nt" or _exists(text, name):
         return _home(text, name)
     shown = f"{name} = {clean_text(text)[:200]}"
     if match := _DRIVE.match(text):
@@ -47,16 +47,19 @@ def user_path(text: str, name: str) -> str:
     return _home(text, name)
 
 
-def _exists(text: str) -> bool:
-    """Whether there is such a path; not if it cannot be asked (a name longer than the system allows)."""
+def _exists(text: str, name: str) -> bool:
+    """Whether there is such a path. Raises ConfigError for what the system cannot look up."""
     try:
-        return Path(text).exists()
-    except OSError:
-        return False
+        if "\0" not in text:
+            return Path(text).exists()
+        why = "it has a NUL byte"
+    except OSError as error:  # longer than a name can be, or in a folder that may not be read
+        why = str(error.strerror)
+    raise ConfigError(f"{name} = {clean_text(text)[:200]} is no path that can be used: {why}", "correct it")
 
 
 def _home(text: str, name: str) -> str:
-    if not text.startswith("~") or _exists(text):
+    if not text.startswith("~") or _exists(text, name):
         return text
     try:
         return str(Path(text).expanduser())

@@ -20,7 +20,7 @@ from hpo.train import plan as trainplan
 from hpo.train.samples import file_stem
 from trainer import optimizers
 from trainer.bases import FAMILIES, block_ranks, block_rates, families
-from trainer.config import TrainConfig
+from trainer.config import LYCORIS_PRESETS, TrainConfig
 from trainer.data import read_dataset_file
 from trainer.errors import ConfigError
 from trainer.findings import Findings, piece
@@ -107,6 +107,11 @@ def check(config: TrainConfig, family: str | None) -> None:
         file_stem(config.output_name)
     with piece():
         optimizers.check_installed(config.optimizer_type)
+    if config.lycoris_preset not in ("", *LYCORIS_PRESETS):
+        from trainer.adapters import preset_of  # loads torch
+
+        with piece():
+            preset_of(config.lycoris_preset)
     if family is not None:
         with piece():
             families.check(config, family, clean_text(config.pretrained_model_name_or_path))

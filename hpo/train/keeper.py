@@ -70,12 +70,11 @@ class Keeper:
 
     def write(self, path: Path, adapter: Adapter, step: int, epoch: int) -> None:
         """Save the adapter as a LoRA file with the run's metadata."""
-        from trainer.adapters import lorafile, private
+        from trainer.adapters import lorafile
 
         known = dataset_metadata(self.config, self.data, Saved(step, epoch))
-        whole = lorafile.write(path, adapter, self.config, known, is_private=self.config.no_metadata)
-        if self.config.no_metadata:
-            private.keep(self.folder.metadata, path, whole)
+        note = self.folder.metadata if self.config.no_metadata else None
+        lorafile.write(path, adapter, self.config, known, note=note)
         if path != self.folder.lora:
             self.say(f"saved {path.name}")
 

@@ -113,8 +113,6 @@ def _content(path: Path) -> str:
         raise ConfigError(f"sample_prompts = {shown} is not a text in UTF-8") from None
     except FileNotFoundError:
         raise ConfigError(f"sample_prompts = {shown} does not exist") from None
-    except ValueError:  # a NUL byte
-        raise ConfigError(f"sample_prompts = {shown} cannot be the name of a file") from None
     except OSError as error:
         raise ConfigError(f"sample_prompts = {shown} cannot be read ({error.strerror})") from None
 

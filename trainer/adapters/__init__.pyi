@@ -23,6 +23,7 @@ from .metadata import dataset_metadata as dataset_metadata
 from .metadata import kohya_settings as kohya_settings
 from .metadata import shared_settings as shared_settings
 from .metadata import tells_training as tells_training
+from .presets import preset_of as preset_of
 from .start import check_lora as check_lora
 from .start import check_start as check_start
 from .targets import Target as Target

@@ -13,8 +13,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 from trainer.adapters.keys import PRIOR, TEXT, TEXT_2, TEXT_3, UNET, Keys, Module, Name, read_keys
 from trainer.adapters.otherfiles import what_is
@@ -266,7 +267,7 @@ def peft_alpha(metadata: Mapping[str, str], component: str, module: str) -> tupl
     """(alpha, whether the scale is alpha / √r) of a module in PEFT's settings: those that diffusers stores in a file,
     with a component before each name, or those that PEFT saved beside it. ValueError: they cannot be read."""
     try:
-        settings = json.loads(metadata[PEFT_KEY])
+        settings = _peft_settings(metadata[PEFT_KEY])
         dot = f"{component}." if any(name.startswith(f"{component}.") for name in settings) else ""
         path = module.removeprefix("base_model.model.").removeprefix(f"{component}.")
         pattern = settings.get(f"{dot}alpha_pattern") or {}
@@ -274,6 +275,12 @@ def peft_alpha(metadata: Mapping[str, str], component: str, module: str) -> tupl
         return None if given is None else float(given), bool(settings.get(f"{dot}use_rslora"))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError("no settings of PEFT") from error
+
+
+@lru_cache(maxsize=2)
+def _peft_settings(text: str) -> Any:
+    """Parsed once for all modules of a file: a pattern of alphas may name each of them."""
+    return json.loads(text)
 
 
 def read_contents(path: Path) -> Contents:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.adapters import private
 from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, inject
 from trainer.adapters.attaching import Attached as Attached
 from trainer.adapters.attaching import LoraFile as LoraFile
@@ -40,12 +41,13 @@ def write(
     config: TrainConfig,
     more: Mapping[str, str] | None = None,
     *,
-    is_private: bool = False,
-) -> dict[str, str]:
+    note: Path | None = None,
+) -> None:
     """Write the adapter as kohya's networks.lora or LyCORIS would, atomically.  Weights in save_precision,
     alphas and magnitudes in fp32.  The bytes depend on weights, settings and metadata only, not on time.
     ``more`` is metadata beside the settings, as ``dataset_metadata``.  No path of this machine gets into the
-    file, since files are shared; a private one (no_metadata) says only what it is. Returns the whole metadata."""
+    file, since files are shared; one with a ``note`` (no_metadata) says only what it is, and the note says the rest.
+    The note is written first: a kill between the two leaves no file that nothing is known of."""
     dtype = SAVE_DTYPES[config.save_precision]
     tensors = {
         key: tensor if key.endswith(EXACT) else tensor.to(dtype).contiguous()
@@ -56,10 +58,12 @@ def write(
         own_metadata(adapter.base, config),
     )
     whole = {**training, **own}
-    if is_private:
+    if note is not None:
         training, own = least(training), least(own)
-    write_atomic(path, to_bytes(tensors, {**training, **_file_hashes(tensors, training), **own}))
-    return whole
+    content = to_bytes(tensors, {**training, **_file_hashes(tensors, training), **own})
+    if note is not None:
+        private.keep(note, path.name, content, whole)
+    write_atomic(path, content)
 
 
 def begin(base: Base, config: TrainConfig) -> Adapter:

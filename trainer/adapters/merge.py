@@ -8,6 +8,7 @@ it was trained, merge the same files first.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,21 +21,25 @@ from trainer.bases import Base
 from trainer.compute import weight_of
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
+from trainer.paths import user_path
 from trainer.text import clean_text
 
 
 def base_weights(config: TrainConfig) -> list[tuple[Path, float]]:
     """The files to merge, each with its multiplier; missing multipliers are 1, as in sd-scripts.  Raises ConfigError
-    for a multiplier that is not a number."""
-    paths = [Path(part.strip()) for part in config.base_weights.split(";") if part.strip()]
+    for a multiplier that is not a finite number, or a path of another system."""
+    paths = [Path(user_path(part, "base_weights")) for part in config.base_weights.split(";") if part.strip()]
     multipliers = [part.strip() for part in config.base_weights_multiplier.split(",") if part.strip()]
     try:
         numbers = [float(part) for part in multipliers]
+        are_finite = all(map(math.isfinite, numbers))
     except ValueError:
+        are_finite = False
+    if not are_finite:
         raise ConfigError(
             f"base_weights_multiplier = {clean_text(config.base_weights_multiplier)[:40]} is not a list of numbers",
             "write for example 1,0.5",
-        ) from None
+        )
     return [(path, numbers[n] if n < len(numbers) else 1.0) for n, path in enumerate(paths)]
 
 

@@ -108,7 +108,7 @@ def preset_of(name: str) -> Preset:
         if table.pop(key, None):
             raise ConfigError(
                 f"{shown} has {key}, which trains some modules in another way",
-                f"remove it; all modules of {shown.split()[1]} are trained alike",
+                "remove it; all modules of a preset are trained alike",
             )
     for key in [key for key in table if key not in known]:
         if key not in _IGNORED:
@@ -116,7 +116,20 @@ def preset_of(name: str) -> Preset:
                 f"{shown} has an unknown key {clean_text(key)}", "use " + ", ".join(sorted(known))
             )
         del table[key]
-    return Preset(**{key: _checked(shown, key, value) for key, value in table.items()})
+    preset = Preset(**{key: _checked(shown, key, value) for key, value in table.items()})
+    _check_patterns(shown, preset)
+    return preset
+
+
+def _check_patterns(shown: str, preset: Preset) -> None:
+    for pattern in () if preset.use_fnmatch else (*preset.unet_target_name, *preset.text_encoder_target_name):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{shown}: {clean_text(pattern)[:80]} is not a regular expression ({error})",
+                "correct it, or set use_fnmatch = true for patterns such as *.to_k",
+            ) from None
 
 
 def _checked(shown: str, key: str, value: Any) -> Any:

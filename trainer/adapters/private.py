@@ -5,6 +5,7 @@ A file is only taken for the one that was written if its sha256 is the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,10 @@ from trainer.adapters.metadata import CONFIG_KEY
 from trainer.files import sha256_file, write_atomic
 
 
-def keep(note: Path, lora: Path, metadata: Mapping[str, str]) -> None:
-    """Note what the file would say. The note holds what was written last."""
-    found = {"file": lora.name, "sha256": sha256_file(lora), "metadata": dict(metadata)}
+def keep(note: Path, name: str, content: bytes, metadata: Mapping[str, str]) -> None:
+    """Note what the file of this name and content would say. The note holds what was written last."""
+    digest = hashlib.sha256(content).hexdigest()
+    found = {"file": name, "sha256": digest, "metadata": dict(metadata)}
     write_atomic(note, json.dumps(found, indent=1))
 
 

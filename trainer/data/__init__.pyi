@@ -47,7 +47,6 @@ from .subsets import PLACE_KEYS as PLACE_KEYS
 from .subsets import RUN_KEYS as RUN_KEYS
 from .subsets import DatasetFile as DatasetFile
 from .subsets import Subset as Subset
-from .subsets import is_dataset_table as is_dataset_table
 from .subsets import read_dataset_file as read_dataset_file
 from .subsets import read_dataset_table as read_dataset_table
 from .subsets import sides as sides

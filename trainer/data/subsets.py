@@ -132,12 +132,6 @@ class DatasetFile:
         return self
 
 
-def is_dataset_table(table: Mapping[str, Any]) -> bool:
-    """Whether a TOML or JSON file describes datasets (alone or beside settings)."""
-    datasets = table.get("datasets")
-    return isinstance(datasets, list) and any(isinstance(d, dict) and "subsets" in d for d in datasets)
-
-
 def read_dataset_file(path: Path) -> DatasetFile:
     """Read a dataset file, TOML or JSON.  ConfigError for typing errors, bad values, and what cannot be told apart."""
     return _DatasetReading(Path(path), _described(Path(path))).result()

@@ -14,7 +14,7 @@ from typing import Any
 import tomlkit
 
 from trainer.bases import FAMILIES
-from trainer.config import SETTINGS, TrainConfig
+from trainer.config import LYCORIS_PRESETS, SETTINGS, TrainConfig
 from trainer.data import DRAWN_ANEW, OWN_KEYS, RUN_KEYS, Subset, parts_of, read_dataset_file
 from trainer.errors import ConfigError, MissingData
 from trainer.files import write_atomic
@@ -31,6 +31,7 @@ _IN_DATASET = (
 _IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts accepts them there only
 _OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
 _RATES = ("optimizer_args", "lr_scheduler", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps")
+_LISTS = ("base_weights", "base_weights_multiplier")
 _PATHS = ("sample_prompts", "logging_dir", "network_weights")
 # Settings that sd-scripts does not have → what differs without them.
 _MISSING = {
@@ -51,6 +52,7 @@ _ALGORITHMS = {
     "BOFT": "boft",
     "GLoRA": "glora",
 }
+_LYCORIS_ALONE = {**_ALGORITHMS, "DyLoRA": "dylora"}  # with a preset or an option of LyCORIS
 _MODULES = {"DyLoRA": "networks.dylora", "LoRA-FA": "networks.lora_fa"}
 
 
@@ -107,6 +109,8 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
             if name == "sample_prompts" and is_prompt_text(value):
                 notes.append("sample_prompts are left out: sd-scripts reads them from a file")
                 continue
+            if name in _LISTS:
+                continue
             is_path = name in _PATHS or (name == "vae" and Path(value).exists())
             table[name] = _full(value) if is_path else value
     precision = config.mixed_precision
@@ -121,6 +125,12 @@ def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
     anew = any(getattr(config, name) for name in DRAWN_ANEW)  # sd-scripts refuses them with cached latents
     if anew:
         table["cache_latents_to_disk"] = False
+    if config.base_weights:
+        from trainer.adapters import base_weights  # loads torch
+
+        merged = base_weights(config)
+        table["base_weights"] = [_full(str(path)) for path, _ in merged]
+        table["base_weights_multiplier"] = [multiplier for _, multiplier in merged]
     return {
         **table,
         **length,
@@ -175,17 +185,34 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
     if config.text_encoder_frozen and config.trains_text_encoder:
         extra["text_encoder_lr"] = 0.0
         notes.append("text_encoder_frozen → text_encoder_lr = 0")
+    if config.network_type == "OFT" and config.oft_blocks:
+        return {**extra, **_networks_oft(config)}
     module = _MODULES.get(config.network_type, "networks.lora")
     options = [name for name in LYCORIS_SETTINGS if getattr(config, name) != getattr(usual, name)]
-    arguments += [f"{name}={getattr(config, name)}" for name in options]
     is_lycoris = config.network_type in _ALGORITHMS or config.lycoris_preset or set(options) - {"unit"}
+    if is_lycoris and config.network_type == "LoRA-FA":
+        asked = ", ".join([*options, *(["lycoris_preset"] if config.lycoris_preset else [])])
+        raise ConfigError(
+            f"sd-scripts' networks.lora_fa has no {asked}", "remove them, or use another network_type"
+        )
+    arguments += [
+        f"{'block_size' if is_lycoris and name == 'unit' else name}={getattr(config, name)}"
+        for name in options
+    ]
     if is_lycoris:
         module = "lycoris.kohya"
-        arguments.insert(0, f"algo={_ALGORITHMS.get(config.network_type, 'locon')}")
+        arguments.insert(0, f"algo={_LYCORIS_ALONE.get(config.network_type, 'locon')}")
+        if config.network_type == "DyLoRA" and "unit" not in options:
+            arguments.append(f"block_size={config.unit}")  # the default of LyCORIS is 4
+        if config.rank_dropout and not config.rank_dropout_rows:
+            notes.append(
+                "rank_dropout: LyCORIS drops rows of the weight change and does not scale up the rest"
+            )
         if config.network_type == "DoRA":
             arguments += ["dora_wd=True", "wd_on_output=False"]
         if config.lycoris_preset:
-            arguments.append(f"preset={config.lycoris_preset}")
+            is_file = config.lycoris_preset not in LYCORIS_PRESETS
+            arguments.append(f"preset={_full(config.lycoris_preset) if is_file else config.lycoris_preset}")
         elif config.conv_dim is None:
             arguments.append("preset=attn-mlp")
         else:
@@ -195,6 +222,32 @@ def _network(config: TrainConfig, family: str, notes: list[str]) -> dict[str, An
     if arguments:
         extra["network_args"] = arguments
     return extra
+
+
+def _networks_oft(config: TrainConfig) -> dict[str, Any]:
+    """sd-scripts' networks.oft, whose network_dim is a number of blocks and whose network_alpha the constraint."""
+    is_other = (
+        config.lycoris_preset not in ("", "attn-only")
+        or config.trains_text_encoder
+        or config.train_norm
+        or config.rescaled
+        or config.conv_dim not in (None, config.network_dim)
+        or not config.constraint
+    )
+    if is_other:
+        raise ConfigError(
+            "oft_blocks is the OFT of sd-scripts' networks.oft, which trains the U-Net's attention or all its blocks, "
+            "with a constraint",
+            "set network_train_unet_only = true and constraint = 0.001, and leave out lycoris_preset, train_norm and "
+            "rescaled; or set oft_blocks = false",
+        )
+    switches = [] if config.lycoris_preset else ["enable_all_linear=True"]
+    switches += ["enable_conv=True"] if config.conv_dim and not config.lycoris_preset else []
+    return {
+        "network_module": "networks.oft",
+        "network_alpha": config.constraint,
+        **({"network_args": switches} if switches else {}),
+    }
 
 
 def _dataset(config: TrainConfig) -> dict[str, Any]:

@@ -27,9 +27,7 @@ def exported_optimizer(config: TrainConfig, notes: list[str]) -> dict[str, Any]:
     values = {"weight_decay": config.weight_decay, **optimizers.told_arguments(name, config.optimizer_args)}
     if name == "Prodigy":
         values.setdefault("use_bias_correction", False)
-        values.setdefault(
-            "safeguard_warmup", config.lr_warmup_steps > 0 and config.lr_scheduler != "constant"
-        )
+        values.setdefault("safeguard_warmup", config.safeguards_warmup)
     package = optimizers.OPTIMIZERS[name].package
     if package in _NOT_IN_ITS_REQUIREMENTS:
         notes.append(f"{name} needs a package in sd-scripts: pip install {package}")

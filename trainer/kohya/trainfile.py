@@ -134,7 +134,10 @@ def _resolved(source: Source, given: Given) -> TrainFile:
             source.path,
             source.form,
             TrainConfig.of({**TrainConfig().as_dict(), **source.values, **squared(values)}),
-            {**dict.fromkeys(source.values, source.origin), **{name: by for name, (_, by) in given.items()}},
+            {
+                **dict.fromkeys(source.values, source.origin),
+                **{name: by for name, (_, by) in given.items() if by},
+            },
             OUR_DEFAULTS,
             source.translated,
             source.without_effect,

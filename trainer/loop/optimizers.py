@@ -41,13 +41,8 @@ def _arguments(groups: Groups, config: TrainConfig) -> dict[str, Any]:
     if values.get("growth_rate", 1.0) is None:
         values["growth_rate"] = float("inf")
     if config.optimizer_type == "Prodigy":
-        values.setdefault("safeguard_warmup", safeguards_warmup(config))
+        values.setdefault("safeguard_warmup", config.safeguards_warmup)
     return values
-
-
-def safeguards_warmup(config: TrainConfig) -> bool:
-    """Whether Prodigy gets safeguard_warmup if it is not set: with a warm-up, as its authors recommend."""
-    return config.lr_warmup_steps > 0 and config.lr_scheduler != "constant"
 
 
 def _class(name: str, is_on_cpu: bool) -> Any:

@@ -49,6 +49,7 @@ def test_a_folder_whose_name_has_a_backslash_can_be_read(
     assert user_path("a\\b", "data") == "a\\b"
 
 
-def test_a_name_that_the_system_cannot_look_up_is_left_to_its_reader() -> None:
-    assert user_path("a" * 300, "vae") == "a" * 300
-    assert user_path("~" + "/b" * 3000, "vae").endswith("/b/b")
+@pytest.mark.parametrize("text", ["a" * 300, "~" + "/b" * 3000, "a\0b"])
+def test_what_the_system_cannot_look_up_is_an_error_in_words(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"vae = .* is no path that can be used: (File name|it has)"):
+        user_path(text, "vae")

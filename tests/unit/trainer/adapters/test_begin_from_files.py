@@ -11,7 +11,7 @@ import torch
 from tests.tiny import tiny_base, tiny_config
 from trainer.adapters import lorafile
 from trainer.adapters.adapter import inject
-from trainer.adapters.merge import merge_base_weights
+from trainer.adapters.merge import base_weights, merge_base_weights
 from trainer.bases import Base
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
@@ -86,6 +86,15 @@ def test_base_weights_are_merged_once_with_their_strengths(tmp_path: Path, kind:
     assert not torch.equal(after[name], before[name])
 
 
-def test_a_multiplier_that_is_no_number_is_refused() -> None:
+@pytest.mark.parametrize("text", ["1,x", "nan", "1,-inf"])
+def test_a_multiplier_that_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="base_weights_multiplier"):
-        merge_base_weights(tiny_base("sd15"), tiny_config(base_weights="a", base_weights_multiplier="1,x"))
+        merge_base_weights(tiny_base("sd15"), tiny_config(base_weights="a", base_weights_multiplier=text))
+
+
+def test_files_to_merge_are_paths_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tiny_config(base_weights=" ~/a.safetensors ; b.safetensors", base_weights_multiplier="0.5")
+    assert base_weights(config) == [(tmp_path / "a.safetensors", 0.5), (Path("b.safetensors"), 1.0)]
+    with pytest.raises(ConfigError, match="Windows path"):
+        base_weights(tiny_config(base_weights="C:\\loras\\a.safetensors"))

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer.adapters import lorafile
+from trainer.adapters import lorafile, private
 from trainer.adapters.adapter import inject
 from trainer.adapters.metadata import (
     CONFIG_KEY,
@@ -103,9 +103,29 @@ def test_the_metadata_is_what_kohyas_readers_look_for(family, version, architect
 
 def test_no_path_of_this_machine_gets_into_the_file(tmp_path):
     base = tiny_base("sd15")
-    private = {"train_data_dir": "/home/me/sks", "pretrained_model_name_or_path": "/home/me/x.safetensors"}
-    written(base, tmp_path / "a.safetensors", **private)
+    places = {"train_data_dir": "/home/me/sks", "pretrained_model_name_or_path": "/home/me/x.safetensors"}
+    written(base, tmp_path / "a.safetensors", **places)
     assert b"/home/me" not in (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_what_a_private_file_keeps_back_is_noted_before_it_exists(tmp_path, monkeypatch):
+    base = tiny_base("sd15")
+    config = tiny_config(no_metadata=True)
+    adapter = inject(base, config)
+    path, note = tmp_path / "a.safetensors", tmp_path / "metadata.json"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lorafile, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        lorafile.write(path, adapter, config, note=note)
+    assert note.is_file() and not path.exists()
+    monkeypatch.undo()
+    note.unlink()
+    lorafile.write(path, adapter, config, note=note)
+    adapter.remove()
+    assert CONFIG_KEY not in metadata(path) and CONFIG_KEY in private.metadata_of(path, note)
 
 
 def test_the_metadata_says_how_long_it_was_trained_on_which_tags(tmp_path):

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from trainer.adapters import preset_of
+from trainer.config import TrainConfig
+from trainer.errors import ConfigError
+from trainer.kohya import export
 from trainer.kohya.read import KohyaFile, from_kohya, read_kohya
 
 LYCORIS = 'network_module = "lycoris.kohya"\nnetwork_dim = 8\nnetwork_alpha = 4\n'
@@ -254,3 +259,92 @@ def test_an_unknown_argument_of_networks_lora_is_said_with_what_it_meant(tmp_pat
     file = read(tmp_path, 'network_args = ["conv_dims=8", "algo=lokr"]').require_all()
     assert "network_args conv_dims = 8: did you mean conv_dim?" in file.without_effect
     assert any(line.startswith("network_args algo = lokr: ") for line in file.without_effect)
+
+
+def test_files_of_the_network_are_exported_as_sd_scripts_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "1_zed man").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "1_zed man" / "a.png")
+    files, preset = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "p.toml"
+    config = TrainConfig(
+        train_data_dir=str(tmp_path),
+        base_weights=";".join(map(str, files)),
+        base_weights_multiplier="0.5",
+        network_type="LoHa",
+        lycoris_preset=str(preset),
+    )
+    found = export.to_kohya(config, "sd15", "sd15", tmp_path / "out").config
+    assert found["base_weights"] == [str(file) for file in files]
+    assert found["base_weights_multiplier"] == [0.5, 1.0]
+    assert f"preset={preset}" in found["network_args"]
+    again = from_kohya(tmp_path / "config.toml", dict(found)).require_all().config
+    assert again.base_weights == config.base_weights and again.lycoris_preset == str(preset)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('unet_target_name = ["*.to_k"]', "not a regular expression"),
+        ('[module_algo_map.CrossAttention]\nalgo = "loha"', "module_algo_map"),
+        ("enable_conv = 1", "not true or false"),
+        ("unet_target_nam = []", "unknown key"),
+    ],
+)
+def test_a_preset_file_that_cannot_be_meant_is_an_error(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "p.toml").write_text(text)
+    with pytest.raises(ConfigError, match=what):
+        preset_of(str(tmp_path / "p.toml"))
+    (tmp_path / "p.toml").write_text('unet_target_name = ["*.to_k"]\nuse_fnmatch = true')
+    assert preset_of(str(tmp_path / "p.toml")).use_fnmatch
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "1_zed man").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "1_zed man" / "a.png")
+    return tmp_path
+
+
+OFT = {"network_type": "OFT", "oft_blocks": True, "network_train_unet_only": True, "constraint": 0.5}
+NETWORKS = [
+    {**OFT, "network_dim": 4, "lycoris_preset": "attn-only"},
+    {**OFT, "network_dim": 4},
+    {**OFT, "network_dim": 4, "conv_dim": 4},
+    {"network_type": "DyLoRA", "network_dim": 8, "unit": 4},
+    {"network_type": "DyLoRA", "network_dim": 8, "unit": 2, "train_norm": True},
+    {"network_type": "DyLoRA", "network_dim": 8, "lycoris_preset": "attn-only", "rs_lora": False},
+    {"network_type": "LoHa", "rank_dropout": 0.1, "rank_dropout_rows": True, "lycoris_preset": "unet-only"},
+]
+
+
+@pytest.mark.parametrize("values", NETWORKS, ids=str)
+def test_every_network_reads_back_as_itself(images: Path, values: dict[str, Any]) -> None:
+    config = TrainConfig(train_data_dir=str(images), **values)
+    found = export.to_kohya(config, "sd15", "sd15", images / "out")
+    again = from_kohya(images / "k.toml", dict(found.config)).require_all().config
+    assert {name: getattr(again, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**OFT, "constraint": 0.0},
+        {**OFT, "rescaled": True},
+        {**OFT, "network_train_unet_only": False},
+        {"network_type": "LoRA-FA", "train_norm": True},
+        {"network_type": "LoRA-FA", "lycoris_preset": "full"},
+    ],
+    ids=str,
+)
+def test_a_network_that_sd_scripts_does_not_have_is_not_exported_as_another(
+    images: Path, values: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"networks\.(oft|lora_fa)"):
+        export.to_kohya(TrainConfig(train_data_dir=str(images), **values), "sd15", "sd15", images / "out")
+
+
+def test_scaled_rank_dropout_is_said_where_lycoris_trains(images: Path) -> None:
+    config = TrainConfig(train_data_dir=str(images), network_type="LoHa", rank_dropout=0.1)
+    assert any(
+        note.startswith("rank_dropout: LyCORIS")
+        for note in export.to_kohya(config, "sd15", "sd15", images).notes
+    )

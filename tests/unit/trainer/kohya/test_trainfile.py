@@ -69,6 +69,9 @@ def test_a_file_of_sd_scripts_is_known_by_its_keys_and_ours_takes_our_defaults(
     ours = read(tmp_path, "[network]\nnetwork_dim = 4\n[loss]\nloss_type = 'huber'\n")
     assert ours.config.network_alpha == TrainConfig().network_alpha and ours.config.loss_type == "huber"
     assert ours.origins == {"network_dim": "file", "loss_type": "file"}
+    steps = read(tmp_path, "network_dim = 4\n", "max_train_steps=3")
+    assert steps.config.max_train_epochs is None
+    assert steps.origins == {"network_dim": "file", "max_train_steps": "--set"}
 
 
 def test_the_command_line_wins_over_the_dataset_file_and_that_over_the_file(
