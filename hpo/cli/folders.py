@@ -219,7 +219,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         when = datetime.fromisoformat(row["when"])
         counts = "" if row["trials"] is None else f"{row['trials']}/{row['of']}"
         cells = (row["study"], counts, "" if row["best"] is None else f"trial {row['best']}", score,
-                 f"{row['last']} {row['state']}, {when:%-d %b %H:%M}")  # fmt: skip
+                 f"{row['last'].split()[0]} {row['state']}, {when:%-d %b %H:%M}")  # fmt: skip
         table.add_row(*(Text(clean_text(str(cell))) for cell in cells))
     return table
 

@@ -135,7 +135,7 @@ def show(console: Console, facts: Facts) -> None:
 
 
 def _print(console: Console, rows: list[tuple[str, str]]) -> None:
-    table = Table(box=None, padding=(0, 2), show_edge=False, show_header=False)
+    table = Table(box=None, padding=(0, 1), show_edge=False, show_header=False)  # a sha256 fits 80 columns
     table.add_column(overflow="fold", style="dim")
     table.add_column(overflow="fold")
     for name, value in rows:

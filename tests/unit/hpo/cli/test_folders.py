@@ -13,8 +13,10 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from hpo.cli import which
+from hpo.cli.folders import _table
 from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder
@@ -119,6 +121,16 @@ def test_studies_lists_them_with_state_best_and_last_command(here: Path) -> None
     lines = hpo("studies").output.splitlines()
     assert lines[0].split("\t")[:3] == ["study", "state", "trials"] and len(lines) == 3
     assert "no study in nowhere; start one: hpo search" in hpo("studies", "--runs", "nowhere").output
+
+
+def test_the_table_of_studies_has_two_lines_a_study_at_most() -> None:
+    row = {"study": "luca", "state": "finished", "trials": 5, "of": 5, "best": 2, "score": 0.386, "confirmed": False,
+           "last": "compare lora_trial_2 luca_mini-sdxl-step00000036", "when": "2026-11-29T18:53+00:00"}  # fmt: skip
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    console.print(_table([row, {**row, "study": "mini-sd15-luca-photos"}]))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) <= 5 and max(map(len, lines)) <= 80
+    assert "compare finished" in lines[1]
 
 
 def test_delete_moves_a_study_and_what_belongs_to_it_to_the_trash(here: Path) -> None:
