@@ -53,10 +53,14 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
     with findings.looking():
         file = read_request(request)
     if file is None:
+        if len(findings.errors) > 1 and not request.as_json:
+            trainplan.show_findings(console, findings.errors)
         findings.require_none()
         return
     sound = not findings.errors  # otherwise some settings are defaults, and no step can be counted with them
-    output = request.output_of(file)
+    place, output = None, request.output or Path(file.output_dir or output)
+    with findings.looking():
+        place = output = request.output_of(file)
     family = None
     with findings.looking():
         family = known_family(file)
@@ -68,12 +72,13 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
         file = replace(
             file, without_effect=(*file.without_effect, *families.passed_over(file.config, family))
         )
-    if _has_data(file.config):
-        with findings.looking():
+    with findings.looking():
+        if _has_data(file.config):
             data = read_training_data(file.config)
             trainplan.count_steps(file.config, data)
-    with findings.looking():
-        _check_place(file, data, output)
+    if place is not None:
+        with findings.looking():
+            _check_place(file, data, place)
     if request.device not in (None, "cpu"):
         with findings.looking():
             from hpo.train.adapter import check_device  # loads torch

@@ -126,7 +126,9 @@ def test_a_folder_without_images_is_refused(place: Path) -> None:
 def test_images_without_captions_are_refused(place: Path) -> None:
     for caption in (place.parent / "images" / "1_zkw figure").glob("*.txt"):
         caption.unlink()
-    (place.parent / "images" / "1_zkw figure").rename(place.parent / "images" / "1_")  # no words in its name either
+    (place.parent / "images" / "1_zkw figure").rename(
+        place.parent / "images" / "1_"
+    )  # no words in its name either
     refused(place, 3, "caption", *search("--trigger", "zkw", "--class", "figure"))
 
 
