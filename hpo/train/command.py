@@ -104,7 +104,9 @@ def read_request(request: TrainRequest) -> TrainFile:
     if request.strict:
         with piece():
             file.require_known()
-    return replace(file, without_effect=(*file.without_effect, *idle(file)))
+    with piece():  # it reads the dataset file, too
+        file = replace(file, without_effect=(*file.without_effect, *idle(file)))
+    return file
 
 
 def check(config: TrainConfig, family: str | None) -> None:

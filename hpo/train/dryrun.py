@@ -37,7 +37,7 @@ from trainer.config import TrainConfig
 from trainer.data import Dataset, read_dataset_file, read_training_data
 from trainer.errors import ToolError
 from trainer.files import machine_error
-from trainer.findings import Findings
+from trainer.findings import Findings, piece
 from trainer.kohya import TrainFile, known_family
 
 if TYPE_CHECKING:
@@ -174,11 +174,15 @@ def _check_cached(repo: str) -> None:
 
 def _check_weights(config: TrainConfig, family: str | None) -> None:
     if config.network_weights:
-        from trainer.adapters import check_start
+        from trainer.adapters import check_start, check_values
 
-        check_start(config, family)
+        with piece():
+            check_start(config, family)
+            check_values(Path(config.network_weights))
     if config.base_weights:
-        from trainer.adapters import base_weights, check_lora
+        from trainer.adapters import base_weights, check_lora, check_values
 
         for path, _ in base_weights(config):
-            check_lora(path, family)
+            with piece():
+                check_lora(path, family)
+                check_values(Path(path))
