@@ -7,6 +7,7 @@ are not read here.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -14,22 +15,35 @@ from pathlib import Path
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
-_DRIVE = re.compile(r"^([A-Za-z]):[\\/](.*)", re.DOTALL)
+_DRIVE = re.compile(r"^([A-Za-z]):(?:[\\/](.*))?", re.DOTALL)
+_ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"%\w+%|\$\w+|\$\{\w+\}")
 
 
 def user_path(text: str, name: str) -> str:
     """The path that ``text`` means: without spaces around it, and with ``~`` as the home folder.
 
-    ``name`` is the setting or option, for messages. Raises ConfigError for a Windows path on another system, for
-    backslashes there, and for variables of a shell, none of which is what it looks like; and for what cannot be a path.
-    A path that exists as it is written is always taken.
+    ``name`` is the setting or option, for messages. Quotes around the whole are left out. Raises ConfigError for a
+    Windows path on another system, for backslashes there, for an address (file://), for variables of a shell, none of
+    which is what it looks like, and for a name that no file can have. A path that exists as it is
+    written is always taken.
     """
     text = text.strip()
-    if not text or os.name == "nt" or _exists(text, name):
-        return _home(text, name)
     shown = f"{name} = {clean_text(text)[:200]}"
-    if match := _DRIVE.match(text):
+    if not text or os.name == "nt" or _exists(text, shown):
+        return _home(text, name)
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":  # a quoted path, quoted once more
+        return user_path(text[1:-1], name)
+    if match := _ADDRESS.match(text):
+        raise ConfigError(
+            f"{shown} is an address, not a path",
+            f"write {clean_text(match[2])[:200]}"
+            if match[1].lower() == "file"
+            else "give a folder or file of this machine",
+        )
+    if (match := _DRIVE.match(text)) and match[2] is None:
+        raise ConfigError(f"{shown} begins with a Windows drive, without a folder", "write the whole path")
+    if match:
         rest = match[2].replace("\\", "/")
         raise ConfigError(
             f"{shown} is a Windows path, and this system is not Windows",
@@ -47,15 +61,17 @@ def user_path(text: str, name: str) -> str:
     return _home(text, name)
 
 
-def _exists(text: str, name: str) -> bool:
-    """Whether there is such a path. Raises ConfigError for what the system cannot look up."""
+def _exists(text: str, shown: str) -> bool:
+    if "\0" in text:
+        raise ConfigError(f"{shown} holds a NUL character", "write the path again")
     try:
-        if "\0" not in text:
-            return Path(text).exists()
-        why = "it has a NUL byte"
-    except OSError as error:  # longer than a name can be, or in a folder that may not be read
-        why = str(error.strerror)
-    raise ConfigError(f"{name} = {clean_text(text)[:200]} is no path that can be used: {why}", "correct it")
+        return Path(text).exists()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{shown} has a name that is too long for this system", "give a shorter one"
+            ) from None
+        return False  # not readable: said when it is used
 
 
 def _home(text: str, name: str) -> str:

@@ -104,10 +104,20 @@ def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byte
     content gives equal bytes."""
     content = safetensors.torch.save(dict(tensors))
     length = struct.unpack("<Q", content[:8])[0]
-    entries = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + length])}
+    entries = {"__metadata__": _writable(metadata), **json.loads(content[8 : 8 + length])}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def _writable(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata, sorted, as UTF-8 can hold it. Words of a command line in a locale without UTF-8 (LC_ALL=C) arrive
+    as undecoded bytes; a finished training must not end at them."""
+    plain = {
+        name: value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        for name, value in metadata.items()
+    }
+    return dict(sorted(plain.items()))
 
 
 def with_metadata(path: Path, extra: Mapping[str, str]) -> bytes:
@@ -118,7 +128,7 @@ def with_metadata(path: Path, extra: Mapping[str, str]) -> bytes:
     entries = json.loads(content[8 : 8 + length])
     metadata = {**(entries.pop("__metadata__", None) or {}), **extra}
     header = json.dumps(
-        {"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":"), ensure_ascii=False
+        {"__metadata__": _writable(metadata), **entries}, separators=(",", ":"), ensure_ascii=False
     ).encode()
     header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + content[8 + length :]

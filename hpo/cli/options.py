@@ -20,7 +20,48 @@ from hpo.cli.which import complete_name
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Command], Command]
-PATH = click.Path(path_type=Path)
+
+
+class UserPath(click.ParamType):
+    """A path as the user means it: ``trainer.paths.user_path`` (``~``, spaces around it, paths of another system).
+
+    The shell expands ``~`` only at the start of a word, so ``--runs=~/x`` arrives as it is written."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from trainer.paths import user_path
+
+        text = str(value)
+        if not text.strip():
+            self.fail("is empty\ngive a path", param, ctx)
+        return Path(user_path(text, _shown(param, ctx)))
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        return click.Path().shell_complete(ctx, param, incomplete)
+
+
+class Named(click.ParamType):
+    """A name, or the path of a file or folder, which is read as ``UserPath`` does. An empty text stays empty."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from trainer.paths import user_path
+
+        return user_path(str(value), _shown(param, ctx))
+
+
+def _shown(param: click.Parameter | None, ctx: click.Context | None) -> str:
+    """The option or argument as the help shows it."""
+    if param is None or ctx is None:
+        return "the path"
+    return param.opts[0] if param.opts[0].startswith("-") else param.make_metavar(ctx).strip("[]")
+
+
+PATH, NAMED = UserPath(), Named()
 
 
 class Finite(click.FloatRange):
@@ -85,7 +126,7 @@ class TargetTrials(click.IntRange):
 
 
 def base(help: str, *, required: bool = False) -> Option:
-    return click.option("--base", required=required, metavar="BASE", help=help)
+    return click.option("--base", type=NAMED, required=required, metavar="BASE", help=help)
 
 
 def data(help: str) -> Option:
@@ -109,7 +150,7 @@ def device(help: str = "cpu, cuda, cuda:1 … Default: the GPU if there is one."
 
 
 def definition(metavar: str, help: str) -> Option:
-    return click.option("--definition", "study", metavar=metavar, help=help)
+    return click.option("--definition", "study", type=NAMED, metavar=metavar, help=help)
 
 
 class Renamed(click.Command):
@@ -196,7 +237,13 @@ def judged_by(command: Command) -> Command:
             clip("Scoring model, as in hpo search."),
             trigger,
             class_word("What the subject is (girl, style, vase). Default: from the folder name."),
-            click.option("--base", default="", metavar="BASE", help="The base model. Default: from the run."),
+            click.option(
+                "--base",
+                type=NAMED,
+                default="",
+                metavar="BASE",
+                help="The base model. Default: from the run.",
+            ),
             definition(
                 "NAME|FILE",
                 "Where to read the preset, [score], [limits] and prompts: a study file, as in hpo search, or "

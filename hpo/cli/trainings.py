@@ -128,7 +128,13 @@ def evaluate(
 @click.argument("run_a", type=PATH, metavar="RUN_A")
 @click.argument("run_b", type=PATH, metavar="RUN_B")
 @options.judged_by
-@click.option("--base-b", default="", metavar="BASE", help="RUN_B's base model. Default: from the run.")
+@click.option(
+    "--base-b",
+    type=options.NAMED,
+    default="",
+    metavar="BASE",
+    help="RUN_B's base model. Default: from the run.",
+)
 @click.option("--data-b", type=PATH, metavar="DIR", help="The images that RUN_B was trained on.")
 @options.notifies
 def compare(

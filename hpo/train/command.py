@@ -94,11 +94,19 @@ def read_request(request: TrainRequest) -> TrainFile:
     """The settings that a command asks for, with notes on those that have no effect."""
     if request.dataset and request.data:
         raise ConfigError("--dataset and --data both say what is trained on", "give one of them")
-    file = read_train_file(request.file, dataset=request.dataset, sets=request.sets, places=request.places)
+    file = read_train_file(
+        request.file,
+        dataset=request.dataset,
+        sets=request.sets,
+        places=request.places,
+        replaced=("output_dir",) if request.output else (),
+    )
     if request.strict:
         with piece():
             file.require_known()
-    return replace(file, without_effect=(*file.without_effect, *idle(file)))
+    with piece():  # it reads the dataset file, too
+        file = replace(file, without_effect=(*file.without_effect, *idle(file)))
+    return file
 
 
 def check(config: TrainConfig, family: str | None) -> None:

@@ -37,7 +37,7 @@ from trainer.config import TrainConfig
 from trainer.data import Dataset, read_dataset_file, read_training_data
 from trainer.errors import ToolError
 from trainer.files import machine_error
-from trainer.findings import Findings
+from trainer.findings import Findings, piece
 from trainer.kohya import TrainFile, known_family
 
 if TYPE_CHECKING:
@@ -53,10 +53,14 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
     with findings.looking():
         file = read_request(request)
     if file is None:
+        if len(findings.errors) > 1 and not request.as_json:
+            trainplan.show_findings(console, findings.errors)
         findings.require_none()
         return
     sound = not findings.errors  # otherwise some settings are defaults, and no step can be counted with them
-    output = request.output_of(file)
+    place, output = None, request.output or Path(file.output_dir or output)
+    with findings.looking():
+        place = output = request.output_of(file)
     family = None
     with findings.looking():
         family = known_family(file)
@@ -68,12 +72,13 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
         file = replace(
             file, without_effect=(*file.without_effect, *families.passed_over(file.config, family))
         )
-    if _has_data(file.config):
-        with findings.looking():
+    with findings.looking():
+        if _has_data(file.config):
             data = read_training_data(file.config)
             trainplan.count_steps(file.config, data)
-    with findings.looking():
-        _check_place(file, data, output)
+    if place is not None:
+        with findings.looking():
+            _check_place(file, data, place)
     if request.device not in (None, "cpu"):
         with findings.looking():
             from hpo.train.adapter import check_device  # loads torch
@@ -169,11 +174,15 @@ def _check_cached(repo: str) -> None:
 
 def _check_weights(config: TrainConfig, family: str | None) -> None:
     if config.network_weights:
-        from trainer.adapters import check_start
+        from trainer.adapters import check_start, check_values
 
-        check_start(config, family)
+        with piece():
+            check_start(config, family)
+            check_values(Path(config.network_weights))
     if config.base_weights:
-        from trainer.adapters import base_weights, check_lora
+        from trainer.adapters import base_weights, check_lora, check_values
 
         for path, _ in base_weights(config):
-            check_lora(path, family)
+            with piece():
+                check_lora(path, family)
+                check_values(Path(path))

@@ -5,6 +5,7 @@ from . import private as private
 from . import values as values
 from .adapter import Adapter as Adapter
 from .adapter import keyed_generator as keyed_generator
+from .attaching import check_values as check_values
 from .choice import KINDS as KINDS
 from .choice import kind_for as kind_for
 from .kinds import NAME as NAME

@@ -105,6 +105,23 @@ def read(path: Path) -> LoraFile:
     return LoraFile(path, load_tensors(path), contents)
 
 
+def check_values(path: Path) -> None:
+    """Raise ModelFileError for a LoRA file that no base can be given: modules without a half or with halves of
+    different rank, values that are not finite, whole numbers as weights. For a dry run: it needs no base."""
+    file = read(path)
+    for names, what in (
+        (file.contents.incomplete(), "not complete"),
+        (file.contents.uneven(), "of uneven rank"),
+    ):
+        if names:
+            raise damaged(
+                file, f"{len(names)} of {len(file.contents.kinds)} modules are {what}: {listed(names)}"
+            )
+    _check_finite(file)
+    for name in file.contents.kinds:
+        _check_numbers(file, file.contents.keys.modules[name].written, file.parts(name))
+
+
 def attach(base: Base, file: LoraFile, *, cores: bool = False) -> Attached:
     """Put a LoRA file into a base.  Every module must fit one of the base, complete and in its shape.  ``cores``:
     Tucker cores stay tensors of their own, as ``use_tucker`` trains them."""

@@ -198,19 +198,33 @@ class Contents:
                 f"it bundles the embeddings {names}: they are not attached, so prompts that use them are read as "
                 "plain words"
             )
-        if halves := self._incomplete():
+        if halves := self.incomplete():
             found.append(f"{_count(len(halves), 'module')} not complete: {listed(halves)}")
+        if uneven := self.uneven():
+            found.append(f"{_count(len(uneven), 'module')} with halves of different rank: {listed(uneven)}")
         if self.keys.twice:
             found.append(f"{len(self.keys.twice)} tensors are there twice: {listed(self.keys.twice)}")
         if self.strays:
             found.append(f"{len(self.strays)} tensors are no part of a LoRA: {listed(list(self.strays))}")
         return tuple(map(clean_text, found))
 
-    def _incomplete(self) -> list[str]:
+    def incomplete(self) -> list[str]:
         """Modules that lack a half, in the file's own spelling."""
         needed = {kind: parts for kinds, parts in _NEEDED for kind in kinds}
         modules = ((self.keys.modules[name], needed.get(kind, set())) for name, kind in self.kinds.items())
         return [module.written for module, parts in modules if not parts <= module.tensors.keys()]
+
+    def uneven(self) -> list[str]:
+        """Modules whose halves have different ranks, so that they cannot be multiplied, in the file's own spelling."""
+        found = []
+        for module in (self.keys.modules[name] for name in self.kinds):
+            down, up = (
+                self.shapes.get(module.tensors.get(part, ""), ())
+                for part in ("lora_down.weight", "lora_up.weight")
+            )
+            if len(down) > 1 and len(up) > 1 and "lora_mid.weight" not in module.tensors and down[0] != up[1]:
+                found.append(module.written)
+        return found
 
     def _on_alpha(self) -> list[str]:
         without = self.unscaled()

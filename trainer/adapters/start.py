@@ -26,7 +26,9 @@ def check_start(config: TrainConfig, family: str | None = None) -> None:
     kind that these settings do not train."""
     path = Path(config.network_weights)
     contents = check_lora(path, family)
-    _check_kind(f"network_weights {clean_text(path.name)}", contents, config)
+    name = f"network_weights {clean_text(path.name)}"
+    _check_kind(name, contents, config)
+    _check_rank(name, contents, config)
 
 
 def check_lora(path: Path, family: str | None = None) -> Contents:
@@ -68,6 +70,24 @@ def _check_kind(name: str, contents: Contents, config: TrainConfig) -> None:
         raise ConfigError(
             f"{name} has DoRA magnitudes per output, and this tool trains them per input",
             "go on with the tool that made it, or begin anew",
+        )
+
+
+def _check_rank(name: str, contents: Contents, config: TrainConfig) -> None:
+    """The rank where the header alone tells it: a plain LoRA of one rank, and one rank in the settings."""
+    own = config.dim_from_weights or config.block_dims or config.conv_dim is not None
+    if (
+        own
+        or config.network_type != LORA
+        or set(contents.kinds.values()) != {LORA}
+        or len(contents.ranks) != 1
+    ):
+        return
+    rank = next(iter(contents.ranks))
+    if rank.isdigit() and int(rank) != config.network_dim:
+        raise ConfigError(
+            f"{name} has rank {rank}, and network_dim is {config.network_dim}",
+            f"set network_dim = {rank} and network_alpha to what hpo inspect shows of it",
         )
 
 

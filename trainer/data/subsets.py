@@ -8,8 +8,9 @@ reads the images and captions.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trainer.data.folders import (
 )
 from trainer.datasetforms import dataset_of
 from trainer.errors import ConfigError
+from trainer.findings import Findings, piece, report
 from trainer.paths import user_path
 from trainer.text import clean_text
 from trainer.tomlfile import as_text, read_table
@@ -180,15 +182,18 @@ class _DatasetReading:
         if not isinstance(datasets, list) or not datasets:
             raise ConfigError(f"{shown(self.path)} has no [[datasets]]", "see docs/settings.md for its form")
         runs, subsets = [], []
+        findings = Findings()
         for number, dataset in enumerate(datasets):
             where = f"[[datasets]] {number + 1}"
-            own = self._section(dataset, where)
-            folders = own.pop("subsets", None)
-            if not isinstance(folders, list) or not folders:
-                raise ConfigError(f"{where} in {shown(self.path)} has no [[datasets.subsets]]", "add one")
-            values = {**general, **own}
-            runs.append(self._run(values))
-            subsets.append(self._subsets(folders, values, number))
+            with findings.looking():
+                own = self._section(dataset, where)
+                folders = own.pop("subsets", None)
+                values = {**general, **own}
+                runs.append(self._run(values))
+                if not isinstance(folders, list) or not folders:
+                    raise ConfigError(f"{where} in {shown(self.path)} has no [[datasets.subsets]]", "add one")
+                subsets.append(self._subsets(folders, values, number))
+        report(findings.errors)
         settings, own_settings = _common(runs)
         found = [
             replace(subset, own=(*subset.own, *own.items()))
@@ -218,14 +223,18 @@ class _DatasetReading:
         found: dict[str, Subset] = {}
         for place, folder in enumerate(folders, 1):
             where = f"subset {place} of [[datasets]] {number + 1}"
-            given = self._section(folder, where)
-            misplaced = [name for name in given if name in RUN_KEYS]
-            if misplaced:
-                raise ConfigError(
-                    f"{misplaced[0]} belongs to [[datasets]] {number + 1}, not to one of its subsets",
-                    "move it up",
-                )
-            subset = self._subset({**values, **given}, where, number)
+            subset = None
+            with piece():
+                given = self._section(folder, where)
+                misplaced = [name for name in given if name in RUN_KEYS]
+                if misplaced:
+                    raise ConfigError(
+                        f"{misplaced[0]} belongs to [[datasets]] {number + 1}, not to one of its subsets",
+                        "move it up",
+                    )
+                subset = self._subset({**values, **given}, where, number)
+            if subset is None:  # said already
+                continue
             source = subset.metadata_file or str(Path(subset.image_dir).resolve())
             if subset.num_repeats == 0:
                 self.notes.append(f"{where} is left out: num_repeats = 0")
@@ -251,23 +260,28 @@ class _DatasetReading:
             elif name in WITHOUT_EFFECT:
                 self.without_effect[f"{name}: {WITHOUT_EFFECT[name]}"] = None
             elif name != "subsets":
-                check_known(
-                    name,
-                    KNOWN,
-                    "setting",
-                    f"{where} of {shown(self.path)}",
-                    "sd-scripts has no such key in a dataset file",
-                )
+                with piece():
+                    check_known(
+                        name,
+                        KNOWN,
+                        "setting",
+                        f"{where} of {shown(self.path)}",
+                        "sd-scripts has no such key in a dataset file",
+                    )
         return dict(section)
 
     def _run(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of the run that one dataset asks for."""
         found: dict[str, Any] = {}
         for name, setting in RUN_KEYS.items():
-            if name == "resolution" and name in values:
-                found |= sides(values[name])
-            elif name in values:
-                found[setting] = check_value(setting, values[name])
+            if name not in values:
+                continue
+            with piece(), _named(setting, name, self.path):
+                found |= (
+                    sides(values[name])
+                    if name == "resolution"
+                    else {setting: check_value(setting, values[name])}
+                )
         return found
 
     def _subset(self, values: Mapping[str, Any], where: str, number: int) -> Subset:
@@ -276,10 +290,17 @@ class _DatasetReading:
             raise ConfigError(f"metadata_file of {where} is not a path", 'write it in "…"')
         if not isinstance(folder, str) or not (folder or metadata):
             raise ConfigError(f"{where} in {shown(self.path)} has no image_dir", "give its folder of images")
-        repeats = check("num_repeats", values.get("num_repeats"), int | None, REPEATS, where)
-        words = check("class_tokens", values.get("class_tokens", ""), str, where=where)
-        is_reg = check("is_reg", values.get("is_reg", False), bool, where=where)
-        own = {name: check_value(name, values[name]) for name in OWN_KEYS if name in values}
+        repeats, words, is_reg, own = None, "", False, {}
+        with piece():
+            repeats = check("num_repeats", values.get("num_repeats"), int | None, REPEATS, where)
+        with piece():
+            words = check("class_tokens", values.get("class_tokens", ""), str, where=where)
+        with piece():
+            is_reg = check("is_reg", values.get("is_reg", False), bool, where=where)
+        for name in OWN_KEYS:
+            if name in values:
+                with piece():
+                    own[name] = check_value(name, values[name])
         extension = own.get("caption_extension")
         if extension and not extension.startswith("."):
             own["caption_extension"] = f".{extension}"  # as sd-scripts does
@@ -295,6 +316,18 @@ class _DatasetReading:
             user_path(metadata, "metadata_file"),
             number,
         )
+
+
+@contextlib.contextmanager
+def _named(setting: str, name: str, path: Path) -> Iterator[None]:
+    """Errors inside name the key of the file (batch_size), not the setting that it becomes (train_batch_size)."""
+    try:
+        yield
+    except ConfigError as error:
+        message = error.message.replace(setting, name)
+        raise ConfigError(
+            f"{shown(path)}: {message}", error.hint.replace(f"{setting} =", f"{name} =")
+        ) from None
 
 
 def sides(value: Any) -> dict[str, int]:

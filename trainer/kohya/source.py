@@ -6,6 +6,7 @@ sd-scripts mean (``trainer.kohya.read``).
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,11 @@ def path_of(name: str, value: Any) -> Any:
     return user_path(value, name)
 
 
+def _lost(name: str) -> contextlib.AbstractContextManager[None]:
+    """Sample prompts that cannot be read end no training: ``hpo.train.promptfile`` warns."""
+    return contextlib.suppress(ConfigError) if name == "sample_prompts" else contextlib.nullcontext()
+
+
 def with_paths(source: Source, but: Collection[str]) -> Source:
     """The source with its paths read as a user's, but for settings that are given elsewhere."""
     if source.origin == SAVED:
@@ -82,7 +88,7 @@ def with_paths(source: Source, but: Collection[str]) -> Source:
     values = dict(source.values)
     for name, value in source.values.items():
         if name not in but:
-            with piece():
+            with piece(), _lost(name):
                 values[name] = path_of(name, value)
     output = source.output_dir
     if output and OUTPUT not in but:

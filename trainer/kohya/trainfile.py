@@ -7,7 +7,7 @@ forms of files (``trainer.kohya.source``), the keys of sd-scripts (``trainer.koh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,19 +74,21 @@ def read_train_file(
     places: Mapping[str, Any] | None = None,
     needs_base: bool = True,
     either_is_kohya: bool = False,
+    replaced: Collection[str] = (),
 ) -> TrainFile:
     """All settings of a run. ``dataset`` is a dataset file, ``sets`` are key=value texts, ``places`` are settings
     with their own command-line options (--base, --data). They are applied first, and only what results is checked.
+    ``replaced``: keys of the file that the caller has its own value for (output_dir); they are not checked.
     ``either_is_kohya``: see ``trainer.kohya.source.open_source``.
 
     Raises ConfigError with everything that is wrong, or ModelFileError for a LoRA without training metadata.
     """
     if collecting():
-        return _read(Path(path), dataset, list(sets), places or {}, needs_base, either_is_kohya)
+        return _read(Path(path), dataset, list(sets), places or {}, needs_base, either_is_kohya, replaced)
     findings = Findings()
     file = None
     with findings.looking():
-        file = _read(Path(path), dataset, list(sets), places or {}, needs_base, either_is_kohya)
+        file = _read(Path(path), dataset, list(sets), places or {}, needs_base, either_is_kohya, replaced)
     if findings.errors and file is not None:
         with findings.looking():
             file.require_all()
@@ -102,10 +104,11 @@ def _read(
     places: Mapping[str, Any],
     needs_base: bool,
     either_is_kohya: bool,
+    replaced: Collection[str],
 ) -> TrainFile:
     source = open_source(path, either_is_kohya=either_is_kohya)
     given = _on_command_line(source, sets, places)
-    source = _without_rivals(with_paths(source, given), given)
+    source = _without_rivals(with_paths(source, {*given, *replaced}), given)
     dataset_given: dict[str, tuple[Any, str]] = {}
     notes = None
     if (place := _dataset_file(source, dataset, given)) is not None:

@@ -24,7 +24,11 @@ def usual_settings() -> list[TrainConfig]:
     steps: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
     blocks = [{"gradient_checkpointing": True, "checkpoint_blocks": n} for n in range(1, 7)]
     fp8_blocks = [{**FP8, **some} for some in blocks]
-    batches = {1: [*steps, *blocks, FP8, *fp8_blocks], 2: [*steps, FP8], 4: [*steps, *blocks, FP8, *fp8_blocks]}
+    batches = {
+        1: [*steps, *blocks, FP8, *fp8_blocks],
+        2: [*steps, FP8],
+        4: [*steps, *blocks, FP8, *fp8_blocks],
+    }
     usual = []
     for base in (base for base in KNOWN_BASES.values() if base.hub):
         for batch, forms in batches.items():

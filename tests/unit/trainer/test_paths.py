@@ -33,6 +33,11 @@ def test_spaces_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("%APPDATA%/x", "whole path"),
         ("$HOME/x", "whole path"),
         ("${HOME}/x", "whole path"),
+        ("C:loras", "whole path"),
+        ("file:///home/me/loras", "write /home/me/loras"),
+        ("smb://nas/loras", "of this machine"),
+        ("a" * 300, "shorter"),
+        ("a\0b", "again"),
     ],
 )
 def test_a_path_of_another_system_is_refused_with_what_to_write(text: str, hint: str) -> None:
@@ -51,5 +56,12 @@ def test_a_folder_whose_name_has_a_backslash_can_be_read(
 
 @pytest.mark.parametrize("text", ["a" * 300, "~" + "/b" * 3000, "a\0b"])
 def test_what_the_system_cannot_look_up_is_an_error_in_words(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"vae = .* is no path that can be used: (File name|it has)"):
+    with pytest.raises(ConfigError, match=r"vae = .* (a name that is too long|holds a NUL)"):
         user_path(text, "vae")
+
+
+def test_quotes_around_a_quoted_path_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert user_path("'my loras'", "output_dir") == "my loras"
+    Path("'a'").mkdir()
+    assert user_path("'a'", "data") == "'a'", "a folder that exists is meant"

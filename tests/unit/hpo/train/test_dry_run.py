@@ -255,3 +255,28 @@ def test_pieces_raise_where_nobody_collects() -> None:
     with pytest.raises(Exception, match="3 findings") as caught:
         found.require_none()
     assert caught.value.exit_code == 3  # type: ignore[attr-defined]
+
+
+def test_all_mistakes_of_a_dataset_file_come_at_once_beside_those_of_the_settings(
+    place: Path, base: Path
+) -> None:
+    (place / "d.toml").write_text(
+        '[[datasets]]\nbatch_size = "1"\nfoo = 1\n'
+        '[[datasets.subsets]]\nimage_dir = "images/1_zkw figure"\nnum_repeats = "2"\nbar = 2\n'
+        '[[datasets.subsets]]\nimage_dir = "C:/x"\n'
+    )
+    (place / "k.toml").write_text(KOHYA + "clip_skip = 13\n")
+    result = hpo("train", "k.toml", "--base", str(base), "--dataset", "d.toml", "--dry-run", "--json")
+    whats = " | ".join(finding["what"] for finding in json.loads(result.stdout)["findings"])
+    assert result.exit_code == 2
+    for what in ('batch_size = "1"', "foo", 'num_repeats = "2"', "bar", "C:/x", "clip_skip = 13"):
+        assert what in whats, what
+    assert "train_batch_size" not in whats, "the key of the file is named"
+
+
+def test_a_folder_on_the_command_line_replaces_one_that_is_none_here(place: Path, base: Path) -> None:
+    (place / "k.toml").write_text(KOHYA + "output_dir = 'C:\\Users\\me\\loras'\nclip_skip = 13\n")
+    words = ("train", "k.toml", "--base", str(base), "--data", "images", "--dry-run")
+    alone = hpo(*words)
+    assert alone.exit_code == 2 and "Windows path" in alone.output and "clip_skip = 13" in alone.output
+    assert hpo(*words, "--output", "here", "--set", "clip_skip=2").exit_code == 0
