@@ -54,16 +54,17 @@ def train_adapter(
     config: TrainConfig,
     prepare: Callable[[Adapter], tuple[Prepared, Conduct]],
     on_event: Callable[[Event, Adapter], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> Adapter:
     """A trained adapter, still in the base.  Goes on from a checkpoint; on an error the base is as before.
 
     ``prepare`` encodes images and captions with the fresh adapter in the base, and returns how the run is
-    conducted (``trainer.loop.train``) beside them.
+    conducted (``trainer.loop.train``) beside them.  ``say`` gets a line if only a part of network_weights is used.
     """
     from trainer.adapters import lorafile
     from trainer.loop import loop
 
-    adapter = lorafile.begin(base, config)
+    adapter = lorafile.begin(base, config, say)
     try:
         prepared, how = prepare(adapter)
         for event in loop.train(config, base, adapter, prepared, how):

@@ -197,7 +197,7 @@ class _Run:
                 )
                 return prepared, how
 
-            adapter = train_adapter(self.place.base, config, prepare, on_event)
+            adapter = train_adapter(self.place.base, config, prepare, on_event, self.view.say)
         return keeper, adapter
 
     def _prepared(self, stop: Stop) -> Prepared:

@@ -7,7 +7,7 @@ scored, since the adapter is rounded to the save precision first.  docs/adapters
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -66,11 +66,12 @@ def write(
     write_atomic(path, content)
 
 
-def begin(base: Base, config: TrainConfig) -> Adapter:
+def begin(base: Base, config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> Adapter:
     """The adapter that training begins with: a fresh one, or the weights of network_weights.
 
-    Raises ConfigError if the file has another kind, other modules, ranks or alphas than the settings. Nothing is padded
-    or cut.
+    Modules that are not in the file begin as new, as in sd-scripts (networks/lora.py: load_weights); ``say`` gets a
+    line about them. Raises ConfigError if the file has another kind, modules that are not trained, or other ranks or
+    alphas than the settings. Nothing is padded or cut.
     """
     if not config.network_weights:
         return inject(base, config)
@@ -91,6 +92,13 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
                 up = key.removesuffix("alpha") + "lora_up.weight"
                 state[up] = state[up] * (state[key] / wanted[key])
                 state[key] = wanted[key]
+        new = _modules(wanted) - _modules(state)
+        if new and new != _modules(wanted):
+            state |= {key: tensor for key, tensor in wanted.items() if key.partition(".")[0] in new}
+            count = "1 module begins" if len(new) == 1 else f"{len(new)} modules begin"
+            say(
+                f"network_weights {name}: {count} as new, because the file does not have them: {listed(sorted(new))}"
+            )
         other = sorted(wanted.keys() ^ state.keys())
         if other:
             raise ConfigError(
@@ -112,6 +120,10 @@ def begin(base: Base, config: TrainConfig) -> Adapter:
         adapter.remove()
         raise
     return adapter
+
+
+def _modules(state: Mapping[str, Tensor]) -> set[str]:
+    return {key.partition(".")[0] for key in state}
 
 
 def _as_trained(adapter: Adapter, state: dict[str, Tensor]) -> dict[str, Tensor]:

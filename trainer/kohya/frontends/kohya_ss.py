@@ -8,6 +8,7 @@ difference: kohya_ss counts the images to turn ``epoch`` into max_train_steps; h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainer.errors import ConfigError
 from trainer.kohya.frontends.commandline import flags
 from trainer.kohya.frontends.found import as_number, tidy
 from trainer.kohya.frontends.kohya_ss_networks import network
+from trainer.text import clean_text
 
 # Fields of the window that a preset may lack, with the window's own values (class_basic_training.py,
 # class_advanced_training.py, lora_gui.py). max_train_steps is no member: presets without it are older than the field.
@@ -257,8 +259,18 @@ def _fields(preset: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     fields |= {name: WINDOW[name] for name in missing}
     for name, otherwise in _NUMBERS.items():
         if name in fields:
+            _check_point(name, fields[name])
             fields[name] = tidy(as_number(fields[name], otherwise))
     return fields, notes
+
+
+def _check_point(name: str, value: Any) -> None:
+    """Raise ConfigError for a decimal comma, which kohya_ss reads as no number."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value):
+        raise ConfigError(
+            f"{name} = {clean_text(value)} in a preset of kohya_ss has a comma",
+            f"write a point: {clean_text(value.strip().replace(',', '.'))}",
+        )
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,3 +98,22 @@ def test_files_to_merge_are_paths_of_a_user(tmp_path: Path, monkeypatch: pytest.
     assert base_weights(config) == [(tmp_path / "a.safetensors", 0.5), (Path("b.safetensors"), 1.0)]
     with pytest.raises(ConfigError, match="Windows path"):
         base_weights(tiny_config(base_weights="C:\\loras\\a.safetensors"))
+
+
+def test_modules_that_the_file_does_not_have_begin_as_new_and_are_said(tmp_path: Path) -> None:
+    base, path, said = tiny_base("sd15"), tmp_path / "a.safetensors", list[str]()
+    lora(base, path, network_dim=2, network_alpha=2, network_train_unet_only=True)
+    config = tiny_config(network_dim=2, network_alpha=2, network_weights=str(path))
+    adapter = lorafile.begin(base, config, said.append)
+    given = lorafile.read(path).tensors
+    for key, tensor in adapter.state().items():
+        if key.startswith("lora_unet_"):
+            assert torch.equal(tensor, given[key].float())
+        elif key.endswith("lora_up.weight"):
+            assert not tensor.any()
+    (line,) = said
+    assert "modules begin as new" in line and "lora_te_" in line
+    adapter.remove()
+    lora(base, path, network_dim=2, network_alpha=2, text_encoder_lr=1e-4, unet_lr=0.0)
+    with pytest.raises(ConfigError, match="has other tensors"):  # nothing of the file would be trained
+        lorafile.begin(base, config.with_values({"network_train_unet_only": True}))

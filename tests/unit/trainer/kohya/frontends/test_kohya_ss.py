@@ -113,6 +113,11 @@ def test_numbers_saved_as_texts_are_numbers_and_empty_ones_ask_for_nothing() -> 
     assert settings["max_train_epochs"] == 3 and "lr_warmup_steps" not in settings
 
 
+def test_a_decimal_comma_is_not_another_number() -> None:
+    with pytest.raises(ConfigError, match=r"network_alpha = 4,0 .* has a comma"):
+        preset(network_alpha="4,0")
+
+
 def test_a_rate_of_zero_freezes_that_part() -> None:
     unet_only = preset(text_encoder_lr=0, unet_lr=1e-4).settings
     assert unet_only["network_train_unet_only"] is True and "text_encoder_lr" not in unet_only
