@@ -311,5 +311,5 @@ class SearchProposals(BenchProposals):
                 f"the search space is exhausted: {MAX_DUPLICATES} suggestions in a row repeat earlier trials; "
                 f"for a larger space, start a new study {another_name()}"
             )
-        total = f"{self.total} trials are done"
+        total = "1 trial is done" if self.total == 1 else f"{self.total} trials are done"
         return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total

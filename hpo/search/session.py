@@ -254,8 +254,8 @@ def _cost_line(cost: Cost, now: Standing, size: str) -> str:
         else "time unknown"
     )
     return (
-        f"cost: {now.left} trials × (about {cost.steps:.0f} steps + {cost.images} images): {about}; "
-        f"about {size} of disk"
+        f"cost: {now.left} trial{'s'[: now.left != 1]} × (about {cost.steps:.0f} steps + {cost.images} images): "
+        f"{about}; about {size} of disk"
     )
 
 

@@ -28,7 +28,8 @@ def introduction(config: StudyConfig, trials: int) -> RenderableType:
 
 
 def ratio_line(settings: int, trials: int) -> str:
-    return f"{settings} settings, {trials} trials: {trials / settings:.1f} trials for each searched setting"
+    counts = f"{settings} setting{'s'[: settings != 1]}, {trials} trial{'s'[: trials != 1]}"
+    return f"{counts}: {trials / settings:.1f} trials for each searched setting"
 
 
 def summary(

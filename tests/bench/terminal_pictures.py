@@ -51,7 +51,7 @@ MAKE = (  # what a step leaves behind, and the command
     (f"{OUTPUT}/{NAME}_mini-sdxl.safetensors", ("train", SETTINGS)),
     (f"{OUTPUT}/best.safetensors", ("evaluate", OUTPUT, "--definition", QUICK)),
 )
-SHEET_PX = 1150  # the height at which the sheet is cut, at the next gap above
+SHEET_PX = 1150  # the height at which the sheet is cut, at the next end of a row above
 SHOWN = {
     "status": ("status", NAME),
     "confirm": ("confirm", NAME, "--top", "2", "--yes"),
@@ -125,9 +125,11 @@ def picture(words: tuple[str, ...], text: str) -> str:
 
 
 def first_rows(sheet: Image.Image) -> Image.Image:
-    """The sheet down to a gap between two rows, at most ``SHEET_PX`` high."""
-    blank = (np.asarray(sheet.convert("L"))[:SHEET_PX] == 255).all(axis=1)
-    return sheet.crop((0, 0, sheet.width, int(np.flatnonzero(blank)[-1])))
+    """The sheet down to the end of a row of images, at most ``SHEET_PX`` high, with the margin that it has above."""
+    filled = (np.asarray(sheet.convert("L"))[:SHEET_PX] < 250).mean(axis=1)
+    images = filled > 0.6  # texts fill less
+    ends = np.flatnonzero(images[:-1] & ~images[1:])
+    return sheet.crop((0, 0, sheet.width, int(ends[-1]) + 1 + int(np.flatnonzero(filled)[0])))
 
 
 def take_dashboard(work: Path, trial: int) -> None:
@@ -149,7 +151,7 @@ def main() -> None:
         if not (work / left).exists():
             subprocess.run([sys.executable, "-m", "hpo.cli", *words], cwd=work, env=environment(), check=True)
     winner = json.loads((work / f"runs/{NAME}/confirmed.json").read_text())["winner"]
-    compare = ("compare", f"runs/{NAME}/trial_{winner:04d}", OUTPUT)
+    compare = ("compare", f"runs/{NAME}/trial_{winner:04d}", OUTPUT, "--definition", QUICK)
     subprocess.run([sys.executable, "-m", "hpo.cli", *compare], cwd=work, env=environment(), check=True)
     for name, words in {**SHOWN, "compare": compare}.items():
         (IMAGES / f"{name}.svg").write_text(picture(words, shown(work, words)), encoding="utf-8")
