@@ -5,6 +5,8 @@ Each command parses its options, calls one function and prints.  Importing this 
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shlex
 import sys
@@ -48,6 +50,9 @@ def _unwritable(error: UnicodeEncodeError) -> ToolError:
         f"{error.object!a} cannot be a file name: the system's encoding is {error.encoding}",
         "set PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8",
     )
+
+
+_OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Commands(click.Group):
@@ -103,6 +108,17 @@ class Commands(click.Group):
         except BrokenPipeError:
             sys.stderr.close()
             sys.exit(0)
+        except OSError as error:
+            if error.errno not in _OUTPUT_FULL or error.filename is not None:
+                raise
+            sys.stdout = io.StringIO()  # what is left in its buffer cannot be written either
+            print_error(
+                MachineError(
+                    f"the output cannot be written: {error.strerror}",
+                    "free some space where it is redirected to, then run the command again",
+                )
+            )
+            sys.exit(MachineError.exit_code)
 
 
 def version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:

@@ -296,3 +296,12 @@ def test_a_port_in_use_is_named(study: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         result = hpo("dashboard", "tiny", "--port", str(server.getsockname()[1]))
     assert result.exit_code == 5 and "--port" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_an_error_in_words() -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "hpo.cli", "inspect", "--help"]
+        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 5 and "the output cannot be written: No space left" in ended.stderr
+    assert "Traceback" not in ended.stderr
