@@ -45,7 +45,12 @@ def run_session(
         Anchors.require_separable = lambda anchors: None  # type: ignore[method-assign]
     try:
         request = SearchRequest(
-            Inputs("tiny", data), trials, study=str(definition), name=root.name, runs=root.parent, **words
+            Inputs("tiny", data, class_word="figure"),
+            trials,
+            study=str(definition),
+            name=root.name,
+            runs=root.parent,
+            **words,
         )
         search(request, Console(file=screen, width=200))
     finally:

@@ -220,7 +220,7 @@ def test_an_orphan_beyond_a_lowered_total_is_left_and_finished_once_it_is_raised
 ) -> None:
     assert attempt(kill_in_trial_1, root, data) == -signal.SIGKILL
     said = run_session(root, data, trials=1)
-    assert "1 trials are done; trial 1 was interrupted: raise --trials to finish it" in said
+    assert "1 trial is done; trial 1 was interrupted: raise --trials to finish it" in said
     states = [t.state.name for t in open_study(StudyFolder(root)).get_trials(deepcopy=False)]
     assert states == ["COMPLETE", "RUNNING"]
     assert "complete=2/2" in run_session(root, data, trials=2)
