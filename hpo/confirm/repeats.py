@@ -13,8 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.confirm.outcome import RESCORED, ConfirmCandidate, Confirmed, Repeat, decide
 from hpo.confirm.proposals import ConfirmProposals
 from hpo.confirm.wanted import run_of
-from hpo.search import images_seen
 from hpo.study import components, is_feasible, read_json, score_of
+from hpo.train import images_seen
 from trainer.errors import DataError
 
 if TYPE_CHECKING:

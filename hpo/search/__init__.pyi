@@ -1,5 +1,4 @@
 from . import workbench as workbench
-from .cost import images_seen as images_seen
 from .cost import probed_pace as probed_pace
 from .dashboard import serve as serve
 from .opening import opened as opened

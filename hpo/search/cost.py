@@ -30,10 +30,10 @@ from hpo.study import (
     span,
 )
 from hpo.terminal import clock
-from hpo.train import count_steps
+from hpo.train import images_seen
 from trainer.adapters import adapter, count_weights
 from trainer.config import TrainConfig
-from trainer.data import Dataset, total_steps
+from trainer.data import total_steps
 from trainer.errors import MachineError, OutOfMemory
 from trainer.events import Step
 from trainer.files import folder_bytes, require_space
@@ -125,13 +125,6 @@ def ends(bench: Workbench) -> Ends:
         seen.append(images_seen(config, bench.data))
         samples.append(samples_of(config, run.total_steps))
     return Ends((min(updates), max(updates)), (min(seen), max(seen)), (min(samples), max(samples)))
-
-
-def images_seen(config: TrainConfig, data: Dataset) -> int:
-    """How many training images a training sees, each as often as it is repeated; without regularization images."""
-    run = count_steps(config, data)
-    own = sum(item.repeats for item in data.items if not item.is_reg)
-    return round(run.samples_seen * own / run.samples_per_epoch)
 
 
 def check_disk(bench: Workbench, cost: Cost, trials: int, keep_best: int | None) -> None:

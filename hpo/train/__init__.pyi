@@ -5,3 +5,4 @@ from .command import TrainRequest as TrainRequest
 from .command import train as train
 from .plan import Steps as Steps
 from .plan import count_steps as count_steps
+from .plan import images_seen as images_seen

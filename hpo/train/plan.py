@@ -87,6 +87,13 @@ def count_steps(config: TrainConfig, data: Dataset) -> Steps:
     )
 
 
+def images_seen(config: TrainConfig, data: Dataset) -> int:
+    """How many training images a training sees, each as often as it is repeated; without regularization images."""
+    run = count_steps(config, data)
+    own = sum(item.repeats for item in data.items if not item.is_reg)
+    return round(run.samples_seen * own / run.samples_per_epoch)
+
+
 def as_json(
     file: TrainFile, data: Dataset | None, output: str, findings: list[dict[str, Any]]
 ) -> dict[str, Any]:
