@@ -30,7 +30,7 @@ from hpo.study import (
     span,
 )
 from hpo.terminal import clock
-from hpo.train import images_seen
+from hpo.train import count_steps, images_seen
 from trainer.adapters import adapter, count_weights
 from trainer.config import TrainConfig
 from trainer.data import total_steps
