@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.adapters.contents import Contents, listed
 from trainer.adapters.keys import Name
+from trainer.bases import FAMILIES
 
 FLAGS = ("alpha", "on_input", "oft_R.scaled_oft", "scalar")  # parts of a single value
 _LAYER = re.compile(r"encoder_layers_(\d+)_")
@@ -35,14 +36,19 @@ def value_notes(contents: Contents, tensors: Mapping[str, Tensor]) -> list[str]:
     if len(zero) == len(contents.kinds) and zero:
         found.append("all modules are zero and change nothing: the file was not trained")
     elif zero:
-        why = ": the last layer of a text encoder, which SDXL does not use" if _unused(contents, zero) else ""
+        unused = f": the last layer of a text encoder, which {contents.made_for.title} does not use"
+        why = unused if _unused(contents, zero) else ""
         found.append(f"{len(zero)} of {len(contents.kinds)} modules are zero and change nothing{why}")
     return found
 
 
 def _unused(contents: Contents, zero: Sequence[Name]) -> bool:
-    """Whether all are in the last layer of SDXL's first text encoder: its output comes from the layer before."""
-    if contents.made_for.families != ("sdxl",) or any(name.component != "text_encoder" for name in zero):
+    """Whether all are in the last layer of the first text encoder of a family without clip_skip, as SDXL: its output
+    always comes from the layer before."""
+    families = contents.made_for.families
+    if len(families) != 1 or FAMILIES[families[0]].uses_clip_skip:
+        return False
+    if any(name.component != "text_encoder" for name in zero):
         return False
     layers = {name: _LAYER.match(name.path) for name in contents.kinds if name.component == "text_encoder"}
     last = max((int(layer[1]) for layer in layers.values() if layer), default=-1)
