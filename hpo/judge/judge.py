@@ -46,11 +46,11 @@ from hpo.study import (
 )
 from hpo.terminal import short
 from hpo.train import check_device
-from trainer.adapters import DATASET_KEY, lorafile
+from trainer.adapters import DATASET_KEY, base_weights, check_lora, lorafile, merge_base_weights
 from trainer.bases import Base, check_vae, compute_type, load_base
 from trainer.config import TrainConfig
 from trainer.data import Dataset, shown
-from trainer.errors import ConfigError, DataError, MissingModel, OutOfMemory
+from trainer.errors import ConfigError, DataError, MissingModel, ModelFileError, OutOfMemory
 from trainer.files import make_folder, sha256_file, write_atomic
 
 if TYPE_CHECKING:
@@ -238,6 +238,7 @@ def load(
         settings=config,
         say=say,
     )
+    _merge_base_weights_of_run(base, config, say)
     _say_changes(run, base, data, say)
     sampling = standards.sampling(run, known, config, base)
     if plan is not None:
@@ -269,6 +270,17 @@ def _with_vae_of_run(config: TrainConfig, say: Say) -> TrainConfig:
         )
         return config.with_values({"vae": ""})
     return config
+
+
+def _merge_base_weights_of_run(base: Base, config: TrainConfig, say: Say) -> None:
+    """Make the base that the run was trained on, unless one of its files is not on this machine."""
+    try:
+        for path, _ in base_weights(config):
+            check_lora(path, base.family)
+    except (ModelFileError, ConfigError) as error:
+        say(f"warning: images are generated without base_weights of the run: {error.message}")
+        return
+    merge_base_weights(base, config, say)
 
 
 def _say_changes(run: RunFiles, base: Base, data: Dataset, say: Say) -> None:

@@ -618,3 +618,29 @@ def test_a_run_that_belongs_to_no_study_is_judged_as_what_its_folder_says(place:
     assert any(prompt.text.endswith(", zkw style") for prompt in found.evaluator.prompts.prompts)
     named, said = judge("stylish", study="sd15-character.toml")
     assert not named.evaluator.likeness.name.startswith("style of") and "judged as a style" not in said
+
+
+def test_a_run_with_base_weights_is_judged_on_the_base_that_it_was_trained_on(place: Path) -> None:
+    (place / "first.safetensors").write_bytes((place / "out15" / "zkw.safetensors").read_bytes())
+    words = (
+        "settings.toml",
+        "--base",
+        "tiny-sd15",
+        "--data",
+        "images",
+        "--device",
+        "cpu",
+        "--output",
+        "second",
+    )
+    result = run(
+        "train", *words, "--set", "base_weights=first.safetensors", "--set", "save_every_n_epochs=none"
+    )
+    assert result.exit_code == 0, result.output
+    result = evaluate("second")
+    assert result.exit_code == 0 and "merged first.safetensors into the base" in result.output, result.output
+    assert "different base" not in result.output
+    (place / "first.safetensors").unlink()
+    result = evaluate("second")
+    assert result.exit_code == 0 and "without base_weights of the run: " in result.output, result.output
+    assert "trained on a different base" in result.output
