@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from evaluation.score.statistics import above_zero, prompt_draws
-from hpo.cli.options import Renamed
+from hpo.cli.options import PATH, Renamed
 from hpo.cli.studies import search
 from hpo.search.summary import summary
 from hpo.study.changes import LEARNED_CHANGE
@@ -343,7 +343,7 @@ def test_the_next_search_can_be_pasted_in_another_folder_and_takes_no_enqueued_f
 def test_the_options_of_a_search_are_known_where_its_command_is_repeated() -> None:
     options = [param for param in search.params if isinstance(param, click.Option)]
     assert {name for one in options if one.is_flag or one.count for name in one.opts} == set(FLAGS)
-    paths = {name for one in options if isinstance(one.type, click.Path) for name in one.opts}
+    paths = {name for one in options if one.type is PATH for name in one.opts}
     assert paths == {*PATHS, "--enqueue", "--runs"}
     assert all(name.startswith("--") for one in options for name in one.opts), (
         "a short option is not understood"
