@@ -94,7 +94,8 @@ def test_a_search_becomes_an_evaluated_run_on_the_larger_base(form: Form, tmp_pa
     dry = json.loads(hpo(tmp_path, "train", str(settings), "--dry-run", "--json"))
     assert dry["config"]["resolution"] == 128
     said = hpo(tmp_path, "train", str(settings), "--set", "save_every_n_epochs=1")
-    output = next(line for line in said.splitlines() if line.startswith("next: hpo evaluate")).split()[-1]
+    shown = next(line for line in said.splitlines() if line.startswith("next: hpo evaluate")).split()[-1]
+    output = str(tmp_path / shown)
     lora = next(Path(output).glob("chain*.safetensors"))
     assert len(read(lora).tensors) > 0
 
