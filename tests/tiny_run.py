@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+import hpo.train.keeper
 import trainer.bases.miniature
 from tests.tiny import make_vae_overflow, save_folder, tiny_base
+from trainer.events import Step
 
 MINI_CLIP = Path(trainer.bases.miniature.__file__).parent / "weights" / "mini-clip"
 # What a tiny base can be trained with; a test adds its rate, its batch and its length.
@@ -64,3 +70,15 @@ def loud_base(folder: Path, family: str, *, overflows: bool = False) -> Path:
     if overflows:
         make_vae_overflow(base.vae)
     return save_folder(base, folder)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, how: signal.Signals) -> None:
+    """Trainings get the signal after this step, once what it asks for is written."""
+    original = hpo.train.keeper.Keeper.on_event
+
+    def stopping(self: Any, event: Any, adapter: Any) -> None:
+        original(self, event, adapter)
+        if isinstance(event, Step) and event.step == step:
+            os.kill(os.getpid(), how)
+
+    monkeypatch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)

@@ -14,7 +14,7 @@ from hpo.confirm.outcome import RESCORED, ConfirmCandidate, Confirmed, Repeat, d
 from hpo.confirm.proposals import ConfirmProposals
 from hpo.confirm.wanted import run_of
 from hpo.study import components, is_feasible, read_json, score_of
-from hpo.train import images_seen
+from hpo.train import count_steps, images_seen
 from trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -79,6 +79,6 @@ def _repeat(trial: FrozenTrial, runs: ConfirmProposals) -> Repeat:
         score.value,
         by_draw(score, runs.bench.anchors),
         float(cost.get("train_seconds", 0.0)),
-        images_seen(config, runs.bench.data),
+        images_seen(count_steps(config, runs.bench.data), runs.bench.data),
         score.objective,
     )

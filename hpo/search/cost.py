@@ -122,7 +122,7 @@ def ends(bench: Workbench) -> Ends:
         config = bench.study.config({**bench.study.baseline, **corner})
         run = count_steps(config, bench.data)
         updates.append(run.total_steps)
-        seen.append(images_seen(config, bench.data))
+        seen.append(images_seen(run, bench.data))
         samples.append(samples_of(config, run.total_steps))
     return Ends((min(updates), max(updates)), (min(seen), max(seen)), (min(samples), max(samples)))
 

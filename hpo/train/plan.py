@@ -87,9 +87,8 @@ def count_steps(config: TrainConfig, data: Dataset) -> Steps:
     )
 
 
-def images_seen(config: TrainConfig, data: Dataset) -> int:
-    """How many training images a training sees, each as often as it is repeated; without regularization images."""
-    run = count_steps(config, data)
+def images_seen(run: Steps, data: Dataset) -> int:
+    """How many training images a run sees, each as often as it is repeated; without regularization images."""
     own = sum(item.repeats for item in data.items if not item.is_reg)
     return round(run.samples_seen * own / run.samples_per_epoch)
 

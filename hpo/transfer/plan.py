@@ -42,7 +42,7 @@ class DatasetFigures:
         """Optimizer steps and epochs of a run."""
         if self.batches is not None:
             return length_of(config, self.batches(config))
-        return length_of(config, math.ceil(self.samples / config.train_batch_size))
+        return _in_one_bucket(config, self.samples)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,11 @@ def two_digits(value: float) -> float:
 
 def updates_of(config: TrainConfig, samples: int) -> int:
     """Optimizer steps, as if all images were in one bucket.  More buckets can add a few."""
-    return length_of(config, math.ceil(samples / config.train_batch_size)).total_steps
+    return _in_one_bucket(config, samples).total_steps
+
+
+def _in_one_bucket(config: TrainConfig, samples: int) -> Plan:
+    return length_of(config, math.ceil(samples / config.train_batch_size))
 
 
 def normalised(rate: float, alpha: float) -> float:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-import hpo.train.keeper
 from hpo.cli.main import main
 from tests.tiny import save_folder, tiny_base
+from tests.tiny_run import stop_after
 from tests.tiny_search import draw_images
-from trainer.events import Step
 
 KOHYA_SS = {
     "LoRA_type": "LyCORIS/LoHa",
@@ -150,15 +148,8 @@ def test_a_preset_is_trained_stopped_resumed_and_read_back(
 
     whole = train("whole")
     assert whole.exit_code == 0 and f"trained {STEPS} steps" in whole.output, whole.output
-    original = hpo.train.keeper.Keeper.on_event
-
-    def stopping(self: Any, event: Any, adapter: Any) -> None:
-        original(self, event, adapter)
-        if isinstance(event, Step) and event.step == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
+        stop_after(patch, 3, signal.SIGINT)
         stopped = train("stopped")
     assert stopped.exit_code == 130 and not Path("stopped/kai.safetensors").exists(), stopped.output
     again = train("stopped")

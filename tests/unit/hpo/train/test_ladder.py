@@ -16,15 +16,13 @@ from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hpo.train.keeper
 from hpo.cli.main import main
 from hpo.train.ladder import RunLadder
-from tests.tiny_run import TINY
+from tests.tiny_run import TINY, stop_after
 from tests.tiny_search import draw_images
 from trainer.bases.sd15 import SD15
 from trainer.compute.fp8 import holds_fp8
 from trainer.config import TrainConfig
-from trainer.events import Step
 from trainer.memory.ladder import next_rung
 
 
@@ -219,15 +217,8 @@ def test_a_resumed_run_remembers_its_rungs_and_a_finished_one_is_known_again(
 ) -> None:
     a_card_that_holds(monkeypatch, lambda self, noisy, states: len(noisy) <= 2, from_call=2)
     assert train(base, "--output", "whole").exit_code == 0
-    original = hpo.train.keeper.Keeper.on_event
-
-    def stopping(self: Any, event: Any, adapter: Any) -> None:
-        original(self, event, adapter)
-        if isinstance(event, Step) and event.step == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
+        stop_after(patch, 3, signal.SIGINT)
         assert train(base, "--output", "stopped").exit_code == 130
     again = train(base, "--output", "stopped")
     assert again.exit_code == 0 and "as before: 2 of the 4 images" in again.output

@@ -15,16 +15,15 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
-import hpo.train.keeper
 from hpo.cli.main import main
 from hpo.train import memory as runmemory
 from hpo.train.ladder import RunLadder
 from tests.faults.zygote import attempt
 from tests.tiny import save_folder, tiny_base
+from tests.tiny_run import stop_after
 from tests.tiny_search import draw_images
 from trainer.bases.sd15 import SD15
 from trainer.config import TrainConfig
-from trainer.events import Step
 from trainer.loop import loop
 from trainer.memory import ladder
 from trainer.memory.footprint import base_facts, predict
@@ -88,17 +87,6 @@ def rows(run: str) -> list[dict[str, Any]]:
 
 def weights(run: str) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(f"{run}/lora.safetensors")
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, how: signal.Signals) -> None:
-    original = hpo.train.keeper.Keeper.on_event
-
-    def stopping(self: Any, event: Any, adapter: Any) -> None:
-        original(self, event, adapter)
-        if isinstance(event, Step) and event.step == step:
-            os.kill(os.getpid(), how)
-
-    monkeypatch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
 
 
 def test_a_stopped_run_goes_on_bitwise_when_less_is_free(

@@ -22,7 +22,7 @@ from hpo.cli.main import main
 from hpo.judge.runfiles import find_run
 from hpo.train.plan import count_steps
 from tests.lorafiles import FILES
-from tests.tiny_run import TINY
+from tests.tiny_run import TINY, stop_after
 from tests.tiny_search import draw_images
 from trainer.adapters.adapter import inject
 from trainer.adapters.metadata import DATASET_KEY
@@ -215,15 +215,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
 ) -> None:
     assert train(base, "--output", "whole", "--set", "flip_aug=true").exit_code == 0
 
-    original = hpo.train.keeper.Keeper.on_event
-
-    def stopping(self: Any, event: Any, adapter: Any) -> None:
-        original(self, event, adapter)
-        if isinstance(event, Step) and event.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.train.keeper.Keeper, "on_event", stopping)
+        stop_after(patch, 2, signal.SIGTERM)
         stopped = train(base, "--output", "parts", "--set", "flip_aug=true")
     assert stopped.exit_code == 130 and "stopped after step 2/6" in stopped.stderr
     assert "next: hpo resume " in stopped.stderr
