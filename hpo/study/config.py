@@ -236,11 +236,10 @@ def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:
     name = path.name.removesuffix(".toml")
     shipped = {p.name: p for p in SHIPPED.glob("*.toml")}
     if path.parent == Path("."):
-        local = Path("studies") / f"{name}.toml"
-        here: Path | None = Path(f"{name}.toml")
-        if is_default and not _has_section(Path(f"{name}.toml")):
-            here = None
-        for found in (here, local, shipped.get(f"{name}.toml")):
+        here = Path(f"{name}.toml")
+        if here.is_file() and (not is_default or _has_section(here)):
+            return here
+        for found in (Path("studies") / here, shipped.get(here.name)):
             if found is not None and found.is_file():
                 return found
     if path.is_file():
