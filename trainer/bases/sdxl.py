@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.bases.base import Base, Sizes, TextStates, first_position, join_windows
+from trainer.bases.onto import onto
 
 # diffusers names in a resnet and in a sampler → sgm names (sd-scripts library/sdxl_model_util.py)
 _RESNET = {
@@ -71,7 +72,7 @@ class SDXL(Base):
             encoder_hidden_states=states.hidden_BLD.to(self.compute_dtype),
             added_cond_kwargs={
                 "text_embeds": states.pooled_BP.to(self.compute_dtype),
-                "time_ids": torch.tensor(ids, device=noisy_BCHW.device, dtype=torch.float32),
+                "time_ids": onto(torch.tensor(ids, dtype=torch.float32), noisy_BCHW.device),
             },
             return_dict=False,
         )[0]

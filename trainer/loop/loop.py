@@ -22,8 +22,9 @@ from trainer.data import Moment, Plan, Prepared, epoch_batches, plan, preflight
 from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.loop import checkpoint, optim
+from trainer.loop.batches import MicroBatch, Sample
 from trainer.loop.ranks import ALONE, Ranks
-from trainer.loop.stepper import MicroBatch, Sample, StepOutcome, Stepper
+from trainer.loop.stepper import Following, StepOutcome, Stepper
 from trainer.oom import out_of_memory_named
 
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
@@ -67,12 +68,12 @@ def train(
                 yield stepper.rehearse(_largest(config, prepared))
         progress = saves.restore()
         stepper.park()
-        for epoch, group in _remaining(config, prepared, length, progress.step):
+        for (epoch, group), following in _with_next(_remaining(config, prepared, length, progress.step)):
             started = time.perf_counter()
             rates = optim.set_rates_of_step(stepper.optimizer, config, length.total_steps, progress.step)
             try:
                 with out_of_memory_named(config):
-                    outcome = stepper.step(group, epoch, progress.step)
+                    outcome = stepper.step(group, epoch, progress.step, following)
             except OutOfMemory:
                 if progress.step and stepper.is_untouched:
                     saves.save(progress)
@@ -194,9 +195,7 @@ def _epoch_groups(config: TrainConfig, prepared: Prepared, epoch: int) -> list[l
     return [micros[start : start + size] for start in range(0, len(micros), size)]
 
 
-def _remaining(
-    config: TrainConfig, prepared: Prepared, length: Plan, done: int
-) -> Iterator[tuple[int, list[MicroBatch]]]:
+def _remaining(config: TrainConfig, prepared: Prepared, length: Plan, done: int) -> Iterator[Following]:
     """(epoch, micro-batches of a step) for every step that is not done yet."""
     first_epoch, place = divmod(done, length.steps_per_epoch)
     left = length.total_steps - done
@@ -206,6 +205,15 @@ def _remaining(
         place = 0
         for group in groups:
             yield epoch, group
+
+
+def _with_next(steps: Iterator[Following]) -> Iterator[tuple[Following, Following | None]]:
+    """Each step with the one after it; None after the last."""
+    this = next(steps, None)
+    while this is not None:
+        following = next(steps, None)
+        yield this, following
+        this = following
 
 
 def _event(

@@ -17,6 +17,11 @@ from trainer.errors import MachineError
 from trainer.optimizers import OPTIMIZERS, arguments_of, missing
 
 Groups = list[dict[str, Any]]
+FUSED = (
+    "Adam",
+    "AdamW",
+    "SGD",
+)  # on a GPU one kernel updates all weights; no number is another (tests/parity)
 
 
 def make(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
@@ -26,6 +31,8 @@ def make(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """
     made = _class(config.optimizer_type, _is_on_cpu(groups))
     values = {**_arguments(groups, config), "weight_decay": config.weight_decay}
+    if made.__module__.startswith("torch.optim.") and made.__name__ in FUSED and not _is_on_cpu(groups):
+        values["fused"] = True
     with contextlib.redirect_stdout(io.StringIO()):  # Prodigy prints "Using decoupled weight decay"
         optimizer: torch.optim.Optimizer = made(groups, **values)
     return optimizer
