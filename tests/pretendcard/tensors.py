@@ -371,8 +371,17 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if wanted is not None:
         named["device"] = _CPU
     named.pop("pin_memory", None)
-    result = func(*given, **named)
+    result = _wide(func, given, named) if func in WIDE else func(*given, **named)
     return result if index < 0 else _wrapped_all(result, index, known)
+
+
+WIDE = (aten.mm.dtype, aten.addmm.dtype, aten.bmm.dtype, aten.baddbmm.dtype)
+
+
+def _wide(func: Any, given: Any, named: Any) -> Any:
+    """Matrix products with an out_dtype, which only CUDA has: the factors in 16 bits, the sum in fp32."""
+    *factors, kind = given
+    return func.overloadpacket(*(each.to(kind) for each in factors), **named)
 
 
 def _on_cpu(func: Any, name: str, args: Any, kwargs: Any) -> Any:
