@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -219,6 +220,13 @@ def _run(module: Sequence[str], log: Path) -> float:
     if done.returncode:
         raise RuntimeError(f"{' '.join(module[:2])} ended with {done.returncode}: {log.read_text()[-800:]}")
     return time.perf_counter() - started
+
+
+def clear(place: Path) -> None:
+    """Remove what rounds that were broken off have left, so that ``measure`` begins anew."""
+    shutil.rmtree(place / "runs", ignore_errors=True)
+    for path in (*place.glob("study*.clock.json"), place / "throughput.json"):
+        path.unlink(missing_ok=True)
 
 
 def measure(setting: Setting, place: Path, rounds: int) -> dict[str, Any]:
