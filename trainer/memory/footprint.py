@@ -168,9 +168,9 @@ def text_encoders_stay(config: TrainConfig) -> bool:
 
 
 def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
-    """Bytes of a weight; in fp8, matrices and kernels have one fp32 scale per output (``trainer.compute.fp8``)."""
+    """Bytes of a weight; in fp8, matrices and kernels have one bf16 scale per output (``trainer.compute.fp8``)."""
     if is_fp8 and len(tensor) >= 2:
-        return _count(tensor) + 4 * tensor[0]
+        return _count(tensor) + 2 * tensor[0]
     return element * _count(tensor)
 
 
