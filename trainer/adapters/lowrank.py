@@ -78,9 +78,8 @@ class LowRankLayer(nn.Module):
             return self._convolved(x, *_halves(self.lora_down, up, pair, x.dtype), mask, scale)
         flat_NI = x.reshape(-1, x.shape[-1])
         flat_mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
-        if type(self.base_layer) is nn.Linear and x.is_contiguous():
-            layer = self.base_layer
-            given = (layer.weight, layer.bias, self.lora_down, up)
+        if is_plain(self.base_layer) and x.is_contiguous():
+            given = (self.weight, self.bias, self.lora_down, up)
             y_NO = _Linear.apply(flat_NI, *given, pair, flat_mask, scale)
         else:  # in 8 bits, or a permuted input, for which torch computes W x + b in another way
             down, up = _halves(self.lora_down, up, pair, x.dtype)
@@ -131,6 +130,11 @@ def kind_of(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a frozen layer is x Wᵀ + b with a W that is stored as it is used."""
+    return type(layer) is nn.Linear
 
 
 def _halves(down: Tensor, up: Tensor, pair: Pair, kind: torch.dtype) -> tuple[Tensor, Tensor]:
