@@ -5,8 +5,8 @@
     python -m tests.bench.bench_step wall --base sd15 --rounds 5               # seconds on this machine
 
 * **ours**: ``trainer.loop.stepper`` as ``hpo train`` runs it.
-* **PEFT layers**: the same stepper over PEFT's LoRA layers under autocast, dropout in hooks with a generator each, and
-  the optimizer not fused: what this tool did until 2026-11-29.
+* **PEFT layers**: the same stepper over PEFT's LoRA layers under autocast, dropout in hooks with a generator each:
+  what this tool did until 2026-11-29.
 * **diffusers**: a plain loop as in diffusers' ``train_text_to_image_lora.py``: PEFT's LoraConfig on the attention
   projections of the U-Net, fp32 LoRA under bf16 autocast, torch's AdamW. Fewer modules are trained than by the others.
 * **sd-scripts**: its networks/lora.py over the same networks, in a plain loop like its ``train_network.py``.
@@ -47,7 +47,6 @@ from trainer.data.dataset import Dataset, Item
 from trainer.data.epoch import assign_buckets
 from trainer.loop import loop, loss, optim
 from trainer.loop.batches import Sample
-from trainer.loop.optimizers import FUSED
 from trainer.loop.stepper import Stepper
 
 OURS, PEFT, DIFFUSERS, SD_SCRIPTS = "ours", "PEFT layers", "diffusers", "sd-scripts"
@@ -153,17 +152,13 @@ def ours(base: Base, config: TrainConfig, prepared: Prepared) -> Iterator[Step]:
 @contextlib.contextmanager
 def with_peft(base: Base, config: TrainConfig, prepared: Prepared) -> Iterator[Step]:
     """Ours over PEFT's layers."""
-    from trainer.loop import optimizers
-
     adapter = inject(base, config)
-    optimizers.FUSED = ()
     try:
         exchange(adapter, base)
         with loop.recomputing(base, config), Stepper(config, adapter, prepared) as stepper:
             group = [[Sample(item, 0) for item in prepared.dataset.items]]
             yield lambda number: void(stepper.step(group, 0, number, None))
     finally:
-        optimizers.FUSED = FUSED
         take_out_peft(base)
 
 

@@ -17,9 +17,6 @@ from trainer.errors import MachineError
 from trainer.optimizers import OPTIMIZERS, arguments_of, missing
 
 Groups = list[dict[str, Any]]
-# One kernel for all weights on a GPU, one call on a CPU; the numbers are the same up to fp32's rounding.  A checkpoint
-# of an earlier version goes on as it began: the choice is part of the optimizer's state.
-FUSED = ("Adam", "AdamW", "SGD")
 
 
 def make(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
@@ -29,8 +26,6 @@ def make(groups: Groups, config: TrainConfig) -> torch.optim.Optimizer:
     """
     made = _class(config.optimizer_type, _is_on_cpu(groups))
     values = {**_arguments(groups, config), "weight_decay": config.weight_decay}
-    if made.__module__.startswith("torch.optim.") and made.__name__ in FUSED and _can_fuse(groups):
-        values["fused"] = True
     with contextlib.redirect_stdout(io.StringIO()):  # Prodigy prints "Using decoupled weight decay"
         optimizer: torch.optim.Optimizer = made(groups, **values)
     return optimizer
@@ -65,10 +60,6 @@ def _class(name: str, is_on_cpu: bool) -> Any:
             f"optimizer_type = {name}: {entry.package} cannot be imported: {error}",
             f"pip install --upgrade {entry.package}, or set optimizer_type = AdamW",
         ) from None
-
-
-def _can_fuse(groups: Groups) -> bool:
-    return all(weight.device.type in ("cpu", "cuda") for group in groups for weight in group["params"])
 
 
 def _is_on_cpu(groups: Groups) -> bool:
