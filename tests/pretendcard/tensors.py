@@ -16,8 +16,9 @@ from tests.pretendcard.state import State
 aten = torch.ops.aten
 _CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
+BACKWARD = -1  # as ``home``: that of the operator before, since a graph may have parts on several devices
 _active: list[State] = []  # at most one
-_local = threading.local()  # .home: where an operator inside a call makes its temporary tensors
+_local = threading.local()  # .home: where an operator inside a call makes its temporary tensors; .last: that of the last
 _pinned: dict[int, int] = {}  # address of a pinned storage → 1
 _generators: dict[int, int] = {}  # address of a generator of the card → index
 
@@ -337,6 +338,8 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     others: list[torch.Tensor] = []
     _collect(args, found, others)
     _collect(kwargs.values(), found, others)
+    if found or others:
+        _local.last = found[0]._index if found else None
     wanted = kwargs.get("device")
     to_card = wanted is not None and wanted.type == "cuda"
     if not found and not to_card and (home := _home_of(func, wanted, others)) is not None:
@@ -433,7 +436,8 @@ def _home_of(func: Any, wanted: Any, others: list[torch.Tensor]) -> int | None:
     home = getattr(_local, "home", None)
     if home is None or others or wanted is None or wanted.type != "cpu":
         return None
-    return home
+    last: int | None = getattr(_local, "last", None)
+    return last if home == BACKWARD else int(home)
 
 
 def _collect(values: Any, found: list[CardTensor], others: list[torch.Tensor]) -> None:
@@ -627,7 +631,7 @@ def _backward(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
     names = ("gradient", "retain_graph", "create_graph", "inputs")
     given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
     before = getattr(_local, "home", None)
-    _local.home = _card_of(args[:1], {})
+    _local.home = BACKWARD
     try:
         with mode:  # Python code inside the backward pass is seen again
             return torch.autograd.backward(
