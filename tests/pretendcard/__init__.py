@@ -24,11 +24,12 @@ asks for a device.  The other ways end sooner:
   the other branch, and those are what is tested here.
 * A wrapper subclass whose TensorImpl says cuda ends the process in autograd, which asks the driver for a stream.
 
-So C++ takes the card's tensors for CPU tensors.  What follows from that is answered in Python: ``to``, ``cpu``,
-``numpy``, ``data``, grouping of optimizers' tensors, autocast (``autocast``: PyTorch's own lists), and temporary tensors that C++
-makes inside a call or a backward pass, which belong to the card of the call.  Not like CUDA: kernels' rounding and
-their random numbers (a generator of the card draws the CPU's), streams (everything is done at once), threads (the
-backward pass runs in the caller's), fragmentation, and cuDNN's workspaces.  Kernel launches are a model (``kernels``).
+So C++ takes the card's tensors for CPU tensors. What follows from that is answered in Python: ``to``, ``cpu``,
+``numpy``, ``data``, grouping of optimizers' tensors, autocast (``autocast``: PyTorch's own lists), and temporary
+tensors that C++ makes inside a call or a backward pass, which belong to the card of the call. bitsandbytes'
+optimizers run its CPU kernels on the card's data. Not like CUDA: kernels' rounding and their random numbers (a
+generator of the card draws the CPU's), streams (everything is done at once), threads (the backward pass runs in
+the caller's), fragmentation, and cuDNN's workspaces. Kernel launches are a model (``kernels``).
 """
 
 from __future__ import annotations

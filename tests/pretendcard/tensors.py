@@ -16,8 +16,11 @@ from tests.pretendcard.state import State
 aten = torch.ops.aten
 _CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
+BACKWARD = -1  # as ``home``: that of the operator before, since a graph may have parts on several devices
 _active: list[State] = []  # at most one
-_local = threading.local()  # .home: where an operator inside a call makes its temporary tensors
+_local = (
+    threading.local()
+)  # .home: where an operator inside a call makes its temporary tensors; .last: that of the last
 _pinned: dict[int, int] = {}  # address of a pinned storage → 1
 _generators: dict[int, int] = {}  # address of a generator of the card → index
 
@@ -159,6 +162,9 @@ class CardTensor(torch.Tensor):
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         return moved_to(self, *args, **kwargs)
+
+    def type_as(self, other: torch.Tensor) -> torch.Tensor:
+        return moved_to(self, other)
 
     def cpu(self, memory_format: Any = torch.preserve_format) -> torch.Tensor:  # type: ignore[override]
         return moved_to(self, _CPU, memory_format=memory_format)
@@ -337,6 +343,8 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     others: list[torch.Tensor] = []
     _collect(args, found, others)
     _collect(kwargs.values(), found, others)
+    if found or others:
+        _local.last = found[0]._index if found else None
     wanted = kwargs.get("device")
     to_card = wanted is not None and wanted.type == "cuda"
     if not found and not to_card and (home := _home_of(func, wanted, others)) is not None:
@@ -442,7 +450,8 @@ def _home_of(func: Any, wanted: Any, others: list[torch.Tensor]) -> int | None:
     home = getattr(_local, "home", None)
     if home is None or others or wanted is None or wanted.type != "cpu":
         return None
-    return home
+    last: int | None = getattr(_local, "last", None)
+    return last if home == BACKWARD else int(home)
 
 
 def _collect(values: Any, found: list[CardTensor], others: list[torch.Tensor]) -> None:
@@ -485,6 +494,10 @@ def _check_devices(
         raise _mixed(*list(devices)[:2])
     if not found or not others:
         return
+    if name in INDEXING and not isinstance(args[0], CardTensor):
+        raise RuntimeError(
+            "indices should be either on cpu or on the same device as the indexed tensor (cpu)"
+        )
     takes_numbers = torch.Tag.pointwise in func.tags or name in TAKES_NUMBERS or name.startswith("_foreach_")
     allowed = _indices(args) if name in INDEXING else []
     for each in others:
@@ -570,6 +583,10 @@ class CardGenerator(_RealGenerator, metaclass=_GeneratorType):
 class DispatchMode(TorchDispatchMode):
     """Sees operators that make tensors of the card from none: factories and copies."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or the first operator imports torch._dynamo, and every one goes through it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
 
@@ -617,6 +634,10 @@ def _to(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
     return moved_to(*args, **kwargs)
 
 
+def _type_as(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    return moved_to(args[0], args[1]) if isinstance(args[1], CardTensor) else NotImplemented
+
+
 def _set_data(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
     tensor, value = args
     if isinstance(tensor, CardTensor) or isinstance(value, CardTensor):
@@ -636,7 +657,7 @@ def _backward(mode: Any, func: Any, args: Any, kwargs: Any) -> Any:
     names = ("gradient", "retain_graph", "create_graph", "inputs")
     given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
     before = getattr(_local, "home", None)
-    _local.home = _card_of(args[:1], {})
+    _local.home = BACKWARD
     try:
         with mode:  # Python code inside the backward pass is seen again
             return torch.autograd.backward(
@@ -670,6 +691,7 @@ _SPECIAL: dict[Any, Any] = {
     torch.Tensor.new_tensor: _from_data,
     torch.Tensor.to: _to,
     torch.Tensor.cuda: _to,
+    torch.Tensor.type_as: _type_as,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.is_pinned: _is_pinned,
     torch.Tensor.pin_memory: _pin_memory,
