@@ -2,33 +2,92 @@
 
 Attention needs no switch: diffusers and transformers call PyTorch's scaled_dot_product_attention, which uses
 flash kernels if the GPU supports them.
+
+torch.compile is applied to the transformer blocks, which are most of a U-Net and repeat up to 70 times in SDXL.  A graph
+is compiled once for each width of a block and then used for all blocks, steps, buckets, batch sizes, ranks and trials
+of a process: rank, batch size and number of pixels are dynamic, scale and dropout are inputs (``Compilable``).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, nn
 
 from trainer.bases import Base
+from trainer.compute.fp8 import is_fp8
 from trainer.config import TrainConfig
 
-COMPILED = ("BasicTransformerBlock",)  # repeated up to 70 times in SDXL: compiled once for all
+COMPILED = ("BasicTransformerBlock",)
+# Variants of one block: three widths, with and without dropout, batch 1 or more, with and without gradients.
+# PyTorch's own limit is 8, after which it computes without graphs.
+MAX_VARIANTS = 64
+SETTINGS = {"recompile_limit": MAX_VARIANTS, "force_parameter_static_shapes": False}  # the rank is dynamic
+
+
+@runtime_checkable
+class Compilable(Protocol):
+    """A layer of an adapter that knows how to be part of a graph."""
+
+    def to_be_compiled(self, wanted: bool) -> bool: ...
+
+
+class _Block:
+    """Calls a block's graph; what may differ from call to call is marked as dynamic.  Where all of it is one graph,
+    nothing else is: widths stay numbers, for which better kernels are made."""
+
+    def __init__(self, block: nn.Module, backend: Any, is_whole: bool) -> None:
+        self._graph = torch.compile(block._call_impl, backend=backend)
+        self._settings = {**SETTINGS, "automatic_dynamic_shapes": not is_whole}
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        for value in (*args, *options.values()):
+            if isinstance(value, Tensor):
+                for axis in range(value.dim() - 1):
+                    torch._dynamo.maybe_mark_dynamic(value, axis)
+        with torch._dynamo.config.patch(self._settings):
+            return self._graph(*args, **options)
 
 
 @contextlib.contextmanager
-def faster(base: Base, config: TrainConfig, backend: str = "inductor") -> Iterator[None]:
-    """Apply opt_channels_last and torch_compile during training; restores the base afterwards."""
+def faster(base: Base, config: TrainConfig, backend: Any = "inductor") -> Iterator[None]:
+    """Apply opt_channels_last and torch_compile during training; restores the base afterwards.  Graphs are kept for
+    the next training in this process."""
     blocks = [m for m in base.unet.modules() if type(m).__name__ in COMPILED] if config.torch_compile else []
     if config.opt_channels_last:
-        torch.nn.Module.to(base.unet, memory_format=torch.channels_last)
-    for block in blocks:
-        block.compile(backend=backend)
+        nn.Module.to(base.unet, memory_format=torch.channels_last)
+    try:
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(_compiled(block, backend))
+            yield
+    finally:
+        if config.opt_channels_last:
+            nn.Module.to(base.unet, memory_format=torch.contiguous_format)
+
+
+@contextlib.contextmanager
+def _compiled(block: Any, backend: Any) -> Iterator[None]:
+    """One block as a graph.  Layers that cannot be part of it interrupt it and compute as without it."""
+    layers = [module for module in block.modules() if isinstance(module, Compilable)]
+    outside = [layer for layer in layers if not layer.to_be_compiled(True)]
+    outside += [module for module in block.modules() if _interrupts(module)]
+    for layer in outside:
+        layer.forward = torch.compiler.disable(layer.forward)
+    block._compiled_call_impl = _Block(block, backend, not outside)
     try:
         yield
     finally:
-        for block in blocks:
-            block._compiled_call_impl = None
-        if config.opt_channels_last:
-            torch.nn.Module.to(base.unet, memory_format=torch.contiguous_format)
+        block._compiled_call_impl = None
+        for layer in outside:
+            del layer.forward
+        for layer in layers:
+            layer.to_be_compiled(False)
+
+
+def _interrupts(module: Any) -> bool:
+    """Whether a module is an adapter's layer of another kind, or in fp8."""
+    return is_fp8(module) or (hasattr(module, "base_layer") and not isinstance(module, Compilable))
