@@ -3,9 +3,10 @@
 Attention needs no switch: diffusers and transformers call PyTorch's scaled_dot_product_attention, which uses
 flash kernels if the GPU supports them.
 
-torch.compile is applied to the transformer blocks, which are most of a U-Net and repeat up to 70 times in SDXL.  A graph
-is compiled once for each width of a block and then used for all blocks, steps, buckets, batch sizes, ranks and trials
-of a process: rank, batch size and number of pixels are dynamic, scale and dropout are inputs (``Compilable``).
+torch.compile is applied to the transformer blocks, which are most of a U-Net and repeat up to 70 times in SDXL.  A
+graph is compiled once for each width of a block and then used for all blocks, steps, buckets, batch sizes, ranks and
+trials of a process: rank, batch size and number of pixels are dynamic, scale and dropout are inputs (``Compilable``).
+Rank 1 and batch size 1 have graphs of their own: PyTorch treats a 1 as fixed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as shapes
 
 from trainer.bases import Base
 from trainer.compute.fp8 import is_fp8
@@ -25,7 +27,12 @@ COMPILED = ("BasicTransformerBlock",)
 # Variants of one block: three widths, with and without dropout, batch 1 or more, with and without gradients.
 # PyTorch's own limit is 8, after which it computes without graphs.
 MAX_VARIANTS = 64
-SETTINGS = {"recompile_limit": MAX_VARIANTS, "force_parameter_static_shapes": False}  # the rank is dynamic
+SETTINGS = {
+    "recompile_limit": MAX_VARIANTS,
+    "automatic_dynamic_shapes": False,  # only what is marked is dynamic
+    "force_parameter_static_shapes": False,  # the rank is
+}
+# use_duck_shape: a rank that equals the batch size in the first step may differ from it in the next
 
 
 @runtime_checkable
@@ -36,19 +43,18 @@ class Compilable(Protocol):
 
 
 class _Block:
-    """Calls a block's graph; what may differ from call to call is marked as dynamic.  Where all of it is one graph,
-    nothing else is: widths stay numbers, for which better kernels are made."""
+    """Calls a block's graph; what may differ from call to call is marked as dynamic.  Nothing else is: widths stay
+    numbers, for which better kernels are made."""
 
-    def __init__(self, block: nn.Module, backend: Any, is_whole: bool) -> None:
+    def __init__(self, block: nn.Module, backend: Any) -> None:
         self._graph = torch.compile(block._call_impl, backend=backend)
-        self._settings = {**SETTINGS, "automatic_dynamic_shapes": not is_whole}
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         for value in (*args, *options.values()):
             if isinstance(value, Tensor):
                 for axis in range(value.dim() - 1):
                     torch._dynamo.maybe_mark_dynamic(value, axis)
-        with torch._dynamo.config.patch(self._settings):
+        with torch._dynamo.config.patch(SETTINGS), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return self._graph(*args, **options)
 
 
@@ -71,19 +77,15 @@ def faster(base: Base, config: TrainConfig, backend: Any = "inductor") -> Iterat
 
 @contextlib.contextmanager
 def _compiled(block: Any, backend: Any) -> Iterator[None]:
-    """One block as a graph.  Layers that cannot be part of it interrupt it and compute as without it."""
+    """One block as a graph, if all of its layers can be part of one: in pieces it would hardly be faster."""
     layers = [module for module in block.modules() if isinstance(module, Compilable)]
-    outside = [layer for layer in layers if not layer.to_be_compiled(True)]
-    outside += [module for module in block.modules() if _interrupts(module)]
-    for layer in outside:
-        layer.forward = torch.compiler.disable(layer.forward)
-    block._compiled_call_impl = _Block(block, backend, not outside)
+    fit = [layer.to_be_compiled(True) for layer in layers]
+    if all(fit) and not any(map(_interrupts, block.modules())):
+        block._compiled_call_impl = _Block(block, backend)
     try:
         yield
     finally:
         block._compiled_call_impl = None
-        for layer in outside:
-            del layer.forward
         for layer in layers:
             layer.to_be_compiled(False)
 
