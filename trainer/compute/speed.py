@@ -24,7 +24,7 @@ from trainer.compute.fp8 import is_fp8
 from trainer.config import TrainConfig
 
 COMPILED = ("BasicTransformerBlock",)
-# Variants of one block: three widths, with and without dropout, batch 1 or more, with and without gradients.
+# Variants of one block: three widths, with dropout or not, text encoders trained or not, rank and batch 1 or more.
 # PyTorch's own limit is 8, after which it computes without graphs.
 MAX_VARIANTS = 64
 SETTINGS = {

@@ -70,7 +70,7 @@ def test_graphs_are_made_once_for_all_steps_batches_ranks_buckets_and_trials(com
     adapter = inject(base, config)
     with faster(base, config, backend="eager"):
         for height, width in ((8, 16), (24, 8), (16, 24)):
-            states = TextStates(torch.randn(2, 77, 16))
+            states = TextStates(torch.randn(2, 77, 16, requires_grad=True))
             found = base.predict(torch.randn(2, 4, height, width), torch.tensor([1, 500]), states, [])
             found.square().mean().backward()
             assert graphs() == WIDTHS
