@@ -35,6 +35,17 @@ SETTINGS = {
 # use_duck_shape: a rank that equals the batch size in the first step may differ from it in the next
 
 
+def without_graphs(config: TrainConfig) -> str:
+    """The setting with which torch_compile has no effect, or an empty text."""
+    if not config.torch_compile:
+        return ""
+    if config.network_type not in ("LoRA", "LoCon", "LoRA-FA"):
+        return f"network_type = {config.network_type}"
+    if config.rank_dropout and config.rank_dropout_rows:
+        return "LyCORIS' rank_dropout"
+    return next((name for name in ("fp8_base", "module_dropout", "use_scalar") if getattr(config, name)), "")
+
+
 @runtime_checkable
 class Compilable(Protocol):
     """A layer of an adapter that knows how to be part of a graph."""

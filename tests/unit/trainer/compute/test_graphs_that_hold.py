@@ -12,7 +12,8 @@ from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.bases.base import TextStates
 from trainer.compute import fp8
-from trainer.compute.speed import faster
+from trainer.compute.speed import faster, without_graphs
+from trainer.data import preflight
 from trainer.events import Step
 from trainer.loop import loop
 from trainer.loop.loop import train
@@ -75,6 +76,7 @@ def test_graphs_are_made_once_for_all_steps_batches_ranks_buckets_and_trials(com
             found.square().mean().backward()
             assert graphs() == WIDTHS
     assert any(weight.grad is not None for weight in adapter.trainable())
+    assert not without_graphs(config)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,11 @@ def test_blocks_with_layers_that_cannot_be_in_a_graph_compute_without_one(compil
         fp8.convert(base.unet)
     losses, weights = trained(base, torch_compile=True, max_train_steps=1, **values)
     assert graphs() == 0
+    config = tiny_config(torch_compile=True, **values)
+    (said,) = (
+        line for line in preflight.notes(base, config, tiny_prepared(base, config).dataset) if "torch" in line
+    )
+    assert str(next(iter(values.values()))) in said or next(iter(values)) in said
     plain_losses, plain = trained(base, max_train_steps=1, **values)
     assert losses == plain_losses and all(torch.equal(weights[key], plain[key]) for key in plain)
 
