@@ -256,6 +256,13 @@ def show_steps(found: Row) -> list[str]:
         ratio, peak = f"{row['seconds'] / first:.2f}", _gb(row["peak_bytes"])
         lines.append(f"| {name} | {row['seconds'] * 1e3:.1f} | {ratio} | {row['first']:.1f} | {peak} |")
     for name, row in found["steps"].items():
+        plain = found["steps"].get(name.removesuffix(", compiled"))
+        if name.endswith(", compiled") and plain:
+            saved = plain["seconds"] - row["seconds"]
+            more = row["first"] - plain["first"]
+            words = f"pays from {more / saved:.0f} steps on" if saved > 0 else "never pays"
+            lines += ["", f"{name}: compiling takes {more:.0f} s once and {words}."]
+    for name, row in found["steps"].items():
         if profile := row.get("profile"):
             lines += [
                 "",
