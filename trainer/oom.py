@@ -4,8 +4,8 @@ Owns which error means what (``is_out_of_memory``, ``is_device_lost``), how such
 (``named``, ``out_of_memory_named``, ``memory_named``), and how the memory of a failed attempt is given back
 (``forget``, ``release``). Does not own what is tried next: ``trainer.memory.ladder``, ``hpo.search.trial``.
 
-Only some failed allocations are a torch.OutOfMemoryError. PyTorch's allocator raises that one; what CUDA, cuBLAS, cuDNN,
-cuSOLVER, NCCL and Triton allocate themselves fails with a RuntimeError and a text of their own.
+Only some failed allocations are a torch.OutOfMemoryError. PyTorch's allocator raises that one; what CUDA, cuBLAS,
+cuDNN, cuSOLVER, NCCL and Triton allocate themselves fails with a RuntimeError and a text of their own.
 
 There are two peaks: the memory of this process, which can be predicted, and that of the whole GPU including
 other programs, which decides whether the next allocation fails.
@@ -69,7 +69,7 @@ _MEMORY_CODE = 2  # cudaErrorMemoryAllocation: AcceleratorError.error_code
 # cudaErrorECCUncorrectable, …ContextIsDestroyed, and all that "must be terminated" in the documentation of cudaError_t
 _LOST_CODES = frozenset({4, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
 
-_MORE_ROOM = "close other programs that use the GPU (nvidia-smi lists them), or use a GPU with more memory"
+MORE_ROOM = "close other programs that use the GPU (nvidia-smi lists them), or use a GPU with more memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -116,7 +116,7 @@ def named(error: BaseException, message: str, hint: str) -> ToolError | None:
 
 
 @contextlib.contextmanager
-def memory_named(message: str, hint: str = _MORE_ROOM) -> Iterator[None]:
+def memory_named(message: str, hint: str = MORE_ROOM) -> Iterator[None]:
     """Convert a failed allocation to OutOfMemory, and a lost CUDA context to DeviceLost. The tensors of the failed work
     are free as soon as the error is: neither holds its frames."""
     try:
