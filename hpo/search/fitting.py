@@ -25,9 +25,20 @@ if TYPE_CHECKING:
     from hpo.search.workbench import Workbench
     from hpo.study import StudyConfig
 
-MOST_CORNERS = 32  # with more, each searched setting is varied alone
+MOST_CORNERS = 32
+# Settings of which every edge is planned; of the others that decide memory, the edge that needs most.
+MAIN = (
+    "train_batch_size",
+    "network_dim",
+    "conv_dim",
+    "network_type",
+    "text_encoder_lr",
+    "text_encoder_lr1",
+    "text_encoder_lr2",
+    "network_train_unet_only",
+    "gradient_checkpointing",
+)
 MOST_SECONDS = 60.0  # of planning; a corner without a stored trace takes seconds
-MOST_LINES = 6
 
 
 @dataclass(frozen=True)
@@ -64,39 +75,38 @@ def plan(
     study: StudyConfig, card: Card, say: Callable[[str], None], now: Callable[[], float] = time.monotonic
 ) -> Fit:
     """Plan the corners of the space for a GPU.  Says what takes time before it begins."""
-    searched, corners = _corners(study)
-    count = len(corners)
-    say(
-        f"planning memory for {card.usable_bytes / 1e9:.1f} GB: {count} corner{'s'[: count != 1]} of the space …"
-    )
-    found: list[Corner] = []
+    say(f"planning memory for {card.usable_bytes / 1e9:.1f} GB (seconds; the first time up to a minute) …")
     begun = now()
-    for values, config in corners:
+    searched, corners = _corners(study, card)
+    found: list[Corner] = []
+    for values in corners:
         if found and now() - begun > MOST_SECONDS:
             break
-        found.append(_planned(study, card, searched, values, config))
+        found.append(_planned(study, card, searched, values))
     found.sort(key=lambda corner: -corner.peak_bytes)
-    return Fit(card, tuple(found), searched, count - len(found))
+    return Fit(card, tuple(found), searched, len(corners) - len(found))
 
 
 def lines(study: StudyConfig, fit: Fit) -> list[str]:
     """What a user should know before the first trial; empty if the whole space fits as it is."""
+    groups: dict[tuple[str, bool], list[Corner]] = {}
+    for corner in fit.corners:
+        if corner.remedies or not corner.fits:
+            groups.setdefault((remedy_words(corner.config, corner.remedies), corner.fits), []).append(corner)
     found = []
-    needing = [corner for corner in fit.corners if corner.remedies]
-    for corner in needing[:MOST_LINES]:
-        what = f"{_words(corner)} needs {corner.peak_bytes / 1e9:.1f} GB"
-        how = remedy_words(corner.config, corner.remedies) or "no remedy"
-        if corner.fits:
+    for (how, fits), group in groups.items():
+        worst = group[0]
+        what = f"{_common(fit, group)} needs {worst.peak_bytes / 1e9:.1f} GB"
+        if fits:
             found.append(f"{what}: computed with {how}, which does not change the result")
-        else:
-            least = f"{corner.least_bytes / 1e9:.1f} GB even with {how}"
-            found.append(
-                f"warning: {what}, {least}: such trials will be infeasible{_instead(study, fit, corner)}"
-            )
-    if len(needing) > MOST_LINES:
-        found.append(f"{len(needing) - MOST_LINES} more corners of the space need remedies")
+            continue
+        even = f"{worst.least_bytes / 1e9:.1f} GB even with {how}" if how else "and nothing can be saved"
+        then = "will be tried, and probably be infeasible"
+        found.append(f"warning: {what}, {even}: such trials {then}{_instead(study, fit, worst)}")
     if fit.left:
-        found.append(f"{fit.left} more corners are not planned now: their trials plan for themselves")
+        found.append(
+            f"{fit.left} more corners of the space are not planned now: their trials plan for themselves"
+        )
     return found
 
 
@@ -124,6 +134,8 @@ def say_fit(bench: Workbench, say: Callable[[str], None], *, fresh: bool) -> Non
         say(f"memory is not planned: {error.message}")
         return
     if fresh:
+        if not fit.has_room:
+            say("looking for settings that fit …")
         require_room(bench.study, fit)
     for line in lines(bench.study, fit):
         say(line)
@@ -132,23 +144,23 @@ def say_fit(bench: Workbench, say: Callable[[str], None], *, fresh: bool) -> Non
 # Corners
 
 
-def _corners(study: StudyConfig) -> tuple[tuple[str, ...], list[tuple[Mapping[str, Any], TrainConfig]]]:
-    """The parameters that decide memory, and all combinations of their edges that need different memory. Other
-    parameters have their value of the baseline."""
+def _corners(study: StudyConfig, card: Card) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """The parameters that decide memory, and suggested values: all combinations of the edges of those in ``MAIN``,
+    with whatever needs most of the others; at last the one that should need least. The rest is the baseline's."""
     edges = {p.name: p.domain.edges for p in study.space if _decides(study, p.name, p.domain.edges)}
-    if _product(edges) <= MOST_CORNERS:
-        combined = [dict(zip(edges, values, strict=True)) for values in itertools.product(*edges.values())]
-    else:
-        ends = [{name: values[end] for name, values in edges.items()} for end in (0, -1)]
-        combined = [
-            *ends,
-            *({**end, name: edge} for end in ends for name, values in edges.items() for edge in values),
-        ]
-    found: dict[str, tuple[Mapping[str, Any], TrainConfig]] = {}
-    for values in combined[:MOST_CORNERS]:
-        config = study.config({**study.baseline, **values})
-        found.setdefault(json.dumps(memory_settings(config), sort_keys=True), (values, config))
-    return tuple(edges), list(found.values())
+    main = {name: values for name, values in edges.items() if set(settings_of(name)) & set(MAIN)}
+    high, low = ({name: values[end] for name, values in edges.items()} for end in (-1, 0))
+    for name in [name for name in edges if name not in main]:
+        needs = {edge: _needed(study, card, {**high, name: edge}) for edge in edges[name]}
+        high[name], low[name] = max(needs, key=needs.__getitem__), min(needs, key=needs.__getitem__)
+    product = itertools.islice(itertools.product(*main.values()), MOST_CORNERS)
+    combined = [{**high, **dict(zip(main, values, strict=True))} for values in product]
+    minor = tuple(name for name in edges if name not in main)
+    return (*minor, *main), [*reversed(combined), *([low] if low not in combined else [])]
+
+
+def _needed(study: StudyConfig, card: Card, values: Mapping[str, Any]) -> int:
+    return card.needed_bytes(study.config({**study.baseline, **values}))
 
 
 def _decides(study: StudyConfig, name: str, edges: Sequence[Any]) -> bool:
@@ -157,16 +169,8 @@ def _decides(study: StudyConfig, name: str, edges: Sequence[Any]) -> bool:
     return any(other != first for other in others)
 
 
-def _product(edges: Mapping[str, Sequence[Any]]) -> int:
-    count = 1
-    for values in edges.values():
-        count *= len(values)
-    return count
-
-
-def _planned(
-    study: StudyConfig, card: Card, searched: Sequence[str], values: Mapping[str, Any], config: TrainConfig
-) -> Corner:
+def _planned(study: StudyConfig, card: Card, searched: Sequence[str], values: Mapping[str, Any]) -> Corner:
+    config = study.config({**study.baseline, **values})
     peak = least = card.needed_bytes(config)
     remedies: tuple[str, ...] = ()
     settled = config
@@ -196,23 +200,33 @@ def _words(corner: Corner) -> str:
     return ", ".join(f"{name} {short(value)}" for name, value in shown.items())
 
 
+def _common(fit: Fit, group: Sequence[Corner]) -> str:
+    """What the corners of a group have in common, and others have not; the first is the one that needs most."""
+    shared = {
+        name: value
+        for name, value in group[0].settings.items()
+        if all(corner.settings[name] == value for corner in group)
+        and any(corner.settings[name] != value for corner in fit.corners)
+    }
+    return ", ".join(f"{name} {short(value)}" for name, value in shared.items()) or "the largest trial"
+
+
 def _instead(study: StudyConfig, fit: Fit, corner: Corner) -> str:
     """How to leave a corner out of the space: the first parameter of which less makes it fit, with its new range."""
     domains = {p.name: p.domain for p in study.space}
     for name in fit.searched:
         for value in _less(domains[name], corner.values[name]):
-            values = {**corner.values, name: value}
-            config = study.config({**study.baseline, **values})
-            if _planned(study, fit.card, fit.searched, values, config).fits:
+            if _planned(study, fit.card, fit.searched, {**corner.values, name: value}).fits:
                 return f"; to leave them out: {set_words([_narrowed(name, domains[name], value)])}"
     return ""
 
 
 def _less(domain: Range | Choice, value: Any) -> Sequence[Any]:
-    """The values of a domain that may need less than ``value``: the largest first."""
+    """The values of a domain that may need less than ``value``: of numbers, the largest first."""
     if isinstance(domain, Choice):
-        numbers = [option for option in domain.options if isinstance(option, int | float)]
-        return sorted((n for n in numbers if n < value), reverse=True) if value in numbers else ()
+        if isinstance(value, int | float):
+            return sorted((option for option in domain.options if option < value), reverse=True)
+        return [option for option in domain.options if option != value]
     if not domain.whole:
         return [domain.low] if domain.low < value else []
     return range(int(value) - 1, int(domain.low) - 1, -1)
@@ -221,7 +235,9 @@ def _less(domain: Range | Choice, value: Any) -> Sequence[Any]:
 def _narrowed(name: str, domain: Range | Choice, value: Any) -> str:
     """``--set`` value for a domain that ends at ``value``."""
     if isinstance(domain, Choice):
-        return f"{name}={json.dumps([option for option in domain.options if option <= value])}"
+        is_number = isinstance(value, int | float)
+        kept = [option for option in domain.options if (option <= value if is_number else option == value)]
+        return f"{name}={json.dumps(kept)}"
     if value == domain.low:
         return f"{name}={json.dumps(value)}"
     more = (", log=true" if domain.log else "") + (f", step={domain.step}" if domain.step is not None else "")
