@@ -12,6 +12,7 @@ from evaluation.images.images import SampledImage, invalid_reason
 from evaluation.images.sampling import chunk_size, default_config, file_name, generator, initial_noise, sample
 from evaluation.images.settings import SampleConfig
 from evaluation.prompts.prompts import Prompt, PromptSet
+from tests.outofmemory import FORMS
 from tests.tiny import tiny_base, tiny_config
 from trainer.adapters import lorafile
 from trainer.adapters.adapter import inject
