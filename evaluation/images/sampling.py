@@ -30,8 +30,9 @@ from evaluation.images.images import SampledImage, png_bytes
 from evaluation.images.settings import SAMPLERS, SampleConfig
 from evaluation.prompts import Prompt, PromptSet
 from trainer.bases import Base, Sizes, TextStates
-from trainer.errors import ConfigError, OutOfMemory
+from trainer.errors import ConfigError
 from trainer.files import machine_error, write_atomic
+from trainer.oom import Fitting, memory_named
 
 INDEX_NAME = "samples.json"
 BATCH_PIXELS = (
@@ -87,6 +88,9 @@ def sample(
     ``folder`` stores them as PNG. With an ``identity`` (of the weights: base and adapter), whole chunks that
     are stored under the same identity are reused. ``as_class`` renders the scored text, which has the class
     word instead of the trigger, with the noise of the same prompts: the anchor of the untrained base.
+
+    Where memory runs out, half as many images are drawn at once, down to one: an image differs by rounding only. Raises
+    OutOfMemory if a single image does not fit.
     """
     jobs = list(prompts.jobs)
     if only_first_chunk:
@@ -95,10 +99,20 @@ def sample(
     store = _Store(folder, _key(identity, prompts, config, as_class)) if folder else None
     encoded: dict[str, TextStates] = {}
     images: list[SampledImage] = []
+    fitting = Fitting(config.batch_size)
+
+    def draw(part: Sequence[tuple[Prompt, int]]) -> list[SampledImage]:
+        return _draw(base, part, config, encoded, as_class)
+
     for chunk in chunks:
         found = store.read(chunk) if store and identity else None
         if found is None:
-            found = _draw(base, chunk, config, encoded, as_class)
+            with memory_named(
+                f"out of memory while sampling an image of {config.width_px}×{config.height_px} px"
+            ):
+                found = [image for part in fitting.each(chunk, draw) for image in part]
+            if fitting.size < config.batch_size:
+                base.say_once(f"out of memory while sampling: {fitting.size} images are drawn at once")
             if store:
                 store.write(found)
         images += found
@@ -118,19 +132,13 @@ def _draw(
     its own, so its states do not depend on the other texts or on which chunks were already stored."""
     texts = [prompt.scored_text if as_class else prompt.text for prompt, _ in chunk]
     guided = config.cfg > 1
-    try:
-        for text in dict.fromkeys([*texts, *([config.negative] if guided else [])]):
-            if text not in encoded:
-                encoded[text] = _encode(base, text, config)
-        states = TextStates.join([encoded[text] for text in texts])
-        negative = encoded[config.negative] if guided else None
-        latents_BChw = denoise(base, initial_noise(base, chunk, config), states, negative, config)
-        pixels_BHW3, finite = base.decode_latents(latents_BChw)
-    except torch.OutOfMemoryError:
-        raise OutOfMemory(
-            f"out of memory while sampling {len(chunk)} images of {config.width_px}×{config.height_px} px",
-            "lower the batch size of sampling",
-        ) from None
+    for text in dict.fromkeys([*texts, *([config.negative] if guided else [])]):
+        if text not in encoded:
+            encoded[text] = _encode(base, text, config)
+    states = TextStates.join([encoded[text] for text in texts])
+    negative = encoded[config.negative] if guided else None
+    latents_BChw = denoise(base, initial_noise(base, chunk, config), states, negative, config)
+    pixels_BHW3, finite = base.decode_latents(latents_BChw)
     rows = zip(chunk, pixels_BHW3, finite, strict=True)
     return [SampledImage(prompt.id, seed, pixels, bool(ok)) for (prompt, seed), pixels, ok in rows]
 

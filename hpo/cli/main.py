@@ -89,6 +89,14 @@ class Commands(click.Group):
         except ToolError as error:
             print_error(error)
             sys.exit(error.exit_code)
+        except (RuntimeError, MemoryError) as error:
+            from trainer.oom import named
+
+            known = named(error, "out of memory", "close other programs that use the GPU or much memory")
+            if known is None:
+                raise
+            print_error(known)
+            sys.exit(known.exit_code)
         except KeyboardInterrupt:
             from hpo.study import INVOCATION
 

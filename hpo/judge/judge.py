@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,8 +50,9 @@ from trainer.adapters import DATASET_KEY, base_weights, check_lora, lorafile, me
 from trainer.bases import Base, check_vae, compute_type, load_base
 from trainer.config import TrainConfig
 from trainer.data import Dataset, shown
-from trainer.errors import ConfigError, DataError, MissingModel, ModelFileError, OutOfMemory
+from trainer.errors import ConfigError, DataError, MissingModel, ModelFileError
 from trainer.files import make_folder, sha256_file, write_atomic
+from trainer.oom import memory_named
 
 if TYPE_CHECKING:
     from hpo.study import Say
@@ -109,7 +110,7 @@ class Judge:
         """The anchors of the untrained base on the prompts.  Measured once, then read from disk."""
         folder = self._base_folder(evaluation)
         make_folder(folder)
-        anchors = self._within_memory(lambda: make_anchors(self.evaluator, folder, on_image))
+        anchors = make_anchors(self.evaluator, folder, on_image)
         self.evaluator = self.evaluator.with_anchors(anchors)
         return anchors
 
@@ -128,10 +129,8 @@ class Judge:
         make_folder(folder)
         heading = Heading(f"{self.name}: {lora.name} on {self.evaluator.base.name}", self.settings)
         with self._applied(lora) as identity:
-            result = self._within_memory(
-                lambda: evaluate_adapter(
-                    self.evaluator, folder, identity=identity, heading=heading, on_image=on_image
-                )
+            result = evaluate_adapter(
+                self.evaluator, folder, identity=identity, heading=heading, on_image=on_image
             )
         note = {"file": lora.name, "sha256": sha256_file(lora), "watch": self.watch}
         write_atomic(folder / LORA_NAME, json.dumps(note))
@@ -159,7 +158,8 @@ class Judge:
     def _applied(self, lora: Path) -> Iterator[str]:
         """Context with the LoRA applied to the base.  Yields an identity string of both."""
         base = self.evaluator.base
-        adapter = lorafile.attach(base, lorafile.read(lora))
+        with memory_named(f"out of memory while applying {lora.name} to {base.name}"):
+            adapter = lorafile.attach(base, lorafile.read(lora))
         try:
             yield f"{base.identity}:{adapter.fingerprint()}"
         finally:
@@ -186,21 +186,6 @@ class Judge:
             return None
         by = self.evaluator
         return found if found.anchors_key == by.scale.key and found.formula == by.formula else None
-
-    def _within_memory(self, work: Callable[[], T]) -> T:
-        """The result of ``work``; halves the number of images per batch each time memory runs out."""
-        while True:
-            try:
-                return work()
-            except OutOfMemory:
-                sampling = self.evaluator.sampling
-                size = sampling.batch_size // 2
-                if size < 1:
-                    raise
-                self.evaluator = replace(self.evaluator, sampling=replace(sampling, batch_size=size))
-                self.say(f"out of memory: reduced to {size} images per batch")
-                if self.evaluator.base.device.type == "cuda":
-                    torch.cuda.empty_cache()
 
 
 def load(

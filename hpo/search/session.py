@@ -188,6 +188,9 @@ def _begin(
         view.say(ratio_line(len(bench.study.space), limits.trials))
     view.say(_data_line(bench))
     if now.left:
+        from hpo.search import fitting
+
+        fitting.say_fit(bench, view.say, fresh=fresh)
         cost = _told_cost(study, bench, limits, now, view)
     else:
         cost = None

@@ -108,6 +108,11 @@ class StudyFolder:
         return self.root / ".locks"
 
     @property
+    def memory(self) -> Path:
+        """Which settings ran out of memory (``hpo.search.remedies``)."""
+        return self.root / "memory.jsonl"
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 

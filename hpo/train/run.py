@@ -41,7 +41,7 @@ from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
 from trainer.events import Event, Rehearsed, Step, Validated
 from trainer.files import make_folder, sweep_tree, write_atomic
 from trainer.loop import Conduct, Ranks, join, launched, leave, steps_behind
-from trainer.oom import release
+from trainer.oom import out_of_memory_named, release
 
 if TYPE_CHECKING:
     from trainer.adapters import Adapter
@@ -144,7 +144,8 @@ class _Run:
         with Stop(self.view.on_ask) as stop, self.view:
             while True:
                 try:
-                    keeper, adapter = self._attempt(stop)
+                    with out_of_memory_named(self.ladder.config):
+                        keeper, adapter = self._attempt(stop)
                     break
                 except OutOfMemory as error:
                     why = error.message

@@ -3,11 +3,14 @@ from . import stacks as stacks
 from .footprint import BaseFacts as BaseFacts
 from .footprint import Footprint as Footprint
 from .footprint import base_facts as base_facts
+from .footprint import memory_settings as memory_settings
 from .footprint import predict as predict
 from .footprint import predict_full as predict_full
 from .ladder import Rung as Rung
 from .ladder import encoding_rung as encoding_rung
 from .ladder import next_rung as next_rung
+from .ladder import rung_named as rung_named
+from .stacks import SAFE_SHARE as SAFE_SHARE
 from .stacks import Attempt as Attempt
 from .stacks import Stack as Stack
 from .stacks import choose as choose

@@ -302,6 +302,17 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
     return TrainConfig(**values, **ranks)
 
 
+def memory_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the memory of a step, as JSON values. Equal ones need the same memory; the rates are 1
+    where something is trained, and ``train_batch_size`` counts the images that are computed at once."""
+    values = _traced_settings(config).as_dict()
+    ranks = {name: getattr(config, name) or 0 for name in ("network_dim", "conv_dim")}
+    added = {name: getattr(config, name) for name in ("optimizer_type", "cpu_offload")}
+    added |= {"size_px": list(config.size_px)}
+    added |= {"optimizer_args": str(config.optimizer_args), "accumulates": accumulates(config)}
+    return {**values, **ranks, **added}
+
+
 def _asked(facts: BaseFacts) -> dict[str, Any]:
     """A base as part of a question to the store; its name makes no difference."""
     return {"family": facts.family, "configs": dict(facts.configs)}
