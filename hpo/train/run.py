@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hpo.machine import own_device
 from hpo.study import alone, origin_of, recorded_at
 from hpo.terminal import Stop, command, on_device
 from hpo.train import memory as runmemory
-from hpo.train.adapter import StepLog, check_device, train_adapter
+from hpo.train.adapter import StepLog, train_adapter
 from hpo.train.folder import RunFolder, run_folder
 from hpo.train.keeper import Keeper
 from hpo.train.ladder import RunLadder
-from hpo.train.placement import Place, load, own_device
+from hpo.train.placement import Place, load
 from hpo.train.plan import count_steps
 from hpo.train.promptfile import SamplePrompt, sample_prompts
 from hpo.train.view import TrainView
@@ -69,8 +70,14 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     for line in differences(ladder.config, data):
         view.say(f"differs from sd-scripts: {line}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
-    device = own_device(device, ranks.local)
-    check_device(device)
+    device = own_device(
+        device,
+        base=config.pretrained_model_name_or_path,
+        precision="bf16" if config.full_bf16 else config.mixed_precision,
+        say=view.say,
+        local_rank=ranks.local,
+        ranks=ranks.world,
+    )
     _check_parts(config, ranks, view.say)
     make_folder(folder.root)
     # no second run may train into the same files; the other processes of a run share the first one's lock
