@@ -35,7 +35,7 @@ from evaluation.score import (
 )
 from hpo.judge import standard as standards
 from hpo.judge.runfiles import RunFiles
-from hpo.machine import own_device
+from hpo.machine import deterministic, own_device, share_threads
 from hpo.study import (
     Inputs,
     make_evaluator,
@@ -213,6 +213,8 @@ def load(
     """
     config = standards.settings(run, inputs, "-b" if like else "")
     spec = config.pretrained_model_name_or_path
+    deterministic()
+    share_threads()
     device = own_device(inputs.device, base=spec, precision=config.mixed_precision, say=say)
     data = standards.training_data(run, config, inputs)
     known = standards.standard(run, config, named, data)

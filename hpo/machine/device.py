@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hpo.machine import nvidia, registry, wheel
@@ -51,8 +51,8 @@ def own_device(
     """The device of this process, checked and made the current one: ``cpu`` or ``cuda:N``.
 
     ``given``: the value of --device.  ``base``: what is loaded, as a miniature may run on a CPU without a word.
-    ``precision``: mixed_precision of the settings.  ``local_rank`` and ``ranks``: of a launcher, which has shared out the
-    cards already.  Raises MachineError if no device can be used as asked for, or every GPU is another process's.
+    ``precision``: mixed_precision of the settings.  ``local_rank`` and ``ranks``: of a launcher, which has shared out
+    the cards already.  Raises MachineError if no device can be used as asked for, or every GPU is in use.
     """
     if given is not None:
         _check_form(given)
@@ -69,7 +69,9 @@ def own_device(
     if given is not None:
         raise MachineError(
             f"device {given} cannot be used: {trouble.what}",
-            f"{trouble.todo}; or leave out --device, or give cpu" if found else "leave out --device, or give cpu",
+            f"{trouble.todo}; or leave out --device, or give cpu"
+            if found
+            else "leave out --device, or give cpu",
         )
     if found and hides_all():
         say(f"{VISIBLE} hides all GPUs: the CPU is used")
@@ -89,14 +91,16 @@ def check_device(device: str) -> None:
         return
     trouble = cuda_trouble(asks=bool(nvidia.traces()))
     if trouble is not None:
-        raise MachineError(f"device {device} cannot be used: {trouble.what}", "leave out --device, or give cpu")
+        raise MachineError(
+            f"device {device} cannot be used: {trouble.what}", "leave out --device, or give cpu"
+        )
     if ":" in device:
         _named(_cards(), device)
 
 
-def hides_all() -> bool:
+def hides_all(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the user has hidden every GPU on purpose."""
-    value = os.environ.get(VISIBLE)
+    value = environment.get(VISIBLE)
     return value is not None and (not value.strip() or value.strip().startswith(("-", "NoDevFiles")))
 
 
@@ -115,7 +119,8 @@ def cuda_trouble(*, asks: bool) -> Trouble | None:
         warnings.simplefilter("always")
         if torch.cuda.is_available():
             return None
-    reason = next((first_line(warning.message) for warning in caught if "CUDA" in str(warning.message)), "")
+    said = (str(warning.message) for warning in caught)
+    reason = next((text.splitlines()[0] for text in said if "CUDA" in text), "")
     if not reason:
         try:
             torch.cuda.init()

@@ -20,7 +20,10 @@ SECONDS = 20.0  # for one answer: without persistence mode a driver with eight c
 WSL_SMI = "/usr/lib/wsl/lib/nvidia-smi"  # not on PATH in every distribution
 # Files that exist if a card is passed to this system.  nvidiactl alone is enough; nvidia0 may need a first use.
 TRACES = ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/nvidia0")
-WSL_TRACES = ("dev/dxg", "usr/lib/wsl/lib/libcuda.so.1")  # both: dxg is there for the cards of other makers too
+WSL_TRACES = (
+    "dev/dxg",
+    "usr/lib/wsl/lib/libcuda.so.1",
+)  # both: dxg is there for the cards of other makers too
 _FIELDS = ("index", "uuid", "name", "driver_version", "memory.total", "memory.used", "compute_cap")
 MIB = 1 << 20
 
@@ -77,7 +80,9 @@ def in_container(root: Path = Path("/"), environment: Mapping[str, str] = os.env
 def traces(root: Path = Path("/")) -> tuple[str, ...]:
     """Files that show that an NVIDIA card or its driver is there, as absolute paths."""
     if is_wsl(root):
-        return tuple(f"/{name}" for name in WSL_TRACES) if all((root / n).exists() for n in WSL_TRACES) else ()
+        return (
+            tuple(f"/{name}" for name in WSL_TRACES) if all((root / n).exists() for n in WSL_TRACES) else ()
+        )
     return tuple(f"/{name}" for name in TRACES if (root / name).exists())
 
 
@@ -93,9 +98,11 @@ def ask(seconds: float = SECONDS) -> Answer:
     if path is None:
         return Answer()
     for fields in (_FIELDS, _FIELDS[:-1]):  # drivers before 510 do not know compute_cap
-        code, output = run([path, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"], seconds)
+        code, output = run(
+            [path, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"], seconds
+        )
         if code is None:
-            return Answer(reason=output, is_there=True, timed_out=True)
+            return Answer(reason=output.splitlines()[-1], is_there=True, timed_out=True)
         cards = tuple(card for line in output.splitlines() if (card := _card(line)) is not None)
         if code == 0 and cards:
             return Answer(cards, is_there=True)
@@ -121,7 +128,8 @@ def users(seconds: float = SECONDS) -> tuple[User, ...]:
 
 
 def run(words: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """Exit code and output (both streams) of a command; None and the reason if it did not end or start."""
+    """Exit code and output (both streams) of a command.  Without an end in time the code is None, and the last line
+    says so."""
     try:
         process = subprocess.Popen(
             words,
@@ -138,10 +146,11 @@ def run(words: Sequence[str], seconds: float) -> tuple[int | None, str]:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
+        output = ""
         # A process that waits for a driver inside the kernel cannot be killed, so it is not waited for.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=1)
-        return None, f"no answer within {seconds:.0f} s"
+            output, _ = process.communicate(timeout=1)
+        return None, f"{output}\nno answer within {seconds:.0f} s"
     return process.returncode, output
 
 

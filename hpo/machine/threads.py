@@ -1,8 +1,8 @@
 """The CPU's threads, shared by the processes of this user that work at the same time.
 
 PyTorch starts as many threads as there are cores, in every process.  With several processes each parallel loop then
-waits for threads that do not run, in a busy loop.  So each process takes its part: cores divided by living processes, at
-least one, when it starts and before every trial.
+waits for threads that do not run, in a busy loop.  So each process takes its part: cores divided by living
+processes, at least one, when it starts and before every trial.
 
 A sum computed by several threads is added in another order than by one, so on a CPU the last bits of a training
 depend on the number of threads (measured: docs/devices.md).  A training that was begun therefore goes on with the

@@ -55,7 +55,9 @@ def has_kernels(arch_list: Sequence[str], capability: Capability) -> bool:
 
 def span(arch_list: Sequence[str]) -> str:
     """The cards a wheel has kernels for, for messages: 7.5 to 12.0."""
-    numbers = sorted((int(m[1]), int(m[2])) for name in arch_list if (m := re.search(r"_(\d+)(\d)[af]?$", name)))
+    numbers = sorted(
+        (int(m[1]), int(m[2])) for name in arch_list if (m := re.search(r"_(\d+)(\d)[af]?$", name))
+    )
     return f"{shown(numbers[0])} to {shown(numbers[-1])}" if numbers else "no card"
 
 

@@ -20,7 +20,7 @@ import torch
 from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
 from evaluation.score import Anchors, Evaluator, make_anchors
-from hpo.machine import own_device
+from hpo.machine import deterministic, own_device, share_threads
 from hpo.study import (
     IDENTITY,
     Inputs,
@@ -167,6 +167,8 @@ class ImageTimer:
 
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
     """Load and check everything.  Writes only demo data (see ``hpo.study.use.in_use``)."""
+    deterministic()
+    share_threads()
     precision = "bf16" if study.train.full_bf16 else study.train.mixed_precision
     device = own_device(inputs.device, base=inputs.base, precision=precision, say=say)
     begun = begun_study(folder)
