@@ -135,7 +135,7 @@ _REASONS = (
         "unset CUDA_VISIBLE_DEVICES, or give it the numbers that nvidia-smi -L shows",
     ),
     (
-        r"error 100\b|no cuda-capable device",
+        r"error 100\b|no cuda-capable device|no cuda gpus are available",
         "the driver is loaded, but no card is visible to this system",
         "in a container: start it with --gpus all; else look at CUDA_VISIBLE_DEVICES and nvidia-smi",
     ),
