@@ -27,7 +27,10 @@ ON_CPU = "add --device cpu to use the CPU"
 
 @dataclass(frozen=True)
 class Seen:
-    """A card as PyTorch counts it.  ``capability``: None if it cannot be told, or is not NVIDIA's."""
+    """A card as PyTorch counts it.  ``capability``: None if it cannot be told, or is not NVIDIA's.
+
+    ``uuid``: "" if it cannot be told; then nothing is agreed with other processes, as numbers mean other cards there.
+    """
 
     index: int
     uuid: str
@@ -152,10 +155,10 @@ def _cards() -> list[Seen]:
         try:
             about = torch.cuda.get_device_properties(index)
             capability = None if torch.version.hip else (int(about.major), int(about.minor))
-            uuid = str(getattr(about, "uuid", "") or f"number {index}").removeprefix("GPU-")
+            uuid = str(getattr(about, "uuid", "")).removeprefix("GPU-")
             found.append(Seen(index, uuid, clean_text(str(about.name)), capability))
         except (RuntimeError, AssertionError, AttributeError):
-            found.append(Seen(index, f"number {index}", f"GPU {index}", None))
+            found.append(Seen(index, "", f"GPU {index}", None))
     return found
 
 

@@ -36,7 +36,7 @@ def folder() -> Path | None:
 
 def take_gpu(uuid: str) -> bool:
     """Take the lock of a GPU.  True if it is this process's now, or if there is no agreement with others."""
-    return _take(_gpu(uuid))
+    return not uuid or _take(_gpu(uuid))
 
 
 def has_gpu(uuid: str) -> bool:

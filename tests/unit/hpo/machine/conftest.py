@@ -37,13 +37,14 @@ class Machine:
     def has_traces(self, *found: str) -> None:
         self.patch.setattr(nvidia, "traces", lambda root=Path("/"): found or ("/dev/nvidiactl",))
 
-    def cards(self, *cards: tuple[str, tuple[int, int]]) -> None:
+    def cards(self, *cards: tuple[str, tuple[int, int]], uuids: bool = True) -> None:
         """CUDA starts, with these cards."""
 
         def properties(index: int) -> types.SimpleNamespace:
             name, (major, minor) = cards[index]
             self.calls.append(("properties", index))
-            return types.SimpleNamespace(name=name, major=major, minor=minor, uuid=f"uuid-{index}")
+            uuid = {"uuid": f"uuid-{index}"} if uuids else {}
+            return types.SimpleNamespace(name=name, major=major, minor=minor, **uuid)
 
         def zeros(*_: object, device: str) -> None:
             self.calls.append(("zeros", device))

@@ -164,6 +164,13 @@ def test_ranks_of_a_launcher_take_their_own_and_no_lock(machine) -> None:
     assert machine.lines == []
 
 
+def test_a_card_without_a_uuid_is_used_without_a_lock(machine) -> None:
+    machine.cards(RTX, uuids=False)
+    with other_process("uuid-0"):
+        assert own_device(None, base="sd15", say=machine.say) == "cuda:0"
+    assert registry._OWN == {} and machine.lines == []
+
+
 def test_a_gpu_that_does_not_exist(machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.cards(RTX, RTX)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
