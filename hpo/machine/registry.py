@@ -74,9 +74,11 @@ def enter() -> int:
     place = folder()
     if place is None:
         return 1
-    own = f"worker-{os.getpid()}.lock"
-    if own not in _OWN and not _take(own):
-        return 1
+    own = next((name for name in _OWN if name.startswith("worker-")), "")
+    if not own:
+        own = f"worker-{os.getpid()}-{os.urandom(4).hex()}.lock"  # numbers repeat in other containers
+        if not _take(own):
+            return 1
     with contextlib.suppress(OSError):
         os.utime(place / own)  # programs that clean /tmp remove what is old
     living = 1
