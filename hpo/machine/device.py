@@ -60,7 +60,7 @@ def own_device(
     if given is not None:
         _check_form(given)
     if given == "cpu":
-        return _cpu(base, say)
+        return given
     found = nvidia.traces()
     trouble = cuda_trouble(asks=bool(found))
     if trouble is None:
@@ -142,7 +142,7 @@ def _check_form(device: str) -> None:
 
 def _cpu(base: str, say: Say) -> str:
     if not is_miniature(base):
-        say("warning: a search or training on the CPU takes hours to days, except with a miniature base")
+        say("warning: no GPU is used: on the CPU everything but the miniature bases takes hours to days")
     return "cpu"
 
 
