@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpo.cli import folders, status, studies, tools, trainings
+from hpo.cli import folders, machine, status, studies, tools, trainings
 from hpo.cli.start import announced_imports
 from hpo.cli.streams import show_everything
 from trainer.errors import Interrupted, MachineError, ToolError
@@ -161,5 +161,6 @@ for command in (
     tools.inspect,
     tools.export,
     tools.dataset,
+    machine.doctor,
 ):
     main.add_command(command)

@@ -35,6 +35,7 @@ from evaluation.score import (
 )
 from hpo.judge import standard as standards
 from hpo.judge.runfiles import RunFiles
+from hpo.machine import deterministic, own_device, share_threads
 from hpo.study import (
     Inputs,
     make_evaluator,
@@ -45,7 +46,6 @@ from hpo.study import (
     subject_items,
 )
 from hpo.terminal import short
-from hpo.train import check_device
 from trainer.adapters import DATASET_KEY, base_weights, check_lora, lorafile, merge_base_weights
 from trainer.bases import Base, check_vae, compute_type, load_base
 from trainer.config import TrainConfig
@@ -196,10 +196,11 @@ def load(
     ``named``: the value of ``--definition``.  ``like``: judge of another run, whose prompts, references, encoders
     and limits are used, so that two bases can be compared.
     """
-    device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
     config = standards.settings(run, inputs, "-b" if like else "")
     spec = config.pretrained_model_name_or_path
+    deterministic()
+    share_threads()
+    device = own_device(inputs.device, base=spec, precision=config.mixed_precision, say=say)
     data = standards.training_data(run, config, inputs)
     known = standards.standard(run, config, named, data)
     study = known.study

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evaluation.score import CLIPPED
+from hpo.machine import share_threads
 from hpo.search.remedies import CHECKPOINTING, remedies_of, remedy_words, with_remedies
 from hpo.study import (
     COMPLETE,
@@ -100,7 +101,11 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
     then has no result.
     """
     sweep_tree(folder.root)
-    _note(folder, "start")
+    begun_with = _threads(folder) if bench.base.device.type == "cpu" else None
+    threads = share_threads(begun_with)
+    if begun_with not in (None, threads):
+        _log(folder, f"begun with {begun_with} CPU threads, goes on with {threads}: the last bits may differ")
+    _note(folder, "start", threads=threads)
     try:
         result = _work(bench, folder, config, watch)
     except Interrupted:
@@ -315,6 +320,12 @@ def deaths_without_progress(folder: TrialFolder) -> int:
         else:
             count, saved = 1, row.get("saved")
     return count if saved == _saved(folder) else 0
+
+
+def _threads(folder: TrialFolder) -> int | None:
+    """The number of CPU threads that the trial was begun with; None if it begins now, or that was not noted."""
+    noted = [row["threads"] for row in read_records(folder.starts) if isinstance(row.get("threads"), int)]
+    return noted[0] if noted and noted[0] > 0 else None
 
 
 def resumes_from(folder: TrialFolder) -> str:

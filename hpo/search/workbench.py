@@ -21,6 +21,7 @@ import torch
 from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
 from evaluation.score import Anchors, Evaluator, make_anchors
+from hpo.machine import deterministic, own_device, share_threads
 from hpo.search.remedies import Remedies
 from hpo.study import (
     IDENTITY,
@@ -41,7 +42,6 @@ from hpo.study import (
     subject_items,
 )
 from hpo.terminal import left
-from hpo.train import check_device
 from trainer.adapters import merge_base_weights
 from trainer.bases import compute_type, is_miniature, load_base
 from trainer.config import TrainConfig
@@ -191,8 +191,10 @@ class ImageTimer:
 
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
     """Load and check everything.  Writes only demo data (see ``hpo.study.use.in_use``)."""
-    device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    deterministic()
+    share_threads()
+    precision = "bf16" if study.train.full_bf16 else study.train.mixed_precision
+    device = own_device(inputs.device, base=inputs.base, precision=precision, say=say)
     begun = begun_study(folder)
     study = as_begun(study, begun.user_attrs.get(IDENTITY) if begun else None)
     train = study.train

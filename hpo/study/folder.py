@@ -167,6 +167,10 @@ class StudyFolder:
     def study_lock(self) -> Lock:
         return Lock(self.locks / "study.lock")
 
+    def base_lock(self) -> Lock:
+        """Held while the untrained base is scored: other workers wait for the result instead of repeating it."""
+        return Lock(self.locks / "base.lock")
+
     def trial_lock(self, number: int) -> Lock:
         return Lock(self.locks / f"trial_{number:04d}.lock")
 

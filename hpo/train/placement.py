@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import nn
 
 from trainer.adapters import merge_base_weights
@@ -19,11 +18,6 @@ from trainer.compute import fp8
 from trainer.config import TrainConfig
 from trainer.data import Dataset, Prepared, preflight
 from trainer.oom import release
-
-
-def own_device(device: str | None, local_rank: int = 0) -> str:
-    """The device of this process: the given one, else its own GPU, else the CPU."""
-    return device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
 
 
 def load(config: TrainConfig, data: Dataset, device: str, say: Callable[[str], None]) -> Base:
