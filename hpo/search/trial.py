@@ -204,6 +204,7 @@ def _train(
 ) -> Adapter:
     from trainer.adapters import lorafile
     from trainer.loop import Conduct
+    from trainer.memory import step_work
 
     if CHECKPOINTING in remedies:
         config = config.with_values({"gradient_checkpointing": True})
@@ -221,9 +222,13 @@ def _train(
         log.write(event, **more)
         watch.on_event(event)
 
-    how = Conduct(checkpoints=folder.checkpoints, should_stop=watch.should_stop)
     # the batches stay the same; each is computed one image at a time (``trainer.loop.stepper``)
     parts = config.with_values({"micro_batch_size": 1}) if SPLIT in remedies else config
+    how = Conduct(
+        checkpoints=folder.checkpoints,
+        should_stop=watch.should_stop,
+        work_bytes=lambda: step_work(parts, bench.base_spec),
+    )
     adapter = train_adapter(
         bench.base, parts, lambda adapter: (bench.prepared(config, on_encoded), how), on_event
     )

@@ -46,6 +46,10 @@ class SDXL(Base):
         """The second-to-last layers of both encoders, concatenated, without the final norm. The pooled vector
         is the final state of the second encoder at the first end token of the first window, times its
         projection; weights do not change it. ``clip_skip`` is ignored."""
+        with self._reading(captions, max_token_length):
+            return self._encoded(captions, max_token_length, weighted)
+
+    def _encoded(self, captions: Sequence[str], max_token_length: int | None, weighted: bool) -> TextStates:
         hidden = []
         for number, encoder in enumerate(self.text_encoders):
             ids_BWL = self.token_windows(captions, number, max_token_length, weighted)
@@ -64,6 +68,7 @@ class SDXL(Base):
     ) -> Tensor:
         assert states.pooled_BP is not None
         assert len(sizes) == len(noisy_BCHW), "SDXL needs the sizes of every row"
+        self.card.require(self.unet)
         ids = [[*size.original_hw, *size.crop_top_left, *size.target_hw] for size in sizes]
         predicted = self.unet(
             noisy_BCHW.to(self.compute_dtype),
@@ -71,7 +76,7 @@ class SDXL(Base):
             encoder_hidden_states=states.hidden_BLD.to(self.compute_dtype),
             added_cond_kwargs={
                 "text_embeds": states.pooled_BP.to(self.compute_dtype),
-                "time_ids": torch.tensor(ids, device=noisy_BCHW.device, dtype=torch.float32),
+                "time_ids": _numbers(ids, noisy_BCHW.device),
             },
             return_dict=False,
         )[0]
@@ -79,6 +84,13 @@ class SDXL(Base):
 
     def unet_name(self, path: str) -> str:
         return sgm_path(path, int(self.unet.config.layers_per_block))
+
+
+def _numbers(rows: list[list[int]], device: torch.device) -> Tensor:
+    """Rows of numbers on a device, fp32, without waiting for a GPU."""
+    if device.type != "cuda":
+        return torch.tensor(rows, device=device, dtype=torch.float32)
+    return torch.tensor(rows, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
 
 
 def sgm_path(path: str, layers_per_block: int) -> str:

@@ -8,6 +8,10 @@ from .footprint import predict_full as predict_full
 from .ladder import Rung as Rung
 from .ladder import encoding_rung as encoding_rung
 from .ladder import next_rung as next_rung
+from .phases import PhasePlan as PhasePlan
+from .phases import largest as largest
+from .phases import phases as phases
+from .phases import step_work as step_work
 from .stacks import Attempt as Attempt
 from .stacks import Stack as Stack
 from .stacks import choose as choose
