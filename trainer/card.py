@@ -55,6 +55,7 @@ class Card:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.moves = device.type == "cuda"
+        self.spare_bytes = SPARE_BYTES
         self._phases: list[Phase] = []
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._away: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -64,7 +65,7 @@ class Card:
     def add(self, network: nn.Module, name: str) -> None:
         """Take a network on. From now on, only the card moves it. On a CPU it is moved there and stays."""
         if not self.moves:
-            self.send(network, self.device)
+            _send(network, self.device, keep_trained=False)
         self._names[network] = name
         is_here = next(network.parameters()).device == self.device
         (self._away.discard if is_here else self._away.add)(network)
@@ -114,7 +115,7 @@ class Card:
         if missing:
             self._make_room(networks, sum(map(nbytes, missing)))
             for network in missing:
-                self._come(network)
+                self.come(network)
 
     def space(self, *networks: nn.Module) -> int | None:
         """Bytes for work if only these networks were on the card; None where memory is not counted (CPU)."""
@@ -122,7 +123,7 @@ class Card:
             return None
         others = sum(frozen_bytes(n) for n in self._names if self.is_here(n) and n not in networks)
         missing = sum(nbytes(n) for n in networks if n in self._away)
-        return max(0, self.free_bytes() + others - missing - SPARE_BYTES)
+        return max(0, self.free_bytes() + others - missing - self.spare_bytes)
 
     # Deciding and moving
 
@@ -140,40 +141,32 @@ class Card:
         """What a phase needs is on the card, with room for its work."""
         for network in now.in_ram:
             if self.is_here(network):
-                self._leave(network)
+                self.leave(network)
         if now.work_bytes is None:
             for network in list(self._names):
                 if self.is_here(network) and not now.needs(network):
-                    self._leave(network)
+                    self.leave(network)
             release(self.device)
         missing = [network for network in now.networks if network in self._away]
         if now.networks:
             self._make_room(now.networks, sum(map(nbytes, missing)) + (now.work_bytes or 0))
         for network in missing:
-            self._come(network)
+            self.come(network)
 
     def _make_room(self, needed: tuple[nn.Module, ...], wanted_bytes: int) -> None:
         """Send networks to RAM until so many bytes are free, or none is left that may go. Those that no outer phase
         needs go first; of these the smallest one that is enough, else the largest."""
         moved = False
-        while (short := wanted_bytes + SPARE_BYTES - self.free_bytes()) > 0:
+        while (short := wanted_bytes + self.spare_bytes - self.free_bytes()) > 0:
             here = [n for n in self._names if self.is_here(n) and n not in needed and frozen_bytes(n)]
             unused = [n for n in here if not any(phase.needs(n) for phase in self._phases)]
             choice = sorted(unused or here, key=frozen_bytes)
             if not choice:
                 break
-            self._leave(next((n for n in choice if frozen_bytes(n) >= short), choice[-1]))
+            self.leave(next((n for n in choice if frozen_bytes(n) >= short), choice[-1]))
             moved = True
         if moved:
             release(self.device)
-
-    def _leave(self, network: nn.Module) -> None:
-        self.send(network, "cpu")
-        self._away.add(network)
-
-    def _come(self, network: nn.Module) -> None:
-        self.send(network, self.device)
-        self._away.discard(network)
 
     # What a device can do; tests replace these
 
@@ -193,18 +186,28 @@ class Card:
 
         return int(torch.cuda.get_device_properties(self.device).total_memory)
 
-    def send(self, network: nn.Module, place: torch.device | str) -> None:
-        """Move the weights of a network. To RAM go the frozen ones only."""
-        import torch
+    def leave(self, network: nn.Module) -> None:
+        """Move the frozen weights of a network to RAM."""
+        _send(network, "cpu", keep_trained=True)
+        self._away.add(network)
 
-        place = torch.device(place)
-        for parameter in network.parameters():
-            if parameter.device != place and not (place.type == "cpu" and parameter.requires_grad):
-                parameter.data = parameter.data.to(place)
-        for module in network.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device != place:
-                    module._buffers[name] = buffer.to(place)
+    def come(self, network: nn.Module) -> None:
+        """Move the weights of a network to the device."""
+        _send(network, self.device, keep_trained=False)
+        self._away.discard(network)
+
+
+def _send(network: nn.Module, place: torch.device | str, *, keep_trained: bool) -> None:
+    import torch
+
+    place = torch.device(place)
+    for parameter in network.parameters():
+        if parameter.device != place and not (keep_trained and parameter.requires_grad):
+            parameter.data = parameter.data.to(place)
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != place:
+                module._buffers[name] = buffer.to(place)
 
 
 def nbytes(network: nn.Module) -> int:

@@ -76,8 +76,8 @@ def decoded_at_once(count: int, width_px: int, height_px: int) -> int:
 
 
 def tile_px(whole_bytes: int, width_px: int, height_px: int, space: int) -> int | None:
-    """The side of a tile that fits where an image does not; None where the whole image fits."""
-    if whole_bytes <= space:
+    """The side of a tile that fits where an image does not; None where the whole image fits, or is no larger."""
+    if whole_bytes <= space or max(width_px, height_px) <= SMALLEST_TILE_PX:
         return None
     side = max(width_px, height_px)
     while side > SMALLEST_TILE_PX:
