@@ -286,16 +286,13 @@ def _searched(bench: Workbench, config: TrainConfig) -> dict[str, str]:
 
 def _is_in_place(adapter: Adapter, config: TrainConfig) -> bool:
     """Whether every target module in the base has its LoRA, and all of them are active and finite."""
-    from trainer.adapters import NAME, targets_of
+    from trainer.adapters import targets_of
 
     wanted = {target.key for target in targets_of(adapter.base, config)}
     for layer in adapter.layers:
         target = layer.target
         module: Any = adapter.base.components()[target.component].get_submodule(target.path)
-        own = getattr(module, "lora_A", {}), getattr(module, "lora_B", {})
-        if [NAME in half and half[NAME] for half in own] != [layer.down, layer.up]:
-            return False
-        if module.disable_adapters or module.active_adapters != [NAME]:
+        if module is not layer.wrapped or module.disable_adapters:
             return False
         wanted.discard(target.key)
     return not wanted and all(bool(tensor.isfinite().all()) for tensor in adapter.state().values())

@@ -1,15 +1,16 @@
 """Adapter: LoRA, LoCon, DoRA, LoHa or LoKr injected into a base, its weights, and its complete removal.
 
-Owns dropout, norms, rounding and removal; which modules get one is ``targets``'s.  PEFT does the maths of the
-forward pass, ``kinds`` says what differs between kinds.  Weights are fp32 whatever the base's type, or bf16
-with full_bf16.  Does not own files (``lorafile``) or the optimizer (``optim``).
+Owns dropout, norms, rounding and removal; which modules get one is ``targets``'s.  ``lowrank`` computes LoRA, PEFT
+LoHa and LoKr, ``changed`` the rest; ``kinds`` says what differs between kinds.  Weights are fp32 whatever the base's
+type, or bf16 with full_bf16.  Does not own files (``lorafile``) or the optimizer (``optim``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from trainer.adapters.changed import ChangedLayer
 from trainer.adapters.choice import KINDS, kind_for
-from trainer.adapters.kinds import NAME, SCALAR, Kind
+from trainer.adapters.kinds import NAME, SCALAR, Kind, LoRA
+from trainer.adapters.lowrank import LowRankLayer, computing
 from trainer.adapters.morekinds import DyLoRA
 from trainer.adapters.targets import Target, targets_of
 from trainer.bases import Base
@@ -48,7 +50,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Layer:
-    """One injected module: PEFT's layer around the base's, and its trainable tensors by ending."""
+    """One injected module: the layer around the base's, and its trainable tensors by ending."""
 
     target: Target
     wrapped: Any
@@ -57,16 +59,6 @@ class Layer:
     @property
     def kind(self) -> Kind:
         return KINDS[self.target.kind]
-
-    @property
-    def down(self) -> Any:
-        """LoRA's first half."""
-        return self.wrapped.lora_A[NAME]
-
-    @property
-    def up(self) -> Any:
-        """LoRA's second half."""
-        return self.wrapped.lora_B[NAME]
 
     @property
     def factors(self) -> list[nn.Parameter]:
@@ -135,6 +127,7 @@ class Adapter:
         self._dropout = dropout
         self._dropout_key: tuple[int, ...] | None = None
         self._rows = (0, 0, 0)
+        self._generators: dict[torch.device, torch.Generator] = {}
         by_component: dict[str, list[Target]] = {}
         for target in targets:
             by_component.setdefault(target.component, []).append(target)
@@ -146,6 +139,18 @@ class Adapter:
             raise
         for number, layer in enumerate(self.layers):
             self._prepare(number, layer)
+
+    @contextlib.contextmanager
+    def computing(self, kind: torch.dtype) -> Iterator[None]:
+        """Inside, the weights are cast to ``kind`` once for a forward and backward pass (``lowrank.computing``)."""
+        wrapped = [layer.wrapped for layer in self.layers]
+        with computing([layer for layer in wrapped if isinstance(layer, LowRankLayer)], kind):
+            yield
+
+    @property
+    def needs_autocast(self) -> bool:
+        """Whether any of its layers leaves the choice of types to autocast: PEFT's, and changes of a weight."""
+        return not all(isinstance(layer.wrapped, LowRankLayer) for layer in self.layers)
 
     def trainable(self) -> list[nn.Parameter]:
         """All trainable weights, in module order."""
@@ -264,7 +269,7 @@ class Adapter:
                 )
 
     def remove(self) -> None:
-        """Take the adapter out of the base: the same layer objects return, nothing of PEFT remains."""
+        """Take the adapter out of the base: the same layer objects return."""
         for model in self.base.components().values():
             _unwrap(model)
             if getattr(model, "peft_config", None):
@@ -274,60 +279,46 @@ class Adapter:
         self.layers = []
 
     def _prepare(self, number: int, layer: Layer) -> None:
-        """Hooks for DoRA's magnitude and for dropout; they go with PEFT's layer."""
+        """Hooks for DoRA's magnitude, and what dropout draws; they go with the layer."""
         if isinstance(layer.wrapped, ChangedLayer):
             layer.wrapped.chance = _Chance(self, number, layer)
             return
         if MAGNITUDE in layer.weights:
             _attach_magnitude(layer, lambda: self._kept_rows(number, layer))
-        if layer.target.kind in ("LoHa", "LoKr"):
-            if self._dropout.rank > 0:
-                layer.wrapped.get_delta_weight = self._row_dropout(number, layer)
-            return
-        if self._dropout.rows and self._dropout.rank > 0:
-            layer.up.register_forward_hook(self._output_dropout(number, layer))
-        if self._dropout.network > 0 or (self._dropout.rank > 0 and not self._dropout.rows):
-            layer.down.register_forward_hook(self._channel_dropout(number))
+        if isinstance(layer.wrapped, LowRankLayer):
+            if self._dropout.network > 0 or self._dropout.rank > 0:
+                layer.wrapped.drop = _Drop(self, number, layer)
+        elif self._dropout.rank > 0:
+            layer.wrapped.get_delta_weight = self._row_dropout(number, layer)
 
-    def _channel_dropout(self, number: int) -> Any:
-        """kohya's network_dropout and rank_dropout: on what leaves ``lora_down``, single values and whole
-        ranks of a sample.  The masks depend only on the key and the layer, so gradient checkpointing
-        recomputes the same ones."""
-
-        def drop(_module: nn.Module, _inputs: Any, output_BR: Tensor) -> Tensor:
-            if self._dropout_key is None:
-                return output_BR
-            device = output_BR.device
-            if self._dropout.network > 0:
-                keep = 1.0 - self._dropout.network
-                generator = keyed_generator(*self._dropout_key, number, device=device)
-                output_BR = output_BR * self._kept(list(output_BR.shape), keep, generator, output_BR)
-            if self._dropout.rank > 0 and not self._dropout.rows:
-                keep = 1.0 - self._dropout.rank
-                generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
-                rank_axis = -1 if output_BR.dim() < 4 else 1
-                shape = [1] * output_BR.dim()
-                shape[0], shape[rank_axis] = output_BR.shape[0], output_BR.shape[rank_axis]
-                output_BR = output_BR * self._kept(shape, keep, generator, output_BR)
-            return output_BR
-
-        return drop
-
-    def _kept(self, shape: list[int], keep: float, generator: torch.Generator, like: Tensor) -> Tensor:
-        """A mask of 0 and 1 / keep.  For some rows of a micro-batch: drawn for all of it, then those rows. An
-        image has several rows where a long caption is read in windows."""
+    def _kept(self, shape: Sequence[int], keep: float, like: Tensor, *purpose: int | str) -> Tensor:
+        """A mask of 0 and 1 in the type of ``like``, drawn for a purpose of this micro-batch.  For some rows of it:
+        drawn for all of it, then those rows. An image has several rows where a long caption is read in windows."""
         start, count, total = self._rows
         each = shape[0] // count if 0 < count < total else 0
         drawn = [total * each, *shape[1:]] if each else shape
+        generator = self._generator(like.device, *purpose)
         mask = torch.empty(drawn, device=like.device, dtype=like.dtype).bernoulli_(keep, generator=generator)
-        return (mask[start * each : (start + count) * each] if each else mask).div_(keep)
+        return mask[start * each : (start + count) * each] if each else mask
+
+    def _generator(self, device: torch.device, *purpose: int | str) -> torch.Generator:
+        """A generator for one purpose of this micro-batch: the device's own, seeded anew, since making one takes
+        longer than what it draws here."""
+        assert self._dropout_key is not None
+        key = (*self._dropout_key, *purpose)
+        if device in self._generators:
+            return self._generators[device].manual_seed(seed_of(*key))
+        made = keyed_generator(*key, device=device)
+        if made is not None:  # None while memory is traced
+            self._generators[device] = made
+        return made
 
     def _kept_rows(self, number: int, layer: Layer) -> Tensor | None:
         """1 or 0 for each row of ΔW (out), fp32; None where no rows are dropped."""
         if self._dropout_key is None or self._dropout.rank == 0 or not layer.drops_rows(self._dropout):
             return None
         device = next(iter(layer.weights.values())).device
-        generator = keyed_generator(*self._dropout_key, number, "rank", device=device)
+        generator = self._generator(device, number, "rank")
         outputs = layer.wrapped.base_layer.weight.shape[0]
         return torch.empty(outputs, device=device).bernoulli_(1.0 - self._dropout.rank, generator=generator)
 
@@ -346,22 +337,15 @@ class Adapter:
 
         return dropped
 
-    def _output_dropout(self, number: int, layer: Layer) -> Any:
-        """LyCORIS' rank_dropout of LoRA: rows of ΔW, which are channels of what leaves ``lora_up``."""
 
-        def drop(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            rows = self._kept_rows(number, layer)
-            if rows is None:
-                return output
-            return output * rows.to(output.dtype).reshape((1, -1, 1, 1) if output.dim() == 4 else (-1,))
-
-        return drop
+def seed_of(*key: int | str) -> int:
+    """The seed of a key: 63 bits of its sha256."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 def keyed_generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream depends only on the key, whatever the machine and the order of use."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 # DoRA's magnitude.  W' = (W + ΔW) · m / ‖W + ΔW‖, one m per input (arXiv 2402.09353 eq. 5: the norm of each
@@ -433,10 +417,12 @@ def _inject_component(
     model: nn.Module, targets: list[Target], weights: Mapping[str, Tensor], kept_in: torch.dtype
 ) -> list[Layer]:
     """Layers around the targets of one network, holding ``weights`` on the network's device; DoRA's magnitudes always
-    in fp32.  PEFT's where it has one, else ``ChangedLayer``."""
+    in fp32.  ``LowRankLayer`` for LoRA, PEFT's for LoHa and LoKr, else ``ChangedLayer``."""
     assert not hasattr(model, "peft_config"), "an adapter is in the base already: remove it first"
     tensors = {target.key: _tensors_of(target, weights) for target in targets}
-    of_peft = [target for target in targets if not KINDS[target.kind].is_changed(tensors[target.key])]
+    plain = [target for target in targets if not KINDS[target.kind].is_changed(tensors[target.key])]
+    low_rank = {target.path for target in plain if isinstance(KINDS[target.kind], LoRA)}
+    of_peft = [target for target in plain if target.path not in low_rank]
     first = type(KINDS[of_peft[0].kind]).settings if of_peft else None
     of_peft = [target for target in of_peft if type(KINDS[target.kind]).settings is first]
     if of_peft:
@@ -445,11 +431,8 @@ def _inject_component(
     else:
         model.requires_grad_(False)
         model.peft_config = {}  # type: ignore[assignment]
-    paths = {target.path for target in of_peft}
-    return [
-        (_fill if target.path in paths else _wrap)(model, target, tensors[target.key], kept_in)
-        for target in targets
-    ]
+    how = dict.fromkeys((target.path for target in of_peft), _fill) | dict.fromkeys(low_rank, _put_low_rank)
+    return [how.get(target.path, _wrap)(model, target, tensors[target.key], kept_in) for target in targets]
 
 
 def _tensors_of(target: Target, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -480,13 +463,28 @@ def _fill(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], kept_
     placed: dict[str, nn.Parameter] = {}
     for ending, value in tensors.items():
         placed[ending] = _parameter(kind, ending, value, wrapped.base_layer.weight.device, kept_in)
-        if ending == MAGNITUDE:
-            wrapped.register_parameter(MAGNITUDE, placed[ending])
-            continue
         shape = kind.shape(wrapped, ending)
         assert shape is None or shape == value.shape, f"{target.key}: {value.shape} for {shape}"
         kind.place(wrapped, ending, placed[ending])
     wrapped.scaling[NAME] = target.alpha / target.rank
+    return Layer(target, wrapped, placed)
+
+
+def _put_low_rank(
+    model: nn.Module, target: Target, tensors: Mapping[str, Tensor], kept_in: torch.dtype
+) -> Layer:
+    """A LowRankLayer in the place of a target."""
+    layer: Any = model.get_submodule(target.path)
+    placed = {
+        ending: _parameter(KINDS[target.kind], ending, value, layer.weight.device, kept_in)
+        for ending, value in tensors.items()
+    }
+    down, up = (placed[ending] for ending in LoRA.endings)
+    wrapped = LowRankLayer(layer, down, up, NAME, target.alpha / target.rank)
+    if MAGNITUDE in placed:
+        wrapped.register_parameter(MAGNITUDE, placed[MAGNITUDE])
+    wrapped.train(layer.training)
+    _put(model, target.path, wrapped)
     return Layer(target, wrapped, placed)
 
 
@@ -510,9 +508,9 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _unwrap(model: nn.Module) -> None:
-    """Put the layers of a base back where a ChangedLayer is."""
+    """Put the layers of a base back where one of ours is."""
     for path, module in [*model.named_modules()]:
-        if isinstance(module, ChangedLayer):
+        if isinstance(module, ChangedLayer | LowRankLayer):
             _put(model, path, module.base_layer)
 
 
@@ -524,6 +522,35 @@ def _fold_scalar(layer: Layer) -> None:
             if ending in layer.weights:
                 layer.weights[ending].mul_(scalar)
         scalar.fill_(1.0)
+
+
+class _Drop:
+    """What one LowRankLayer drops: kohya's network_dropout and rank_dropout on what leaves ``lora_down``, single
+    values and whole ranks of a sample, or LyCORIS' rank_dropout, rows of ΔW.  It depends only on the adapter's key and
+    the layer's number, so gradient checkpointing recomputes the same."""
+
+    def __init__(self, adapter: Adapter, number: int, layer: Layer) -> None:
+        self._adapter, self._number, self._layer = adapter, number, layer
+
+    def ranks(self, shape: Sequence[int], like: Tensor) -> tuple[Tensor | None, float]:
+        adapter, dropout = self._adapter, self._adapter._dropout
+        if adapter._dropout_key is None:
+            return None, 1.0
+        mask, kept = None, 1.0
+        if dropout.network > 0:
+            kept = 1.0 - dropout.network
+            mask = adapter._kept(shape, kept, like, self._number)
+        if dropout.rank > 0 and not dropout.rows:
+            axis = -1 if len(shape) < 4 else 1
+            whole = [1] * len(shape)
+            whole[0], whole[axis] = shape[0], shape[axis]
+            ranks = adapter._kept(whole, 1.0 - dropout.rank, like, self._number, "rank").expand(*shape)
+            mask = ranks if mask is None else mask * ranks
+            kept *= 1.0 - dropout.rank
+        return mask, kept
+
+    def rows(self) -> Tensor | None:
+        return self._adapter._kept_rows(self._number, self._layer)
 
 
 class _Chance:
@@ -544,7 +571,7 @@ class _Chance:
         key, rate = self._adapter._dropout_key, self._adapter._dropout.rank
         if key is None or rate == 0:
             return None
-        generator = keyed_generator(*key, self._number, "rank", device=like.device)
+        generator = self._adapter._generator(like.device, self._number, "rank")
         return torch.empty_like(like).bernoulli_(1.0 - rate, generator=generator) / (1.0 - rate)
 
     def block(self, count: int) -> int | None:

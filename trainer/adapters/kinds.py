@@ -1,9 +1,9 @@
-"""Kinds of adapters: LoRA, LoHa and LoKr – the tensors of each, their start, and PEFT's layer for it.
+"""Kinds of adapters: LoRA, LoHa and LoKr – the tensors of each, their start, and PEFT's layer for the last two.
 
 Owns what differs between kinds; ``adapter`` owns what they share, ``morekinds`` the kinds that PEFT does not have.
-PEFT computes the forward pass, except of Tucker forms and of use_scalar (``changed``); LoCon is LoRA on convolutions
-too, and DoRA is LoRA plus a magnitude (``adapter.Magnitude``).  Names of tensors and their start are LyCORIS'
-(KohakuBlueleaf/LyCORIS, lycoris/modules), which ComfyUI and A1111 read.
+``lowrank`` computes the forward pass of LoRA, PEFT that of LoHa and LoKr, ``changed`` that of Tucker forms and of
+use_scalar; LoCon is LoRA on convolutions too, and DoRA is LoRA plus a magnitude (``adapter``).  Names of tensors and
+their start are LyCORIS' (KohakuBlueleaf/LyCORIS, lycoris/modules), which ComfyUI and A1111 read.
 
 Shapes: out in of a linear layer; a convolution has in·kh·kw where "in" is flattened; r rank.
 """
@@ -17,14 +17,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from peft import LoHaConfig, LoKrConfig, PeftConfig
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
 from trainer.adapters.changed import Chance
 
 SCALAR = "scalar"  # use_scalar: a factor of ΔW that starts at 0
-NAME = "lora"  # PEFT's name of the adapter inside each layer
+NAME = "lora"  # the adapter's name inside each layer, as PEFT has it
 
 
 class Ranked(Protocol):
@@ -165,17 +165,6 @@ class LoRA(Kind):
         zero = (SCALAR,) if self.use_scalar else ("lora_up.weight",)
         return _start(self.shapes(layer, rank), zero, generator)
 
-    def settings(self, targets: Sequence[Ranked]) -> PeftConfig:
-        rank, pattern = _ranks(targets)
-        return LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            target_modules=[target.path for target in targets],
-            rank_pattern=pattern,
-            lora_dropout=0.0,
-            init_lora_weights=False,
-        )
-
     def delta(self, tensors: Mapping[str, Tensor]) -> Tensor:
         down, up = tensors["lora_down.weight"].flatten(1), tensors["lora_up.weight"].flatten(1)
         if "lora_mid.weight" in tensors:
@@ -202,14 +191,6 @@ class LoRA(Kind):
             and down.shape[1:] == weight.shape[1:]
             and up.shape == (weight.shape[0], down.shape[0], *ones)
         )
-
-    def place(self, wrapped: Any, ending: str, value: nn.Parameter) -> None:
-        _half(wrapped, ending).weight = value
-
-    def shape(self, wrapped: Any, ending: str) -> torch.Size | None:
-        shape = _half(wrapped, ending).weight.shape
-        assert isinstance(shape, torch.Size)
-        return shape
 
 
 class LoHa(Kind):
@@ -411,10 +392,6 @@ def _ranks(targets: Sequence[Ranked]) -> tuple[int, dict[str, int]]:
     """The most common rank, and the others by path."""
     rank = Counter(target.rank for target in targets).most_common(1)[0][0]
     return rank, {target.path: target.rank for target in targets if target.rank != rank}
-
-
-def _half(wrapped: Any, ending: str) -> Any:
-    return (wrapped.lora_A if ending == "lora_down.weight" else wrapped.lora_B)[NAME]
 
 
 def _flat_shape(layer: nn.Module) -> tuple[int, int]:

@@ -196,9 +196,10 @@ class Stepper:
             for part in parts[self.ranks.rank :: self.ranks.world]:
                 rows = (part.start, len(part.samples), part.total)
                 self.adapter.apply_dropout(self.config.seed, step, part.number, rows=rows)
-                share = self._losses(part.samples, epoch).sum() / samples
-                if share.requires_grad:  # not where module_dropout left everything out
-                    self.scaler.scale(share).backward()
+                with self.adapter.computing(self.compute):
+                    share = self._losses(part.samples, epoch).sum() / samples
+                    if share.requires_grad:  # not where module_dropout left everything out
+                        self.scaler.scale(share).backward()
                 loss_sum += share.detach()
         finally:
             self.adapter.apply_dropout()
@@ -285,7 +286,11 @@ class Stepper:
         return Draw(timestep, noise, input_noise)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.base.device.type, self.compute, enabled=self.compute != torch.float32)
+        """Off where everything has the compute type already. Norms then return it as well, as when images are drawn
+        with the LoRA, and not fp32: that is half the memory of what they keep for backward."""
+        has_type = self.base.compute_dtype == self.compute and not self.adapter.needs_autocast
+        is_on = self.compute != torch.float32 and not has_type
+        return torch.autocast(self.base.device.type, self.compute, enabled=is_on)
 
     def _caption(self, sample: Sample, epoch: int) -> str:
         return caption_for(sample.item, self.config, epoch, sample.occurrence, self.now)

@@ -167,7 +167,9 @@ class Kernels:
 
     def _norm(self, x: Tensor, rows: int, weight: Tensor | None) -> Tensor:
         """CUDA's autocast runs norms in fp32 and returns fp32 (torch docs, amp op reference)."""
-        return _Norm.apply(x.float(), rows, None if weight is None else weight.float())
+        if self.low is not None:
+            x, weight = x.float(), None if weight is None else weight.float()
+        return _Norm.apply(x, rows, weight)
 
     def scaled_dot_product_attention(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
         return _Attention.apply(self._low(q), self._low(k), self._low(v), self.recorder)

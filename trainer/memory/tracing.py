@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from trainer.adapters import adapter as adapters
-from trainer.adapters import kind_for, targets_of
+from trainer.adapters import kind_for, lowrank, targets_of
 from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
 from trainer.config import TrainConfig
@@ -86,17 +86,21 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
             recorder.see(tensor, is_new=False)
     matrices = [p for p in base.unet.parameters() if p.dim() > 1 and not p.requires_grad]
     fp8 = frozenset(map(id, matrices)) if config.fp8_base else frozenset()
-    kernels = Kernels(recorder, None if compute == torch.float32 else compute, fp8)
+    is_plain = it.adapter is not None and not it.adapter.needs_autocast
+    kernels = Kernels(recorder, None if is_plain or compute == torch.float32 else compute, fp8)
     with contextlib.ExitStack() as stack:
         for name, function in kernels.patches():
             stack.enter_context(_replaced(F, name, function))
         stack.enter_context(_replaced(adapters, "keyed_generator", lambda *_, **__: None))
+        stack.enter_context(_replaced(lowrank, "kind_of", lambda _: compute))
         stack.enter_context(_replaced(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
         stack.enter_context(_replaced(recompute, "_with_inputs_in_ram", inputs_elsewhere))
         stack.enter_context(recorder)
         stack.enter_context(recompute.recomputing(base, config))
         if it.adapter is not None and (config.network_dropout or config.rank_dropout):
             it.adapter.apply_dropout(1)
+        if it.adapter is not None:
+            stack.enter_context(it.adapter.computing(compute))
         side = base.latent_factor_px
         shape = (batch, base.unet.config.in_channels, height_px // side, width_px // side)
         noisy_BCHW = torch.empty(shape, device="meta")

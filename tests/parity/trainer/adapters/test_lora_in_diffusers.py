@@ -115,13 +115,16 @@ def test_a_unet_only_file_loads_in_diffusers(family, tmp_path):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_file_that_diffusers_wrote_gives_the_same_output_here(family, tmp_path):
     """Files from save_lora_weights, with diffusers' key names, are read correctly."""
-    from diffusers.utils import convert_state_dict_to_diffusers
+    from diffusers.utils import convert_state_dict_to_diffusers, recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model
     from peft.utils import get_peft_model_state_dict
 
     base = tiny_base(family)
-    config = tiny_config(network_dim=4, network_alpha=4)
-    adapter = inject(base, config)
-    randomise(adapter)
+    torch.manual_seed(1)
+    for name, model in base.components().items():
+        paths = list(base.lora_names()[name])
+        settings = LoraConfig(r=4, lora_alpha=4, target_modules=paths, init_lora_weights=False)
+        inject_adapter_in_model(settings, model, adapter_name="lora")
     _, expected = prediction(base)
     layers = {
         f"{'unet' if name == 'unet' else name}_lora_layers": convert_state_dict_to_diffusers(
@@ -130,7 +133,9 @@ def test_a_file_that_diffusers_wrote_gives_the_same_output_here(family, tmp_path
         for name, model in base.components().items()
     }
     type(tiny_pipeline(base)).save_lora_weights(str(tmp_path), **layers)
-    adapter.remove()
+    for model in base.components().values():
+        recurse_remove_peft_layers(model)
+        del model.peft_config
     file = lorafile.read(tmp_path / "pytorch_lora_weights.safetensors")
     again = lorafile.attach(base, file)
     _, predicted = prediction(base)

@@ -354,8 +354,8 @@ def test_rank_dropout_of_networks_lora_with_the_same_draws_gives_the_same_output
     adapter, layer = one_layer(name)
     rate = SINGLE[name][2]["rank_dropout"]
 
-    def mask(_: Adapter, shape: list[int], keep: float, __: Any, like: torch.Tensor) -> torch.Tensor:
-        return (drawn(2, RANK) > rate).float().reshape(shape) / keep
+    def mask(_: Adapter, shape: list[int], keep: float, like: torch.Tensor, *__: Any) -> torch.Tensor:
+        return (drawn(2, RANK) > rate).float().reshape(shape)
 
     monkeypatch.setattr(Adapter, "_kept", mask)
     adapter.apply_dropout(1)

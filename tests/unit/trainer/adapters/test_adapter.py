@@ -149,36 +149,47 @@ def test_the_adapters_scale_is_alpha_over_rank():
     layer = adapter.layers[0]
     wrapped = base.unet.get_submodule(layer.target.path)
     x = torch.randn(3, wrapped.base_layer.in_features if hasattr(wrapped.base_layer, "in_features") else 8)
-    if x.shape[1] != layer.down.weight.shape[1] or layer.down.weight.dim() == 4:
-        layer = next(entry for entry in adapter.layers if entry.down.weight.dim() == 2)
+    if x.shape[1] != layer.wrapped.lora_down.shape[1] or layer.wrapped.lora_down.dim() == 4:
+        layer = next(entry for entry in adapter.layers if entry.wrapped.lora_down.dim() == 2)
         wrapped = base.components()[layer.target.component].get_submodule(layer.target.path)
-        x = torch.randn(3, layer.down.weight.shape[1])
-    expected = wrapped.base_layer(x) + (x @ layer.down.weight.T @ layer.up.weight.T) * (2 / 4)
+        x = torch.randn(3, layer.wrapped.lora_down.shape[1])
+    expected = wrapped.base_layer(x) + (x @ layer.wrapped.lora_down.T @ layer.wrapped.lora_up.T) * (2 / 4)
     torch.testing.assert_close(wrapped(x), expected)
+
+
+def inner(layer, x):
+    """What leaves lora_down, with what is dropped there."""
+    down, base_layer = layer.wrapped.lora_down, layer.wrapped.base_layer
+    if down.dim() == 4:
+        found = torch.nn.functional.conv2d(x, down, None, base_layer.stride, base_layer.padding)
+    else:
+        found = torch.nn.functional.linear(x, down)
+    mask, kept = (None, 1.0) if layer.wrapped.drop is None else layer.wrapped.drop.ranks(found.shape, found)
+    return found if mask is None else found * mask / kept
 
 
 def test_dropout_acts_after_lora_down_and_only_while_a_key_is_set():
     base = tiny_base("sd15")
     adapter = inject(base, CONFIG.with_values({"network_dropout": 0.5}))
-    layer = next(entry for entry in adapter.layers if entry.down.weight.dim() == 2)
-    x = torch.randn(64, layer.down.weight.shape[1])
-    whole = x @ layer.down.weight.T
-    torch.testing.assert_close(layer.down(x), whole)
+    layer = next(entry for entry in adapter.layers if entry.wrapped.lora_down.dim() == 2)
+    x = torch.randn(64, layer.wrapped.lora_down.shape[1])
+    whole = x @ layer.wrapped.lora_down.T
+    torch.testing.assert_close(inner(layer, x), whole)
     adapter.apply_dropout(1, 2, 3)
-    dropped = layer.down(x)
+    dropped = inner(layer, x)
     kept = dropped != 0
     assert 0.3 < kept.float().mean() < 0.7
     torch.testing.assert_close(dropped[kept], (whole * 2)[kept])
-    assert torch.equal(dropped, layer.down(x)), "recomputation must see the same mask"
+    assert torch.equal(dropped, inner(layer, x)), "recomputation must see the same mask"
     adapter.apply_dropout(1, 2, 4)
-    assert not torch.equal(dropped, layer.down(x))
+    assert not torch.equal(dropped, inner(layer, x))
     adapter.apply_dropout()
-    torch.testing.assert_close(layer.down(x), whole)
+    torch.testing.assert_close(inner(layer, x), whole)
 
 
-def test_without_dropout_no_layer_has_a_hook():
+def test_without_dropout_nothing_is_drawn():
     adapter = inject(tiny_base("sd15"), CONFIG)
-    assert not any(layer.down._forward_hooks for layer in adapter.layers)
+    assert all(layer.wrapped.drop is None and not layer.wrapped._forward_hooks for layer in adapter.layers)
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp16", torch.float16), ("bf16", torch.bfloat16)])
@@ -268,24 +279,26 @@ def dropping(kind="LoRA", **values):
 
 def test_rank_dropout_takes_whole_ranks_of_a_sample_and_scales_the_rest():
     _, adapter = dropping(rank_dropout=0.5, network_dim=16)
-    for layer in (next(entry for entry in adapter.layers if entry.down.weight.dim() == n) for n in (2, 4)):
-        conv = layer.down.weight.dim() == 4
+    for layer in (
+        next(entry for entry in adapter.layers if entry.wrapped.lora_down.dim() == n) for n in (2, 4)
+    ):
+        conv = layer.wrapped.lora_down.dim() == 4
         x = (
-            torch.randn(6, layer.down.weight.shape[1], 3, 3)
+            torch.randn(6, layer.wrapped.lora_down.shape[1], 3, 3)
             if conv
-            else torch.randn(6, 5, layer.down.weight.shape[1])
+            else torch.randn(6, 5, layer.wrapped.lora_down.shape[1])
         )
         adapter.apply_dropout()
-        whole = layer.down(x)
+        whole = inner(layer, x)
         adapter.apply_dropout(1, 2, 3)
-        dropped = layer.down(x)
+        dropped = inner(layer, x)
         kept = (dropped != 0).flatten(2).all(2) if conv else (dropped != 0).all(1)
         gone = (dropped == 0).flatten(2).all(2) if conv else (dropped == 0).all(1)
         assert torch.equal(kept, ~gone), "a rank is there for a sample, or it is not"
         assert 0.2 < kept.float().mean() < 0.8
         assert not all(torch.equal(kept[0], row) for row in kept[1:]), "samples have their own"
         torch.testing.assert_close(dropped[dropped != 0], (whole * 2)[dropped != 0])
-        assert torch.equal(dropped, layer.down(x)), "recomputation must see the same mask"
+        assert torch.equal(dropped, inner(layer, x)), "recomputation must see the same mask"
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
@@ -337,7 +350,7 @@ def test_norms_above_the_limit_are_brought_to_it_and_others_left_alone(kind):
             assert all(torch.equal(a, b) for a, b in zip(layer.weights.values(), old, strict=True))
         if kind in ("LoRA", "LoCon") and norm > limit:  # kohya: both halves by the square root
             torch.testing.assert_close(
-                layer.down.weight, old[0] * (limit / norm) ** 0.5, rtol=1e-4, atol=1e-8
+                layer.wrapped.lora_down, old[0] * (limit / norm) ** 0.5, rtol=1e-4, atol=1e-8
             )
 
 
@@ -453,6 +466,14 @@ def test_lokr_splits_by_the_factor_as_lycoris_does():
         config.with_values({"factor": 0})
 
 
+def change(layer):
+    """ΔW: what the layer adds for the unit vectors, or what PEFT says."""
+    wrapped = layer.wrapped
+    if not hasattr(wrapped, "lora_up"):
+        return wrapped.get_delta_weight(NAME)
+    return wrapped.scaling[NAME] * wrapped.lora_up.flatten(1) @ wrapped.lora_down.flatten(1)
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr", "DoRA"])
 def test_the_change_of_the_weights_is_that_of_the_merged_weights(kind):
     base = tiny_base("sd15")
@@ -465,7 +486,7 @@ def test_the_change_of_the_weights_is_that_of_the_merged_weights(kind):
     with torch.no_grad():
         for number, weight in enumerate(factors):
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
-    deltas = torch.cat([layer.wrapped.get_delta_weight(NAME).flatten() for layer in adapter.layers])
+    deltas = torch.cat([change(layer).flatten() for layer in adapter.layers])
     assert adapter.weight_change() == pytest.approx(float(deltas.norm() / before.norm()), rel=1e-4)
     assert adapter.weight_change() > 0.001
     adapter.remove()

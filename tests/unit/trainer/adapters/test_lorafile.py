@@ -359,7 +359,7 @@ def test_training_begins_with_a_file_of_another_tool(tmp_path):
     randomise(first)
     theirs, deltas = {}, {}
     for layer in first.layers:
-        for half, weight in (("lora_A", layer.down.weight), ("lora_B", layer.up.weight)):
+        for half, weight in (("lora_A", layer.wrapped.lora_down), ("lora_B", layer.wrapped.lora_up)):
             theirs[f"unet.{layer.target.path}.{half}.weight"] = weight.detach().clone()
         deltas[layer.target.key] = layer.delta().detach().clone()
     first.remove()
@@ -427,7 +427,7 @@ def test_training_goes_on_with_a_tucker_file_as_a_locon(tmp_path):
     randomise(fresh)
     tensors, expected = {}, {}
     for layer in fresh.layers:
-        key, down, up = layer.target.key, layer.down.weight.detach(), layer.up.weight.detach()
+        key, down, up = layer.target.key, layer.wrapped.lora_down.detach(), layer.wrapped.lora_up.detach()
         tensors |= {f"{key}.alpha": torch.tensor(layer.target.alpha), f"{key}.lora_up.weight": up.clone()}
         if down.dim() == 4 and down.shape[-1] > 1:
             core, down = down[:, :2].clone(), down[:, :, :1, :1].clone()

@@ -1,0 +1,239 @@
+"""LowRankLayer: a frozen linear layer or convolution plus LoRA's two halves, y = W x + b + s · up(down(x)).
+
+Owns the forward and backward pass of LoRA, LoCon, DoRA's product and LoRA-FA, which train most. What differs from
+PEFT's layer, which computes the same (tests/parity): the weights are cast to the type that is computed in, not the
+activations to fp32, and all weights of an adapter by one call (``computing``); the product is added by the matrix
+multiplication itself; the gradient of the input is one tensor, not a sum of two. Does not own which values are
+dropped (``adapter``) or a change of the weight itself (``changed``).
+
+Shapes: N rows (all leading dimensions of x), I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pair = list[Tensor]  # both halves in the compute type; empty once they are not needed any more
+
+
+class Drop(Protocol):
+    """What is dropped in a training step of one layer."""
+
+    def ranks(self, shape: Sequence[int], like: Tensor) -> tuple[Tensor | None, float]:
+        """0 and 1 for the values that leave ``down``, and the share that is kept; (None, 1) where none is dropped."""
+
+    def rows(self) -> Tensor | None:
+        """0 and 1 for each row of ΔW (O); None where none is dropped."""
+
+
+class LowRankLayer(nn.Module):
+    """A layer of a base and the halves of its LoRA: ``lora_down`` (R, I) or (R, I, kh, kw), ``lora_up`` (O, R) or
+    (O, R, 1, 1). ``scaling`` holds alpha / rank under the adapter's name."""
+
+    def __init__(
+        self, base_layer: nn.Module, down: nn.Parameter, up: nn.Parameter, name: str, scale: float
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_down = down
+        self.lora_up = up
+        self.scaling = {name: scale}
+        self.drop: Drop | None = None
+        self._name = name
+        self._disable_adapters = False
+        self._cast: Pair = []
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self._disable_adapters:
+            result: Tensor = self.base_layer(x, *args, **options)
+            return result
+        x = x.to(kind_of(x))
+        up: Tensor = self.lora_up
+        pair = self._cast if self._cast and self._cast[0].dtype == x.dtype else []
+        scale, mask = self.scaling[self._name], None
+        if self.drop is not None:
+            mask, kept = self.drop.ranks(self._inner_shape(x), x)
+            scale /= kept
+            if (rows := self.drop.rows()) is not None:
+                up, pair = up * rows.to(up.dtype).reshape(-1, *[1] * (up.dim() - 1)), []
+        if isinstance(self.base_layer, nn.Conv2d):
+            return self._convolved(x, *_halves(self.lora_down, up, pair, x.dtype), mask, scale)
+        flat_NI = x.reshape(-1, x.shape[-1])
+        flat_mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
+        if type(self.base_layer) is nn.Linear and x.is_contiguous():
+            layer = self.base_layer
+            given = (layer.weight, layer.bias, self.lora_down, up)
+            y_NO = _Linear.apply(flat_NI, *given, pair, flat_mask, scale)
+        else:  # in 8 bits, or a permuted input, for which torch computes W x + b in another way
+            down, up = _halves(self.lora_down, up, pair, x.dtype)
+            inner_NR = flat_NI.mm(down.t())
+            inner_NR = inner_NR if flat_mask is None else inner_NR * flat_mask
+            base_NO = self.base_layer(x).reshape(-1, up.shape[0])
+            y_NO = torch.addmm(base_NO, inner_NR, up.t(), alpha=scale)
+        return y_NO.view(*x.shape[:-1], up.shape[0])
+
+    def _convolved(self, x: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        result: Tensor = self.base_layer(x)
+        inner = self._down_convolved(x, down)
+        if mask is not None:
+            inner = inner * mask
+        return result.add_(F.conv2d(inner, up), alpha=scale)
+
+    def _down_convolved(self, x: Tensor, down: Tensor) -> Tensor:
+        layer: Any = self.base_layer
+        return F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def _inner_shape(self, x: Tensor) -> list[int]:
+        """Shape of what leaves ``down``."""
+        layer: Any = self.base_layer
+        rank = self.lora_down.shape[0]
+        if not isinstance(layer, nn.Conv2d):
+            return [*x.shape[:-1], rank]
+        sides = [
+            (
+                x.shape[2 + n]
+                + 2 * _pixels(layer.padding[n])
+                - layer.dilation[n] * (layer.kernel_size[n] - 1)
+                - 1
+            )
+            // layer.stride[n]
+            + 1
+            for n in range(2)
+        ]
+        return [x.shape[0], rank, *sides]
+
+
+def _pixels(padding: int | str) -> int:
+    assert isinstance(padding, int), "no base has a padding in words"
+    return padding
+
+
+def kind_of(x: Tensor) -> torch.dtype:
+    """The type that a layer computes in: autocast's where it is on, else the input's."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _halves(down: Tensor, up: Tensor, pair: Pair, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both halves in the compute type, where autograd does the rest."""
+    if pair:
+        return _Given.apply(down, pair[0]), _Given.apply(up, pair[1])
+    return down.to(kind), up.to(kind)
+
+
+class _Given(torch.autograd.Function):
+    """A cast that is made already; its gradient goes to the weight itself."""
+
+    @staticmethod
+    def forward(ctx: Any, half: Tensor, cast: Tensor) -> Tensor:
+        ctx.kind = half.dtype
+        return cast.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0].to(ctx.kind), None
+
+
+class _Linear(torch.autograd.Function):
+    """W x + b + s · up(m ⊙ down(x)) of a frozen W, b: three matrix products forward, five backward. Gradients of the
+    halves have their own type (fp32), whatever is computed in."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        down_RI: Tensor,
+        up_OR: Tensor,
+        pair: Pair,
+        mask_NR: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        kind = x_NI.dtype
+        down, up = pair or (down_RI.to(kind), up_OR.to(kind))
+        y_NO = F.linear(x_NI, weight_OI.to(kind), None if bias_O is None else bias_O.to(kind))
+        inner_NR = x_NI.mm(down.t())
+        if mask_NR is not None:
+            inner_NR.mul_(mask_NR)
+        y_NO.addmm_(inner_NR, up.t(), alpha=scale)
+        needs_x, needs_down, needs_up = (ctx.needs_input_grad[n] for n in (0, 3, 4))
+        ctx.scale, ctx.pair, ctx.kinds = scale, pair, (down_RI.dtype, up_OR.dtype)
+        ctx.save_for_backward(
+            x_NI if needs_down else None,
+            weight_OI if needs_x else None,
+            down if needs_x else None,
+            up if needs_x or needs_down else None,
+            inner_NR if needs_up else None,
+            mask_NR,
+        )
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, weight_OI, down_RI, up_OR, inner_NR, mask_NR = ctx.saved_tensors
+        ctx.pair.clear()
+        grad_NO = gradients[0]
+        grad_x = grad_down = grad_up = None
+        if inner_NR is not None:
+            grad_up = _product(grad_NO.t(), inner_NR, ctx.scale, ctx.kinds[1])
+        if up_OR is not None:
+            inner_grad_NR = _product(grad_NO, up_OR, ctx.scale, grad_NO.dtype)
+            if mask_NR is not None:
+                inner_grad_NR.mul_(mask_NR)
+            if x_NI is not None:
+                grad_down = _product(inner_grad_NR.t(), x_NI, 1.0, ctx.kinds[0])
+            if weight_OI is not None:
+                grad_x = grad_NO.mm(weight_OI.to(grad_NO.dtype)).addmm_(inner_grad_NR, down_RI)
+        return grad_x, None, None, grad_down, grad_up, None, None, None
+
+
+def _product(a: Tensor, b: Tensor, scale: float, kind: torch.dtype) -> Tensor:
+    """scale · a b as ``kind``, by one kernel where the device has it; with beta = 0 the first argument is not read."""
+    if a.is_cuda and kind != a.dtype:  # torch.addmm's out_dtype: CUDA only, from 16 bits to fp32
+        return torch.addmm(b.new_empty((), dtype=kind), a, b, out_dtype=kind, beta=0, alpha=scale)
+    found = a.mm(b) if scale == 1.0 else torch.addmm(b.new_empty(()), a, b, beta=0, alpha=scale)
+    return found.to(kind)
+
+
+# The weights of a whole adapter in the compute type
+
+
+@contextlib.contextmanager
+def computing(layers: Sequence[LowRankLayer], kind: torch.dtype) -> Iterator[None]:
+    """Inside, these layers compute with one cast of their weights, made now by one multi-tensor kernel for all of
+    them. Covers one forward and backward pass, recomputation included: a layer's cast is dropped with its backward."""
+    halves: list[Tensor] = [half for layer in layers for half in (layer.lora_down, layer.lora_up)]
+    if all(half.dtype == kind for half in halves):
+        yield
+        return
+    with torch.no_grad():
+        cast = [torch.empty_like(half, dtype=kind) for half in halves]
+        torch._foreach_copy_(cast, halves)
+    for number, layer in enumerate(layers):
+        layer._cast = cast[2 * number : 2 * number + 2]
+    del cast
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._cast = []
