@@ -1,17 +1,18 @@
 """computing(): sampling in the number type of the base, adapter included.
 
-A layer of PEFT keeps its weights in fp32 and, outside autocast, computes in it: its input is widened and its output
-narrowed at every layer. Layers with ``casts_itself`` bring their weights to the type of their input and need no
-autocast, which would also run every norm in fp32.
+LoRA's own layer (``lowrank``) has its weights cast once for all steps. A layer of PEFT, and a change of a weight, keep
+theirs in fp32 and, outside autocast, compute in it: the input is widened and the output narrowed at every layer.
 """
 
 from __future__ import annotations
 
 import contextlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+
+from trainer.adapters import lowrank
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,18 +20,15 @@ if TYPE_CHECKING:
     from trainer.bases import Base
 
 
-def computing(base: Base, *networks: nn.Module) -> AbstractContextManager[object]:
-    """Autocast to the base's type while these networks compute, if an adapter in them needs it. fp32: nothing."""
-    if base.compute_dtype == torch.float32 or not any(map(needs_autocast, networks)):
-        return contextlib.nullcontext()
-    return torch.autocast(base.device.type, base.compute_dtype)
-
-
-def needs_autocast(network: nn.Module) -> bool:
-    """Whether a layer of an adapter in this network would compute in fp32."""
-    return any(
-        not getattr(module, "casts_itself", False)
-        and any(parameter.dtype == torch.float32 for parameter in module.parameters())
-        for module in network.modules()
-        if hasattr(module, "base_layer")
-    )
+@contextlib.contextmanager
+def computing(base: Base, *networks: nn.Module) -> Iterator[None]:
+    """These networks compute in the base's type, whatever kind of adapter is in them. fp32: nothing changes."""
+    kind = base.compute_dtype
+    if kind == torch.float32:
+        yield
+        return
+    wrapped = [m for network in networks for m in network.modules() if hasattr(m, "base_layer")]
+    own = [layer for layer in wrapped if isinstance(layer, lowrank.LowRankLayer)]
+    needs_autocast = len(own) < len(wrapped)
+    with lowrank.computing(own, kind), torch.autocast(base.device.type, kind, enabled=needs_autocast):
+        yield

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import nn
 
-from evaluation.encoders import load_likeness, load_scorer
+from evaluation.encoders import Dinov2Encoder, load_likeness, load_scorer
 from evaluation.images.sampling import sample
 from evaluation.images.settings import SampleConfig
 from evaluation.prompts import Prompt, PromptSet
@@ -185,10 +186,11 @@ def test_encoders_come_when_they_score_and_say_the_same() -> None:
     base = tiny_base("sd15")
     picture = [image.pixels_HW3 for image in sample(base, PROMPTS, CONFIG)]
     scorer = load_scorer("mini-clip")
-    likeness = load_likeness("mini-likeness", scorer)
+    likeness = cast(Dinov2Encoder, load_likeness("mini-likeness", scorer))
     expected = scorer.image_features(picture), likeness.image_features(picture), scorer.text_features(["cat"])
     card = on_card(base, nbytes(scorer._model) + 2_000_000_000)
-    for encoder in (scorer, likeness):
+    encoders = (scorer, likeness)
+    for encoder in encoders:
         encoder.live_on(card, encoder.name)
         card.leave(encoder._model)
     card.size = nbytes(scorer._model) + 200_000_000  # what 32 images of this tower need is below that

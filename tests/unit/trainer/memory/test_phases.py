@@ -75,7 +75,10 @@ def test_the_unets_formula_is_above_its_traced_peak_and_not_far(spec: str) -> No
     for rows, autocast in ((2, None), (8, torch.bfloat16)):
         states = tracing.text_states(base, TrainConfig(network_train_unet_only=True), rows)
         noisy = torch.empty(rows, 4, side // 8, side // 8, device="meta")
-        times, sizes = torch.zeros(rows, device="meta").long(), [Sizes((side, side), (0, 0), (side, side))] * rows
+        times, sizes = (
+            torch.zeros(rows, device="meta").long(),
+            [Sizes((side, side), (0, 0), (side, side))] * rows,
+        )
         peak = traced([base.unet], autocast, lambda: base.predict(noisy, times, states, sizes))  # noqa: B023
         formula = needs.denoise_bytes(base.unet.config, (side // 8) ** 2, rows, 2)
         assert peak <= formula <= 1.8 * peak
