@@ -3,8 +3,10 @@ from .answers import self_test as self_test
 from .embed import CLIP_MEAN as CLIP_MEAN
 from .embed import CLIP_STD as CLIP_STD
 from .embed import FEATURE_BATCH as FEATURE_BATCH
+from .embed import UNKNOWN_STATES as UNKNOWN_STATES
 from .embed import Dinov2Encoder as Dinov2Encoder
 from .embed import ImageEncoder as ImageEncoder
+from .embed import OnCard as OnCard
 from .embed import Scorer as Scorer
 from .embed import check_likeness as check_likeness
 from .embed import check_scorer as check_scorer

@@ -13,9 +13,10 @@ Shapes: N images or texts, D vector width; vectors are fp32 on CPU and have leng
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Model
 
+from evaluation.encoders.exact import exact_fp32
 from evaluation.encoders.scorerfile import (
     check_quick_gelu,
     check_safetensors,
@@ -40,6 +42,7 @@ from evaluation.encoders.scorerfile import (
     tags_shown,
 )
 from trainer.bases import KNOWN_BASES, MINIATURE_LIKENESS, MINIATURE_SCORER, MINIATURE_WEIGHTS
+from trainer.card import Card, card_of
 from trainer.errors import ConfigError, MissingModel, ModelFileError
 from trainer.files import sha256_file
 from trainer.oom import Fitting, is_out_of_memory, memory_named
@@ -50,6 +53,10 @@ from trainer.oom import Fitting, is_out_of_memory, memory_named
 DEFAULT_WEIGHTS = {"ViT-B-32": "laion2b_s34b_b79k"}
 DEFAULT_SCORER = "ViT-B-32:laion2b_s34b_b79k"
 FEATURE_BATCH = 32
+STATES_AT_ONCE = (
+    14  # tensors of a transformer's width inside a block: q, k, v, the MLP's eight, and those around them
+)
+UNKNOWN_STATES = (257, 1280)  # tokens and width of ViT-H-14, the largest scorer in use
 CLIP_MEAN, CLIP_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 LIKENESS_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 INIT_LOGIT_SCALE = math.log(
@@ -87,7 +94,29 @@ def default_likeness(base: str) -> str:
     return (base in KNOWN_BASES and KNOWN_BASES[base].likeness) or "clip"
 
 
-class OpenClipScorer:
+class OnCard:
+    """The network of an encoder, on its device while it computes (``trainer.card``), in exact fp32."""
+
+    def __init__(self, network: Any, name: str, device: str | torch.device) -> None:
+        self._model = network.eval().requires_grad_(False)
+        self._device = torch.device(device)
+        self.live_on(card_of(device), name)
+
+    def live_on(self, card: Card, name: str) -> None:
+        """Let a card say where the network is. It comes when it is first needed."""
+        self._card = card
+        card.add(self._model, name)
+
+    @contextlib.contextmanager
+    def _scoring(self, tokens: int, width: int) -> Iterator[None]:
+        """The network where it computes. ``tokens`` and ``width`` of the states of one image or text."""
+        work = FEATURE_BATCH * tokens * width * 4 * STATES_AT_ONCE
+        with self._card.phase("score", self._model, work=work), exact_fp32(self._device), torch.no_grad():
+            self._card.require(self._model)
+            yield
+
+
+class OpenClipScorer(OnCard):
     """An open_clip model in fp32.  ``assumed`` names the properties that had to be assumed; it is shown once."""
 
     def __init__(
@@ -102,23 +131,28 @@ class OpenClipScorer:
         self.name = name
         self.sha = sha
         self.assumed = assumed
-        self._model = model.to(device).eval().requires_grad_(False)
+        super().__init__(model, f"scorer {name}", device)
         self._tokenizer = tokenizer
-        self._device = torch.device(device)
         self._preprocess = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
 
-    @torch.no_grad()
     def image_features(self, images: Sequence[np.ndarray]) -> Tensor:
-        return _in_batches(images, self._image_batch)
+        with self._scoring(*self._image_states()):
+            return _in_batches(images, self._image_batch)
+
+    def _image_states(self) -> tuple[int, int]:
+        """Tokens and width of an image inside the tower, or as good a guess for a tower that is no transformer."""
+        tower = self._model.visual
+        positions = getattr(tower, "positional_embedding", None)
+        return tuple(positions.shape) if positions is not None and positions.dim() == 2 else UNKNOWN_STATES
 
     def _image_batch(self, images: Sequence[np.ndarray]) -> Tensor:
         pixels = torch.stack([self._preprocess(Image.fromarray(image)) for image in images])
         return self._model.encode_image(pixels.to(self._device), normalize=True)
 
-    @torch.no_grad()
     def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
         """(N, L, C): the last patch tokens of the image tower, before pooling."""
-        return _in_batches(images, self._patch_batch)
+        with self._scoring(*self._image_states()):
+            return _in_batches(images, self._patch_batch)
 
     def _patch_batch(self, images: Sequence[np.ndarray]) -> Tensor:
         pixels = torch.stack([self._preprocess(Image.fromarray(image)) for image in images])
@@ -127,7 +161,6 @@ class OpenClipScorer:
         )
         return found["image_intermediates"][-1].flatten(2).transpose(1, 2)
 
-    @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         for text in texts:
             tokens, limit = self._token_count(text), self._tokenizer.context_length
@@ -136,7 +169,8 @@ class OpenClipScorer:
                     f"the scorer {self.name} would truncate the text {text[:40]!r}… ({tokens} of {limit} tokens)",
                     "shorten the prompt",
                 )
-        return _in_batches(texts, lambda part: self._model.encode_text(self._ids(part), normalize=True))
+        with self._scoring(self._tokenizer.context_length, UNKNOWN_STATES[1]):
+            return _in_batches(texts, lambda part: self._model.encode_text(self._ids(part), normalize=True))
 
     def _ids(self, texts: Sequence[str]) -> Tensor:
         return self._tokenizer(list(texts)).to(self._device)
@@ -148,7 +182,7 @@ class OpenClipScorer:
         return len(self._tokenizer.encode(text)) + 2
 
 
-class Dinov2Encoder:
+class Dinov2Encoder(OnCard):
     """A transformers Dinov2Model: the class token, in fp32."""
 
     def __init__(
@@ -156,19 +190,22 @@ class Dinov2Encoder:
     ) -> None:
         self.name = name
         self.sha = sha
-        self._model = model.to(device).eval().requires_grad_(False)
-        self._device = torch.device(device)
+        super().__init__(model, f"likeness encoder {name}", device)
         self._resize_px, self._crop_px = preprocess["resize_px"], preprocess["crop_px"]
         self._mean, self._std = np.float32(preprocess["mean"]), np.float32(preprocess["std"])
 
-    @torch.no_grad()
     def image_features(self, images: Sequence[np.ndarray]) -> Tensor:
-        return _in_batches(images, self._batch)
+        with self._scoring(*self._image_states()):
+            return _in_batches(images, self._batch)
 
-    @torch.no_grad()
     def patch_features(self, images: Sequence[np.ndarray]) -> Tensor:
         """(N, L, C): the last patch tokens."""
-        return _in_batches(images, lambda part: self._states(part)[:, 1:])
+        with self._scoring(*self._image_states()):
+            return _in_batches(images, lambda part: self._states(part)[:, 1:])
+
+    def _image_states(self) -> tuple[int, int]:
+        config = self._model.config
+        return (self._crop_px // int(config.patch_size)) ** 2 + 1, int(config.hidden_size)
 
     def _batch(self, images: Sequence[np.ndarray]) -> Tensor:
         return torch.nn.functional.normalize(self._states(images)[:, 0], dim=-1)

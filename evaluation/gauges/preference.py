@@ -31,6 +31,8 @@ from evaluation.encoders import (
     CLIP_MEAN,
     CLIP_STD,
     FEATURE_BATCH,
+    UNKNOWN_STATES,
+    OnCard,
     Vectors,
     check_safetensors,
     load_scorer,
@@ -41,6 +43,7 @@ from evaluation.encoders import (
 from evaluation.gauges.gauge import Gauge, TextGauge
 from evaluation.images import SampledImage
 from evaluation.prompts import PromptSet
+from trainer.card import card_of
 from trainer.errors import MachineError, MissingModel, ModelFileError
 from trainer.files import sha256_file
 from trainer.oom import Fitting, memory_named
@@ -97,7 +100,7 @@ def _pickscore(place: str, device: str | torch.device) -> Gauge:
     return gauge
 
 
-class HfClip:
+class HfClip(OnCard):
     """A transformers CLIPModel in fp32, as a scorer. It uses open_clip's tokenizer, which gives the same tokens."""
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu") -> None:
@@ -118,18 +121,17 @@ class HfClip:
             )
         self.name, self.sha = folder.name, sha256_file(weights)
         self.scale = float(model.logit_scale.exp())
-        self._model = model.to(device).eval().requires_grad_(False)
-        self._device = torch.device(device)
+        super().__init__(model, f"scorer {self.name}", device)
         self._side_px = int(model.config.vision_config.image_size)
         self._tokenizer = open_clip_tokenizer(int(model.config.text_config.max_position_embeddings))
 
-    @torch.no_grad()
     def image_features(self, images: Sequence[np.ndarray]) -> Tensor:
-        return self._in_batches([self._pixels(image) for image in images], self._image_batch)
+        with self._scoring(*UNKNOWN_STATES):
+            return self._in_batches([self._pixels(image) for image in images], self._image_batch)
 
-    @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        return self._in_batches(list(self._tokenizer(list(texts))), self._text_batch)
+        with self._scoring(*UNKNOWN_STATES):
+            return self._in_batches(list(self._tokenizer(list(texts))), self._text_batch)
 
     def _image_batch(self, pixels_B3HW: Tensor) -> Tensor:
         return self._model.visual_projection(self._model.vision_model(pixels_B3HW).pooler_output)
@@ -169,6 +171,8 @@ class ImageRewardGauge:
         import ImageReward  # type: ignore[import-not-found]
 
         self._network: Any = ImageReward.load(self.model, device=str(device))
+        self._card = card_of(device)
+        self._card.add(self._network, self.model)
         state = self._network.state_dict()
         total = sum(float(value.double().sum()) for value in state.values() if value.is_floating_point())
         self.sha = f"sum of weights {total:.6e}"  # the package does not expose the path of its file
@@ -176,7 +180,11 @@ class ImageRewardGauge:
     def values(self, vectors: Vectors, images: Sequence[SampledImage], prompts: PromptSet) -> np.ndarray:
         text = {p.id: p.scored_text for p in prompts.prompts}
         pairs = zip(images, vectors.pixels, strict=True)
-        with memory_named(f"out of memory while {self.model} measures an image"), torch.no_grad():
+        with (
+            memory_named(f"out of memory while {self.model} measures an image"),
+            self._card.phase("score", self._network),
+            torch.no_grad(),
+        ):
             return np.array(
                 [
                     float(self._network.score(text[i.prompt_id], Image.fromarray(pixels)))

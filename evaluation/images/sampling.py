@@ -17,6 +17,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,15 @@ from torch import Tensor
 from evaluation.images.images import SampledImage, png_bytes
 from evaluation.images.settings import SAMPLERS, SampleConfig
 from evaluation.prompts import Prompt, PromptSet
-from trainer.bases import Base, Sizes, TextStates
+from trainer.adapters import computing
+from trainer.bases import Base, Sizes, TextStates, needs
+from trainer.card import nbytes
 from trainer.errors import ConfigError
 from trainer.files import machine_error, write_atomic
 from trainer.oom import Fitting, memory_named
 
 INDEX_NAME = "samples.json"
-BATCH_PIXELS = (
-    8 * 64 * 64
-)  # assumed: latent cells per chunk that fit into 16 GB together with SD1.5 (8 images of 512²)
-BATCH_CARD_BYTES = 16e9  # the GPU memory of that assumption; chunks grow in proportion on larger GPUs
-MAX_BATCH = 32
+CPU_CELLS, CPU_BATCH = 8 * 64 * 64, 32  # at most per chunk on a CPU: latent cells (8 images of 512²), images
 
 OnImages = Callable[[int, int], None]  # (images done, total)
 
@@ -49,21 +48,18 @@ def default_config(base: Base, **changes: Any) -> SampleConfig:
     side_px = base.native_resolution_px
     width_px, height_px = changes.get("width_px") or side_px, changes.get("height_px") or side_px
     cells = (width_px // base.latent_factor_px) * (height_px // base.latent_factor_px)
-    batch = chunk_size(cells, _card_bytes(base.device))
-    return SampleConfig(**{"batch_size": batch, **changes, "width_px": width_px, "height_px": height_px})
+    return SampleConfig(
+        **{"batch_size": chunk_size(base, cells), **changes, "width_px": width_px, "height_px": height_px}
+    )
 
 
-def chunk_size(cells: int, card_bytes: float) -> int:
-    """Images per chunk, for images of ``cells`` latent cells. It depends on the total memory of the GPU, not
-    on the free memory: the same GPU always uses the same chunks, so stored ones can be reused."""
-    return max(1, min(MAX_BATCH, int(BATCH_PIXELS * card_bytes / BATCH_CARD_BYTES) // cells))
-
-
-def _card_bytes(device: torch.device) -> float:
-    """Memory of the GPU; on a CPU, the assumed size."""
-    if device.type != "cuda":
-        return BATCH_CARD_BYTES
-    return float(torch.cuda.get_device_properties(device).total_memory)
+def chunk_size(base: Base, cells: int) -> int:
+    """Images per chunk, for images of ``cells`` latent cells."""
+    total = base.card.total_bytes()
+    if total is None:
+        return max(1, min(CPU_BATCH, CPU_CELLS // cells))
+    element = base.compute_dtype.itemsize
+    return needs.drawn_at_once(base.unet.config, cells, nbytes(base.unet), element, total)
 
 
 def generator(prompt_id: str, seed: int) -> torch.Generator:
@@ -97,28 +93,42 @@ def sample(
         jobs = jobs[: config.batch_size]
     chunks = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
     store = _Store(folder, _key(identity, prompts, config, as_class)) if folder else None
-    encoded: dict[str, TextStates] = {}
+    stored = [store.read(chunk) if store and identity else None for chunk in chunks]
+    missing = [chunk for chunk, found in zip(chunks, stored, strict=True) if found is None]
     images: list[SampledImage] = []
     fitting = Fitting(config.batch_size)
+    said = f"out of memory while sampling an image of {config.width_px}×{config.height_px} px"
+    with base.card.phase("sample"), _Writer(store, beside=base.card.moves) as writer, memory_named(said):
+        encoded = _encoded(base, missing, config, as_class)
 
-    def draw(part: Sequence[tuple[Prompt, int]]) -> list[SampledImage]:
-        return _draw(base, part, config, encoded, as_class)
+        def draw(part: Sequence[tuple[Prompt, int]]) -> list[SampledImage]:
+            return _draw(base, part, config, encoded, as_class)
 
-    for chunk in chunks:
-        found = store.read(chunk) if store and identity else None
-        if found is None:
-            with memory_named(
-                f"out of memory while sampling an image of {config.width_px}×{config.height_px} px"
-            ):
+        for chunk, found in zip(chunks, stored, strict=True):
+            if found is None:
                 found = [image for part in fitting.each(chunk, draw) for image in part]
-            if fitting.size < config.batch_size:
-                base.say_once(f"out of memory while sampling: {fitting.size} images are drawn at once")
-            if store:
-                store.write(found)
-        images += found
-        if on_image:
-            on_image(len(images), len(jobs))
+                if fitting.size < config.batch_size:
+                    base.say_once(f"out of memory while sampling: {fitting.size} images are drawn at once")
+                writer.write(found)
+            images += found
+            if on_image:
+                on_image(len(images), len(jobs))
     return images
+
+
+def _text(prompt: Prompt, as_class: bool) -> str:
+    return prompt.scored_text if as_class else prompt.text
+
+
+def _encoded(
+    base: Base, chunks: Sequence[Sequence[tuple[Prompt, int]]], config: SampleConfig, as_class: bool
+) -> dict[str, TextStates]:
+    """The states of all texts of some chunks, before anything is drawn: the text encoders are then not needed again.
+    Each text is encoded once per call and on its own, so its states do not depend on the others."""
+    texts = [_text(prompt, as_class) for chunk in chunks for prompt, _ in chunk]
+    if chunks and config.cfg > 1:
+        texts.append(config.negative)
+    return {text: _encode(base, text, config) for text in dict.fromkeys(texts)}
 
 
 def _draw(
@@ -128,15 +138,9 @@ def _draw(
     encoded: dict[str, TextStates],
     as_class: bool,
 ) -> list[SampledImage]:
-    """The images of a chunk. ``encoded`` caches the text states. Each text is encoded once per call and on
-    its own, so its states do not depend on the other texts or on which chunks were already stored."""
-    texts = [prompt.scored_text if as_class else prompt.text for prompt, _ in chunk]
-    guided = config.cfg > 1
-    for text in dict.fromkeys([*texts, *([config.negative] if guided else [])]):
-        if text not in encoded:
-            encoded[text] = _encode(base, text, config)
-    states = TextStates.join([encoded[text] for text in texts])
-    negative = encoded[config.negative] if guided else None
+    """The images of a chunk, from the states of its texts."""
+    states = TextStates.join([encoded[_text(prompt, as_class)] for prompt, _ in chunk])
+    negative = encoded[config.negative] if config.cfg > 1 else None
     latents_BChw = denoise(base, initial_noise(base, chunk, config), states, negative, config)
     pixels_BHW3, finite = base.decode_latents(latents_BChw)
     rows = zip(chunk, pixels_BHW3, finite, strict=True)
@@ -145,7 +149,8 @@ def _draw(
 
 @torch.no_grad()
 def _encode(base: Base, text: str, config: SampleConfig) -> TextStates:
-    return base.encode_text([text], clip_skip=config.clip_skip)
+    with computing(base, *base.text_encoders):
+        return base.encode_text([text], clip_skip=config.clip_skip)
 
 
 def initial_noise(base: Base, chunk: Sequence[tuple[Prompt, int]], config: SampleConfig) -> Tensor:
@@ -178,19 +183,33 @@ def make_scheduler(base: Base, config: SampleConfig) -> DPMSolverMultistepSchedu
 def denoise(
     base: Base, noise_BChw: Tensor, states: TextStates, negative: TextStates | None, config: SampleConfig
 ) -> Tensor:
-    """Scaled latents (B, C, h, w) in fp32 from noise; both guidance branches in one U-Net call."""
+    """Scaled latents (B, C, h, w) in fp32 from noise; both guidance branches in one U-Net call.
+
+    Nothing waits for a GPU inside: the solver's numbers stay on the CPU, the timesteps are copied once.
+    """
+    rows = len(noise_BChw) * (1 if negative is None else 2)
+    cells = noise_BChw.shape[-2] * noise_BChw.shape[-1]
+    work = needs.denoise_bytes(base.unet.config, cells, rows, base.compute_dtype.itemsize)
+    with base.card.phase("denoise", base.unet, work=work), computing(base, base.unet):
+        base.card.require(base.unet)
+        return _denoised(base, noise_BChw, states, negative, config)
+
+
+def _denoised(
+    base: Base, noise_BChw: Tensor, states: TextStates, negative: TextStates | None, config: SampleConfig
+) -> Tensor:
     count = len(noise_BChw)
     scheduler = make_scheduler(base, config)
+    steps_T = scheduler.timesteps.to(base.device)
     latents_BChw = noise_BChw.to(base.device) * scheduler.init_noise_sigma
     guided = negative is not None
     if negative is not None:
         states = TextStates.join([negative.rows([0] * count), states])
     side = (config.height_px, config.width_px)
     sizes = [Sizes(side, (0, 0), side)] * (2 * count if guided else count)
-    for step in scheduler.timesteps:
+    for step, step_there in zip(scheduler.timesteps, steps_T, strict=True):
         doubled = torch.cat([latents_BChw] * 2) if guided else latents_BChw
-        timesteps_B = torch.full((len(doubled),), int(step), device=base.device, dtype=torch.long)
-        predicted = base.predict(doubled, timesteps_B, states, sizes).float()
+        predicted = base.predict(doubled, step_there.expand(len(doubled)), states, sizes).float()
         if guided:
             without, with_text = predicted.chunk(2)
             predicted = without + config.cfg * (with_text - without)
@@ -241,6 +260,40 @@ class _Store:
             write_atomic(self.folder / name, content)
             self.rows[name] = {"sha256": hashlib.sha256(content).hexdigest(), "finite": image.finite}
         write_atomic(self.folder / INDEX_NAME, json.dumps({"key": self.key, "images": self.rows}, indent=1))
+
+
+class _Writer:
+    """Stores chunks in their order. ``beside``: in a thread, while the next chunk is drawn. At most one chunk waits.
+    An error surfaces with the next chunk or at the end. What was handed over is stored before the block is left."""
+
+    def __init__(self, store: _Store | None, *, beside: bool) -> None:
+        self._store = store
+        self._thread = ThreadPoolExecutor(1, "images") if store and beside else None
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def write(self, images: list[SampledImage]) -> None:
+        if self._store is None:
+            return
+        if self._thread is None:
+            self._store.write(images)
+            return
+        self._wait()
+        self._last = self._thread.submit(self._store.write, images)
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._thread is None:
+            return
+        self._thread.shutdown(wait=True)
+        if error is None:
+            self._wait()
 
 
 def read_images(folder: Path, prompts: PromptSet) -> list[SampledImage]:

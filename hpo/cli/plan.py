@@ -7,7 +7,7 @@ of memory-saving settings (``trainer.memory.stacks``) or the users' measurements
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,13 @@ from trainer.kohya import read_train_file
 from trainer.overrides import read_setting
 
 if TYPE_CHECKING:
-    from trainer.memory import Attempt, BaseFacts, Footprint, Stack
+    from trainer.memory import Attempt, BaseFacts, Footprint, PhasePlan, Stack
 
 # The limits of a prediction; shown under every plan.
 SAYS = (
     "1 GB = 10⁹ bytes. CUDA context and cuBLAS are estimates, everything else is traced (docs/memory.md)",
-    "not included: sample images during training, VAE encoding before it, other programs on the GPU",
+    "other phases: networks that a phase does not need leave the GPU where they do not fit together; not included: "
+    "other programs on the GPU",
 )
 
 
@@ -55,7 +56,7 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
     if request.table:
         _table(request, console, echo)
         return
-    from trainer.memory import footprint, stacks
+    from trainer.memory import footprint, phases, stacks
 
     config = read_settings(request)
     facts = footprint.base_facts(config.pretrained_model_name_or_path)
@@ -66,7 +67,8 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
     if request.as_json:
         stack = stacks.choose(config, facts, vram_bytes)
         given = footprint.predict(config, facts)
-        echo(json.dumps(as_json(request, facts, given, stack), indent=1))
+        found = phases(stack.config, facts, vram_bytes)
+        echo(json.dumps(as_json(request, facts, given, stack, found), indent=1))
         return
     say(console, f"predicting the memory use of {facts.name} …")
     given = footprint.predict(config, facts)
@@ -77,6 +79,9 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
         config, facts, vram_bytes, lambda tried: console.print(attempt_row(tried, console.width))
     )
     show_stack(console, request.vram, given, stack)
+    show_phases(console, phases(stack.config, facts, vram_bytes))
+    for line in SAYS:
+        say(console, line)
 
 
 def attempt_row(tried: Attempt, width: int) -> Text:
@@ -97,7 +102,9 @@ def read_settings(request: PlanRequest) -> TrainConfig:
     return TrainConfig().with_values({**places, **request.settings})
 
 
-def as_json(request: PlanRequest, facts: BaseFacts, given: Footprint, stack: Stack) -> dict[str, Any]:
+def as_json(
+    request: PlanRequest, facts: BaseFacts, given: Footprint, stack: Stack, found: Sequence[PhasePlan]
+) -> dict[str, Any]:
     """The whole plan as JSON, for scripts."""
     return {
         "base": facts.name,
@@ -112,6 +119,17 @@ def as_json(request: PlanRequest, facts: BaseFacts, given: Footprint, stack: Sta
             {"key": move.key, "old": move.old, "new": move.new, "reason": move.reason} for move in stack.moves
         ],
         "stack": _footprint_json(stack.footprint),
+        "phases": [
+            {
+                "name": phase.name,
+                "peak_bytes": phase.peak_bytes,
+                "networks": dict(phase.networks),
+                "held_bytes": phase.held_bytes,
+                "work_bytes": phase.work_bytes,
+                "how": phase.how,
+            }
+            for phase in found
+        ],
         "config": stack.config.as_dict(),
     }
 
@@ -156,8 +174,17 @@ def show_stack(console: Console, vram_gb: float, given: Footprint, stack: Stack)
             say(console, f"  {move.key}: {_shown(move.old)} → {_shown(move.new)} – {move.reason}")
         say(console, f"peak with these changes: {stack.footprint.peak_bytes / GB:.2f} GB")
         show_footprint(console, "with these settings", stack.config, stack.footprint)
-    for line in SAYS:
-        say(console, line)
+
+
+def show_phases(console: Console, found: Sequence[PhasePlan]) -> None:
+    """Print the peak of each phase of the work, and which is the largest."""
+    say(console, "each phase, with the networks that it needs:")
+    most = max(phase.peak_bytes for phase in found)
+    for phase in found:
+        names = " + ".join(phase.networks)
+        how = f" ({phase.how})" if phase.how else ""
+        row = f"  {phase.name:<14}{phase.peak_bytes / GB:>6.2f} GB  {names}{how}"
+        console.print(Text(row, style="bold" if phase.peak_bytes == most else ""))
 
 
 def _shown(value: Any) -> str:

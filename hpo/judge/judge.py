@@ -18,8 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-
 from evaluation.images import Heading, OnImages, SampledImage, sample
 from evaluation.prompts import MAX_TOKENS, PromptSet
 from evaluation.score import (

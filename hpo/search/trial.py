@@ -219,6 +219,7 @@ def _train(
     """The trained adapter, also written to its file.  ``settled``: the settings with the remedies."""
     from trainer.adapters import lorafile
     from trainer.loop import Conduct
+    from trainer.memory import step_work
 
     config = config.with_values(
         {name: getattr(settled, name) for name in CHECKPOINTING}
@@ -237,8 +238,12 @@ def _train(
         log.write(event, **more)
         watch.on_event(event)
 
-    how = Conduct(checkpoints=folder.checkpoints, should_stop=watch.should_stop)
     # the batches stay the same, however many images are computed at once (``trainer.loop.stepper``)
+    how = Conduct(
+        checkpoints=folder.checkpoints,
+        should_stop=watch.should_stop,
+        work_bytes=lambda: step_work(settled, bench.base_spec),
+    )
     adapter = train_adapter(
         bench.base, settled, lambda adapter: (bench.prepared(config, on_encoded), how), on_event
     )

@@ -16,8 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
 from evaluation.score import Anchors, Evaluator, make_anchors

@@ -6,6 +6,7 @@ Owns train.jsonl, and removes the adapter from the base when something goes wron
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -65,8 +66,9 @@ def train_adapter(
     adapter = lorafile.begin(base, config, say)
     try:
         prepared, how = prepare(adapter)
-        for event in loop.train(config, base, adapter, prepared, how):
-            on_event(event, adapter)
+        with contextlib.closing(loop.train(config, base, adapter, prepared, how)) as events:
+            for event in events:
+                on_event(event, adapter)
     except BaseException:
         adapter.remove()
         raise

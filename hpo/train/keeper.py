@@ -89,7 +89,7 @@ class Keeper:
             return
         base, name = self.place.base, f"{self.folder.name}_{suffix}"
         try:
-            with out_of_memory_named(self.config), self.place.gathered():
+            with out_of_memory_named(self.config), base.card.phase("sample"):
                 drawn = draw_samples(base, self.prompts, self.config, self.folder.samples, name)
         except OutOfMemory:
             self.say(f"samples {suffix} are left out: out of memory")

@@ -42,14 +42,16 @@ def _drawn(base: Base, prompt: SamplePrompt, config: TrainConfig) -> SampledImag
 
     from evaluation.images import SampleConfig, SampledImage, denoise, initial_noise
     from evaluation.prompts import Prompt
+    from trainer.adapters import computing
 
     how = SampleConfig(prompt.width, prompt.height, prompt.sample_steps, prompt.scale, batch_size=1)
     text = Prompt(prompt.prompt, prompt.prompt, "train-like")
-    with torch.no_grad():
+    with torch.no_grad(), computing(base, *base.text_encoders):
         states = base.encode_text([prompt.prompt], config.clip_skip, config.max_token_length)
         negative = None
         if prompt.scale > 1:
             negative = base.encode_text([prompt.negative_prompt], config.clip_skip, config.max_token_length)
+    with torch.no_grad():
         noise = initial_noise(base, [(text, prompt.seed)], how)
         pixels_BHW3, finite = base.decode_latents(denoise(base, noise, states, negative, how))
     return SampledImage(text.id, prompt.seed, pixels_BHW3[0], finite[0])

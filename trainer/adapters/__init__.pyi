@@ -9,6 +9,7 @@ from .adapter import keyed_generator as keyed_generator
 from .attaching import check_values as check_values
 from .choice import KINDS as KINDS
 from .choice import kind_for as kind_for
+from .computing import computing as computing
 from .kinds import NAME as NAME
 from .merge import base_weights as base_weights
 from .merge import merge_base_weights as merge_base_weights

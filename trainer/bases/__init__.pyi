@@ -1,5 +1,6 @@
 from . import detect as detect
 from . import families as families
+from . import needs as needs
 from .architecture import LoraLayer as LoraLayer
 from .architecture import MadeFor as MadeFor
 from .architecture import made_for as made_for

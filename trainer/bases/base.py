@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.bases import needs
 from trainer.bases.families import FAMILIES, BaseFamily
 from trainer.bases.onto import onto
 from trainer.bases.schedule import zero_terminal_snr
 from trainer.bases.weighted import apply_weights, weighted_rows
+from trainer.card import Card, card_of
 from trainer.config import TrainConfig
 from trainer.errors import ModelFileError
 
@@ -104,6 +106,7 @@ class Base(ABC):
         self.vae_overflows = False  # once an image was not finite in fp16 but is in fp32
         self.on_overflow: list[Callable[[], None]] = []  # called when that is found out
         self._said: set[str] = set()
+        self.card = card_of(next(self.unet.parameters()).device)
         for module in self.modules():
             module.requires_grad_(False).eval()
 
@@ -116,7 +119,8 @@ class Base(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        """Where it computes. A network that is not needed may be in RAM meanwhile (``trainer.card``)."""
+        return self.card.device if self.card.moves else next(self.unet.parameters()).device
 
     @property
     def latent_factor_px(self) -> int:
@@ -139,10 +143,19 @@ class Base(ABC):
         return {"unet": self.unet, **dict(zip(self.facts.text_encoders, self.text_encoders, strict=False))}
 
     def to(self, device: torch.device | str) -> Base:
-        """Move every network to a device."""
-        for module in self.modules():
-            module.to(device)
+        """Make a device the one that it computes on. Networks that do not fit into a card together stay in RAM until
+        they are needed."""
+        self.live_on(card_of(device))
         return self
+
+    def live_on(self, card: Card) -> None:
+        """Let a card say where each network is."""
+        self.card = card
+        names = ("unet", "vae", *self.facts.text_encoders)
+        for name, module in zip(names, self.modules(), strict=False):
+            card.add(module, f"{self.name} {name}")
+        for module in (*self.text_encoders, self.vae, self.unet):
+            card.require(module)
 
     def free(self) -> None:
         """Drop the networks to free their memory. The base cannot be used afterwards."""
@@ -236,6 +249,20 @@ class Base(ABC):
         ``weighted``: ``(word:1.2)`` and ``[word]`` weigh the states of their tokens (``trainer.bases.weighted``).
         """
 
+    @contextmanager
+    def _reading(self, captions: Sequence[str], max_token_length: int | None) -> Iterator[None]:
+        """The text encoders where they compute, while some captions are encoded."""
+        rows = len(captions) * max(1, (max_token_length or WINDOW_TOKENS) // WINDOW_TOKENS)
+        with self.card.phase("encode text", *self.text_encoders, work=lambda: self._text_bytes(rows)):
+            self.card.require(*self.text_encoders)
+            yield
+
+    def _text_bytes(self, rows: int) -> int:
+        return sum(
+            needs.text_bytes(encoder.config.to_dict(), rows, encoder.dtype.itemsize)
+            for encoder in self.text_encoders
+        )
+
     def encode_captions(self, captions: Sequence[str], config: TrainConfig) -> TextStates:
         """Captions of a training as its settings read them."""
         return self.encode_text(captions, config.clip_skip, config.max_token_length, config.weighted_captions)
@@ -244,10 +271,28 @@ class Base(ABC):
 
     @torch.no_grad()
     def encode_images(self, pixels_BCHW: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Pixels in [-1, 1] → one unscaled VAE sample per image (B, C, h, w), fp32. One CPU generator per image."""
+        """Pixels in [-1, 1] → one unscaled VAE sample per image (B, C, h, w), fp32. One CPU generator per image.
+
+        On a card, as many images at once as fit, and a large image in tiles where a whole one does not fit.
+        """
+        height_px, width_px = pixels_BCHW.shape[2:]
+        each = needs.encode_bytes(self.vae.config, width_px, height_px, self.vae.dtype.itemsize)
+        space = self.card.space(self.vae)
+        at_once = len(pixels_BCHW) if space is None else max(1, min(len(pixels_BCHW), space // max(1, each)))
+        with (
+            self.card.phase("encode images", self.vae, work=at_once * each),
+            self._in_tiles(each, space, (width_px, height_px), "encodes"),
+        ):
+            self.card.require(self.vae)
+            rows = [self._sample_of_images(part) for part in pixels_BCHW.split(at_once)]
+        mean, std = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+        return mean + std * noise.to(mean.device)
+
+    def _sample_of_images(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents, fp32."""
         moments = self.vae.encode(pixels_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
-        noise = torch.stack([torch.randn(moments.mean.shape[1:], generator=g) for g in generators])
-        return moments.mean.float() + moments.std.float() * noise.to(moments.mean.device)
+        return moments.mean.float(), moments.std.float()
 
     @torch.no_grad()
     def decode_latents(self, latents_BCHW: Tensor) -> tuple[np.ndarray, list[bool]]:
@@ -255,8 +300,14 @@ class Base(ABC):
 
         A VAE that overflows in fp16 decodes these images again in fp32, and from then on all others, as A1111 does
         ("Automatically revert VAE to 32-bit floats"); ``vae_overflows`` remembers it. In fp32 and bf16 nothing is
-        repeated.
+        repeated. On a card, large images are decoded one at a time, and in tiles where a whole one does not fit.
         """
+        kind = torch.float32 if self.vae_overflows else self.vae.dtype
+        with self.card.phase("decode", self.vae, work=self._decode_bytes(latents_BCHW, kind)):
+            self.card.require(self.vae)
+            return self._decoded(latents_BCHW)
+
+    def _decoded(self, latents_BCHW: Tensor) -> tuple[np.ndarray, list[bool]]:
         unscaled = latents_BCHW.float() / self.latent_scale
         if self.vae.dtype != torch.float16:
             pixels = self._decode(unscaled)
@@ -273,8 +324,53 @@ class Base(ABC):
         return shown.permute(0, 2, 3, 1).cpu().numpy(), _finite_rows(pixels).tolist()
 
     def _decode(self, unscaled_BCHW: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), fp32."""
+        size = self._pixel_size(unscaled_BCHW)
+        at_once = self._decoded_at_once(unscaled_BCHW)
+        each = needs.decode_bytes(self.vae.config, *size, self.vae.dtype.itemsize)
+        with self._in_tiles(each, self.card.space(self.vae), size, "decodes"):
+            parts = [self._decode_part(part) for part in unscaled_BCHW.split(at_once)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode_part(self, unscaled_BCHW: Tensor) -> Tensor:
         given = unscaled_BCHW.to(self.vae.device, self.vae.dtype)
         return self.vae.decode(given, return_dict=False)[0].float()
+
+    def _pixel_size(self, latents_BCHW: Tensor) -> tuple[int, int]:
+        """Width and height of the images of some latents, in px."""
+        height, width = latents_BCHW.shape[2:]
+        return width * self.latent_factor_px, height * self.latent_factor_px
+
+    def _decoded_at_once(self, latents_BCHW: Tensor) -> int:
+        """All of them on a CPU. On a card, one large image fills it: more at once only take memory."""
+        count = max(1, len(latents_BCHW))
+        return needs.decoded_at_once(count, *self._pixel_size(latents_BCHW)) if self.card.moves else count
+
+    def _decode_bytes(self, latents_BCHW: Tensor, kind: torch.dtype) -> int:
+        size, at_once = self._pixel_size(latents_BCHW), self._decoded_at_once(latents_BCHW)
+        return at_once * needs.decode_bytes(self.vae.config, *size, kind.itemsize)
+
+    @contextmanager
+    def _in_tiles(
+        self, whole_bytes: int, space: int | None, size_px: tuple[int, int], does: str
+    ) -> Iterator[None]:
+        """The VAE in tiles while a whole image needs more than there is space for. Seams may differ slightly."""
+        side = None if space is None else needs.tile_px(whole_bytes, *size_px, space)
+        if space is None or side is None:
+            yield
+            return
+        self.say_once(
+            f"the VAE {does} {size_px[0]}×{size_px[1]} px in tiles of {side} px: a whole image needs "
+            f"{whole_bytes / 1e9:.1f} GB and {space / 1e9:.1f} GB can be free; seams may differ slightly"
+        )
+        vae = self.vae
+        before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+        vae.use_tiling = True
+        vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // self.latent_factor_px
+        try:
+            yield
+        finally:
+            vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
     def _decode_singly(self, unscaled_BCHW: Tensor) -> Tensor:
         """In fp32 and one image at a time: a batch that fits into memory in fp16 may not fit in fp32."""

@@ -21,8 +21,9 @@ class SD15(Base):
         max_token_length: int | None = None,
         weighted: bool = False,
     ) -> TextStates:
-        ids_BWL = self.token_windows(captions, 0, max_token_length, weighted)
-        states = last_state(self.text_encoders[0], ids_BWL.flatten(0, 1), clip_skip)
+        with self._reading(captions, max_token_length):
+            ids_BWL = self.token_windows(captions, 0, max_token_length, weighted)
+            states = last_state(self.text_encoders[0], ids_BWL.flatten(0, 1), clip_skip)
         hidden_BLD = join_windows(states.unflatten(0, ids_BWL.shape[:2]))
         return TextStates(
             self._weighed(hidden_BLD, captions, 0, max_token_length) if weighted else hidden_BLD
@@ -31,6 +32,7 @@ class SD15(Base):
     def predict(
         self, noisy_BCHW: Tensor, timesteps_B: Tensor, states: TextStates, sizes: Sequence[Sizes]
     ) -> Tensor:
+        self.card.require(self.unet)
         predicted = self.unet(
             noisy_BCHW.to(self.compute_dtype),
             timesteps_B,

@@ -47,6 +47,10 @@ class SDXL(Base):
         """The second-to-last layers of both encoders, concatenated, without the final norm. The pooled vector
         is the final state of the second encoder at the first end token of the first window, times its
         projection; weights do not change it. ``clip_skip`` is ignored."""
+        with self._reading(captions, max_token_length):
+            return self._encoded(captions, max_token_length, weighted)
+
+    def _encoded(self, captions: Sequence[str], max_token_length: int | None, weighted: bool) -> TextStates:
         hidden = []
         for number, encoder in enumerate(self.text_encoders):
             ids_BWL = self.token_windows(captions, number, max_token_length, weighted)
@@ -65,6 +69,7 @@ class SDXL(Base):
     ) -> Tensor:
         assert states.pooled_BP is not None
         assert len(sizes) == len(noisy_BCHW), "SDXL needs the sizes of every row"
+        self.card.require(self.unet)
         ids = [[*size.original_hw, *size.crop_top_left, *size.target_hw] for size in sizes]
         predicted = self.unet(
             noisy_BCHW.to(self.compute_dtype),

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +41,8 @@ class Conduct:
     ``checkpoints`` is the folder of its checkpoints.  With ``validate_on`` the validation loss
     (``trainer.loop.validation``) is reported after every epoch; with ``rehearse`` one dry step at the largest
     bucket comes first, which changes nothing.  ``changed`` settings may differ from the checkpoint's: those
-    that the out-of-memory ladder changed.
+    that the out-of-memory ladder changed. ``work_bytes`` gives the memory that a step needs beside the networks, if
+    it is known; otherwise the run has the card to itself.
     """
 
     checkpoints: Path | None = None
@@ -50,6 +52,7 @@ class Conduct:
     rehearse: bool = False
     changed: frozenset[str] = frozenset()
     ranks: Ranks = ALONE
+    work_bytes: Callable[[], int | None] | None = None
 
 
 def train(
@@ -60,6 +63,25 @@ def train(
     Raises Diverged after ten skipped steps in a row, which are not saved; OutOfMemory, with all steps so far
     saved; and Interrupted once ``how.should_stop`` says so (the step is finished and saved first).
     """
+    with _on_card(base, config, prepared, how):
+        yield from _train(config, base, adapter, prepared, how)
+
+
+def _on_card(
+    base: Base, config: TrainConfig, prepared: Prepared, how: Conduct
+) -> AbstractContextManager[None]:
+    """The networks that steps need on the card. With cpu_offload, text encoders that are only read compute in RAM."""
+    reads = prepared.states is None
+    in_ram = config.cpu_offload and not config.updates_text_encoder
+    needed = [base.unet, *(base.text_encoders if reads and not in_ram else [])]
+    needed += [base.vae] if prepared.encodes_anew else []
+    aside = tuple(base.text_encoders) if in_ram else ()
+    return base.card.phase("train", *needed, work=how.work_bytes, in_ram=aside)
+
+
+def _train(
+    config: TrainConfig, base: Base, adapter: Adapter, prepared: Prepared, how: Conduct
+) -> Generator[Event, None, None]:
     preflight.check(base, config)
     length = plan(config, prepared.dataset, prepared.buckets)
     with out_of_memory_named(config):

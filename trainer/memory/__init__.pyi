@@ -10,6 +10,10 @@ from .ladder import Rung as Rung
 from .ladder import encoding_rung as encoding_rung
 from .ladder import next_rung as next_rung
 from .ladder import rung_named as rung_named
+from .phases import PhasePlan as PhasePlan
+from .phases import largest as largest
+from .phases import phases as phases
+from .phases import step_work as step_work
 from .stacks import SAFE_SHARE as SAFE_SHARE
 from .stacks import Attempt as Attempt
 from .stacks import Stack as Stack

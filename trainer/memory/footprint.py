@@ -161,6 +161,11 @@ def base_bytes(config: TrainConfig, facts: BaseFacts) -> dict[str, int]:
     return found
 
 
+def network_bytes(facts: BaseFacts, name: str, element_bytes: int) -> int:
+    """Bytes of the U-Net or a text encoder, every value in ``element_bytes``."""
+    return sum(n * _weight_bytes(shape, element_bytes, False) for shape, n in _networks(facts)[name])
+
+
 def text_encoders_stay(config: TrainConfig) -> bool:
     """Whether captions are encoded in every step, because a text encoder is trained or captions vary."""
     varied = config.shuffle_caption or config.caption_tag_dropout_rate > 0 or config.enable_wildcard

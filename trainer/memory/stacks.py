@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer import optimizers
+from trainer.bases.needs import SAFE_SHARE as SAFE_SHARE
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.memory.footprint import BaseFacts, Footprint, predict, text_encoders_stay
 
-SAFE_SHARE = 15.5 / 16  # assumed: 0.5 of 16 GB stays free
 SMALLER_PX = 768
 EIGHT_BIT = {"AdamW": "AdamW8bit"}
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from trainer.bases import needs
 from trainer.config import TrainConfig
 from trainer.memory.replay import Held, Peak
 
@@ -44,10 +45,8 @@ def weight_bytes(config: TrainConfig, vae: Mapping[str, Any], compute: str) -> i
 def encode_bytes(
     config: TrainConfig, vae: Mapping[str, Any], bucket_px: tuple[int, int], compute: str
 ) -> int:
-    """Activations while one image is encoded: three tensors of the first block at full size – its input, its norm, and
-    what follows – which are the largest (ResnetBlock2D without gradients)."""
-    width_px, height_px = bucket_px
-    return 3 * int(vae["block_out_channels"][0]) * width_px * height_px * _element(config, compute)
+    """Activations while one image is encoded."""
+    return needs.encode_bytes(vae, *bucket_px, _element(config, compute))
 
 
 def parameters(vae: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evaluation.images.images import SampledImage, invalid_reason
-from evaluation.images.sampling import chunk_size, default_config, file_name, generator, initial_noise, sample
+from evaluation.images.sampling import default_config, file_name, generator, initial_noise, sample
 from evaluation.images.settings import SampleConfig
 from evaluation.prompts.prompts import Prompt, PromptSet
 from tests.outofmemory import FORMS
@@ -214,11 +214,6 @@ def test_each_text_is_encoded_once_a_call_whatever_the_batch_size(
     )
     sample(base, PROMPTS, dataclasses.replace(CONFIG, batch_size=1))
     assert sorted(asked) == sorted([[CONFIG.negative], *([p.text] for p in PROMPTS.prompts)])
-
-
-def test_a_larger_card_draws_more_at_once_and_never_none() -> None:
-    sizes = [chunk_size(64 * 64, gigabytes * 1e9) for gigabytes in (8, 16, 24, 80)]
-    assert sizes == [4, 8, 12, 32] and chunk_size(512 * 512, 16e9) == 1
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

@@ -126,7 +126,9 @@ def test_nothing_of_a_failed_attempt_is_left_when_the_next_begins(
     expected = whole.state()
     whole.remove()
     assert remedy == ""
-    operation = {"forward": "convolution", "backward": "convolution_backward", "optimizer": "_fused_adamw"}[place]
+    operation = {"forward": "convolution", "backward": "convolution_backward", "optimizer": "_fused_adamw"}[
+        place
+    ]
     made: list[weakref.ref[torch.Tensor]] = []
     counts = itertools.count()
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hpo.train import memory as runmemory
-from hpo.train import placement as trainbase
 from hpo.train.ladder import RunLadder
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer import oom as memory
@@ -122,20 +121,6 @@ def test_what_loading_left_in_the_cache_is_given_back_before_the_dry_step_is_mea
         )
     run(tiny_base("sd15"), tiny_config(max_train_steps=1), rehearse=True)
     assert calls[:3] == ["release", "forget_peak", "peak_bytes"]
-
-
-def test_what_networks_leave_behind_is_given_back_when_they_leave(monkeypatch):
-    base = tiny_base("sd15")
-    config = tiny_config()
-    place, calls = trainbase.Place(base), []
-    monkeypatch.setattr(trainbase, "release", lambda device: calls.append(device))
-    place.prepare(config)
-    assert calls == []
-    place.settle(config, tiny_prepared(base, config))
-    assert calls == [base.device]
-    with place.gathered():
-        assert calls == [base.device]
-    assert calls == [base.device] * 2
 
 
 def test_a_card_is_full_above_98_percent_or_15_and_a_half_of_16_gb():
