@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "offload, frozen": OFFLOAD | FROZEN,
     "fp8": {"fp8_base": True},
     "fp8, offload, frozen": {"fp8_base": True} | OFFLOAD | FROZEN,
+    "shuffled, offload, frozen": {"shuffle_caption": True} | OFFLOAD | FROZEN,
     "dropout": {"network_dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.2},
     "parts": {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "network_dropout": 0.1},
     "noise": {
@@ -70,8 +71,8 @@ COMPACT = [
 ]
 WHOLE = [
     *(("sd15", "no", name) for name in CASES),
-    *(("sd15", kind, name) for kind in ("bf16", "full_bf16", "fp16") for name in list(CASES)[:8]),
-    *(("sdxl", kind, name) for kind in ("no", "bf16") for name in list(CASES)[:8]),
+    *(("sd15", kind, name) for kind in ("bf16", "full_bf16", "fp16") for name in list(CASES)[:9]),
+    *(("sdxl", kind, name) for kind in ("no", "bf16") for name in list(CASES)[:9]),
 ]
 
 
@@ -91,7 +92,7 @@ def trained(
     )
     base = tiny_base(family)
     prepared = tiny_prepared(base, config)
-    if config.trains_text_encoder:
+    if config.trains_text_encoder or config.shuffle_caption:
         prepared = dataclasses.replace(prepared, states=None)
     base.compute_dtype = TYPES[config.mixed_precision]
     for module in base.modules():
@@ -100,7 +101,8 @@ def trained(
     place.prepare(config)
     adapter = lorafile.begin(base, config, lambda line: None)
     place.settle(config, prepared)
-    events = list(loop.train(config, base, adapter, prepared, Conduct(rehearse=True)))
+    how = Conduct(rehearse=True, validate_on=None if config.trains_text_encoder else prepared)
+    events = list(loop.train(config, base, adapter, prepared, how))
     assert isinstance(events[-1], Finished) and events[-1].skipped == 0
     weights = adapter.state()
     adapter.remove()
