@@ -74,6 +74,9 @@ def test_after_inner_work_the_outer_work_finds_its_networks_and_its_room() -> No
             with card.phase("decode", vae):
                 assert card.residents() == ["unet", "vae"]
         assert card.residents() == ["unet"]
+    card = card_with(100, unet=unet, vae=vae)
+    with card.phase("train", unet, work=5 * 1024), card.phase("encode", unet, work=50 * 1024):
+        assert card.moved == [], "the outer work has planned for its own networks"
     with (
         pytest.raises(ZeroDivisionError),
         card.phase("train", unet),
