@@ -74,9 +74,9 @@ def test_after_inner_work_the_outer_work_finds_its_networks_and_its_room() -> No
             with card.phase("decode", vae):
                 assert card.residents() == ["unet", "vae"]
         assert card.residents() == ["unet"]
-        moves = len(card.moved)
-        with card.phase("encode", unet, work=10**9):
-            assert len(card.moved) == moves, "the outer work has planned for its own networks"
+    card = card_with(100, unet=unet, vae=vae)
+    with card.phase("train", unet, work=5 * 1024), card.phase("encode", unet, work=50 * 1024):
+        assert card.moved == [], "the outer work has planned for its own networks"
     with (
         pytest.raises(ZeroDivisionError),
         card.phase("train", unet),
@@ -180,6 +180,16 @@ def test_training_is_the_same_bits_on_a_small_card_and_samples_between_steps_cha
     for there in card.seen["train"]:
         assert unet in there and vae not in there and (len(there) == 1) is not trains_text
     assert card.phase_name == ""
+
+
+def test_a_network_that_is_away_comes_when_it_computes_outside_of_any_phase() -> None:
+    base = tiny_base("sd15")
+    card = on_card(base, 10**9)
+    states = base.encode_text(["cat"])
+    card.leave(base.unet)
+    with torch.no_grad():
+        base.predict(torch.zeros(1, 4, 8, 8), torch.zeros(1).long(), states, [])
+    assert card.moved == [f"-{base.name} unet", f"+{base.name} unet"]
 
 
 def test_encoders_come_when_they_score_and_say_the_same() -> None:
