@@ -49,12 +49,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Stack:
-    """Settings that fit, the changes, the predicted peak, and everything that was tried, in order."""
+    """Settings that fit, the changes, the predicted peak, and everything that was tried, in order. ``wider``: the
+    optimizer with unquantised state that would fit as well, in words."""
 
     config: TrainConfig
     moves: tuple[StackMove, ...]
     footprint: Footprint
     tried: tuple[Attempt, ...] = ()
+    wider: str = ""
 
     @property
     def standing(self) -> tuple[str, ...]:
@@ -65,6 +67,7 @@ class Stack:
             "text encoder outputs not cached: text encoders are trained, or captions vary"
             if stays
             else "text encoder outputs cached: text encoders are not on the GPU",
+            *([self.wider] if self.wider else []),
         )
 
 
@@ -82,7 +85,7 @@ def _eight_bit(config: TrainConfig, facts: BaseFacts) -> Candidates:
     if smaller is not None and optimizers.takes(smaller, config.optimizer_args):
         yield (
             {"optimizer_type": smaller},
-            "a quarter of the optimizer state, same speed",
+            "a quarter of the optimizer state; one kernel for each tensor instead of one for all",
         )
 
 
@@ -178,7 +181,20 @@ def choose(
         footprint = predict(config, facts)
     old, new = start.as_dict(), config.as_dict()
     moves = tuple(StackMove(k, old[k], new[k], reasons[k]) for k in reasons if old[k] != new[k])
-    return Stack(config, moves, footprint, tuple(trial.tried))
+    return Stack(config, moves, footprint, tuple(trial.tried), _wider(config, facts, trial.limit))
+
+
+def _wider(config: TrainConfig, facts: BaseFacts, limit: int) -> str:
+    """What to say if 8-bit state is not needed: it saves memory, not time."""
+    for wide, small in EIGHT_BIT.items():
+        if config.optimizer_type == small and optimizers.takes(wide, config.optimizer_args):
+            peak = predict(config.with_values({"optimizer_type": wide}), facts).peak_bytes
+            if peak <= limit:
+                return (
+                    f"optimizer_type = {wide} fits as well ({peak / 1e9:.2f} GB): one kernel updates all weights, "
+                    f"{small} starts one for each tensor"
+                )
+    return ""
 
 
 class _Trial:
