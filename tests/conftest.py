@@ -12,13 +12,16 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def cache_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Traces that tests and the commands they start keep: never in the home of whoever runs the tests."""
-    before, folder = os.environ.get("HPO_CACHE"), tmp_path_factory.mktemp("cache")
-    os.environ["HPO_CACHE"] = str(folder)
+    folder = tmp_path_factory.mktemp("cache")
+    own = {"HPO_CACHE": folder, "HPO_LOCKS": tmp_path_factory.mktemp("locks")}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update({name: str(place) for name, place in own.items()})
     yield folder
-    if before is None:
-        del os.environ["HPO_CACHE"]
-    else:
-        os.environ["HPO_CACHE"] = before
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import open_clip
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from trainer.bases import detect
@@ -46,3 +51,19 @@ def random_base(family: str) -> Base:
                     part = flat[start : start + block.numel()]
                     part.copy_(block[: part.numel()])
     return base
+
+
+def random_clip(path: Path) -> Path:
+    """ViT-B-32 with random weights that do not look untrained (open_clip's initial logit scale is refused)."""
+    torch.manual_seed(0)
+    weights = open_clip.create_model("ViT-B-32").state_dict()
+    weights["logit_scale"] = torch.tensor(4.6)
+    save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, path)
+    return path
+
+
+def louder(base: Any) -> None:
+    """Random networks draw almost one grey, in which an adapter would not be seen."""
+    with torch.no_grad():
+        base.unet.conv_out.weight.mul_(20)
+        base.vae.decoder.conv_out.weight.mul_(20)

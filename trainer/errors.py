@@ -11,6 +11,7 @@ been. The command line prints both lines without a traceback. Any other exceptio
     ├── ModelFileError            4   base models, LoRA files, scorers that are there and cannot be used
     │   └── MissingModel          2   named, but not there
     ├── MachineError              5   disk, locks, network, permissions, missing packages
+    │   └── DeviceLost                the GPU no longer answers this process
     ├── SettingsFailure           6   caused by the settings: a search records an infeasible trial
     │   ├── Diverged                  persistent non-finite losses
     │   ├── OutOfMemory               not enough memory for these settings
@@ -94,6 +95,10 @@ class MachineError(ToolError):
     """A problem of the machine, not of the settings: disk, lock, network, permission or package."""
 
     exit_code = 5
+
+
+class DeviceLost(MachineError):
+    """The process cannot use its GPU any more, since a kernel failed. It has to end: the same command goes on."""
 
 
 class SettingsFailure(ToolError):

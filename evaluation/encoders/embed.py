@@ -45,6 +45,7 @@ from trainer.bases import KNOWN_BASES, MINIATURE_LIKENESS, MINIATURE_SCORER, MIN
 from trainer.card import Card, card_of
 from trainer.errors import ConfigError, MissingModel, ModelFileError
 from trainer.files import sha256_file
+from trainer.oom import Fitting, is_out_of_memory, memory_named
 
 # For real bases: small enough for a CPU (0.17 s per image on 2 cores), and not trained on OpenAI's data. The text
 # encoder of SD1.5 and the first one of SDXL are OpenAI's CLIP ViT-L/14: scoring with it would share the text tower
@@ -226,10 +227,10 @@ class Dinov2Encoder(OnCard):
 
 
 def _in_batches(values: Sequence[Any], encode: Callable[[Sequence[Any]], Tensor]) -> Tensor:
-    """Vectors of all values, ``FEATURE_BATCH`` at a time. Raises ModelFileError if any is not finite."""
-    parts = [
-        encode(values[i : i + FEATURE_BATCH]).float().cpu() for i in range(0, len(values), FEATURE_BATCH)
-    ]
+    """Vectors of all values, ``FEATURE_BATCH`` at a time, fewer where memory runs out. Raises ModelFileError if any is
+    not finite, and OutOfMemory."""
+    with memory_named("out of memory while scoring a single image or text"):
+        parts = list(Fitting(FEATURE_BATCH).each(values, lambda part: encode(part).float().cpu()))
     vectors_ND = torch.cat(parts)
     if not vectors_ND.isfinite().all():
         raise ModelFileError(
@@ -437,6 +438,8 @@ def _create(model: str, weights: Path, preprocess: dict[str, Any]) -> Any:
             model, require_pretrained=True, weights_only=True, force_preprocess_cfg=preprocess, **by_file
         )
     except Exception as error:  # open_clip raises many types of errors
+        if is_out_of_memory(error):
+            raise
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelFileError(
             f"{weights} cannot be loaded as {model}: {why}",

@@ -46,6 +46,7 @@ from evaluation.prompts import PromptSet
 from trainer.card import card_of
 from trainer.errors import MachineError, MissingModel, ModelFileError
 from trainer.files import sha256_file
+from trainer.oom import Fitting, memory_named
 
 HPS_MODEL, HPS_REPOSITORY, HPS_FILE = "ViT-H-14", "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 PICK_REPOSITORY = "yuvalkirstain/PickScore_v1"
@@ -139,8 +140,11 @@ class HfClip(OnCard):
         return self._model.text_projection(self._model.text_model(ids_BL).pooler_output)
 
     def _in_batches(self, rows: Sequence[Tensor], encode: Callable[[Tensor], Tensor]) -> Tensor:
-        chunks = [torch.stack(list(rows[i : i + FEATURE_BATCH])) for i in range(0, len(rows), FEATURE_BATCH)]
-        vectors = torch.cat([encode(chunk.to(self._device)).float().cpu() for chunk in chunks])
+        def encoded(part: Sequence[Tensor]) -> Tensor:
+            return encode(torch.stack(list(part)).to(self._device)).float().cpu()
+
+        with memory_named(f"out of memory while {self.name} measures a single image or text"):
+            vectors = torch.cat(list(Fitting(FEATURE_BATCH).each(rows, encoded)))
         if not vectors.isfinite().all():
             raise ModelFileError(
                 f"{self.name} returned numbers that are not finite", "download its weights again"
@@ -176,7 +180,11 @@ class ImageRewardGauge:
     def values(self, vectors: Vectors, images: Sequence[SampledImage], prompts: PromptSet) -> np.ndarray:
         text = {p.id: p.scored_text for p in prompts.prompts}
         pairs = zip(images, vectors.pixels, strict=True)
-        with self._card.phase("score", self._network), torch.no_grad():
+        with (
+            memory_named(f"out of memory while {self.model} measures an image"),
+            self._card.phase("score", self._network),
+            torch.no_grad(),
+        ):
             return np.array(
                 [
                     float(self._network.score(text[i.prompt_id], Image.fromarray(pixels)))

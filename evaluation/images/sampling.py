@@ -12,12 +12,11 @@ Shapes: B images of a chunk, C latent channels, h w latent sides, H W pixels, 3 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,9 @@ from evaluation.prompts import Prompt, PromptSet
 from trainer.adapters import computing
 from trainer.bases import Base, Sizes, TextStates, needs
 from trainer.card import nbytes
-from trainer.errors import ConfigError, OutOfMemory
+from trainer.errors import ConfigError
 from trainer.files import machine_error, write_atomic
+from trainer.oom import Fitting, memory_named
 
 INDEX_NAME = "samples.json"
 CPU_CELLS, CPU_BATCH = 8 * 64 * 64, 32  # at most per chunk on a CPU: latent cells (8 images of 512²), images
@@ -84,6 +84,9 @@ def sample(
     ``folder`` stores them as PNG. With an ``identity`` (of the weights: base and adapter), whole chunks that
     are stored under the same identity are reused. ``as_class`` renders the scored text, which has the class
     word instead of the trigger, with the noise of the same prompts: the anchor of the untrained base.
+
+    Where memory runs out, half as many images are drawn at once, down to one: an image differs by rounding only. Raises
+    OutOfMemory if a single image does not fit.
     """
     jobs = list(prompts.jobs)
     if only_first_chunk:
@@ -93,11 +96,21 @@ def sample(
     stored = [store.read(chunk) if store and identity else None for chunk in chunks]
     missing = [chunk for chunk, found in zip(chunks, stored, strict=True) if found is None]
     images: list[SampledImage] = []
+    fitting = Fitting(config.batch_size)
+    size = f"{config.width_px}×{config.height_px} px"
+
+    def draw(part: Sequence[tuple[Prompt, int]]) -> list[SampledImage]:
+        return _draw(base, part, config, encoded, as_class)
+
     with base.card.phase("sample"), _Writer(store, beside=base.card.moves) as writer:
-        encoded = _encoded(base, missing, config, as_class)
+        with memory_named(f"out of memory while encoding the texts of images of {size}"):
+            encoded = _encoded(base, missing, config, as_class)
         for chunk, found in zip(chunks, stored, strict=True):
             if found is None:
-                found = _draw(base, chunk, config, encoded, as_class)
+                with memory_named(f"out of memory while sampling an image of {size}"):
+                    found = [image for part in fitting.each(chunk, draw) for image in part]
+                if fitting.size < config.batch_size:
+                    base.say_once(f"out of memory while sampling: {fitting.size} images are drawn at once")
                 writer.write(found)
             images += found
             if on_image:
@@ -117,8 +130,7 @@ def _encoded(
     texts = [_text(prompt, as_class) for chunk in chunks for prompt, _ in chunk]
     if chunks and config.cfg > 1:
         texts.append(config.negative)
-    with _memory_named(len(chunks[0]) if chunks else 0, config):
-        return {text: _encode(base, text, config) for text in dict.fromkeys(texts)}
+    return {text: _encode(base, text, config) for text in dict.fromkeys(texts)}
 
 
 def _draw(
@@ -129,24 +141,12 @@ def _draw(
     as_class: bool,
 ) -> list[SampledImage]:
     """The images of a chunk, from the states of its texts."""
-    with _memory_named(len(chunk), config):
-        states = TextStates.join([encoded[_text(prompt, as_class)] for prompt, _ in chunk])
-        negative = encoded[config.negative] if config.cfg > 1 else None
-        latents_BChw = denoise(base, initial_noise(base, chunk, config), states, negative, config)
-        pixels_BHW3, finite = base.decode_latents(latents_BChw)
+    states = TextStates.join([encoded[_text(prompt, as_class)] for prompt, _ in chunk])
+    negative = encoded[config.negative] if config.cfg > 1 else None
+    latents_BChw = denoise(base, initial_noise(base, chunk, config), states, negative, config)
+    pixels_BHW3, finite = base.decode_latents(latents_BChw)
     rows = zip(chunk, pixels_BHW3, finite, strict=True)
     return [SampledImage(prompt.id, seed, pixels, bool(ok)) for (prompt, seed), pixels, ok in rows]
-
-
-@contextlib.contextmanager
-def _memory_named(count: int, config: SampleConfig) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise OutOfMemory(
-            f"out of memory while sampling {count} images of {config.width_px}×{config.height_px} px",
-            "lower the batch size of sampling",
-        ) from None
 
 
 @torch.no_grad()

@@ -48,6 +48,7 @@ class SampleConfig:
 
     @property
     def hash(self) -> str:
-        """sha256 of everything that decides the images. The batch size does not (up to 1/255)."""
+        """sha256 of everything that decides the images. The batch size does not (on a CPU up to 1/255; on CUDA
+        up to what its kernels of another batch size differ by, docs/devices.md)."""
         values = {k: v for k, v in asdict(self).items() if k != "batch_size"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

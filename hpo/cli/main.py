@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpo.cli import folders, status, studies, tools, trainings
+from hpo.cli import folders, machine, status, studies, tools, trainings
 from hpo.cli.start import announced_imports
 from hpo.cli.streams import show_everything
 from trainer.errors import Interrupted, MachineError, ToolError
@@ -89,6 +89,14 @@ class Commands(click.Group):
         except ToolError as error:
             print_error(error)
             sys.exit(error.exit_code)
+        except (RuntimeError, MemoryError) as error:
+            from trainer.oom import named
+
+            known = named(error, "out of memory", "close other programs that use the GPU or much memory")
+            if known is None:
+                raise
+            print_error(known)
+            sys.exit(known.exit_code)
         except KeyboardInterrupt:
             from hpo.study import INVOCATION
 
@@ -153,5 +161,6 @@ for command in (
     tools.inspect,
     tools.export,
     tools.dataset,
+    machine.doctor,
 ):
     main.add_command(command)

@@ -130,12 +130,20 @@ def search(
     "--seeds", type=click.IntRange(1, 20), default=2, show_default=True, help="Training runs per trial."
 )
 @click.option("--rescore-only", is_flag=True, help="Skip training: score the saved LoRA files.")
+@options.device("cpu, cuda, cuda:1 … Default: as in the search.")
 @click.option("--yes", is_flag=True, help="Do not ask before starting.")
 @options.anyway
 @options.runs
 @options.notifies
 def confirm(
-    name: str | None, top: int, seeds: int, rescore_only: bool, yes: bool, anyway: bool, runs: Path
+    name: str | None,
+    top: int,
+    seeds: int,
+    rescore_only: bool,
+    device: str | None,
+    yes: bool,
+    anyway: bool,
+    runs: Path,
 ) -> None:
     """Confirm a study's best trials with new seeds and new prompts. Trial 0 is included for comparison. The
     search did not use these seeds and prompts. To resume an interrupted
@@ -152,6 +160,7 @@ def confirm(
         rescore_only=rescore_only,
         runs=folder.root.parent,
         anyway=anyway,
+        device=device,
     )
     run(request, console(), lambda: agreed("start?", yes=yes))
 

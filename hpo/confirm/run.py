@@ -71,7 +71,7 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
         require_learned(study, source, "confirm", anyway=request.anyway or begun)
         chosen, notes = chosen_trials(study, source, request)
         wanted = wanted_runs(chosen, study, request)
-        asked = Confirmation(source, {t.number: t for t in chosen}, tuple(wanted), how)
+        asked = Confirmation(source, {t.number: t for t in chosen}, tuple(wanted), how, request.device)
         view = report.make_view(console, shown_run, asked.target.name)
         view.ranks = False
         for note in notes:
@@ -87,7 +87,9 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
         return _confirm(study, asked, use, view, console, work)
 
 
-def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -> Workbench:
+def load(
+    source: StudyFolder, target: StudyFolder, say: Callable[[str], None], device: str | None = None
+) -> Workbench:
     """The workbench of the search with the confirmation prompts and the target's folder.
 
     Raises ConfigError if anything else differs from the search, and names the differences.
@@ -109,6 +111,8 @@ def load(source: StudyFolder, target: StudyFolder, say: Callable[[str], None]) -
         words["prompts"] = source.prompts  # the study's own copy
     if "data" not in words and source.data.is_dir():
         words["data"] = source.data
+    if device is not None:
+        words["device"] = device
     config = build_study(str(definition["definition"]), definition["sections"])
     bench = workbench.load(Inputs(**words), config, source, say)
     check_unchanged(open_study(source).user_attrs[IDENTITY], bench.facts(), source.name)
@@ -131,7 +135,7 @@ def _confirm(
     work: Work,
 ) -> Confirmed:
     """The part that loads models and writes files."""
-    bench = load(asked.source, use.folder, view.say)
+    bench = load(asked.source, use.folder, view.say, asked.device)
     study = opened(bench, use, beside={"confirms": asked.source.name})
     with use.folder.study_lock().held():
         study.set_user_attr(TOTAL, max(len(asked.wanted), study.user_attrs.get(TOTAL, 0)))

@@ -57,6 +57,7 @@ class ConfirmRequest:
     rescore_only: bool = False
     anyway: bool = False
     runs: Path = RUNS
+    device: str | None = None  # None: as in the search
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Confirmation:
     chosen: Mapping[int, FrozenTrial]  # trials of the search, by number
     wanted: tuple[Wanted, ...]
     how: str
+    device: str | None = None
 
     @property
     def target(self) -> StudyFolder:

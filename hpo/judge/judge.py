@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-
-import torch
 
 from evaluation.images import Heading, OnImages, SampledImage, sample
 from evaluation.prompts import MAX_TOKENS, PromptSet
@@ -35,6 +33,7 @@ from evaluation.score import (
 )
 from hpo.judge import standard as standards
 from hpo.judge.runfiles import RunFiles
+from hpo.machine import deterministic, own_device, share_threads
 from hpo.study import (
     Inputs,
     make_evaluator,
@@ -45,13 +44,13 @@ from hpo.study import (
     subject_items,
 )
 from hpo.terminal import short
-from hpo.train import check_device
 from trainer.adapters import DATASET_KEY, base_weights, check_lora, lorafile, merge_base_weights
 from trainer.bases import Base, check_vae, compute_type, load_base
 from trainer.config import TrainConfig
 from trainer.data import Dataset, shown
-from trainer.errors import ConfigError, DataError, MissingModel, ModelFileError, OutOfMemory
+from trainer.errors import ConfigError, DataError, MissingModel, ModelFileError
 from trainer.files import make_folder, sha256_file, write_atomic
+from trainer.oom import memory_named
 
 if TYPE_CHECKING:
     from hpo.study import Say
@@ -109,7 +108,7 @@ class Judge:
         """The anchors of the untrained base on the prompts.  Measured once, then read from disk."""
         folder = self._base_folder(evaluation)
         make_folder(folder)
-        anchors = self._within_memory(lambda: make_anchors(self.evaluator, folder, on_image))
+        anchors = make_anchors(self.evaluator, folder, on_image)
         self.evaluator = self.evaluator.with_anchors(anchors)
         return anchors
 
@@ -128,10 +127,8 @@ class Judge:
         make_folder(folder)
         heading = Heading(f"{self.name}: {lora.name} on {self.evaluator.base.name}", self.settings)
         with self._applied(lora) as identity:
-            result = self._within_memory(
-                lambda: evaluate_adapter(
-                    self.evaluator, folder, identity=identity, heading=heading, on_image=on_image
-                )
+            result = evaluate_adapter(
+                self.evaluator, folder, identity=identity, heading=heading, on_image=on_image
             )
         note = {"file": lora.name, "sha256": sha256_file(lora), "watch": self.watch}
         write_atomic(folder / LORA_NAME, json.dumps(note))
@@ -159,7 +156,8 @@ class Judge:
     def _applied(self, lora: Path) -> Iterator[str]:
         """Context with the LoRA applied to the base.  Yields an identity string of both."""
         base = self.evaluator.base
-        adapter = lorafile.attach(base, lorafile.read(lora))
+        with memory_named(f"out of memory while applying {lora.name} to {base.name}"):
+            adapter = lorafile.attach(base, lorafile.read(lora))
         try:
             yield f"{base.identity}:{adapter.fingerprint()}"
         finally:
@@ -187,21 +185,6 @@ class Judge:
         by = self.evaluator
         return found if found.anchors_key == by.scale.key and found.formula == by.formula else None
 
-    def _within_memory(self, work: Callable[[], T]) -> T:
-        """The result of ``work``; halves the number of images per batch each time memory runs out."""
-        while True:
-            try:
-                return work()
-            except OutOfMemory:
-                sampling = self.evaluator.sampling
-                size = sampling.batch_size // 2
-                if size < 1:
-                    raise
-                self.evaluator = replace(self.evaluator, sampling=replace(sampling, batch_size=size))
-                self.say(f"out of memory: reduced to {size} images per batch")
-                if self.evaluator.base.device.type == "cuda":
-                    torch.cuda.empty_cache()
-
 
 def load(
     run: RunFiles, inputs: Inputs, say: Say, *, named: str | None = None, like: Judge | None = None
@@ -211,10 +194,11 @@ def load(
     ``named``: the value of ``--definition``.  ``like``: judge of another run, whose prompts, references, encoders
     and limits are used, so that two bases can be compared.
     """
-    device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
     config = standards.settings(run, inputs, "-b" if like else "")
     spec = config.pretrained_model_name_or_path
+    deterministic()
+    share_threads()
+    device = own_device(inputs.device, base=spec, precision=config.mixed_precision, say=say)
     data = standards.training_data(run, config, inputs)
     known = standards.standard(run, config, named, data)
     study = known.study

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.trial import TrialState
 
+from hpo.search.remedies import with_remedies
 from hpo.search.workbench import Workbench
 from hpo.study import (
     Choice,
@@ -34,10 +35,21 @@ from hpo.train import count_steps, images_seen
 from trainer.adapters import adapter, count_weights
 from trainer.config import TrainConfig
 from trainer.data import total_steps
-from trainer.errors import MachineError, OutOfMemory
+from trainer.errors import (
+    ConfigError,
+    DataError,
+    DeviceLost,
+    Interrupted,
+    MachineError,
+    ModelFileError,
+    OutOfMemory,
+    ToolError,
+    first_line,
+)
 from trainer.events import Step
 from trainer.files import folder_bytes, require_space
 from trainer.loop import loop
+from trainer.oom import out_of_memory_named
 
 if TYPE_CHECKING:
     import optuna
@@ -265,17 +277,34 @@ def probed_pace(bench: Workbench, config: TrainConfig) -> Pace | None:
 
 
 def _probe(bench: Workbench, config: TrainConfig) -> float | None:
-    """Measured seconds of one optimizer step.  None if it does not fit into memory (the trial itself can retry)."""
-    short = config.with_values({"max_train_steps": PROBE_STEPS})
-    prepared = bench.prepared(short)
-    injected = adapter.inject(bench.base, short)
+    """Measured seconds of one optimizer step, with the remedies that the trial would begin with.  None if it cannot be
+    measured: a failed estimate never ends a study, since the trial knows more remedies and names what is wrong.  Raises
+    ToolError only for what no trial could be trained on: settings, images or models that are wrong."""
+    remedies, _ = bench.remedies.first(config)
+    short = with_remedies(config, remedies).with_values({"max_train_steps": PROBE_STEPS})
+    seconds = None
     try:
-        steps = [e.seconds for e in loop.train(short, bench.base, injected, prepared) if isinstance(e, Step)]
+        with out_of_memory_named(short):
+            seconds = _seconds(bench, short)
+    except (DeviceLost, Interrupted, ConfigError, DataError, ModelFileError):
+        raise
     except OutOfMemory:
-        steps = []
+        pass
+    except ToolError as error:
+        bench.base.say_once(f"time unknown: {error.message}")
+    except Exception as error:
+        bench.base.say_once(f"time unknown: {type(error).__name__}: {first_line(error)[:160]}")
+    bench.release()
+    return seconds
+
+
+def _seconds(bench: Workbench, config: TrainConfig) -> float | None:
+    prepared = bench.prepared(config)
+    injected = adapter.inject(bench.base, config)
+    try:
+        steps = [e.seconds for e in loop.train(config, bench.base, injected, prepared) if isinstance(e, Step)]
     finally:
         injected.remove()
-    bench.empty_cache()
     return steps[-1] if steps else None
 
 

@@ -6,7 +6,9 @@ before anything is written; otherwise the new files are removed again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,8 @@ from hpo.terminal import Stop, clock
 from hpo.terminal import live as report
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
+
+POLL_SECONDS = 0.5
 
 if TYPE_CHECKING:
     from hpo.search.cost import Cost
@@ -188,7 +192,11 @@ def _begin(
         view.say(ratio_line(len(bench.study.space), limits.trials))
     view.say(_data_line(bench))
     if now.left:
-        cost = _told_cost(study, bench, limits, now, view)
+        from hpo.search import fitting
+
+        fitting.say_fit(bench, view.say, fresh=fresh)
+        with _one_after_the_other(bench, view):
+            cost = _told_cost(study, bench, limits, standing(study, limits.trials), view)
     else:
         cost = None
     with bench.folder.study_lock().held(), quiet():
@@ -209,6 +217,21 @@ def _begin(
             f"{limits.trials} trials; raise --trials to run it"
         )
     return cost
+
+
+@contextlib.contextmanager
+def _one_after_the_other(bench: Workbench, view: report.PlainView) -> Iterator[None]:
+    """In one process of the study at a time.  Workers that start together would each draw the same images of the
+    base, and be slower together than one of them."""
+    lock = bench.folder.base_lock()
+    if not lock.try_acquire():
+        view.say("another worker scores the untrained base; waiting for it …")
+        while not lock.try_acquire():
+            time.sleep(POLL_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _told_cost(

@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evaluation.score import CLIPPED
+from hpo.machine import share_threads
+from hpo.search.remedies import CHECKPOINTING, remedies_of, remedy_words, with_remedies
 from hpo.study import (
     COMPLETE,
     FAILED,
@@ -37,9 +39,19 @@ from hpo.terminal import short
 from hpo.train import StepLog, train_adapter
 from trainer.adapters import COMMENT, CONFIG_KEY, dataset_metadata
 from trainer.config import TrainConfig
-from trainer.errors import Interrupted, MachineError, ModelFileError, OutOfMemory, SettingsFailure, ToolError
+from trainer.errors import (
+    DeviceLost,
+    Interrupted,
+    MachineError,
+    ModelFileError,
+    OutOfMemory,
+    SettingsFailure,
+    ToolError,
+)
 from trainer.events import Finished
 from trainer.files import append_line, read_records, sha256_file, sweep_tree
+from trainer.memory import next_rung
+from trainer.oom import named, out_of_memory_named
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -48,8 +60,6 @@ if TYPE_CHECKING:
     from trainer.adapters import Adapter
     from trainer.events import Event
 
-# Remedies for running out of memory, each tried once in this order.  Neither changes the result.
-CHECKPOINTING, SPLIT = "gradient_checkpointing", "single images"
 WEIGHT_CHANGE = (
     "weight_change"  # of the last row of train.jsonl, beside the event (``Adapter.weight_change``)
 )
@@ -91,11 +101,20 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
     then has no result.
     """
     sweep_tree(folder.root)
-    _note(folder, "start")
+    begun_with = _threads(folder) if bench.base.device.type == "cpu" else None
+    threads = share_threads(begun_with)
+    if begun_with not in (None, threads):
+        _log(folder, f"begun with {begun_with} CPU threads, goes on with {threads}: the last bits may differ")
+    _note(folder, "start", threads=threads)
     try:
         result = _work(bench, folder, config, watch)
     except Interrupted:
         _note(folder, "interrupted")
+        raise
+    except (
+        DeviceLost
+    ) as error:  # every other trial of this process would fail too; a new process goes on with this one
+        _log(folder, f"stopped: {error}")
         raise
     except SettingsFailure as error:
         _log(folder, f"infeasible: {error.reason}: {error}")
@@ -105,7 +124,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
             infeasible_value(below_zero),
             reason=error.reason,
             message=error.message,
-            remedy=", ".join(_remedies(folder)),
+            remedy=remedy_words(config, remedies_of(folder) or ()),
             score=error.score if isinstance(error, BeyondLimit) else None,
             below_zero=below_zero,
         )
@@ -115,10 +134,14 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
         result = failed(folder, config, type(error).__name__, str(error))
     except Exception as error:
         _log(folder, traceback.format_exc())
+        if isinstance(lost := named(error, "", ""), DeviceLost):
+            raise lost from None
         text = clean_text(str(error).strip().splitlines()[0] if str(error).strip() else "")[:200]
         result = failed(folder, config, f"crash:{type(error).__name__}", f"{text} (see {folder.log})")
     write_result(folder, result)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    if result.reason == OutOfMemory.reason:
+        bench.release()
     return result
 
 
@@ -150,64 +173,57 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
 def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> tuple[Adapter, str]:
     """The trained adapter in the base, rounded to its file's precision, and the memory remedy that was needed."""
     from trainer.adapters import lorafile
-    from trainer.oom import out_of_memory_named
 
     if folder.lora.is_file():  # trained before, interrupted while scoring
         file = lorafile.read(folder.lora)
         remedy = _saved_remedy(folder, config, json.loads(file.metadata[CONFIG_KEY]))
         return lorafile.attach(bench.base, file), remedy
-    remedies = _remedies(
-        folder
-    )  # of an earlier process that was killed: without them it would run out of memory again
+    remedies = remedies_of(folder)  # of an earlier process: without them it would run out of memory again
+    if remedies is None:
+        remedies, why = bench.remedies.first(config)
+        if remedies:
+            _log(folder, f"begins with {remedy_words(config, remedies)}: {why}")
+            _note(folder, "remedy", remedies=remedies, why=why)
     while True:
+        settled = with_remedies(config, remedies)
         try:
-            with out_of_memory_named(config):
-                return _train(bench, folder, config, watch, remedies), ", ".join(remedies)
+            with out_of_memory_named(settled):
+                return _train(bench, folder, config, settled, watch), remedy_words(config, remedies)
         except OutOfMemory as error:
-            another = _next_remedy(config, remedies)
-            if another is None:
+            rung = next_rung(settled, remedies, keeps_result=True)
+            bench.remedies.ran_out(folder.number, settled)
+            if rung is None:
                 raise
-            _log(folder, f"{error}; retrying with {another}, which does not change the result")
-        remedies = (*remedies, another)
-        _note(folder, "remedy", remedies=remedies)
-        bench.empty_cache()
-
-
-def _next_remedy(config: TrainConfig, tried: tuple[str, ...]) -> str | None:
-    """The next remedy that does not change the result, or None."""
-    possible = {
-        CHECKPOINTING: not config.gradient_checkpointing,
-        SPLIT: config.images_at_once > 1,
-    }
-    return next((remedy for remedy, fits in possible.items() if fits and remedy not in tried), None)
-
-
-def _remedies(folder: TrialFolder) -> tuple[str, ...]:
-    """The memory remedies that the trial has needed so far."""
-    rows = [row for row in read_records(folder.starts) if row.get("event") == "remedy"]
-    return tuple(rows[-1].get("remedies", ())) if rows else ()
+            why = error.message
+        remedies = (*remedies, rung.name)
+        words = remedy_words(config, remedies)
+        _log(folder, f"{why}; retrying with {words}, which does not change the result")
+        _note(folder, "remedy", remedies=remedies, why=why)
+        bench.release()
 
 
 def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, Any]) -> str:
     """The memory remedy used to train a LoRA file.  Raises ModelFileError if its settings are not the trial's."""
     now, saved = deciding(config.as_dict()), deciding(saved)
     changed = sorted(name for name in now if saved.get(name) != now[name])
-    if changed not in ([], [CHECKPOINTING]):
+    if not set(changed) <= set(CHECKPOINTING):
         raise ModelFileError(
             f"{folder.lora} was trained with a different {', '.join(changed)}", "delete the file"
         )
-    return ", ".join(_remedies(folder) or changed)
+    return remedy_words(config, remedies_of(folder) or ()) or ", ".join(changed)
 
 
 def _train(
-    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch, remedies: tuple[str, ...]
+    bench: Workbench, folder: TrialFolder, config: TrainConfig, settled: TrainConfig, watch: Watch
 ) -> Adapter:
+    """The trained adapter, also written to its file.  ``settled``: the settings with the remedies."""
     from trainer.adapters import lorafile
     from trainer.loop import Conduct
     from trainer.memory import step_work
 
-    if CHECKPOINTING in remedies:
-        config = config.with_values({"gradient_checkpointing": True})
+    config = config.with_values(
+        {name: getattr(settled, name) for name in CHECKPOINTING}
+    )  # in the LoRA's metadata
 
     def on_encoded(done: int, total: int) -> None:
         if watch.should_stop() and done < total:
@@ -222,15 +238,14 @@ def _train(
         log.write(event, **more)
         watch.on_event(event)
 
-    # the batches stay the same; each is computed one image at a time (``trainer.loop.stepper``)
-    parts = config.with_values({"micro_batch_size": 1}) if SPLIT in remedies else config
+    # the batches stay the same, however many images are computed at once (``trainer.loop.stepper``)
     how = Conduct(
         checkpoints=folder.checkpoints,
         should_stop=watch.should_stop,
-        work_bytes=lambda: step_work(parts, bench.base_spec),
+        work_bytes=lambda: step_work(settled, bench.base_spec),
     )
     adapter = train_adapter(
-        bench.base, parts, lambda adapter: (bench.prepared(config, on_encoded), how), on_event
+        bench.base, settled, lambda adapter: (bench.prepared(config, on_encoded), how), on_event
     )
     try:
         adapter.round_to(config.save_precision)
@@ -274,8 +289,7 @@ def _scored(
             ) from None
         raise
     except OutOfMemory as error:  # every trial generates the same images, so its settings are not the cause
-        hint = f"--set sampling.batch_size={max(1, bench.evaluator.sampling.batch_size // 2)}"
-        raise MachineError(error.message, hint) from None
+        raise MachineError(error.message, error.hint) from None
 
 
 def _searched(bench: Workbench, config: TrainConfig) -> dict[str, str]:
@@ -311,6 +325,12 @@ def deaths_without_progress(folder: TrialFolder) -> int:
         else:
             count, saved = 1, row.get("saved")
     return count if saved == _saved(folder) else 0
+
+
+def _threads(folder: TrialFolder) -> int | None:
+    """The number of CPU threads that the trial was begun with; None if it begins now, or that was not noted."""
+    noted = [row["threads"] for row in read_records(folder.starts) if isinstance(row.get("threads"), int)]
+    return noted[0] if noted and noted[0] > 0 else None
 
 
 def resumes_from(folder: TrialFolder) -> str:

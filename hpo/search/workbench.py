@@ -11,15 +11,16 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from evaluation.images import SampleConfig, default_config
 from evaluation.prompts import PromptSet, no_class_word
 from evaluation.score import Anchors, Evaluator, make_anchors
+from hpo.machine import deterministic, own_device, share_threads
+from hpo.search.remedies import Remedies
 from hpo.study import (
     IDENTITY,
     Inputs,
@@ -39,13 +40,14 @@ from hpo.study import (
     subject_items,
 )
 from hpo.terminal import left
-from hpo.train import check_device
 from trainer.adapters import merge_base_weights
 from trainer.bases import compute_type, is_miniature, load_base
 from trainer.config import TrainConfig
 from trainer.data import Dataset, cache, preflight, read_dataset, shown, split_references, words_everywhere
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import ConfigError, MachineError, OutOfMemory
 from trainer.files import atomic_folder, make_folder, write_atomic
+from trainer.memory import encoding_rung
+from trainer.oom import MORE_ROOM, release
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -69,7 +71,13 @@ class Workbench:
     store: cache.Store
     image_seconds: float | None = None  # measured with the untrained base
     pace: Pace | None = None  # estimated before the first trial
+    _vae_batch: int | None = None  # images encoded at once, after memory ran out
     inputs: Inputs | None = None
+
+    @cached_property
+    def remedies(self) -> Remedies:
+        """What trials begin with, so that they fit into memory."""
+        return Remedies(self)
 
     @property
     def base(self) -> Base:
@@ -96,8 +104,22 @@ class Workbench:
     def prepared(
         self, config: TrainConfig, on_image: Callable[[int, int], None] | None = None
     ) -> cache.Prepared:
-        """Latents and text encoder outputs, from the study's cache after the first trial."""
-        return cache.prepare(self.base, self.data, config, store=self.store, on_image=on_image)
+        """Latents and text encoder outputs, from the study's cache after the first trial.  Encodes fewer images at
+        once where memory runs out.  Raises MachineError where one image or caption does not fit: no setting of a trial
+        can change that."""
+        if self._vae_batch is not None:
+            config = config.with_values({"vae_batch_size": min(self._vae_batch, config.vae_batch_size)})
+        while True:
+            try:
+                return cache.prepare(self.base, self.data, config, store=self.store, on_image=on_image)
+            except OutOfMemory as error:
+                rung = encoding_rung(config)
+                if rung is None:
+                    raise MachineError(error.message, MORE_ROOM) from None
+            release(self.base.device)
+            config = rung.config
+            self._vae_batch = config.vae_batch_size
+            self.base.say_once(f"out of memory while encoding: {rung.says}")
 
     def measure_anchors(self, say: Say, *, fresh: bool = False) -> None:
         """Score the untrained base, once per study, and measure the time per image.
@@ -116,9 +138,9 @@ class Workbench:
         for problem in anchors.problems:
             say(f"warning: {problem}")
 
-    def empty_cache(self) -> None:
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def release(self) -> None:
+        """Give back the memory that nothing uses any more."""
+        release(self.base.device)
 
     def facts(self) -> dict[str, str]:
         """The facts that must not change during a study: name → value as text."""
@@ -167,8 +189,10 @@ class ImageTimer:
 
 def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> Workbench:
     """Load and check everything.  Writes only demo data (see ``hpo.study.use.in_use``)."""
-    device = inputs.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
+    deterministic()
+    share_threads()
+    precision = "bf16" if study.train.full_bf16 else study.train.mixed_precision
+    device = own_device(inputs.device, base=inputs.base, precision=precision, say=say)
     begun = begun_study(folder)
     study = as_begun(study, begun.user_attrs.get(IDENTITY) if begun else None)
     train = study.train

@@ -81,6 +81,7 @@ from .sections import OBJECTIVE as OBJECTIVE
 from .sections import PRESETS as PRESETS
 from .sections import SCORE as SCORE
 from .space.domain import Choice as Choice
+from .space.domain import Range as Range
 from .space.space import ELSEWHERE as ELSEWHERE
 from .space.space import NOT_SEARCHABLE as NOT_SEARCHABLE
 from .space.space import settings_of as settings_of

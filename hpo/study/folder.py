@@ -108,6 +108,11 @@ class StudyFolder:
         return self.root / ".locks"
 
     @property
+    def memory(self) -> Path:
+        """Which settings ran out of memory (``hpo.search.remedies``)."""
+        return self.root / "memory.jsonl"
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 
@@ -161,6 +166,10 @@ class StudyFolder:
 
     def study_lock(self) -> Lock:
         return Lock(self.locks / "study.lock")
+
+    def base_lock(self) -> Lock:
+        """Held while the untrained base is scored: other workers wait for the result instead of repeating it."""
+        return Lock(self.locks / "base.lock")
 
     def trial_lock(self, number: int) -> Lock:
         return Lock(self.locks / f"trial_{number:04d}.lock")

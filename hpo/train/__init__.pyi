@@ -1,5 +1,4 @@
 from .adapter import StepLog as StepLog
-from .adapter import check_device as check_device
 from .adapter import train_adapter as train_adapter
 from .command import TrainRequest as TrainRequest
 from .command import train as train

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import ConfigError, MachineError, first_line
 from trainer.events import Rehearsed
 from trainer.files import append_line, read_records, write_atomic
 
@@ -75,20 +73,3 @@ def train_adapter(
         adapter.remove()
         raise
     return adapter
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that does not exist or is not supported."""
-    import torch
-
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
-        raise ConfigError(
-            f"device {device!r} is not known", "give cpu, cuda or cuda:1, or leave out --device"
-        )
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = first_line(error)
-        raise MachineError(
-            f"device {device} cannot be used: {reason}", "leave out --device, or give cpu"
-        ) from None

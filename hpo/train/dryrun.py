@@ -81,7 +81,7 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
             _check_place(file, data, place)
     if request.device not in (None, "cpu"):
         with findings.looking():
-            from hpo.train.adapter import check_device  # loads torch
+            from hpo.machine import check_device  # loads torch
 
             check_device(str(request.device))
     _check_base(file.config, family, findings)

@@ -44,6 +44,11 @@ class RunFolder:
         return self.root / "memory.json"
 
     @property
+    def threads(self) -> Path:
+        """How many CPU threads the run was begun with."""
+        return self.root / "threads.json"
+
+    @property
     def metadata(self) -> Path:
         """What a LoRA file would say, if no_metadata keeps it out of the file."""
         return self.root / PRIVATE

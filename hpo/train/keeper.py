@@ -16,7 +16,7 @@ from hpo.train.samples import draw_samples, drawn_lines
 from trainer.adapters import Saved, dataset_metadata
 from trainer.config import TrainConfig
 from trainer.data import Dataset
-from trainer.errors import Interrupted, OutOfMemory, ToolError
+from trainer.errors import DeviceLost, Interrupted, OutOfMemory, ToolError
 from trainer.events import Event, Skipped, Step
 from trainer.oom import out_of_memory_named
 
@@ -94,7 +94,7 @@ class Keeper:
         except OutOfMemory:
             self.say(f"samples {suffix} are left out: out of memory")
             return
-        except Interrupted:
+        except (Interrupted, DeviceLost):
             raise
         except ToolError as error:
             self.say(f"samples {suffix} are left out: {error.message}")

@@ -9,18 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from trainer.adapters import merge_base_weights
 from trainer.bases import Base, compute_type, load_base
 from trainer.compute import fp8
 from trainer.config import TrainConfig
 from trainer.data import Dataset, Prepared, preflight
-
-
-def own_device(device: str | None, local_rank: int = 0) -> str:
-    """The device of this process: the given one, else its own GPU, else the CPU."""
-    return device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
 
 
 def load(config: TrainConfig, data: Dataset, device: str, say: Callable[[str], None]) -> Base:

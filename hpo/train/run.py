@@ -8,8 +8,8 @@ writes files and prints, the others only train.
     OUTPUT/name-000002.safetensors        save_every_n_epochs
     OUTPUT/name-step00000100.safetensors  save_every_n_steps
     OUTPUT/sample/                        sample_every_n_…
-    OUTPUT/name.run/                      config.json, train.jsonl, ladder.jsonl, memory.json, checkpoints/, cache/,
-                                          metadata.json (with no_metadata)
+    OUTPUT/name.run/                      config.json, train.jsonl, ladder.jsonl, memory.json, threads.json,
+                                          checkpoints/, cache/, metadata.json (with no_metadata)
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.study import alone, origin_of, recorded_at
+from hpo.machine import deterministic, own_device, share_threads
+from hpo.study import alone, origin_of, read_json, recorded_at
 from hpo.terminal import Stop, command, on_device
 from hpo.train import memory as runmemory
-from hpo.train.adapter import StepLog, check_device, train_adapter
+from hpo.train.adapter import StepLog, train_adapter
 from hpo.train.folder import RunFolder, run_folder
 from hpo.train.keeper import Keeper
 from hpo.train.ladder import RunLadder
-from hpo.train.placement import Place, load, own_device
+from hpo.train.placement import Place, load
 from hpo.train.plan import count_steps
 from hpo.train.promptfile import SamplePrompt, sample_prompts
 from hpo.train.view import TrainView
@@ -41,7 +42,7 @@ from trainer.errors import ConfigError, Interrupted, MachineError, OutOfMemory
 from trainer.events import Event, Rehearsed, Step, Validated
 from trainer.files import make_folder, sweep_tree, write_atomic
 from trainer.loop import Conduct, Ranks, join, launched, leave, steps_behind
-from trainer.oom import release
+from trainer.oom import out_of_memory_named, release
 
 if TYPE_CHECKING:
     from trainer.adapters import Adapter
@@ -69,8 +70,15 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     for line in differences(ladder.config, data):
         view.say(f"differs from sd-scripts: {line}")
     view.say(f"steps: {count_steps(config, data).line(config)}")
-    device = own_device(device, ranks.local)
-    check_device(device)
+    deterministic()
+    device = own_device(
+        device,
+        base=config.pretrained_model_name_or_path,
+        precision="bf16" if config.full_bf16 else config.mixed_precision,
+        say=view.say,
+        local_rank=ranks.local,
+        ranks=ranks.world,
+    )
     _check_parts(config, ranks, view.say)
     make_folder(folder.root)
     # no second run may train into the same files; the other processes of a run share the first one's lock
@@ -80,6 +88,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
             if behind := steps_behind(folder.checkpoints):
                 view.say(f"resuming from step {behind}")
             write_atomic(folder.config, json.dumps(config.as_dict(), indent=1))
+        _share_threads(folder, device, ranks, view.say)
         join(ranks, device)
         try:
             vram = ranks.lowest(runmemory.free_bytes(device), device)
@@ -99,6 +108,19 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
     view.say(f"log: {folder.steps}")
     view.say(_following(config, data, output, given))
     return folder.lora
+
+
+def _share_threads(folder: RunFolder, device: str, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Take this process's part of the CPU.  On a CPU a run goes on with the number of threads that it began with."""
+    if ranks.world > 1:  # its launcher decides
+        return
+    noted = read_json(folder.threads) or {}
+    began = noted.get("threads") if steps_behind(folder.checkpoints) and device == "cpu" else None
+    begun_with = began if isinstance(began, int) and began > 0 else None
+    threads = share_threads(begun_with)
+    if begun_with not in (None, threads):
+        say(f"note: begun with {begun_with} CPU threads, goes on with {threads}: the last bits may differ")
+    write_atomic(folder.threads, json.dumps({"threads": threads}))
 
 
 def _following(config: TrainConfig, data: Dataset, output: Path, device: str | None) -> str:
@@ -144,7 +166,8 @@ class _Run:
         with Stop(self.view.on_ask) as stop, self.view:
             while True:
                 try:
-                    keeper, adapter = self._attempt(stop)
+                    with out_of_memory_named(self.ladder.config):
+                        keeper, adapter = self._attempt(stop)
                     break
                 except OutOfMemory as error:
                     why = error.message

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from tests.bench import sd_scripts
+from tests.fullsize import random_base
 from tests.tiny import tiny_base, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.bases.base import Base, Sizes
@@ -138,7 +139,7 @@ def measure(
     device = "cuda" if torch.cuda.is_available() and not smoke else "cpu"
     config = cell.config(smoke).with_values({"max_train_steps": steps, "max_train_epochs": None})
     try:
-        loaded = tiny_base("sdxl") if smoke else load_base(base, device=device, dtype=torch.bfloat16)
+        loaded = tiny_base("sdxl") if smoke else _load(base, device)
         seconds = _measured(kind, loaded, config)
         peak = peak_bytes(loaded.device)
     except (RuntimeError, OutOfMemory) as error:
@@ -149,10 +150,22 @@ def measure(
     return {"peak_bytes": peak, "step_seconds": round(middle, 4), "steps": len(seconds)}
 
 
+def _load(base: str, device: str) -> Base:
+    """A base in bf16; ``random sdxl`` is its full size with random weights."""
+    if not base.startswith("random "):
+        return load_base(base, device=device, dtype=torch.bfloat16)
+    made = random_base(base.removeprefix("random "))
+    for module in made.modules():
+        torch.nn.Module.to(module, torch.bfloat16)
+    made.compute_dtype = torch.bfloat16
+    made.to(device)
+    return made
+
+
 def _measured(kind: str, base: Base, config: TrainConfig) -> list[float]:
     """Seconds of each step.  The peak is counted from here on: what loading, encoding and 8-bit conversion
     left in the allocator's cache is given back first."""
-    prepared = _random_images(base, config)
+    prepared = random_images(base, config)
     for network in (base.vae, *base.text_encoders):
         torch.nn.Module.to(network, "cpu")
     if config.fp8_base:
@@ -162,7 +175,7 @@ def _measured(kind: str, base: Base, config: TrainConfig) -> list[float]:
     return (_ours if kind == "ours" else _diffusers)(base, config, prepared)
 
 
-def _random_images(base: Base, config: TrainConfig) -> Prepared:
+def random_images(base: Base, config: TrainConfig) -> Prepared:
     """As many images as a batch has, at the full resolution: what is measured does not depend on what they show."""
     prepared = tiny_prepared(base, config, images=config.train_batch_size)
     side = config.resolution // base.latent_factor_px

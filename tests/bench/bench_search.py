@@ -1,11 +1,13 @@
-"""What a search on the miniature is worth: the two claims of docs/benchmarks.md, measured again.
+"""What a search is worth: the claims of docs/benchmarks.md, measured again.
 
     python -m tests.bench.bench_search rates   --out bench/rates     # score over learning_rate
     python -m tests.bench.bench_search confirm --out bench/confirm   # a study, its best trial retrained
+    python -m tests.bench.bench_search throughput --out bench/trials [--full-size]   # trials per hour
 
 ``rates``: one configuration, rates from 30× below to 30× above, several training seeds, scored on the search
 prompts.  ``confirm``: runs ``hpo search --trials 12`` (or takes ``--study``), retrains its best trial and
-trial 0 with fresh seeds and scores them on the held-out prompts beside the untrained base.  Finished cells
+trial 0 with fresh seeds and scores them on the held-out prompts beside the untrained base.  ``throughput``: trials
+per hour beside a script for each trial (``tests.bench.throughput``).  Finished cells
 are kept in ``--out`` and not repeated.  Prints Markdown tables; every figure is in ``--out``'s JSON files.
 """
 
@@ -37,6 +39,7 @@ from hpo.search.workbench import Inputs, Workbench, load
 from hpo.study.config import find_study, read_study
 from hpo.study.folder import StudyFolder
 from hpo.study.storage import open_study
+from tests.bench import throughput
 from trainer.adapters import adapter as adapters
 from trainer.config import TrainConfig
 from trainer.loop import loop
@@ -162,6 +165,17 @@ def confirm(args: argparse.Namespace) -> None:
     print(f"best minus trial 0: {_words(report['best_minus_trial_0'])}")
 
 
+def trials_per_hour(args: argparse.Namespace) -> None:
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    setting = (throughput.full_size if args.full_size else throughput.miniature)(args.out)
+    if args.steps:
+        setting = dataclasses.replace(setting, job=dataclasses.replace(setting.job, steps=args.steps))
+    if args.trials:
+        setting = dataclasses.replace(setting, trials=args.trials)
+    print("\n" + throughput.table(throughput.measure(setting, args.out, args.rounds)))
+
+
 def _words(row: Mapping[str, float]) -> str:
     return f"{row['mean']:+.3f} (95 % {row['low']:+.3f} to {row['high']:+.3f})"
 
@@ -170,7 +184,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["rates", "confirm"])
+    parser.add_argument("part", choices=["rates", "confirm", "throughput"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="mini-sd15")
     parser.add_argument("--data", type=Path)
@@ -179,8 +193,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--centre", type=float, default=CENTRE["learning_rate"], help="rates: the middle rate"
     )
+    parser.add_argument("--full-size", action="store_true", help="throughput: SD1.5 with random weights")
+    parser.add_argument("--rounds", type=int, default=2, help="throughput: rounds of both ways")
+    parser.add_argument("--steps", type=int, help="throughput: training steps of a trial")
+    parser.add_argument("--trials", type=int, help="throughput: trials of a study")
     args = parser.parse_args(argv)
-    {"rates": rates, "confirm": confirm}[args.part](args)
+    {"rates": rates, "confirm": confirm, "throughput": trials_per_hour}[args.part](args)
 
 
 if __name__ == "__main__":

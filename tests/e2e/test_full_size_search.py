@@ -17,13 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import open_clip
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from hpo.study.folder import StudyFolder
-from tests.fullsize import random_base
+from tests.fullsize import louder, random_base, random_clip
 from tests.places import ROOT
 from tests.singlefile import save_single_file
 from tests.tiny import save_folder
@@ -48,22 +45,6 @@ try:
 finally:
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-
-
-def random_clip(path: Path) -> Path:
-    """ViT-B-32 with random weights that do not look untrained (open_clip's initial logit scale is refused)."""
-    torch.manual_seed(0)
-    weights = open_clip.create_model("ViT-B-32").state_dict()
-    weights["logit_scale"] = torch.tensor(4.6)
-    save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, path)
-    return path
-
-
-def louder(base: object) -> None:
-    """Random networks draw almost one grey, in which an adapter would not be seen."""
-    with torch.no_grad():
-        base.unet.conv_out.weight.mul_(20)  # type: ignore[attr-defined]
-        base.vae.decoder.conv_out.weight.mul_(20)  # type: ignore[attr-defined]
 
 
 def search(place: Path, base: Path) -> tuple[str, int]:

@@ -1,6 +1,7 @@
 from . import adapter as adapter
 from . import contents as contents
 from . import lorafile as lorafile
+from . import lowrank as lowrank
 from . import private as private
 from . import values as values
 from .adapter import Adapter as Adapter

@@ -286,6 +286,7 @@ class Adapter:
         if MAGNITUDE in layer.weights:
             _attach_magnitude(layer, lambda: self._kept_rows(number, layer))
         if isinstance(layer.wrapped, LowRankLayer):
+            layer.wrapped.comes_and_goes = self._dropout.module > 0
             if self._dropout.network > 0 or self._dropout.rank > 0:
                 layer.wrapped.drop = _Drop(self, number, layer)
         elif self._dropout.rank > 0:
@@ -551,6 +552,11 @@ class _Drop:
 
     def rows(self) -> Tensor | None:
         return self._adapter._kept_rows(self._number, self._layer)
+
+    @property
+    def changes_rows(self) -> bool:
+        dropout = self._adapter._dropout
+        return dropout.rank > 0 and self._layer.drops_rows(dropout)
 
 
 class _Chance:

@@ -24,6 +24,7 @@ from trainer.adapters.adapter import MAGNITUDE
 from trainer.adapters.choice import KINDS
 from trainer.adapters.contents import BOFT, DORA, FULL, GLORA, IA3, LOCON, LOHA, LOKR, LORA, NORM, OFT
 from trainer.compute import weight_of
+from trainer.oom import is_device_lost, is_out_of_memory
 
 _LORA_LIKE = (LORA, LOCON, DORA)
 _NEUMANN_TERMS = 5  # PEFT's and OneTrainer's default
@@ -132,6 +133,8 @@ def read_form(
             return None, _ia3(parts, weight, layer.bias)
         return None, _DENSE[kind](parts, weight, alpha)
     except (KeyError, RuntimeError, IndexError, ValueError) as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
         raise Misfit(str(error)) from error
 
 

@@ -22,6 +22,7 @@ from peft.tuners.lokr.layer import factorization
 from torch import Tensor, nn
 
 from trainer.adapters.changed import Chance
+from trainer.oom import is_device_lost, is_out_of_memory
 
 SCALAR = "scalar"  # use_scalar: a factor of ΔW that starts at 0
 NAME = "lora"  # the adapter's name inside each layer, as PEFT has it
@@ -345,7 +346,9 @@ class LoKr(Kind):
                 w2 = tucker(tensors["lokr_t2"], tensors["lokr_w2_a"], tensors["lokr_w2_b"]).flatten(1)
             else:
                 w2 = _product(tensors, "lokr_w2").flatten(1)
-        except (KeyError, RuntimeError, IndexError):
+        except (KeyError, RuntimeError, IndexError) as error:
+            if is_out_of_memory(error) or is_device_lost(error):
+                raise
             return False
         shape = (w1.shape[0] * w2.shape[0], w1.shape[-1] * w2.shape[1])
         return w1.dim() == 2 and shape == (weight.shape[0], weight[0].numel())

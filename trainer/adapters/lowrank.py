@@ -12,6 +12,8 @@ Shapes: N rows (all leading dimensions of x), I inputs, O outputs, R rank.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -31,6 +33,34 @@ class Drop(Protocol):
     def rows(self) -> Tensor | None:
         """0 and 1 for each row of ΔW (O); None where none is dropped."""
 
+    @property
+    def changes_rows(self) -> bool:
+        """Whether ``rows`` can drop any."""
+
+
+_drops: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def _handle_of(drop: Drop) -> int:
+    """A number by which a compiled graph finds what a layer drops."""
+    number = next(_numbers)
+    _drops[number] = drop
+    return number
+
+
+@torch.library.custom_op("hpo::kept", mutates_args=())
+def _kept(inner: Tensor, handle: Tensor) -> Tensor:
+    """The mask of a layer's dropout, 0 and 1 / kept, in the shape and type of ``inner``. It is drawn outside of the
+    graph: a generator inside, with a seed that changes in every step, would be compiled anew in every step."""
+    mask, kept = _drops[int(handle)].ranks(list(inner.shape), inner)
+    return torch.ones_like(inner) if mask is None else mask.to(inner.dtype) / kept
+
+
+@_kept.register_fake
+def _kept_shape(inner: Tensor, handle: Tensor) -> Tensor:
+    return torch.empty_like(inner)
+
 
 class LowRankLayer(nn.Module):
     """A layer of a base and the halves of its LoRA: ``lora_down`` (R, I) or (R, I, kh, kw), ``lora_up`` (O, R) or
@@ -48,6 +78,8 @@ class LowRankLayer(nn.Module):
         self._name = name
         self._disable_adapters = False
         self._cast: Pair = []
+        self.comes_and_goes = False  # module_dropout leaves it out of some steps
+        self.compiled: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def weight(self) -> Any:
@@ -65,6 +97,8 @@ class LowRankLayer(nn.Module):
         if self._disable_adapters:
             result: Tensor = self.base_layer(x, *args, **options)
             return result
+        if self.compiled is not None and torch.compiler.is_compiling():
+            return self._in_a_graph(x, *self.compiled)
         x = x.to(kind_of(x))
         up: Tensor = self.lora_up
         pair = self._cast if self._cast and self._cast[0].dtype == x.dtype else []
@@ -78,9 +112,8 @@ class LowRankLayer(nn.Module):
             return self._convolved(x, *_halves(self.lora_down, up, pair, x.dtype), mask, scale)
         flat_NI = x.reshape(-1, x.shape[-1])
         flat_mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
-        if type(self.base_layer) is nn.Linear and x.is_contiguous():
-            layer = self.base_layer
-            given = (layer.weight, layer.bias, self.lora_down, up)
+        if is_plain(self.base_layer) and x.is_contiguous():
+            given = (self.weight, self.bias, self.lora_down, up)
             y_NO = _Linear.apply(flat_NI, *given, pair, flat_mask, scale)
         else:  # in 8 bits, or a permuted input, for which torch computes W x + b in another way
             down, up = _halves(self.lora_down, up, pair, x.dtype)
@@ -89,6 +122,33 @@ class LowRankLayer(nn.Module):
             base_NO = self.base_layer(x).reshape(-1, up.shape[0])
             y_NO = torch.addmm(base_NO, inner_NR, up.t(), alpha=scale)
         return y_NO.view(*x.shape[:-1], up.shape[0])
+
+    # Inside torch.compile (``trainer.compute.speed``)
+
+    def to_be_compiled(self, wanted: bool) -> bool:
+        """Prepare for graphs that hold for every rank, alpha, dropout and step: all of these are inputs of the graph.
+        False where they cannot be; then the layer must stay outside of it."""
+        self.compiled = None
+        drop = self.drop
+        if not wanted or type(self.base_layer) is not nn.Linear or self.comes_and_goes:
+            return False
+        if self._forward_pre_hooks or self._forward_hooks or (drop is not None and drop.changes_rows):
+            return False
+        for half, axis in ((self.lora_down, 0), (self.lora_up, 1)):
+            torch._dynamo.maybe_mark_dynamic(half, axis)
+        scale = torch.full((), self.scaling[self._name], device=self.lora_down.device)
+        self.compiled = scale, None if drop is None else torch.tensor(_handle_of(drop))
+        return True
+
+    def _in_a_graph(self, x: Tensor, scale: Tensor, handle: Tensor | None) -> Tensor:
+        """The same formula in plain operations, for which the compiler finds its own backward pass."""
+        x = x.to(kind_of(x))
+        inner = F.linear(x, self.lora_down.to(x.dtype))
+        if handle is not None:
+            inner = inner * torch.ops.hpo.kept(inner.detach(), handle)
+        added = F.linear(inner * scale.to(x.dtype), self.lora_up.to(x.dtype))
+        result: Tensor = self.base_layer(x) + added
+        return result
 
     def _convolved(self, x: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         result: Tensor = self.base_layer(x)
@@ -131,6 +191,11 @@ def kind_of(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a frozen layer is x Wᵀ + b with a W that is stored as it is used."""
+    return type(layer) is nn.Linear
 
 
 def _halves(down: Tensor, up: Tensor, pair: Pair, kind: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -209,7 +274,7 @@ class _Linear(torch.autograd.Function):
 
 def _product(a: Tensor, b: Tensor, scale: float, kind: torch.dtype) -> Tensor:
     """scale · a b as ``kind``, by one kernel where the device has it; with beta = 0 the first argument is not read."""
-    if a.is_cuda and kind != a.dtype:  # torch.addmm's out_dtype: CUDA only, from 16 bits to fp32
+    if a.device.type in ("cuda", "meta") and kind != a.dtype:  # out_dtype: CUDA only, from 16 bits to fp32
         return torch.addmm(b.new_empty((), dtype=kind), a, b, out_dtype=kind, beta=0, alpha=scale)
     found = a.mm(b) if scale == 1.0 else torch.addmm(b.new_empty(()), a, b, beta=0, alpha=scale)
     return found.to(kind)

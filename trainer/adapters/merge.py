@@ -21,6 +21,7 @@ from trainer.bases import Base
 from trainer.compute import weight_of
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
+from trainer.oom import memory_named
 from trainer.paths import user_path
 from trainer.text import clean_text
 
@@ -48,20 +49,34 @@ def merge_base_weights(base: Base, config: TrainConfig, say: Callable[[str], Non
     computed with other weights is taken for its own.  Raises ModelFileError for a file that does not fit."""
     files = [(lorafile.read(path), multiplier) for path, multiplier in base_weights(config)]
     for file, multiplier in files:
-        adapter = lorafile.attach(base, file)
-        with torch.no_grad():
-            changes = [(layer.wrapped.base_layer, _change(layer)) for layer in adapter.layers]
-        others = [*adapter.differences]
-        adapter.remove()
-        for layer, difference in others:
-            _add(layer.weight, difference.weight, multiplier)
-            _add(layer.bias, difference.bias, multiplier)
-        for layer, change in changes:
-            merged = layer.weight.detach().float() + multiplier * change
-            layer.weight.data.copy_(merged.to(layer.weight.dtype))
-        digest = hashlib.sha256(file.path.read_bytes()).hexdigest()
-        base.identity = hashlib.sha256(f"{base.identity}+{multiplier:g}×{digest}".encode()).hexdigest()
+        with memory_named(f"out of memory while merging {file.path.name} into {base.name}"):
+            _merge(base, file, multiplier)
         say(f"merged {clean_text(file.path.name)} into the base, strength {multiplier:g}")
+
+
+def _merge(base: Base, file: lorafile.LoraFile, multiplier: float) -> None:
+    """Add the change of one file, layer by layer: all changes of SDXL together would be 10 GB."""
+    adapter = lorafile.attach(base, file)
+    try:
+        others = [*adapter.differences]
+        changed_twice = {id(layer) for layer, _ in others}
+        kept = []
+        with torch.no_grad():
+            for layer in adapter.layers:
+                own, change = layer.wrapped.base_layer, _change(layer)
+                if id(own) in changed_twice:  # its difference comes first
+                    kept.append((own, change))
+                else:
+                    _add(own.weight, change, multiplier)
+    finally:
+        adapter.remove()
+    for own, difference in others:
+        _add(own.weight, difference.weight, multiplier)
+        _add(own.bias, difference.bias, multiplier)
+    for own, change in kept:
+        _add(own.weight, change, multiplier)
+    digest = hashlib.sha256(file.path.read_bytes()).hexdigest()
+    base.identity = hashlib.sha256(f"{base.identity}+{multiplier:g}×{digest}".encode()).hexdigest()
 
 
 def _add(own: Tensor | None, change: Tensor | None, multiplier: float) -> None:

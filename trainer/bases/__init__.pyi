@@ -33,5 +33,6 @@ from .load import load_base as load_base
 from .load import short_name as short_name
 from .miniature.subjects import write_subject as write_subject
 from .networks import empty_network as empty_network
+from .onto import onto as onto
 from .schedule import zero_terminal_snr as zero_terminal_snr
 from .vae import check_vae as check_vae

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from trainer.bases import needs
 from trainer.bases.families import FAMILIES, BaseFamily
+from trainer.bases.onto import onto
 from trainer.bases.schedule import zero_terminal_snr
 from trainer.bases.weighted import apply_weights, weighted_rows
 from trainer.card import Card, card_of
@@ -58,9 +59,10 @@ class TextStates:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextStates:
         """The same states on a device and optionally in another dtype."""
+        place = torch.device(device)
         return TextStates(
-            self.hidden_BLD.to(device, dtype),
-            None if self.pooled_BP is None else self.pooled_BP.to(device, dtype),
+            onto(self.hidden_BLD, place, dtype),
+            None if self.pooled_BP is None else onto(self.pooled_BP, place, dtype),
         )
 
     @staticmethod
@@ -187,7 +189,7 @@ class Base(ABC):
             rows = tokenizer(list(captions), truncation=True, max_length=length)["input_ids"]
         pad, end = self.tokenizers[encoder].pad_token_id, tokenizer.eos_token_id
         place = next(self.text_encoders[encoder].parameters()).device
-        ids_BL = torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=place)
+        ids_BL = onto(torch.tensor([row + [pad] * (length - len(row)) for row in rows]), place)
         if windows == 1:
             return ids_BL[:, None]
         middle_BWL = ids_BL[:, 1:-1].reshape(len(rows), windows, inner).clone()

@@ -33,7 +33,9 @@ from trainer.bases.vae import load_vae, with_vae
 from trainer.config import TrainConfig
 from trainer.errors import ModelFileError, first_line
 from trainer.files import sha256_file
+from trainer.oom import memory_named
 from trainer.tensorfile import load_tensors, read_header
+from trainer.text import clean_text
 
 CLASSES: dict[str, type[Base]] = {kind.family: kind for kind in (SD15, SDXL)}
 WEIGHTS = {
@@ -65,6 +67,19 @@ def load_base(
     ``zero_terminal_snr`` count for a base that does not say what it predicts (``assumed``).
     ``say`` gets what the base finds out about itself later, for example that another VAE overflows in fp16.
     """
+    with memory_named(f"out of memory while loading {clean_text(short_name(spec))} on {device}"):
+        return _loaded(spec, device, dtype, revision, no_half_vae, settings, say)
+
+
+def _loaded(
+    spec: str,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    no_half_vae: bool,
+    settings: TrainConfig | None,
+    say: Callable[[str], None],
+) -> Base:
     dtype = dtype or compute_type("auto", device)
     path = _locate(spec, revision)
     if path.is_dir():

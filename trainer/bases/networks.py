@@ -15,6 +15,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from trainer.errors import ModelFileError, first_line
+from trainer.oom import is_out_of_memory
 
 # Names in older VAE folders → current diffusers names.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -35,6 +36,8 @@ def empty_network(component: str, config: dict[str, Any]) -> Any:
             kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
             return kind(CLIPTextConfig.from_dict(config))
     except Exception as error:  # an invalid configuration can raise anything
+        if is_out_of_memory(error):
+            raise
         raise ModelFileError(
             f"the configuration of {component} is invalid: {first_line(error)[:160]}",
             "download the model again",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.bases.base import Base, Sizes, TextStates, first_position, join_windows
+from trainer.bases.onto import onto
 
 # diffusers names in a resnet and in a sampler → sgm names (sd-scripts library/sdxl_model_util.py)
 _RESNET = {
@@ -76,7 +77,7 @@ class SDXL(Base):
             encoder_hidden_states=states.hidden_BLD.to(self.compute_dtype),
             added_cond_kwargs={
                 "text_embeds": states.pooled_BP.to(self.compute_dtype),
-                "time_ids": _numbers(ids, noisy_BCHW.device),
+                "time_ids": onto(torch.tensor(ids, dtype=torch.float32), noisy_BCHW.device),
             },
             return_dict=False,
         )[0]
@@ -84,13 +85,6 @@ class SDXL(Base):
 
     def unet_name(self, path: str) -> str:
         return sgm_path(path, int(self.unet.config.layers_per_block))
-
-
-def _numbers(rows: list[list[int]], device: torch.device) -> Tensor:
-    """Rows of numbers on a device, fp32, without waiting for a GPU."""
-    if device.type != "cuda":
-        return torch.tensor(rows, device=device, dtype=torch.float32)
-    return torch.tensor(rows, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
 
 
 def sgm_path(path: str, layers_per_block: int) -> str:

@@ -40,8 +40,8 @@ from trainer.data.epoch import (
     views,
 )
 from trainer.data.store import Store, Tensors
-from trainer.errors import DataError, OutOfMemory
-from trainer.oom import out_of_memory_named
+from trainer.errors import DataError
+from trainer.oom import memory_named, out_of_memory_named
 from trainer.text import clean_text
 
 FORMAT = 1  # raised when pixels or encoding change, so that old files are not found
@@ -156,13 +156,11 @@ def _prepare_group(
         # The whole group, always: the last bits of a latent may depend on the rest of the VAE's batch.
         pixels_BCHW = torch.stack([load_pixels(item, config)[0] for item in group])
         seeds = [int(item.sha256[:15], 16) for item in group]
-        try:
+        with memory_named(
+            f"out of memory while encoding images at vae_batch_size {config.vae_batch_size}",
+            "lower vae_batch_size or resolution",
+        ):
             latents = _encode(base, pixels_BCHW.flip(-1) if mirrored else pixels_BCHW, group, kind, seeds)
-        except torch.OutOfMemoryError:
-            raise OutOfMemory(
-                f"out of memory while encoding images at vae_batch_size {config.vae_batch_size}",
-                "lower vae_batch_size or resolution",
-            ) from None
         prepared.encoded_images += len(group)
         for item, latent in zip(group, latents, strict=True):
             if (view := _view(item, mirrored)) in missing:

@@ -102,6 +102,8 @@ def read_picture(path: Path) -> Picture:
         raise DataError(
             f"{shown} is not a PNG, JPEG, WebP or BMP image", "replace, convert or remove it"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise anything on hostile bytes: OSError, SyntaxError, …
         raise DataError(
             f"{shown} is a corrupt image ({clean_text(str(error))})", "replace or remove it"

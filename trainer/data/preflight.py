@@ -9,7 +9,7 @@ import math
 
 from trainer import optimizers
 from trainer.bases import Base, families
-from trainer.compute import holds_fp8
+from trainer.compute import holds_fp8, without_graphs
 from trainer.config import TrainConfig
 from trainer.data.captions import listed
 from trainer.data.dataset import Dataset
@@ -39,6 +39,8 @@ def notes(base: Base, config: TrainConfig, dataset: Dataset) -> tuple[str, ...]:
             f"these settings train {round(math.sqrt(math.prod(config.size_px)))} px"
         )
     found += families.passed_over(config, base.family)
+    if reason := without_graphs(config):
+        found.append(f"torch_compile has no effect with {reason}: the blocks are computed as without it")
     limit = config.max_token_length or base.caption_tokens
     long = [item.path for item in dataset.items if base.token_count(item.caption) > limit]
     if long:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,45 @@ class Run:
     changed: frozenset[str] = frozenset()  # settings that the run's own ladder changed since
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint will hold, on the CPU.  Nothing of it changes while training goes on."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    rest: dict[str, Any]  # the optimizer's and the scaler's states
+    state: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in [*self.weights.values(), *_tensors(self.rest)])
+
+
+def snapshot(run: Run, progress: Progress) -> Snapshot:
+    """A copy of a run's complete state."""
+    rest = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    state = {
+        "step": progress.step,
+        "skipped": progress.skipped,
+        "in_a_row": progress.in_a_row,
+        "config": run.config.as_dict(),
+        "base": run.base_identity,
+        "dataset": run.dataset_hash,
+        "compute": str(run.compute),
+        "steps_per_epoch": run.steps_per_epoch,
+    }
+    return Snapshot(progress.step, run.adapter.state(), _copied(rest), state)
+
+
 def save(folder: Path, run: Run, progress: Progress) -> Path:
+    """Write a run's state as ``write``."""
+    return write(folder, snapshot(run, progress))
+
+
+def write(folder: Path, found: Snapshot) -> Path:
     """Write ``folder/step-…``, atomically.  Older ones stay until ``drop_others``: only the next step shows
     whether these weights are good."""
-    target = folder / f"step-{progress.step:06d}"
+    target = folder / f"step-{found.step:06d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if target.exists():
@@ -80,27 +115,29 @@ def save(folder: Path, run: Run, progress: Progress) -> Path:
     except OSError as error:
         raise machine_error(error, target) from error
     with atomic_folder(target) as temporary:
-        safetensors.torch.save_file(run.adapter.state(), temporary / WEIGHTS)
-        torch.save(
-            {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()},
-            temporary / "optimizer.pt",
-        )
-        (temporary / "state.json").write_text(
-            json.dumps(
-                {
-                    "step": progress.step,
-                    "skipped": progress.skipped,
-                    "in_a_row": progress.in_a_row,
-                    "config": run.config.as_dict(),
-                    "base": run.base_identity,
-                    "dataset": run.dataset_hash,
-                    "compute": str(run.compute),
-                    "steps_per_epoch": run.steps_per_epoch,
-                },
-                indent=2,
-            )
-        )
+        safetensors.torch.save_file(found.weights, temporary / WEIGHTS)
+        torch.save(found.rest, temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps(found.state, indent=2))
     return target
+
+
+def _copied(value: Any) -> Any:
+    """Tensors in a nested value as copies on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(each) for each in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
 
 
 def drop_others(saved: Path) -> None:

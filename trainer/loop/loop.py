@@ -7,10 +7,12 @@ samples are batched or spread over GPUs, and a resumed run is the same run.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +25,12 @@ from trainer.data import Moment, Plan, Prepared, epoch_batches, plan, preflight
 from trainer.errors import Diverged, Interrupted, OutOfMemory
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.loop import checkpoint, optim
+from trainer.loop.batches import MicroBatch, Sample
 from trainer.loop.ranks import ALONE, Ranks
-from trainer.loop.stepper import MicroBatch, Sample, StepOutcome, Stepper
+from trainer.loop.stepper import Following, StepOutcome, Stepper
 from trainer.oom import out_of_memory_named
 
+BESIDE_BYTES = 64_000_000  # assumed: a smaller checkpoint is written in less than a tenth of a second
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
 
 
@@ -83,21 +87,23 @@ def _train(
     with out_of_memory_named(config):
         stepper = Stepper(config, adapter, prepared, how.ranks, Moment(0, length.total_steps))
     saves = _Saves(how, _run(stepper, length, how.changed))
-    with recomputing(base, config), faster(base, config), stepper:
+    with recomputing(base, config), faster(base, config), stepper, contextlib.ExitStack() as stack:
         if how.rehearse:
             with out_of_memory_named(config):
                 yield stepper.rehearse(_largest(config, prepared))
+        stack.callback(saves.end)
         progress = saves.restore()
         stepper.park()
-        for epoch, group in _remaining(config, prepared, length, progress.step):
+        for (epoch, group), following in _with_next(_remaining(config, prepared, length, progress.step)):
             started = time.perf_counter()
             rates = optim.set_rates_of_step(stepper.optimizer, config, length.total_steps, progress.step)
             try:
                 with out_of_memory_named(config):
-                    outcome = stepper.step(group, epoch, progress.step)
+                    outcome = stepper.step(group, epoch, progress.step, following)
             except OutOfMemory:
                 if progress.step and stepper.is_untouched:
                     saves.save(progress)
+                    saves.wait()
                 raise
             progress = _advance(progress, outcome)
             saves.after(outcome)
@@ -109,8 +115,9 @@ def _train(
                 what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
                 raise Diverged(f"{what}, up to {progress.step}", _after_divergence(how.checkpoints, progress))
             stop = how.ranks.any(how.should_stop(), base.device)
-            if (stop or (saves.are_due and not progress.in_a_row)) and (path := saves.save(progress)):
-                yield Saved(path, progress.step)
+            if stop or (saves.are_due and not progress.in_a_row):
+                saves.save(progress)
+            yield from saves.wait() if stop else saves.written()
             if stop:
                 raise _stopped(how, length, progress)
     yield Finished(progress.step, progress.skipped)
@@ -126,6 +133,9 @@ class _Saves:
         self._every_seconds = how.checkpoint_every_seconds
         self._last = time.monotonic()
         self._unproven: Path | None = None  # the newest, until a step from its weights was finite
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: tuple[int, Future[Path]] | None = None
+        self._done: list[Saved] = []
 
     def restore(self) -> checkpoint.Progress:
         """Go on from the newest checkpoint, if there is one.  The time to the next counts from here."""
@@ -137,16 +147,41 @@ class _Saves:
     def are_due(self) -> bool:
         return time.monotonic() - self._last >= self._every_seconds
 
-    def save(self, progress: checkpoint.Progress) -> Path | None:
-        """Write a checkpoint; None where none are kept, or another process writes them."""
+    def save(self, progress: checkpoint.Progress) -> None:
+        """Write a checkpoint; nothing where none are kept, or another process writes them. A large one is written
+        while training goes on: its files take seconds, the copy of the state tenths of one."""
         if self._into is None:
-            return None
-        self._unproven = checkpoint.save(self._into, self._run, progress)
+            return
+        self._done = self.wait()
+        found = checkpoint.snapshot(self._run, progress)
+        self._writing = progress.step, self._writer.submit(checkpoint.write, self._into, found)
+        if found.nbytes < BESIDE_BYTES:
+            self._done += self.wait()
         self._last = time.monotonic()
-        return self._unproven
+
+    def written(self) -> list[Saved]:
+        """The checkpoints that are complete since the last call. Raises what writing one raised."""
+        if self._writing is not None and self._writing[1].done():
+            return self.wait()
+        done, self._done = self._done, []
+        return done
+
+    def wait(self) -> list[Saved]:
+        """The same, when the one that is being written is complete."""
+        done, self._done = self._done, []
+        if self._writing is not None:
+            (step, writing), self._writing = self._writing, None
+            self._unproven = writing.result()
+            done.append(Saved(self._unproven, step))
+        return done
+
+    def end(self) -> None:
+        """Wait for what is being written; an error of it does not hide that of training."""
+        self._writer.shutdown(wait=True)
 
     def after(self, outcome: StepOutcome) -> None:
-        """A finite step proves the weights that it was computed from: older checkpoints may go."""
+        """A finite step proves the weights that it was computed from: older checkpoints may go, once the newest is
+        complete."""
         if self._unproven and not outcome.skipped:
             checkpoint.drop_others(self._unproven)
             self._unproven = None
@@ -216,9 +251,7 @@ def _epoch_groups(config: TrainConfig, prepared: Prepared, epoch: int) -> list[l
     return [micros[start : start + size] for start in range(0, len(micros), size)]
 
 
-def _remaining(
-    config: TrainConfig, prepared: Prepared, length: Plan, done: int
-) -> Iterator[tuple[int, list[MicroBatch]]]:
+def _remaining(config: TrainConfig, prepared: Prepared, length: Plan, done: int) -> Iterator[Following]:
     """(epoch, micro-batches of a step) for every step that is not done yet."""
     first_epoch, place = divmod(done, length.steps_per_epoch)
     left = length.total_steps - done
@@ -228,6 +261,15 @@ def _remaining(
         place = 0
         for group in groups:
             yield epoch, group
+
+
+def _with_next(steps: Iterator[Following]) -> Iterator[tuple[Following, Following | None]]:
+    """Each step with the one after it; None after the last."""
+    this = next(steps, None)
+    while this is not None:
+        following = next(steps, None)
+        yield this, following
+        this = following
 
 
 def _event(

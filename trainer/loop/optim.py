@@ -138,6 +138,22 @@ def stochastic_bf16(values: torch.Tensor, draw: torch.Generator | None) -> torch
     return ((bits + dice) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
+@contextlib.contextmanager
+def without_waits(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, bitsandbytes does not wait for the GPU after every tensor (``sync_gpu`` in its optimizer.py). All its
+    kernels run in one stream, so nothing but pages moved by the driver needs that."""
+    if not type(optimizer).__module__.startswith("bitsandbytes.") or getattr(optimizer, "is_paged", False):
+        yield
+        return
+    from bitsandbytes.optim import optimizer as library
+
+    own, library.sync_gpu = library.sync_gpu, lambda tensor: None
+    try:
+        yield
+    finally:
+        library.sync_gpu = own
+
+
 def move_state(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Move what the optimizer remembers of each weight to a device.  Single numbers stay where they are."""
     for state in optimizer.state.values():

@@ -85,10 +85,10 @@ class Ranks:
     @contextlib.contextmanager
     def agreed(self, device: torch.device | str = "cpu") -> Iterator[None]:
         """If one process runs out of memory here, all raise together instead of waiting for it."""
-        failure: RuntimeError | None = None
+        failure: Exception | None = None
         try:
             yield
-        except RuntimeError as error:
+        except Exception as error:
             if self.world == 1 or not memory.is_out_of_memory(error):
                 raise
             failure = error
@@ -150,6 +150,13 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
+        if memory.is_out_of_memory(
+            error
+        ):  # NCCL allocates for itself, and the others cannot know that this one failed
+            raise MachineError(
+                f"no memory is left to exchange gradients with the other processes: {reason}",
+                f"lower micro_batch_size or set gradient_checkpointing = true; to go on: {RESUME}",
+            ) from None
         raise MachineError(
             f"another process of this run is gone: {reason}", f"its message says why; to go on: {RESUME}"
         ) from None

@@ -1,11 +1,11 @@
 """Stepper: one optimizer step from a group of micro-batches – forward, backward, clip, update.
 
-Owns the random numbers of a sample, how a batch is split, what is shared with other processes, and the dry
-step that measures peak memory.  Everything random comes from a generator keyed by its purpose: (seed, epoch,
-image, occurrence) for noise and timestep, (seed, step, micro-batch) for dropout.  ``loop`` decides which
+Owns how a batch is split, what is shared with other processes, and the dry step that measures peak memory. Dropout's
+random numbers are keyed by (seed, step, micro-batch); those of a sample are ``batches``'s.  ``loop`` decides which
 samples make a step.
 
-Shapes: B batch, C latent channels, h w latent sides.
+On a GPU a step waits for the device once, for its loss and gradient norm: whether it is skipped depends on them. What
+the next part needs is made and sent before that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from trainer import oom as memory
 from trainer.adapters import Adapter, keyed_generator
 from trainer.bases import (
     Base,
-    Sizes,
     TextStates,
     compute_type,
     families,
@@ -30,44 +29,16 @@ from trainer.bases import (
     zero_terminal_snr,
 )
 from trainer.config import TrainConfig
-from trainer.data import START, Item, Moment, Prepared, caption_for
+from trainer.data import START, Moment, Prepared
 from trainer.errors import ConfigError
 from trainer.events import Rehearsed
 from trainer.loop import loss, optim, validation
+from trainer.loop.batches import Batch, Batches, MicroBatch, StepPart, cut
 from trainer.loop.ranks import ALONE, Ranks
 
 MAX_REMEMBERED = 1024  # captions whose states a run keeps in RAM: 1.9 GB for SDXL's 225 tokens in fp32
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One image in one epoch; ``occurrence`` counts its repeats within the epoch."""
-
-    item: Item
-    occurrence: int
-
-
-MicroBatch = list[Sample]
-
-
-@dataclass(frozen=True)
-class StepPart:
-    """What is computed at once: a micro-batch, or some rows of one from ``start`` on of ``total``."""
-
-    number: int
-    samples: MicroBatch
-    start: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What is drawn for one sample: its timestep (), noise (C, h, w) as the target has it, and the noise
-    that its input gets."""
-
-    timestep: Tensor
-    noise: Tensor
-    input_noise: Tensor
+Following = tuple[int, list[MicroBatch]]  # epoch and micro-batches of a step
 
 
 @dataclass(frozen=True)
@@ -95,7 +66,6 @@ class Stepper:
         self.adapter = adapter
         self.prepared = prepared
         self.ranks = ranks
-        self.now = begun
         self.is_untouched = True  # whether the weights are those of the last finished step
         if config.text_encoder_frozen:
             adapter.freeze_text_encoders()
@@ -109,7 +79,8 @@ class Stepper:
         noised = zero_terminal_snr(plain) if config.zero_terminal_snr else plain
         self.plain_alphas = plain.to(base.device)  # for weights over timesteps
         self.alphas_cumprod = noised.to(base.device)  # for noise and target
-        self.steps = range(config.first_timestep, min(config.end_timestep, len(plain)))
+        steps = range(config.first_timestep, min(config.end_timestep, len(plain)))
+        self.batches = Batches(config, base, prepared, steps, begun)
 
     def __enter__(self) -> Stepper:
         return self
@@ -117,17 +88,19 @@ class Stepper:
     def __exit__(self, *error: object) -> None:
         """Remove dropout and gradients, however training ended."""
         self.adapter.apply_dropout()
+        self.batches.forget()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self, group: Sequence[MicroBatch], epoch: int, step: int) -> StepOutcome:
+    def step(
+        self, group: Sequence[MicroBatch], epoch: int, step: int, following: Following | None = None
+    ) -> StepOutcome:
         """Forward, backward, clip, update.  Every sample of the group has the same weight, however
-        the batch is split."""
+        the batch is split.  ``following``: epoch and micro-batches of the next step."""
         self.is_untouched = True
-        self.now = replace(self.now, step=step)
         draw = keyed_generator(self.config.seed, step, "averaging", device=self.base.device)
         with optim.in_training(self.optimizer, self.weights, draw):
             with self.ranks.agreed(self.base.device):
-                loss_sum = self._gradients(group, epoch, step)
+                loss_sum = self._gradients(group, epoch, step, following)
             self.ranks.sum_(loss_sum)
             self.ranks.sum_gradients_(self.weights)
             with self.ranks.agreed(self.base.device):
@@ -187,23 +160,36 @@ class Stepper:
         if self.config.cpu_offload:
             optim.move_state(self.optimizer, torch.device("cpu"))
 
-    def _gradients(self, group: Sequence[MicroBatch], epoch: int, step: int) -> Tensor:
+    def _gradients(
+        self, group: Sequence[MicroBatch], epoch: int, step: int, following: Following | None
+    ) -> Tensor:
         """This process's parts of the step: gradients in the weights, and its share of the mean loss."""
         samples = sum(len(micro) for micro in group)
-        parts = cut(group, self.config.images_at_once, self.ranks.world)
+        parts = self._own_parts(group)
+        coming = [(part, epoch, step) for part in parts[1:]]
+        if following is not None:
+            coming += [(part, following[0], step + 1) for part in self._own_parts(following[1])[:1]]
         loss_sum = torch.zeros((), device=self.base.device)
         try:
-            for part in parts[self.ranks.rank :: self.ranks.world]:
+            for number, part in enumerate(parts):
                 rows = (part.start, len(part.samples), part.total)
                 self.adapter.apply_dropout(self.config.seed, step, part.number, rows=rows)
                 with self.adapter.computing(self.compute):
-                    share = self._losses(part.samples, epoch).sum() / samples
+                    batch = self.batches.take(part, epoch, step)
+                    share = self._losses(batch).sum() / samples
+                    del batch
                     if share.requires_grad:  # not where module_dropout left everything out
                         self.scaler.scale(share).backward()
                 loss_sum += share.detach()
+                if number < len(coming):
+                    self.batches.ahead(*coming[number])
         finally:
             self.adapter.apply_dropout()
         return loss_sum
+
+    def _own_parts(self, group: Sequence[MicroBatch]) -> list[StepPart]:
+        parts = cut(group, self.config.images_at_once, self.ranks.world)
+        return parts[self.ranks.rank :: self.ranks.world]
 
     def _update(self, step: int) -> None:
         """The optimizer's step, in fp32 whatever the weights are kept in."""
@@ -212,7 +198,8 @@ class Stepper:
             optim.move_state(self.optimizer, device)
         draw = keyed_generator(self.config.seed, step, "rounding", device=device)
         with optim.in_fp32(self.weights, draw):
-            self.scaler.step(self.optimizer)
+            with optim.without_waits(self.optimizer):
+                self.scaler.step(self.optimizer)
             if self.config.scale_weight_norms is not None:
                 self.adapter.limit_norms(self.config.scale_weight_norms)
         self.park()
@@ -226,64 +213,29 @@ class Stepper:
         with self._autocast():
             return validation.validation_loss(self.base, self.config, split)
 
-    def _losses(self, micro: MicroBatch, epoch: int) -> Tensor:
+    def _losses(self, batch: Batch) -> Tensor:
         """Loss of each sample (B) with its own noise and timestep."""
-        device, config, prepared = self.base.device, self.config, self.prepared
-        views = [prepared.view(self.base, s.item, config, epoch, s.occurrence) for s in micro]
-        latents = [view.latent.float() * self.base.latent_scale for view in views]
-        draws = [self._draw(sample, latent, epoch) for sample, latent in zip(micro, latents, strict=True)]
-        latents_BCHW = torch.stack(latents).to(device)
-        noise_BCHW = torch.stack([draw.noise for draw in draws]).to(device)
-        input_noise_BCHW = torch.stack([draw.input_noise for draw in draws]).to(device)
-        timesteps_B = torch.stack([draw.timestep for draw in draws]).to(device)
-        noisy_BCHW = loss.add_noise(latents_BCHW, input_noise_BCHW, timesteps_B, self.alphas_cumprod)
-        sizes = [Sizes(*view.sizes) for view in views]
+        noisy_BCHW = loss.add_noise(
+            batch.latents_BCHW, batch.input_noise_BCHW, batch.timesteps_B, self.alphas_cumprod
+        )
         with self._autocast():
-            states = self._text([self._caption(sample, epoch) for sample in micro])
-            predicted_BCHW = self.base.predict(noisy_BCHW, timesteps_B, states, sizes)
-        target_BCHW = noise_BCHW
-        if config.v_parameterization:
-            target_BCHW = loss.velocity(latents_BCHW, noise_BCHW, timesteps_B, self.alphas_cumprod)
+            states = self._text(batch.captions) if batch.states is None else batch.states
+            predicted_BCHW = self.base.predict(noisy_BCHW, batch.timesteps_B, states, batch.sizes)
+        target_BCHW = batch.noise_BCHW
+        if self.config.v_parameterization:
+            target_BCHW = loss.velocity(
+                batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B, self.alphas_cumprod
+            )
         losses_B = loss.sample_losses(
             predicted_BCHW,
             target_BCHW,
-            timesteps_B,
+            batch.timesteps_B,
             self.alphas_cumprod,
-            config,
-            masks_B1HW=_masks([view.mask for view in views], latents_BCHW),
+            self.config,
+            masks_B1HW=batch.masks_B1HW,
             weights_alphas=self.plain_alphas,
         )
-        if config.prior_loss_weight != 1.0 and any(sample.item.is_reg for sample in micro):
-            weights = [config.prior_loss_weight if sample.item.is_reg else 1.0 for sample in micro]
-            losses_B = losses_B * torch.tensor(weights, device=device)
-        return losses_B
-
-    def _draw(self, sample: Sample, latent_CHW: Tensor, epoch: int) -> Draw:
-        """What is drawn for a sample in an epoch, on CPU.  ``latent_CHW`` is scaled."""
-        config = self.config
-        generator = keyed_generator(config.seed, epoch, sample.item.sha256, sample.occurrence)
-        timestep = torch.randint(self.steps.start, self.steps.stop, (), generator=generator)
-        noise = torch.randn(latent_CHW.shape, generator=generator)
-        if config.noise_offset > 0:
-            brightness = torch.randn((latent_CHW.shape[0], 1, 1), generator=generator)
-            strength = config.noise_offset
-            if config.noise_offset_random_strength:
-                strength *= float(torch.rand((), generator=generator))
-            offset: float | Tensor = strength
-            if config.adaptive_noise_scale is not None:
-                offset = loss.adaptive_offset(latent_CHW, strength, config.adaptive_noise_scale)
-            noise = loss.offset_noise(noise, brightness, offset)
-        if config.multires_noise_iterations:
-            noise = loss.pyramid_noise(
-                noise, config.multires_noise_iterations, config.multires_noise_discount, generator
-            )
-        input_noise = noise
-        if config.ip_noise_gamma:
-            strength = config.ip_noise_gamma
-            if config.ip_noise_gamma_random_strength:
-                strength *= float(torch.rand((), generator=generator))
-            input_noise = noise + strength * torch.randn(latent_CHW.shape, generator=generator)
-        return Draw(timestep, noise, input_noise)
+        return losses_B if batch.weights_B is None else losses_B * batch.weights_B
 
     def _autocast(self) -> torch.autocast:
         """Off where everything has the compute type already. Norms then return it as well, as when images are drawn
@@ -292,16 +244,10 @@ class Stepper:
         is_on = self.compute != torch.float32 and not has_type
         return torch.autocast(self.base.device.type, self.compute, enabled=is_on)
 
-    def _caption(self, sample: Sample, epoch: int) -> str:
-        return caption_for(sample.item, self.config, epoch, sample.occurrence, self.now)
-
     def _text(self, captions: list[str]) -> TextStates:
         if self.config.updates_text_encoder:
             return self._encode(captions)
-        cached = self.prepared.text(captions)
-        if cached is None:
-            cached = self._states_of_frozen(captions)
-        return cached.to(self.base.device)
+        return self._states_of_frozen(captions).to(self.base.device)
 
     def _states_of_frozen(self, captions: list[str]) -> TextStates:
         """States of text encoders that no longer change, LoRA included.  What was encoded once is kept."""
@@ -316,28 +262,6 @@ class Stepper:
 
     def _encode(self, captions: list[str]) -> TextStates:
         return self.base.encode_captions(captions, self.config)
-
-
-def cut(group: Sequence[MicroBatch], at_once: int, world: int) -> list[StepPart]:
-    """A step's micro-batches as parts of at most ``at_once`` images, at least one for each process where
-    there are images enough."""
-    while True:
-        parts = [
-            StepPart(number, micro[start : start + at_once], start, len(micro))
-            for number, micro in enumerate(group)
-            for start in range(0, len(micro), at_once)
-        ]
-        if len(parts) >= world or at_once == 1:
-            return parts
-        at_once = max(1, max(len(part.samples) for part in parts) // 2)
-
-
-def _masks(masks: Sequence[Tensor | None], latents_BCHW: Tensor) -> Tensor | None:
-    """Weights of the loss (B, 1, h, w), 1 where an image has none; None if none of them has any."""
-    if all(mask is None for mask in masks):
-        return None
-    whole = torch.ones(latents_BCHW.shape[2:])
-    return torch.stack([whole if mask is None else mask for mask in masks])[:, None].to(latents_BCHW.device)
 
 
 def _compute_type(config: TrainConfig, base: Base) -> torch.dtype:

@@ -40,7 +40,9 @@ def validation_loss(base: Base, config: TrainConfig, split: Prepared) -> float:
                 for step in TIMESTEPS
             ]
         ).to(base.device)
-        states = base.encode_captions([item.caption], config)
+        # text encoders that are not trained may be in RAM by now; what they give was encoded before
+        cached = None if config.trains_text_encoder else split.text([item.caption])
+        states = (cached or base.encode_captions([item.caption], config)).to(base.device)
         predicted_BCHW = base.predict(
             loss.add_noise(latents_BCHW, noise_BCHW, timesteps_B, alphas),
             timesteps_B,

@@ -173,9 +173,9 @@ def text_encoders_stay(config: TrainConfig) -> bool:
 
 
 def _weight_bytes(tensor: tuple[int, ...], element: int, is_fp8: bool) -> int:
-    """Bytes of a weight; in fp8, matrices and kernels have one fp32 scale per output (``trainer.compute.fp8``)."""
+    """Bytes of a weight; in fp8, matrices and kernels have one bf16 scale per output (``trainer.compute.fp8``)."""
     if is_fp8 and len(tensor) >= 2:
-        return _count(tensor) + 4 * tensor[0]
+        return _count(tensor) + 2 * tensor[0]
     return element * _count(tensor)
 
 
@@ -305,6 +305,17 @@ def _traced_settings(config: TrainConfig) -> TrainConfig:
         "network_weights": config.network_weights if config.dim_from_weights else "",
     }
     return TrainConfig(**values, **ranks)
+
+
+def memory_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the memory of a step, as JSON values. Equal ones need the same memory; the rates are 1
+    where something is trained, and ``train_batch_size`` counts the images that are computed at once."""
+    values = _traced_settings(config).as_dict()
+    ranks = {name: getattr(config, name) or 0 for name in ("network_dim", "conv_dim")}
+    added = {name: getattr(config, name) for name in ("optimizer_type", "cpu_offload")}
+    added |= {"size_px": list(config.size_px)}
+    added |= {"optimizer_args": str(config.optimizer_args), "accumulates": accumulates(config)}
+    return {**values, **ranks, **added}
 
 
 def _asked(facts: BaseFacts) -> dict[str, Any]:

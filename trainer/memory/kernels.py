@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from trainer.compute.fp8 import scales_output
 from trainer.memory.recorder import Recorder
 
 
@@ -33,7 +34,7 @@ class _Product(torch.autograd.Function):
             x if keeps_x else None, weight if needs_x else None, bias if needs_bias else None
         )
         ctx.weight_shape = weight.shape
-        wide = _widened(weight, recorder) if is_fp8 else None
+        wide = weight.new_empty(weight.shape) if is_fp8 else None
         out = x.new_empty(shape)
         del wide
         if weight.dim() == 4:
@@ -44,7 +45,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         _x, weight, bias = ctx.saved_tensors
-        wide = _widened(weight, ctx.recorder) if ctx.is_fp8 else None
+        # an fp8 weight, widened for one use, or its scale on the gradient (``trainer.compute.fp8``)
+        wide = weight.new_empty(weight.shape) if ctx.is_fp8 else None
+        scaled = ctx.is_fp8 and scales_output(grad.numel(), weight, weight.dtype)
+        scaled_grad = grad.new_empty(grad.shape) if scaled else None
         if len(ctx.weight_shape) == 4:
             ctx.recorder.workspace(ctx.transposed)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -53,14 +57,8 @@ class _Product(torch.autograd.Function):
             grad.new_empty(ctx.weight_shape) if needs_weight else None,
             grad.new_empty(bias.shape) if needs_bias else None,
         )
-        del wide
+        del wide, scaled_grad
         return *gradients, None, None, None
-
-
-def _widened(weight: Tensor, recorder: Recorder) -> Tensor:
-    """An fp8 weight, widened for one use: two fp32 copies exist temporarily (``trainer.compute.fp8.widened``)."""
-    recorder.workspace(8 * weight.numel())
-    return weight.new_empty(weight.shape)
 
 
 class _Norm(torch.autograd.Function):

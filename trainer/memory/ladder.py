@@ -1,8 +1,8 @@
 """The out-of-memory ladder of ``hpo train``: which setting to change next, cheapest first.
 
 A pure function: a configuration and the names of the rungs already tried → the next rung. Does not own
-catching the error, saving the state and restarting (``hpo.train.ladder``), or the remedies of a search that
-keep the result (``hpo.search.trial``).
+catching the error, saving the state and restarting (``hpo.train.ladder``), or which of the rungs that keep the
+result a trial of a search takes (``hpo.search.remedies``).
 
 No rung changes the effective batch size: the same batch is computed in smaller parts.
 """
@@ -108,13 +108,27 @@ RUNGS: tuple[Callable[[TrainConfig], Iterator[Candidate]], ...] = (
 )
 
 
-def next_rung(config: TrainConfig, tried: tuple[str, ...]) -> Rung | None:
-    """The first rung that changes something and was not tried yet; None if there is none."""
-    for candidates in RUNGS:
-        for name, values, says in candidates(config):
-            if name not in tried:
-                return Rung(name, config.with_values(values), says)
+KEEPING_THE_RESULT = RUNGS[:2]  # a search takes no others: its trials must stay comparable
+
+
+def next_rung(config: TrainConfig, tried: tuple[str, ...], *, keeps_result: bool = False) -> Rung | None:
+    """The first rung that changes something and was not tried yet; None if there is none.  ``keeps_result``: only
+    rungs that do not change what is learned."""
+    for name, values, says in _candidates(config, keeps_result):
+        if name not in tried:
+            return Rung(name, config.with_values(values), says)
     return None
+
+
+def rung_named(config: TrainConfig, name: str) -> Rung | None:
+    """The rung of this name that keeps the result; None if it would change nothing, or there is none."""
+    found = (one for one in _candidates(config, True) if one[0] == name)
+    return next((Rung(name, config.with_values(values), says) for name, values, says in found), None)
+
+
+def _candidates(config: TrainConfig, keeps_result: bool) -> Iterator[Candidate]:
+    for candidates in KEEPING_THE_RESULT if keeps_result else RUNGS:
+        yield from candidates(config)
 
 
 def encoding_rung(config: TrainConfig) -> Rung | None:

@@ -86,13 +86,16 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
             recorder.see(tensor, is_new=False)
     matrices = [p for p in base.unet.parameters() if p.dim() > 1 and not p.requires_grad]
     fp8 = frozenset(map(id, matrices)) if config.fp8_base else frozenset()
-    is_plain = it.adapter is not None and not it.adapter.needs_autocast
-    kernels = Kernels(recorder, None if is_plain or compute == torch.float32 else compute, fp8)
+    is_plain, in_type = lowrank.is_plain, it.adapter is not None and not it.adapter.needs_autocast
+    kernels = Kernels(recorder, None if in_type or compute == torch.float32 else compute, fp8)
     with contextlib.ExitStack() as stack:
         for name, function in kernels.patches():
             stack.enter_context(_replaced(F, name, function))
         stack.enter_context(_replaced(adapters, "keyed_generator", lambda *_, **__: None))
         stack.enter_context(_replaced(lowrank, "kind_of", lambda _: compute))
+        stack.enter_context(
+            _replaced(lowrank, "is_plain", lambda layer: is_plain(layer) and id(layer.weight) not in fp8)
+        )
         stack.enter_context(_replaced(torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
         stack.enter_context(_replaced(recompute, "_with_inputs_in_ram", inputs_elsewhere))
         stack.enter_context(recorder)

@@ -90,7 +90,7 @@ def test_invalid_images_are_the_settings_fault(bench: Workbench, monkeypatch: py
     assert trial.user_attrs["message"] == "12 of 16 images are black"
 
 
-def test_out_of_memory_is_first_tried_with_checkpointing_which_changes_no_result(
+def test_what_runs_out_of_memory_is_tried_with_checkpointing_which_changes_no_result(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = loop.train
@@ -106,7 +106,7 @@ def test_out_of_memory_is_first_tried_with_checkpointing_which_changes_no_result
     (trial,) = search.study.get_trials(deepcopy=False)
     assert trial.state.name == "COMPLETE" and all(c <= 0 for c in trial.constraints.values())
     result = read_json(bench.folder.trial(0).result)
-    assert result is not None and result["remedy"] == "gradient_checkpointing"
+    assert result is not None and result["remedy"] == "single images, gradient_checkpointing of 3 blocks"
     params = read_json(bench.folder.trial(0).params)
     assert params is not None and params["train"]["gradient_checkpointing"] is False
 

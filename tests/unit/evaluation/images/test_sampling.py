@@ -12,6 +12,7 @@ from evaluation.images.images import SampledImage, invalid_reason
 from evaluation.images.sampling import default_config, file_name, generator, initial_noise, sample
 from evaluation.images.settings import SampleConfig
 from evaluation.prompts.prompts import Prompt, PromptSet
+from tests.outofmemory import FORMS
 from tests.tiny import tiny_base, tiny_config
 from trainer.adapters import lorafile
 from trainer.adapters.adapter import inject
@@ -161,8 +162,32 @@ def test_running_out_of_memory_is_said_as_such(base: Base, monkeypatch: pytest.M
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(base, "predict", fail)
-    with pytest.raises(OutOfMemory, match="sampling 4 images of 64×64 px"):
+    with pytest.raises(OutOfMemory, match="while sampling an image of 64×64 px"):
         sample(base, PROMPTS, CONFIG)
+
+
+@pytest.mark.parametrize("form", ["cublas at first use", "cudnn plans"])
+def test_where_memory_runs_out_fewer_images_are_drawn_at_once(
+    base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    expected = sample(base, PROMPTS, CONFIG)
+    decode, seen = base.decode_latents, []
+
+    def limited(latents: torch.Tensor) -> Any:
+        seen.append(len(latents))
+        if len(latents) > 2:
+            raise FORMS[form]()
+        return decode(latents)
+
+    monkeypatch.setattr(base, "decode_latents", limited)
+    found = sample(base, PROMPTS, CONFIG, tmp_path, identity="weights")
+    assert [(i.prompt_id, i.seed) for i in found] == [(i.prompt_id, i.seed) for i in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert int(np.abs(one.pixels_HW3.astype(int) - other.pixels_HW3).max()) <= 1
+    assert seen.count(4) == 1 and max(seen[1:]) == 2  # the size that fits is kept
+    seen.clear()
+    assert len(sample(base, PROMPTS, CONFIG, tmp_path, identity="weights")) == len(found)
+    assert seen == []  # stored under the chunks of the settings
 
 
 def test_the_default_size_is_the_bases_own() -> None:

@@ -3,7 +3,9 @@ seen is its settings'."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,17 @@ from safetensors.torch import load_file
 
 from evaluation.images import images
 from evaluation.images.images import Unchanged
+from hpo.search import trial as trials
 from hpo.search.trial import run_trial
 from hpo.search.workbench import Workbench
 from hpo.study.result import write_params
+from tests.outofmemory import FORMS, LOST, FailingAt
 from tests.tiny_search import Recorder, draw_images, tiny_bench, tiny_study
 from trainer.adapters import adapter as adapters
 from trainer.config import TrainConfig
-from trainer.errors import Interrupted, MachineError
+from trainer.errors import DeviceLost, Interrupted, MachineError
 from trainer.files import append_line, read_records
+from trainer.loop import loop
 
 
 @pytest.fixture
@@ -38,17 +43,29 @@ def settings(bench: Workbench, **values: Any) -> TrainConfig:
 
 
 class SmallCard:
-    """Refuses to train more than one image at once, or even one."""
+    """Refuses to train more than some images at once, or even one; ``plain``: without checkpointing. ``tried`` counts
+    the images of each refused attempt."""
 
-    def __init__(self, bench: Workbench, monkeypatch: pytest.MonkeyPatch, fits: int = 1) -> None:
-        forward = bench.base.unet.forward
+    def __init__(
+        self,
+        bench: Workbench,
+        monkeypatch: pytest.MonkeyPatch,
+        fits: int = 1,
+        form: str = "torch",
+        *,
+        plain: bool = False,
+    ) -> None:
+        unet, forward = bench.base.unet, bench.base.unet.forward
+        self.tried: list[int] = []
 
         def limited(sample: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(sample) > fits and torch.is_grad_enabled():
-                raise torch.OutOfMemoryError("CUDA out of memory")
+            too_much = len(sample) > fits or (plain and not unet.is_gradient_checkpointing)
+            if too_much and torch.is_grad_enabled():
+                self.tried.append(len(sample))
+                raise FORMS[form]()
             return forward(sample, *args, **kwargs)
 
-        monkeypatch.setattr(bench.base.unet, "forward", limited)
+        monkeypatch.setattr(unet, "forward", limited)
 
 
 def lora_of(bench: Workbench, number: int, config: TrainConfig) -> tuple[str, dict[str, torch.Tensor]]:
@@ -74,26 +91,136 @@ def test_image_by_image_the_same_lora_is_trained(
     recomputing = config.with_values({"gradient_checkpointing": True})
     for number, settled in ((1, config), (2, recomputing)):
         remedy, split = lora_of(bench, number, settled)
-        assert remedy.endswith("single images")
+        assert remedy == "single images"
         assert split.keys() == whole.keys()
         for key, weight in whole.items():
             torch.testing.assert_close(split[key], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_out_of_memory_is_tried_with_checkpointing_then_image_by_image(
+@pytest.mark.parametrize("form", ["accelerator", "cudnn at first use", "cpu"])
+def test_every_form_of_out_of_memory_splits_the_batch_and_then_recomputes(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    card = SmallCard(bench, monkeypatch, 1, form, plain=True)
+    adapter, remedy = trained(bench, 0, settings(bench, max_train_steps=1))
+    adapter.remove()
+    assert remedy == "single images, gradient_checkpointing of 3 blocks"
+    assert card.tried == [4, 2, 1]
+
+
+def trained(bench: Workbench, number: int, config: TrainConfig) -> tuple[Any, str]:
+    """The training of a trial without its images: the adapter, and the remedy that was needed."""
+    folder = bench.folder.trial(number)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    return trials._trained(bench, folder, config, Recorder())
+
+
+@pytest.mark.parametrize("place", ["forward", "backward", "optimizer"])
+def test_nothing_of_a_failed_attempt_is_left_when_the_next_begins(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Memory runs out once, in the middle of a step: its tensors are gone before the retry, which trains as if
+    nothing had happened."""
+    config = settings(bench, max_train_steps=1, save_precision="float")
+    whole, remedy = trained(bench, 0, config)
+    expected = whole.state()
+    whole.remove()
+    assert remedy == ""
+    operation = {"forward": "convolution", "backward": "convolution_backward", "optimizer": "_fused_adamw"}[
+        place
+    ]
+    made: list[weakref.ref[torch.Tensor]] = []
+    counts = itertools.count()
+
+    def in_the_middle(number: int, name: str, result: Any) -> bool:
+        if isinstance(result, torch.Tensor) and "_to_copy" not in name and "detach" not in name:
+            made.append(weakref.ref(result))
+        return operation in name and next(counts) == (0 if place == "optimizer" else 3)
+
+    left: list[int] = []
+    train = loop.train
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        left.append(sum(tensor() is not None for tensor in made))
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train", again)
+    bench.prepared(config)  # what is cached stays, of course
+    with FailingAt(FORMS["torch"], in_the_middle):
+        adapter, remedy = trained(bench, 1, config)
+    found = adapter.state()
+    adapter.remove()
+    assert remedy == "2 images at once"
+    assert len(left) == 2 and len(made) > 100
+    assert left[1] == left[0], f"{left[1] - left[0]} tensors of the failed attempt are still there"
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_lost_context_ends_the_process_and_the_next_one_goes_on_with_the_trial(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder, config = bench.folder.trial(0), settings(bench)
     bench.measure_anchors(lambda text: None)
-    SmallCard(bench, monkeypatch)
-    result = run_trial(bench, bench.folder.trial(0), settings(bench), Recorder())
-    assert (result.state, result.remedy) == ("complete", "gradient_checkpointing, single images")
+    forward, calls = bench.base.unet.forward, itertools.count()
+
+    def lost(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and next(calls) == 1:
+            raise LOST["illegal access"]()
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.base.unet, "forward", lost)
+        with pytest.raises(DeviceLost, match="an illegal memory access was encountered"):
+            run_trial(bench, folder, config, Recorder())
+    assert not folder.result.exists()  # it is neither failed nor infeasible
+    assert run_trial(bench, folder, config, Recorder()).state == "complete"
+
+
+def test_a_later_trial_that_needs_as_much_begins_with_the_remedy(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(bench, max_train_steps=1)
+    card = SmallCard(bench, monkeypatch, 2)
+    for number, (rank, tried) in enumerate([(2, [4]), (4, []), (1, [4])]):  # a smaller one is tried as it is
+        card.tried.clear()
+        adapter, remedy = trained(
+            bench, number, config.with_values({"network_dim": rank, "network_alpha": 1})
+        )
+        adapter.remove()
+        assert (remedy, card.tried) == ("2 images at once", tried)
+    rows = [row for row in read_records(bench.folder.trial(1).starts) if row["event"] == "remedy"]
+    assert [(row["remedies"], row["why"]) for row in rows] == [
+        (["batch 2"], "settings that need no more ran out of memory before")
+    ]
+
+
+def test_encoding_that_runs_out_of_memory_encodes_fewer_images_and_blames_no_trial(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, seen = bench.base.encode_images, []
+
+    def limited(pixels: Any, *args: Any) -> Any:
+        seen.append(len(pixels))
+        if len(pixels) > fits:
+            raise FORMS["cudnn"]()
+        return encode(pixels, *args)
+
+    monkeypatch.setattr(bench.base, "encode_images", limited)
+    fits = 0
+    with pytest.raises(MachineError, match="encoding images at vae_batch_size 1"):
+        bench.prepared(settings(bench, vae_batch_size=4))
+    fits = 2
+    seen.clear()
+    assert len(bench.prepared(settings(bench, vae_batch_size=4)).latents) == 4
+    assert set(seen) == {1}  # as before: what ran out once is not tried again
 
 
 def test_the_remedy_of_an_infeasible_trial_is_kept(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     SmallCard(bench, monkeypatch, fits=0)
     result = run_trial(bench, bench.folder.trial(0), settings(bench), Recorder())
     assert (result.state, result.reason, result.remedy) == (
-        "infeasible", "out_of_memory", "gradient_checkpointing, single images",
+        "infeasible", "out_of_memory", "single images, gradient_checkpointing",
     )  # fmt: skip
 
 
@@ -110,7 +237,7 @@ def test_an_interrupted_trial_goes_on_with_the_remedy_that_it_needed(
     before = len([row for row in read_records(folder.starts) if row["event"] == "remedy"])
     view.stop = False
     result = run_trial(bench, folder, settings(bench), view)
-    assert (result.state, result.remedy) == ("complete", "gradient_checkpointing, single images")
+    assert (result.state, result.remedy) == ("complete", "single images")
     after = [row for row in read_records(folder.starts) if row["event"] == "remedy"]
     assert len(after) == before == 2  # it did not run out of memory again
     steps = [row["step"] for row in read_records(folder.steps) if row["event"] == "step"]
@@ -120,6 +247,7 @@ def test_an_interrupted_trial_goes_on_with_the_remedy_that_it_needed(
 def test_a_checkpoint_of_whole_batches_goes_on_image_by_image(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With the remedies as earlier versions named them."""
     bench.measure_anchors(lambda text: None)
     view, folder = Recorder(), bench.folder.trial(0)
     view.stop = True
@@ -130,7 +258,7 @@ def test_a_checkpoint_of_whole_batches_goes_on_image_by_image(
     SmallCard(bench, monkeypatch)
     view.stop = False
     result = run_trial(bench, folder, settings(bench), view)
-    assert (result.state, result.remedy) == ("complete", ", ".join(remedies))
+    assert (result.state, result.remedy) == ("complete", "single images, gradient_checkpointing")
     steps = [row["step"] for row in read_records(folder.steps) if row["event"] == "step"]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 1
 

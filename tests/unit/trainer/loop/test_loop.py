@@ -14,7 +14,7 @@ from trainer.data import epoch as epochs
 from trainer.data.steps import plan, total_steps
 from trainer.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from trainer.events import Finished, Saved, Skipped, Step
-from trainer.loop import loop
+from trainer.loop import batches, loop
 from trainer.loop.loop import Conduct, train
 
 
@@ -434,6 +434,11 @@ def test_regularisation_images_weigh_prior_loss_weight():
         assert second == pytest.approx(first * (0.5 if index == 0 else 1.0), rel=1e-5)
 
 
+def losses_now(stepper, micro):
+    """The losses of a micro-batch of the first step."""
+    return stepper._losses(stepper.batches.take(batches.StepPart(0, micro, 0, len(micro)), 0, 0))
+
+
 def test_a_masked_image_is_trained_where_its_mask_is_white():
     """Half of one image's mask black: its loss is that half's share, and no other image's changes."""
     base = tiny_base("sd15")
@@ -442,13 +447,13 @@ def test_a_masked_image_is_trained_where_its_mask_is_white():
     adapter = inject(base, config)
     stepper = loop.Stepper(config, adapter, prepared)
     micro = loop._epoch_groups(config, prepared, 0)[0][0]
-    plain = stepper._losses(micro, 0)
+    plain = losses_now(stepper, micro)
     left, right = torch.ones(8, 8), torch.ones(8, 8)
     left[:, 4:], right[:, :4] = 0.0, 0.0
     halves = []
     for mask in (left, right):
         prepared.masks = {micro[1].item.sha256: mask}
-        halves.append(stepper._losses(micro, 0))
+        halves.append(losses_now(stepper, micro))
     adapter.remove()
     torch.testing.assert_close(halves[0][1] + halves[1][1], plain[1])
     for row in (0, 2, 3):
@@ -462,7 +467,11 @@ def test_only_the_timesteps_between_min_and_max_are_trained():
     adapter = inject(base, config)
     stepper = loop.Stepper(config, adapter, prepared)
     drawn = {
-        int(stepper._draw(loop.Sample(prepared.dataset.items[0], n), torch.zeros(4, 8, 8), 0).timestep)
+        int(
+            stepper.batches._draw(
+                batches.Sample(prepared.dataset.items[0], n), torch.zeros(4, 8, 8), 0
+            ).timestep
+        )
         for n in range(300)
     }
     adapter.remove()
@@ -477,8 +486,8 @@ def test_each_noise_setting_changes_what_it_says_and_nothing_else():
         config = tiny_config(**values)
         adapter = inject(base, config)
         prepared = tiny_prepared(base, config)
-        drawn = loop.Stepper(config, adapter, prepared)._draw(
-            loop.Sample(prepared.dataset.items[0], 0), latent, 0
+        drawn = loop.Stepper(config, adapter, prepared).batches._draw(
+            batches.Sample(prepared.dataset.items[0], 0), latent, 0
         )
         adapter.remove()
         return drawn
@@ -536,7 +545,7 @@ def test_v_prediction_learns_the_velocity(monkeypatch):
     adapter = inject(base, config)
     stepper = loop.Stepper(config, adapter, prepared)
     micro = loop._epoch_groups(config, prepared, 0)[0][0]
-    losses = stepper._losses(micro, 0)
+    losses = losses_now(stepper, micro)
     adapter.remove()
     scheduler = DDPMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -565,9 +574,9 @@ def test_zero_terminal_snr_trains_the_last_step_on_pure_noise(monkeypatch):
     seen = []
     original = base.predict
     monkeypatch.setattr(base, "predict", lambda noisy, *rest: seen.append(noisy) or original(noisy, *rest))
-    losses = stepper._losses(micro, 0)
+    losses = losses_now(stepper, micro)
     adapter.remove()
-    noise = torch.stack([stepper._draw(s, torch.zeros(4, 8, 8), 0).noise for s in micro])
+    noise = torch.stack([stepper.batches._draw(s, torch.zeros(4, 8, 8), 0).noise for s in micro])
     assert torch.equal(seen[0], noise)
     assert losses.isfinite().all()
     assert (losses > 0).all()

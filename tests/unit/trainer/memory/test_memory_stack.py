@@ -212,7 +212,8 @@ def test_full_bf16_keeps_the_optimizers_memory_in_fp32():
     base = tiny_base("sd15")
     config = tiny_config(full_bf16=True, mixed_precision="bf16", max_train_steps=1)
     adapter = inject(base, config)
-    from trainer.loop.stepper import Sample, Stepper
+    from trainer.loop.batches import Sample
+    from trainer.loop.stepper import Stepper
 
     prepared = tiny_prepared(base, config)
     stepper = Stepper(config, adapter, prepared)

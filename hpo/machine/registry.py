@@ -1,0 +1,120 @@
+"""Which processes of this user work on this machine: one lock per GPU, and one per living process.
+
+The locks are kernel locks (``hpo.study.locks``): they end with their process, so nothing is left behind by a kill.
+They are in one folder per user and machine.  It does not depend on how a process was started (terminal, cron,
+systemd), so that all of them find each other.  Where the folder cannot be used, there is simply no agreement with other
+processes: no command fails because of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+
+from hpo.study import Lock, holder
+from trainer.errors import MachineError
+from trainer.text import clean_text
+
+FOLDER = "HPO_LOCKS"  # environment variable: another folder, for example one that several containers share
+_OWN: dict[str, Lock] = {}  # locks of this process: asking for the holder of an own lock would release it
+
+
+def folder() -> Path | None:
+    """The folder with the locks of this user; None if it cannot be used or belongs to somebody else."""
+    named = os.environ.get(FOLDER)
+    place = Path(named) if named else Path("/tmp") / f"lora-hpo-{os.getuid()}"
+    try:
+        place.mkdir(mode=0o700, parents=bool(named), exist_ok=True)
+        found = place.lstat()
+    except OSError:
+        return None
+    mine = stat.S_ISDIR(found.st_mode) and (bool(named) or found.st_uid == os.getuid())
+    return place if mine else None
+
+
+def take_gpu(uuid: str) -> bool:
+    """Take the lock of a GPU.  True if it is this process's now, or if there is no agreement with others."""
+    return not uuid or _take(_gpu(uuid))
+
+
+def has_gpu(uuid: str) -> bool:
+    """Whether this process has taken the GPU before."""
+    return _gpu(uuid) in _OWN
+
+
+def leave_gpu(uuid: str) -> None:
+    """Release the lock of a GPU."""
+    if lock := _OWN.pop(_gpu(uuid), None):
+        lock.release()
+
+
+def user_of_gpu(uuid: str) -> str:
+    """The process that has a GPU, in words; "" if no other process has it."""
+    place, name = folder(), _gpu(uuid)
+    if place is None or name in _OWN:
+        return ""
+    pid = holder(place / name)
+    return process_words(pid) if pid is not None else ""
+
+
+def process_words(pid: int) -> str:
+    """A process for messages: its number, and its command if it is ours."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        at = next((n for n, word in enumerate(words) if word.endswith(("/hpo", "hpo.cli"))), None)
+        if at is not None:
+            return f"process {pid} (hpo {clean_text(' '.join(words[at + 1 :])).strip()[:60]})"
+    return f"process {pid}" if pid else "a process in another container"
+
+
+def enter() -> int:
+    """Register this process as working, once.  Returns how many work now, this one included."""
+    place = folder()
+    if place is None:
+        return 1
+    own = next((name for name in _OWN if name.startswith("worker-")), "")
+    if not own:
+        own = f"worker-{os.getpid()}-{os.urandom(4).hex()}.lock"  # numbers repeat in other containers
+        if not _take(own):
+            return 1
+    with contextlib.suppress(OSError):
+        os.utime(place / own)  # programs that clean /tmp remove what is old
+    living = 1
+    for path in place.glob("worker-*.lock"):
+        if path.name in _OWN:
+            continue
+        if holder(path) is not None:
+            living += 1
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()  # its process has ended
+    return living
+
+
+def _take(name: str) -> bool:
+    place = folder()
+    if place is None or name in _OWN:
+        return True
+    lock = Lock(place / name)
+    try:
+        if not lock.try_acquire():
+            return False
+    except MachineError:  # a full disk, a file system without locks
+        return True
+    _OWN[name] = lock
+    return True
+
+
+def _gpu(uuid: str) -> str:
+    return f"gpu-{''.join(letter for letter in uuid if letter.isalnum() or letter == '-')[:80]}.lock"
+
+
+def _forget() -> None:
+    """In a child made by fork: the locks are its parent's.  Its descriptors stay open; closing them would not matter
+    to the parent."""
+    _OWN.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,109 @@
+"""The first hour on a GPU: a part that fails or hangs does not end the rest, and the same command goes on."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.bench import first_hour
+from tests.bench.first_hour import Part, run
+
+
+def parts_named(*names):
+    return [Part(name, 1, lambda cpu, place: {}, lambda row: [f"value {row['value']}"]) for name in names]
+
+
+@pytest.fixture
+def given(tmp_path):
+    return argparse.Namespace(out=tmp_path, cpu=True, again=None, minutes=60.0)
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    found = parts_named("one", "two", "three")
+    monkeypatch.setattr(first_hour, "PARTS", found)
+    return found
+
+
+def test_a_part_that_fails_is_reported_and_the_same_command_goes_on(given, parts):
+    asked = []
+
+    def measured(part, seconds):
+        asked.append((part.name, seconds))
+        if part.name == "three" and len(asked) == 3:
+            raise KeyboardInterrupt
+        return {"failed": "no | card"} if part.name == "two" else {"value": 7}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, given, measured)
+    text = (given.out / "first_hour.md").read_text()
+    assert "value 7" in text and "no / card" in text and "Not run yet." in text
+    run(parts, given, measured)
+    assert [name for name, _ in asked] == ["one", "two", "three", "three"]
+    given.again = "failed"
+    run(parts, given, measured)
+    assert [name for name, _ in asked[4:]] == ["two"]
+    assert all(seconds <= 60 for _, seconds in asked)
+    kept = json.loads((given.out / "first_hour.json").read_text())
+    assert set(kept["parts"]) == {"one", "two", "three"}
+
+
+def test_it_ends_within_its_time(given, parts, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    given.minutes = 1.5
+    asked = {}
+
+    def measured(part, seconds):
+        asked[part.name] = seconds
+        clock[0] += seconds
+        return {"value": 1}
+
+    run(parts, given, measured)
+    assert asked == {"one": 60.0, "two": 30.0}
+    assert sum(part.minutes for part in first_hour.PARTS) <= 60
+    assert "Not run yet." in (given.out / "first_hour.md").read_text()
+
+
+def test_the_limits_of_all_parts_are_an_hour_together():
+    assert sum(part.minutes for part in first_hour.PARTS) <= first_hour.MINUTES
+
+
+def test_what_was_measured_without_a_gpu_does_not_get_into_a_page_of_one(given, parts):
+    run(parts, given, lambda part, seconds: {"value": 1})
+    given.cpu = False
+    with pytest.raises(SystemExit, match="another --out"):
+        run(parts, given, lambda part, seconds: {"value": 1})
+
+
+def test_a_process_that_hangs_is_ended_and_one_that_breaks_is_told(tmp_path, monkeypatch):
+    def starting(code):
+        def popen(command, **how):
+            return real([sys.executable, "-c", code], **how)
+
+        monkeypatch.setattr(first_hour.subprocess, "Popen", popen)
+
+    real = subprocess.Popen
+    starting("import threading; threading.Event().wait()")
+    assert first_hour._child([], tmp_path / "log", 0.5) == {"failed": "it was ended after 0 s"}
+    starting("raise SystemExit('the driver is old')")
+    assert "the driver is old" in first_hour._child([], tmp_path / "log", 60.0)["failed"]
+    starting("print('words'); print('{\"value\": 3}')")
+    assert first_hour._child([], tmp_path / "log", 60.0) == {"value": 3}
+
+
+def test_every_failed_allocation_is_shown_with_what_became_of_it():
+    rows = {
+        "cublas": {"raised": "RuntimeError: a | b", "recognised": True, "goes_on": False},
+        "cudnn": {"failed": "it ended with -6"},
+    }
+    text = "\n".join(first_hour.show_memory({"forms": rows}))
+    assert "| cublas | RuntimeError: a / b | yes | **no** |" in text and "it ended with -6" in text
+
+
+def test_a_failed_allocation_of_this_machine_is_recognised_and_training_goes_on():
+    found = first_hour.failure("allocation", cpu=True)
+    assert found["recognised"] and found["goes_on"] and "allocate" in found["raised"]
