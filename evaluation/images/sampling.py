@@ -97,16 +97,18 @@ def sample(
     missing = [chunk for chunk, found in zip(chunks, stored, strict=True) if found is None]
     images: list[SampledImage] = []
     fitting = Fitting(config.batch_size)
-    said = f"out of memory while sampling an image of {config.width_px}×{config.height_px} px"
-    with base.card.phase("sample"), _Writer(store, beside=base.card.moves) as writer, memory_named(said):
-        encoded = _encoded(base, missing, config, as_class)
+    size = f"{config.width_px}×{config.height_px} px"
 
-        def draw(part: Sequence[tuple[Prompt, int]]) -> list[SampledImage]:
-            return _draw(base, part, config, encoded, as_class)
+    def draw(part: Sequence[tuple[Prompt, int]]) -> list[SampledImage]:
+        return _draw(base, part, config, encoded, as_class)
 
+    with base.card.phase("sample"), _Writer(store, beside=base.card.moves) as writer:
+        with memory_named(f"out of memory while encoding the texts of images of {size}"):
+            encoded = _encoded(base, missing, config, as_class)
         for chunk, found in zip(chunks, stored, strict=True):
             if found is None:
-                found = [image for part in fitting.each(chunk, draw) for image in part]
+                with memory_named(f"out of memory while sampling an image of {size}"):
+                    found = [image for part in fitting.each(chunk, draw) for image in part]
                 if fitting.size < config.batch_size:
                     base.say_once(f"out of memory while sampling: {fitting.size} images are drawn at once")
                 writer.write(found)

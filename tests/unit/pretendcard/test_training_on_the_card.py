@@ -96,7 +96,8 @@ def trained(
         prepared = dataclasses.replace(prepared, states=None)
     base.compute_dtype = TYPES[config.mixed_precision]
     for module in base.modules():
-        nn.Module.to(module, device, base.compute_dtype)
+        nn.Module.to(module, base.compute_dtype)
+    base.to(device)
     place = Place(base)
     place.prepare(config)
     adapter = lorafile.begin(base, config, lambda line: None)
@@ -104,6 +105,11 @@ def trained(
     how = Conduct(rehearse=True, validate_on=None if config.trains_text_encoder else prepared)
     events = list(loop.train(config, base, adapter, prepared, how))
     assert isinstance(events[-1], Finished) and events[-1].skipped == 0
+    with base.card.phase("sample"):
+        base.card.require(base.vae, *base.text_encoders)
+        assert {module.device.type for module in (base.vae, *base.text_encoders)} == {
+            torch.device(device).type
+        }
     weights = adapter.state()
     adapter.remove()
     return [event.loss for event in events if isinstance(event, Step)], weights

@@ -65,7 +65,14 @@ def test_all_twenty_cells_need_no_more_than_users_measured():
 def test_a_plan_shows_the_breakdown_and_that_it_fits(folder):
     result = plan("--base", folder)
     assert result.exit_code == 0, result.output
-    for words in ("base: unet", "optimizer state", "CUDA context", "peak", "fits into 16 GB without changes"):
+    for words in (
+        "base: unet",
+        "optimizer state",
+        "CUDA context",
+        "peak",
+        "fits into 16 GB without changes",
+        "decode",
+    ):
         assert words in result.output
 
 
@@ -73,6 +80,8 @@ def test_a_plan_for_scripts_has_parts_that_add_up_and_the_moves(folder, tmp_path
     file = tmp_path / "settings.toml"
     file.write_text('network_dim = 512\ntrain_batch_size = 8\noptimizer_type = "AdamW"\nresolution = 64\n')
     given = json.loads(plan(file, "--base", folder, "--json").output)
+    assert [phase["name"] for phase in given["phases"]][2:5] == ["train", "denoise", "decode"]
+    assert given["phases"][2]["peak_bytes"] == given["stack"]["peak_bytes"]
     assert sum(given["given"]["parts"].values()) == given["given"]["peak_bytes"]
     assert given["moves"] == [] and given["config"]["network_dim"] == 512
 
