@@ -106,9 +106,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
     except Interrupted:
         _note(folder, "interrupted")
         raise
-    except (
-        DeviceLost
-    ) as error:  # every other trial of this process would fail too; a new process goes on with this one
+    except DeviceLost as error:  # every later trial of this process would fail too
         _log(folder, f"stopped: {error}")
         raise
     except SettingsFailure as error:
@@ -215,9 +213,8 @@ def _train(
     from trainer.adapters import lorafile
     from trainer.loop import Conduct
 
-    config = config.with_values(
-        {name: getattr(settled, name) for name in CHECKPOINTING}
-    )  # in the LoRA's metadata
+    # as the LoRA's metadata has it
+    config = config.with_values({name: getattr(settled, name) for name in CHECKPOINTING})
 
     def on_encoded(done: int, total: int) -> None:
         if watch.should_stop() and done < total:
