@@ -111,9 +111,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
     except Interrupted:
         _note(folder, "interrupted")
         raise
-    except (
-        DeviceLost
-    ) as error:  # every other trial of this process would fail too; a new process goes on with this one
+    except DeviceLost as error:  # every later trial of this process would fail too
         _log(folder, f"stopped: {error}")
         raise
     except SettingsFailure as error:
@@ -221,9 +219,8 @@ def _train(
     from trainer.loop import Conduct
     from trainer.memory import step_work
 
-    config = config.with_values(
-        {name: getattr(settled, name) for name in CHECKPOINTING}
-    )  # in the LoRA's metadata
+    # as the LoRA's metadata has it
+    config = config.with_values({name: getattr(settled, name) for name in CHECKPOINTING})
 
     def on_encoded(done: int, total: int) -> None:
         if watch.should_stop() and done < total:
