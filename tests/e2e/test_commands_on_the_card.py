@@ -90,7 +90,7 @@ def test_two_bases_are_trained_evaluated_and_compared(
     assert losses == pytest.approx(plain, rel=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("no", marks=pytest.mark.slow)])
 def test_a_search(card: State, data: Path, tmp_path: Path, precision: str) -> None:
     def loaded(bench: Workbench) -> None:
         bench.base.to("cuda")

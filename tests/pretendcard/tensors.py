@@ -144,11 +144,13 @@ class CardTensor(torch.Tensor):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """torch.save keeps the device; a card's tensor can only be loaded while a card is there."""
+        """torch.save waits and copies.  Unlike on CUDA, the file names the CPU as the place of the tensor."""
         state().waited("torch.save of a tensor")
         state().moved(self._elem.numel() * self._elem.element_size(), to_card=False)
-        is_param = bool(getattr(self, "_is_param", False))
-        return _rebuilt, (self._elem.detach(), self._index, self.requires_grad, is_param)
+        plain: torch.Tensor = self._elem.detach()
+        if getattr(self, "_is_param", False):
+            plain = torch.nn.Parameter(plain, requires_grad=self.requires_grad)
+        return plain.__reduce_ex__(protocol)
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]
@@ -171,11 +173,6 @@ class CardTensor(torch.Tensor):
 
     def cuda(self, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         return moved_to(self, card_device(device), non_blocking=non_blocking)
-
-
-def _rebuilt(elem: torch.Tensor, index: int, requires_grad: bool, is_param: bool) -> torch.Tensor:
-    made: torch.Tensor = wrapped(elem, index)
-    return torch.nn.Parameter(made, requires_grad) if is_param else made.requires_grad_(requires_grad)
 
 
 def card_device(device: Any) -> torch.device:
