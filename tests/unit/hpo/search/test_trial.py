@@ -120,8 +120,8 @@ def test_nothing_of_a_failed_attempt_is_left_when_the_next_begins(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Memory runs out once, in the middle of a step: its tensors are gone before the retry, which trains as if
-    nothing had happened.  On a CPU autograd may keep what waits in the queue of a failed backward pass (it did at the
-    third convolution, not at this one); the threads that serve a GPU drop such tasks."""
+    nothing had happened.  On a CPU autograd can keep tensors of a failed backward pass (it did at the third convolution,
+    not at this one), probably in the queue of this thread; a GPU has threads of its own. Not seen on a card yet."""
     config = settings(bench, max_train_steps=1, save_precision="float")
     whole, remedy = trained(bench, 0, config)
     expected = whole.state()
