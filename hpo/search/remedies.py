@@ -16,8 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hpo.study import TrialFolder
 from trainer.errors import ToolError
 from trainer.files import append_line, read_records
@@ -101,6 +99,8 @@ def usable_bytes(base: Base) -> tuple[int, int] | None:
     device = base.device
     if device.type != "cuda":
         return None
+    import torch
+
     free, total = torch.cuda.mem_get_info(device)
     usable = free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
     return int(min(total, usable)), int(torch.cuda.memory_allocated(device))

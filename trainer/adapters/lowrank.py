@@ -119,8 +119,11 @@ class LowRankLayer(nn.Module):
             down, up = _halves(self.lora_down, up, pair, x.dtype)
             inner_NR = flat_NI.mm(down.t())
             inner_NR = inner_NR if flat_mask is None else inner_NR * flat_mask
-            base_NO = self.base_layer(x).reshape(-1, up.shape[0])
-            y_NO = torch.addmm(base_NO, inner_NR, up.t(), alpha=scale)
+            if x.is_contiguous():
+                y_NO = self.base_layer(flat_NI).addmm_(inner_NR, up.t(), alpha=scale)
+            else:
+                base_NO = self.base_layer(x).reshape(-1, up.shape[0])
+                y_NO = torch.addmm(base_NO, inner_NR, up.t(), alpha=scale)
         return y_NO.view(*x.shape[:-1], up.shape[0])
 
     # Inside torch.compile (``trainer.compute.speed``)

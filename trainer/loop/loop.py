@@ -71,7 +71,7 @@ def _on_card(
     base: Base, config: TrainConfig, prepared: Prepared, how: Conduct
 ) -> AbstractContextManager[None]:
     """The networks that steps need on the card. With cpu_offload, text encoders that are only read compute in RAM."""
-    reads = prepared.states is None
+    reads = prepared.states is None or config.updates_text_encoder
     in_ram = config.cpu_offload and not config.updates_text_encoder
     needed = [base.unet, *(base.text_encoders if reads and not in_ram else [])]
     needed += [base.vae] if prepared.encodes_anew else []
@@ -156,7 +156,7 @@ class _Saves:
         found = checkpoint.snapshot(self._run, progress)
         self._writing = progress.step, self._writer.submit(checkpoint.write, self._into, found)
         if found.nbytes < BESIDE_BYTES:
-            self._done += self.wait()
+            self._done = self.wait()
         self._last = time.monotonic()
 
     def written(self) -> list[Saved]:

@@ -120,8 +120,9 @@ def test_nothing_of_a_failed_attempt_is_left_when_the_next_begins(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Memory runs out once, in the middle of a step: its tensors are gone before the retry, which trains as if
-    nothing had happened.  On a CPU autograd can keep tensors of a failed backward pass (it did at the third convolution,
-    not at this one), probably in the queue of this thread; a GPU has threads of its own. Not seen on a card yet."""
+    nothing had happened.  On a CPU autograd can keep tensors of a failed backward pass (it did at the third
+    convolution, not at this one), probably in the queue of this thread; a GPU has threads of its own. Not seen on a
+    card yet."""
     config = settings(bench, max_train_steps=1, save_precision="float")
     whole, remedy = trained(bench, 0, config)
     expected = whole.state()
@@ -285,7 +286,7 @@ def test_a_lora_that_is_switched_off_is_the_tools_fault(
         round_to(self, precision)
         layer = self.layers[0].target
         module = self.base.components()[layer.component].get_submodule(layer.path)
-        module.enable_adapters(False)
+        module._disable_adapters = True
 
     monkeypatch.setattr(adapters.Adapter, "round_to", switched_off)
     result = run_trial(unchanged, unchanged.folder.trial(0), settings(unchanged), Recorder())

@@ -41,13 +41,14 @@ def settings(**values):
 
 
 def real_peak(family, config, compute):
-    """Peak bytes of a real forward and backward on the CPU, from torch's profiler. Norms run in fp32,
-    as under CUDA's autocast."""
+    """Peak bytes of a real forward and backward on the CPU, from torch's profiler. Where there is autocast, norms run
+    in fp32, as under CUDA's."""
     base = tiny_base(family)
     for module in base.modules():
         module.to(compute)
     base.compute_dtype = compute
-    inject(base, config)
+    adapter = inject(base, config)
+    autocasts = compute != torch.float32 and adapter.needs_autocast
     layer_norm, group_norm = F.layer_norm, F.group_norm
 
     def wide(norm):
@@ -59,15 +60,17 @@ def real_peak(family, config, compute):
 
     batch = config.train_batch_size
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(F, "layer_norm", wide(layer_norm)))
-        stack.enter_context(mock.patch.object(F, "group_norm", wide(group_norm)))
+        if autocasts:
+            stack.enter_context(mock.patch.object(F, "layer_norm", wide(layer_norm)))
+            stack.enter_context(mock.patch.object(F, "group_norm", wide(group_norm)))
         stack.enter_context(recomputing(base, config))
         profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
         width = base.unet.config.cross_attention_dim
         hidden_BLD = torch.randn(batch, 77, width)
         pooled_BP = torch.randn(batch, 8) if family == "sdxl" else None
         noisy_BCHW = torch.randn(batch, 4, SIDE_PX // 8, SIDE_PX // 8)
-        with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+        stack.enter_context(adapter.computing(compute))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
             sizes = [Sizes((SIDE_PX, SIDE_PX), (0, 0), (SIDE_PX, SIDE_PX))] * batch
             timesteps_B = torch.zeros(batch, dtype=torch.long)
             predicted = base.predict(noisy_BCHW, timesteps_B, TextStates(hidden_BLD, pooled_BP), sizes)
@@ -100,10 +103,14 @@ def traced_peak(family, config, compute):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_traced_step_allocates_what_a_real_one_does(family, compute, recompute):
-    config = settings(gradient_checkpointing=recompute, network_dim=8, network_alpha=8)
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa"])
+def test_a_traced_step_allocates_what_a_real_one_does(family, compute, recompute, kind):
+    config = settings(gradient_checkpointing=recompute, network_dim=8, network_alpha=8, network_type=kind)
     real = real_peak(family, config, compute)
-    assert traced_peak(family, config, compute) == pytest.approx(real, rel=0.06)  # measured: 0 to 5.4 %
+    # measured: 0 to 5.4 %, of which tensors are up to 5 %; without autocast up to 9.2 % of the tiny networks, since the
+    # CPU's kernels in bf16 use memory of their own
+    in_type = compute == torch.bfloat16 and kind == "LoRA"
+    assert traced_peak(family, config, compute) == pytest.approx(real, rel=0.1 if in_type else 0.06)
 
 
 def test_a_trace_at_one_rank_serves_every_rank():
@@ -248,7 +255,7 @@ def test_cheaper_moves_come_before_dearer_ones():
     first = stacks.choose(config, facts, just_below(predict(config, facts).peak_bytes))
     assert [move.key for move in first.moves] == ["optimizer_type"]
     least = predict(
-        config.with_values({"optimizer_type": "AdamW8bit", "gradient_checkpointing": True, "fp8_base": True}),
+        config.with_values({"optimizer_type": "AdamW8bit", "gradient_checkpointing": True}),
         facts,
     )
     later = stacks.choose(config, facts, just_below(least.peak_bytes))
