@@ -204,21 +204,23 @@ def is_plain(layer: nn.Module) -> bool:
 def _halves(down: Tensor, up: Tensor, pair: Pair, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Both halves in the compute type, where autograd does the rest."""
     if pair:
-        return _Given.apply(down, pair[0]), _Given.apply(up, pair[1])
+        return _Given.apply(down, pair, 0), _Given.apply(up, pair, 1)
     return down.to(kind), up.to(kind)
 
 
 class _Given(torch.autograd.Function):
-    """A cast that is made already; its gradient goes to the weight itself."""
+    """A cast that is made already; its gradient goes to the weight itself. Backward drops both casts of the layer, as
+    ``_Linear``'s does: what still needs one has saved it."""
 
     @staticmethod
-    def forward(ctx: Any, half: Tensor, cast: Tensor) -> Tensor:
-        ctx.kind = half.dtype
-        return cast.detach()
+    def forward(ctx: Any, half: Tensor, pair: Pair, number: int) -> Tensor:
+        ctx.kind, ctx.pair = half.dtype, pair
+        return pair[number].detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0].to(ctx.kind), None
+        ctx.pair.clear()
+        return gradients[0].to(ctx.kind), None, None
 
 
 class _Linear(torch.autograd.Function):

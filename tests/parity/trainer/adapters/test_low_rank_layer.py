@@ -113,7 +113,7 @@ def test_one_cast_for_all_layers_gives_the_same_bits_as_one_for_each(name: str) 
     with computing([layer], torch.bfloat16):
         assert layer._cast[0].dtype == torch.bfloat16
         together = ours(layer, x)
-        assert not layer._cast or name.endswith("convolution"), "the cast lives until the layer's backward"
+        assert not layer._cast, "the cast lives until the layer's backward"
     assert layer._cast == []
     for one, other in zip(each, together, strict=True):
         assert torch.equal(one, other)
