@@ -118,16 +118,38 @@ def in_fp32(weights: Sequence[torch.nn.Parameter], draw: torch.Generator | None 
     Also what an optimizer's state must be loaded in: optimizers cast it to the weights' type.
     """
     small = [weight for weight in weights if weight.dtype != torch.float32]
-    for weight in small:
-        gradient, weight.grad = weight.grad, None
-        weight.data = weight.data.float()
-        weight.grad = None if gradient is None else gradient.float()
+    if not small:
+        yield
+        return
+    given = [weight for weight in small if weight.grad is not None]
+    gradients = [weight.grad for weight in given if weight.grad is not None]
+    for weight in given:
+        weight.grad = None
+    wide = _joined(
+        [weight.data for weight in small]
+    ).float()  # in one piece: a few kernels instead of some for each
+    for weight, part in zip(small, _parts(wide, small), strict=True):
+        weight.data = part
+    if given:
+        for weight, part in zip(given, _parts(_joined(gradients).float(), given), strict=True):
+            weight.grad = part
     try:
         yield
     finally:
-        for weight in small:
+        updated = _joined([weight.data for weight in small])
+        for weight, part in zip(small, _parts(stochastic_bf16(updated, draw), small), strict=True):
             weight.grad = None
-            weight.data = stochastic_bf16(weight.data, draw)
+            weight.data = part
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _parts(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Pieces of a flat tensor in the shapes of others."""
+    pieces = flat.split([tensor.numel() for tensor in like])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
 def stochastic_bf16(values: torch.Tensor, draw: torch.Generator | None) -> torch.Tensor:
