@@ -121,7 +121,9 @@ class Card:
         """Bytes for work if only these networks were on the card; None where memory is not counted (CPU)."""
         if not self.moves:
             return None
-        others = sum(frozen_bytes(n) for n in self._names if self.is_here(n) and n not in networks)
+        others = 0
+        if not self._is_planned(networks, ()):  # inside a phase that has them, nothing moves
+            others = sum(frozen_bytes(n) for n in self._names if self.is_here(n) and n not in networks)
         missing = sum(nbytes(n) for n in networks if n in self._away)
         return max(0, self.free_bytes() + others - missing - self.spare_bytes)
 

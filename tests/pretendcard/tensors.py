@@ -386,6 +386,8 @@ WIDE = (aten.mm.dtype, aten.addmm.dtype, aten.bmm.dtype, aten.baddbmm.dtype)
 def _wide(func: Any, given: Any, named: Any) -> Any:
     """Matrix products with an out_dtype, which only CUDA has: the factors in 16 bits, the sum in fp32."""
     *factors, kind = given
+    if factors[0].dtype not in (kind, factors[1].dtype):
+        raise RuntimeError("self dtype must match either out_dtype or mat1 dtype")
     return func.overloadpacket(*(each.to(kind) for each in factors), **named)
 
 

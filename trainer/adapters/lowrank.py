@@ -280,7 +280,7 @@ class _Linear(torch.autograd.Function):
 def _product(a: Tensor, b: Tensor, scale: float, kind: torch.dtype) -> Tensor:
     """scale · a b as ``kind``, by one kernel where the device has it; with beta = 0 the first argument is not read."""
     if a.device.type in ("cuda", "meta") and kind != a.dtype:  # out_dtype: CUDA only, from 16 bits to fp32
-        return torch.addmm(b.new_empty((), dtype=kind), a, b, out_dtype=kind, beta=0, alpha=scale)
+        return torch.addmm(b.new_empty(()), a, b, out_dtype=kind, beta=0, alpha=scale)
     found = a.mm(b) if scale == 1.0 else torch.addmm(b.new_empty(()), a, b, beta=0, alpha=scale)
     return found.to(kind)
 

@@ -103,6 +103,7 @@ class Base(ABC):
         self.latent_scale = _latent_scale(self.vae.config.scaling_factor)
         self.compute_dtype: torch.dtype = next(self.unet.parameters()).dtype
         self.say: Callable[[str], None] = lambda text: None
+        self.encoded_in_tiles = False  # whether the last images were
         self.vae_overflows = False  # once an image was not finite in fp16 but is in fp32
         self.on_overflow: list[Callable[[], None]] = []  # called when that is found out
         self._said: set[str] = set()
@@ -284,6 +285,7 @@ class Base(ABC):
             self._in_tiles(each, space, (width_px, height_px), "encodes"),
         ):
             self.card.require(self.vae)
+            self.encoded_in_tiles = bool(getattr(self.vae, "use_tiling", False))
             rows = [self._sample_of_images(part) for part in pixels_BCHW.split(at_once)]
         mean, std = (torch.cat(parts) for parts in zip(*rows, strict=True))
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])

@@ -164,7 +164,10 @@ def _prepare_group(
         prepared.encoded_images += len(group)
         for item, latent in zip(group, latents, strict=True):
             if (view := _view(item, mirrored)) in missing:
-                store.put(missing[view], {"latent": latent}, on_disk=config.cache_latents_to_disk)
+                kept = (
+                    config.cache_latents_to_disk and not base.encoded_in_tiles
+                )  # another card may need none
+                store.put(missing[view], {"latent": latent}, on_disk=kept)
                 prepared.latents[view] = latent
 
 

@@ -9,6 +9,7 @@ Shapes: B batch, C latent channels, h w latent sides.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -91,7 +92,10 @@ class Batches:
 
     def ahead(self, part: StepPart, epoch: int, step: int) -> None:
         """Make the batch of the part that comes next, while the device computes. Nothing to gain on a CPU."""
-        if self._base.device.type == "cuda":
+        if self._base.device.type != "cuda":
+            return
+        self._made = None
+        with contextlib.suppress(Exception):  # ``take`` makes it again, and raises in the step that it is for
             self._made = _key(part, epoch, step), self._make(part.samples, epoch, step)
 
     def forget(self) -> None:

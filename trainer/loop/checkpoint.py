@@ -141,9 +141,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def drop_others(saved: Path) -> None:
-    """Keep only the checkpoint that ``save`` returned: a step from its weights was finite."""
-    for other in _checkpoints(saved.parent):
-        if other != saved:
+    """Remove those before the checkpoint that ``save`` returned: a step from its weights was finite. A newer one may
+    have been written meanwhile."""
+    for other in _checkpoints(saved.parent) if saved.is_dir() else ():
+        if _step_of(other) < _step_of(saved):
             shutil.rmtree(other, ignore_errors=True)  # a leftover costs disk space, not the run
 
 
@@ -171,6 +172,9 @@ def restore(folder: Path, run: Run) -> Progress:
             rest = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
             with in_fp32(run.adapter.trainable()):
                 run.optimizer.load_state_dict(_of_groups(rest["optimizer"], run.optimizer))
+            if hasattr(run.optimizer, "_step_supports_amp_scaling"):  # torch sets it for fused updates only
+                fused = all(group.get("fused") for group in run.optimizer.param_groups)
+                run.optimizer._step_supports_amp_scaling = fused
         if rest["scaler"] and run.scaler.is_enabled():  # a scaler that is off saves nothing
             run.scaler.load_state_dict(rest["scaler"])
         return Progress(_place(state, run), state["skipped"], state["in_a_row"])

@@ -22,7 +22,7 @@ from trainer.bases import Base
 from trainer.compute import faster, recomputing
 from trainer.config import TrainConfig
 from trainer.data import Moment, Plan, Prepared, epoch_batches, plan, preflight
-from trainer.errors import Diverged, Interrupted, OutOfMemory
+from trainer.errors import Diverged, Interrupted, OutOfMemory, ToolError
 from trainer.events import Event, Finished, Saved, Skipped, Step, Validated
 from trainer.loop import checkpoint, optim
 from trainer.loop.batches import MicroBatch, Sample
@@ -63,6 +63,8 @@ def train(
     Raises Diverged after ten skipped steps in a row, which are not saved; OutOfMemory, with all steps so far
     saved; and Interrupted once ``how.should_stop`` says so (the step is finished and saved first).
     """
+    if config.text_encoder_frozen:  # before it is decided which weights may leave the card
+        adapter.freeze_text_encoders()
     with _on_card(base, config, prepared, how):
         yield from _train(config, base, adapter, prepared, how)
 
@@ -112,6 +114,8 @@ def _train(
             if how.validate_on is not None and how.ranks.is_first and _ends_epoch(length, progress.step):
                 yield Validated(progress.step, epoch + 1, stepper.validate(how.validate_on))
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                with contextlib.suppress(ToolError):  # the last good checkpoint may not be complete yet
+                    saves.wait()
                 what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
                 raise Diverged(f"{what}, up to {progress.step}", _after_divergence(how.checkpoints, progress))
             stop = how.ranks.any(how.should_stop(), base.device)

@@ -41,7 +41,10 @@ def validation_loss(base: Base, config: TrainConfig, split: Prepared) -> float:
             ]
         ).to(base.device)
         # text encoders that are not trained may be in RAM by now; what they give was encoded before
-        cached = None if config.trains_text_encoder else split.text([item.caption])
+        known = {} if config.trains_text_encoder else split.states or {}
+        cached = known.get(
+            item.caption
+        )  # not with a prefix, a suffix or wildcards: captions are used as written
         states = (cached or base.encode_captions([item.caption], config)).to(base.device)
         predicted_BCHW = base.predict(
             loss.add_noise(latents_BCHW, noise_BCHW, timesteps_B, alphas),

@@ -21,9 +21,9 @@ def encodes_anew(config: TrainConfig) -> bool:
 
 
 def at_least(peak: Peak, held: Held, encoding: int) -> Peak:
-    """The peak of a step that begins with the VAE: images are encoded one by one before the forward pass, while what
-    is held is there, and the gradients of the micro-batch before."""
-    gradients = sum(held.adapter) if held.is_accumulated else 0
+    """The peak of a step with the VAE: the next images are encoded one by one before the update, while what is held is
+    there, and the gradients."""
+    gradients = sum(held.adapter)
     needed = sum([*held.base.values(), *held.adapter, *held.state]) + gradients + encoding
     if needed <= peak.allocated:
         return peak

@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "offload": OFFLOAD,
     "offload, frozen": OFFLOAD | FROZEN,
+    "offload, frozen on the way": OFFLOAD | {"text_encoder_frozen": True},
     "fp8": {"fp8_base": True},
     "fp8, offload, frozen": {"fp8_base": True} | OFFLOAD | FROZEN,
     "shuffled, offload, frozen": {"shuffle_caption": True} | OFFLOAD | FROZEN,

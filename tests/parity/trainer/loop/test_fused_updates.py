@@ -36,10 +36,16 @@ def test_updates_are_those_of_the_plain_optimizer(name: str) -> None:
     torch.testing.assert_close(updated(True), updated(False), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "precision", ["no", "fp16"]
+)  # fp16: the loss scaler treats fused optimizers differently
 def test_a_run_that_was_begun_with_the_plain_optimizer_goes_on_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    base, config = tiny_base("sd15"), tiny_config(max_train_epochs=4, optimizer_type="Adam")
+    base, config = (
+        tiny_base("sd15"),
+        tiny_config(max_train_epochs=4, optimizer_type="Adam", mixed_precision=precision),
+    )
 
     def losses(folder: Path | None, stop: int = 99) -> list[float]:
         adapter, found, asked = inject(base, config), [], iter(range(1, 100))

@@ -93,3 +93,13 @@ def test_training_tells_it_after_every_epoch_and_is_not_changed_by_it():
 def test_a_run_that_ends_inside_an_epoch_is_validated_at_its_end():
     assert loop._ends_epoch(Plan(4, 6, 2), 6)
     assert [step for step in range(1, 7) if loop._ends_epoch(Plan(4, 6, 2), step)] == [4, 6]
+
+
+def test_captions_are_used_as_written_although_training_frames_them():
+    """The cache holds what training reads; with a prefix that is another text."""
+    base = tiny_base("sd15")
+    config = tiny_config(network_train_unet_only=True)
+    plain = validation_loss(base, config, tiny_prepared(base, config))
+    framed = tiny_prepared(base, config)
+    framed.states = {f"best, {caption}": states for caption, states in framed.states.items()}
+    assert validation_loss(base, config.with_values({"caption_prefix": "best,"}), framed) == plain

@@ -84,3 +84,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(
     monkeypatch.setattr(checkpoint, "write", full)
     with pytest.raises(MachineError, match="the disk is full"):
         trained(tmp_path)
+
+
+def test_a_newer_checkpoint_is_not_removed_for_an_older_one(tmp_path: Path) -> None:
+    """The second was complete before a step had shown that the first is good."""
+    for number in (1, 2, 3):
+        (tmp_path / f"step-{number:06d}").mkdir()
+    checkpoint.drop_others(tmp_path / "step-000002")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    checkpoint.drop_others(tmp_path / "step-000004")
+    assert len(list(tmp_path.iterdir())) == 2, "what it would be kept for does not exist"
