@@ -4,4 +4,5 @@ from .doctor import as_json as as_json
 from .doctor import examine as examine
 from .doctor import lines as lines
 from .exact import deterministic as deterministic
+from .registry import process_words as process_words
 from .threads import share_threads as share_threads

@@ -196,6 +196,12 @@ def _gpu(cards: list[Seen], given: str | None, precision: str, say: Say, local_r
     import torch
 
     if ranks > 1:
+        if not (given and ":" in given) and local_rank >= len(cards):
+            most = len(cards)
+            raise MachineError(
+                f"process {local_rank + 1} of this machine has no GPU: {most} {'is' if most == 1 else 'are'} visible",
+                f"start at most {most}: torchrun --nproc-per-node {most}, accelerate launch --num_processes {most}",
+            )
         card = _named(cards, given if given and ":" in given else f"cuda:{local_rank}")
     elif given and ":" in given:
         card = _named(cards, given)

@@ -34,7 +34,8 @@ GB = 1e9
 LEAST_FREE_DISK = 10 * GB
 LEAST_HUB_DISK = 15 * GB  # SDXL in half precision is 7 GB; SD1.5 and the scorers come to it
 LEAST_RAM = 12 * GB  # SDXL in half precision is loaded through RAM, beside the system
-LEAST_GPU = 7.5 * GB  # hpo plan: SDXL rank 32 in its smallest form
+# hpo plan: SDXL at 1024 px, rank 32, batch 1, U-Net only, checkpointing, AdamW8bit, fp8_base (without fp8_base: 7.4)
+LEAST_GPU = 5.1 * GB
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open-clip-torch", "optuna", "safetensors")
 DAY = 86_400.0
 WRONG_YEAR = 1_735_689_600.0  # 2025-01-01: a clock before that is wrong, and no server's certificate is valid
@@ -78,7 +79,7 @@ class Evidence:
 
     @property
     def traces(self) -> tuple[str, ...]:
-        return nvidia.traces(self.root)
+        return nvidia.traces(self.root, self.environment)
 
     @property
     def has_card(self) -> bool:
@@ -314,7 +315,10 @@ def _gpus(e: Evidence) -> list[Finding]:
         )
         if is_nvidia and built and not wheel.has_kernels(built, capability):
             trouble = wheel.no_kernels(str(card["name"]), capability, built)
-            found.append(Finding(name, trouble.what, PROBLEM, trouble.todo))
+            state, instead = PROBLEM, ""
+            if (used := _device(e)) != "cpu":
+                state, instead = NOTE, f"hpo uses {used} instead; for this card: "
+            found.append(Finding(name, trouble.what, state, instead + trouble.todo))
             continue
         if not card["works"]:
             trouble = wheel.explain(_first(str(card["reason"])), e.probe["wheel"]["cuda"])
@@ -363,7 +367,8 @@ def _memory(name: str, card: Mapping[str, Any], users: tuple[nvidia.User, ...]) 
         f"; used by {', '.join(who[:6])}" if who else ""
     )
     if free < LEAST_GPU <= total:
-        return [Finding(name, found, NOTE, "close what uses the card: SDXL needs at least 7.5 GB (hpo plan)")]
+        todo = "close what uses the card: SDXL at 1024 px needs at least 5.1 GB, with fp8_base (hpo plan)"
+        return [Finding(name, found, NOTE, todo)]
     if total < LEAST_GPU:
         return [Finding(name, found, NOTE, "enough for SD1.5; for SDXL see what fits: hpo plan --vram …")]
     return [Finding(name, found)]
@@ -405,16 +410,19 @@ def _bitsandbytes(e: Evidence) -> list[Finding]:
         reason = f": {_first(about['reason'])[:160]}" if about["reason"] else ""
         todo = f"pip install --upgrade bitsandbytes, {instead}"
         return [Finding("bitsandbytes", f"{about['version']}, without a CUDA library for this PyTorch{reason}",
-                        PROBLEM, todo)]  # fmt: skip
+                        NOTE, f"8-bit optimizers do not work on the GPU: {todo}")]  # fmt: skip
     return [Finding("bitsandbytes", f"{about['version']}, on the CPU (8-bit optimizers are slow there)")]
 
 
 def _disks(e: Evidence) -> list[Finding]:
     found = []
-    for name, place, least, what in (
-        ("disk (runs)", e.runs, LEAST_FREE_DISK, "a study with SD1.5 takes several GB"),
-        ("disk (models)", _hub(e.environment), LEAST_HUB_DISK, "downloaded bases and scorers are kept there: SDXL "
-         "and a scorer take about 10 GB; HF_HOME names another folder"),
+    for name, place, least, worst, closed, what in (
+        ("disk (runs)", e.runs, LEAST_FREE_DISK, PROBLEM, "change its permissions",
+         "a study with SD1.5 takes several GB"),
+        # a cache that cannot be written, or is full, still serves the models that are in it
+        ("disk (models)", _hub(e.environment), LEAST_HUB_DISK, NOTE, "models that are there are used; to download "
+         "others, change its permissions, or name another folder in HF_HOME", "downloaded bases and scorers are kept "
+         "there: SDXL and a scorer take about 10 GB; HF_HOME names another folder"),
     ):  # fmt: skip
         there = place.absolute()
         while not there.exists() and there != there.parent:
@@ -422,11 +430,9 @@ def _disks(e: Evidence) -> list[Finding]:
         free = shutil.disk_usage(there).free
         said = f"{free / GB:.0f} GB free at {place}"
         if not os.access(there, os.W_OK | os.X_OK):
-            found.append(
-                Finding(name, f"{said}, but it cannot be written", PROBLEM, "change its permissions")
-            )
+            found.append(Finding(name, f"{said}, but it cannot be written", worst, closed))
         elif free < least:
-            state = PROBLEM if free < 1 * GB else NOTE
+            state = worst if free < 1 * GB else NOTE
             found.append(Finding(name, said, state, f"free some space: {what}"))
         else:
             found.append(Finding(name, said))
@@ -491,9 +497,10 @@ def _verdict(e: Evidence, device: str, troubled: bool) -> Finding:
         return Finding("verdict", f"hpo uses {device}{more}", NOTE if troubled else OK)
     if e.has_card and not hides_all(e.environment):
         return Finding("verdict", "there is a GPU, and it cannot be used", NOTE, "see the lines marked !!")
+    why = f"the GPUs are hidden ({VISIBLE})" if e.has_card else "no GPU was found"
     return Finding(
         "verdict",
-        "no GPU was found: hpo runs on the CPU",
+        f"{why}: hpo runs on the CPU",
         NOTE,
         "the miniature bases take minutes (hpo search --base mini-sd15); SD1.5 and SDXL take hours to days on a CPU",
     )

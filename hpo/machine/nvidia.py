@@ -74,11 +74,19 @@ def is_wsl(root: Path = Path("/")) -> bool:
 def in_container(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is a container, as far as it can be seen from inside."""
     marks = ("/.dockerenv", "/run/.containerenv")
-    return any((root / mark.lstrip("/")).exists() for mark in marks) or "container" in environment
+    if any((root / mark.lstrip("/")).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in environment:
+        return True
+    return environment.get("container", "wsl") != "wsl"  # systemd calls WSL a container
 
 
-def traces(root: Path = Path("/")) -> tuple[str, ...]:
-    """Files that show that an NVIDIA card or its driver is there, as absolute paths."""
+def traces(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Files that show that an NVIDIA card or its driver is there, as absolute paths.
+
+    In a container only device files count: /proc shows the host's driver in containers that got no card too.
+    """
+    if in_container(root, environment):
+        devices = [*sorted((root / "dev").glob("nvidia[0-9]*")), root / "dev/dxg"]
+        return tuple(f"/dev/{device.name}" for device in devices if device.exists())
     if is_wsl(root):
         return (
             tuple(f"/{name}" for name in WSL_TRACES) if all((root / n).exists() for n in WSL_TRACES) else ()

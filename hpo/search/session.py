@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from rich.console import Console
 
+from hpo.machine import process_words
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal, read_enqueued
@@ -42,6 +43,7 @@ from hpo.study import (
     check_unchanged,
     database_errors,
     early_note,
+    holder,
     in_use,
     nothing_learned,
     promptfiles,
@@ -54,6 +56,7 @@ from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
 
 POLL_SECONDS = 0.5
+NAMED_AFTER_SECONDS = 20.0  # the worker that is waited for
 
 if TYPE_CHECKING:
     from hpo.search.cost import Cost
@@ -226,7 +229,14 @@ def _one_after_the_other(bench: Workbench, view: report.PlainView) -> Iterator[N
     lock = bench.folder.base_lock()
     if not lock.try_acquire():
         view.say("another worker scores the untrained base; waiting for it …")
+        begun, named = time.monotonic(), False
         while not lock.try_acquire():
+            is_long = time.monotonic() - begun >= NAMED_AFTER_SECONDS
+            if is_long and not named and (pid := holder(lock.path)) is not None:
+                view.say(
+                    f"still waiting for {process_words(pid)}; this worker goes on when it ends or is stopped"
+                )
+                named = True
             time.sleep(POLL_SECONDS)
     try:
         yield

@@ -285,7 +285,7 @@ def memory(cpu: bool, place: Path) -> Row:
     found: Row = {}
     for form in forms:
         words = ["--failure", form, *(["--cpu"] if cpu else [])]
-        found[form] = _child(words, place / f"failure_{form}.log", 120.0)
+        found[form] = _child(words, place / f"failure_{form}.log", 120.0, nested=True)
     return {"forms": found}
 
 
@@ -473,7 +473,7 @@ def cells(cpu: bool, place: Path) -> Row:
             continue
         predicted = None if cpu else predict(cell.config(False), facts).peak_bytes
         words = ["--cell", cell.name, *(["--cpu"] if cpu else [])]
-        row = _child(words, place / "cell.log", 120.0)
+        row = _child(words, place / "cell.log", 120.0, nested=True)
         found[cell.name] = {**row, "predicted": predicted, "users_gb": cell.users_gb}
         write_atomic(path, json.dumps(found, indent=1))
     return {"cells": found}
@@ -523,9 +523,12 @@ def _cell(text: str) -> str:
 # Running parts
 
 
-def _child(words: Sequence[str], log: Path, seconds: float) -> Row:
-    """What a process of this module prints as its last line; {"failed": why} if it fails or takes too long.  Its
-    whole process group ends with it."""
+def _child(words: Sequence[str], log: Path, seconds: float, *, nested: bool = False) -> Row:
+    """What a process of this module prints as its last line; {"failed": why} if it fails or takes too long.
+
+    A part has a process group of its own, and the whole group ends with it.  ``nested``: a process that a part
+    starts.  It stays in the part's group, so that it ends with the part and does not keep memory of the card.
+    """
     command = [sys.executable, "-m", "tests.bench.first_hour", "--out", str(log.parent), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with open(log, "w+", encoding="utf-8") as errors:
@@ -536,18 +539,21 @@ def _child(words: Sequence[str], log: Path, seconds: float) -> Row:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            start_new_session=True,
+            start_new_session=not nested,
         )
+
+        def end() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill() if nested else os.killpg(child.pid, signal.SIGKILL)
+
         try:
             said, _ = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            end()
             child.communicate()
             return {"failed": f"it was ended after {seconds:.0f} s"}
         except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            end()
             raise
         errors.seek(0)
         text = errors.read().strip()

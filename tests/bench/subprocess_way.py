@@ -16,6 +16,7 @@ import random
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]  # as in diffusers' script
 
@@ -44,11 +45,19 @@ class Job:
         return path
 
 
+def half_on_gpu(job: Job) -> Any:
+    """The number type of the networks: bf16 on a GPU, as users give to --mixed_precision; fp32 on a CPU."""
+    import torch
+
+    return torch.bfloat16 if job.device.startswith("cuda") else torch.float32
+
+
 def train(job: Job) -> None:
     """Load, train, save."""
     import numpy as np
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.training_utils import cast_training_params
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -60,13 +69,15 @@ def train(job: Job) -> None:
     device = torch.device(job.device)
     tokenizer = CLIPTokenizer.from_pretrained(job.base, subfolder="tokenizer")
     scheduler = DDPMScheduler.from_pretrained(job.base, subfolder="scheduler")
-    kept = {"torch_dtype": torch.float32}
-    text_encoder = CLIPTextModel.from_pretrained(job.base, subfolder="text_encoder", dtype=torch.float32)
+    dtype = half_on_gpu(job)
+    kept = {"torch_dtype": dtype}
+    text_encoder = CLIPTextModel.from_pretrained(job.base, subfolder="text_encoder", dtype=dtype)
     vae = AutoencoderKL.from_pretrained(job.base, subfolder="vae", **kept)
     unet = UNet2DConditionModel.from_pretrained(job.base, subfolder="unet", **kept)
     for network in (text_encoder, vae, unet):
         network.requires_grad_(False).to(device)
     unet.add_adapter(LoraConfig(r=job.rank, lora_alpha=job.rank, target_modules=TARGETS))
+    cast_training_params(unet, dtype=torch.float32)
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=job.rate, weight_decay=0.01)
     paths = sorted(path for path in Path(job.images).rglob("*") if path.suffix in (".png", ".jpg"))
@@ -82,7 +93,7 @@ def train(job: Job) -> None:
             pixels.append(torch.from_numpy(array).permute(2, 0, 1))
             captions.append(path.with_suffix(".txt").read_text().strip())
         with torch.no_grad():
-            latents = vae.encode(torch.stack(pixels).to(device)).latent_dist.sample()
+            latents = vae.encode(torch.stack(pixels).to(device, dtype)).latent_dist.sample()
             latents = latents * vae.config.scaling_factor
             ids = tokenizer(
                 captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
@@ -90,7 +101,8 @@ def train(job: Job) -> None:
             states = text_encoder(ids.to(device))[0]
         noise = torch.randn_like(latents)
         times = torch.randint(0, scheduler.config.num_train_timesteps, (job.batch,), device=device)
-        predicted = unet(scheduler.add_noise(latents, noise, times), times, states).sample
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            predicted = unet(scheduler.add_noise(latents, noise, times), times, states).sample
         torch.nn.functional.mse_loss(predicted.float(), noise.float()).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -107,7 +119,9 @@ def score(job: Job) -> None:
 
     from evaluation.encoders import load_scorer
 
-    pipe = StableDiffusionPipeline.from_pretrained(job.base, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        job.base, torch_dtype=half_on_gpu(job), local_files_only=True
+    )
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(job.out)
     pipe.to(job.device)

@@ -2,10 +2,11 @@
 
     python -m tests.bench.bench_search throughput --out bench/throughput [--full-size] [--rounds 2]
 
-Same base (a diffusers folder), images, number of steps, batch size, rank, drawn images, sampling steps and scorer.  A
-round is a whole study from its start to its end, with loading, anchors and the cost estimate, then a few trials of
-the other way; rounds alternate in one run.  The study trains all layers of its usual LoRA, the script only the
-attention projections.  With ``--full-size``: SD1.5 and ViT-B-32 with random weights, at a small resolution.
+Same base (a diffusers folder), images, number of steps, batch size, rank, drawn images, sampling steps and scorer.
+Both ways compute in fp32 on a CPU and in half precision on a GPU.  A round is a whole study from its start to its end,
+with loading, anchors and the cost estimate, then a few trials of the other way; rounds alternate in one run.  The
+study trains all layers of its usual LoRA, the script only the attention projections.  With ``--full-size``: SD1.5 and
+ViT-B-32 with random weights, at a small resolution.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def miniature(place: Path, device: str = "cpu") -> Setting:
 
 
 def full_size(place: Path, device: str = "cpu", side_px: int = 64, steps: int = 4) -> Setting:
-    """SD1.5 and ViT-B-32 with random weights."""
+    """SD1.5 and ViT-B-32 with random weights: in fp32 on a CPU, on a GPU in the half precision that is usual there."""
     from tests.fullsize import louder, random_base, random_clip
     from tests.tiny import save_folder
     from tests.tiny_search import draw_images
@@ -143,7 +144,8 @@ def full_size(place: Path, device: str = "cpu", side_px: int = 64, steps: int = 
         trials=3,
         others=1,
         words=(
-            *("--references", str(place / "references"), "--set", "mixed_precision=no"),
+            *("--references", str(place / "references")),
+            *(() if device.startswith("cuda") else ("--set", "mixed_precision=no")),
             *("--set", "limits.copy_rate=1.0", "--set", "limits.shown=-100"),
         ),
         random=True,

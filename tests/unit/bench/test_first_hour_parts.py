@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -93,6 +94,19 @@ def test_a_process_that_hangs_is_ended_and_one_that_breaks_is_told(tmp_path, mon
     assert "the driver is old" in first_hour._child([], tmp_path / "log", 60.0)["failed"]
     starting("print('words'); print('{\"value\": 3}')")
     assert first_hour._child([], tmp_path / "log", 60.0) == {"value": 3}
+
+
+def test_what_a_part_starts_stays_in_its_process_group(tmp_path, monkeypatch):
+    """A part that takes too long is ended with its group: what it started must be in it."""
+    real = subprocess.Popen
+    code = "import os; print('{\"group\":', os.getpgrp(), '}')"
+    monkeypatch.setattr(
+        first_hour.subprocess, "Popen", lambda command, **how: real([sys.executable, "-c", code], **how)
+    )
+    assert first_hour._child([], tmp_path / "log", 60.0)["group"] != os.getpgrp()
+    found = [*first_hour.memory(True, tmp_path)["forms"].values()]
+    found += first_hour.cells(True, tmp_path)["cells"].values()
+    assert len(found) == 3 and {row["group"] for row in found} == {os.getpgrp()}
 
 
 def test_every_failed_allocation_is_shown_with_what_became_of_it():

@@ -35,7 +35,7 @@ class Machine:
         self.patch.setenv("PATH", f"{self.bin}:/usr/bin:/bin")
 
     def has_traces(self, *found: str) -> None:
-        self.patch.setattr(nvidia, "traces", lambda root=Path("/"): found or ("/dev/nvidiactl",))
+        self.patch.setattr(nvidia, "traces", lambda *_: found or ("/dev/nvidiactl",))
 
     def cards(self, *cards: tuple[str, tuple[int, int]], uuids: bool = True) -> None:
         """CUDA starts, with these cards."""

@@ -70,9 +70,9 @@ def test_a_wheel_without_kernels(system, tmp_path: Path) -> None:
 
 def test_who_uses_the_memory(system, tmp_path: Path) -> None:
     users = (nvidia.User("GPU-u", 77, "/opt/comfy/python", 9_000_000_000),)
-    report = judge(evidence(system, tmp_path, smi=SMI, users=users, cards=({**GOOD, "free_bytes": 6e9},)))
+    report = judge(evidence(system, tmp_path, smi=SMI, users=users, cards=({**GOOD, "free_bytes": 4e9},)))
     memory = named(report, "cuda:0")[2]
-    assert memory.state == NOTE and "6.0 of 16.9 GB free; used by python (77, 9.0 GB)" in memory.found
+    assert memory.state == NOTE and "4.0 of 16.9 GB free; used by python (77, 9.0 GB)" in memory.found
 
 
 def test_an_old_driver(system, tmp_path: Path) -> None:
@@ -221,16 +221,85 @@ def test_nvidia_smi_is_read(machine) -> None:
 
 def test_traces_of_a_card(system) -> None:
     root = system("proc/version", "Linux version 6.1")
-    assert nvidia.traces(root) == ()
+    assert nvidia.traces(root, {}) == ()
     system("dev/dxg", "")
-    assert nvidia.traces(root) == ()
+    assert nvidia.traces(root, {}) == ()
     system("proc/version", "Linux Microsoft")
-    assert nvidia.traces(root) == ()  # another maker's card
+    assert nvidia.traces(root, {}) == ()  # another maker's card
     system("usr/lib/wsl/lib/libcuda.so.1", "")
-    assert nvidia.traces(root)[0] == "/dev/dxg"
+    assert nvidia.traces(root, {})[0] == "/dev/dxg"
+    assert len(nvidia.traces(root, {"container": "wsl"})) == 2
     system("proc/version", "Linux version 6.1")
     system("proc/driver/nvidia/version", "")
-    assert nvidia.traces(root) == ("/proc/driver/nvidia/version",)
+    assert nvidia.traces(root, {}) == ("/proc/driver/nvidia/version",)
+
+
+def test_in_a_container_only_device_files_are_traces(system) -> None:
+    """The host's /proc shows its driver in a container that was started without --gpus."""
+    root = system("proc/driver/nvidia/version", "")
+    system("dev/nvidiactl", "")
+    assert nvidia.traces(root, {"container": "podman"}) == ()
+    assert nvidia.traces(root, {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) == ()
+    system(".dockerenv", "")
+    assert nvidia.traces(root, {}) == ()
+    system("dev/nvidia1", "")
+    assert nvidia.traces(root, {}) == ("/dev/nvidia1",)
+    system("proc/version", "Linux Microsoft")
+    system("dev/dxg", "")
+    assert nvidia.traces(root, {}) == ("/dev/nvidia1", "/dev/dxg")
+
+
+def test_what_hpo_works_without_is_a_note(system, tmp_path: Path, monkeypatch) -> None:
+    """The exit code is 0 if hpo works."""
+    old = {**GOOD, "index": 1, "name": "GTX 1080", "capability": [6, 1]}
+    broken = {**BNB, "cuda": False, "reason": "libcusparse.so is missing"}
+    closed = tmp_path / "hub"
+    closed.mkdir()
+    monkeypatch.setattr(doctor.os, "access", lambda place, mode: Path(place) != closed)
+    report = judge(evidence(system, tmp_path, smi=SMI, cards=(GOOD, old), probe={"bitsandbytes": broken},
+                            environment={"HF_HUB_CACHE": str(closed)}))  # fmt: skip
+    assert report.usable and report.device == "cuda:0"
+    for name, word in (
+        ("cuda:1", "hpo uses cuda:0"),
+        ("bitsandbytes", "AdamW"),
+        ("disk (models)", "HF_HOME"),
+    ):
+        (found,) = named(report, name)
+        assert found.state == NOTE and word in found.todo
+    monkeypatch.setattr(doctor.os, "access", lambda place, mode: Path(place) != tmp_path)
+    assert not judge(evidence(system, tmp_path, smi=SMI, cards=(GOOD,))).usable  # results cannot be written
+
+
+def test_hidden_gpus_are_called_hidden(system, tmp_path: Path) -> None:
+    probe = {"cuda": {"available": False, "reason": "No CUDA GPUs are available"}}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    report = judge(evidence(system, tmp_path, smi=SMI, probe=probe, environment=hidden))
+    assert named(report, "verdict")[0].found.startswith("the GPUs are hidden (CUDA_VISIBLE_DEVICES)")
+    assert report.usable and report.device == "cpu"
+
+
+def test_a_card_of_8_gb_is_enough_for_sdxl(system, tmp_path: Path) -> None:
+    """Also beside a desktop.  The figure is what the planner predicts for SDXL in its smallest form at 1024 px."""
+    from trainer.config import TrainConfig
+    from trainer.memory import base_facts, predict
+
+    card = {**GOOD, "total_bytes": 8.2e9, "free_bytes": 7.0e9}
+    assert named(judge(evidence(system, tmp_path, smi=SMI, cards=(card,))), "cuda:0")[2].state == OK
+    card |= {"free_bytes": 4.0e9}
+    assert (
+        "close what uses the card"
+        in named(judge(evidence(system, tmp_path, smi=SMI, cards=(card,))), "cuda:0")[2].todo
+    )
+    smallest = TrainConfig(
+        resolution=1024,
+        network_dim=32,
+        train_batch_size=1,
+        network_train_unet_only=True,
+        gradient_checkpointing=True,
+        optimizer_type="AdamW8bit",
+        fp8_base=True,
+    )
+    assert abs(predict(smallest, base_facts("sdxl")).peak_bytes - doctor.LEAST_GPU) < 0.2e9
 
 
 def test_the_probe_runs_as_a_program() -> None:

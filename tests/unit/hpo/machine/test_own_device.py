@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from hpo.machine import registry
+from hpo.machine import nvidia, registry
 from hpo.machine.device import check_device, own_device
 from trainer.errors import ConfigError, MachineError
 
@@ -162,6 +162,27 @@ def test_ranks_of_a_launcher_take_their_own_and_no_lock(machine) -> None:
         assert own_device(None, base="sd15", say=machine.say, local_rank=1, ranks=2) == "cuda:1"
         assert own_device("cuda", base="sd15", say=machine.say, local_rank=1, ranks=2) == "cuda:1"
     assert machine.lines == []
+
+
+def test_more_ranks_than_gpus_is_said_as_that(machine) -> None:
+    machine.cards(RTX)
+    for given in (None, "cuda"):
+        with pytest.raises(
+            MachineError, match="process 2 of this machine has no GPU: 1 is visible"
+        ) as caught:
+            own_device(given, base="sd15", local_rank=1, ranks=2)
+        assert "--nproc-per-node 1" in caught.value.hint
+
+
+def test_a_container_that_only_shows_the_driver_of_its_host_uses_the_cpu(
+    machine, system, monkeypatch
+) -> None:
+    root = system(".dockerenv", "")
+    system("proc/driver/nvidia/version", "NVRM version: 580.65")
+    seen = nvidia.traces
+    monkeypatch.setattr(nvidia, "traces", lambda: seen(root, {}))
+    assert own_device(None, base="sd15", say=machine.say) == "cpu"
+    assert len(machine.lines) == 1 and "no GPU is used" in machine.lines[0]
 
 
 def test_a_card_without_a_uuid_is_used_without_a_lock(machine) -> None:

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from hpo.search import session
 from hpo.search.session import _one_after_the_other
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import holder
@@ -38,3 +41,21 @@ def test_the_second_worker_says_that_it_waits_and_goes_on_when_the_first_is_gone
         assert holder(bench.folder.base_lock().path) is None
         with _one_after_the_other(bench, SimpleNamespace(say=lambda line: said.append(line))):
             assert len(said) == 1
+
+
+def test_a_worker_that_waits_long_names_the_process_that_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "NAMED_AFTER_SECONDS", 0.0)
+    words = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "True\n"
+        said: list[str] = []
+
+        def say(line: str) -> None:
+            said.append(line)
+            if f"still waiting for process {first.pid}" in line or len(said) > 2:
+                first.kill()
+
+        with _one_after_the_other(SimpleNamespace(folder=StudyFolder(tmp_path)), SimpleNamespace(say=say)):
+            assert len(said) == 2 and f"process {first.pid}" in said[1]
