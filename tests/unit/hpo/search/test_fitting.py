@@ -11,12 +11,13 @@ from hpo.search import fitting, remedies
 from hpo.search import trial as trials
 from hpo.search.workbench import Workbench
 from hpo.study.config import StudyConfig
+from tests.pretendcard import GB, pretend_card
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_search import Recorder, draw_images, tiny_bench, tiny_study
 from trainer.errors import ConfigError, OutOfMemory
 from trainer.files import read_records
 from trainer.loop import loop
-from trainer.memory.footprint import base_facts
+from trainer.memory import base_facts, predict
 
 
 def study_of(high: int = 4) -> StudyConfig:
@@ -42,6 +43,24 @@ def card_of(bench: Workbench, monkeypatch: pytest.MonkeyPatch, usable: int) -> R
     view = Recorder()
     fitting.say_fit(bench, view.say, fresh=True)
     return view
+
+
+def test_networks_that_leave_the_card_do_not_count(bench: Workbench) -> None:
+    with pretend_card(16 * GB):
+        bench.base.to("cuda")
+        scorer = torch.nn.Linear(1000, 1000)
+        bench.base.card.add(scorer.to("cuda"), "scorer")
+        resident = torch.cuda.memory_allocated()
+        assert resident >= bench.base.card.resident_bytes() > 4_000_000
+        kept = torch.zeros(10_000_000, dtype=torch.uint8, device="cuda")
+        found = remedies.usable_bytes(bench.base)
+        assert found is not None
+        _, others = found
+        assert len(kept) <= others < len(kept) + 1_000_000  # and the rounding of every tensor
+        bench.base.to("cpu")
+    facts, config = base_facts(bench.base_spec), bench.config(bench.study.baseline, 0)
+    needed = remedies.Card(16 * GB, others, facts).needed_bytes(config)
+    assert needed == predict(config, facts).peak_bytes + others
 
 
 def test_nothing_is_said_on_a_cpu_or_where_everything_fits(
