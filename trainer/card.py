@@ -77,6 +77,10 @@ class Card:
         """The names of the networks on the card."""
         return [name for network, name in self._names.items() if self.is_here(network)]
 
+    def resident_bytes(self) -> int:
+        """Bytes of the networks on the card. All but trained weights leave it where a phase needs the room."""
+        return sum(nbytes(network) for network in self._names if self.is_here(network))
+
     @property
     def phase_name(self) -> str:
         """What is done now; empty between phases."""

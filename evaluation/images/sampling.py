@@ -85,8 +85,8 @@ def sample(
     are stored under the same identity are reused. ``as_class`` renders the scored text, which has the class
     word instead of the trigger, with the noise of the same prompts: the anchor of the untrained base.
 
-    Where memory runs out, half as many images are drawn at once, down to one: an image differs by rounding only. Raises
-    OutOfMemory if a single image does not fit.
+    Where memory runs out, half as many images are drawn at once, down to one: an image differs by rounding only. The
+    base remembers how many fitted, for later calls. Raises OutOfMemory if a single image does not fit.
     """
     jobs = list(prompts.jobs)
     if only_first_chunk:
@@ -96,7 +96,8 @@ def sample(
     stored = [store.read(chunk) if store and identity else None for chunk in chunks]
     missing = [chunk for chunk, found in zip(chunks, stored, strict=True) if found is None]
     images: list[SampledImage] = []
-    fitting = Fitting(config.batch_size)
+    kind = (config.height_px, config.width_px, config.cfg > 1)
+    fitting = Fitting(min(config.batch_size, base.drawn_at_once.get(kind, config.batch_size)))
     size = f"{config.width_px}×{config.height_px} px"
 
     def draw(part: Sequence[tuple[Prompt, int]]) -> list[SampledImage]:
@@ -110,6 +111,7 @@ def sample(
                 with memory_named(f"out of memory while sampling an image of {size}"):
                     found = [image for part in fitting.each(chunk, draw) for image in part]
                 if fitting.size < config.batch_size:
+                    base.drawn_at_once[kind] = fitting.size
                     base.say_once(f"out of memory while sampling: {fitting.size} images are drawn at once")
                 writer.write(found)
             images += found

@@ -39,6 +39,7 @@ MAIN = (
     "gradient_checkpointing",
 )
 MOST_SECONDS = 60.0  # of planning; a corner without a stored trace takes seconds
+ADVICE_SECONDS = 20.0  # of looking for what leaves out the corners that do not fit
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Corner:
 
 @dataclass(frozen=True)
 class Fit:
-    """The planned corners, those that need most memory first. ``searched``: the parameters that decide memory.
-    ``left``: corners that were not planned, to begin in time."""
+    """The planned corners, those that need most memory first; the one that should need least is always among them.
+    ``searched``: the parameters that decide memory. ``left``: corners that were not planned, to begin in time."""
 
     card: Card
     corners: tuple[Corner, ...]
@@ -79,7 +80,7 @@ def plan(
     begun = now()
     searched, corners = _corners(study, card)
     found: list[Corner] = []
-    for values in corners:
+    for values in corners[:MOST_CORNERS]:
         if found and now() - begun > MOST_SECONDS:
             break
         found.append(_planned(study, card, searched, values))
@@ -87,8 +88,9 @@ def plan(
     return Fit(card, tuple(found), searched, len(corners) - len(found))
 
 
-def lines(study: StudyConfig, fit: Fit) -> list[str]:
+def lines(study: StudyConfig, fit: Fit, now: Callable[[], float] = time.monotonic) -> list[str]:
     """What a user should know before the first trial; empty if the whole space fits as it is."""
+    ends = now() + ADVICE_SECONDS
     groups: dict[tuple[str, bool], list[Corner]] = {}
     for corner in fit.corners:
         if corner.remedies or not corner.fits:
@@ -102,7 +104,9 @@ def lines(study: StudyConfig, fit: Fit) -> list[str]:
             continue
         even = f"{worst.least_bytes / 1e9:.1f} GB even with {how}" if how else "and nothing can be saved"
         then = "will be tried, and probably be infeasible"
-        found.append(f"warning: {what}, {even}: such trials {then}{_instead(study, fit, worst)}")
+        found.append(
+            f"warning: {what}, {even}: such trials {then}{_instead(study, fit, worst, lambda: now() > ends)}"
+        )
     if fit.left:
         found.append(
             f"{fit.left} more corners of the space are not planned now: their trials plan for themselves"
@@ -145,18 +149,27 @@ def say_fit(bench: Workbench, say: Callable[[str], None], *, fresh: bool) -> Non
 
 
 def _corners(study: StudyConfig, card: Card) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """The parameters that decide memory, and suggested values: all combinations of the edges of those in ``MAIN``,
-    with whatever needs most of the others; at last the one that should need least. The rest is the baseline's."""
+    """The parameters that decide memory, and suggested values: first those that should need least, then all
+    combinations of the edges of those in ``MAIN``, with whatever needs most of the others, from the combination that
+    should need most on. The rest is the baseline's."""
     edges = {p.name: p.domain.edges for p in study.space if _decides(study, p.name, p.domain.edges)}
-    main = {name: values for name, values in edges.items() if set(settings_of(name)) & set(MAIN)}
-    high, low = ({name: values[end] for name, values in edges.items()} for end in (-1, 0))
-    for name in [name for name in edges if name not in main]:
-        needs = {edge: _needed(study, card, {**high, name: edge}) for edge in edges[name]}
-        high[name], low[name] = max(needs, key=needs.__getitem__), min(needs, key=needs.__getitem__)
-    product = itertools.islice(itertools.product(*main.values()), MOST_CORNERS)
-    combined = [{**high, **dict(zip(main, values, strict=True))} for values in product]
-    minor = tuple(name for name in edges if name not in main)
-    return (*minor, *main), [*reversed(combined), *([low] if low not in combined else [])]
+    main = [name for name in edges if set(settings_of(name)) & set(MAIN)]
+    numbers = [name for name in main if all(_is_number(edge) for edge in edges[name])]
+    most_first = {name: tuple(sorted(edges[name], reverse=True)) for name in numbers}
+    for name in [name for name in edges if name not in numbers]:
+        high = {other: most_first.get(other, values)[0] for other, values in edges.items()}
+        needs = [(_needed(study, card, {**high, name: edge}), edge) for edge in edges[name]]
+        most_first[name] = tuple(edge for _, edge in sorted(needs, key=lambda pair: -pair[0]))
+    high, low = ({name: most_first[name][end] for name in edges} for end in (0, -1))
+    ways = itertools.product(*(range(len(most_first[name])) for name in main))
+    chosen = [dict(zip(main, way, strict=True)) for way in sorted(ways, key=sum)]
+    combined = [{**high, **{name: most_first[name][n] for name, n in way.items()}} for way in chosen]
+    minor = [name for name in edges if name not in main]
+    return (*minor, *main), [low, *(values for values in combined if values != low)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _needed(study: StudyConfig, card: Card, values: Mapping[str, Any]) -> int:
@@ -211,32 +224,62 @@ def _common(fit: Fit, group: Sequence[Corner]) -> str:
     return ", ".join(f"{name} {short(value)}" for name, value in shared.items()) or "the largest trial"
 
 
-def _instead(study: StudyConfig, fit: Fit, corner: Corner) -> str:
-    """How to leave a corner out of the space: the first parameter of which less makes it fit, with its new range."""
+def _instead(study: StudyConfig, fit: Fit, corner: Corner, is_late: Callable[[], bool]) -> str:
+    """How to leave a corner out of the space: the first parameter of which less makes it fit, with its new range.
+    What is known when it is late is said."""
     domains = {p.name: p.domain for p in study.space}
     for name in fit.searched:
-        for value in _less(domains[name], corner.values[name]):
-            if _planned(study, fit.card, fit.searched, {**corner.values, name: value}).fits:
-                return f"; to leave them out: {set_words([_narrowed(name, domains[name], value)])}"
+
+        def fits(value: Any, name: str = name) -> bool:
+            return _planned(study, fit.card, fit.searched, {**corner.values, name: value}).fits
+
+        options = _less(domains[name], corner.values[name])
+        find = _last_that_fits if isinstance(options, range) else _first_that_fits
+        value = find(options, fits, is_late)
+        if value is not None:
+            return f"; to leave them out: {set_words([_narrowed(name, domains[name], value)])}"
     return ""
 
 
+def _first_that_fits(options: Sequence[Any], fits: Callable[[Any], bool], is_late: Callable[[], bool]) -> Any:
+    """The first value that fits; None without one, or if it was not found in time."""
+    for value in options:
+        if is_late():
+            return None
+        if fits(value):
+            return value
+    return None
+
+
+def _last_that_fits(options: range, fits: Callable[[Any], bool], is_late: Callable[[], bool]) -> int | None:
+    """The last of ascending values that fits, if more needs more; None if the first does not fit. The largest that is
+    known when it is late."""
+    if not options or is_late() or not fits(options[0]):
+        return None
+    known, too_much = 0, len(options)
+    while too_much - known > 1 and not is_late():
+        middle = (known + too_much) // 2
+        known, too_much = (middle, too_much) if fits(options[middle]) else (known, middle)
+    return options[known]
+
+
 def _less(domain: Range | Choice, value: Any) -> Sequence[Any]:
-    """The values of a domain that may need less than ``value``: of numbers, the largest first."""
+    """The values of a domain that may need less than ``value``: whole numbers as an ascending range; of other numbers,
+    the largest first."""
     if isinstance(domain, Choice):
-        if isinstance(value, int | float):
+        if all(map(_is_number, domain.options)):
             return sorted((option for option in domain.options if option < value), reverse=True)
         return [option for option in domain.options if option != value]
     if not domain.whole:
         return [domain.low] if domain.low < value else []
-    return range(int(value) - 1, int(domain.low) - 1, -1)
+    return range(int(domain.low), int(value), int(domain.step or 1))
 
 
 def _narrowed(name: str, domain: Range | Choice, value: Any) -> str:
     """``--set`` value for a domain that ends at ``value``."""
     if isinstance(domain, Choice):
-        is_number = isinstance(value, int | float)
-        kept = [option for option in domain.options if (option <= value if is_number else option == value)]
+        are_numbers = all(map(_is_number, domain.options))
+        kept = [option for option in domain.options if (option <= value if are_numbers else option == value)]
         return f"{name}={json.dumps(kept)}"
     if value == domain.low:
         return f"{name}={json.dumps(value)}"

@@ -76,7 +76,7 @@ def remedy_words(config: TrainConfig, remedies: Sequence[str]) -> str:
 @dataclass(frozen=True)
 class Card:
     """What a process of this study may use of its GPU. ``resident_bytes`` stay there whatever is trained: tensors of
-    this process when it was measured."""
+    this process, when it was measured, that are not of a network. Networks leave for a step that needs their room."""
 
     usable_bytes: int
     resident_bytes: int
@@ -88,14 +88,13 @@ class Card:
         return int(self.usable_bytes * SAFE_SHARE)
 
     def needed_bytes(self, config: TrainConfig) -> int:
-        """The predicted peak of a step, with what stays on the GPU and is not part of it: scorers, the VAE."""
-        found = predict(config, self.facts)
-        counted = sum(size for name, size in found.parts.items() if name.startswith("base: "))
-        return found.peak_bytes + max(0, self.resident_bytes - counted)
+        """The predicted peak of a step, with what stays on the GPU beside it."""
+        return predict(config, self.facts).peak_bytes + self.resident_bytes
 
 
 def usable_bytes(base: Base) -> tuple[int, int] | None:
-    """(bytes of the GPU that this process may use, bytes of its tensors now); None on a CPU."""
+    """(bytes of the GPU that this process may use, bytes of its tensors there that no network of ``trainer.card``
+    has); None on a CPU."""
     device = base.device
     if device.type != "cuda":
         return None
@@ -103,7 +102,8 @@ def usable_bytes(base: Base) -> tuple[int, int] | None:
 
     free, total = torch.cuda.mem_get_info(device)
     usable = free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES
-    return int(min(total, usable)), int(torch.cuda.memory_allocated(device))
+    others = torch.cuda.memory_allocated(device) - base.card.resident_bytes()
+    return int(min(total, usable)), max(0, int(others))
 
 
 class Remedies:

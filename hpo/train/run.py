@@ -91,7 +91,7 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
         _share_threads(folder, device, ranks, view.say)
         join(ranks, device)
         try:
-            vram = ranks.lowest(runmemory.free_bytes(device), device)
+            vram = ranks.lowest(runmemory.free_bytes(device))
             runmemory.apply_plan(ladder, vram, steps_behind(folder.checkpoints), view.say)
             place = Place(load(ladder.config, data, device, view.say))
             with (

@@ -106,6 +106,8 @@ class Base(ABC):
         self.encoded_in_tiles = False  # whether the last images were
         self.vae_overflows = False  # once an image was not finite in fp16 but is in fp32
         self.on_overflow: list[Callable[[], None]] = []  # called when that is found out
+        # images that fit at once where more ran out of memory, by (height, width, guided)
+        self.drawn_at_once: dict[tuple[int, int, bool], int] = {}
         self._said: set[str] = set()
         self.card = card_of(next(self.unet.parameters()).device)
         for module in self.modules():

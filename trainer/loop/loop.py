@@ -118,7 +118,7 @@ def _train(
                     saves.wait()
                 what = f"{progress.in_a_row} steps in a row had no finite {outcome.skipped}"
                 raise Diverged(f"{what}, up to {progress.step}", _after_divergence(how.checkpoints, progress))
-            stop = how.ranks.any(how.should_stop(), base.device)
+            stop = how.ranks.any(how.should_stop())
             if stop or (saves.are_due and not progress.in_a_row):
                 saves.save(progress)
             yield from saves.wait() if stop else saves.written()

@@ -3,6 +3,11 @@
 Owns how they find each other (the variables set by torchrun and accelerate's launcher) and what they exchange.
 Every process holds the whole adapter and makes the same update; the parts of a step are distributed in turn, so
 the effective batch size equals the settings on any number of GPUs.  Rank 0 writes all files.
+
+The first process alone encodes, draws samples and validates, which may take hours; NCCL ends a process that waits for
+10 minutes. So they agree (``any``, ``lowest``, ``wait``) over connections of their own, without a GPU and with
+``PATIENCE``: every exchange of numbers follows such an agreement at once. A process that dies closes its connections,
+which the others notice immediately.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,6 +26,7 @@ from trainer import oom as memory
 from trainer.errors import RESUME, MachineError
 
 BUCKET_VALUES = 1 << 24  # gradients sent at once: 64 MiB in fp32
+PATIENCE = timedelta(days=7)  # of those that wait for work that one process does alone
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -36,22 +43,22 @@ class Ranks:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
-    def any(self, mine: bool, device: torch.device | str = "cpu") -> bool:
+    def any(self, mine: bool) -> bool:
         """Whether it is true in any process."""
         if self.world == 1:
             return mine
-        flag = torch.tensor([float(mine)], device=_place(device))
+        flag = torch.tensor([float(mine)])
         with _together():
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=_patient())
         return bool(flag.item())
 
-    def lowest(self, mine: int | None, device: torch.device | str = "cpu") -> int | None:
+    def lowest(self, mine: int | None) -> int | None:
         """The lowest of the processes' numbers; None if they have none."""
         if self.world == 1 or mine is None:
             return mine
-        number = torch.tensor([mine], dtype=torch.int64, device=_place(device))
+        number = torch.tensor([mine], dtype=torch.int64)
         with _together():
-            dist.all_reduce(number, dist.ReduceOp.MIN)
+            dist.all_reduce(number, dist.ReduceOp.MIN, group=_patient())
         return int(number.item())
 
     def sum_(self, tensor: Tensor) -> None:
@@ -70,7 +77,7 @@ class Ranks:
         has = torch.tensor([float(weight.grad is not None) for weight in weights], device=weights[0].device)
         with _together():
             dist.all_reduce(has, dist.ReduceOp.MAX)
-        with self.agreed(weights[0].device):
+        with self.agreed():
             for weight, anywhere in zip(weights, has.tolist(), strict=True):
                 if anywhere and weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
@@ -83,7 +90,7 @@ class Ranks:
                 gradient.copy_(part.view_as(gradient))
 
     @contextlib.contextmanager
-    def agreed(self, device: torch.device | str = "cpu") -> Iterator[None]:
+    def agreed(self) -> Iterator[None]:
         """If one process runs out of memory here, all raise together instead of waiting for it."""
         failure: Exception | None = None
         try:
@@ -92,17 +99,18 @@ class Ranks:
             if self.world == 1 or not memory.is_out_of_memory(error):
                 raise
             failure = error
-        if self.any(failure is not None, device):
+        if self.any(failure is not None):
             raise failure or torch.OutOfMemoryError("another process ran out of memory")
 
     def wait(self) -> None:
-        """Wait for all processes."""
+        """Wait for all processes, however long the others need."""
         if self.world > 1:
             with _together():
-                dist.barrier()
+                dist.barrier(group=_patient())
 
 
 ALONE = Ranks()
+_groups: list[dist.ProcessGroup] = []  # the patient one, while connected
 
 
 def launched() -> Ranks:
@@ -129,6 +137,7 @@ def join(ranks: Ranks, device: str) -> None:
         dist.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo", rank=ranks.rank, world_size=ranks.world
         )
+        _groups.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MachineError(
@@ -139,8 +148,14 @@ def join(ranks: Ranks, device: str) -> None:
 
 def leave() -> None:
     """Disconnect from the other processes."""
+    _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _patient() -> dist.ProcessGroup | None:
+    """The processes over connections that wait; the usual ones where another caller has connected them."""
+    return _groups[0] if _groups else None
 
 
 @contextlib.contextmanager
@@ -183,7 +198,3 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(tensor)
         room -= tensor.numel()
     return buckets
-
-
-def _place(device: torch.device | str) -> torch.device | str:
-    return device if dist.get_backend() == "nccl" else "cpu"

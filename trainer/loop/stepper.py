@@ -99,11 +99,11 @@ class Stepper:
         self.is_untouched = True
         draw = keyed_generator(self.config.seed, step, "averaging", device=self.base.device)
         with optim.in_training(self.optimizer, self.weights, draw):
-            with self.ranks.agreed(self.base.device):
+            with self.ranks.agreed():
                 loss_sum = self._gradients(group, epoch, step, following)
             self.ranks.sum_(loss_sum)
             self.ranks.sum_gradients_(self.weights)
-            with self.ranks.agreed(self.base.device):
+            with self.ranks.agreed():
                 outcome = self._make_update(loss_sum, step)
         return outcome
 

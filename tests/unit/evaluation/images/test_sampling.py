@@ -180,6 +180,7 @@ def test_where_memory_runs_out_fewer_images_are_drawn_at_once(
         return decode(latents)
 
     monkeypatch.setattr(base, "decode_latents", limited)
+    monkeypatch.setattr(base, "drawn_at_once", {})
     found = sample(base, PROMPTS, CONFIG, tmp_path, identity="weights")
     assert [(i.prompt_id, i.seed) for i in found] == [(i.prompt_id, i.seed) for i in expected]
     for one, other in zip(found, expected, strict=True):
@@ -188,6 +189,11 @@ def test_where_memory_runs_out_fewer_images_are_drawn_at_once(
     seen.clear()
     assert len(sample(base, PROMPTS, CONFIG, tmp_path, identity="weights")) == len(found)
     assert seen == []  # stored under the chunks of the settings
+    sample(base, PROMPTS, CONFIG)  # another trial with the same base
+    assert seen == [2] * 3, "the size that fitted is remembered"
+    small = dataclasses.replace(CONFIG, width_px=32)
+    sample(base, PROMPTS, small)
+    assert seen[3] == 4, "images of another size are tried for themselves"
 
 
 def test_the_default_size_is_the_bases_own() -> None:

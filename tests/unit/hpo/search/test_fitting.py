@@ -10,13 +10,14 @@ import torch
 from hpo.search import fitting, remedies
 from hpo.search import trial as trials
 from hpo.search.workbench import Workbench
-from hpo.study.config import StudyConfig
+from hpo.study.config import StudyConfig, build_study
+from tests.pretendcard import GB, pretend_card
 from tests.tiny import save_folder, tiny_base
-from tests.tiny_search import Recorder, draw_images, tiny_bench, tiny_study
+from tests.tiny_search import STUDY, Recorder, draw_images, tiny_bench, tiny_study
 from trainer.errors import ConfigError, OutOfMemory
 from trainer.files import read_records
 from trainer.loop import loop
-from trainer.memory.footprint import base_facts
+from trainer.memory import base_facts, predict
 
 
 def study_of(high: int = 4) -> StudyConfig:
@@ -42,6 +43,24 @@ def card_of(bench: Workbench, monkeypatch: pytest.MonkeyPatch, usable: int) -> R
     view = Recorder()
     fitting.say_fit(bench, view.say, fresh=True)
     return view
+
+
+def test_networks_that_leave_the_card_do_not_count(bench: Workbench) -> None:
+    with pretend_card(16 * GB):
+        bench.base.to("cuda")
+        scorer = torch.nn.Linear(1000, 1000)
+        bench.base.card.add(scorer.to("cuda"), "scorer")
+        resident = torch.cuda.memory_allocated()
+        assert resident >= bench.base.card.resident_bytes() > 4_000_000
+        kept = torch.zeros(10_000_000, dtype=torch.uint8, device="cuda")
+        found = remedies.usable_bytes(bench.base)
+        assert found is not None
+        _, others = found
+        assert len(kept) <= others < len(kept) + 1_000_000  # and the rounding of every tensor
+        bench.base.to("cpu")
+    facts, config = base_facts(bench.base_spec), bench.config(bench.study.baseline, 0)
+    needed = remedies.Card(16 * GB, others, facts).needed_bytes(config)
+    assert needed == predict(config, facts).peak_bytes + others
 
 
 def test_nothing_is_said_on_a_cpu_or_where_everything_fits(
@@ -118,6 +137,63 @@ def test_planning_ends_in_time(bench: Workbench) -> None:
     fit = fitting.plan(bench.study, card, lambda text: None, now=lambda: next(clock))
     assert len(fit.corners) == 2 and fit.left == 2
     assert "2 more corners" in fitting.lines(bench.study, fit)[-1]
+
+
+def test_the_smallest_corner_is_planned_before_time_is_up(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remedies.Card, "needed_bytes", lambda self, config: config.images_at_once * 10**9)
+    clock = iter(range(0, 100_000, 1000))
+    space = {"train_batch_size": [4, 1, 2]}
+    study = tiny_study({"space": space, "baseline": {"train_batch_size": 4}})
+    card = remedies.Card(int(1.2e9), 0, base_facts(bench.base_spec))
+    fit = fitting.plan(study, card, lambda text: None, now=lambda: next(clock))
+    (smallest,) = fit.corners
+    assert smallest.config.train_batch_size == 1 and fit.left == 5
+    fitting.require_room(study, fit)  # the study is not refused
+
+
+def test_of_many_corners_the_largest_are_planned_and_the_others_counted(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remedies.Card, "needed_bytes", lambda self, config: config.network_dim)
+    space = {
+        "train_batch_size": list(range(8, 0, -1)),  # in any order
+        "network_dim_log2": {"low": 0, "high": 2},
+        "gradient_checkpointing": [True, False],
+        "text_encoder_lr": [1e-4, 0.0],
+    }
+    study = tiny_study({"space": space, "baseline": {"train_batch_size": 2, "text_encoder_lr": 0.0}})
+    fit = fitting.plan(study, remedies.Card(10**12, 0, base_facts(bench.base_spec)), lambda text: None)
+    assert len(fit.corners) == fitting.MOST_CORNERS and fit.left == 8 * 2 * 2 * 2 - 32
+    edges = [
+        (c.config.train_batch_size, c.config.network_dim, c.values["text_encoder_lr"]) for c in fit.corners
+    ]
+    assert (8, 4, 1e-4) in edges and (1, 1, 0.0) in edges
+
+
+def test_the_largest_rank_that_fits_is_found_in_a_few_plans_and_in_time(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def by_rank(self: remedies.Card, config: object) -> int:
+        asked.append(config.network_dim)  # type: ignore[attr-defined]
+        return config.network_dim * 10**9  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(remedies.Card, "needed_bytes", by_rank)
+    domain = {"low": 4, "high": 128, "step": 4}
+    train = STUDY["train"] | {"gradient_checkpointing": True}
+    study = build_study(
+        "tiny", STUDY | {"train": train, "space": {"network_dim": domain}, "baseline": {"network_dim": 8}}
+    )
+    card = remedies.Card(31 * 10**9, 0, base_facts(bench.base_spec))  # rank 30 would fit, 28 is a step
+    fit = fitting.plan(study, card, lambda text: None)
+    asked.clear()
+    (line,) = fitting.lines(study, fit)
+    assert "--set 'network_dim={low=4, high=28, step=4}'" in line and len(set(asked)) < 8
+    clock = iter(range(0, 100_000, 1000))
+    assert "to leave them out" not in fitting.lines(study, fit, now=lambda: next(clock))[0]
 
 
 @pytest.mark.parametrize("error", [OutOfMemory("full"), ZeroDivisionError("a bug")])

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
+from torch import distributed
 
 import hpo.train.keeper
 import trainer.loop.ranks
@@ -22,9 +24,10 @@ from tests.faults.zygote import finish, start
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
+from trainer.errors import MachineError
 from trainer.events import Step
 from trainer.loop import loop
-from trainer.loop.ranks import ALONE, launched
+from trainer.loop.ranks import ALONE, Ranks, join, launched, leave
 from trainer.loop.stepper import Stepper, cut
 
 SETTINGS = (
@@ -150,6 +153,35 @@ def test_memory_that_runs_out_before_gradients_are_sent_is_told_to_the_other(pla
     assert_close("one", "two")
     (row,) = [json.loads(line) for line in Path("two/lora.run/ladder.jsonl").read_text().splitlines()]
     assert (row["rung"], row["step"]) == ("batch 1", 1)
+
+
+def waits_for_a_slow_one(rank: int, port: int, dies: bool) -> None:
+    """The second process is alone for longer than an exchange of numbers may take; perhaps it dies there."""
+    signal.alarm(60)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = Ranks(rank, 2, rank)
+    join(both, "cpu")
+    distributed.distributed_c10d._set_pg_timeout(timedelta(milliseconds=500), distributed.group.WORLD)
+    try:
+        if rank == 1:
+            with pytest.raises(RuntimeError, match="Timed out"):
+                distributed.barrier()  # without the patience of the others
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+        both.wait()
+        assert both.any(rank == 0) and both.lowest(5 + rank) == 5
+        leave()
+    except MachineError as error:
+        raise SystemExit(5 if "another process of this run is gone" in error.message else 1) from error
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_the_others_wait_for_what_one_does_alone_and_notice_when_it_dies(dies: bool) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    codes = [finish(pid) for pid in [start(waits_for_a_slow_one, rank, port, dies) for rank in (0, 1)]]
+    assert codes == ([5, -signal.SIGKILL] if dies else [0, 0])
 
 
 def test_gradients_of_one_dtype_are_sent_in_one_room(monkeypatch: pytest.MonkeyPatch) -> None:
