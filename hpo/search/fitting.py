@@ -234,8 +234,10 @@ def _instead(study: StudyConfig, fit: Fit, corner: Corner, is_late: Callable[[],
             return _planned(study, fit.card, fit.searched, {**corner.values, name: value}).fits
 
         options = _less(domains[name], corner.values[name])
-        find = _last_that_fits if isinstance(options, range) else _first_that_fits
-        value = find(options, fits, is_late)
+        if isinstance(options, range):
+            value = _last_that_fits(options, fits, is_late)
+        else:
+            value = _first_that_fits(options, fits, is_late)
         if value is not None:
             return f"; to leave them out: {set_words([_narrowed(name, domains[name], value)])}"
     return ""

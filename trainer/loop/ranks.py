@@ -137,7 +137,9 @@ def join(ranks: Ranks, device: str) -> None:
         dist.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo", rank=ranks.rank, world_size=ranks.world
         )
-        _groups.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if isinstance(patient, dist.ProcessGroup):  # always, for a member
+            _groups.append(patient)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise MachineError(
