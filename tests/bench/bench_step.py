@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from tests.bench.record_networks import module_of
 from tests.fullsize import meta_base
 from tests.pretendcard import GB, pretend_card
-from trainer.adapters.adapter import Adapter, Layer, inject, keyed_generator
+from trainer.adapters.adapter import Adapter, Layer, inject
+from trainer.adapters.dropout import keyed_generator
 from trainer.adapters.kinds import NAME
 from trainer.adapters.lowrank import LowRankLayer
 from trainer.bases.base import Base, Sizes
@@ -192,17 +193,17 @@ def exchange(adapter: Adapter, base: Base) -> None:
             theirs.lora_B[NAME].weight = layer.weights["lora_up.weight"]
             theirs.scaling[NAME] = layer.target.alpha / layer.target.rank
             object.__setattr__(layer, "wrapped", theirs)
-            if adapter._dropout.network > 0:
+            if adapter.draws.dropout.network > 0:
                 theirs.lora_A[NAME].register_forward_hook(dropping(adapter, number))
             number += 1
 
 
 def dropping(adapter: Adapter, number: int) -> Any:
     def drop(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        if adapter._dropout_key is None:
+        if adapter.draws.key is None:
             return output
-        keep = 1.0 - adapter._dropout.network
-        generator = keyed_generator(*adapter._dropout_key, number, device=output.device)
+        keep = 1.0 - adapter.draws.dropout.network
+        generator = keyed_generator(*adapter.draws.key, number, device=output.device)
         mask = torch.empty(output.shape, device=output.device, dtype=output.dtype)
         return output * mask.bernoulli_(keep, generator=generator).div_(keep)
 

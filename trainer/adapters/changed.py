@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.adapters.around import AroundLayer
+
 
 class Chance(Protocol):
     """What is drawn in a training step for one layer; each is None outside training."""
@@ -33,7 +35,7 @@ class Formula(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-class ChangedLayer(nn.Module):
+class ChangedLayer(AroundLayer):
     """A layer of a base and the trained tensors of its change. ``chance`` is set while training uses dropout."""
 
     def __init__(
@@ -44,29 +46,13 @@ class ChangedLayer(nn.Module):
         name: str,
         scale: float,
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, name, scale)
         self._formula = formula
         self.tensors = nn.ParameterDict(
             {ending.replace(".", "_"): value for ending, value in tensors.items()}
         )
         self._endings = {ending: ending.replace(".", "_") for ending in tensors}
-        self.scaling = {name: scale}
-        self._name = name
-        self._disable_adapters = False
         self.chance: Chance | None = None
-
-    @property
-    def weight(self) -> Any:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        return self.base_layer.bias
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
 
     def difference(self, chance: Chance | None = None) -> tuple[Tensor, Tensor | None]:
         """ΔW in the shape of the weight, and Δb, in fp32 whatever autocast says."""

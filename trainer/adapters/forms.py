@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.adapters.adapter import MAGNITUDE
 from trainer.adapters.choice import KINDS
 from trainer.adapters.contents import BOFT, DORA, FULL, GLORA, IA3, LOCON, LOHA, LOKR, LORA, NORM, OFT
+from trainer.adapters.magnitude import MAGNITUDE
 from trainer.compute import weight_of
 from trainer.oom import is_device_lost, is_out_of_memory
 

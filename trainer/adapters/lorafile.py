@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.adapters import private
-from trainer.adapters.adapter import MAGNITUDE, SAVE_DTYPES, Adapter, inject
+from trainer.adapters.adapter import SAVE_DTYPES, Adapter, inject
 from trainer.adapters.attaching import Attached as Attached
 from trainer.adapters.attaching import LoraFile as LoraFile
 from trainer.adapters.attaching import attach as attach
@@ -22,6 +22,7 @@ from trainer.adapters.attaching import parts_of as parts_of
 from trainer.adapters.attaching import read as read
 from trainer.adapters.contents import listed
 from trainer.adapters.kinds import SCALAR
+from trainer.adapters.magnitude import MAGNITUDE
 from trainer.adapters.metadata import least, own_metadata, training_metadata
 from trainer.adapters.start import check_start
 from trainer.bases import Base

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.adapters.around import AroundLayer
+
 Pair = list[Tensor]  # both halves in the compute type; empty once they are not needed any more
 
 
@@ -62,36 +64,20 @@ def _kept_shape(inner: Tensor, handle: Tensor) -> Tensor:
     return torch.empty_like(inner)
 
 
-class LowRankLayer(nn.Module):
+class LowRankLayer(AroundLayer):
     """A layer of a base and the halves of its LoRA: ``lora_down`` (R, I) or (R, I, kh, kw), ``lora_up`` (O, R) or
     (O, R, 1, 1). ``scaling`` holds alpha / rank under the adapter's name."""
 
     def __init__(
         self, base_layer: nn.Module, down: nn.Parameter, up: nn.Parameter, name: str, scale: float
     ) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, name, scale)
         self.lora_down = down
         self.lora_up = up
-        self.scaling = {name: scale}
         self.drop: Drop | None = None
-        self._name = name
-        self._disable_adapters = False
         self._cast: Pair = []
         self.comes_and_goes = False  # module_dropout leaves it out of some steps
         self.compiled: tuple[Tensor, Tensor | None] | None = None
-
-    @property
-    def weight(self) -> Any:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        return self.base_layer.bias
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         if self._disable_adapters:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from trainer.adapters import lorafile
-from trainer.adapters.adapter import MAGNITUDE, Layer, column_norm, row_norm
+from trainer.adapters.adapter import Layer
+from trainer.adapters.magnitude import MAGNITUDE, column_norm, row_norm
 from trainer.bases import Base
 from trainer.compute import weight_of
 from trainer.config import TrainConfig

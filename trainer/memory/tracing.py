@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from trainer.adapters import adapter as adapters
-from trainer.adapters import kind_for, lowrank, targets_of
+from trainer.adapters import dropout, kind_for, lowrank, magnitude, targets_of
 from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
 from trainer.config import TrainConfig
@@ -67,9 +67,9 @@ def subject(base: Base, config: TrainConfig) -> Subject:
             for ending, value in kind.start(layer, target.rank, None).items():  # type: ignore[arg-type]
                 weights[f"{target.key}.{ending}"] = value
             if target.kind == "DoRA":
-                weights[f"{target.key}.{adapters.MAGNITUDE}"] = adapters.column_norm(layer.weight)
-    dropout = adapters.Dropout(config.network_dropout, config.rank_dropout, 0.0, config.rank_dropout_rows)
-    return Subject(base, adapters.Adapter(base, targets, weights, dropout=dropout))
+                weights[f"{target.key}.{magnitude.MAGNITUDE}"] = magnitude.column_norm(layer.weight)
+    shares = dropout.Dropout(config.network_dropout, config.rank_dropout, 0.0, config.rank_dropout_rows)
+    return Subject(base, adapters.Adapter(base, targets, weights, dropout=shares))
 
 
 def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute: torch.dtype) -> Trace:
@@ -91,7 +91,7 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
     with contextlib.ExitStack() as stack:
         for name, function in kernels.patches():
             stack.enter_context(_replaced(F, name, function))
-        stack.enter_context(_replaced(adapters, "keyed_generator", lambda *_, **__: None))
+        stack.enter_context(_replaced(dropout, "keyed_generator", lambda *_, **__: None))
         stack.enter_context(_replaced(lowrank, "kind_of", lambda _: compute))
         stack.enter_context(
             _replaced(lowrank, "is_plain", lambda layer: is_plain(layer) and id(layer.weight) not in fp8)
@@ -133,7 +133,7 @@ def trace(it: Subject, config: TrainConfig, bucket_px: tuple[int, int], compute:
 def _set_kind(it: Subject, kind: torch.dtype) -> None:
     """Convert trained weights to a dtype and drop gradients; DoRA magnitudes always stay fp32."""
     fp32 = (
-        [] if it.adapter is None else [layer.weights.get(adapters.MAGNITUDE) for layer in it.adapter.layers]
+        [] if it.adapter is None else [layer.weights.get(magnitude.MAGNITUDE) for layer in it.adapter.layers]
     )
     magnitudes = {id(weight) for weight in fp32}
     for parameter in it.trainable():

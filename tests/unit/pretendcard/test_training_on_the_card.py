@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from hpo.train.placement import Place
 from tests.pretendcard import GB, pretend_card
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer.adapters import adapter as adapters
-from trainer.adapters import lorafile
+from trainer.adapters import dropout, lorafile
 from trainer.errors import OutOfMemory
 from trainer.events import Finished, Step
 from trainer.loop import Conduct, loop
@@ -140,8 +139,8 @@ def test_every_kind_of_training_is_the_same_on_the_card(family: str, kind: str, 
 
 
 def test_a_generator_of_the_wrong_device_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = adapters.keyed_generator
-    monkeypatch.setattr(adapters, "keyed_generator", lambda *key, device="cpu": original(*key))
+    original = dropout.keyed_generator
+    monkeypatch.setattr(dropout, "keyed_generator", lambda *key, device="cpu": original(*key))
     trained("cpu", "sd15", "no", CASES["dropout"])  # on a CPU nobody sees it
     with pretend_card(GB), pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator"):
         trained("cuda", "sd15", "no", CASES["dropout"])

@@ -43,9 +43,11 @@ from tests.networkcases import (
     start,
 )
 from tests.tiny import tiny_base
-from trainer.adapters.adapter import Adapter, Dropout, Layer, column_norm, inject
+from trainer.adapters.adapter import Adapter, Layer, inject
 from trainer.adapters.choice import kind_for
+from trainer.adapters.dropout import Draws, Dropout
 from trainer.adapters.kinds import LoHa, LoRA, tucker
+from trainer.adapters.magnitude import column_norm
 from trainer.adapters.morekinds import DyLoRA
 from trainer.adapters.targets import Target, targets_of
 from trainer.bases import Base
@@ -354,10 +356,10 @@ def test_rank_dropout_of_networks_lora_with_the_same_draws_gives_the_same_output
     adapter, layer = one_layer(name)
     rate = SINGLE[name][2]["rank_dropout"]
 
-    def mask(_: Adapter, shape: list[int], keep: float, like: torch.Tensor, *__: Any) -> torch.Tensor:
+    def mask(_: Draws, shape: list[int], keep: float, like: torch.Tensor, *__: Any) -> torch.Tensor:
         return (drawn(2, RANK) > rate).float().reshape(shape)
 
-    monkeypatch.setattr(Adapter, "_kept", mask)
+    monkeypatch.setattr(Draws, "kept", mask)
     adapter.apply_dropout(1)
     output, gradients = output_and_gradients(layer)
     assert near(output, RECORDED["single"][name]["output"])

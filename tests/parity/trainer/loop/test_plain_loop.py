@@ -9,7 +9,8 @@ from diffusers.training_utils import compute_snr
 from peft import LoraConfig, inject_adapter_in_model
 
 from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_pipeline, tiny_prepared
-from trainer.adapters.adapter import inject, keyed_generator
+from trainer.adapters.adapter import inject
+from trainer.adapters.dropout import keyed_generator
 from trainer.data import epoch as epochs
 from trainer.events import Step
 from trainer.loop.loop import train

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base
-from trainer.adapters.adapter import inject, keyed_generator
+from trainer.adapters.adapter import inject
+from trainer.adapters.dropout import keyed_generator
 from trainer.adapters.kinds import NAME
 from trainer.adapters.targets import count_weights, targets_of
 from trainer.bases.base import Sizes
@@ -245,14 +246,14 @@ def test_a_failed_injection_leaves_the_base_as_it_was(monkeypatch):
 
     import trainer.adapters.adapter as module
 
-    original = module._inject_component
+    original = module.inject_component
     calls = []
 
     def second_fails(*args, **kwargs):
         calls.append(1)
         return original(*args, **kwargs) if len(calls) == 1 else broken()
 
-    monkeypatch.setattr(module, "_inject_component", second_fails)
+    monkeypatch.setattr(module, "inject_component", second_fails)
     with pytest.raises(RuntimeError):
         inject(base, CONFIG)
     assert not hasattr(base.unet, "peft_config")

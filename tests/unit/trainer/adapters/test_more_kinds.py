@@ -157,7 +157,7 @@ def test_rank_dropout_of_lycoris_drops_rows_of_the_change_unscaled(kind: str) ->
     with torch.no_grad():
         adapter.apply_dropout(7)
         dropped = layer.wrapped(x) - layer.wrapped.base_layer(x)
-        rows = adapter._kept_rows(number, layer)
+        rows = adapter.draws.kept_rows(number, layer)
         assert rows is not None and set(rows.tolist()) == {0.0, 1.0}
         weight = layer.wrapped.base_layer.weight
         merged = weight + layer.delta() * rows[:, None]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
-from trainer.adapters.adapter import inject, keyed_generator
+from trainer.adapters.adapter import inject
+from trainer.adapters.dropout import keyed_generator
 from trainer.data.steps import Plan
 from trainer.events import Step, Validated
 from trainer.loop import loop

@@ -12,7 +12,8 @@ from hpo.train import memory as runmemory
 from hpo.train.ladder import RunLadder
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer import oom as memory
-from trainer.adapters.adapter import inject, keyed_generator
+from trainer.adapters.adapter import inject
+from trainer.adapters.dropout import keyed_generator
 from trainer.compute.recompute import blocks_outermost_first, recomputing
 from trainer.compute.speed import faster
 from trainer.config import TrainConfig
