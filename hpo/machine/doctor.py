@@ -35,7 +35,7 @@ LEAST_FREE_DISK = 10 * GB
 LEAST_HUB_DISK = 15 * GB  # SDXL in half precision is 7 GB; SD1.5 and the scorers come to it
 LEAST_RAM = 12 * GB  # SDXL in half precision is loaded through RAM, beside the system
 # hpo plan: SDXL at 1024 px, rank 32, batch 1, U-Net only, checkpointing, AdamW8bit, fp8_base (without fp8_base: 7.4)
-LEAST_GPU = 5.1 * GB
+LEAST_GPU = 4.9 * GB
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open-clip-torch", "optuna", "safetensors")
 DAY = 86_400.0
 WRONG_YEAR = 1_735_689_600.0  # 2025-01-01: a clock before that is wrong, and no server's certificate is valid
@@ -367,7 +367,7 @@ def _memory(name: str, card: Mapping[str, Any], users: tuple[nvidia.User, ...]) 
         f"; used by {', '.join(who[:6])}" if who else ""
     )
     if free < LEAST_GPU <= total:
-        todo = "close what uses the card: SDXL at 1024 px needs at least 5.1 GB, with fp8_base (hpo plan)"
+        todo = "close what uses the card: SDXL at 1024 px needs at least 4.9 GB, with fp8_base (hpo plan)"
         return [Finding(name, found, NOTE, todo)]
     if total < LEAST_GPU:
         return [Finding(name, found, NOTE, "enough for SD1.5; for SDXL see what fits: hpo plan --vram …")]
