@@ -338,7 +338,7 @@ def test_rank_dropout_with_the_same_draws_gives_the_same_output(
     nothing while it is not in bypass_mode, so it is not passed on here."""
     adapter, layer = one_layer(name)
     if "rows" in name:
-        monkeypatch.setattr(Adapter, "_kept_rows", lambda *_: kept(name, layer))
+        monkeypatch.setattr(Draws, "kept_rows", lambda *_: kept(name, layer))
     adapter.apply_dropout(1)
     output, gradients = output_and_gradients(layer)
     expected = RECORDED["single"][name]
