@@ -4,7 +4,7 @@ Owns the forward and backward pass of LoRA, LoCon, DoRA's product and LoRA-FA, w
 PEFT's layer, which computes the same (tests/parity): the weights are cast to the type that is computed in, not the
 activations to fp32, and all weights of an adapter by one call (``computing``); the product is added by the matrix
 multiplication itself; the gradient of the input is one tensor, not a sum of two. Does not own which values are
-dropped (``adapter``) or a change of the weight itself (``changed``).
+dropped (``dropout``) or a change of the weight itself (``changed``).
 
 Shapes: N rows (all leading dimensions of x), I inputs, O outputs, R rank.
 """
@@ -88,14 +88,11 @@ class LowRankLayer(AroundLayer):
         x = x.to(kind_of(x))
         up: Tensor = self.lora_up
         pair = self._cast if self._cast and self._cast[0].dtype == x.dtype else []
-        scale, mask = self.scaling[self._name], None
-        if self.drop is not None:
-            mask, kept = self.drop.ranks(self._inner_shape(x), x)
-            scale /= kept
-            if (rows := self.drop.rows()) is not None:
-                up, pair = up * rows.to(up.dtype).reshape(-1, *[1] * (up.dim() - 1)), []
+        if self.drop is not None and (rows := self.drop.rows()) is not None:
+            up, pair = up * rows.to(up.dtype).reshape(-1, *[1] * (up.dim() - 1)), []
         if isinstance(self.base_layer, nn.Conv2d):
-            return self._convolved(x, *_halves(self.lora_down, up, pair, x.dtype), mask, scale)
+            return self._convolved(x, *_halves(self.lora_down, up, pair, x.dtype))
+        mask, scale = self._drawn([*x.shape[:-1], self.lora_down.shape[0]], x)
         flat_NI = x.reshape(-1, x.shape[-1])
         flat_mask = None if mask is None else mask.reshape(-1, mask.shape[-1])
         if is_plain(self.base_layer) and x.is_contiguous():
@@ -139,40 +136,19 @@ class LowRankLayer(AroundLayer):
         result: Tensor = self.base_layer(x) + added
         return result
 
-    def _convolved(self, x: Tensor, down: Tensor, up: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        result: Tensor = self.base_layer(x)
-        inner = self._down_convolved(x, down)
+    def _drawn(self, shape: Sequence[int], like: Tensor) -> tuple[Tensor | None, float]:
+        """The mask of what leaves ``down``, in its shape, and the scale of the product with it."""
+        mask, kept = (None, 1.0) if self.drop is None else self.drop.ranks(shape, like)
+        return mask, self.scaling[self._name] / kept
+
+    def _convolved(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        layer: Any = self.base_layer
+        result: Tensor = layer(x)
+        inner = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        mask, scale = self._drawn(inner.shape, inner)
         if mask is not None:
             inner = inner * mask
         return result.add_(F.conv2d(inner, up), alpha=scale)
-
-    def _down_convolved(self, x: Tensor, down: Tensor) -> Tensor:
-        layer: Any = self.base_layer
-        return F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    def _inner_shape(self, x: Tensor) -> list[int]:
-        """Shape of what leaves ``down``."""
-        layer: Any = self.base_layer
-        rank = self.lora_down.shape[0]
-        if not isinstance(layer, nn.Conv2d):
-            return [*x.shape[:-1], rank]
-        sides = [
-            (
-                x.shape[2 + n]
-                + 2 * _pixels(layer.padding[n])
-                - layer.dilation[n] * (layer.kernel_size[n] - 1)
-                - 1
-            )
-            // layer.stride[n]
-            + 1
-            for n in range(2)
-        ]
-        return [x.shape[0], rank, *sides]
-
-
-def _pixels(padding: int | str) -> int:
-    assert isinstance(padding, int), "no base has a padding in words"
-    return padding
 
 
 def kind_of(x: Tensor) -> torch.dtype:

@@ -210,7 +210,7 @@ class Stepper:
     def validate(self, split: Prepared) -> float:
         """The validation loss of the adapter as it is now, without dropout."""
         self.adapter.apply_dropout()
-        with self._autocast():
+        with self.adapter.computing(self.compute), self._autocast():
             return validation.validation_loss(self.base, self.config, split)
 
     def _losses(self, batch: Batch) -> Tensor:
