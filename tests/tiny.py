@@ -155,6 +155,14 @@ def tiny_base(family: str = "sd15", *, seed: int = 0, full_structure: bool = Fal
         return SDXL("tiny-sdxl", f"tiny-sdxl-{seed}-{full_structure}", parts)
 
 
+def in_type(base: Base, kind: torch.dtype) -> Base:
+    """The base with all of its networks in a number type, as if it had been loaded in it."""
+    for module in base.modules():
+        torch.nn.Module.to(module, kind)  # diffusers' own ``to`` warns of every cast
+    base.compute_dtype = kind
+    return base
+
+
 def tiny_pipeline(base: Base) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """diffusers' pipeline around the same networks: the reference of parity tests."""
     shared = {"vae": base.vae, "unet": base.unet, "scheduler": DDIMScheduler(**SCHEDULER)}

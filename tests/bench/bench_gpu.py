@@ -32,7 +32,7 @@ import torch
 
 from tests.bench import sd_scripts
 from tests.fullsize import random_base
-from tests.tiny import tiny_base, tiny_prepared
+from tests.tiny import in_type, tiny_base, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.bases.base import Base, Sizes
 from trainer.bases.load import load_base
@@ -155,9 +155,7 @@ def _load(base: str, device: str) -> Base:
     if not base.startswith("random "):
         return load_base(base, device=device, dtype=torch.bfloat16)
     made = random_base(base.removeprefix("random "))
-    for module in made.modules():
-        torch.nn.Module.to(module, torch.bfloat16)
-    made.compute_dtype = torch.bfloat16
+    in_type(made, torch.bfloat16)
     made.to(device)
     return made
 

@@ -122,14 +122,12 @@ def random_on(family: str, cpu: bool) -> Any:
     import torch
 
     from tests.fullsize import random_base
-    from tests.tiny import tiny_base
+    from tests.tiny import in_type, tiny_base
 
     if cpu:
         return tiny_base(family)
     base = random_base(family)
-    for module in base.modules():
-        torch.nn.Module.to(module, torch.bfloat16)
-    base.compute_dtype = torch.bfloat16
+    in_type(base, torch.bfloat16)
     base.to("cuda")
     return base
 

@@ -6,7 +6,7 @@ import torch
 
 from hpo.train.placement import Place
 from tests.fullsize import random_base
-from tests.tiny import tiny_prepared
+from tests.tiny import in_type, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.bases.base import Sizes
 from trainer.config import TrainConfig
@@ -39,9 +39,7 @@ def test_the_prediction_is_within_8_percent_of_the_card(values):
         max_train_steps=1,
         **values,
     )
-    for module in base.modules():
-        torch.nn.Module.to(module, torch.bfloat16)
-    base.compute_dtype = torch.bfloat16
+    in_type(base, torch.bfloat16)
     base.to("cuda")
     place = Place(base)
     place.prepare(config)

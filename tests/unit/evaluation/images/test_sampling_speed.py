@@ -16,7 +16,7 @@ from evaluation.images.sampling import INDEX_NAME, default_config, sample
 from evaluation.images.settings import SampleConfig
 from evaluation.prompts import Prompt, PromptSet
 from tests.smallcard import on_card
-from tests.tiny import tiny_base, tiny_config
+from tests.tiny import in_type, tiny_base, tiny_config
 from trainer.adapters.adapter import inject
 from trainer.bases import Base, needs
 from trainer.errors import MachineError
@@ -91,9 +91,7 @@ def test_an_adapter_computes_in_the_type_of_the_base(
     kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_base("sd15")
-    for module in base.modules():
-        torch.nn.Module.to(module, dtype)
-    base.compute_dtype = dtype
+    in_type(base, dtype)
     adapter = inject(base, tiny_config(network_type=kind))
     seen: set[tuple[bool, torch.dtype]] = set()
 

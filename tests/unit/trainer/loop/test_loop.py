@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from diffusers import DDPMScheduler
 
-from tests.tiny import SCHEDULER, tiny_base, tiny_config, tiny_prepared
+from tests.tiny import SCHEDULER, in_type, tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.bases.base import Parts
 from trainer.data import epoch as epochs
@@ -356,9 +356,7 @@ def test_fp16_lowers_its_loss_scale_after_an_overflow_and_goes_on():
 
 def test_a_half_precision_base_cannot_compute_in_fp32():
     base = tiny_base("sd15")
-    for module in base.modules():
-        module.to(torch.bfloat16)
-    base.compute_dtype = torch.bfloat16
+    in_type(base, torch.bfloat16)
     with pytest.raises(ConfigError, match="the base was loaded in"):
         run(base, tiny_config(mixed_precision="no"))
     events, _ = run(base, tiny_config(mixed_precision="bf16"))

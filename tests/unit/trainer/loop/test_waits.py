@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.pretendcard import pretend_card
-from tests.tiny import tiny_base, tiny_config, tiny_prepared
+from tests.tiny import in_type, tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import inject
 from trainer.loop.loop import train
 
@@ -28,9 +28,7 @@ def test_a_step_waits_once_for_its_loss_and_norm(case: str) -> None:
     family, values = CASES[case]
     with pretend_card() as card:
         base = tiny_base(family)
-        for module in base.modules():
-            torch.nn.Module.to(module, torch.bfloat16)
-        base.compute_dtype = torch.bfloat16
+        in_type(base, torch.bfloat16)
         base.to("cuda")
         config = tiny_config(mixed_precision="bf16", max_train_epochs=4, **values)
         adapter = inject(base, config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.pretendcard import pretend_card
-from tests.tiny import tiny_base, tiny_config, tiny_prepared
+from tests.tiny import in_type, tiny_base, tiny_config, tiny_prepared
 from trainer.adapters.adapter import Adapter, inject
 from trainer.events import Step
 from trainer.loop.loop import train
@@ -16,9 +16,7 @@ def losses(family: str, kind: torch.dtype) -> list[float]:
     """Losses of a run on the pretend card, whose autocast has CUDA's lists."""
     with pretend_card():
         base = tiny_base(family)
-        for module in base.modules():
-            torch.nn.Module.to(module, kind)
-        base.compute_dtype = kind
+        in_type(base, kind)
         base.to("cuda")
         precision = "bf16" if kind == torch.bfloat16 else "no"
         config = tiny_config(mixed_precision=precision, max_train_epochs=3, train_batch_size=2)
