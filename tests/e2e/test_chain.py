@@ -1,8 +1,8 @@
-"""The whole chain on the miniature with the commands of the README: search on mini-sd15, transfer, probes,
+"""The whole chain on the miniature with the commands of the README: search on mini-sd15, transfer, target trials,
 one run on mini-sdxl, evaluation of its checkpoints, comparison of both bases.
 
-The small form is part of every test run.  The full form (twelve trials, six probes, default prompts) is
-``slow`` and uses the same code.
+This is the full form: twelve trials, six target trials, the default prompts.  The small form, which is part of every
+test run, goes from one ``next:`` line to the following (test_next_lines) and makes the same checks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,29 +20,7 @@ from tests.places import ROOT
 from tests.tiny_search import check_study
 from trainer.adapters.lorafile import read
 
-
-@dataclass(frozen=True)
-class Form:
-    """The size of a chain."""
-
-    trials: int
-    probes: int
-    sets: tuple[str, ...] = ()
-
-
-SMALL = Form(
-    trials=2,
-    probes=3,
-    sets=(
-        "prompts.counts={ train-like = 3, altered = 3, class-only = 1 }",
-        "confirmation.counts={ train-like = 2, altered = 2, class-only = 1 }",
-        "prompts.seeds=[0]",
-        "confirmation.seeds=[1000]",
-        "sampling.steps=8",
-        "max_train_epochs=1",
-    ),
-)
-FULL = Form(trials=12, probes=6)
+TRIALS, TARGET_TRIALS = 12, 6
 
 
 def hpo(place: Path, *words: str) -> str:
@@ -61,14 +38,25 @@ def hpo(place: Path, *words: str) -> str:
     return done.stdout
 
 
-def sets(form: Form) -> list[str]:
-    return [word for text in form.sets for word in ("--set", text)]
+def check_transfer(source: StudyFolder, trials: int, place: Path) -> Path:
+    """The written settings, after a look at the plan, the target trials and what the settings mean."""
+    settings = source.root / "transfer" / "mini-sdxl.toml"
+    assert "res.native" in (source.root / "transfer" / "plan.md").read_text()
+    target = StudyFolder(source.root.with_name(f"{source.root.name}__mini-sdxl"))
+    assert len(target.trial_folders()) == trials
+    dry = json.loads(hpo(place, "train", str(settings), "--dry-run", "--json"))
+    assert dry["config"]["resolution"] == 128
+    return settings
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(SMALL, id="small"), pytest.param(FULL, id="full", marks=pytest.mark.slow)]
-)
-def test_a_search_becomes_an_evaluated_run_on_the_larger_base(form: Form, tmp_path: Path) -> None:
+def check_run(output: Path) -> None:
+    """The last LoRA of a run can be read, and the best one is an SDXL LoRA."""
+    assert len(read(next(output.glob("*.safetensors"))).tensors) > 0
+    assert read(output / "best.safetensors").metadata["ss_base_model_version"].startswith("sdxl")
+
+
+@pytest.mark.slow
+def test_a_search_becomes_an_evaluated_run_on_the_larger_base(tmp_path: Path) -> None:
     hpo(tmp_path, "dataset", "demo", "character", "luca")
     search = [
         "search",
@@ -78,30 +66,21 @@ def test_a_search_becomes_an_evaluated_run_on_the_larger_base(form: Form, tmp_pa
         "luca",
         "chain",
         "--trials",
-        str(form.trials),
+        str(TRIALS),
     ]
-    hpo(tmp_path, *search, *sets(form))
+    hpo(tmp_path, *search)
     source = StudyFolder(tmp_path / "runs" / "chain")
-    check_study(source, form.trials)
+    check_study(source, TRIALS)
 
-    said = hpo(tmp_path, "transfer", "--to", "mini-sdxl", "chain", "--trials", str(form.probes))
-    settings = source.root / "transfer" / "mini-sdxl.toml"
+    said = hpo(tmp_path, "transfer", "--to", "mini-sdxl", "chain", "--trials", str(TARGET_TRIALS))
+    settings = check_transfer(source, TARGET_TRIALS, tmp_path)
     assert f"hpo train {settings.relative_to(tmp_path)}" in said
-    assert "res.native" in (source.root / "transfer" / "plan.md").read_text()
-    target = StudyFolder(tmp_path / "runs" / "chain__mini-sdxl")
-    assert len(target.trial_folders()) == form.probes
-
-    dry = json.loads(hpo(tmp_path, "train", str(settings), "--dry-run", "--json"))
-    assert dry["config"]["resolution"] == 128
     said = hpo(tmp_path, "train", str(settings), "--set", "save_every_n_epochs=1")
     shown = next(line for line in said.splitlines() if line.startswith("next: hpo evaluate")).split()[-1]
     output = str(tmp_path / shown)
-    lora = next(Path(output).glob("chain*.safetensors"))
-    assert len(read(lora).tensors) > 0
 
     hpo(tmp_path, "evaluate", output)
-    best = Path(output) / "best.safetensors"
-    assert read(best).metadata["ss_base_model_version"].startswith("sdxl")
+    check_run(Path(output))
     winner = max(
         (json.loads(folder.result.read_text()) for folder in source.trial_folders()), key=lambda r: r["value"]
     )

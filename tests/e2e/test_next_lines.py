@@ -1,7 +1,8 @@
 """Every command's ``next:`` line is run as it stands, from ``hpo dataset prepare`` to ``hpo compare``.
 
-Flags that make the steps short are added to some of them; nothing else is.  Two studies lie side by side, so a
-command that is not told its study cannot guess it.
+Flags that make the steps short are added to some of them, and one target trial; nothing else is.  Two studies lie
+side by side, so a command that is not told its study cannot guess it.  This is also the chain's small form: the files
+of each step are looked at (test_chain has the full one).
 """
 
 from __future__ import annotations
@@ -10,11 +11,24 @@ import shlex
 import shutil
 from pathlib import Path
 
-from tests.e2e.test_chain import SMALL, hpo, sets
+from hpo.study.folder import StudyFolder
+from tests.e2e.test_chain import check_run, check_transfer, hpo
+from tests.tiny_search import check_study
+
+TRIALS, TARGET_TRIALS = 2, 1
+SETS = (
+    "prompts.counts={ train-like = 3, altered = 3, class-only = 1 }",
+    "confirmation.counts={ train-like = 2, altered = 2, class-only = 1 }",
+    "prompts.seeds=[0]",
+    "confirmation.seeds=[1000]",
+    "sampling.steps=8",
+    "max_train_epochs=1",
+)
 
 SHORT = {
-    "search": ["--trials", "2", *sets(SMALL)],
+    "search": ["--trials", str(TRIALS), *(word for text in SETS for word in ("--set", text))],
     "confirm": ["--top", "1", "--seeds", "1", "--yes"],
+    "transfer": ["--trials", str(TARGET_TRIALS)],
     "train": ["--set", "save_every_n_epochs=1", "--set", "max_train_epochs=2"],
 }
 
@@ -42,8 +56,14 @@ def test_the_next_lines_lead_from_a_folder_of_images_to_the_comparison(tmp_path:
         if step == "search":
             said = hpo(tmp_path, *words[1:], *SHORT["search"], "--definition", "mini")
             root = next((tmp_path / "runs").iterdir())
+            check_study(StudyFolder(root), TRIALS)
             shutil.copytree(root, root.with_name("another"))  # both were worked on today
         else:
             said = hpo(tmp_path, *words[1:], *SHORT.get(step, ()))
+        if step == "transfer":
+            check_transfer(StudyFolder(root), TARGET_TRIALS, tmp_path)
+        if step == "evaluate":
+            check_run(tmp_path / words[2])
         words = following(said)
+    assert "adapter effect" in said
     assert done == ["prepare", "check", "search", "confirm", "transfer", "train", "evaluate", "compare"]
