@@ -1,7 +1,7 @@
 """The trials of a search: the baseline first, then enqueued trials, then suggestions of the sampler.
 
-Owns the sampler and its seeds, enqueueing the baseline, duplicates, and the end of a search: enough trials,
-no time left, no new suggestions, repeated failures, convergence.
+Owns enqueueing the baseline, duplicates, and the end of a search: enough trials, no time left, no new suggestions,
+repeated failures, convergence.  Does not own the sampler (``hpo.search.samplers``).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import alerts, dashboard
 from hpo.search.proposals import Proposal, Proposals
+from hpo.search.samplers import make_sampler, startup_trials
 from hpo.study import (
     BASELINE,
     BEST,
@@ -64,31 +64,6 @@ class SearchLimits:
     max_hours: float | None = None
     keep_best: int | None = None
     stop_when_converged: bool = False
-
-
-def startup_trials(total: int) -> int:
-    """Random trials before TPE starts: 10 of 30 (5 were worse in simulation), a third for smaller studies."""
-    return min(10, max(5, total // 3))
-
-
-def make_sampler(seed: int, number: int, total: int, *, learned: bool = True) -> optuna.samplers.TPESampler:
-    """The sampler of trial ``number``: Optuna 5's TPE defaults, written out.
-
-    ``learned``: whether some trial is above the untrained base.  Until one is, there is nothing to model, and the
-    proposals stay random: a model of noise keeps to the place where the search began (docs/evaluation.md).
-
-    The seed is derived from the study seed and the trial number.  So a resumed study gets the same
-    suggestions as an uninterrupted one, and workers get different ones.
-    """
-    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    return optuna.samplers.TPESampler(
-        seed=state,
-        n_startup_trials=startup_trials(total) if learned else number + 1,
-        n_ei_candidates=24,
-        multivariate=True,
-        group=False,
-        constant_liar=True,
-    )
 
 
 def suggest(trial: optuna.Trial, config: StudyConfig) -> dict[str, Any]:
@@ -189,8 +164,14 @@ class SearchProposals(BenchProposals):
         config = self.bench.study
         # Studies told clipped values began before the rule existed and go on without it.
         learned = not config.score.signed or any(is_feasible(t) and is_above_base(t) for t in self._done())
-        self.study.sampler = make_sampler(config.study.seed, trial.number, self.total, learned=learned)
+        name = config.search.sampler
+        self.study.sampler = make_sampler(
+            config.study.seed, trial.number, self.total, learned=learned, name=name, study=self.study
+        )
         return suggest(trial, config)
+
+    def attributes(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().attributes(suggested), "sampler": self.bench.study.search.sampler}
 
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
         """Names the earlier trial with the same settings, if there is one."""

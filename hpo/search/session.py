@@ -22,6 +22,7 @@ from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal, read_enqueued
 from hpo.search.opening import opened
 from hpo.search.sampled import SearchLimits, SearchProposals
+from hpo.search.samplers import require_sampler
 from hpo.search.summary import introduction, ratio_line, summary
 from hpo.search.worker import Worker
 from hpo.study import (
@@ -91,6 +92,7 @@ def search(request: SearchRequest, console: Console) -> None:
             "--stop-when-converged needs a single objective, but this study has two objectives",
             "remove the option; the search ends after --trials or --max-hours",
         )
+    require_sampler(config.search.sampler)
     limits = SearchLimits(
         trials=request.trials,
         max_hours=request.max_hours,

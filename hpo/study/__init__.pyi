@@ -79,6 +79,7 @@ from .scoring import say_notes as say_notes
 from .scoring import subject_items as subject_items
 from .sections import OBJECTIVE as OBJECTIVE
 from .sections import PRESETS as PRESETS
+from .sections import SAMPLERS as SAMPLERS
 from .sections import SCORE as SCORE
 from .space.domain import Choice as Choice
 from .space.domain import Range as Range

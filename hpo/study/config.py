@@ -24,6 +24,7 @@ from hpo.study.sections import (
     PromptSection,
     SamplingSection,
     ScorePreset,
+    SearchSection,
     StudySection,
 )
 from hpo.study.space.file import read_space
@@ -72,6 +73,7 @@ class StudyConfig:
     sampling: SamplingSection
     score: Formula = field(default_factory=Formula)
     limits: SafeguardLimits = field(default_factory=SafeguardLimits)
+    search: SearchSection = field(default_factory=SearchSection)
     sections: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -144,7 +146,7 @@ def read_study(
 
 
 SECTIONS = (
-    "study", "train", "space", "baseline", "prompts", "confirmation", "sampling", "score", "limits"
+    "study", "train", "space", "baseline", "search", "prompts", "confirmation", "sampling", "score", "limits"
 )  # fmt: skip
 
 
@@ -174,6 +176,11 @@ def _built(name: str, sections: Sections, seed: int | None) -> StudyConfig:
     train = _train(sections["train"], space).with_values({"seed": study.seed})
     baseline = _baseline(sections["baseline"], space, train)
     space.check_edges(train, baseline)
+    search = read(SearchSection, sections["search"], "search")
+    if search.sampler == "cmaes" and len(study.objectives) > 1:
+        raise ConfigError(
+            "cmaes has one objective, but this study has two", "use the sampler tpe, gp or random"
+        )
     return StudyConfig(
         name,
         study,
@@ -185,6 +192,7 @@ def _built(name: str, sections: Sections, seed: int | None) -> StudyConfig:
         read(SamplingSection, sections["sampling"], "sampling"),
         read(Formula, sections["score"], "score"),
         read(SafeguardLimits, sections["limits"], "limits"),
+        search,
         sections=sections,
     )
 

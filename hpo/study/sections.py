@@ -1,4 +1,4 @@
-"""The sections of a study file that are not training settings: scoring, prompts, sampling and limits.
+"""The sections of a study file that are not training settings: search, scoring, prompts, sampling and limits.
 
 Owns their keys and the presets.  Defaults and limits are defined where a value is used: [score] is Formula and
 [limits] is SafeguardLimits in ``evaluation.score``; [sampling] follows SampleConfig in ``evaluation.images``.
@@ -62,6 +62,17 @@ class StudySection:
         (SCORE,), choices=OBJECTIVES, example='["prompt_following", "likeness"]'
     )
     seed: int = same(TrainConfig, "seed")
+
+
+# tpe: Optuna's default, with a joint model of all parameters; tpe-independent: one model for each parameter
+SAMPLERS = ("tpe", "tpe-independent", "gp", "cmaes", "qmc", "random")
+
+
+@dataclass(frozen=True)
+class SearchSection:
+    """[search]: how trials are proposed.  It may change while a study runs; each trial notes its sampler."""
+
+    sampler: str = setting("tpe", choices=SAMPLERS)
 
 
 @dataclass(frozen=True)
