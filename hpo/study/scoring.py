@@ -54,9 +54,10 @@ def plan_scoring(
     """
     require_references(len(references))
     scorer = clip or study.study.clip or embed.default_scorer(base)
-    likeness = study.study.likeness or embed.default_likeness(base)
+    likeness = study.study.likeness or embed.default_likeness(base, scorer)
     embed.check_scorer(scorer)
     embed.check_likeness(likeness)
+    embed.fetch_likeness(likeness)
     for spec in study.study.also:
         others.check(spec)
     return ScoringPlan(study, data, tuple(references), scorer, likeness)

@@ -13,6 +13,8 @@ from hpo.study.sections import BELOW_ZERO
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 
+STYLE_OF = "style of "  # before the name of the encoder whose patches judge a style (``StyleEncoder``)
+
 if TYPE_CHECKING:
     from hpo.study.config import StudyConfig
 
@@ -54,16 +56,27 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str
 
 
 def as_begun(config: StudyConfig, facts: Mapping[str, str] | None) -> StudyConfig:
-    """The definition as the study was begun with: its objective, and no limit that did not exist then and that the
-    file does not set.
+    """The definition as the study was begun with: its objective, what judges likeness, and no limit that did not
+    exist then and that the file does not set.
 
     ``facts``: those that the study was started with; None for a study that has not begun.
     """
     if facts is None:
         return config
     known = {*json.loads(facts.get("limits", "{}")), *config.sections.get("limits", {})}
-    config = _told_as_begun(config, facts)
+    config = _told_as_begun(_judged_as_begun(config, facts), facts)
     return dataclasses.replace(config, limits=config.limits.without_newer(known))
+
+
+def _judged_as_begun(config: StudyConfig, facts: Mapping[str, str]) -> StudyConfig:
+    """A study that was begun when the scorer judged likeness by default goes on with it."""
+    scorer, likeness = (facts.get(name, "").rpartition(" ")[0] for name in ("scorer", "likeness"))
+    if config.study.likeness or not scorer or likeness.removeprefix(STYLE_OF) != scorer:
+        return config
+    sections = {**config.sections, "study": {**config.sections.get("study", {}), "likeness": "clip"}}
+    return dataclasses.replace(
+        config, study=dataclasses.replace(config.study, likeness="clip"), sections=sections
+    )
 
 
 def _told_as_begun(config: StudyConfig, facts: Mapping[str, str]) -> StudyConfig:
