@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from hpo.study import (
     CONVERGED,
     DUPLICATE,
     FAILED,
+    FORK,
     ROLE,
     STOP,
     Result,
@@ -71,16 +73,20 @@ def startup_trials(total: int) -> int:
     return min(10, max(5, total // 3))
 
 
-def make_sampler(seed: int, number: int, total: int, *, learned: bool = True) -> optuna.samplers.TPESampler:
+def make_sampler(
+    seed: int, number: int, total: int, *, learned: bool = True, forked: str = ""
+) -> optuna.samplers.TPESampler:
     """The sampler of trial ``number``: Optuna 5's TPE defaults, written out.
 
     ``learned``: whether some trial is above the untrained base.  Until one is, there is nothing to model, and the
     proposals stay random: a model of noise keeps to the place where the search began (docs/evaluation.md).
 
     The seed is derived from the study seed and the trial number.  So a resumed study gets the same
-    suggestions as an uninterrupted one, and workers get different ones.
+    suggestions as an uninterrupted one, and workers get different ones.  ``forked``: the name of a study that took
+    over trials; its random suggestions would repeat those of its source, at the same place in the space.
     """
-    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    own = [zlib.crc32(forked.encode())] if forked else []
+    state = int(np.random.SeedSequence([seed, number, *own]).generate_state(1)[0])
     return optuna.samplers.TPESampler(
         seed=state,
         n_startup_trials=startup_trials(total) if learned else number + 1,
@@ -189,7 +195,10 @@ class SearchProposals(BenchProposals):
         config = self.bench.study
         # Studies told clipped values began before the rule existed and go on without it.
         learned = not config.score.signed or any(is_feasible(t) and is_above_base(t) for t in self._done())
-        self.study.sampler = make_sampler(config.study.seed, trial.number, self.total, learned=learned)
+        forked = self.study.study_name if self.study.user_attrs.get(FORK) else ""
+        self.study.sampler = make_sampler(
+            config.study.seed, trial.number, self.total, learned=learned, forked=forked
+        )
         return suggest(trial, config)
 
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
