@@ -23,6 +23,7 @@ FIGURES = (
     "strangeness", "seconds",
 )  # fmt: skip
 OF_RESULT = ("train_seconds", "score_seconds", "steps", "skipped_steps", "weight_change", "remedy")
+NUMBERS = (*FIGURES, *(name for name in OF_RESULT if name != "remedy"), "forked_from_trial")
 
 
 def frame(study: optuna.Study, folder: StudyFolder) -> pandas.DataFrame:
@@ -32,6 +33,8 @@ def frame(study: optuna.Study, folder: StudyFolder) -> pandas.DataFrame:
     trials = study.get_trials(deepcopy=False)
     names = list(dict.fromkeys(name for t in trials for name in t.user_attrs.get("settings", {})))
     own = pandas.DataFrame([_row(trial, folder, names) for trial in trials])
+    for name in own.columns.intersection(NUMBERS):  # also a column without any number is one of numbers
+        own[name] = pandas.to_numeric(own[name])
     told = study.trials_dataframe(attrs=OPTUNAS)
     whole = pandas.concat([told.reset_index(drop=True), own], axis=1)
     for name in whole.columns:
