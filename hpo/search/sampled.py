@@ -318,7 +318,7 @@ class SearchProposals(BenchProposals):
         if self.used_up:
             return (
                 f"the search space is exhausted: {MAX_DUPLICATES} suggestions in a row repeat earlier trials; "
-                f"for a larger space, start a new study {another_name()}"
+                f"for a larger space, start a new study {another_name('--fork-from', self.folder.name)}"
             )
         total = "1 trial is done" if self.total == 1 else f"{self.total} trials are done"
         return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total
