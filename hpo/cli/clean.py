@@ -111,6 +111,8 @@ def _cleaning(folder: StudyFolder, keep: int | None) -> Cleaning:
 
 def _say(cleaning: Cleaning, found: Sequence[Unneeded]) -> int:
     """What would be deleted in one study; how many bytes that frees."""
+    from hpo.terminal import wrapped
+
     if not found:
         return 0
     kinds = list(dict.fromkeys(one.kind for one in found))
@@ -119,8 +121,8 @@ def _say(cleaning: Cleaning, found: Sequence[Unneeded]) -> int:
         f"{kind} of {len(of)} trial{'s'[: len(of) != 1]}, {_megabytes(sum(of))}" for kind, of in sizes.items()
     ]
     total = sum(one.size for one in found)
-    click.echo(clean_text(f"{cleaning.name}: {_megabytes(total)} ({'; '.join(parts)}); "
-                          f"the best {cleaning.keep} keep theirs"))  # fmt: skip
+    text = f"{cleaning.name}: {_megabytes(total)} ({'; '.join(parts)}); the best {cleaning.keep} keep theirs"
+    click.echo(wrapped(clean_text(text)))
     return total
 
 

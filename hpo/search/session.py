@@ -107,8 +107,9 @@ def search(request: SearchRequest, console: Console) -> None:
     with database_errors(folder):
         begun = _as_begun(folder, config if fork is None else as_source(config, fork))
         if begun.score.signed != config.score.signed:
+            source = folder if fork is None else fork
             view.say(
-                f"study {folder.name} was begun with an earlier version and keeps its objective: "
+                f"study {source.name} was begun with an earlier version and keeps its objective: "
                 "the sampler is told 0 where the score is 0"
             )
         config = begun
@@ -139,6 +140,10 @@ def _search(
     study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
     if taken is not None:
         taken.take(study, view.say)
+        if not standing(study, limits.trials).left:
+            view.say(
+                f"it has {limits.trials} trials or more already: raise --trials to search in its own space"
+            )
         view.console.print(introduction(bench.study, limits.trials))
     proposal = _proposal(request, bench, view)
     cost = _begin(study, bench, limits, proposal, view)

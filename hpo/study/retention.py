@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,12 +106,16 @@ def _of_trial(folder: TrialFolder, trial: FrozenTrial, kept: bool) -> Iterator[U
     if kept:
         return
     if folder.lora.is_file():
-        status = folder.lora.stat()
-        # another name of the same file (hpo search --fork-from) keeps its bytes
-        yield Unneeded(folder.lora, LORA, status.st_size if status.st_nlink == 1 else 0)
+        yield Unneeded(folder.lora, LORA, _freed([folder.lora]))
     drawn = folder.root / DRAWN
     if drawn.is_dir():
-        yield Unneeded(drawn, IMAGES, folder_bytes(drawn))
+        yield Unneeded(drawn, IMAGES, _freed(drawn.iterdir()))
+
+
+def _freed(files: Iterable[Path]) -> int:
+    """What deleting files frees.  Another name of the same file (``hpo search --fork-from``) keeps its bytes."""
+    found = [path.stat() for path in files]
+    return sum(status.st_size for status in found if status.st_nlink == 1)
 
 
 def _confirmed(folder: StudyFolder) -> set[int]:

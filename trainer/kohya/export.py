@@ -100,7 +100,7 @@ def write(found: Export, folder: Path) -> None:
     )
 
 
-def one_file(config: TrainConfig, family: str, base: str, head: Sequence[str]) -> str:
+def one_file(config: TrainConfig, family: str, base: str, head: Sequence[str], output: str = "output") -> str:
     """All settings as one file for sd-scripts' ``--config_file``: what ``to_kohya`` writes into a dataset file stands
     in it as options.  ``head``: lines for its top.  The images need not be there.  Paths are absolute."""
     notes = _said(config, family)
@@ -108,12 +108,26 @@ def one_file(config: TrainConfig, family: str, base: str, head: Sequence[str]) -
         base = str(Path(base).expanduser().resolve())
     table = {
         "pretrained_model_name_or_path": base,
+        "output_dir": _full(output),
         **_of_images(config),
         **_settings(config, notes),
         **_network(config, family, notes),
     }
+    if _is_plain(config):
+        notes.append(
+            "sd-scripts finds no images with this file: train_data_dir needs folders named like '10_name class'; "
+            "for a dataset file instead: hpo export kohya"
+        )
     lines = [f"# {line}" for text in (*head, *notes) for line in textwrap.wrap(clean_text(text), 100)]
     return "\n".join([*lines, "", tomlkit.dumps(table)])
+
+
+def _is_plain(config: TrainConfig) -> bool:
+    """Whether the images lie in a folder without the subfolders (repeats, name) that sd-scripts looks for."""
+    root = Path(config.train_data_dir)
+    if config.dataset_config or config.in_json or not config.train_data_dir or not root.is_dir():
+        return False
+    return not any(place.is_dir() and place.name.partition("_")[0].isdecimal() for place in root.iterdir())
 
 
 def _of_images(config: TrainConfig) -> dict[str, Any]:

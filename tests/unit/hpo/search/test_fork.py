@@ -80,6 +80,7 @@ def test_a_setting_that_is_fixed_now_keeps_the_trials_that_had_its_value(here: P
     assert len(set(ranks)) > 1
     rank = ranks[0]
     said = fork(here, searched / "images", trials=ranks.count(rank), sets=(f"network_dim={2**rank}",))
+    assert "raise --trials to search in its own space" in said
     assert f"took over {ranks.count(rank)} of 4" in said and "network_dim is another" in said
     assert all("network_dim_log2" not in t.params for t in trials(here, "wide"))
 
