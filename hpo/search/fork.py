@@ -11,11 +11,9 @@ and told like any other, so a kill between the two leaves what every kill leaves
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ from hpo.study import (
 )
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
-from trainer.files import machine_error, make_folder
+from trainer.files import machine_error, make_folder, write_atomic
 
 if TYPE_CHECKING:
     from hpo.search.workbench import Workbench
@@ -289,20 +287,25 @@ def _is_from(trial: FrozenTrial, fitting: Fitting) -> bool:
 
 
 def _link(source: Path, target: Path, *, copy: bool = False) -> None:
-    """A file or folder under another name, as a link where that is possible.  What is there is kept; what is missing
-    is left out.  A file that is replaced as a whole, never written into, is as good as a link as it is as a copy."""
+    """A file, or the files of a folder, under another name, as links where that is possible.  Each is there as a whole
+    or not at all.  What is there is kept; what is missing is left out.  Of a file that is only ever replaced, a link is
+    as good as a copy."""
     try:
         if source.is_dir():
-            if not target.exists():
-                shutil.copytree(source, target, copy_function=_one)
+            for inner in sorted(source.iterdir()):
+                _link(inner, target / inner.name, copy=copy)
         elif source.is_file() and not target.exists():
-            shutil.copy2(source, target) if copy else _one(str(source), str(target))
-    except (OSError, shutil.Error) as error:
-        raise machine_error(error if isinstance(error, OSError) else OSError(str(error)), target) from error
+            make_folder(target.parent)
+            if copy or not _is_linked(source, target):
+                write_atomic(target, source.read_bytes())
+    except OSError as error:
+        raise machine_error(error, target) from error
 
 
-def _one(source: str, target: str) -> None:
-    with contextlib.suppress(OSError):
+def _is_linked(source: Path, target: Path) -> bool:
+    """Link a file.  False if the file system cannot."""
+    try:
         os.link(source, target)
-        return
-    shutil.copy2(source, target)
+    except OSError:
+        return False
+    return True
