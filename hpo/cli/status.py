@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +43,9 @@ def status(name: str | None, as_json: bool, runs: Path) -> None:
 
 def _print_json(folder: StudyFolder, table: StudyTable) -> None:
     from hpo.study import read_json
-    from hpo.terminal import status_json
+    from hpo.terminal import json_text, status_json
 
-    click.echo(json.dumps(status_json(table, read_json(folder.confirmed)), indent=1))
+    click.echo(json_text(status_json(table, read_json(folder.confirmed))))
 
 
 def _print_table(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> None:

@@ -9,7 +9,7 @@ import click
 from hpo.cli import options
 from hpo.cli.options import PATH, Finite
 from hpo.cli.start import calm_libraries, console
-from hpo.cli.which import agreed, asker, chosen_study, new_study
+from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
 
 
 @click.command(cls=options.Renamed, renamed={"--study": "--definition", "--name": ""})
@@ -60,6 +60,13 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
 @click.option(
     "--stop-when-converged", is_flag=True, help="End the search when more trials are unlikely to help."
 )
+@click.option(
+    "--fork-from",
+    type=options.NAMED,
+    metavar="STUDY",
+    shell_complete=complete_name,
+    help="Take over the finished trials of STUDY that fit. For a new study with a changed space.",
+)
 @click.option("--seed", type=options.SEED, help="Seed of the study. Default: from the study file.")
 @options.runs
 @options.notifies
@@ -81,6 +88,7 @@ def search(
     device: str | None,
     keep_best: int | None,
     stop_when_converged: bool,
+    fork_from: str | None,
     seed: int | None,
     runs: Path,
 ) -> None:
@@ -117,6 +125,7 @@ def search(
         runs=runs,
         preset=preset,
         ask=asker(),
+        fork_from=fork_from,
     )
     run(request, console())
 

@@ -24,6 +24,7 @@ from hpo.study import (
     CONVERGED,
     DUPLICATE,
     FAILED,
+    FORK,
     ROLE,
     STOP,
     Result,
@@ -164,9 +165,15 @@ class SearchProposals(BenchProposals):
         config = self.bench.study
         # Studies told clipped values began before the rule existed and go on without it.
         learned = not config.score.signed or any(is_feasible(t) and is_above_base(t) for t in self._done())
-        name = config.search.sampler
+        forked = self.study.study_name if self.study.user_attrs.get(FORK) else ""
         self.study.sampler = make_sampler(
-            config.study.seed, trial.number, self.total, learned=learned, name=name, study=self.study
+            config.study.seed,
+            trial.number,
+            self.total,
+            learned=learned,
+            name=config.search.sampler,
+            study=self.study,
+            forked=forked,
         )
         return suggest(trial, config)
 
@@ -290,7 +297,7 @@ class SearchProposals(BenchProposals):
         if self.used_up:
             return (
                 f"the search space is exhausted: {MAX_DUPLICATES} suggestions in a row repeat earlier trials; "
-                f"for a larger space, start a new study {another_name()}"
+                f"for a larger space, start a new study {another_name('--fork-from', self.folder.name)}"
             )
         total = "1 trial is done" if self.total == 1 else f"{self.total} trials are done"
         return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total

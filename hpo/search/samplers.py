@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
@@ -44,15 +45,25 @@ def require_sampler(name: str) -> None:
 
 
 def make_sampler(
-    seed: int, number: int, total: int, *, learned: bool = True, name: str = "tpe", study: Any = None
+    seed: int,
+    number: int,
+    total: int,
+    *,
+    learned: bool = True,
+    name: str = "tpe",
+    study: Any = None,
+    forked: str = "",
 ) -> BaseSampler:
     """The sampler of trial ``number``.
 
     ``learned``: whether some trial is above the untrained base.  Until one is, there is nothing to model, and the
     proposals stay random: a model of noise keeps to the place where the search began (docs/evaluation.md).
-    ``study``: the optuna.Study, whose finished trials CMA-ES starts from.
+    ``study``: the optuna.Study, whose finished trials CMA-ES starts from.  ``forked``: the name of a study that took
+    over trials; its random suggestions would repeat those of its source, at the same place in the space.
     """
-    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    own = [zlib.crc32(forked.encode())] if forked else []
+    state = int(np.random.SeedSequence([seed, number, *own]).generate_state(1)[0])
+    seed = int(np.random.SeedSequence([seed, *own]).generate_state(1)[0]) if own else seed
     startup = startup_trials(total) if learned else number + 1
     if name in ("tpe", "tpe-independent"):  # Optuna 5's defaults, written out
         return optuna.samplers.TPESampler(

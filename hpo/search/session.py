@@ -20,6 +20,7 @@ from hpo.machine import process_words
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal, read_enqueued
+from hpo.search.fork import Fork, as_source, check_fork, source_of
 from hpo.search.opening import opened
 from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.samplers import require_sampler
@@ -44,6 +45,7 @@ from hpo.study import (
     check_unchanged,
     database_errors,
     early_note,
+    edge_lines,
     holder,
     in_use,
     nothing_learned,
@@ -81,6 +83,7 @@ class SearchRequest:
     runs: Path = RUNS
     preset: str | None = None
     ask: Ask | None = None  # None: nobody can be asked
+    fork_from: str | None = None  # a study whose finished trials are taken over
 
 
 def search(request: SearchRequest, console: Console) -> None:
@@ -93,6 +96,7 @@ def search(request: SearchRequest, console: Console) -> None:
             "remove the option; the search ends after --trials or --max-hours",
         )
     require_sampler(config.search.sampler)
+    fork = source_of(request.fork_from, folder) if request.fork_from is not None else None
     limits = SearchLimits(
         trials=request.trials,
         max_hours=request.max_hours,
@@ -103,19 +107,22 @@ def search(request: SearchRequest, console: Console) -> None:
         console, lambda suggested: config.space.settings(suggested, config.train), folder.name
     )
     with database_errors(folder):
-        begun = _as_begun(folder, config)
+        begun = _as_begun(folder, config if fork is None else as_source(config, fork))
         if begun.score.signed != config.score.signed:
+            source = folder if fork is None else fork
             view.say(
-                f"study {folder.name} was begun with an earlier version and keeps its objective: "
+                f"study {source.name} was begun with an earlier version and keeps its objective: "
                 "the sampler is told 0 where the score is 0"
             )
         config = begun
+        if fork is not None:
+            check_fork(fork, folder, config)
         if request.enqueue:
             read_enqueued(request.enqueue)  # find mistakes in the file before anything is loaded
         with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
             for line in choice.says:
                 view.say(line)
-            _search(replace(request, inputs=choice.inputs), config, use, limits, view, work)
+            _search(replace(request, inputs=choice.inputs), config, use, limits, view, work, fork)
 
 
 def _search(
@@ -125,12 +132,21 @@ def _search(
     limits: SearchLimits,
     view: report.PlainView,
     work: Work,
+    fork: StudyFolder | None = None,
 ) -> None:
     """The part of a search that loads models and writes files."""
     from hpo.search import workbench  # imports torch, so only after all checks that do not need it
 
     bench = workbench.load(request.inputs, config, use.folder, view.say)
+    taken = Fork.into(bench, fork) if fork is not None else None
     study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
+    if taken is not None:
+        taken.take(study, view.say)
+        if not standing(study, limits.trials).left:
+            view.say(
+                f"it has {limits.trials} trials or more already: raise --trials to search in its own space"
+            )
+        view.console.print(introduction(bench.study, limits.trials))
     proposal = _proposal(request, bench, view)
     cost = _begin(study, bench, limits, proposal, view)
     use.begun = work.begun = True
@@ -297,8 +313,9 @@ def _cost_line(cost: Cost, now: Standing, size: str) -> str:
 def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
     best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
     settings = best.user_attrs.get("settings", {}) if best else None
+    edge = edge_lines(bench.folder, bench.study, best.params, now) if best else []
     if note := early_note(study, bench.folder):
         view.say(note)
-    for line in summary(bench.folder, now, settings, why, nothing_learned(study, bench.folder)):
+    for line in summary(bench.folder, now, settings, why, nothing_learned(study, bench.folder), edge):
         view.say(line)
     view.say(report.study_line(bench.folder.name, now))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -38,9 +38,11 @@ def summary(
     settings: Mapping[str, Any] | None,
     why: str,
     nothing: NothingLearned | None = None,
+    edge: Sequence[str] = (),
 ) -> list[str]:
     """The summary at the end: best settings, scores of best trial, baseline and untrained
-    base, files, next command.  ``nothing``: the search has learned nothing, so hpo confirm would refuse it."""
+    base, files, next command.  ``nothing``: the search has learned nothing, so hpo confirm would refuse it.
+    ``edge``: that the best trial lies on an edge of the space."""
     from hpo.terminal import end_lines, trial_lines
 
     lines = [f"{folder.name}: {why}", *(nothing.lines() if nothing else ())]
@@ -63,6 +65,7 @@ def summary(
         "  ± is one standard error over prompts",
         *(f"  extra metrics: {line}" for line in trial_lines(trial)),
         *said,
+        *([] if nothing else edge),
     ]
     if standing.front:
         lines += [

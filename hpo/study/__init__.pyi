@@ -1,5 +1,8 @@
 from . import convergence as convergence
 from . import promptfiles as promptfiles
+from .best import BestTrial as BestTrial
+from .best import best_trial as best_trial
+from .best import confirmed_winner as confirmed_winner
 from .changes import longer as longer
 from .changes import set_words as set_words
 from .changes import shorter as shorter
@@ -13,9 +16,11 @@ from .config import find_study as find_study
 from .config import read_study as read_study
 from .config import study_name as study_name
 from .convergence import ConvergenceVerdict as ConvergenceVerdict
+from .edges import edge_lines as edge_lines
 from .families import families_from as families_from
 from .families import kind_of_base as kind_of_base
 from .firstsettings import counting_settings as counting_settings
+from .folder import FORK as FORK
 from .folder import IDENTITY as IDENTITY
 from .folder import RUNS as RUNS
 from .folder import STOP as STOP
@@ -25,6 +30,9 @@ from .folder import TrialFolder as TrialFolder
 from .folder import another_name as another_name
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
+from .frame import frame as frame
+from .importance import Importance as Importance
+from .importance import importance as importance
 from .learning import NothingLearned as NothingLearned
 from .learning import early_note as early_note
 from .learning import learning_lines as learning_lines
@@ -70,6 +78,10 @@ from .result import objective_values as objective_values
 from .result import read_result as read_result
 from .result import write_params as write_params
 from .result import write_result as write_result
+from .retention import Unneeded as Unneeded
+from .retention import drop_files as drop_files
+from .retention import unneeded as unneeded
+from .retention import usual_keep as usual_keep
 from .scoring import make_evaluator as make_evaluator
 from .scoring import on_another_base as on_another_base
 from .scoring import plan_scoring as plan_scoring
@@ -89,11 +101,11 @@ from .space.space import settings_of as settings_of
 from .standing import BASELINE as BASELINE
 from .standing import DUPLICATE as DUPLICATE
 from .standing import ENQUEUED as ENQUEUED
+from .standing import FORKED_FROM as FORKED_FROM
 from .standing import ROLE as ROLE
 from .standing import Standing as Standing
 from .standing import TrialRow as TrialRow
 from .standing import by_prompt as by_prompt
-from .standing import drop_files as drop_files
 from .standing import history as history
 from .standing import is_above_base as is_above_base
 from .standing import is_duplicate as is_duplicate
@@ -116,6 +128,7 @@ from .table import StudyTable as StudyTable
 from .table import kind_of as kind_of
 from .table import study_table as study_table
 from .unchanged import as_begun as as_begun
+from .unchanged import check_forkable as check_forkable
 from .unchanged import check_unchanged as check_unchanged
 from .use import Use as Use
 from .use import in_use as in_use

@@ -35,7 +35,7 @@ def changed_space(
     """``--set`` values for a search that can learn something.  Empty if they would not be a valid study."""
     per_unit = max((e.images_seen / e.length for e in found if e.length), default=0.0)
     sets = [*_longer(study, per_unit, needed), *(_moved(study, found, rate) if rate else ())]
-    return _valid(study, sets)
+    return valid_sets(study, sets)
 
 
 def longer(study: StudyConfig, per_unit: float, needed: int) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def longer(study: StudyConfig, per_unit: float, needed: int) -> tuple[str, ...]:
 
     ``per_unit``: images seen per epoch, or per step in a study that sets steps.
     """
-    return _valid(study, _longer(study, per_unit, needed))
+    return valid_sets(study, _longer(study, per_unit, needed))
 
 
 def shorter(study: StudyConfig, share: float) -> tuple[str, ...]:
@@ -52,13 +52,13 @@ def shorter(study: StudyConfig, share: float) -> tuple[str, ...]:
     baseline = study.sections.get("baseline", {}).get(name)
     if domain is None:
         high = int(getattr(study.train, name) * share)
-        return _valid(study, [f"{name}={high}"]) if high >= 1 else ()
+        return valid_sets(study, [f"{name}={high}"]) if high >= 1 else ()
     high = int(max(domain.edges) * share)
     low = min(domain.edges)
     if high < low:
         return ()
     sets = [f"{name}={{low={low}, high={high}}}"]
-    return _valid(study, [*sets, f"baseline.{name}={high}"] if baseline and baseline > high else sets)
+    return valid_sets(study, [*sets, f"baseline.{name}={high}"] if baseline and baseline > high else sets)
 
 
 def set_words(sets: Sequence[str]) -> str:
@@ -66,7 +66,8 @@ def set_words(sets: Sequence[str]) -> str:
     return " ".join(f"--set {shlex.quote(text)}" for text in sets)
 
 
-def _valid(study: StudyConfig, sets: Sequence[str]) -> tuple[str, ...]:
+def valid_sets(study: StudyConfig, sets: Sequence[str]) -> tuple[str, ...]:
+    """The ``--set`` values if the study is valid with them, else none."""
     try:
         build_study(study.name, study.sections, sets=sets)
     except ConfigError:

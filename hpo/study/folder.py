@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 # Study user attributes: the facts that must not change, the last --trials, and the reason to start no new trials.
-IDENTITY, TOTAL, STOP = "hpo:identity", "hpo:trials", "hpo:stop"
+# FORK: the study that trials were taken over from, and whether that is finished (hpo.search.fork).
+IDENTITY, TOTAL, STOP, FORK = "hpo:identity", "hpo:trials", "hpo:stop", "hpo:fork"
 GO_ON = f"free some disk space or wait for the other program, then {RESUME}"
 
 

@@ -14,6 +14,7 @@ from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 
 STYLE_OF = "style of "  # before the name of the encoder whose patches judge a style (``StyleEncoder``)
+OF_SETTINGS = ("[space]", "[train]")  # facts about settings, not about how they are scored
 
 if TYPE_CHECKING:
     from hpo.study.config import StudyConfig
@@ -49,9 +50,29 @@ def check_unchanged(before: Mapping[str, str], now: Mapping[str, str], name: str
     }
     changed = difference(known, now)
     if changed:
+        other = f"undo the change, or start a new study {another_name()}"
+        if all(line.startswith(OF_SETTINGS) for line in changed):
+            other += f" --fork-from {name} (it takes over the finished trials that fit)"
         raise ConfigError(
-            f"study {name} was started with a different definition: " + "; ".join(changed[:5]),
-            f"undo the change, or start a new study {another_name()}",
+            f"study {name} was started with a different definition: " + "; ".join(changed[:5]), other
+        )
+
+
+def check_forkable(before: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
+    """Raise ConfigError if scores of the two studies are not comparable: another base, images, prompts, scorer, seed
+    and so on.  The settings and the space may differ; they are compared trial by trial."""
+
+    def compared(facts: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+        # an older version recorded less
+        known = {key: value for key, value in facts.items() if key in other or key.startswith("[")}
+        return {key: value for key, value in known.items() if not key.startswith(OF_SETTINGS)}
+
+    changed = difference(compared(before, now), compared(now, before))
+    if changed:
+        raise ConfigError(
+            f"the trials of study {name} cannot be taken over, because their scores do not compare: "
+            + "; ".join(changed[:5]),
+            "undo the change, or leave out --fork-from",
         )
 
 

@@ -149,7 +149,10 @@ def test_a_changed_definition_is_refused_with_what_changed() -> None:
     assert "[train] noise_offset: was 0.0, is now 0.05" in lines
     with pytest.raises(ConfigError, match="was started with a different definition") as caught:
         check_unchanged(before, now.frozen(), "x")
-    assert caught.value.hint == "undo the change, or start a new study under another name: hpo search NAME …"
+    assert caught.value.hint == (
+        "undo the change, or start a new study under another name: hpo search NAME … --fork-from x "
+        "(it takes over the finished trials that fit)"
+    )
 
 
 def test_settings_without_influence_on_results_may_change() -> None:
