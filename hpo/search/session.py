@@ -17,6 +17,7 @@ import optuna
 from rich.console import Console
 
 from hpo.machine import process_words
+from hpo.search.budget import budget_lines
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal, read_enqueued
@@ -211,6 +212,8 @@ def _begin(
     if fresh:
         view.console.print(introduction(bench.study, limits.trials))
         view.say(ratio_line(len(bench.study.space), limits.trials))
+        for line in budget_lines(bench.study, limits.trials):
+            view.say(line)
     view.say(_data_line(bench))
     if now.left:
         from hpo.search import fitting

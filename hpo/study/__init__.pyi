@@ -89,10 +89,14 @@ from .scoring import prompt_sets as prompt_sets
 from .scoring import reference_paths as reference_paths
 from .scoring import say_notes as say_notes
 from .scoring import subject_items as subject_items
+from .scoring import worded as worded
+from .scoring import wording_line as wording_line
 from .sections import OBJECTIVE as OBJECTIVE
 from .sections import PRESETS as PRESETS
 from .sections import SAMPLERS as SAMPLERS
 from .sections import SCORE as SCORE
+from .space.derived import IMAGES_SEEN as IMAGES_SEEN
+from .space.derived import steps_for as steps_for
 from .space.domain import Choice as Choice
 from .space.domain import Range as Range
 from .space.space import ELSEWHERE as ELSEWHERE

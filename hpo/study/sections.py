@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evaluation.images import SampleConfig
-from evaluation.prompts import CONFIRM_COUNTS, KINDS, SEARCH_COUNTS, TEMPLATES
+from evaluation.prompts import CONFIRM_COUNTS, KINDS, SEARCH_COUNTS, WORDINGS
 from trainer.checks import same, setting
 from trainer.config import TrainConfig
 
@@ -79,7 +79,7 @@ class SearchSection:
 class PromptSection:
     """[prompts] and [confirmation]: the templates, the number of each kind, and the seeds of each prompt."""
 
-    words: str = setting("natural", choices=tuple(TEMPLATES))
+    words: str = setting("natural", choices=WORDINGS)
     counts: Mapping[str, int] = setting(
         {}, choices=KINDS, low=0, example="{ train-like = 6, altered = 6, style = 3, class-only = 1 }"
     )

@@ -38,7 +38,7 @@ def test_the_default_study_searches_its_twelve_settings() -> None:
     space = read_study(find_study(None, "sd15")).space
     decided = {
         "learning_rate", "text_encoder_lr_ratio", "network_dim_log2", "network_alpha_ratio", "optimizer_type",
-        "lr_scheduler", "warmup_ratio", "gradient_accumulation_steps", "max_train_epochs", "min_snr_gamma",
+        "lr_scheduler", "warmup_ratio", "gradient_accumulation_steps", "images_seen", "min_snr_gamma",
         "noise_offset", "network_dropout",
     }  # fmt: skip
     assert {p.name for p in space} == decided
