@@ -289,7 +289,9 @@ class Leases:
 
     def times(self, connection: sql.Connection) -> Times:
         if connection.dialect.name == "postgresql":
-            started: sql.ColumnElement[float] = sql.literal_column("extract(epoch FROM pg_postmaster_start_time())::double precision")
+            started: sql.ColumnElement[float] = sql.literal_column(
+                "extract(epoch FROM pg_postmaster_start_time())::double precision"
+            )
             return Times(*connection.execute(sql.select(now(), started)).one())
         time_now = float(connection.execute(sql.select(now())).scalar_one())
         _, seconds = connection.execute(sql.text("SHOW GLOBAL STATUS LIKE 'Uptime'")).one()
