@@ -41,7 +41,7 @@ def _other_user() -> str | None:
 
 
 class Postgres:
-    def __init__(self) -> None:
+    def __init__(self, more: str = "") -> None:
         programs = find_programs()
         assert programs is not None
         self.programs, self.user = programs, _other_user()
@@ -49,6 +49,7 @@ class Postgres:
             tempfile.mkdtemp(prefix="hpo-postgres-", dir="/tmp")
         )  # a path that fits into a socket's
         self.data = self.root / "data"
+        self.more = more  # options of the server
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -60,7 +61,10 @@ class Postgres:
                 shutil.chown(path, self.user)
         self._run("initdb", "-D", self.data, "-U", USER, "-A", "scram-sha-256", "-E", "UTF8", "--locale=C", "-N",
                   f"--pwfile={self.root / 'password'}")  # fmt: skip
-        options = f"-p {self.port} -k {self.root} -c listen_addresses=127.0.0.1 -c fsync=off"
+        self.start_again()
+
+    def start_again(self) -> None:
+        options = f"-p {self.port} -k {self.root} -c listen_addresses=127.0.0.1 -c fsync=off {self.more}"
         self._control("start", "-o", options, "-l", str(self.root / "log"))
 
     def restart(self, mode: str = "immediate") -> None:
@@ -69,10 +73,6 @@ class Postgres:
 
     def stop(self) -> None:
         self._control("stop", "-m", "immediate")
-
-    def go_on(self) -> None:
-        self._control("start", "-o", f"-p {self.port} -k {self.root} -c listen_addresses=127.0.0.1 -c fsync=off",
-                      "-l", str(self.root / "log"))  # fmt: skip
 
     def remove(self) -> None:
         if (self.data / "postmaster.pid").exists():

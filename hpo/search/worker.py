@@ -105,6 +105,7 @@ class Worker:
         return dataclasses.replace(now, forecast=forecast)
 
     def _trials(self) -> str:
+        """Until nothing is left.  A connection that is lost between two trials is tried again a few times."""
         lost = 0
         while True:
             if self.view.should_stop():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import hpo.search.dashboard
 from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder, read_json
@@ -123,6 +124,48 @@ def test_a_search_on_a_server_proposes_and_scores_what_one_in_a_file_does(
     monkeypatch.setenv(VARIABLE, postgres.place(StudyFolder(root)))
     make_search(tiny_bench(root, data), SearchLimits(3)).run()
     assert table(StudyFolder(root)) == table(in_file)
+
+
+def test_a_server_that_is_away_is_waited_for(
+    postgres: Postgres, root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, postgres.place(StudyFolder(root)))
+    view = Recorder()
+
+    def stop(event: Any) -> None:
+        view.event_hook = lambda event: None
+        postgres.stop()
+
+    def say(text: str) -> None:
+        view.lines.append(text)
+        if "does not answer" in text:
+            postgres.start_again()
+
+    view.event_hook, view.say = stop, say  # type: ignore[method-assign]
+    make_search(tiny_bench(root, data), SearchLimits(2), view).run()
+    assert any("does not answer; waiting" in line for line in view.lines)
+    assert "the database answers again" in view.lines
+    check_study(StudyFolder(root), 2)
+    assert view.started == [(0, False), (1, False)]
+
+
+def test_a_connection_that_is_cut_while_a_result_is_told_loses_nothing(
+    postgres: Postgres, root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, postgres.place(StudyFolder(root)))
+    view, publish = Recorder(), hpo.search.dashboard.publish
+
+    def cut(*given: Any) -> None:
+        monkeypatch.setattr("hpo.search.dashboard.publish", publish)
+        postgres.restart("immediate")
+        publish(*given)
+
+    monkeypatch.setattr("hpo.search.dashboard.publish", cut)
+    make_search(tiny_bench(root, data), SearchLimits(2), view).run()
+    assert any("connection to the database was lost" in line for line in view.lines)
+    assert any("trial 0 was already finished on disk" in line for line in view.lines)
+    check_study(StudyFolder(root), 2)
+    assert view.started == [(0, False), (1, False)]
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hpo.machine.registry import process_words
 from hpo.study import place
 from hpo.study.folder import StudyFolder
 from hpo.study.place import Place, address, parsed, settle, shown, without_password
@@ -61,6 +63,16 @@ def test_a_password_is_neither_stored_nor_shown(tmp_path: Path) -> None:
     joined = Invocation(("search", f"--storage={URL}"), "/").stored
     assert joined == ("search", "--storage", "postgresql+psycopg://luca@db.lan:5433/hpo")
     assert shown("nonsense:s3cret") == ""
+
+
+def test_the_command_line_of_another_worker_is_shown_without_its_password() -> None:
+    words = [sys.executable, "-c", "input()", "hpo.cli", "search", "--storage", URL]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE)
+    try:
+        said = process_words(other.pid)
+    finally:
+        other.communicate(b"\n")
+    assert "--storage postgresql+psycopg://***@db.lan" in said and "s3cret" not in said
 
 
 def test_where_the_password_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
