@@ -143,6 +143,9 @@ class Recorder:
     def should_stop(self) -> bool:
         return self.stop
 
+    def check(self, *, certain: bool = False) -> None:
+        """As ``hpo.search.trial.Watched`` has it, for tests of a part of a trial."""
+
     def on_trial(self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Any) -> None:
         self.started.append((number, adopted))
 
