@@ -329,8 +329,12 @@ class Leases:
         """A worker that stops inside a transaction must not keep its locks for ever."""
         idle = max(1, int(self.seconds))
         if connection.dialect.name == "postgresql":
-            connection.execute(sql.text(f"SET LOCAL lock_timeout = '{STUDY_WAIT_SECONDS}s'"))
-            connection.execute(sql.text(f"SET LOCAL idle_in_transaction_session_timeout = '{idle}s'"))
+            limits = {"lock_timeout": STUDY_WAIT_SECONDS, "idle_in_transaction_session_timeout": idle}
+            connection.execute(
+                sql.select(
+                    *(sql.func.set_config(name, f"{seconds}s", True) for name, seconds in limits.items())
+                )
+            )
         else:
             connection.execute(
                 sql.text(

@@ -188,18 +188,18 @@ def test_a_worker_that_lives_keeps_its_trial_for_longer_than_a_lease(on_server: 
     begin(on_server, 1)
 
     def hold() -> None:
-        on_its_own_machine("holder", 0.6)
+        on_its_own_machine("holder", 0.4)
         claims = claims_of(on_server)
         claim = claims.take()
         assert claim is not None
-        end = time.monotonic() + 2.0
+        end = time.monotonic() + 1.2
         while time.monotonic() < end:
             assert attempt(take_nothing) == 0
         claim.lock.check(certain=True)
         tell(claim)
 
     def take_nothing() -> None:
-        on_its_own_machine("other", 0.6)
+        on_its_own_machine("other", 0.4)
         claims = claims_of(on_server)
         assert claims.take() is None
 

@@ -18,18 +18,19 @@ from click.testing import CliRunner
 import hpo.search.dashboard
 from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
-from hpo.study.folder import StudyFolder, read_json
-from hpo.study.place import STORAGE, VARIABLE, place_of
+from hpo.study import leases
+from hpo.study.folder import StudyFolder
+from hpo.study.place import STORAGE, VARIABLE, chosen_place, place_of, settle
 from hpo.study.server import server_of
-from hpo.study.storage import begun_study, open_study
-from tests.cheap_claims import on_its_own_machine
+from hpo.study.storage import begun_study, open_place, open_study
+from tests.cheap_claims import enqueue, on_its_own_machine
 from tests.faults.zygote import attempt, finish, start
 from tests.postgres import PASSWORD, Postgres
 from tests.tiny_confirm import run_confirm
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
 from tests.tiny_session import run_session
 from trainer.errors import ConfigError, DataError, MachineError
-from trainer.files import read_records
+from trainer.files import make_folder, read_records
 
 pytestmark = pytest.mark.faults
 TRIALS = 8
@@ -120,10 +121,47 @@ def test_a_search_on_a_server_proposes_and_scores_what_one_in_a_file_does(
     postgres: Postgres, root: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_file = StudyFolder(tmp_path / "file")
-    make_search(tiny_bench(in_file.root, data), SearchLimits(3)).run()
+    make_search(tiny_bench(in_file.root, data), SearchLimits(2)).run()
     monkeypatch.setenv(VARIABLE, postgres.place(StudyFolder(root)))
-    make_search(tiny_bench(root, data), SearchLimits(3)).run()
+    make_search(tiny_bench(root, data), SearchLimits(2)).run()
     assert table(StudyFolder(root)) == table(in_file)
+
+
+def test_a_worker_that_has_lost_its_trial_writes_nothing_more_into_its_folder(
+    postgres: Postgres, root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, view, kept = StudyFolder(root), Recorder(), {}
+    monkeypatch.setenv(VARIABLE, postgres.place(folder))
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.4)
+
+    def take_over(event: Any) -> None:
+        view.event_hook = lambda event: None
+        place = place_of(folder)
+        assert place is not None
+        other = {
+            "worker": "other",
+            "boot": "elsewhere",
+            "host": "gpu2",
+            "pid": 77,
+            "fence": 9,
+            "expires": 1e11,
+        }
+        with server_of(place).engine.begin() as connection:
+            connection.execute(leases.TABLE.update().where(leases.TABLE.c.name == "trial 0").values(**other))
+        time.sleep(0.5)  # this worker's own certainty has ended
+        kept.update(files(folder.trial(0).root))
+
+    view.event_hook = take_over
+    why = make_search(tiny_bench(root, data), SearchLimits(2), view).run()
+    assert files(folder.trial(0).root) == kept and "train.jsonl" in kept
+    (said,) = [line for line in view.lines if "no longer this worker's" in line]
+    assert "process 77 on gpu2 has taken the trial over" in said
+    assert why == "the remaining trials are running in other processes: trial 0 (process 77 on gpu2)"
+    assert [result.number for result in view.results] == [1]
+
+
+def files(place: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
 
 def test_a_server_that_is_away_is_waited_for(
@@ -206,9 +244,12 @@ def test_the_command_and_its_readers_find_the_study_and_keep_the_password_to_the
     own, other = place_of(folder), place_of(target)
     assert own is not None and other is not None
     assert (other.url, other.study) == (own.url, "study__confirm") and not target.database.exists()
+    deleted = CliRunner().invoke(main, ["delete", "study", "--yes", "--runs", str(root.parent)])
+    assert "optuna delete-study --study-name study --storage postgresql+psycopg://hpo@" in deleted.output
+    assert not root.exists()
     for secret in (PASSWORD, url.split(":")[2].partition("@")[0]):
         assert secret.encode() not in contents(root.parent)
-        assert secret not in shown + attempt_status.output + listed.output
+        assert secret not in shown + attempt_status.output + listed.output + deleted.output
 
 
 def test_a_search_that_cannot_begin_takes_its_study_back_from_the_server(
@@ -222,28 +263,24 @@ def test_a_search_that_cannot_begin_takes_its_study_back_from_the_server(
         assert (study := begun_study(StudyFolder(root))) is not None and len(study.get_trials()) == 1
 
 
-def test_a_study_of_another_folder_is_left_alone(
-    postgres: Postgres, root: Path, data: Path, tmp_path: Path
-) -> None:
-    """A second machine whose runs folder is not the shared one."""
-    url, elsewhere = address(postgres), tmp_path / "elsewhere" / "runs" / "study"
-    elsewhere.parent.mkdir(parents=True)
+def test_a_study_of_another_folder_is_left_alone(postgres: Postgres, root: Path, tmp_path: Path) -> None:
+    """A second machine whose runs folder is not the shared one; and one that lost its storage.json."""
+    url, elsewhere = address(postgres), StudyFolder(tmp_path / "elsewhere" / "study")
     with storage(url):
-        run_session(root, data)
+        settle_new(StudyFolder(root))
+        enqueue(StudyFolder(root), 1)
         with pytest.raises(ConfigError, match="belongs to another runs folder") as refused:
-            run_session(elsewhere, data, trials=2)
-        assert "shared" in refused.value.hint or "share" in refused.value.hint
-        assert not elsewhere.exists()
-        check_study(StudyFolder(root), 1)
+            open_place(elsewhere, chosen_place(elsewhere))
+        assert "a folder that all machines share" in refused.value.hint
+        settle_new(elsewhere)
+        with pytest.raises(ConfigError, match="belongs to another runs folder"):
+            open_study(elsewhere)
+        assert len(open_study(StudyFolder(root)).get_trials()) == 1
 
 
-def test_a_study_in_a_file_stays_there(postgres: Postgres, root: Path, data: Path, monkeypatch: Any) -> None:
-    run_session(root, data)
-    with storage(address(postgres)), pytest.raises(ConfigError, match="--storage cannot be used"):
-        run_session(root, data, trials=2)
-    monkeypatch.setenv(VARIABLE, address(postgres))  # of other studies
-    run_session(root, data, trials=2)
-    check_study(StudyFolder(root), 2)
+def settle_new(folder: StudyFolder) -> None:
+    make_folder(folder.root)
+    settle(folder, chosen_place(folder))
 
 
 def test_a_server_that_cannot_be_reached_is_named_without_the_password(
@@ -262,16 +299,15 @@ def test_a_server_that_cannot_be_reached_is_named_without_the_password(
 
 
 def test_a_second_name_of_the_same_server_is_followed(
-    postgres: Postgres, root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One machine calls it 127.0.0.1, and another one localhost."""
-    url = postgres.new_database()
+    folder, url = StudyFolder(root), postgres.new_database()
     with storage(url.render_as_string(hide_password=False)):
-        run_session(root, data)
-    stored = read_json(StudyFolder(root).storage)
+        settle_new(folder)
+        enqueue(folder, 2)
     monkeypatch.setenv(VARIABLE, url.set(host="localhost").render_as_string(hide_password=False))
-    run_session(root, data, trials=2)
-    assert read_json(StudyFolder(root).storage) == stored
-    place = place_of(StudyFolder(root))
-    assert place is not None and server_of(place).engine.url.host == "localhost"
-    assert len(open_study(StudyFolder(root)).get_trials()) == 2
+    assert len(open_study(folder).get_trials()) == 2
+    place = place_of(folder)
+    assert place is not None and "127.0.0.1" in place.url
+    assert server_of(place).engine.url.host == "localhost"

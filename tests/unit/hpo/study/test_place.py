@@ -91,6 +91,21 @@ def test_where_the_password_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
         place.STORAGE.reset(token)
 
 
+def test_a_study_in_a_file_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = StudyFolder(tmp_path)
+    monkeypatch.setenv(place.VARIABLE, URL)
+    new = place.chosen_place(folder)
+    assert new is not None and (new.url, new.study) == (without_password(parsed(URL)), tmp_path.name)
+    folder.database.touch()
+    assert place.chosen_place(folder) is None  # the environment is for other studies
+    token = place.STORAGE.set(URL)
+    try:
+        with pytest.raises(ConfigError, match="--storage cannot be used"):
+            place.chosen_place(folder)
+    finally:
+        place.STORAGE.reset(token)
+
+
 def test_of_two_workers_that_begin_at_once_one_says_where_the_study_is(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
     assert write_new(folder.storage, "{}") and not write_new(folder.storage, "other")
