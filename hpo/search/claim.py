@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.search import dashboard
 from hpo.search.proposals import Proposals
 from hpo.search.telling import Teller
-from hpo.study import ROLE, Claimed, StudyFolder, ownership_of, read_result, state_of, take_up
+from hpo.study import ROLE, Claimed, ClaimLost, StudyFolder, ownership_of, read_result, state_of, take_up
 from trainer.files import sweep_tree
 
 
@@ -74,8 +74,8 @@ class Claims:
 
     def _claim(self, trial: optuna.Trial, suggested: dict[str, Any], *, adopted: bool) -> Claim:
         lock = self.ownership.trial(trial.number)
-        taken = lock.try_acquire()
-        assert taken, f"trial {trial.number} is unclaimed, but its lock is held"
+        if not lock.try_acquire():
+            raise ClaimLost(f"trial {trial.number} was taken by another worker at the same moment")
         return Claim(trial, suggested, lock, adopted)
 
     def _adopt(self) -> Claim | None:

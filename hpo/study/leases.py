@@ -9,8 +9,8 @@ Owns the table hpo_leases and the rules of a lease:
 * The lease of a dead process of this machine counts as free at once: the kernel knows.
 * After a restart of the server, leases last for their full time again, so that living workers can renew them.
 
-The study lock is the locked row ``study``.  Leases taken while it is held become visible when it is released, in the
-same transaction.
+The study lock is the locked row ``study``, for as long as a transaction lasts.  It keeps the number of trials exact;
+that a trial has one worker does not depend on it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from trainer.errors import MachineError
 
 LEASE_SECONDS = 120.0  # how long a silent worker keeps its trial
 RENEWALS = 4  # in that time
-STUDY_WAIT_SECONDS = 120  # for another worker that chooses a trial
+STUDY_WAIT_SECONDS = 600  # for other workers that choose a trial: many may begin at once
 
 TABLE = sql.Table(
     "hpo_leases",
@@ -143,7 +143,6 @@ class Leases:
         self._study = study
         self._has_row = False
         self._inside: sql.Connection | None = None  # of the study lock, while this process holds it
-        self._fresh: list[Lease] = []  # taken under it, and not yet visible to others
         self._live: dict[str, Holder] | None = None  # of other workers, as it was when it was taken
         self._held: list[Lease] = []
         self._guard = threading.Lock()
@@ -164,19 +163,11 @@ class Leases:
                     f"another worker has been choosing a trial for {STUDY_WAIT_SECONDS} s",
                     "run the same command again; if that does not help, stop the workers one by one",
                 ) from None
-            self._live = self._living(connection)
-            self._inside, self._fresh = connection, []
+            self._inside, self._live = connection, self._living(connection)
             try:
                 yield
-            except BaseException:
-                for lease in self._fresh:
-                    lease.lost = True  # rolled back
-                self._fresh = []
-                raise
             finally:
                 self._inside = self._live = None
-        for lease in self._fresh:
-            self._keep(lease)
 
     def trial(self, number: int) -> Lease:
         return Lease(self, f"trial {number}")
@@ -210,11 +201,8 @@ class Leases:
 
     @contextmanager
     def transaction(self) -> Iterator[sql.Connection]:
-        """A transaction; while this process holds the study lock, that one.  Errors are Optuna's."""
+        """A transaction of its own.  Errors are Optuna's."""
         try:
-            if self._inside is not None and threading.current_thread() is not self._renewer:
-                yield self._inside
-                return
             with self._engine.connect() as connection, connection.begin():
                 self._limit(connection)
                 yield connection
@@ -235,6 +223,8 @@ class Leases:
             return None
         key = {"study": self._study, "name": name}
         with self.transaction() as connection:
+            if self._inside is not None:
+                self._inside.execute(sql.select(1))  # fails if the server has ended the study lock meanwhile
             row = connection.execute(self._row(name).with_for_update()).one_or_none()
             if row is not None and not self.is_free(row, self.times(connection)):
                 return None
@@ -249,11 +239,13 @@ class Leases:
                 return None
             return 1
 
-    def taken(self, lease: Lease) -> None:
-        if self._inside is not None:
-            self._fresh.append(lease)
-        else:
-            self._keep(lease)
+    def keep(self, lease: Lease) -> None:
+        """Renew a lease from now on, in the background."""
+        with self._guard:
+            self._held.append(lease)
+            if self._renewer is None:
+                self._renewer = threading.Thread(target=self._renew_all, name="leases", daemon=True)
+                self._renewer.start()
 
     def renew(self, lease: Lease) -> None:
         """Renew a lease, also one that has ended and was not taken.  Notes if it was taken."""
@@ -349,14 +341,6 @@ class Leases:
         rows = connection.execute(query).all()
         return {row.name: self.holder_in(row) for row in rows if not self.is_free(row, times)}
 
-    def _keep(self, lease: Lease) -> None:
-        """Renew a lease from now on, in the background."""
-        with self._guard:
-            self._held.append(lease)
-            if self._renewer is None:
-                self._renewer = threading.Thread(target=self._renew_all, name="leases", daemon=True)
-                self._renewer.start()
-
     def _renew_all(self) -> None:
         while True:
             time.sleep(self.seconds / RENEWALS)
@@ -387,7 +371,7 @@ class Lease:
         if fence is None:
             return False
         self.fence, self.lost, self.sure_until = fence, False, asked + self._leases.seconds
-        self._leases.taken(self)
+        self._leases.keep(self)
         return True
 
     def release(self) -> None:

@@ -303,7 +303,7 @@ def test_the_study_lock_is_held_by_one_process_and_given_up_after_its_time(
 
 
 def test_a_worker_that_stops_under_the_study_lock_does_not_keep_it(on_server: StudyFolder) -> None:
-    """The server ends its transaction; what it claimed there is nobody's."""
+    """The server ends its transaction, and the lease of what it claimed ends by itself."""
     begin(on_server, 2)
 
     def stop() -> None:

@@ -117,6 +117,18 @@ def test_four_machines_a_kill_a_pause_and_a_restart_of_the_server_lose_and_doubl
     )  # the killed one's and the paused one's, once more
 
 
+def test_proposals_that_are_refused_do_not_count_and_the_number_of_trials_is_exact(
+    postgres: Postgres, root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told under the study lock counts at once: here every second proposal repeats the first trial."""
+    monkeypatch.setenv(VARIABLE, postgres.place(StudyFolder(root)))
+    worker = make_search(tiny_bench(root, data), SearchLimits(3))
+    worker.source.refusal = lambda suggested, number: "duplicate of trial 0" if number % 2 else ""
+    assert worker.run() == "3 trials are done"
+    states = [t.state.name for t in open_study(StudyFolder(root)).get_trials()]
+    assert states == ["COMPLETE", "FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+
+
 def test_a_search_on_a_server_proposes_and_scores_what_one_in_a_file_does(
     postgres: Postgres, root: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
