@@ -66,9 +66,10 @@ def test_a_password_is_neither_stored_nor_shown(tmp_path: Path) -> None:
 
 
 def test_the_command_line_of_another_worker_is_shown_without_its_password() -> None:
-    words = [sys.executable, "-c", "input()", "hpo.cli", "search", "--storage", URL]
-    other = subprocess.Popen(words, stdin=subprocess.PIPE)
+    words = [sys.executable, "-c", "print(flush=True); input()", "hpo.cli", "search", "--storage", URL]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        assert other.stdout is not None and other.stdout.readline()  # it is itself by now
         said = process_words(other.pid)
     finally:
         other.communicate(b"\n")
