@@ -8,6 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import Postgres, find_programs
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server of its own, on a free port of this machine."""
+    if find_programs() is None:
+        pytest.skip(
+            "NO POSTGRESQL: studies on several machines are not tested here (apt-get install postgresql)"
+        )
+    server = Postgres()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -50,6 +50,13 @@ from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
     type=Finite(min=0, min_open=True, max=10_000),
     help="Start no new trials after this many hours.",
 )
+@click.option(
+    "--storage",
+    type=options.STORAGE,
+    metavar="URL",
+    help="Keep a new study in a database server, for workers on several machines: postgresql+psycopg://USER@HOST/DB. "
+    "Also: HPO_STORAGE. Default: a file.",
+)
 @options.device()
 @click.option(
     "--keep-best",
@@ -85,6 +92,7 @@ def search(
     preset: str | None,
     enqueue: Path | None,
     max_hours: float | None,
+    storage: str | None,
     device: str | None,
     keep_best: int | None,
     stop_when_converged: bool,
@@ -97,7 +105,7 @@ def search(
     calm_libraries()
     from hpo.search import SearchRequest
     from hpo.search import search as run
-    from hpo.study import Inputs
+    from hpo.study import STORAGE, Inputs
 
     if name is not None:
         name, runs = new_study(name, runs)
@@ -127,7 +135,11 @@ def search(
         ask=asker(),
         fork_from=fork_from,
     )
-    run(request, console())
+    token = STORAGE.set(storage)
+    try:
+        run(request, console())
+    finally:
+        STORAGE.reset(token)
 
 
 @click.command()

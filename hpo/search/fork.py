@@ -32,6 +32,7 @@ from hpo.study import (
     IDENTITY,
     NEUTRAL_SETTINGS,
     ROLE,
+    Ownership,
     Result,
     Say,
     StudyConfig,
@@ -44,6 +45,7 @@ from hpo.study import (
     database_errors,
     find_folder,
     open_study,
+    ownership_of,
     parent_of,
     read_json,
     read_result,
@@ -159,17 +161,17 @@ class Fork:
 
     def take(self, study: optuna.Study, say: Say) -> None:
         """Add the trials that the study does not have yet.  Can be repeated after a kill, and by several workers."""
-        lock = self.bench.folder.study_lock
-        with lock().held(), quiet():
+        shared = ownership_of(self.bench.folder)
+        with shared.study(), quiet():
             if study.user_attrs.get(FORK, {}).get("finished"):
                 return  # by another worker, just now
             study.set_user_attr(FORK, {"study": self.source.name, "finished": False})
             _link(self.source.base_images, self.bench.folder.base_images)  # the scale of the scores
         for fitting in self.fitting:
-            with lock().held(), quiet():
+            with shared.study(), quiet():
                 there = next((t for t in study.get_trials(deepcopy=False) if _is_from(t, fitting)), None)
                 if there is None or there.state == TrialState.RUNNING:
-                    self._add(study, fitting, there, say)
+                    self._add(study, fitting, there, shared, say)
         study.set_user_attr(FORK, {"study": self.source.name, "finished": True})
         say(self.says)
 
@@ -184,7 +186,9 @@ class Fork:
         verb = "does" if all_ - count == 1 else "do"
         return f"{text}. {all_ - count} {verb} not fit: {_reasons(self.left_out)}"
 
-    def _add(self, study: optuna.Study, fitting: Fitting, there: FrozenTrial | None, say: Say) -> None:
+    def _add(
+        self, study: optuna.Study, fitting: Fitting, there: FrozenTrial | None, shared: Ownership, say: Say
+    ) -> None:
         bench, folder = self.bench, self.bench.folder
         if there is None:
             study.add_trial(self._running(fitting))
@@ -203,10 +207,14 @@ class Fork:
             lora=files.lora.name if fitting.result.lora else "",
         )
         write_result(files, result)
-        trial = take_up(study, there)
-        Teller(study, folder, bench.study.objectives, say).tell(
-            trial, result, searched_settings(bench.study, fitting.proposal)
-        )
+        trial, claim = take_up(study, there), shared.trial(there.number)
+        if not claim.try_acquire():
+            return  # another worker tells what it found on disk
+        try:
+            settings = searched_settings(bench.study, fitting.proposal)
+            Teller(study, folder, bench.study.objectives, say).tell(trial, result, settings, claim)
+        finally:
+            claim.release()
 
     def _running(self, fitting: Fitting) -> FrozenTrial:
         """The trial before it is told, with the distributions of the new space: TPE models the parameters that all

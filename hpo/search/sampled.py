@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from hpo.study import (
     FORK,
     ROLE,
     STOP,
+    Holder,
     Result,
     Say,
     Standing,
@@ -36,12 +37,12 @@ from hpo.study import (
     convergence,
     drop_files,
     history,
-    holder,
     is_above_base,
     is_duplicate,
     is_feasible,
     learning_lines,
     measured,
+    ownership_of,
     searched_settings,
     standing,
     tell,
@@ -258,7 +259,7 @@ class SearchProposals(BenchProposals):
             points,
             dimensions=len(self.bench.study.space),
             startup=startup_trials(self.total),
-            running=sum(holder(self.folder.trial_lock(t.number).path) is not None for t in running),
+            running=sum(runner is not None for runner in self._runners(running).values()),
         )
         self._set_stop(verdict is not None and verdict.settled)
         news = alerts.update_alert(self.folder, verdict, rows)
@@ -282,13 +283,16 @@ class SearchProposals(BenchProposals):
         elif before and not settled:
             self.study.set_user_attr(STOP, "")
 
+    def _runners(self, trials: Iterable[FrozenTrial]) -> dict[int, Holder | None]:
+        return ownership_of(self.folder, self.say).runners(t.number for t in trials)
+
     # The end
 
     def ended(self) -> str:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        pids = {t.number: holder(self.folder.trial_lock(t.number).path) for t in running}
-        busy = ", ".join(f"trial {n} (process {pid})" for n, pid in pids.items() if pid)
-        left = ", ".join(f"trial {n}" for n, pid in pids.items() if not pid)
+        runners = self._runners(running)
+        busy = ", ".join(f"trial {n} ({runner.words})" for n, runner in runners.items() if runner)
+        left = ", ".join(f"trial {n}" for n, runner in runners.items() if not runner)
         if stop := self.study.user_attrs.get(STOP):
             why = f"{stop} (--stop-when-converged); to continue, run the same command without that option"
             return f"{why}; still running in other processes: {busy}" if busy else why

@@ -44,14 +44,18 @@ from hpo.study import (
     as_begun,
     begun_study,
     check_unchanged,
+    chosen_place,
     database_errors,
     early_note,
     edge_lines,
-    holder,
     in_use,
     nothing_learned,
+    open_place,
+    ownership_of,
     promptfiles,
     recorded,
+    require_local,
+    settle,
     standing,
 )
 from hpo.terminal import Stop, clock
@@ -107,7 +111,11 @@ def search(request: SearchRequest, console: Console) -> None:
     view = report.make_view(
         console, lambda suggested: config.space.settings(suggested, config.train), folder.name
     )
+    place = chosen_place(folder)
+    if place is None:
+        require_local(folder)
     with database_errors(folder):
+        open_place(folder, place)
         begun = _as_begun(folder, config if fork is None else as_source(config, fork))
         if begun.score.signed != config.score.signed:
             source = folder if fork is None else fork
@@ -121,6 +129,7 @@ def search(request: SearchRequest, console: Console) -> None:
         if request.enqueue:
             read_enqueued(request.enqueue)  # find mistakes in the file before anything is loaded
         with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
+            settle(folder, place)
             for line in choice.says:
                 view.say(line)
             _search(replace(request, inputs=choice.inputs), config, use, limits, view, work, fork)
@@ -223,7 +232,7 @@ def _begin(
             cost = _told_cost(study, bench, limits, standing(study, limits.trials), view)
     else:
         cost = None
-    with bench.folder.study_lock().held(), quiet():
+    with ownership_of(bench.folder, view.say).study(), quiet():
         study.set_user_attr(TOTAL, limits.trials)
         if study.user_attrs.get(STOP) and not limits.stop_when_converged:
             study.set_user_attr(STOP, "")  # without --stop-when-converged the search continues
@@ -247,16 +256,15 @@ def _begin(
 def _one_after_the_other(bench: Workbench, view: report.PlainView) -> Iterator[None]:
     """In one process of the study at a time.  Workers that start together would each draw the same images of the
     base, and be slower together than one of them."""
-    lock = bench.folder.base_lock()
+    lock = ownership_of(bench.folder, view.say).base()
     if not lock.try_acquire():
         view.say("another worker scores the untrained base; waiting for it …")
         begun, named = time.monotonic(), False
         while not lock.try_acquire():
             is_long = time.monotonic() - begun >= NAMED_AFTER_SECONDS
-            if is_long and not named and (pid := holder(lock.path)) is not None:
-                view.say(
-                    f"still waiting for {process_words(pid)}; this worker goes on when it ends or is stopped"
-                )
+            if is_long and not named and (other := lock.holder()) is not None:
+                words = other.words if other.host else process_words(other.pid)
+                view.say(f"still waiting for {words}; this worker goes on when it ends or is stopped")
                 named = True
             time.sleep(POLL_SECONDS)
     try:

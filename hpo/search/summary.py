@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hpo.study import where
 from hpo.terminal import figures, short
 from trainer.text import clean_text
 
@@ -75,7 +76,7 @@ def summary(
         ]
     if trial.lora.is_file():
         lines.append(f"LoRA: {trial.lora}")
-    lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
+    lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {where(folder)}"]
     if folder.alert.is_file():
         lines.append(f"convergence: {folder.alert}")
     return [*lines, f"next: {following}"]

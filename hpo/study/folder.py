@@ -92,6 +92,16 @@ class StudyFolder:
         return self.root / "study.db"
 
     @property
+    def storage(self) -> Path:
+        """The address of the server that has the study's database (``hpo.study.place``); otherwise there is none."""
+        return self.root / "storage.json"
+
+    @property
+    def has_study(self) -> bool:
+        """Whether a study was begun here: a killed process may leave less than a whole one."""
+        return self.database.is_file() or self.storage.is_file()
+
+    @property
     def url(self) -> str:
         """The SQLAlchemy URL of the database.  SQLAlchemy versions differ in decoding %3F and similar."""
         from sqlalchemy import make_url
