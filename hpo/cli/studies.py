@@ -23,9 +23,13 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
 @click.option(
     "--trials",
     type=click.IntRange(1, 10_000),
-    default=30,
-    show_default=True,
-    help="Total number of trials in the study.",
+    help="Total number of trials in the study. Default: 30; with --hours as many as fit, and N at most.",
+)
+@click.option(
+    "--hours",
+    type=Finite(min=0, min_open=True, max=10_000),
+    help="Time budget of search and confirmation together. Plans how many trials fit, ends in time with a "
+    "confirmed winner. A command that was stopped goes on with what is left.",
 )
 @options.definition("FILE.toml", "Study file: what is searched. Or the name of a shipped study file.")
 @options.sets("Fix a setting (network_dim=16), or change a value of the study file (sampling.steps=10).")
@@ -48,7 +52,7 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
 @click.option(
     "--max-hours",
     type=Finite(min=0, min_open=True, max=10_000),
-    help="Start no new trials after this many hours.",
+    help="Start no new trials after this many hours of this command. Plans nothing and confirms nothing; see --hours.",
 )
 @options.device()
 @click.option(
@@ -67,7 +71,8 @@ def search(
     name: str | None,
     base: str,
     data: Path | None,
-    trials: int,
+    trials: int | None,
+    hours: float | None,
     study: str | None,
     sets: tuple[str, ...],
     clip: str | None,
@@ -111,6 +116,7 @@ def search(
         sets=sets,
         enqueue=enqueue,
         max_hours=max_hours,
+        hours=hours,
         keep_best=keep_best,
         stop_when_converged=stop_when_converged,
         seed=seed,
@@ -118,7 +124,13 @@ def search(
         preset=preset,
         ask=asker(),
     )
-    run(request, console())
+    screen = console()
+    if hours is None:
+        run(request, screen)
+        return
+    from hpo.confirm import confirm_within
+
+    run(request, screen, lambda folder, worked: confirm_within(folder, worked, screen))
 
 
 @click.command()

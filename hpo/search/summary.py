@@ -38,9 +38,12 @@ def summary(
     settings: Mapping[str, Any] | None,
     why: str,
     nothing: NothingLearned | None = None,
+    *,
+    goes_on: bool = False,
 ) -> list[str]:
     """The summary at the end: best settings, scores of best trial, baseline and untrained
-    base, files, next command.  ``nothing``: the search has learned nothing, so hpo confirm would refuse it."""
+    base, files, next command.  ``nothing``: the search has learned nothing, so hpo confirm would refuse it.
+    ``goes_on``: what follows in the same command says what is next."""
     from hpo.terminal import end_lines, trial_lines
 
     lines = [f"{folder.name}: {why}", *(nothing.lines() if nothing else ())]
@@ -75,4 +78,4 @@ def summary(
     lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
     if folder.alert.is_file():
         lines.append(f"convergence: {folder.alert}")
-    return [*lines, f"next: {following}"]
+    return lines if goes_on else [*lines, f"next: {following}"]
