@@ -54,7 +54,7 @@ from hpo.study import (
     recorded,
     standing,
 )
-from hpo.terminal import Stop, clock
+from hpo.terminal import Stop, clock, hours_words
 from hpo.terminal import live as report
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
@@ -135,9 +135,7 @@ def search(request: SearchRequest, console: Console, then: Then | None = None) -
             known = begun_study(folder)
             if known is not None and request.hours and begun_confirming(known, request.hours):
                 use.begun = work.begun = goes_on = True
-                view.say(
-                    f"the search of these {request.hours:g} hours is over; going on with its confirmation"
-                )
+                view.say(f"the search within {hours_words(request.hours)} is over; its confirmation is left")
             else:
                 request = replace(request, inputs=choice.inputs)
                 goes_on = _search(request, config, use, limits, view, work, worked, follows=then is not None)

@@ -27,7 +27,7 @@ from hpo.study import (
     standing,
     stored_hours,
 )
-from hpo.terminal import budget_line, plan_line, replan_line, too_small_line
+from hpo.terminal import budget_line, hours_words, plan_line, replan_line, too_small_line
 
 if TYPE_CHECKING:
     import optuna
@@ -66,7 +66,8 @@ class Within:
         taken = now.complete + now.running
         lines, used, left = [], self.worked.used, self.worked.left
         if self.before is not None and self.before.hours != self.hours:
-            lines.append(f"the time budget was {self.before.hours:g} hours and is {self.hours:g} hours now")
+            was, now_is = hours_words(self.before.hours), hours_words(self.hours)
+            lines.append(f"the time budget was {was} and is {now_is} now")
         if used - self.worked.own > 1:
             lines.append(budget_line(self.hours, used))
         found = self._plan(taken)
@@ -119,7 +120,7 @@ class Within:
         """Why no more trials begin."""
         if self.trials >= self.most:
             return f"{self.trials} trials are done, the limit of --trials"
-        return f"no further trial fits into the {self.hours:g} hours"
+        return f"no further trial fits into {hours_words(self.hours)}"
 
     def _ends(self, taken: int) -> bool:
         self._set(taken)

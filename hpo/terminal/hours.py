@@ -21,7 +21,7 @@ def plan_line(
     among = f" in {workers} processes" if workers > 1 else ""
     limit = ", the limit of --trials" if trials == most else ""
     return (
-        f"plan for {hours:g} hours: {count(trials, 'trial')}{limit}, each about "
+        f"plan for {hours_words(hours)}: {count(trials, 'trial')}{limit}, each about "
         f"{clock(plan.durations.trial)}{among}, then the confirmation: {round_words(plan.round)}, about "
         f"{clock(plan.confirm_seconds)}; ends at about {time_of_day(now, left)}"
     )
@@ -39,8 +39,8 @@ def replan_line(before: int, expected: float, plan: Plan, left: float, workers: 
 
 def too_small_line(hours: float, least: float) -> str:
     return (
-        f"warning: {hours:g} hours are too little for two trials and their confirmation; "
-        f"that needs about --hours {least:g}"
+        f"warning: two trials and their confirmation do not fit into {hours_words(hours)}; they need about "
+        f"--hours {least:g}"
     )
 
 
@@ -48,13 +48,17 @@ def budget_line(hours: float, used: float) -> str:
     """What is used and what is left of a budget."""
     left = 3600 * hours - used
     rest = f"{clock(left)} left" if left > 0 else "nothing left"
-    return f"time budget: {hours:g} hours; {clock(used)} used, {rest}"
+    return f"time budget: {hours_words(hours)}; {clock(used)} used, {rest}"
 
 
 def round_words(what: Round) -> str:
     best = "the best trial" if what.top == 1 else f"the best {what.top} trials"
     seeds = "a new seed" if what.seeds == 1 else f"{what.seeds} new seeds each"
     return f"trial 0 and {best} again with {seeds} ({what.runs} runs)"
+
+
+def hours_words(hours: float) -> str:
+    return f"{hours:g} hour{'s'[: hours != 1]}"
 
 
 def count(number: int, noun: str) -> str:

@@ -71,7 +71,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 def test_a_search_ends_with_a_confirmed_winner_and_again_does_nothing(root: Path, data: Path) -> None:
     said = run_session(root, data, 2, hours=1.0)
     lines = said.splitlines()
-    assert "plan for 1 hours: 2 trials, the limit of --trials, each about" in said
+    assert "plan for 1 hour: 2 trials, the limit of --trials, each about" in said
     assert "study: 2 trials are done, the limit of --trials" in said
     assert lines[-1].startswith("next: hpo train") and sum(line.startswith("next:") for line in lines) == 1
     check_study(StudyFolder(root), 2)
@@ -97,7 +97,7 @@ def test_a_search_without_hours_forgets_the_budget(root: Path, data: Path, clock
 def test_a_budget_that_is_used_up_by_trial_0_ends_after_it(root: Path, data: Path, clock: Clock) -> None:
     clock.after = {0: 35.95}
     said = run_session(root, data, None, hours=0.01)
-    assert "study: no further trial fits into the 0.01 hours" in said
+    assert "study: no further trial fits into 0.01 hours" in said
     assert "only trial 0 has a score" in said and not target_of(root).root.exists()
     check_study(StudyFolder(root), 1)
     assert open_study(StudyFolder(root)).user_attrs[TOTAL] == 1
@@ -112,7 +112,7 @@ def test_without_time_for_the_confirmation_its_command_is_said_and_more_hours_ma
     assert said.splitlines()[-1].startswith("next: hpo confirm study")
     assert not target_of(root).root.exists()
     said = run_session(root, data, 2, hours=2.0)
-    assert "the time budget was 1 hours and is 2 hours now" in said
+    assert "the time budget was 1 hour and is 2 hours now" in said
     assert said.splitlines()[-1].startswith("next: hpo train")
     check_study(StudyFolder(root), 2)
     check_confirmation(target_of(root), 4)
@@ -144,7 +144,7 @@ def test_a_killed_command_goes_on_with_what_is_left(
     check_confirmation(target_of(root), 4)
     assert len(list(folder.hours.glob("*.jsonl"))) == 2
     assert used_seconds(folder) > used
-    assert ("the search of these 1 hours is over" in said) is place.startswith("hpo.confirm.")
+    assert ("the search within 1 hour is over" in said) is place.startswith("hpo.confirm.")
 
 
 def one_of_two(root: Path, data: Path) -> None:

@@ -81,7 +81,7 @@ def test_the_plan_is_said_stored_and_kept(tmp_path: Path) -> None:
         search.trial()
     assert len(search.study.get_trials(deepcopy=False)) == planned and not search.said
     assert 360 - 2 * 16 < search.seconds + search.within.confirm_seconds <= 360
-    assert search.within.why == "no further trial fits into the 0.1 hours"
+    assert search.within.why == "no further trial fits into 0.1 hours"
 
 
 def test_a_slower_machine_is_said_once_and_the_limit_is_kept(tmp_path: Path) -> None:
@@ -114,8 +114,7 @@ def test_too_small_a_budget_is_said_and_trial_0_runs_but_no_other(tmp_path: Path
     search = Search(tmp_path / "study", hours=0.01)
     first, *_ = search.within.begin(COST)
     assert (
-        "0.01 hours are too little for two trials and their confirmation; that needs about --hours 0.0"
-        in first
+        "two trials and their confirmation do not fit into 0.01 hours; they need about --hours 0.0" in first
     )
     assert search.allows()
     search.trial()

@@ -83,12 +83,15 @@ def test_a_killed_process_searches_no_more_and_its_notes_stay(folder: StudyFolde
     (folder.hours / "a.jsonl").write_text(
         json.dumps({"begun": clock.day - 50, "seconds": 40.0}) + "\n" + '{"begun": 1e9, "sec'
     )
-    assert attempt(killed, folder, clock) == -signal.SIGKILL
     left = clock.worked(folder)
     with left.noted():
+        assert attempt(killed, folder, clock) == -signal.SIGKILL
         assert left.searching == 1 and left.leave()
         assert left.used == 40  # the killed one was noted at its start only
-        assert not list(folder.locks.glob("hours-*.lock"))
+    assert len(list(folder.locks.glob("hours-*.lock"))) == 1
+    with clock.worked(folder).noted():
+        assert len(list(folder.locks.glob("hours-*.lock"))) == 1
+    assert not list(folder.locks.glob("hours-*.lock"))
 
 
 def asks(folder: StudyFolder, expected: int, last: bool) -> None:
