@@ -12,6 +12,7 @@ from rich.console import Console
 
 import hpo.search.workbench
 from evaluation.score.anchors import Anchors
+from hpo.confirm.within import confirm_within
 from hpo.search.session import SearchRequest, search
 from hpo.search.workbench import Workbench
 from hpo.study.config import Inputs
@@ -22,12 +23,14 @@ from tests.tiny_search import STUDY, tiny_bench
 def run_session(
     root: Path,
     data: Path,
-    trials: int = 1,
+    trials: int | None = 1,
     loaded: Callable[[Workbench], None] = lambda bench: None,
     guarded: bool = False,
     **words: Any,
 ) -> str:
     """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded.
+
+    With ``hours``, it goes on with the confirmation.
 
     A random base follows no prompt, so its anchors cannot be told apart: only ``guarded`` minds that.
     """
@@ -52,7 +55,8 @@ def run_session(
             runs=root.parent,
             **words,
         )
-        search(request, Console(file=screen, width=200))
+        console = Console(file=screen, width=200)
+        search(request, console, lambda folder, worked: confirm_within(folder, worked, console))
     finally:
         hpo.search.workbench.load = original
         Anchors.require_separable = guard  # type: ignore[method-assign]

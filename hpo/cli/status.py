@@ -38,25 +38,26 @@ def status(name: str | None, as_json: bool, runs: Path) -> None:
         runners = ownership_of(folder).runners(trial.number for trial in running)
         table = study_table(study, folder, runners.get)
         if as_json:
-            _print_json(folder, table)
+            _print_json(study, folder, table)
         elif console().is_terminal:
             _print_table(study, folder, table)
         else:
             _print_tsv(study, folder, table)
 
 
-def _print_json(folder: StudyFolder, table: StudyTable) -> None:
+def _print_json(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> None:
     from hpo.study import read_json
     from hpo.terminal import json_text, status_json
 
-    click.echo(json_text(status_json(table, read_json(folder.confirmed))))
+    shown = {**status_json(table, read_json(folder.confirmed)), "budget": _budget(study, folder)}
+    click.echo(json_text(shown))
 
 
 def _print_table(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> None:
     from hpo.terminal import head_lines, reason_lines, status_table, study_line, wrapped
 
     screen = console()
-    for line in (*head_lines(table), *_results(folder, table)):
+    for line in (*head_lines(table), *_budget_lines(study, folder), *_results(folder, table)):
         click.echo(wrapped(line, screen.width - 1))
     shown, left_out = status_table(table, screen.width)
     if table.rows:
@@ -72,11 +73,27 @@ def _print_tsv(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> N
     for line in status_tsv(table):
         click.echo(line)
     lines = (
-        *head_lines(table), *_results(folder, table), *reason_lines(table), *_remarks(study, folder, table)
+        *head_lines(table), *_budget_lines(study, folder), *_results(folder, table), *reason_lines(table),
+        *_remarks(study, folder, table),
     )  # fmt: skip
     for line in lines:
         click.echo(f"# {line.strip()}")
     click.echo(f"# {study_line(folder.name, table.now, table.kind)}")
+
+
+def _budget(study: optuna.Study, folder: StudyFolder) -> dict[str, float] | None:
+    """The time budget of a search with --hours."""
+    from hpo.study import stored_hours, used_seconds
+
+    stored = stored_hours(study)
+    return None if stored is None else {"hours": stored.hours, "used_seconds": round(used_seconds(folder), 1)}
+
+
+def _budget_lines(study: optuna.Study, folder: StudyFolder) -> Iterator[str]:
+    from hpo.terminal import budget_line
+
+    if budget := _budget(study, folder):
+        yield budget_line(budget["hours"], budget["used_seconds"])
 
 
 def _results(folder: StudyFolder, table: StudyTable) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -23,9 +24,13 @@ from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
 @click.option(
     "--trials",
     type=click.IntRange(1, 10_000),
-    default=30,
-    show_default=True,
-    help="Total number of trials in the study.",
+    help="Total number of trials in the study. Default: 30; with --hours as many as fit, and N at most.",
+)
+@click.option(
+    "--hours",
+    type=Finite(min=0, min_open=True, max=10_000),
+    help="Time budget of search and confirmation together. Plans how many trials fit, ends in time with a "
+    "confirmed winner. A command that was stopped goes on with what is left.",
 )
 @options.definition("FILE.toml", "Study file: what is searched. Or the name of a shipped study file.")
 @options.sets("Fix a setting (network_dim=16), or change a value of the study file (sampling.steps=10).")
@@ -48,7 +53,7 @@ from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
 @click.option(
     "--max-hours",
     type=Finite(min=0, min_open=True, max=10_000),
-    help="Start no new trials after this many hours.",
+    help="Start no new trials after this many hours of this command. Plans nothing and confirms nothing; see --hours.",
 )
 @click.option(
     "--storage",
@@ -81,7 +86,8 @@ def search(
     name: str | None,
     base: str,
     data: Path | None,
-    trials: int,
+    trials: int | None,
+    hours: float | None,
     study: str | None,
     sets: tuple[str, ...],
     clip: str | None,
@@ -127,6 +133,7 @@ def search(
         sets=sets,
         enqueue=enqueue,
         max_hours=max_hours,
+        hours=hours,
         keep_best=keep_best,
         stop_when_converged=stop_when_converged,
         seed=seed,
@@ -135,9 +142,14 @@ def search(
         ask=asker(),
         fork_from=fork_from,
     )
+    screen = console()
+    from hpo.confirm import confirm_within
+
+    then = None if hours is None else partial(confirm_within, console=screen)
+
     token = STORAGE.set(storage)
     try:
-        run(request, console())
+        run(request, screen, then)
     finally:
         STORAGE.reset(token)
 

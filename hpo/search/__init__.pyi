@@ -7,6 +7,7 @@ from .proposals import Proposals as Proposals
 from .sampled import BenchProposals as BenchProposals
 from .session import SearchRequest as SearchRequest
 from .session import search as search
+from .within import confirming as confirming
 from .workbench import Workbench as Workbench
 from .worker import SearchView as SearchView
 from .worker import Worker as Worker

@@ -87,7 +87,10 @@ class Ends:
 
 @dataclass(frozen=True)
 class Cost:
-    """Average cost of one trial over the space, its extremes, and the size of its files."""
+    """Average cost of one trial over the space, its extremes, and the size of its files.
+
+    ``samples_sd``: how much the samples of a trial differ over the space.  ``baseline_samples``: of trial 0.
+    """
 
     steps: float
     samples: float
@@ -96,10 +99,19 @@ class Cost:
     pace: Pace | None
     lora_bytes: int
     trial_bytes: int  # without the LoRA
+    samples_sd: float = 0.0
+    baseline_samples: float = 0.0
 
     @property
     def trial_seconds(self) -> float | None:
         return self.pace.seconds(self.samples, self.images) if self.pace else None
+
+    def mean_samples(self, pace: Pace | None, done: int, weight: int) -> float:
+        """Of a trial that has not started: between the mean of the space, which counts as ``weight`` trials, and that
+        of the ``done`` trials.  The sampler leaves the middle slowly."""
+        if pace is None or pace.samples is None:
+            return self.samples
+        return (weight * self.samples + done * pace.samples) / (weight + done)
 
     def bytes_for(self, trials: int, keep_best: int | None) -> int:
         """The files of so many trials."""
@@ -112,17 +124,20 @@ def estimate(bench: Workbench, study: optuna.Study, *, probe: bool) -> Cost:
     baseline = bench.config(bench.study.baseline, 0)
     drawn = [bench.study.config(draw) for draw in _draws(bench)]
     steps = [total_steps(config, bench.data) for config in drawn]
+    samples = [samples_of(c, n) for c, n in zip(drawn, steps, strict=True)]
     pace = measured(study, bench.folder)
     if pace is None and probe:
         pace = probed_pace(bench, baseline)
     return Cost(
         steps=float(np.mean(steps)),
-        samples=float(np.mean([samples_of(c, n) for c, n in zip(drawn, steps, strict=True)])),
+        samples=float(np.mean(samples)),
         images=bench.prompts.image_count,
         ends=ends(bench),
         pace=pace,
         lora_bytes=round(float(np.mean([_lora_bytes(bench, config) for config in drawn]))),
         trial_bytes=_trial_bytes(bench, float(np.mean(steps))),
+        samples_sd=float(np.std(samples)),
+        baseline_samples=samples_of(baseline, total_steps(baseline, bench.data)),
     )
 
 
@@ -162,8 +177,9 @@ def length_line(cost: Cost) -> str:
     return f"{text}, about {low if low == high else f'{low}–{high}'} with its {cost.images} images"
 
 
-def warnings(bench: Workbench, cost: Cost, trials: int, max_hours: float | None) -> list[str]:
-    """What is wrong with the shortest and the longest trial of the space: one line each."""
+def warnings(bench: Workbench, cost: Cost, trials: int | None, max_hours: float | None) -> list[str]:
+    """What is wrong with the shortest and the longest trial of the space: one line each.  ``trials``: None if a time
+    budget decides how many there are."""
     found, needed = [], needed_images(bench.base_spec)
     low, high = cost.ends.seen
     if low < needed:
@@ -174,7 +190,7 @@ def warnings(bench: Workbench, cost: Cost, trials: int, max_hours: float | None)
         found.append(
             f"warning: {which} {high if high < needed else low:,} images, but {needed_words(needed)}: {then}{todo}"
         )
-    if cost.pace is not None:
+    if cost.pace is not None and trials is not None:
         found += _too_long(bench, cost, cost.pace, trials, max_hours)
     return found
 

@@ -76,6 +76,10 @@ class Proposals(Protocol):
         """Trials that have not started."""
         return max(0, now.left - now.running)
 
+    def later_seconds(self) -> float:
+        """What follows the last trial in the same command."""
+        return 0.0
+
     # One trial
 
     @property

@@ -52,6 +52,7 @@ from trainer.errors import RESUME, StudyStopped
 
 if TYPE_CHECKING:
     from hpo.search.cost import Cost
+    from hpo.search.within import Within
     from hpo.search.workbench import Workbench
 
 EQUAL_FAILURES = 3  # in a row; then the search stops
@@ -120,12 +121,14 @@ class SearchProposals(BenchProposals):
         limits: SearchLimits,
         say: Say,
         cost: Cost | None = None,
+        within: Within | None = None,
     ) -> None:
         super().__init__(study, bench)
         self.folder: StudyFolder = bench.folder
         self.limits = limits
         self.say = say
         self.cost = cost
+        self.within = within  # a time budget, which decides how many trials there are
         self.used_up = False  # only duplicates were suggested
         hours = math.inf if limits.max_hours is None else limits.max_hours
         self._until = time.monotonic() + 3600 * hours
@@ -134,28 +137,33 @@ class SearchProposals(BenchProposals):
 
     @property
     def total(self) -> int:
-        return self.limits.trials
+        return self.limits.trials if self.within is None else self.within.trials
 
     def samples_ahead(self, now: Standing) -> float | None:
-        """Between the mean of the space and that of the finished trials: the sampler leaves the middle slowly."""
+        if self.cost is None:
+            return None
         pace = measured(self.study, self.folder)
-        if self.cost is None or pace is None or pace.samples is None:
-            return None if self.cost is None else self.cost.samples
-        weight = startup_trials(self.total)
-        return (weight * self.cost.samples + now.complete * pace.samples) / (weight + now.complete)
+        return self.cost.mean_samples(pace, now.complete, startup_trials(self.total))
+
+    def later_seconds(self) -> float:
+        return 0.0 if self.within is None else self.within.confirm_seconds
 
     # Choosing the next trial
 
     def needs_more(self, alive: int) -> bool:
-        return not self._stopped() and len(self._done()) + alive < self.total
+        return not self._stopped() and self._has_room(alive)
+
+    def _has_room(self, alive: int) -> bool:
+        """Whether one more trial may run while ``alive`` others do."""
+        done = len(self._done())
+        return done + alive < self.total if self.within is None else self.within.allows(done, alive)
 
     def queued(self) -> Iterator[Proposal | None]:
         if self._stopped():
             return
         for _ in range(self._proposals_left()):
             trials = self.study.get_trials(deepcopy=False)
-            taken = sum(t.state in (TrialState.COMPLETE, TrialState.RUNNING) for t in trials)
-            if taken >= self.total:
+            if not self._has_room(sum(t.state == TrialState.RUNNING for t in trials)):
                 return
             # Trial 0 is the baseline.  If it fails (not because of its settings), the baseline is enqueued again.
             known = any(t.user_attrs.get(ROLE) == BASELINE and t.state != TrialState.FAIL for t in trials)
@@ -233,7 +241,7 @@ class SearchProposals(BenchProposals):
         from hpo.search.cost import after_first_line
 
         if self.cost is not None and len(self._done()) == 1:
-            keep, total = self.limits.keep_best, self.limits.trials
+            keep, total = self.limits.keep_best, self.total
             if line := after_first_line(self.bench, self.study, self.cost, total, keep):
                 self.say(line)
 
@@ -296,6 +304,8 @@ class SearchProposals(BenchProposals):
         if stop := self.study.user_attrs.get(STOP):
             why = f"{stop} (--stop-when-converged); to continue, run the same command without that option"
             return f"{why}; still running in other processes: {busy}" if busy else why
+        if self.within is not None and not self.used_up:
+            return f"{self.within.why}; still running in other processes: {busy}" if busy else self.within.why
         if busy:
             return f"the remaining trials are running in other processes: {busy}"
         if self.used_up:

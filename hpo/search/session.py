@@ -7,8 +7,9 @@ before anything is written; otherwise the new files are removed again.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from hpo.search.opening import opened
 from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.samplers import require_sampler
 from hpo.search.summary import introduction, ratio_line, summary
+from hpo.search.within import ANY_NUMBER, Within, begun_confirming
 from hpo.search.worker import Worker
 from hpo.study import (
     BASELINE,
@@ -41,6 +43,7 @@ from hpo.study import (
     StudyFolder,
     Use,
     Work,
+    Worked,
     as_begun,
     begun_study,
     check_unchanged,
@@ -48,6 +51,7 @@ from hpo.study import (
     database_errors,
     early_note,
     edge_lines,
+    forget_hours,
     in_use,
     nothing_learned,
     open_place,
@@ -58,13 +62,14 @@ from hpo.study import (
     settle,
     standing,
 )
-from hpo.terminal import Stop, clock
+from hpo.terminal import Stop, clock, hours_words
 from hpo.terminal import live as report
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
 
 POLL_SECONDS = 0.5
 NAMED_AFTER_SECONDS = 20.0  # the worker that is waited for
+TRIALS = 30  # without --trials and --hours
 
 if TYPE_CHECKING:
     from hpo.search.cost import Cost
@@ -73,15 +78,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """The arguments of ``hpo search``."""
+    """The arguments of ``hpo search``.
+
+    ``trials``: None for 30, or with ``hours`` for as many as fit.  ``hours``: of the search and what follows it.
+    """
 
     inputs: Inputs
-    trials: int
+    trials: int | None = None
     study: str | None = None
     name: str | None = None
     sets: tuple[str, ...] = ()
     enqueue: Path | None = None
     max_hours: float | None = None
+    hours: float | None = None
     keep_best: int | None = None
     stop_when_converged: bool = False
     seed: int | None = None
@@ -91,8 +100,14 @@ class SearchRequest:
     fork_from: str | None = None  # a study whose finished trials are taken over
 
 
-def search(request: SearchRequest, console: Console) -> None:
-    """Run the search to its end.  Raises ToolError; Interrupted if the user stopped it."""
+Then = Callable[[StudyFolder, Worked], None]
+
+
+def search(request: SearchRequest, console: Console, then: Then | None = None) -> None:
+    """Run the search to its end.  Raises ToolError; Interrupted if the user stopped it.
+
+    ``then``: with a time budget, what is done with the rest of it (``hpo.confirm.confirm_within``).
+    """
     choice = choose(request)
     config, folder = choice.config, choice.folder
     if request.stop_when_converged and len(config.objectives) > 1:
@@ -103,7 +118,7 @@ def search(request: SearchRequest, console: Console) -> None:
     require_sampler(config.search.sampler)
     fork = source_of(request.fork_from, folder) if request.fork_from is not None else None
     limits = SearchLimits(
-        trials=request.trials,
+        trials=request.trials or (TRIALS if request.hours is None else ANY_NUMBER),
         max_hours=request.max_hours,
         keep_best=request.keep_best,
         stop_when_converged=request.stop_when_converged,
@@ -128,11 +143,37 @@ def search(request: SearchRequest, console: Console) -> None:
             check_fork(fork, folder, config)
         if request.enqueue:
             read_enqueued(request.enqueue)  # find mistakes in the file before anything is loaded
-        with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
+        with (
+            in_use(folder) as use,
+            recorded(folder.root, "search", begun=False) as work,
+            _worked(folder, request.hours) as worked,
+        ):
             settle(folder, place)
             for line in choice.says:
                 view.say(line)
-            _search(replace(request, inputs=choice.inputs), config, use, limits, view, work, fork)
+            known = begun_study(folder)
+            if known is not None and request.hours and begun_confirming(known, request.hours):
+                use.begun = work.begun = goes_on = True
+                view.say(f"the search within {hours_words(request.hours)} is over; its confirmation is left")
+            else:
+                request = replace(request, inputs=choice.inputs)
+                goes_on = _search(
+                    request, config, use, limits, view, work, worked, fork, follows=then is not None
+                )
+            if goes_on and then is not None and worked is not None:
+                gc.collect()  # the networks of the search
+                then(folder, worked)
+
+
+@contextlib.contextmanager
+def _worked(folder: StudyFolder, hours: float | None) -> Iterator[Worked | None]:
+    """Count the time of the block, if there is a budget."""
+    if hours is None:
+        yield None
+        return
+    worked = Worked(folder, hours)
+    with worked.noted():
+        yield worked
 
 
 def _search(
@@ -142,12 +183,18 @@ def _search(
     limits: SearchLimits,
     view: report.PlainView,
     work: Work,
+    worked: Worked | None = None,
     fork: StudyFolder | None = None,
-) -> None:
-    """The part of a search that loads models and writes files."""
+    *,
+    follows: bool = False,
+) -> bool:
+    """The part of a search that loads models and writes files.  Whether this process goes on with the confirmation;
+    ``follows``: it can."""
     from hpo.search import workbench  # imports torch, so only after all checks that do not need it
 
+    loads = time.monotonic()
     bench = workbench.load(request.inputs, config, use.folder, view.say)
+    loads = time.monotonic() - loads
     taken = Fork.into(bench, fork) if fork is not None else None
     study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
     if taken is not None:
@@ -158,9 +205,12 @@ def _search(
             )
         view.console.print(introduction(bench.study, limits.trials))
     proposal = _proposal(request, bench, view)
-    cost = _begin(study, bench, limits, proposal, view)
+    within = None
+    if worked is not None and request.hours is not None:
+        within = Within(study, bench, worked, request.hours, limits.trials, loads, view.say)
+    cost = _begin(study, bench, limits, proposal, view, within)
     use.begun = work.begun = True
-    worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say, cost), view)
+    worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say, cost, within), view)
     with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop
         try:
@@ -172,8 +222,20 @@ def _search(
                 error.message,
                 f"run the same command again to resume; results so far: hpo status {use.folder.words}",
             ) from None
-    work.says = report.study_line(use.folder.name, worker.standing())
-    _end(study, bench, worker.standing(), why, view)
+    now = worker.standing()
+    work.says = report.study_line(use.folder.name, now)
+    if worked is None:
+        _end(study, bench, now, why, view)
+        return False
+    with use.folder.study_lock().held():
+        last = worked.leave()
+    goes_on = follows and now.best is not None and not now.only_baseline
+    goes_on = goes_on and nothing_learned(study, use.folder) is None
+    _end(study, bench, now, why, view, goes_on=goes_on)
+    if goes_on and not last:
+        view.say("another process still searches in this study; the last one confirms the best trials")
+        view.say(f"next: hpo status {use.folder.words}")
+    return goes_on and last
 
 
 def _as_begun(folder: StudyFolder, config: StudyConfig) -> StudyConfig:
@@ -214,26 +276,32 @@ def _begin(
     limits: SearchLimits,
     proposal: Mapping[str, Any] | None,
     view: report.PlainView,
+    within: Within | None = None,
 ) -> Cost | None:
     """Print the plan, score the untrained base, check the disk, enqueue trial 0 and --enqueue."""
     now = standing(study, limits.trials)
     fresh = now.complete + now.running == 0
     if fresh:
         view.console.print(introduction(bench.study, limits.trials))
-        view.say(ratio_line(len(bench.study.space), limits.trials))
-        for line in budget_lines(bench.study, limits.trials):
-            view.say(line)
+        if within is None:
+            view.say(ratio_line(len(bench.study.space), limits.trials))
+            for line in budget_lines(bench.study, limits.trials):
+                view.say(line)
     view.say(_data_line(bench))
-    if now.left:
+    if now.left or within is not None:
         from hpo.search import fitting
 
         fitting.say_fit(bench, view.say, fresh=fresh)
         with _one_after_the_other(bench, view):
-            cost = _told_cost(study, bench, limits, standing(study, limits.trials), view)
+            cost = _told_cost(study, bench, limits, view, within)
     else:
         cost = None
     with ownership_of(bench.folder, view.say).study(), quiet():
-        study.set_user_attr(TOTAL, limits.trials)
+        if within is None:
+            study.set_user_attr(TOTAL, limits.trials)
+            forget_hours(study)
+        else:
+            within.store()
         if study.user_attrs.get(STOP) and not limits.stop_when_converged:
             study.set_user_attr(STOP, "")  # without --stop-when-converged the search continues
         if not study.get_trials(deepcopy=False):
@@ -274,24 +342,37 @@ def _one_after_the_other(bench: Workbench, view: report.PlainView) -> Iterator[N
 
 
 def _told_cost(
-    study: optuna.Study, bench: Workbench, limits: SearchLimits, now: Standing, view: report.PlainView
+    study: optuna.Study,
+    bench: Workbench,
+    limits: SearchLimits,
+    view: report.PlainView,
+    within: Within | None = None,
 ) -> Cost:
     """Score the untrained base, say what the trials cost, and warn about trials that are too short or too long."""
     from hpo.search import cost as costs
 
+    now = standing(study, limits.trials)
     fresh = now.complete + now.running == 0
     with view.waiting(f"the untrained {bench.base.name}"):
         bench.measure_anchors(view.say, fresh=fresh)
     if fresh:
         view.say(f"encoding {len(bench.data.items)} training images, timing {costs.PROBE_STEPS} steps …")
     with view.waiting("training images"):
-        cost = costs.estimate(bench, study, probe=fresh)
+        cost = costs.estimate(bench, study, probe=fresh or (within is not None and within.known is None))
+    total, lines = limits.trials, []
+    if within is not None:
+        cost = replace(cost, pace=cost.pace or within.known)
+        lines = within.begin(cost)
+        total = within.trials
+        now = standing(study, total)
     bench.pace = cost.pace
     costs.check_disk(bench, cost, now.left, limits.keep_best)
     view.say(costs.length_line(cost))
-    size = costs.final_bytes(bench.folder, study, cost, limits.trials, limits.keep_best)
+    size = costs.final_bytes(bench.folder, study, cost, total, limits.keep_best)
     view.say(_cost_line(cost, now, costs.megabytes(size)))
-    for line in costs.warnings(bench, cost, limits.trials, limits.max_hours):
+    if within is not None and fresh:
+        view.say(ratio_line(len(bench.study.space), total))
+    for line in (*lines, *costs.warnings(bench, cost, None if within else total, limits.max_hours)):
         view.say(line)
     return cost
 
@@ -321,12 +402,21 @@ def _cost_line(cost: Cost, now: Standing, size: str) -> str:
     )
 
 
-def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
+def _end(
+    study: optuna.Study,
+    bench: Workbench,
+    now: Standing,
+    why: str,
+    view: report.PlainView,
+    *,
+    goes_on: bool = False,
+) -> None:
     best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
     settings = best.user_attrs.get("settings", {}) if best else None
     edge = edge_lines(bench.folder, bench.study, best.params, now) if best else []
     if note := early_note(study, bench.folder):
         view.say(note)
-    for line in summary(bench.folder, now, settings, why, nothing_learned(study, bench.folder), edge):
+    nothing = nothing_learned(study, bench.folder)
+    for line in summary(bench.folder, now, settings, why, nothing, edge, goes_on=goes_on):
         view.say(line)
     view.say(report.study_line(bench.folder.name, now))

@@ -40,10 +40,13 @@ def summary(
     why: str,
     nothing: NothingLearned | None = None,
     edge: Sequence[str] = (),
+    *,
+    goes_on: bool = False,
 ) -> list[str]:
     """The summary at the end: best settings, scores of best trial, baseline and untrained
     base, files, next command.  ``nothing``: the search has learned nothing, so hpo confirm would refuse it.
-    ``edge``: that the best trial lies on an edge of the space."""
+    ``edge``: that the best trial lies on an edge of the space.  ``goes_on``: what follows in the same command says
+    what is next."""
     from hpo.terminal import end_lines, trial_lines
 
     lines = [f"{folder.name}: {why}", *(nothing.lines() if nothing else ())]
@@ -79,4 +82,4 @@ def summary(
     lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {where(folder)}"]
     if folder.alert.is_file():
         lines.append(f"convergence: {folder.alert}")
-    return [*lines, f"next: {following}"]
+    return lines if goes_on else [*lines, f"next: {following}"]

@@ -101,6 +101,7 @@ class Worker:
             trials_ahead=self.source.trials_ahead(now),
             samples_ahead=ahead,
             workers=max(1, now.running),
+            later_seconds=self.source.later_seconds(),
         )
         return dataclasses.replace(now, forecast=forecast)
 

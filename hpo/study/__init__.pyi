@@ -31,6 +31,16 @@ from .folder import another_name as another_name
 from .folder import read_json as read_json
 from .folder import study_folder as study_folder
 from .frame import frame as frame
+from .hours import HOUR as HOUR
+from .hours import ROUNDS as ROUNDS
+from .hours import Durations as Durations
+from .hours import Plan as Plan
+from .hours import Round as Round
+from .hours import fitting as fitting
+from .hours import is_replanned as is_replanned
+from .hours import least_hours as least_hours
+from .hours import plan as plan
+from .hours import possible as possible
 from .importance import Importance as Importance
 from .importance import importance as importance
 from .learning import NothingLearned as NothingLearned
@@ -172,3 +182,8 @@ from .work import outside_studies as outside_studies
 from .work import recorded as recorded
 from .work import recorded_at as recorded_at
 from .work import steps as steps
+from .worked import Stored as Stored
+from .worked import Worked as Worked
+from .worked import forget_hours as forget_hours
+from .worked import stored_hours as stored_hours
+from .worked import used_seconds as used_seconds

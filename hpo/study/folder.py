@@ -124,6 +124,11 @@ class StudyFolder:
         return self.root / "memory.jsonl"
 
     @property
+    def hours(self) -> Path:
+        """For how long processes worked under a time budget (``hpo.study.worked``)."""
+        return self.root / "hours"
+
+    @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"
 
@@ -181,6 +186,10 @@ class StudyFolder:
     def base_lock(self) -> Lock:
         """Held while the untrained base is scored: other workers wait for the result instead of repeating it."""
         return Lock(self.locks / "base.lock")
+
+    def confirm_lock(self) -> Lock:
+        """Held by the process that confirms a search with a time budget."""
+        return Lock(self.locks / "confirm.lock")
 
     def trial_lock(self, number: int) -> Lock:
         return Lock(self.locks / f"trial_{number:04d}.lock")

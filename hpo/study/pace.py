@@ -49,7 +49,7 @@ class Forecast:
     """What lies ahead when a trial starts.
 
     ``samples``: of this trial.  ``trials_ahead``: trials after the running ones, each with about ``samples_ahead``
-    samples; ``workers`` share them.
+    samples; ``workers`` share them.  ``later_seconds``: what follows the last trial in the same command.
     """
 
     pace: Pace
@@ -58,6 +58,7 @@ class Forecast:
     trials_ahead: int = 0
     samples_ahead: float = 0.0
     workers: int = 1
+    later_seconds: float = 0.0
 
     @property
     def trial_seconds(self) -> float:
@@ -67,7 +68,8 @@ class Forecast:
     @property
     def after_seconds(self) -> float:
         """From the end of this trial to the end of the study."""
-        return self.trials_ahead * self.pace.seconds(self.samples_ahead, self.images) / self.workers
+        trials = self.trials_ahead * self.pace.seconds(self.samples_ahead, self.images) / self.workers
+        return trials + self.later_seconds
 
     def slowdown(self, total: int, step_seconds: float | None) -> float:
         """How many times slower this trial trains than expected; at least 1.  Its images will be slower, too."""

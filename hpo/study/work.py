@@ -16,10 +16,11 @@ import contextlib
 import json
 import os
 import shlex
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,10 +42,12 @@ ADDRESS = "--storage"  # stored without its password
 
 @dataclass(frozen=True)
 class Invocation:
-    """The command line of this process: the words after ``hpo``, and the folder that its paths start from."""
+    """The command line of this process: the words after ``hpo``, the folder that its paths start from, and when it
+    began (``time.monotonic``)."""
 
     words: tuple[str, ...]
     cwd: str
+    began: float = field(default_factory=time.monotonic, compare=False)
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -7,6 +7,11 @@ from .confirmation import end_lines as end_lines
 from .following import after_search as after_search
 from .following import command as command
 from .following import on_device as on_device
+from .hours import budget_line as budget_line
+from .hours import hours_words as hours_words
+from .hours import plan_line as plan_line
+from .hours import replan_line as replan_line
+from .hours import too_small_line as too_small_line
 from .jsontext import json_text as json_text
 from .live import PLAIN_SECONDS as PLAIN_SECONDS
 from .live import REFRESH_PER_SECOND as REFRESH_PER_SECOND

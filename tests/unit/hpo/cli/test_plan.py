@@ -120,7 +120,12 @@ def test_mistakes_are_told_in_two_lines(words, message):
 @pytest.mark.parametrize("amount", ["nan", "inf", "-inf", "1e999", "0"])
 @pytest.mark.parametrize(
     "words",
-    [("plan", "--base", "sdxl", "--vram"), ("transfer", "--to", "sdxl", "--vram"), ("search", "--max-hours")],
+    [
+        ("plan", "--base", "sdxl", "--vram"),
+        ("transfer", "--to", "sdxl", "--vram"),
+        ("search", "--max-hours"),
+        ("search", "--hours"),
+    ],
 )
 def test_an_amount_is_a_finite_number(words, amount):
     result = CliRunner().invoke(main, [*words, amount], catch_exceptions=False)
