@@ -100,15 +100,13 @@ def default_likeness(base: str, scorer: str) -> str:
     return known or ("clip" if scorer == MINIATURE_SCORER else DEFAULT_LIKENESS)
 
 
-def fetch_likeness(spec: str) -> None:
-    """Download the files of a likeness encoder that is named as on the hub, unless they are cached.
+def _hub_folder(spec: str) -> Path:
+    """The files of a likeness encoder that is named as on the hub, cached or downloaded.
 
     Raises ModelFileError, for the default with the other way to judge likeness.
     """
-    if spec == "clip" or not _is_hub_name(spec):
-        return
     try:
-        _hub_folder(spec)
+        return model_folder(spec, LIKENESS_FILES, REVISIONS.get(spec))
     except ModelFileError as error:
         if spec != DEFAULT_LIKENESS:
             raise
@@ -116,10 +114,6 @@ def fetch_likeness(spec: str) -> None:
             "--set study.likeness=clip judges likeness with the scorer, which sees less of what is special"
         )
         raise ModelFileError(f"{error.message} (it judges likeness)", f"{error.hint}; or {other}") from None
-
-
-def _hub_folder(spec: str) -> Path:
-    return model_folder(spec, LIKENESS_FILES, REVISIONS.get(spec))
 
 
 class OnCard:

@@ -68,7 +68,7 @@ def csv(name: str | None, output: Path | None, runs: Path) -> None:
 @click.option("--output", type=PATH, metavar="FILE", help="File to write. Default: NAME.parquet.")
 @options.runs
 def parquet(name: str | None, output: Path | None, runs: Path) -> None:
-    """Write a study's trials as a Parquet file, with the columns of hpo export csv. Needs pyarrow."""
+    """Write a study's trials as a Parquet file. The columns are those of hpo export csv. Needs pyarrow."""
     from hpo.cli.tables import write_parquet
 
     write_parquet(chosen_study(name, runs, own=True), output)

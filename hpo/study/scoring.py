@@ -71,7 +71,6 @@ def plan_scoring(
     likeness = study.study.likeness or embed.default_likeness(base, scorer)
     embed.check_scorer(scorer)
     embed.check_likeness(likeness)
-    embed.fetch_likeness(likeness)
     for spec in study.study.also:
         others.check(spec)
     return ScoringPlan(study, data, tuple(references), scorer, likeness)

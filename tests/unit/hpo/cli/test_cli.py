@@ -83,7 +83,19 @@ def test_a_shared_option_reads_the_same_in_every_command() -> None:
 
 def test_every_command_explains_itself() -> None:
     names = {"search", "status", "confirm", "dashboard", "dataset", "plan", "transfer", "train"}
-    names |= {"inspect", "evaluate", "compare", "export", "resume", "studies", "delete", "doctor"}
+    names |= {
+        "inspect",
+        "evaluate",
+        "compare",
+        "export",
+        "resume",
+        "studies",
+        "delete",
+        "doctor",
+        "best",
+        "clean",
+        "importance",
+    }
     assert set(main.commands) == names
     for words in ([], *([name] for name in sorted(names)), ["dataset", "demo"], ["export", "kohya"]):
         result = hpo(*words, "--help")
