@@ -12,7 +12,11 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def cache_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Traces that tests and the commands they start keep: never in the home of whoever runs the tests."""
-    folder = tmp_path_factory.mktemp("cache")
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # what one process has traced, the other one reads
+        folder = tmp_path_factory.getbasetemp().parent / "cache"
+        folder.mkdir(exist_ok=True)
+    else:
+        folder = tmp_path_factory.mktemp("cache")
     own = {"HPO_CACHE": folder, "HPO_LOCKS": tmp_path_factory.mktemp("locks")}
     before = {name: os.environ.get(name) for name in own}
     os.environ.update({name: str(place) for name, place in own.items()})
