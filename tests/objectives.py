@@ -21,7 +21,7 @@ import optuna
 from evaluation.score.formula import CEILING, CLIPPED, SIGNED, Formula, composite, objective
 from evaluation.score.score import anchored
 from evaluation.score.statistics import kendall_rows, spearman_rows
-from hpo.search.sampled import make_sampler
+from hpo.search.samplers import make_sampler
 from tests import ranking
 from tests.ranking import SEARCH, Measured, Recorded
 from trainer.files import read_records

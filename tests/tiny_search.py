@@ -25,6 +25,7 @@ from hpo.search.workbench import Workbench
 from hpo.search.worker import Worker
 from hpo.study.config import Inputs, StudyConfig, build_study
 from hpo.study.folder import TOTAL, StudyFolder, read_json
+from hpo.study.ownership import ownership_of
 from hpo.study.storage import create_study, open_study
 from tests.tiny import tiny_base
 from trainer.data import cache
@@ -142,6 +143,9 @@ class Recorder:
     def should_stop(self) -> bool:
         return self.stop
 
+    def check(self, *, certain: bool = False) -> None:
+        """As ``hpo.search.trial.Watched`` has it, for tests of a part of a trial."""
+
     def on_trial(self, number: int, suggested: Mapping[str, Any], adopted: bool, standing: Any) -> None:
         self.started.append((number, adopted))
 
@@ -159,7 +163,7 @@ def make_search(bench: Workbench, limits: SearchLimits, view: Recorder | None = 
     """A worker on the bench's study, created if need be, anchors measured."""
     folder = bench.folder
     folder.locks.mkdir(parents=True, exist_ok=True)
-    with folder.study_lock().held():
+    with ownership_of(folder).study():
         study = create_study(folder, bench.facts(), bench.study.objectives)
         study.set_user_attr(TOTAL, limits.trials)
     bench.measure_anchors(lambda text: None)
@@ -174,9 +178,10 @@ def table(folder: StudyFolder) -> dict[int, tuple[dict[str, Any], float | None]]
 
 def check_study(folder: StudyFolder, trials: int) -> None:
     """What must hold of a finished study, whatever happened to the processes that made it."""
-    connection = sqlite3.connect(folder.database)
-    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    connection.close()
+    if folder.database.is_file():  # otherwise it is on a server
+        connection = sqlite3.connect(folder.database)
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        connection.close()
     found = open_study(folder).get_trials(deepcopy=False)
     assert [t.number for t in found] == list(range(len(found)))
     assert not [t.number for t in found if not t.state.is_finished()]

@@ -1,7 +1,7 @@
 """Writing files safely: atomic files, atomic folders with a manifest, appended lines, safe names.
 
 All files are written through this module. It guarantees that after a crash a path has the old or the new
-content, never a mixture, and that incomplete files have a temporary name (``.tmp-<pid>-…``) that ``sweep``
+content, never a mixture, and that incomplete files have a temporary name (``.tmp-<pid>-<machine>-…``) that ``sweep``
 recognises. Does not own the content of files.
 
 On a full disk, missing permissions and similar problems, all functions raise MachineError and
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,7 +31,8 @@ from trainer.text import clean_text
 MANIFEST = "manifest.json"
 TRANSIENT = ("-wal", "-shm")  # files of an open database
 MANIFEST_FORMAT = 1
-_TEMPORARY = re.compile(r"\.tmp-(\d{1,10})-[0-9a-f]+")
+_TEMPORARY = re.compile(r"\.tmp-(\d{1,10})-(?:([0-9a-f]{8})-)?[0-9a-f]+")  # earlier versions: no machine
+FORGOTTEN_SECONDS = 24 * 3600  # assumed: no file of another machine is written for so long
 _SAFE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HINTS = {
@@ -87,6 +90,29 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         raise machine_error(error, path, len(content)) from error
     finally:
         _remove(temporary)
+
+
+def write_new(path: Path, data: str) -> bool:
+    """Write the file ``path`` in one step if it does not exist; returns whether it was written.  Of several processes,
+    also on several machines, one writes it."""
+    path, content = Path(path), data.encode()
+    temporary = _temporary_beside(path)
+    try:
+        write_atomic(temporary, content)
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or path.exists():
+                raise
+            os.replace(temporary, path)  # a disk without links, such as exFAT
+        _sync_folder(path.parent)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise machine_error(error, path, len(content)) from error
+    finally:
+        _remove(temporary)
+    return True
 
 
 def append_line(path: Path, text: str) -> None:
@@ -228,8 +254,12 @@ def verify_folder(path: Path) -> bool:
         return False
 
 
-def sweep(folder: Path) -> int:
-    """Remove incomplete files of dead processes from ``folder``; returns the number of removed entries."""
+def sweep(folder: Path, *, everyone: bool = False) -> int:
+    """Remove incomplete files of dead processes from ``folder``; returns the number of removed entries.
+
+    Whether a process of another machine lives cannot be seen from here: its files go when they are a day old.
+    ``everyone``: no other process may write here any more, so all but this process's own files go.
+    """
     removed = 0
     try:
         names = os.listdir(folder)
@@ -237,17 +267,17 @@ def sweep(folder: Path) -> int:
         return 0
     for name in names:
         match = _TEMPORARY.fullmatch(name)
-        if match and not _is_alive(int(match[1])):
+        if match and _is_left(Path(folder) / name, int(match[1]), match[2], everyone):
             _remove(Path(folder) / name)
             removed += 1
     return removed
 
 
-def sweep_tree(folder: Path) -> int:
+def sweep_tree(folder: Path, *, everyone: bool = False) -> int:
     """``sweep`` in ``folder`` and everything below it."""
-    removed = sweep(folder)
+    removed = sweep(folder, everyone=everyone)
     for path in [entry for entry in Path(folder).glob("*") if entry.is_dir() and not entry.is_symlink()]:
-        removed += sweep_tree(path)
+        removed += sweep_tree(path, everyone=everyone)
     return removed
 
 
@@ -269,7 +299,32 @@ def safe_name(text: str, what: str) -> str:
 
 
 def _temporary_beside(path: Path) -> Path:
-    return path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.parent / f".tmp-{os.getpid()}-{machine_id()}-{secrets.token_hex(4)}"
+
+
+@functools.cache
+def machine_id() -> str:
+    """Eight hex digits for the processes that this one can see: of this machine since its start, in this container."""
+    known = []
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ):
+        with contextlib.suppress(OSError):
+            known.append(read())
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:8]
+
+
+def _is_left(path: Path, pid: int, machine: str | None, everyone: bool) -> bool:
+    """Whether nobody will finish the incomplete file at ``path``."""
+    here = machine in (None, machine_id())
+    if here and pid == os.getpid():
+        return False
+    if everyone or here:
+        return everyone or not _is_alive(pid)
+    with contextlib.suppress(OSError):
+        return time.time() - path.lstat().st_mtime > FORGOTTEN_SECONDS
+    return False
 
 
 def _write_all(descriptor: int, content: bytes) -> None:

@@ -52,6 +52,10 @@ from trainer.oom import Fitting, is_out_of_memory, memory_named
 # with the generator. LyCORIS (arXiv 2309.14859, D.4) scores with an independent CLIP too.
 DEFAULT_WEIGHTS = {"ViT-B-32": "laion2b_s34b_b79k"}
 DEFAULT_SCORER = "ViT-B-32:laion2b_s34b_b79k"
+# Likeness on real bases: CLIP ViT-B/32 ignores what tells one member of a class from another, and DINO is the measure
+# that DreamBooth (arXiv 2208.12242, 4.1) prefers for a subject. The revision is fixed, so that scores stay comparable.
+DEFAULT_LIKENESS = "facebook/dinov2-small"
+REVISIONS = {DEFAULT_LIKENESS: "ed25f3a31f01632728cabb09d1542f84ab7b0056"}
 FEATURE_BATCH = 32
 STATES_AT_ONCE = (
     14  # tensors of a transformer's width inside a block: q, k, v, the MLP's eight, and those around them
@@ -89,9 +93,33 @@ def default_scorer(base: str) -> str:
     return (base in KNOWN_BASES and KNOWN_BASES[base].scorer) or DEFAULT_SCORER
 
 
-def default_likeness(base: str) -> str:
-    """The default likeness encoder of a base."""
-    return (base in KNOWN_BASES and KNOWN_BASES[base].likeness) or "clip"
+def default_likeness(base: str, scorer: str) -> str:
+    """The default likeness encoder of a base: DINOv2 for real bases, which is a download like the base. A base that is
+    scored by the miniature's scorer, which is part of this package, needs no download for its likeness either."""
+    known = base in KNOWN_BASES and KNOWN_BASES[base].likeness
+    return known or ("clip" if scorer == MINIATURE_SCORER else DEFAULT_LIKENESS)
+
+
+def fetch_likeness(spec: str) -> None:
+    """Download the files of a likeness encoder that is named as on the hub, unless they are cached.
+
+    Raises ModelFileError, for the default with the other way to judge likeness.
+    """
+    if spec == "clip" or not _is_hub_name(spec):
+        return
+    try:
+        _hub_folder(spec)
+    except ModelFileError as error:
+        if spec != DEFAULT_LIKENESS:
+            raise
+        other = (
+            "--set study.likeness=clip judges likeness with the scorer, which sees less of what is special"
+        )
+        raise ModelFileError(f"{error.message} (it judges likeness)", f"{error.hint}; or {other}") from None
+
+
+def _hub_folder(spec: str) -> Path:
+    return model_folder(spec, LIKENESS_FILES, REVISIONS.get(spec))
 
 
 class OnCard:
@@ -289,7 +317,7 @@ def load_likeness(spec: str, scorer: Scorer, device: str | torch.device = "cpu")
     check_likeness(spec)
     folder = _likeness_folder(spec)
     if not folder.is_dir():
-        folder = model_folder(spec, LIKENESS_FILES)
+        folder = _hub_folder(spec)
         check_likeness(str(folder))
     weights, config = folder / "model.safetensors", read_json(folder / "config.json")
     model, report = Dinov2Model.from_pretrained(

@@ -112,10 +112,10 @@ def file_of_tag(model: str, tag: str) -> Path:
         ) from None
 
 
-def model_folder(repository: str, files: Sequence[str]) -> Path:
+def model_folder(repository: str, files: Sequence[str], revision: str | None = None) -> Path:
     """The folder with the files of a hub model, cached or downloaded. The last of ``files`` is optional."""
     needed = files[:-1]
-    cached = [try_to_load_from_cache(repository, name) for name in needed]
+    cached = [try_to_load_from_cache(repository, name, revision=revision) for name in needed]
     if all(isinstance(path, str) for path in cached):
         return Path(str(cached[0])).parent
     hint = "download it on another computer and give its folder, or set HF_ENDPOINT to a mirror"
@@ -124,7 +124,7 @@ def model_folder(repository: str, files: Sequence[str]) -> Path:
     except ModelFileError as error:
         raise ModelFileError(error.message, hint) from None
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(files)))
+        return Path(snapshot_download(repository, allow_patterns=list(files), revision=revision))
     except Exception as error:  # many types of hub and network errors
         raise ModelFileError(
             f"{repository} could not be downloaded: {without_login(str(error))}", hint

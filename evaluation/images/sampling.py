@@ -121,7 +121,7 @@ def sample(
 
 
 def _text(prompt: Prompt, as_class: bool) -> str:
-    return prompt.scored_text if as_class else prompt.text
+    return prompt.class_text if as_class else prompt.text
 
 
 def _encoded(

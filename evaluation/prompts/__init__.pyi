@@ -11,5 +11,9 @@ from .prompts import generate as generate
 from .prompts import load_prompts as load_prompts
 from .prompts import no_class_word as no_class_word
 from .prompts import save_prompts as save_prompts
+from .tags import are_tags as are_tags
+from .templates import AUTO as AUTO
 from .templates import STYLE as STYLE
+from .templates import TAGS as TAGS
 from .templates import TEMPLATES as TEMPLATES
+from .templates import WORDINGS as WORDINGS

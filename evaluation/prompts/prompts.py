@@ -19,13 +19,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 
 from evaluation.prompts.kinds import CLASS_SEEDS, KINDS, SEARCH_COUNTS, SEARCH_SEEDS
-from evaluation.prompts.templates import TEMPLATES
+from evaluation.prompts.tags import tag_templates
+from evaluation.prompts.templates import QUALITY, STYLE, TAGS, TEMPLATES
 from trainer.checks import suggestion
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
@@ -42,13 +44,20 @@ CountTokens = Callable[[str], int]  # text → number of tokens, without start a
 class Prompt:
     """One prompt. ``text`` is rendered, ``scored_text`` is what the scorer compares the image with.
 
-    If it has ``seeds``, they replace those of the set.
+    If it has ``seeds``, they replace those of the set.  ``told``: what the untrained base is asked for, where that is
+    not the scored text.
     """
 
     text: str
     scored_text: str
     kind: str
     seeds: tuple[int, ...] = ()
+    told: str = ""
+
+    @property
+    def class_text(self) -> str:
+        """What the untrained base draws: the text with the class word instead of the trigger."""
+        return self.told or self.scored_text
 
     @property
     def id(self) -> str:
@@ -64,13 +73,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts × seeds of a study. ``notes`` are shown to the user once and are not part of the hash."""
+    """Prompts × seeds of a study. ``notes`` are shown to the user once and are not part of the hash.
+
+    ``quality``: tags that are drawn and not scored, since no image shows that it is a masterpiece.
+    """
 
     prompts: tuple[Prompt, ...]
     seeds: tuple[int, ...]
     trigger: str | None = None
     class_word: str | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
+    quality: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         ids = [p.id for p in self.prompts]
@@ -153,8 +166,18 @@ def no_class_word() -> ConfigError:
     )
 
 
-def make_prompt(template: str, kind: str, trigger: str | None, class_word: str | None) -> Prompt:
-    """A prompt from plain text, or from text with {trigger} and {class}."""
+def without_quality(text: str, quality: Sequence[str]) -> str:
+    """``text`` without these tags; the whole text if there is nothing else."""
+    if not quality:
+        return text
+    kept = [tag for tag in re.split(r"\s*,\s*", text) if tag.lower() not in quality]
+    return ", ".join(kept) or text
+
+
+def make_prompt(
+    template: str, kind: str, trigger: str | None, class_word: str | None, quality: Sequence[str] = ()
+) -> Prompt:
+    """A prompt from plain text, or from text with {trigger} and {class}.  ``quality``: tags that are not scored."""
     if kind not in KINDS:
         raise ConfigError(
             f"kind {kind!r} is not known", suggestion(kind, KINDS) or "use one of " + ", ".join(KINDS)
@@ -174,7 +197,8 @@ def make_prompt(template: str, kind: str, trigger: str | None, class_word: str |
     plain = scored_text(text, trigger, class_word)
     if kind == "class-only" and plain != text:
         raise ConfigError(f"the class-only prompt {text!r} contains the trigger", "use {class} only")
-    return Prompt(text, plain, kind)
+    scored = without_quality(plain, quality)
+    return Prompt(text, scored, kind, told="" if scored == plain else plain)
 
 
 def shorten(text: str, count_tokens: CountTokens, limit: int = SHORT_TOKENS) -> str:
@@ -210,12 +234,14 @@ def generate(
     class_word: str | None,
     count_tokens: CountTokens,
     words: str = "natural",
+    separator: str = ",",
     counts: Mapping[str, int] = SEARCH_COUNTS,
     seeds: Sequence[int] = SEARCH_SEEDS,
     class_seeds: int = CLASS_SEEDS,
     exclude: PromptSet | None = None,
 ) -> PromptSet:
-    """A prompt set from the dataset's captions (train-like) and ``TEMPLATES[words]`` (the other kinds).
+    """A prompt set from the dataset's captions (train-like) and ``TEMPLATES[words]`` (the other kinds; ``tags``: from
+    the tags of the captions, which ``separator`` divides).
 
     Captions are taken in the order of their hashes, so the choice does not depend on file names. If a kind
     has too few prompts, altered templates fill the gap. Prompts in ``exclude`` are not used, so a
@@ -226,15 +252,21 @@ def generate(
         {" ".join(c.split()) for c in captions} - {""}, key=lambda c: hashlib.sha256(c.encode()).digest()
     )
     short = {c: _as_prompt(c, trigger, class_word, count_tokens) for c in ordered}
-    sources = {"train-like": tuple(short.values()), **TEMPLATES[words]}
+    quality = QUALITY if words in (TAGS, TAGS + STYLE) else ()
+    templates = tag_templates(ordered, trigger, class_word, separator) if words == TAGS else TEMPLATES[words]
+    if quality:
+        templates = {
+            kind: tuple(_fitted(text, trigger, class_word, count_tokens) for text in texts)
+            for kind, texts in templates.items()
+        }
+    make = partial(make_prompt, trigger=trigger, class_word=class_word, quality=quality)
+    sources = {"train-like": tuple(short.values()), **templates}
     chosen: dict[str, Prompt] = {}
     missing = 0
     for kind in KINDS:
-        chosen, lacking = _take(
-            chosen, used, sources.get(kind, ()), kind, counts.get(kind, 0), trigger, class_word
-        )
+        chosen, lacking = _take(chosen, used, sources.get(kind, ()), kind, counts.get(kind, 0), make)
         missing += lacking
-    chosen, lacking = _take(chosen, used, sources["altered"], "altered", missing, trigger, class_word)
+    chosen, lacking = _take(chosen, used, sources["altered"], "altered", missing, make)
     notes = []
     cut = [c for c, s in short.items() if len(s) != len(c) and any(p.text == s for p in chosen.values())]
     if cut:
@@ -248,7 +280,15 @@ def generate(
                 f"trigger and class word are too long for prompts: {prompt.text!r}", "use shorter ones"
             )
     prompts = _with_class_seeds(list(chosen.values()), seeds, class_seeds)
-    return PromptSet(prompts, tuple(seeds), trigger, class_word, tuple(notes))
+    return PromptSet(prompts, tuple(seeds), trigger, class_word, tuple(notes), quality)
+
+
+def _fitted(text: str, trigger: str | None, class_word: str | None, count_tokens: CountTokens) -> str:
+    """A template of tags as a prompt, without its last tags if it is too long.  One that would lose its subject stays
+    as it is: its length is reported."""
+    whole = text.replace("{trigger}", trigger or "").replace("{class}", class_word or "")
+    short = shorten(whole, count_tokens)
+    return short if not trigger or not _names(trigger, whole) or _names(trigger, short) else whole
 
 
 def _with_class_seeds(prompts: list[Prompt], seeds: Sequence[int], count: int) -> tuple[Prompt, ...]:
@@ -266,15 +306,14 @@ def _take(
     templates: Iterable[str],
     kind: str,
     count: int,
-    trigger: str | None,
-    class_word: str | None,
+    make: Callable[[str, str], Prompt],
 ) -> tuple[dict[str, Prompt], int]:
     """``chosen`` with up to ``count`` more prompts of ``kind``, and how many are missing."""
     more = dict(chosen)
     for template in templates:
         if len(more) - len(chosen) == count:
             break
-        prompt = make_prompt(template, kind, trigger, class_word)
+        prompt = make(template, kind)
         if prompt.id not in used:
             more.setdefault(prompt.id, prompt)
     return more, count - (len(more) - len(chosen))
@@ -294,15 +333,16 @@ def load_prompts(
         raise ConfigError(
             f"cannot read the prompt file {path}: {error}", "give a .toml or .txt file in UTF-8"
         ) from None
+    quality: tuple[str, ...] = ()
     if path.suffix.lower() == ".toml":
-        rows, seeds, trigger, class_word = _read_toml(path, content, trigger, class_word)
+        rows, seeds, trigger, class_word, quality = _read_toml(path, content, trigger, class_word)
     else:
         lines = [line.strip() for line in content.splitlines()]
         _refuse_flags(path, lines)
         rows = [(line, "altered", ()) for line in lines if line and not line.startswith("#")]
         seeds = SEARCH_SEEDS
     prompts = tuple(
-        replace(make_prompt(text, kind, trigger, class_word), seeds=own) for text, kind, own in rows
+        replace(make_prompt(text, kind, trigger, class_word, quality), seeds=own) for text, kind, own in rows
     )
     for prompt in prompts:
         tokens = count_tokens(prompt.text)
@@ -311,7 +351,7 @@ def load_prompts(
                 f"{path}: the prompt {prompt.text[:40]!r}… has {tokens} tokens; it would be truncated at {MAX_TOKENS}",
                 f"shorten it, best to {SHORT_TOKENS} tokens or fewer",
             )
-    return PromptSet(prompts, seeds, trigger, class_word)
+    return PromptSet(prompts, seeds, trigger, class_word, quality=quality)
 
 
 def _refuse_flags(path: Path, lines: Sequence[str]) -> None:
@@ -328,14 +368,14 @@ def _refuse_flags(path: Path, lines: Sequence[str]) -> None:
 
 def _read_toml(
     path: Path, content: str, trigger: str | None, class_word: str | None
-) -> tuple[list[tuple[str, str, tuple[int, ...]]], tuple[int, ...], str | None, str | None]:
+) -> tuple[list[tuple[str, str, tuple[int, ...]]], tuple[int, ...], str | None, str | None, tuple[str, ...]]:
     try:
         table = tomllib.loads(content)
     except (ValueError, RecursionError) as error:  # invalid TOML, too many digits or brackets
         raise ConfigError(
             f"{path} is not valid TOML: {error}", "see docs/evaluation.md for an example"
         ) from None
-    _check_keys(path, table, ("prompts", "seeds", "trigger", "class"))
+    _check_keys(path, table, ("prompts", "seeds", "trigger", "class", "quality"))
     rows = table.get("prompts", [])
     seeds = table.get("seeds", list(SEARCH_SEEDS))
     if (
@@ -351,6 +391,11 @@ def _read_toml(
     for key in ("trigger", "class"):
         if not isinstance(table.get(key, ""), str):
             raise ConfigError(f"{path}: {key} = {table[key]!r} is not a text", f'write {key} = "…"')
+    quality = table.get("quality", [])
+    if not isinstance(quality, list) or not all(isinstance(tag, str) for tag in quality):
+        raise ConfigError(
+            f"{path}: quality = {quality!r} is not a list of tags", 'write quality = ["best quality"]'
+        )
     pairs = []
     for row in rows:
         _check_keys(path, row, ("text", "kind", "seeds"))
@@ -358,7 +403,8 @@ def _read_toml(
         if not isinstance(text, str) or not isinstance(kind, str):
             raise ConfigError(f"{path}: a prompt without a text: {row}", 'write text = "…"')
         pairs.append((text, kind, tuple(row.get("seeds", ()))))
-    return pairs, tuple(seeds), trigger or table.get("trigger"), class_word or table.get("class")
+    trigger, class_word = trigger or table.get("trigger"), class_word or table.get("class")
+    return pairs, tuple(seeds), trigger, class_word, tuple(tag.lower() for tag in quality)
 
 
 def _are_numbers(seeds: Any) -> bool:
@@ -381,6 +427,8 @@ def save_prompts(prompts: PromptSet, path: Path) -> None:
         document["trigger"] = prompts.trigger
     if prompts.class_word:
         document["class"] = prompts.class_word
+    if prompts.quality:
+        document["quality"] = list(prompts.quality)  # drawn, not scored
     document["seeds"] = list(prompts.seeds)
     rows = tomlkit.aot()
     for prompt in prompts.prompts:

@@ -5,6 +5,8 @@ Owns the wording. Does not own the choice; see ``evaluation.prompts.prompts``. O
 the first templates, so add new ones at the end, where they do not change existing sets. ``altered`` also fills
 the gap if another kind runs out: 15 of a search set and 22 of a confirmation set if there are no captions at all.
 
+The tags of a subject's prompts come from its captions (``evaluation.prompts.tags``); those of a style are here.
+
 A style is not a thing that can stand on a beach: its prompts name what is drawn and then the style, and the
 class-only prompts name neither trigger nor class word, because a style must not appear where it is not asked for.
 """
@@ -12,6 +14,7 @@ class-only prompts name neither trigger nor class word, because a style must not
 from __future__ import annotations
 
 STYLE = "-style"  # ends the name of the wording for a style
+QUALITY = ("masterpiece", "best quality")  # in front of prompts of tags; the scorer is not told them
 
 _NATURAL_ALTERED = (
     "a photo of {trigger} {class} on a beach",
@@ -141,6 +144,11 @@ _MINIATURE_SCENES = tuple(
     f"{_MINIATURE_COLOURS[n % len(_MINIATURE_COLOURS)]} {_MINIATURE_SHAPES[n % len(_MINIATURE_SHAPES)]} {where}"
     for n, where in enumerate(_MINIATURE_PLACES)
 )
+_TAG_SCENES = (
+    "lighthouse, rocky coast", "1girl, reading, tree", "castle, mountain", "cat, windowsill", "1boy, armor",
+    "still life, fruit, table", "robot, workshop", "city street, car", "1girl, umbrella, bridge", "ship, ocean",
+)  # fmt: skip
+_TAG_LIGHTS = ("day, blue sky", "night, moon", "rain", "sunset")
 TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     "natural": {
         "altered": _NATURAL_ALTERED,
@@ -190,6 +198,23 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
             "a photo of a table with a lamp",
         ),
     },
+    "tags-style": {
+        "altered": tuple(
+            ", ".join(
+                (
+                    *QUALITY,
+                    _TAG_SCENES[n % len(_TAG_SCENES)],
+                    _TAG_LIGHTS[(n + n // len(_TAG_SCENES)) % len(_TAG_LIGHTS)],
+                    "{trigger} {class}",
+                )
+            )
+            for n in range(len(_TAG_SCENES) * len(_TAG_LIGHTS))
+        ),
+        "class-only": tuple(
+            ", ".join((*QUALITY, scene))
+            for scene in ("1girl, park", "house, river", "dog, sofa", "bridge, city", "table, lamp")
+        ),
+    },
     "miniature-style": {
         "altered": (
             *(f"a {scene}, {{trigger}} {{class}}" for scene in _MINIATURE_SCENES),
@@ -207,3 +232,5 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
+AUTO, TAGS = "auto", "tags"
+WORDINGS = (*TEMPLATES, TAGS, AUTO)  # tags: made of the captions' own; auto: by the form of the captions

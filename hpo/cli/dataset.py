@@ -6,7 +6,6 @@ findings (``trainer.data.findings``) or the folder layout that prepare builds (`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.study import STYLE_PRESET, preset_of
-from hpo.terminal import command, say
+from hpo.terminal import command, json_text, say
 from hpo.train import Steps, count_steps
 from trainer.bases import KNOWN_BASES
 from trainer.config import TrainConfig
@@ -89,7 +88,7 @@ def check(request: DatasetRequest, console: Console, echo: Callable[[str], None]
     """Print the report.  Raises DataError afterwards if training would refuse the folder."""
     report = examine(request)
     if request.as_json:
-        echo(json.dumps(as_json(request, report), indent=1))
+        echo(json_text(as_json(request, report)))
     else:
         show(console, request, report)
     refused = [finding for finding in report.findings if finding.severity == REFUSED]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from trainer.text import clean_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hpo.study import Step, StudyFolder, WorkedOn
+    from hpo.study import Holder, Step, StudyFolder, WorkedOn
 
 TRASH = ".trash"
 
@@ -152,11 +152,11 @@ def _roots(name: str | None, runs: Path) -> Iterator[Path]:
 @options.runs
 def studies(as_json: bool, runs: Path) -> None:
     """List the studies. Shows state, best score and last command; the study last worked on is first."""
-    import json
+    from hpo.terminal import json_text
 
     rows = [_row(one) for one in _worked_on(runs)]
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json_text(rows))
         return
     if not rows:
         click.echo(f"no study in {clean_text(str(runs))}; start one: hpo search --base mini-sd15 --trials 12")
@@ -238,8 +238,10 @@ def delete(name: str, yes: bool, runs: Path) -> None:
             f"{name} is only a part of the study {folder.name}",
             f"to delete the whole study: hpo delete {folder.words}",
         )
-    parts = _family(folder)
-    _check_unused(parts)
+    from hpo.study import StudyFolder, place_of
+
+    parts = family(folder)
+    check_unused(parts)
     size = sum(folder_bytes(part.root) for part in parts)
     names = ", ".join(clean_text(str(part.root)) for part in parts)
     click.echo(f"{names}: {size / 1e6:.1f} MB")
@@ -247,6 +249,12 @@ def delete(name: str, yes: bool, runs: Path) -> None:
         return
     place = folder.root.parent / TRASH / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}"
     _move(parts, place)
+    for part in parts:
+        if (server := place_of(StudyFolder(place / part.name))) is not None:
+            words = ["optuna", "delete-study", "--study-name", server.study, "--storage", server.url]
+            click.echo(
+                clean_text(f"its trials stay in the database; to delete them there: {shlex.join(words)}")
+            )
     shown = shlex.quote(str(place))
     click.echo(
         clean_text(f"moved to {place}; to get it back: mv {shown}/* {shlex.quote(str(folder.root.parent))}/")
@@ -254,16 +262,34 @@ def delete(name: str, yes: bool, runs: Path) -> None:
     click.echo(clean_text(f"to free {size / 1e6:.1f} MB: rm -r {shown}"))
 
 
-def _check_unused(parts: list[StudyFolder]) -> None:
-    """Raise MachineError if a command is working on one of the folders."""
+def check_unused(parts: Sequence[StudyFolder], *, held: bool = False) -> None:
+    """Raise MachineError if a command is working on one of the folders.  ``held``: this process holds their locks."""
     from hpo.study import RUNNING, holder, steps
 
     for part in parts:
-        pid = holder(part.locks / "use.lock")
+        for other in _on_other_machines(part):
+            raise MachineError(f"{other.words} works on {part.name}", "stop it first: Ctrl-C")
+        pid = None if held else holder(part.locks / "use.lock")  # asking for an own lock would release it
         running = [step.step for step in steps(part.root) if step.state == RUNNING]
         if pid is not None or running:
             what = f"process {pid} works" if pid is not None else f"hpo {running[-1]} is working"
             raise MachineError(f"{what} on {part.name}", "stop it first: Ctrl-C")
+
+
+def _on_other_machines(part: StudyFolder) -> list[Holder]:
+    """The workers of a study in a database server.  None if the server is gone: then nobody can work on it."""
+    from optuna.trial import TrialState
+
+    from hpo.study import begun_study, database_errors, ownership_of, place_of
+
+    if place_of(part) is None:
+        return []
+    with contextlib.suppress(MachineError), database_errors(part):
+        study = begun_study(part)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if study else []
+        found = ownership_of(part).runners(trial.number for trial in running)
+        return [runner for runner in found.values() if runner is not None]
+    return []
 
 
 def _move(parts: list[StudyFolder], place: Path) -> None:
@@ -288,7 +314,7 @@ def _move(parts: list[StudyFolder], place: Path) -> None:
             raise machine_error(error, place) from error
 
 
-def _family(folder: StudyFolder) -> list[StudyFolder]:
+def family(folder: StudyFolder) -> list[StudyFolder]:
     """The study, and the confirmations and target trials that belong to it."""
     from hpo.study import all_studies, parent_of
 

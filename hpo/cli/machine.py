@@ -22,15 +22,14 @@ def doctor(ctx: click.Context, as_json: bool, runs: Path) -> None:
 
     The exit code is 0 if hpo works here (also without a GPU), and 5 if something must be mended."""
     calm_libraries()
-    import json
-
     from hpo.machine import as_json as in_json
     from hpo.machine import examine, lines
+    from hpo.terminal import json_text
 
     sign_of_life("asking the driver and PyTorch …")
     report = examine(runs)
     if as_json:
-        click.echo(json.dumps(in_json(report), indent=1))
+        click.echo(json_text(in_json(report)))
     else:
         from rich.text import Text
 

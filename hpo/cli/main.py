@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpo.cli import folders, machine, status, studies, tools, trainings
+from hpo.cli import best, clean, folders, machine, status, studies, tools, trainings
 from hpo.cli.start import announced_imports
 from hpo.cli.streams import show_everything
 from trainer.errors import Interrupted, MachineError, ToolError
@@ -153,6 +153,9 @@ for command in (
     folders.resume,
     folders.studies,
     folders.delete,
+    best.best,
+    best.importance,
+    clean.clean,
     studies.transfer,
     trainings.plan,
     trainings.train,

@@ -104,6 +104,12 @@ NOTIFY = Form(
     "write SERVICE://…, for example ntfy://TOPIC; see https://github.com/caronc/apprise",
     is_secret=True,
 )
+STORAGE = Form(
+    "the address of a database",
+    r"[A-Za-z][A-Za-z0-9+]*:\S+",
+    "write postgresql+psycopg://USER@HOST/DATABASE; see docs/scale-out.md",
+    is_secret=True,
+)
 SEED = click.IntRange(0, 2**63 - 1)  # as the setting seed
 
 

@@ -6,7 +6,6 @@ of memory-saving settings (``trainer.memory.stacks``) or the users' measurements
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from hpo.cli import plantable
 from hpo.cli.plantable import GB, Cell
-from hpo.terminal import say, short
+from hpo.terminal import json_text, say, short
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.kohya import read_train_file
@@ -68,7 +67,7 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
         stack = stacks.choose(config, facts, vram_bytes)
         given = footprint.predict(config, facts)
         found = phases(stack.config, facts, vram_bytes)
-        echo(json.dumps(as_json(request, facts, given, stack, found), indent=1))
+        echo(json_text(as_json(request, facts, given, stack, found)))
         return
     say(console, f"predicting the memory use of {facts.name} …")
     given = footprint.predict(config, facts)
@@ -206,7 +205,7 @@ def _table(request: PlanRequest, console: Console, echo: Callable[[str], None]) 
         if not request.as_json:
             say(console, f"{cell.row.name}, batch {cell.batch}: {cell_text(cell)}")
     if request.as_json:
-        echo(json.dumps([_cell_json(cell) for cell in cells], indent=1))
+        echo(json_text([_cell_json(cell) for cell in cells]))
         return
     console.print(table_of(cells))
     judged = [cell for cell in cells if not cell.row.is_full]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +27,16 @@ def status(name: str | None, as_json: bool, runs: Path) -> None:
 
     At a terminal, the table fits its width and leaves out the settings that matter least. In a pipe, it is
     whole: tab-separated values, then lines that begin with #."""
-    from hpo.study import database_errors, holder, open_study, study_table
+    from optuna.trial import TrialState
+
+    from hpo.study import database_errors, open_study, ownership_of, study_table
 
     folder = chosen_study(name, runs, own=True)
     with database_errors(folder):
         study = open_study(folder)
-        table = study_table(study, folder, lambda number: holder(folder.trial_lock(number).path))
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        runners = ownership_of(folder).runners(trial.number for trial in running)
+        table = study_table(study, folder, runners.get)
         if as_json:
             _print_json(folder, table)
         elif console().is_terminal:
@@ -44,9 +47,9 @@ def status(name: str | None, as_json: bool, runs: Path) -> None:
 
 def _print_json(folder: StudyFolder, table: StudyTable) -> None:
     from hpo.study import read_json
-    from hpo.terminal import status_json
+    from hpo.terminal import json_text, status_json
 
-    click.echo(json.dumps(status_json(table, read_json(folder.confirmed)), indent=1))
+    click.echo(json_text(status_json(table, read_json(folder.confirmed))))
 
 
 def _print_table(study: optuna.Study, folder: StudyFolder, table: StudyTable) -> None:

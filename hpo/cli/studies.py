@@ -9,7 +9,7 @@ import click
 from hpo.cli import options
 from hpo.cli.options import PATH, Finite
 from hpo.cli.start import calm_libraries, console
-from hpo.cli.which import agreed, asker, chosen_study, new_study
+from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
 
 
 @click.command(cls=options.Renamed, renamed={"--study": "--definition", "--name": ""})
@@ -50,6 +50,13 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
     type=Finite(min=0, min_open=True, max=10_000),
     help="Start no new trials after this many hours.",
 )
+@click.option(
+    "--storage",
+    type=options.STORAGE,
+    metavar="URL",
+    help="Keep a new study in a database server, for workers on several machines: postgresql+psycopg://USER@HOST/DB. "
+    "Also: HPO_STORAGE. Default: a file.",
+)
 @options.device()
 @click.option(
     "--keep-best",
@@ -59,6 +66,13 @@ from hpo.cli.which import agreed, asker, chosen_study, new_study
 )
 @click.option(
     "--stop-when-converged", is_flag=True, help="End the search when more trials are unlikely to help."
+)
+@click.option(
+    "--fork-from",
+    type=options.NAMED,
+    metavar="STUDY",
+    shell_complete=complete_name,
+    help="Take over the finished trials of STUDY that fit. For a new study with a changed space.",
 )
 @click.option("--seed", type=options.SEED, help="Seed of the study. Default: from the study file.")
 @options.runs
@@ -78,9 +92,11 @@ def search(
     preset: str | None,
     enqueue: Path | None,
     max_hours: float | None,
+    storage: str | None,
     device: str | None,
     keep_best: int | None,
     stop_when_converged: bool,
+    fork_from: str | None,
     seed: int | None,
     runs: Path,
 ) -> None:
@@ -89,7 +105,7 @@ def search(
     calm_libraries()
     from hpo.search import SearchRequest
     from hpo.search import search as run
-    from hpo.study import Inputs
+    from hpo.study import STORAGE, Inputs
 
     if name is not None:
         name, runs = new_study(name, runs)
@@ -117,8 +133,13 @@ def search(
         runs=runs,
         preset=preset,
         ask=asker(),
+        fork_from=fork_from,
     )
-    run(request, console())
+    token = STORAGE.set(storage)
+    try:
+        run(request, console())
+    finally:
+        STORAGE.reset(token)
 
 
 @click.command()

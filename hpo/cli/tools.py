@@ -9,6 +9,7 @@ import click
 from hpo.cli import options
 from hpo.cli.options import PATH
 from hpo.cli.start import calm_libraries, console, sign_of_life
+from hpo.cli.which import chosen_study
 from trainer.bases import KNOWN_BASES
 
 
@@ -19,20 +20,19 @@ def inspect(file: Path, as_json: bool) -> None:
     """Show what a LoRA file contains. Prints kind, modules, ranks, alphas, settings and metadata. Works with
     files from any tool."""
     calm_libraries()
-    import json
-
     from hpo.cli import inspect as inspectcmd
+    from hpo.terminal import json_text
 
     facts = inspectcmd.inspect(file)
     if as_json:
-        click.echo(json.dumps(inspectcmd.as_json(facts), indent=1))
+        click.echo(json_text(inspectcmd.as_json(facts)))
     else:
         inspectcmd.show(console(), facts)
 
 
 @click.group()
 def export() -> None:
-    """Export settings for other tools."""
+    """Export settings or trials for other tools."""
 
 
 @export.command()
@@ -50,6 +50,28 @@ def kohya(source: Path, folder: Path, base: str | None, data: Path | None) -> No
     named = {"pretrained_model_name_or_path": base, "train_data_dir": data and str(data)}
     places = {name: value for name, value in named.items() if value}
     export_kohya(source, folder, places, lambda text: click.echo(clean_text(text)))
+
+
+@export.command()
+@options.study_name
+@click.option("--output", type=PATH, metavar="FILE", help="File to write. Default: standard output.")
+@options.runs
+def csv(name: str | None, output: Path | None, runs: Path) -> None:
+    """Write a study's trials as CSV, one row a trial. Optuna's columns, then score parts, seconds and settings."""
+    from hpo.cli.tables import write_csv
+
+    write_csv(chosen_study(name, runs, own=True), output)
+
+
+@export.command()
+@options.study_name
+@click.option("--output", type=PATH, metavar="FILE", help="File to write. Default: NAME.parquet.")
+@options.runs
+def parquet(name: str | None, output: Path | None, runs: Path) -> None:
+    """Write a study's trials as a Parquet file, with the columns of hpo export csv. Needs pyarrow."""
+    from hpo.cli.tables import write_parquet
+
+    write_parquet(chosen_study(name, runs, own=True), output)
 
 
 @click.group()

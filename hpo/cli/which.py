@@ -42,7 +42,7 @@ def chosen_study(name: str | None, runs: Path, *, own: bool = False) -> StudyFol
     parent = None if own else parent_of(folder)
     if parent is not None:
         found = study_folder(parent, folder.root.parent)
-        if found.database.is_file():
+        if found.has_study:
             click.echo(f"study {clean_text(parent)}, which {clean_text(folder.name)} belongs to", err=True)
             return found
     if name is None:

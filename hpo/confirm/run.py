@@ -47,6 +47,7 @@ from hpo.study import (
     in_use,
     measured,
     open_study,
+    ownership_of,
     read_json,
     recorded,
     require_learned,
@@ -67,7 +68,7 @@ def confirm(request: ConfirmRequest, console: Console, ask: Callable[[], bool]) 
     how = RESCORED if request.rescore_only else RETRAINED
     with database_errors(source):
         study = open_study(source)
-        begun = Confirmation(source, {}, (), how).target.database.is_file()
+        begun = Confirmation(source, {}, (), how).target.has_study
         require_learned(study, source, "confirm", anyway=request.anyway or begun)
         chosen, notes = chosen_trials(study, source, request)
         wanted = wanted_runs(chosen, study, request)
@@ -137,7 +138,7 @@ def _confirm(
     """The part that loads models and writes files."""
     bench = load(asked.source, use.folder, view.say, asked.device)
     study = opened(bench, use, beside={"confirms": asked.source.name})
-    with use.folder.study_lock().held():
+    with ownership_of(use.folder, view.say).study():
         study.set_user_attr(TOTAL, max(len(asked.wanted), study.user_attrs.get(TOTAL, 0)))
     with view.waiting(f"the untrained {bench.base.name}"):
         bench.measure_anchors(view.say)

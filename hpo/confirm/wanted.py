@@ -211,7 +211,7 @@ def shown_run(suggested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def done_runs(target: StudyFolder) -> set[Wanted]:
-    if not target.database.is_file():
+    if not target.has_study:
         return set()
     trials = open_study(target).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return {run_of(t.params) for t in trials}

@@ -113,7 +113,7 @@ def _study_named(named: str) -> StudyFolder | None:
     if place.facts.is_file():  # a copy without its database
         return place
     place = StudyFolder(RUNS / named)
-    return place if "/" not in named and place.database.is_file() else None
+    return place if "/" not in named and place.has_study else None
 
 
 def _is_shipped(path: Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def process_words(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         at = next((n for n, word in enumerate(words) if word.endswith(("/hpo", "hpo.cli"))), None)
         if at is not None:
-            return f"process {pid} (hpo {clean_text(' '.join(words[at + 1 :])).strip()[:60]})"
+            said = re.sub(r"://[^\s/@]*@", "://***@", " ".join(words[at + 1 :]))  # passwords of addresses
+            return f"process {pid} (hpo {clean_text(said).strip()[:60]})"
     return f"process {pid}" if pid else "a process in another container"
 
 

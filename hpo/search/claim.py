@@ -1,8 +1,8 @@
 """Claiming trials: each trial is run by one worker.
 
-Owns adopting trials of dead workers and asking for new ones, under the study lock.  A claim is a kernel lock
-held by a living worker.  A RUNNING trial whose lock is free belongs to a dead process, and is adopted under
-its own number. Does not own the suggested values; see ``hpo.search.proposals``.
+Owns adopting trials of dead workers and asking for new ones, under the study lock.  A claim is a lock held by a
+living worker (``hpo.study.ownership``).  A RUNNING trial whose lock is free belongs to a dead process, and is adopted
+under its own number. Does not own the suggested values; see ``hpo.search.proposals``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.search import dashboard
 from hpo.search.proposals import Proposals
 from hpo.search.telling import Teller
-from hpo.study import ROLE, Lock, StudyFolder, read_result, take_up
+from hpo.study import ROLE, Claimed, ClaimLost, StudyFolder, ownership_of, read_result, state_of, take_up
 from trainer.files import sweep_tree
 
 
@@ -29,7 +29,7 @@ class Claim:
 
     trial: optuna.Trial
     suggested: dict[str, Any]
-    lock: Lock
+    lock: Claimed
     adopted: bool
 
 
@@ -49,11 +49,12 @@ class Claims:
         self.source = source
         self.teller = teller
         self.folder: StudyFolder = teller.folder
+        self.ownership = ownership_of(self.folder, teller.say)
 
     def take(self) -> Claim | None:
         """Claim a trial: an orphaned one, else a new one.  None if the rest is finished or
         claimed by other workers."""
-        with self.folder.study_lock().held():
+        with self.ownership.study():
             orphan = self._adopt()
             if orphan is not None:
                 return orphan
@@ -72,9 +73,9 @@ class Claims:
             return None
 
     def _claim(self, trial: optuna.Trial, suggested: dict[str, Any], *, adopted: bool) -> Claim:
-        lock = self.folder.trial_lock(trial.number)
-        taken = lock.try_acquire()
-        assert taken, f"trial {trial.number} is unclaimed, but its lock is held"
+        lock = self.ownership.trial(trial.number)
+        if not lock.try_acquire():
+            raise ClaimLost(f"trial {trial.number} was taken by another worker at the same moment")
         return Claim(trial, suggested, lock, adopted)
 
     def _adopt(self) -> Claim | None:
@@ -84,20 +85,24 @@ class Claims:
         """
         alive, orphans = 0, []
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            lock = self.folder.trial_lock(frozen.number)
+            lock = self.ownership.trial(frozen.number)
             if not lock.try_acquire():
                 alive += 1
                 continue
             try:
-                if not self._tell_found(frozen):
+                is_running = (
+                    state_of(frozen, self.study) == TrialState.RUNNING
+                )  # it may have been told meanwhile
+                if is_running and not self._tell_found(frozen, lock):
                     orphans.append(frozen)
             finally:  # no other worker can claim it meanwhile: that needs the study lock
                 lock.release()
         for frozen in orphans if orphans and self.source.needs_more(alive) else ():
             trial, suggested = self._taken_up(frozen)
             if self.source.wants(suggested):
-                sweep_tree(self.folder.trial(frozen.number).root)
-                return self._claim(trial, suggested, adopted=True)
+                claim = self._claim(trial, suggested, adopted=True)
+                sweep_tree(self.folder.trial(frozen.number).root, everyone=True)
+                return claim
         return None
 
     def _taken_up(self, frozen: FrozenTrial) -> tuple[optuna.Trial, dict[str, Any]]:
@@ -105,7 +110,7 @@ class Claims:
             trial = take_up(self.study, frozen)
             return trial, self.source.suggest(trial)
 
-    def _tell_found(self, frozen: FrozenTrial) -> bool:
+    def _tell_found(self, frozen: FrozenTrial, lock: Claimed) -> bool:
         """Report the result that a dead worker left on disk, if there is one."""
         folder = self.folder.trial(frozen.number)
         if not folder.result.is_file():
@@ -116,15 +121,16 @@ class Claims:
         result = read_result(folder, self.source.config(suggested, frozen.number))
         if result is None:
             return False
-        self.teller.tell(trial, result, self.source.settings(suggested))
+        self.teller.tell(trial, result, self.source.settings(suggested), lock)
         self.teller.say(
             f"{self.source.noun} {frozen.number} was already finished on disk; its result was added to the study"
         )
         return True
 
     def _fail(self, claim: Claim, reason: str) -> None:
-        claim.trial.set_user_attr("reason", reason)
-        settings = self.source.settings(claim.suggested)
-        dashboard.publish_failure(claim.trial, reason, settings, self.teller.say)
-        self.study.tell(claim.trial, state=TrialState.FAIL, skip_if_finished=True)
+        with claim.lock.telling(claim.trial) as trial:
+            trial.set_user_attr("reason", reason)
+            settings = self.source.settings(claim.suggested)
+            dashboard.publish_failure(trial, reason, settings, self.teller.say)
+            trial.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         claim.lock.release()

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 from hpo.search.remedies import with_remedies
 from hpo.search.workbench import Workbench
 from hpo.study import (
+    IMAGES_SEEN,
     Choice,
     Pace,
     StudyFolder,
@@ -309,9 +310,12 @@ def _seconds(bench: Workbench, config: TrainConfig) -> float | None:
 
 
 def _per_unit(bench: Workbench) -> float:
-    """Training images seen per epoch, or per step where steps are set."""
+    """Training images seen per epoch, per step where steps are set, per image where images seen are searched (fewer
+    than one where the last batch of a bucket is smaller)."""
     config = bench.study.config(bench.study.baseline)
     run = count_steps(config, bench.data)
+    if IMAGES_SEEN in bench.study.baseline:
+        return images_seen(run, bench.data) / (run.total_steps * config.effective_batch_size)
     epoch = float(sum(item.repeats for item in bench.data.items if not item.is_reg))
     return epoch if config.max_train_steps is None else epoch / run.steps_per_epoch
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpo.study import ELSEWHERE, StudyConfig, settings_of
+from hpo.study import ELSEWHERE, IMAGES_SEEN, StudyConfig, settings_of, steps_for
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.kohya import TrainFile, read_train_file
@@ -19,6 +19,7 @@ from trainer.text import clean_text
 
 # Together these define two learning rates, one for the U-Net and one for the text encoders.
 RATES = ("learning_rate", "unet_lr", "text_encoder_lr", "network_train_unet_only")
+BATCH = ("train_batch_size", "gradient_accumulation_steps")
 
 
 def read_enqueued(path: Path) -> TrainFile:
@@ -31,8 +32,9 @@ def as_proposal(
 ) -> tuple[dict[str, Any], list[str]]:
     """The file as a proposal in the study's space, and notes for the user.
 
-    Settings that the file omits get kohya's defaults.  ``steps_of`` returns the optimizer steps of a run; it
-    converts warmup steps to a ratio.  Raises ConfigError for values outside the study's ranges.
+    Settings that the file omits get kohya's defaults.  ``steps_of`` returns the optimizer steps of a run, with its
+    batches counted as training makes them; it converts warmup steps to a ratio, and epochs to images seen.  Raises
+    ConfigError for values outside the study's ranges.
     """
     file = read_enqueued(path)
     name = clean_text(path.name)
@@ -41,6 +43,12 @@ def as_proposal(
     searched = {setting: getattr(file.config, setting) for setting in decided}
     searched |= _rates(file.config, decided, name)
     notes = []
+    images = None
+    if any(p.name == IMAGES_SEEN for p in config.space):
+        own = baseline.with_values({setting: searched[setting] for setting in BATCH if setting in searched})
+        images, note = _images_seen(file.config, own, steps_of, name)
+        notes.append(note)
+        searched["max_train_steps"] = steps_for(images, own.as_dict())
     if searched.get("max_train_epochs", 0) is None:
         searched["max_train_epochs"] = baseline.max_train_epochs
         notes.append(
@@ -52,12 +60,15 @@ def as_proposal(
         length = steps_of(baseline.with_values({**searched, "lr_warmup_steps": 0}))
         complete["lr_warmup_steps"] = searched["lr_warmup_steps"] / length
     proposal = config.space.proposal(complete, config.baseline)
+    if images is not None:
+        proposal[IMAGES_SEEN] = images  # max_train_steps is a whole number of batches
     if file.config.effective_text_encoder_lr == 0 and "text_encoder_lr" in decided:
         _check_text_encoder_off(proposal, config, name)
     proposal = config.space.check(proposal, f"--enqueue {name}")
     trained = config.config(proposal)
     given = {setting: getattr(file.config, setting) for setting in file.origins}
-    notes += _left_out(given, trained, decided, name)
+    translated = decided if images is None else decided | {"max_train_epochs"}
+    notes += _left_out(given, trained, translated, name)
     for whose, wanted, found in (
         ("the U-Net learning rate", file.config.effective_unet_lr, trained.effective_unet_lr),
         (
@@ -76,6 +87,24 @@ def as_proposal(
         if lines:
             notes.append(f"{name}, {what}: " + "; ".join(lines))
     return proposal, notes
+
+
+def _images_seen(
+    file: TrainConfig, own: TrainConfig, steps_of: Callable[[TrainConfig], int], name: str
+) -> tuple[int, str]:
+    """The length of the file in images seen, and how it was worked out.
+
+    Steps are those of the file's own batch.  Epochs are counted with the batch that the study trains with (``own``), so
+    that the trial is as many epochs long as the file says.
+    """
+    if file.max_train_steps is not None:
+        images = file.max_train_steps * file.effective_batch_size
+        how = f"{file.max_train_steps} steps × {file.effective_batch_size} images"
+        return images, f"{name}: {how} = images_seen {images}"
+    steps = steps_of(own.with_values({"max_train_steps": None, "max_train_epochs": file.max_train_epochs}))
+    images = steps * own.effective_batch_size
+    how = f"{file.max_train_epochs} epochs of these images are {steps} steps × {own.effective_batch_size} images"
+    return images, f"{name}: {how} = images_seen {images}"
 
 
 def _rates(file: TrainConfig, decided: set[str], name: str) -> dict[str, Any]:

@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hpo.study import IDENTITY, SCORE, Say, Use, begun_study, check_unchanged, create_study
+from hpo.study import (
+    IDENTITY,
+    SCORE,
+    Say,
+    StudyFolder,
+    Use,
+    begun_study,
+    belongs_to,
+    check_unchanged,
+    create_study,
+    follow,
+    ownership_of,
+)
 from trainer.files import make_folder
 
 if TYPE_CHECKING:
@@ -31,7 +43,9 @@ def opened(
 
     folder, facts = bench.folder, {**bench.facts(), **(beside or {})}
     make_folder(folder.artifacts)
-    with folder.study_lock().held():
+    if parent := belongs_to({"facts": facts}):
+        follow(folder, StudyFolder(folder.root.with_name(parent[1])))
+    with ownership_of(folder, say).study():
         found = begun_study(folder)
         use.made_study = found is None or IDENTITY not in found.user_attrs
         study = create_study(folder, facts, objectives)

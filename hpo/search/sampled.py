@@ -1,31 +1,33 @@
 """The trials of a search: the baseline first, then enqueued trials, then suggestions of the sampler.
 
-Owns the sampler and its seeds, enqueueing the baseline, duplicates, and the end of a search: enough trials,
-no time left, no new suggestions, repeated failures, convergence.
+Owns enqueueing the baseline, duplicates, and the end of a search: enough trials, no time left, no new suggestions,
+repeated failures, convergence.  Does not own the sampler (``hpo.search.samplers``).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import alerts, dashboard
 from hpo.search.proposals import Proposal, Proposals
+from hpo.search.samplers import make_sampler, startup_trials
 from hpo.study import (
     BASELINE,
     BEST,
     CONVERGED,
     DUPLICATE,
     FAILED,
+    FORK,
     ROLE,
     STOP,
+    Holder,
     Result,
     Say,
     Standing,
@@ -35,12 +37,12 @@ from hpo.study import (
     convergence,
     drop_files,
     history,
-    holder,
     is_above_base,
     is_duplicate,
     is_feasible,
     learning_lines,
     measured,
+    ownership_of,
     searched_settings,
     standing,
     tell,
@@ -64,31 +66,6 @@ class SearchLimits:
     max_hours: float | None = None
     keep_best: int | None = None
     stop_when_converged: bool = False
-
-
-def startup_trials(total: int) -> int:
-    """Random trials before TPE starts: 10 of 30 (5 were worse in simulation), a third for smaller studies."""
-    return min(10, max(5, total // 3))
-
-
-def make_sampler(seed: int, number: int, total: int, *, learned: bool = True) -> optuna.samplers.TPESampler:
-    """The sampler of trial ``number``: Optuna 5's TPE defaults, written out.
-
-    ``learned``: whether some trial is above the untrained base.  Until one is, there is nothing to model, and the
-    proposals stay random: a model of noise keeps to the place where the search began (docs/evaluation.md).
-
-    The seed is derived from the study seed and the trial number.  So a resumed study gets the same
-    suggestions as an uninterrupted one, and workers get different ones.
-    """
-    state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    return optuna.samplers.TPESampler(
-        seed=state,
-        n_startup_trials=startup_trials(total) if learned else number + 1,
-        n_ei_candidates=24,
-        multivariate=True,
-        group=False,
-        constant_liar=True,
-    )
 
 
 def suggest(trial: optuna.Trial, config: StudyConfig) -> dict[str, Any]:
@@ -189,8 +166,20 @@ class SearchProposals(BenchProposals):
         config = self.bench.study
         # Studies told clipped values began before the rule existed and go on without it.
         learned = not config.score.signed or any(is_feasible(t) and is_above_base(t) for t in self._done())
-        self.study.sampler = make_sampler(config.study.seed, trial.number, self.total, learned=learned)
+        forked = self.study.study_name if self.study.user_attrs.get(FORK) else ""
+        self.study.sampler = make_sampler(
+            config.study.seed,
+            trial.number,
+            self.total,
+            learned=learned,
+            name=config.search.sampler,
+            study=self.study,
+            forked=forked,
+        )
         return suggest(trial, config)
+
+    def attributes(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().attributes(suggested), "sampler": self.bench.study.search.sampler}
 
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
         """Names the earlier trial with the same settings, if there is one."""
@@ -270,7 +259,7 @@ class SearchProposals(BenchProposals):
             points,
             dimensions=len(self.bench.study.space),
             startup=startup_trials(self.total),
-            running=sum(holder(self.folder.trial_lock(t.number).path) is not None for t in running),
+            running=sum(runner is not None for runner in self._runners(running).values()),
         )
         self._set_stop(verdict is not None and verdict.settled)
         news = alerts.update_alert(self.folder, verdict, rows)
@@ -294,13 +283,16 @@ class SearchProposals(BenchProposals):
         elif before and not settled:
             self.study.set_user_attr(STOP, "")
 
+    def _runners(self, trials: Iterable[FrozenTrial]) -> dict[int, Holder | None]:
+        return ownership_of(self.folder, self.say).runners(t.number for t in trials)
+
     # The end
 
     def ended(self) -> str:
         running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        pids = {t.number: holder(self.folder.trial_lock(t.number).path) for t in running}
-        busy = ", ".join(f"trial {n} (process {pid})" for n, pid in pids.items() if pid)
-        left = ", ".join(f"trial {n}" for n, pid in pids.items() if not pid)
+        runners = self._runners(running)
+        busy = ", ".join(f"trial {n} ({runner.words})" for n, runner in runners.items() if runner)
+        left = ", ".join(f"trial {n}" for n, runner in runners.items() if not runner)
         if stop := self.study.user_attrs.get(STOP):
             why = f"{stop} (--stop-when-converged); to continue, run the same command without that option"
             return f"{why}; still running in other processes: {busy}" if busy else why
@@ -309,7 +301,7 @@ class SearchProposals(BenchProposals):
         if self.used_up:
             return (
                 f"the search space is exhausted: {MAX_DUPLICATES} suggestions in a row repeat earlier trials; "
-                f"for a larger space, start a new study {another_name()}"
+                f"for a larger space, start a new study {another_name('--fork-from', self.folder.name)}"
             )
         total = "1 trial is done" if self.total == 1 else f"{self.total} trials are done"
         return f"{total}; {left} was interrupted: raise --trials to finish it" if left else total

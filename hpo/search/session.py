@@ -17,11 +17,14 @@ import optuna
 from rich.console import Console
 
 from hpo.machine import process_words
+from hpo.search.budget import budget_lines
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
 from hpo.search.enqueue import as_proposal, read_enqueued
+from hpo.search.fork import Fork, as_source, check_fork, source_of
 from hpo.search.opening import opened
 from hpo.search.sampled import SearchLimits, SearchProposals
+from hpo.search.samplers import require_sampler
 from hpo.search.summary import introduction, ratio_line, summary
 from hpo.search.worker import Worker
 from hpo.study import (
@@ -41,13 +44,18 @@ from hpo.study import (
     as_begun,
     begun_study,
     check_unchanged,
+    chosen_place,
     database_errors,
     early_note,
-    holder,
+    edge_lines,
     in_use,
     nothing_learned,
+    open_place,
+    ownership_of,
     promptfiles,
     recorded,
+    require_local,
+    settle,
     standing,
 )
 from hpo.terminal import Stop, clock
@@ -80,6 +88,7 @@ class SearchRequest:
     runs: Path = RUNS
     preset: str | None = None
     ask: Ask | None = None  # None: nobody can be asked
+    fork_from: str | None = None  # a study whose finished trials are taken over
 
 
 def search(request: SearchRequest, console: Console) -> None:
@@ -91,6 +100,8 @@ def search(request: SearchRequest, console: Console) -> None:
             "--stop-when-converged needs a single objective, but this study has two objectives",
             "remove the option; the search ends after --trials or --max-hours",
         )
+    require_sampler(config.search.sampler)
+    fork = source_of(request.fork_from, folder) if request.fork_from is not None else None
     limits = SearchLimits(
         trials=request.trials,
         max_hours=request.max_hours,
@@ -100,20 +111,28 @@ def search(request: SearchRequest, console: Console) -> None:
     view = report.make_view(
         console, lambda suggested: config.space.settings(suggested, config.train), folder.name
     )
+    place = chosen_place(folder)
+    if place is None:
+        require_local(folder)
     with database_errors(folder):
-        begun = _as_begun(folder, config)
+        open_place(folder, place)
+        begun = _as_begun(folder, config if fork is None else as_source(config, fork))
         if begun.score.signed != config.score.signed:
+            source = folder if fork is None else fork
             view.say(
-                f"study {folder.name} was begun with an earlier version and keeps its objective: "
+                f"study {source.name} was begun with an earlier version and keeps its objective: "
                 "the sampler is told 0 where the score is 0"
             )
         config = begun
+        if fork is not None:
+            check_fork(fork, folder, config)
         if request.enqueue:
             read_enqueued(request.enqueue)  # find mistakes in the file before anything is loaded
         with in_use(folder) as use, recorded(folder.root, "search", begun=False) as work:
+            settle(folder, place)
             for line in choice.says:
                 view.say(line)
-            _search(replace(request, inputs=choice.inputs), config, use, limits, view, work)
+            _search(replace(request, inputs=choice.inputs), config, use, limits, view, work, fork)
 
 
 def _search(
@@ -123,12 +142,21 @@ def _search(
     limits: SearchLimits,
     view: report.PlainView,
     work: Work,
+    fork: StudyFolder | None = None,
 ) -> None:
     """The part of a search that loads models and writes files."""
     from hpo.search import workbench  # imports torch, so only after all checks that do not need it
 
     bench = workbench.load(request.inputs, config, use.folder, view.say)
+    taken = Fork.into(bench, fork) if fork is not None else None
     study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
+    if taken is not None:
+        taken.take(study, view.say)
+        if not standing(study, limits.trials).left:
+            view.say(
+                f"it has {limits.trials} trials or more already: raise --trials to search in its own space"
+            )
+        view.console.print(introduction(bench.study, limits.trials))
     proposal = _proposal(request, bench, view)
     cost = _begin(study, bench, limits, proposal, view)
     use.begun = work.begun = True
@@ -193,6 +221,8 @@ def _begin(
     if fresh:
         view.console.print(introduction(bench.study, limits.trials))
         view.say(ratio_line(len(bench.study.space), limits.trials))
+        for line in budget_lines(bench.study, limits.trials):
+            view.say(line)
     view.say(_data_line(bench))
     if now.left:
         from hpo.search import fitting
@@ -202,7 +232,7 @@ def _begin(
             cost = _told_cost(study, bench, limits, standing(study, limits.trials), view)
     else:
         cost = None
-    with bench.folder.study_lock().held(), quiet():
+    with ownership_of(bench.folder, view.say).study(), quiet():
         study.set_user_attr(TOTAL, limits.trials)
         if study.user_attrs.get(STOP) and not limits.stop_when_converged:
             study.set_user_attr(STOP, "")  # without --stop-when-converged the search continues
@@ -226,16 +256,15 @@ def _begin(
 def _one_after_the_other(bench: Workbench, view: report.PlainView) -> Iterator[None]:
     """In one process of the study at a time.  Workers that start together would each draw the same images of the
     base, and be slower together than one of them."""
-    lock = bench.folder.base_lock()
+    lock = ownership_of(bench.folder, view.say).base()
     if not lock.try_acquire():
         view.say("another worker scores the untrained base; waiting for it …")
         begun, named = time.monotonic(), False
         while not lock.try_acquire():
             is_long = time.monotonic() - begun >= NAMED_AFTER_SECONDS
-            if is_long and not named and (pid := holder(lock.path)) is not None:
-                view.say(
-                    f"still waiting for {process_words(pid)}; this worker goes on when it ends or is stopped"
-                )
+            if is_long and not named and (other := lock.holder()) is not None:
+                words = other.words if other.host else process_words(other.pid)
+                view.say(f"still waiting for {words}; this worker goes on when it ends or is stopped")
                 named = True
             time.sleep(POLL_SECONDS)
     try:
@@ -295,8 +324,9 @@ def _cost_line(cost: Cost, now: Standing, size: str) -> str:
 def _end(study: optuna.Study, bench: Workbench, now: Standing, why: str, view: report.PlainView) -> None:
     best = study.get_trials(deepcopy=False)[now.best[0]] if now.best else None
     settings = best.user_attrs.get("settings", {}) if best else None
+    edge = edge_lines(bench.folder, bench.study, best.params, now) if best else []
     if note := early_note(study, bench.folder):
         view.say(note)
-    for line in summary(bench.folder, now, settings, why, nothing_learned(study, bench.folder)):
+    for line in summary(bench.folder, now, settings, why, nothing_learned(study, bench.folder), edge):
         view.say(line)
     view.say(report.study_line(bench.folder.name, now))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hpo.study import where
 from hpo.terminal import figures, short
 from trainer.text import clean_text
 
@@ -38,9 +39,11 @@ def summary(
     settings: Mapping[str, Any] | None,
     why: str,
     nothing: NothingLearned | None = None,
+    edge: Sequence[str] = (),
 ) -> list[str]:
     """The summary at the end: best settings, scores of best trial, baseline and untrained
-    base, files, next command.  ``nothing``: the search has learned nothing, so hpo confirm would refuse it."""
+    base, files, next command.  ``nothing``: the search has learned nothing, so hpo confirm would refuse it.
+    ``edge``: that the best trial lies on an edge of the space."""
     from hpo.terminal import end_lines, trial_lines
 
     lines = [f"{folder.name}: {why}", *(nothing.lines() if nothing else ())]
@@ -63,6 +66,7 @@ def summary(
         "  ± is one standard error over prompts",
         *(f"  extra metrics: {line}" for line in trial_lines(trial)),
         *said,
+        *([] if nothing else edge),
     ]
     if standing.front:
         lines += [
@@ -72,7 +76,7 @@ def summary(
         ]
     if trial.lora.is_file():
         lines.append(f"LoRA: {trial.lora}")
-    lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {folder.database}"]
+    lines += [f"images: {trial.grid}", f"figures: {trial.metrics}", f"study: {where(folder)}"]
     if folder.alert.is_file():
         lines.append(f"convergence: {folder.alert}")
     return [*lines, f"next: {following}"]

@@ -21,9 +21,11 @@ from hpo.study import (
     INFEASIBLE_REASONS,
     OBJECTIVE,
     SCORE,
+    Claimed,
     Result,
     StudyFolder,
     objective_values,
+    state_of,
 )
 
 
@@ -36,12 +38,16 @@ class Teller:
     objectives: Sequence[str]
     say: Callable[[str], None]
 
-    def tell(self, trial: optuna.Trial, result: Result, settings: Mapping[str, Any]) -> None:
-        """Report the result to Optuna.  Can be repeated safely if the process is killed at any point."""
+    def tell(self, trial: optuna.Trial, result: Result, settings: Mapping[str, Any], lock: Claimed) -> None:
+        """Report the result to Optuna.  Can be repeated safely if the process is killed at any point.
+
+        Raises ClaimLost if another worker has taken the trial over; then nothing is stored.
+        """
         try:
-            if not self.study.get_trials(deepcopy=False)[trial.number].state.is_finished():
-                self._record(trial, result, settings)
-                return
+            with lock.telling(trial) as own:
+                if not state_of(own, own.study).is_finished():
+                    self._record(own, result, settings)
+                    return
         except UpdateFinishedTrialError:
             pass  # another process finished it between two writes
         self.say_finished(result.number)
@@ -79,6 +85,6 @@ class Teller:
             dashboard.mark_infeasible(trial, amounts)
         dashboard.publish(trial, self.folder, result, settings, self.say)
         if result.state == FAILED:
-            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            trial.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         else:
-            self.study.tell(trial, objective_values(result, self.objectives), skip_if_finished=True)
+            trial.study.tell(trial, objective_values(result, self.objectives), skip_if_finished=True)

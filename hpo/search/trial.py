@@ -27,6 +27,7 @@ from hpo.study import (
     COMPLETE,
     FAILED,
     INFEASIBLE,
+    ClaimLost,
     Result,
     TrialFolder,
     config_sha256,
@@ -89,16 +90,46 @@ class Watch(Protocol):
     def should_stop(self) -> bool: ...
 
 
+class Check(Protocol):
+    """Raises ClaimLost if another worker may be at this trial (``hpo.study.Claimed.check``)."""
+
+    def __call__(self, *, certain: bool = False) -> None: ...
+
+
+def unshared(*, certain: bool = False) -> None:
+    """The ``Check`` of a trial that no other process can take."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A watch, and the check before anything is written: two workers at one trial would write the same files."""
+
+    watch: Watch
+    check: Check
+
+    def on_event(self, event: Event) -> None:
+        self.watch.on_event(event)
+
+    def on_image(self, done: int, total: int) -> None:
+        self.check()
+        self.watch.on_image(done, total)
+
+    def should_stop(self) -> bool:
+        return self.watch.should_stop()
+
+
 def failed(folder: TrialFolder, config: TrainConfig, reason: str, message: str) -> Result:
     """The result of a failed trial: it contains no information about the settings."""
     return _result(folder, config, _Ending(FAILED, None, reason=reason, message=message))
 
 
-def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
+def run_trial(
+    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch, check: Check = unshared
+) -> Result:
     """Start or resume the trial, write result.json, and delete the files needed only to resume.
 
-    Raises Interrupted (progress is saved).  Errors while writing result.json are not caught: the trial
-    then has no result.
+    Raises Interrupted (progress is saved), and ClaimLost, after which nothing more is written.  Errors while writing
+    result.json are not caught: the trial then has no result.
     """
     sweep_tree(folder.root)
     begun_with = _threads(folder) if bench.base.device.type == "cpu" else None
@@ -107,7 +138,9 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
         _log(folder, f"begun with {begun_with} CPU threads, goes on with {threads}: the last bits may differ")
     _note(folder, "start", threads=threads)
     try:
-        result = _work(bench, folder, config, watch)
+        result = _work(bench, folder, config, Watched(watch, check))
+    except ClaimLost:
+        raise
     except Interrupted:
         _note(folder, "interrupted")
         raise
@@ -136,6 +169,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
             raise lost from None
         text = clean_text(str(error).strip().splitlines()[0] if str(error).strip() else "")[:200]
         result = failed(folder, config, f"crash:{type(error).__name__}", f"{text} (see {folder.log})")
+    check(certain=True)
     write_result(folder, result)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     if result.reason == OutOfMemory.reason:
@@ -143,7 +177,7 @@ def run_trial(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch:
     return result
 
 
-def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> Result:
+def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watched) -> Result:
     adapter, remedy = _trained(bench, folder, config, watch)
     try:
         started = time.monotonic()
@@ -168,7 +202,9 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
     return result
 
 
-def _trained(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch) -> tuple[Adapter, str]:
+def _trained(
+    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watched
+) -> tuple[Adapter, str]:
     """The trained adapter in the base, rounded to its file's precision, and the memory remedy that was needed."""
     from trainer.adapters import lorafile
 
@@ -212,7 +248,7 @@ def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, 
 
 
 def _train(
-    bench: Workbench, folder: TrialFolder, config: TrainConfig, settled: TrainConfig, watch: Watch
+    bench: Workbench, folder: TrialFolder, config: TrainConfig, settled: TrainConfig, watch: Watched
 ) -> Adapter:
     """The trained adapter, also written to its file.  ``settled``: the settings with the remedies."""
     from trainer.adapters import lorafile
@@ -231,6 +267,7 @@ def _train(
     log = StepLog(folder.steps)
 
     def on_event(event: Event, adapter: Adapter) -> None:
+        watch.check()
         more = {WEIGHT_CHANGE: adapter.weight_change()} if isinstance(event, Finished) else {}
         log.write(event, **more)
         watch.on_event(event)
@@ -246,6 +283,7 @@ def _train(
     )
     try:
         adapter.round_to(config.save_precision)
+        watch.check(certain=True)
         known = dataset_metadata(config, bench.data) | {COMMENT: f"trial {folder.number}"}
         lorafile.write(folder.lora, adapter, config, known)
     except BaseException:
@@ -256,7 +294,7 @@ def _train(
 
 
 def _scored(
-    bench: Workbench, folder: TrialFolder, adapter: Adapter, config: TrainConfig, watch: Watch
+    bench: Workbench, folder: TrialFolder, adapter: Adapter, config: TrainConfig, watch: Watched
 ) -> Score:
     from evaluation.images import Heading, Unchanged
     from evaluation.score import evaluate_adapter

@@ -38,6 +38,8 @@ from hpo.study import (
     reference_paths,
     say_notes,
     subject_items,
+    worded,
+    wording_line,
 )
 from hpo.terminal import left
 from trainer.adapters import merge_base_weights
@@ -200,6 +202,7 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     data = read_dataset(data_folder, train, trigger=inputs.trigger, class_word=inputs.class_word)
     for note in data.notes:
         say(note)
+    asked, study = study, worded(study, data)
     if not data.class_word and inputs.prompts is None:
         raise no_class_word()
     if not data.trigger and inputs.prompts is None:
@@ -231,6 +234,8 @@ def load(inputs: Inputs, study: StudyConfig, folder: StudyFolder, say: Say) -> W
     for note in preflight.notes(base, train, data):
         say(note)
     chosen, confirmation = prompt_sets(inputs, study, data, base.token_count)
+    if not inputs.prompts and (line := wording_line(asked, chosen, study.prompts.words)):
+        say(line)
     say_notes(chosen, confirmation, say)
     return Workbench(
         study=study,

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
 from hpo.search.claim import Claim, Claims
 from hpo.search.telling import Teller
 from hpo.search.trial import Watch, deaths_without_progress, failed, resumes_from, run_trial
 from hpo.study import (
+    ClaimLost,
     Forecast,
     Result,
     Standing,
@@ -27,6 +28,7 @@ from hpo.study import (
     begun_study,
     measured,
     standing,
+    where,
     write_params,
     write_result,
 )
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from hpo.search.proposals import Proposals
     from hpo.search.workbench import Workbench
 
+MAX_LOST = 5  # connections in a row, before a trial is claimed
 MAX_DEATHS = 5  # processes in a row that died in one trial without saving more progress
 
 
@@ -72,7 +75,7 @@ class Worker:
             if begun_study(self.folder) is not None:
                 raise
             raise StudyStopped(
-                f"study {self.folder.name} was deleted from {self.folder.database}, perhaps in the dashboard",
+                f"study {self.folder.name} was deleted from {where(self.folder)}, perhaps in the dashboard",
                 f"the files of its trials are still in {self.folder.root}; start again {another_name()}",
             ) from None
         finally:  # another worker may have died meanwhile
@@ -102,6 +105,8 @@ class Worker:
         return dataclasses.replace(now, forecast=forecast)
 
     def _trials(self) -> str:
+        """Until nothing is left.  A connection that is lost between two trials is tried again a few times."""
+        lost = 0
         while True:
             if self.view.should_stop():
                 raise Interrupted(
@@ -118,6 +123,15 @@ class Worker:
             except UpdateFinishedTrialError:  # it was finished elsewhere before it started here
                 if claim:
                     self.teller.say_finished(claim.trial.number)
+            except ClaimLost as error:
+                self.view.say(f"{error}; this worker takes the next {self.source.noun}")
+            except StorageInternalError as error:
+                lost = 0 if claim else lost + 1
+                if lost > MAX_LOST or not self.claims.ownership.survives(error):
+                    raise
+                self.view.say(
+                    "the connection to the database was lost; this worker connects again and goes on"
+                )
             finally:
                 if claim:
                     claim.lock.release()
@@ -133,20 +147,20 @@ class Worker:
         if claim.adopted:
             self.view.say(f"resuming trial {number}: {resumes_from(folder)}")
         self.view.on_trial(number, suggested, claim.adopted, self._starting(config))
-        result = self._result(folder, config, suggested)
+        result = self._result(folder, config, claim)
         self.tell(claim, result)
         self.view.on_result(result, self.standing())
         source.after(suggested, result)
 
-    def _result(self, folder: TrialFolder, config: TrainConfig, suggested: Mapping[str, Any]) -> Result:
+    def _result(self, folder: TrialFolder, config: TrainConfig, claim: Claim) -> Result:
         if deaths_without_progress(folder) >= MAX_DEATHS:
             message = f"{MAX_DEATHS} processes in a row died in this {self.source.noun} without saving more progress"
             result = failed(folder, config, "process_died", message)
             write_result(folder, result)
             return result
-        self.source.prepare(suggested, folder)
-        return run_trial(self.bench, folder, config, self.view)
+        self.source.prepare(claim.suggested, folder)
+        return run_trial(self.bench, folder, config, self.view, claim.lock.check)
 
     def tell(self, claim: Claim, result: Result) -> None:
         """Report the result to Optuna."""
-        self.teller.tell(claim.trial, result, self.source.settings(claim.suggested))
+        self.teller.tell(claim.trial, result, self.source.settings(claim.suggested), claim.lock)

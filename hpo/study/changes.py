@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpo.study.config import StudyConfig, build_study
+from hpo.study.space.derived import IMAGES_SEEN
 from hpo.study.space.domain import Choice, Range
+from hpo.study.space.space import baseline_name
 from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ RATE_FACTOR = 10.0  # how far a rate that is too low or too high is moved at lea
 # miniature, docs/study.md).  ΔW grows in proportion to the rate as long as it is small (assumed).
 LEARNED_CHANGE = 0.03
 HIGHEST_RATE = 0.1  # a rate is not raised above this, but for RATE_FACTOR (assumed)
-LENGTHS = ("max_train_steps", "max_train_epochs")  # the first one decides if both are set
+LENGTHS = (IMAGES_SEEN, "max_train_steps", "max_train_epochs")  # the first one decides if several are set
 TOO_LOW, TOO_HIGH, BOTH = "too low", "too high", "both"
 RATES = ("learning_rate", "unet_lr")
 
@@ -34,31 +36,33 @@ def changed_space(
 ) -> tuple[str, ...]:
     """``--set`` values for a search that can learn something.  Empty if they would not be a valid study."""
     per_unit = max((e.images_seen / e.length for e in found if e.length), default=0.0)
+    if _length(study)[0] == IMAGES_SEEN:
+        per_unit = 1.0
     sets = [*_longer(study, per_unit, needed), *(_moved(study, found, rate) if rate else ())]
-    return _valid(study, sets)
+    return valid_sets(study, sets)
 
 
 def longer(study: StudyConfig, per_unit: float, needed: int) -> tuple[str, ...]:
     """``--set`` values with which the shortest trial sees ``needed`` images.  Empty if there are none.
 
-    ``per_unit``: images seen per epoch, or per step in a study that sets steps.
+    ``per_unit``: images seen per epoch, per step in a study that sets steps, per image where images seen are searched.
     """
-    return _valid(study, _longer(study, per_unit, needed))
+    return valid_sets(study, _longer(study, per_unit, needed))
 
 
 def shorter(study: StudyConfig, share: float) -> tuple[str, ...]:
     """``--set`` values with which the longest trial has this share of its length.  Empty if there are none."""
     name, domain = _length(study)
-    baseline = study.sections.get("baseline", {}).get(name)
+    baseline = study.sections.get("baseline", {}).get(baseline_name(name))
     if domain is None:
         high = int(getattr(study.train, name) * share)
-        return _valid(study, [f"{name}={high}"]) if high >= 1 else ()
+        return valid_sets(study, [f"{name}={high}"]) if high >= 1 else ()
     high = int(max(domain.edges) * share)
     low = min(domain.edges)
     if high < low:
         return ()
-    sets = [f"{name}={{low={low}, high={high}}}"]
-    return _valid(study, [*sets, f"baseline.{name}={high}"] if baseline and baseline > high else sets)
+    sets = [_range(name, domain, low, high)]
+    return valid_sets(study, [*sets, f"baseline.{name}={high}"] if baseline and baseline > high else sets)
 
 
 def set_words(sets: Sequence[str]) -> str:
@@ -66,7 +70,8 @@ def set_words(sets: Sequence[str]) -> str:
     return " ".join(f"--set {shlex.quote(text)}" for text in sets)
 
 
-def _valid(study: StudyConfig, sets: Sequence[str]) -> tuple[str, ...]:
+def valid_sets(study: StudyConfig, sets: Sequence[str]) -> tuple[str, ...]:
+    """The ``--set`` values if the study is valid with them, else none."""
     try:
         build_study(study.name, study.sections, sets=sets)
     except ConfigError:
@@ -80,7 +85,12 @@ def _length(study: StudyConfig) -> tuple[str, Range | Choice | None]:
     for name in LENGTHS:
         if name in searched:
             return name, searched[name]
-    return LENGTHS[0] if study.train.max_train_steps else LENGTHS[1], None
+    return LENGTHS[1] if study.train.max_train_steps else LENGTHS[2], None
+
+
+def _range(name: str, domain: Range | Choice, low: int, high: int) -> str:
+    log = ", log=true" if isinstance(domain, Range) and domain.log else ""
+    return f"{name}={{low={low}, high={high}{log}}}"
 
 
 def _longer(study: StudyConfig, per_unit: float, needed: int) -> list[str]:
@@ -90,7 +100,7 @@ def _longer(study: StudyConfig, per_unit: float, needed: int) -> list[str]:
     low = math.ceil(needed / per_unit)
     if domain is None:
         return [f"{name}={low}"]
-    return [f"{name}={{low={low}, high={max(2 * low, max(domain.edges))}}}", f"baseline.{name}={low}"]
+    return [_range(name, domain, low, max(2 * low, max(domain.edges))), f"baseline.{name}={low}"]
 
 
 def _moved(study: StudyConfig, found: Sequence[TrialEvidence], rate: str) -> list[str]:

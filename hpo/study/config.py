@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.score import SIGNED, Formula, SafeguardLimits
+from hpo.study.keeping import keep_as_begun
 from hpo.study.overrides import override, shadows
 from hpo.study.presets import CHARACTER, Sections, default_study, keep_wording, use_preset, word_style
 from hpo.study.sections import (
@@ -24,10 +25,11 @@ from hpo.study.sections import (
     PromptSection,
     SamplingSection,
     ScorePreset,
+    SearchSection,
     StudySection,
 )
 from hpo.study.space.file import read_space
-from hpo.study.space.space import BASELINE, ELSEWHERE, Space, settings_of
+from hpo.study.space.space import BASELINE, ELSEWHERE, Space, baseline_name, settings_of, unset_by
 from trainer import checks
 from trainer.bases import KNOWN_BASES, is_miniature
 from trainer.checks import check_known, check_whole, read, suggestion
@@ -72,6 +74,7 @@ class StudyConfig:
     sampling: SamplingSection
     score: Formula = field(default_factory=Formula)
     limits: SafeguardLimits = field(default_factory=SafeguardLimits)
+    search: SearchSection = field(default_factory=SearchSection)
     sections: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -96,7 +99,7 @@ class StudyConfig:
     def frozen(self) -> dict[str, str]:
         """The parts of the definition that must not change during the study: name → value as text."""
         facts = {f"[space] {name}": text for name, text in self.space.describe().items()}
-        decided = {setting for p in self.space for setting in settings_of(p.name)}
+        decided = {n for p in self.space for n in (*settings_of(p.name), *unset_by(p.name))}
         for name, value in self.train.as_dict().items():
             if name not in NEUTRAL_SETTINGS and name not in decided:
                 facts[f"[train] {name}"] = str(value)
@@ -115,7 +118,8 @@ def read_study(
 ) -> StudyConfig:
     """Read a TOML file, apply ``--preset`` and ``--set``, and check the definition including all range limits.
 
-    ``before``: the stored sections of this study if it was begun; it keeps the wording of its prompts.
+    ``before``: the stored sections of this study if it was begun; it keeps the wording of its prompts and, where the
+    file is a shipped one, a length in epochs.
 
     A file without ``[score] below_zero`` defines a study that is told signed values; in the stored definition of a
     begun study (``build_study``) the missing key means clipped ones.
@@ -134,6 +138,8 @@ def read_study(
         sections = _sections(table)
         if preset is not None:
             use_preset(sections, preset)
+        if before is not None:
+            keep_as_begun(sections, before, shipped=path.resolve().parent == SHIPPED.resolve())
         override(sections, sets)
         word_style(sections)
         if before is not None:
@@ -144,7 +150,7 @@ def read_study(
 
 
 SECTIONS = (
-    "study", "train", "space", "baseline", "prompts", "confirmation", "sampling", "score", "limits"
+    "study", "train", "space", "baseline", "search", "prompts", "confirmation", "sampling", "score", "limits"
 )  # fmt: skip
 
 
@@ -174,6 +180,11 @@ def _built(name: str, sections: Sections, seed: int | None) -> StudyConfig:
     train = _train(sections["train"], space).with_values({"seed": study.seed})
     baseline = _baseline(sections["baseline"], space, train)
     space.check_edges(train, baseline)
+    search = read(SearchSection, sections["search"], "search")
+    if search.sampler == "cmaes" and len(study.objectives) > 1:
+        raise ConfigError(
+            "cmaes has one objective, but this study has two", "use the sampler tpe, gp or random"
+        )
     return StudyConfig(
         name,
         study,
@@ -185,6 +196,7 @@ def _built(name: str, sections: Sections, seed: int | None) -> StudyConfig:
         read(SamplingSection, sections["sampling"], "sampling"),
         read(Formula, sections["score"], "score"),
         read(SafeguardLimits, sections["limits"], "limits"),
+        search,
         sections=sections,
     )
 
@@ -199,11 +211,12 @@ def _train(body: Mapping[str, Any], space: Space) -> TrainConfig:
             raise ConfigError(
                 f"{name} is fixed in [train] and searched by {decided[name]}", "remove one of the two"
             )
-    for name, setting in shadows(body, decided):
-        if setting in decided:
+    for name, setting in shadows(body, decided, {p.name for p in space}):
+        if setting in decided or (setting in body and setting in unset_by(name)):
             where = "[train]" if name in body else "[space]"
             raise ConfigError(
-                f"with {name} in {where}, {decided[setting]} has no effect", "remove one of the two"
+                f"with {name} in {where}, {decided.get(setting, setting)} has no effect",
+                "remove one of the two",
             )
     return TrainConfig().with_values({name: unset(name, value) for name, value in body.items()})
 
@@ -211,15 +224,27 @@ def _train(body: Mapping[str, Any], space: Space) -> TrainConfig:
 def _baseline(body: Mapping[str, Any], space: Space, train: TrainConfig) -> dict[str, Any]:
     """[baseline], which uses kohya's settings, as a proposal."""
     decided = {setting for p in space for setting in settings_of(p.name)}
-    values = {}
+    own = {p.name for p in space if baseline_name(p.name) == p.name and p.name not in decided}
+    values, given = {}, {}
     for name, value in body.items():
+        if name in own:
+            given[name] = int(value) if isinstance(value, float) and value.is_integer() else value
+            continue
         check_name(name)
+        for p in space:
+            if p.name in own and name in (*settings_of(p.name), *unset_by(p.name)):
+                raise ConfigError(
+                    f"{name} in [baseline] would mean another length for each batch size or folder; the study "
+                    f"searches {p.name}",
+                    f"write {p.name} = {p.domain.edges[0]} or more instead (--set baseline.{p.name}=…)",
+                )
         if name not in decided:
             raise ConfigError(f"{name} in [baseline] is not searched", "move it to [train]")
         values[name] = unset(name, value)
     complete = train.with_values(values).as_dict()
     # Inactive parameters are recorded with their lower limit.
-    return space.check(space.proposal(complete, {p.name: p.domain.edges[0] for p in space}), BASELINE)
+    found = space.proposal(complete, {p.name: p.domain.edges[0] for p in space})
+    return space.check({**found, **given}, BASELINE)
 
 
 def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 # Study user attributes: the facts that must not change, the last --trials, and the reason to start no new trials.
-IDENTITY, TOTAL, STOP = "hpo:identity", "hpo:trials", "hpo:stop"
+# FORK: the study that trials were taken over from, and whether that is finished (hpo.search.fork).
+IDENTITY, TOTAL, STOP, FORK = "hpo:identity", "hpo:trials", "hpo:stop", "hpo:fork"
 GO_ON = f"free some disk space or wait for the other program, then {RESUME}"
 
 
@@ -89,6 +90,16 @@ class StudyFolder:
     @property
     def database(self) -> Path:
         return self.root / "study.db"
+
+    @property
+    def storage(self) -> Path:
+        """The address of the server that has the study's database (``hpo.study.place``); otherwise there is none."""
+        return self.root / "storage.json"
+
+    @property
+    def has_study(self) -> bool:
+        """Whether a study was begun here: a killed process may leave less than a whole one."""
+        return self.database.is_file() or self.storage.is_file()
 
     @property
     def url(self) -> str:

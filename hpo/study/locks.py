@@ -14,14 +14,31 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.errors import MachineError
 from trainer.files import machine_error
 
+if TYPE_CHECKING:
+    import optuna
+
 _FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, pid
 POLL_SECONDS = 0.05
 RETRIES = 100  # if the lock file is deleted while it is being opened
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that has a lock.  ``host``: its machine; empty if it is this one."""
+
+    pid: int
+    host: str = ""
+
+    @property
+    def words(self) -> str:
+        return f"process {self.pid}" + (f" on {self.host}" if self.host else "")
 
 
 class Lock:
@@ -68,9 +85,23 @@ class Lock:
             return False
         except OSError as error:
             raise MachineError(
-                f"cannot lock {self.path}: {error.strerror}", "put runs/ on a local disk"
+                f"cannot lock {self.path}: {error.strerror}",
+                "put runs/ on a disk whose files can be locked: a local one, or NFS version 4",
             ) from error
         return True
+
+    def check(self, *, certain: bool = False) -> None:
+        """A living process cannot lose the lock, so there is nothing to check (``hpo.study.ownership.Claimed``)."""
+
+    def holder(self) -> Holder | None:
+        """The process that has the lock.  Not for locks of this process."""
+        pid = holder(self.path)
+        return None if pid is None else Holder(pid)
+
+    @contextmanager
+    def telling(self, trial: optuna.Trial) -> Iterator[optuna.Trial]:
+        """The trial as it is: no other process can tell it."""
+        yield trial
 
     def release(self) -> None:
         if self._descriptor is not None:

@@ -18,12 +18,17 @@ from trainer.bases import KNOWN_BASES
 # those that do not fit the next search (--enqueue: a file with settings outside of the moved ranges); old names.
 FLAGS = ("--stop-when-converged",)
 PATHS, NAMES_OR_PATHS = ("--data", "--prompts", "--references"), ("--base", "--definition", "--clip")
-LEFT_OUT = ("--enqueue", "--runs", "--name")
+LEFT_OUT = ("--enqueue", "--runs", "--name", "--fork-from")
+FORK_FROM, TRIALS = "--fork-from", "--trials"
 RENAMED = {"--study": "--definition"}
 
 
-def next_search(folder: StudyFolder, changes: Sequence[str]) -> str:
-    """The study's last search, as a new study with the changes.  Empty if it was not recorded or there are none."""
+def next_search(
+    folder: StudyFolder, changes: Sequence[str], *, fork: bool = False, trials: int | None = None
+) -> str:
+    """The study's last search, as a new study with the changes.  Empty if it was not recorded or there are none.
+
+    ``fork``: the new study takes over the finished trials.  ``trials``: its ``--trials``; None: as before."""
     searches = [step for step in steps(folder.root) if step.words[:1] == ("search",)]
     if not changes or not searches:
         return ""
@@ -32,11 +37,13 @@ def next_search(folder: StudyFolder, changes: Sequence[str]) -> str:
     words = [
         word
         for option in _options(searches[-1].words[1:])
-        if not _is_changed(option, changes)
+        if not _is_changed(option, changes) and not (trials is not None and option[0] == TRIALS)
         for word in _moved_to_here(option, searches[-1].cwd)
     ]
     sets = [word for change in changes for word in ("--set", change)]
-    return f"hpo search {new.words} {shlex.join([*words, *sets])}"
+    more = [TRIALS, str(trials)] if trials is not None else []
+    more += [FORK_FROM, folder.name] if fork else []
+    return f"hpo search {new.words} {shlex.join([*words, *more, *sets])}"
 
 
 def _is_changed(option: tuple[str, ...], changes: Sequence[str]) -> bool:

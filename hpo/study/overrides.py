@@ -9,29 +9,36 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from hpo.study.space.derived import DERIVED
-from hpo.study.space.space import ELSEWHERE, settings_of
+from hpo.study.space.derived import DERIVED, IMAGES_SEEN
+from hpo.study.space.space import ELSEWHERE, baseline_name, settings_of
 from trainer.checks import suggestion
 from trainer.config import SETTINGS, TrainConfig, check_name
 from trainer.errors import ConfigError
 from trainer.overrides import read_override
 
 Sections = dict[str, dict[str, Any]]
+LENGTHS = (IMAGES_SEEN, "max_train_steps", "max_train_epochs")  # a study has one of them
 
 
 def override(sections: Sections, sets: Iterable[str]) -> None:
     """Apply ``--set`` values to the sections, and remove parameters from [space] that then have no effect."""
-    before = shadows(sections["train"], _decided(sections["space"]))
+    before = shadows(sections["train"], _decided(sections["space"]), sections["space"])
     given = [name for name in [_put(sections, text) for text in sets] if name]
     _drop_shadowed(sections, before)
     _drop_inactive(sections, given)
 
 
-def shadows(train: Mapping[str, Any], decided: Collection[str]) -> list[tuple[str, str]]:
-    """Pairs (setting that is given or searched, setting that has no effect because of it)."""
+def shadows(
+    train: Mapping[str, Any], decided: Collection[str], searched: Collection[str]
+) -> list[tuple[str, str]]:
+    """Pairs (setting that is given or searched, setting that has no effect because of it).
+
+    ``decided``: the settings that are searched, ``searched``: the parameters that decide them.
+    """
     found = []
-    if train.get("max_train_steps"):
-        found.append(("max_train_steps", "max_train_epochs"))
+    if train.get("max_train_steps") or IMAGES_SEEN in searched:
+        by = "max_train_steps" if train.get("max_train_steps") else IMAGES_SEEN
+        found.append((by, "max_train_epochs"))
     unet_only = bool(train.get("network_train_unet_only"))
     if unet_only:
         found.append(("network_train_unet_only", "text_encoder_lr"))
@@ -58,6 +65,7 @@ def _put(sections: Sections, text: str) -> str | None:
         sections[section][inner] = value
         return None
     if isinstance(value, Mapping | list):
+        _drop_other_lengths(sections, key)
         sections["space"][key] = value
         for setting in settings_of(key):
             sections["train"].pop(setting, None)
@@ -70,6 +78,7 @@ def _put(sections: Sections, text: str) -> str | None:
     check_name(key)
     if key in ELSEWHERE:
         raise ConfigError(f"{key} cannot be set with --set", f"it is set by {ELSEWHERE[key]}")
+    _drop_other_lengths(sections, key)
     sections["train"][key] = value
     _keep_ratios(sections, key, value)
     for name in [n for n in sections["space"] if key in settings_of(n)]:  # a fixed setting is not searched
@@ -77,17 +86,28 @@ def _put(sections: Sections, text: str) -> str | None:
     return key
 
 
+def _drop_other_lengths(sections: Sections, key: str) -> None:
+    """A length by ``--set`` replaces a study's own: images_seen and each of kohya's two exclude each other."""
+    if key not in LENGTHS or (key != IMAGES_SEEN and IMAGES_SEEN not in sections["space"]):
+        return
+    for name in LENGTHS:
+        if name != key:
+            sections["train"].pop(name, None)
+            if name in sections["space"]:
+                _drop(sections, name)
+
+
 def _drop(sections: Sections, name: str) -> None:
     """Remove a parameter from the search."""
     del sections["space"][name]
-    for setting in settings_of(name):
+    for setting in (*settings_of(name), baseline_name(name)):
         sections["baseline"].pop(setting, None)
 
 
 def _drop_shadowed(sections: Sections, before: Collection[tuple[str, str]]) -> None:
     """Remove parameters that have no effect because of ``--set``.  Such a parameter in the file
     itself is an error."""
-    now = shadows(sections["train"], _decided(sections["space"]))
+    now = shadows(sections["train"], _decided(sections["space"]), sections["space"])
     dead = {setting for name, setting in now if (name, setting) not in before}
     for name in [n for n in sections["space"] if dead & set(settings_of(n))]:
         _drop(sections, name)

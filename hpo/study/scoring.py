@@ -26,12 +26,26 @@ from evaluation.encoders import (
 )
 from evaluation.gauges import others
 from evaluation.images import SHOWN_REFERENCES, SampleConfig, thumbnail
-from evaluation.prompts import CONFIRM_SEEDS, SEARCH_SEEDS, CountTokens, PromptSet, generate, load_prompts
+from evaluation.prompts import (
+    AUTO,
+    CONFIRM_SEEDS,
+    SEARCH_SEEDS,
+    STYLE,
+    TAGS,
+    CountTokens,
+    PromptSet,
+    are_tags,
+    generate,
+    load_prompts,
+)
 from evaluation.score import Evaluator, SafeguardLimits, Safeguards, embed_copies, scene_encoders
 from hpo.study.config import Inputs, Say, StudyConfig
 from trainer.bases import Base
 from trainer.data import Dataset, Item, is_image, read_picture, visible
 from trainer.errors import DataError, MissingData
+from trainer.text import clean_text
+
+NATURAL = "natural"
 
 
 @dataclass(frozen=True)
@@ -54,9 +68,10 @@ def plan_scoring(
     """
     require_references(len(references))
     scorer = clip or study.study.clip or embed.default_scorer(base)
-    likeness = study.study.likeness or embed.default_likeness(base)
+    likeness = study.study.likeness or embed.default_likeness(base, scorer)
     embed.check_scorer(scorer)
     embed.check_likeness(likeness)
+    embed.fetch_likeness(likeness)
     for spec in study.study.also:
         others.check(spec)
     return ScoringPlan(study, data, tuple(references), scorer, likeness)
@@ -127,6 +142,7 @@ def prompt_sets(
     inputs: Inputs, study: StudyConfig, data: Dataset, count_tokens: CountTokens
 ) -> tuple[PromptSet, PromptSet | None]:
     """The search set and the disjoint confirmation set (None for a hand-written set without a class word)."""
+    study = worded(study, data)
     plan, later = study.prompts, study.confirmation
     make = partial(
         generate,
@@ -134,7 +150,7 @@ def prompt_sets(
         trigger=data.trigger,
         class_word=data.class_word,
         count_tokens=count_tokens,
-        words=plan.words,
+        separator=study.train.caption_separator,
     )
     if inputs.prompts:
         chosen = load_prompts(
@@ -143,11 +159,54 @@ def prompt_sets(
         if not data.class_word:
             return chosen, None
     else:
-        chosen = make(counts=plan.counts or study.preset.counts, seeds=plan.seeds or SEARCH_SEEDS)
+        chosen = make(
+            words=plan.words,
+            counts=plan.counts or study.preset.counts,
+            seeds=plan.seeds or SEARCH_SEEDS,
+        )
     confirmation = make(
-        counts=later.counts or study.preset.confirm_counts, seeds=later.seeds or CONFIRM_SEEDS, exclude=chosen
+        words=later.words,
+        counts=later.counts or study.preset.confirm_counts,
+        seeds=later.seeds or CONFIRM_SEEDS,
+        exclude=chosen,
     )
     return chosen, confirmation
+
+
+def worded(study: StudyConfig, data: Dataset) -> StudyConfig:
+    """The definition with the form of its prompts decided, where it says ``auto``: the form of the captions.
+
+    Confirmation prompts follow the search's.  The form is stored with the study, so it is decided once.
+    """
+    words = study.prompts.words
+    if words == AUTO:
+        captions = [item.caption for item in subject_items(data)]
+        form = TAGS if are_tags(captions, study.train.caption_separator) else NATURAL
+        words = form + STYLE if study.preset.style else form
+    later = words if study.confirmation.words == AUTO else study.confirmation.words
+    sections = dict(study.sections)
+    for section, decided in (("prompts", words), ("confirmation", later)):
+        if sections.get(section, {}).get("words") == AUTO:
+            sections[section] = {**sections[section], "words": decided}
+    return replace(
+        study,
+        prompts=replace(study.prompts, words=words),
+        confirmation=replace(study.confirmation, words=later),
+        sections=sections,
+    )
+
+
+def wording_line(before: StudyConfig, chosen: PromptSet, words: str) -> str:
+    """What to say about prompts whose form was decided by the captions.  Empty if the definition or a file says it."""
+    if before.prompts.words != AUTO:
+        return ""
+    example = next((p.text for p in chosen.prompts if p.kind == "altered"), chosen.prompts[0].text)
+    is_tags = words.startswith(TAGS)
+    form, others, other = ("tags", "sentences", NATURAL) if is_tags else ("sentences", "tags", TAGS)
+    return (
+        f"the captions are {form}, so the prompts are, too: {clean_text(example)!r}; for {others} instead: "
+        f"--set prompts.words={other}"
+    )
 
 
 def subject_items(data: Dataset) -> tuple[Item, ...]:

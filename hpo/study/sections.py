@@ -1,4 +1,4 @@
-"""The sections of a study file that are not training settings: scoring, prompts, sampling and limits.
+"""The sections of a study file that are not training settings: search, scoring, prompts, sampling and limits.
 
 Owns their keys and the presets.  Defaults and limits are defined where a value is used: [score] is Formula and
 [limits] is SafeguardLimits in ``evaluation.score``; [sampling] follows SampleConfig in ``evaluation.images``.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evaluation.images import SampleConfig
-from evaluation.prompts import CONFIRM_COUNTS, KINDS, SEARCH_COUNTS, TEMPLATES
+from evaluation.prompts import CONFIRM_COUNTS, KINDS, SEARCH_COUNTS, WORDINGS
 from trainer.checks import same, setting
 from trainer.config import TrainConfig
 
@@ -64,11 +64,22 @@ class StudySection:
     seed: int = same(TrainConfig, "seed")
 
 
+# tpe: Optuna's default, with a joint model of all parameters; tpe-independent: one model for each parameter
+SAMPLERS = ("tpe", "tpe-independent", "gp", "cmaes", "qmc", "random")
+
+
+@dataclass(frozen=True)
+class SearchSection:
+    """[search]: how trials are proposed.  It may change while a study runs; each trial notes its sampler."""
+
+    sampler: str = setting("tpe", choices=SAMPLERS)
+
+
 @dataclass(frozen=True)
 class PromptSection:
     """[prompts] and [confirmation]: the templates, the number of each kind, and the seeds of each prompt."""
 
-    words: str = setting("natural", choices=tuple(TEMPLATES))
+    words: str = setting("natural", choices=WORDINGS)
     counts: Mapping[str, int] = setting(
         {}, choices=KINDS, low=0, example="{ train-like = 6, altered = 6, style = 3, class-only = 1 }"
     )

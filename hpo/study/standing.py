@@ -1,6 +1,7 @@
 """The progress of a study, read from its database: counts, best, baseline, the history for convergence detection.
 
-Owns the definitions of "best" and "feasible", and which LoRA files are kept.  Does not change the study.
+Owns the definitions of "best" and "feasible".  Does not own which files are kept (``hpo.study.retention``).  Does not
+change the study.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from evaluation.score import Anchors
 
 ROLE, BASELINE, ENQUEUED = "role", "baseline", "enqueued"  # a trial's user attribute and its values
+FORKED_FROM = "forked_from"  # a trial's user attribute: study and number of the trial that was taken over
 DUPLICATE = "duplicate"  # prefix of the reason of a proposal that repeats an earlier trial
 
 
@@ -183,16 +185,6 @@ def by_prompt(metrics: Path, anchors: Anchors) -> tuple[float, ...]:
 def searched_settings(config: StudyConfig, suggested: Mapping[str, Any]) -> dict[str, Any]:
     """The searched settings with kohya's names, without inactive ones."""
     return config.space.settings(suggested, config.train)
-
-
-def drop_files(study: optuna.Study, folder: StudyFolder, keep: int) -> None:
-    """Delete LoRA files, except of the best ``keep`` trials and of the Pareto front.  Other files are kept."""
-    done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-    ranked = sorted((t for t in done if is_feasible(t) and score_of(t) is not None), key=rank, reverse=True)
-    kept = {t.number for t in ranked[:keep]} | set(standing(study, 0).front)
-    for trial in done:
-        if trial.number not in kept:
-            folder.trial(trial.number).lora.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,12 @@
-"""The study's database: opening, creating, and readable errors."""
+"""The study's database: opening, creating, and readable errors.
+
+Owns what is different for a file and for a server.  Does not own where it is (``hpo.study.place``), the connections to
+a server (``hpo.study.server``) or claims (``hpo.study.ownership``).
+"""
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.study.folder import GO_ON, IDENTITY, StudyFolder, another_name
+from hpo.study.place import Place, beside, place_of, settle
 from hpo.study.sections import BELOW_ZERO, OBJECTIVE, SCORE
 from trainer.errors import ConfigError, MachineError, first_line
 from trainer.text import clean_text
@@ -25,10 +31,35 @@ NETWORK_FILE_SYSTEMS = (
     "nfs4",
     "cifs",
     "smb3",
-    "9p",
-    "drvfs",
     "fuse.sshfs",
-)  # no shared memory: no WAL
+)  # locks that may not hold between machines
+# In WSL2, the Windows drives: only this machine uses them, but they have no shared memory
+WITHOUT_WAL = (*NETWORK_FILE_SYSTEMS, "9p", "drvfs")
+AT_OWN_RISK = "HPO_SQLITE_ON_NETWORK"
+FOLDER = "hpo:folder"  # a study user attribute: ``Place.folder``
+
+
+def where(folder: StudyFolder) -> str:
+    """The database, for messages."""
+    place = place_of(folder)
+    return str(folder.database) if place is None else f"study {place.study} at {place.url}"
+
+
+def require_local(folder: StudyFolder) -> None:
+    """Refuse to work on a SQLite file on a network disk.  It can still be read."""
+    if place_of(folder) is not None or os.environ.get(AT_OWN_RISK) == "1":
+        return
+    kind = file_system(folder.root)
+    if kind not in NETWORK_FILE_SYSTEMS:
+        return
+    if folder.has_study:
+        advice = "copy the folder to a local disk and go on there: --runs FOLDER"
+    else:
+        advice = "use --runs on a local disk, or for several machines --storage postgresql+psycopg://…"
+    raise MachineError(
+        f"{folder.root} is on a network disk ({kind}), where SQLite can lose trials",
+        f"{advice} (docs/scale-out.md); {AT_OWN_RISK}=1 goes on at your own risk, on one machine at a time",
+    )
 
 
 @contextmanager
@@ -40,12 +71,19 @@ def database_errors(folder: StudyFolder) -> Iterator[None]:
         yield
     except optuna.exceptions.StorageInternalError as error:
         reason = getattr(error.__cause__, "orig", None) or error.__cause__ or error
-        raise MachineError(f"{folder.database} cannot be read or written: {reason}", GO_ON) from error
+        raise MachineError(
+            f"{where(folder)} cannot be read or written: {first_line(reason)}", GO_ON
+        ) from error
 
 
 def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
     """Open the database as an Optuna storage.  Raises MachineError if it cannot be opened or is not a database."""
     import optuna
+
+    if (place := place_of(folder)) is not None:
+        from hpo.study.server import server_of
+
+        return server_of(place).storage
 
     url = folder.url
     try:
@@ -60,7 +98,7 @@ def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
 
 def _write_ahead(database: Path) -> None:
     """Enable WAL, so that readers (dashboard, status) and the writer do not block each other.  Local disks only."""
-    if file_system(database.parent) in NETWORK_FILE_SYSTEMS:
+    if file_system(database.parent) in WITHOUT_WAL:
         return
     connection = sqlite3.connect(database, timeout=LOCK_WAIT_SECONDS)
     try:
@@ -75,7 +113,7 @@ def file_system(folder: Path) -> str:
         rows = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return ""
-    place = folder.resolve()
+    place = Path(os.path.realpath(folder))  # it need not exist
     above = [(row[1], row[2]) for row in rows if len(row) > 2 and place.is_relative_to(row[1])]
     return max(above, key=lambda row: len(row[0]))[1] if above else ""
 
@@ -85,31 +123,84 @@ def begun_study(folder: StudyFolder) -> optuna.Study | None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if not folder.database.is_file():
+    if not folder.has_study:
         return None
     with database_errors(folder):
         storage = open_storage(folder)
-        names = optuna.get_all_study_names(storage)
-        if len(names) > 1:
-            raise ConfigError(
-                f"{folder.database} contains {len(names)} studies instead of one",
-                f"start a study {another_name()}",
-            )
-        if not names:
+        name = stored_name(folder, storage)
+        if name is None:
             return None
-        return optuna.load_study(
-            study_name=names[0], storage=storage, sampler=optuna.samplers.RandomSampler()
+        study = optuna.load_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler())
+        _check_own(folder, study)
+        return study
+
+
+def stored_name(folder: StudyFolder, storage: optuna.storages.RDBStorage) -> str | None:
+    """The name of the folder's study in its database.  It keeps it if the folder is renamed.  None: it is not there."""
+    import optuna
+
+    names = optuna.get_all_study_names(storage)
+    if (place := place_of(folder)) is not None:
+        return place.study if place.study in names else None
+    if len(names) > 1:
+        raise ConfigError(
+            f"{folder.database} contains {len(names)} studies instead of one",
+            f"start a study {another_name()}",
         )
+    return names[0] if names else None
+
+
+def _check_own(folder: StudyFolder, study: optuna.Study) -> None:
+    """Refuse a study of the same name that belongs to another folder."""
+    place = place_of(folder)
+    if place is None or study.user_attrs.get(FOLDER) == place.folder:
+        return
+    if FOLDER in study.user_attrs or study.user_attrs.get(IDENTITY) or study.get_trials(deepcopy=False):
+        raise ConfigError(
+            f"the database at {place.url} has a study {place.study} that belongs to another runs folder",
+            f"put --runs on a folder that all machines share, or start a study {another_name()}",
+        )
+
+
+def open_place(folder: StudyFolder, place: Place | None) -> None:
+    """Before anything is loaded: whether the server can be reached, and its study of that name is not another one."""
+    if place is None or folder.storage.is_file():
+        return
+    import optuna
+
+    from hpo.study.server import server_of
+
+    if place.study in optuna.get_all_study_names(server_of(place).storage):
+        raise ConfigError(
+            f"the database at {place.url} already has a study {place.study}, and it belongs to another runs folder",
+            f"put --runs on a folder that all machines share, or start a study {another_name()}",
+        )
+
+
+def follow(folder: StudyFolder, parent: StudyFolder) -> None:
+    """Keep a confirmation or target trials where the study is that they belong to."""
+    settle(folder, beside(folder, parent))
+
+
+def delete_from_server(place: Place) -> None:
+    """Delete a study that this process has created and not used."""
+    import optuna
+
+    from hpo.study.server import server_of
+
+    optuna.delete_study(study_name=place.study, storage=server_of(place).storage)
 
 
 def open_study(folder: StudyFolder) -> optuna.Study:
     """The study in an existing folder."""
-    if not folder.database.is_file():
+    if not folder.has_study:
         raise ConfigError(f"{folder.root} has no study.db", f"restore it, or start a study {another_name()}")
     study = begun_study(folder)
     if study is None:
         raise ConfigError(
-            f"{folder.database} contains no study",
+            f"{where(folder)} contains no study"
+            if place_of(folder) is None
+            else f"there is no {where(folder)}",
             "start it with hpo search, or restore it if it was deleted",
         )
     return study
@@ -125,26 +216,28 @@ def create_study(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if begun_study(folder) is None and folder.trial_folders():
-        missing = "its study was deleted" if folder.database.is_file() else "study.db is missing"
+    require_local(folder)
+    begun = begun_study(folder)
+    if begun is None and folder.trial_folders():
+        missing = "its study was deleted" if folder.has_study else "study.db is missing"
         raise ConfigError(
             f"{folder.root} has trials but {missing}", f"restore it, or start a study {another_name()}"
         )
-    storage = open_storage(folder)
-    # At most one; the study keeps its name if the folder is renamed.
-    names = optuna.get_all_study_names(storage)
+    storage, place = open_storage(folder), place_of(folder)
     study = optuna.create_study(
-        study_name=names[0] if names else folder.name,
+        study_name=begun.study_name if begun else place.study if place else folder.name,
         storage=storage,
         directions=["maximize"] * len(objectives),
         load_if_exists=True,
         sampler=optuna.samplers.RandomSampler(),
         pruner=optuna.pruners.NopPruner(),
     )
+    if place is not None and FOLDER not in study.user_attrs:
+        study.set_user_attr(FOLDER, place.folder)
     # load_if_exists keeps the existing directions
     if any(direction != optuna.study.StudyDirection.MAXIMIZE for direction in study.directions):
         raise ConfigError(
-            f"the study in {folder.database} minimizes, but scores are maximized",
+            f"the study in {where(folder)} minimizes, but scores are maximized",
             f"start a study {another_name()}",
         )
     if len(study.directions) != len(objectives):

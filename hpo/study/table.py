@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.study.folder import TOTAL, StudyFolder, read_json
+from hpo.study.locks import Holder
 from hpo.study.result import COMPLETE, FAILED, INFEASIBLE
 from hpo.study.standing import (
     BASELINE,
@@ -82,6 +83,7 @@ class Row:
     message: str = ""
     is_baseline: bool = False
     process: int | None = None  # that works on it now
+    host: str = ""  # the machine of that process; empty: this one
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def kind_of(folder: StudyFolder) -> StudyKind:
 
 
 def study_table(
-    study: optuna.Study, folder: StudyFolder, holder: Callable[[int], int | None] = lambda number: None
+    study: optuna.Study, folder: StudyFolder, holder: Callable[[int], Holder | None] = lambda number: None
 ) -> StudyTable:
     """The table of a study.  ``holder``: the process that works on a trial, None if there is none."""
     kind, now = kind_of(folder), standing(study, study.user_attrs.get(TOTAL, 0))
@@ -140,12 +142,12 @@ def study_table(
     )
 
 
-def _row(trial: FrozenTrial, holder: Callable[[int], int | None], kind: StudyKind) -> Row:
-    attributes, process = trial.user_attrs, None
+def _row(trial: FrozenTrial, holder: Callable[[int], Holder | None], kind: StudyKind) -> Row:
+    attributes, runner = trial.user_attrs, None
     state = str(attributes.get("outcome", trial.state.name.lower()))
     if trial.state.name == "RUNNING":
-        process = holder(trial.number)
-        state = RUNNING if process else INTERRUPTED
+        runner = holder(trial.number)
+        state = RUNNING if runner else INTERRUPTED
     elif trial.state.name == "FAIL":
         state = REPEAT if is_duplicate(trial) else FAILED
     elif trial.state.name == "COMPLETE":
@@ -167,7 +169,8 @@ def _row(trial: FrozenTrial, holder: Callable[[int], int | None], kind: StudyKin
         reason=str(attributes.get("reason", "")),
         message=str(attributes.get("message", "")),
         is_baseline=attributes.get(ROLE) == BASELINE,
-        process=process,
+        process=runner.pid if runner else None,
+        host=runner.host if runner else "",
     )
 
 

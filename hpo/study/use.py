@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hpo.study.locks import Lock
-from hpo.study.storage import begun_study
+from hpo.study.place import place_of
+from hpo.study.storage import begun_study, delete_from_server
 from trainer.files import machine_error
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _is_own(use: Use) -> bool:
 
     folder = use.folder
     try:
-        study = begun_study(folder) if folder.database.is_file() else None
+        study = begun_study(folder)
         if study is None:
             return not folder.trial_folders()
         trials = study.get_trials(deepcopy=False)
@@ -71,8 +72,11 @@ def _is_own(use: Use) -> bool:
 
 def _take_back(use: Use) -> None:
     root, database = use.folder.root, use.folder.database.name
+    if use.made_study and (place := place_of(use.folder)) is not None:
+        with contextlib.suppress(Exception):  # it is empty; the error that led here is shown
+            delete_from_server(place)
     for path in list(root.iterdir()) if root.is_dir() else ():
-        own = use.made_study and path.name.startswith(database)
+        own = use.made_study and path.name.startswith((database, use.folder.storage.name))
         if use.before is None or path.name not in use.before or own:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -94,7 +94,8 @@ def worked_on(runs: Path = RUNS) -> list[WorkedOn]:
 
 def all_studies(runs: Path) -> list[StudyFolder]:
     """Every study folder in ``runs``, with confirmations and target trials, by name."""
-    return [StudyFolder(path.parent) for path in sorted(runs.glob("*/study.db"))] if runs.is_dir() else []
+    found = [StudyFolder(path) for path in sorted(runs.glob("*"))] if runs.is_dir() else []
+    return [folder for folder in found if folder.has_study]
 
 
 def parent_of(folder: StudyFolder) -> str | None:
@@ -114,14 +115,14 @@ def study_at(path: Path) -> StudyFolder | None:
     """The study whose folder is at ``path`` or contains it."""
     start = path.expanduser()
     for place in (start, *start.absolute().parents):
-        if (place / "study.db").is_file():
+        if StudyFolder(place).has_study:
             return StudyFolder(_in_usual_form(place))
     return None
 
 
 def _named(name: str, runs: Path) -> StudyFolder:
     is_path = "/" in name or name in (".", "..")
-    if not is_path and (folder := study_folder(name, runs)).database.is_file():
+    if not is_path and (folder := study_folder(name, runs)).has_study:
         return folder
     if found := study_at(Path(name)) if is_path or Path(name).is_dir() else None:
         return found
@@ -140,13 +141,14 @@ def _in_usual_form(place: Path) -> Path:
 def _last(folder: StudyFolder) -> WorkedOn:
     done = steps(folder.root)
     if not done:
-        return WorkedOn(folder, datetime.fromtimestamp(_changed(folder.database), UTC), None)
+        return WorkedOn(folder, datetime.fromtimestamp(_changed(folder), UTC), None)
     last = max(done, key=lambda step: (step.state == RUNNING, step.when))
     when = datetime.now(UTC) if last.state == RUNNING else last.when
     return WorkedOn(folder, when, last)
 
 
-def _changed(database: Path) -> float:
-    """When the study was last written to (the write-ahead log can be newer than the database)."""
+def _changed(folder: StudyFolder) -> float:
+    """When the study was last written to (the write-ahead log can be newer than the database); on a server, begun."""
+    database = folder.database
     log = database.with_name(database.name + "-wal")
-    return max(p.stat().st_mtime for p in (database, log) if p.exists())
+    return max(p.stat().st_mtime for p in (database, log, folder.storage) if p.exists())

@@ -27,6 +27,7 @@ from hpo.study import notify
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
 from hpo.study.notify import FAILED, FINISHED, INTERRUPTED
+from hpo.study.place import shown
 from trainer.errors import Interrupted, MachineError, ToolError
 from trainer.files import append_line, read_records
 from trainer.memory import cache_folder
@@ -35,6 +36,7 @@ WORK = "work.jsonl"
 STARTED, RUNNING, REFUSED = "started", "running", "refused"  # an end is an event of hpo.study.notify
 _OWN: set[str] = set()  # the steps of this process: asking for the holder of an own lock would release it
 SECRET = "--notify"  # its URLs contain passwords, so they are not stored
+ADDRESS = "--storage"  # stored without its password
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,22 @@ class Invocation:
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """The words without the URLs of ``--notify``."""
+        """The words without the URLs of ``--notify`` and without the password of ``--storage``."""
         kept: list[str] = []
         words = iter(self.words)
         for word in words:
-            if word == SECRET:
-                next(words, None)
-            elif not word.startswith(f"{SECRET}="):
+            option, equals, value = word.partition("=")
+            if option not in (SECRET, ADDRESS):
                 kept.append(word)
+                continue
+            value = value if equals else next(words, "")
+            if option == ADDRESS:
+                kept += [ADDRESS, shown(value)]
         return tuple(kept)
+
+    @property
+    def notifies(self) -> bool:
+        return any(word == SECRET or word.startswith(f"{SECRET}=") for word in self.words)
 
 
 # Set by the command line.  None where this package is used as a library: then nothing is recorded.
@@ -123,7 +132,7 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
     }
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         row["processes"] = processes
-    if invocation.stored != invocation.words:
+    if invocation.notifies:
         row["notified"] = True
     append_line(root / WORK, json.dumps(row))
     state, why = FAILED, ""
@@ -186,7 +195,7 @@ def steps(root: Path) -> list[Step]:
 @contextlib.contextmanager
 def recorded_at(path: Path, otherwise: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
     """As ``recorded``, in the study that contains ``path``; else in ``otherwise``, where ``hpo resume`` finds it."""
-    study = next((place for place in path.absolute().parents if (place / "study.db").is_file()), None)
+    study = next((place for place in path.absolute().parents if StudyFolder(place).has_study), None)
     with recorded(study or otherwise, step, begun=begun) as work:
         if study is None:
             _index(otherwise)
@@ -248,7 +257,7 @@ def _sweep_locks(root: Path) -> None:
 def _name(root: Path) -> str:
     """The argument of ``hpo resume`` for a study's or a run's folder."""
     study = StudyFolder(root)
-    return study.words if study.database.is_file() else shlex.quote(str(root))
+    return study.words if study.has_study else shlex.quote(str(root))
 
 
 def words_with_name(words: Sequence[str], name: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from .confirmation import end_lines as end_lines
 from .following import after_search as after_search
 from .following import command as command
 from .following import on_device as on_device
+from .jsontext import json_text as json_text
 from .live import PLAIN_SECONDS as PLAIN_SECONDS
 from .live import REFRESH_PER_SECOND as REFRESH_PER_SECOND
 from .live import SMOOTHING as SMOOTHING

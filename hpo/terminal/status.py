@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from hpo.study import Holder
 from hpo.terminal.text import clock, figures, short
 from trainer.text import clean_text
 
@@ -171,7 +172,9 @@ def _best(table: StudyTable) -> int | None:
 def _result(row: Row) -> str:
     if row.score is not None:
         return f"{row.score:.3f} ± {row.se or 0.0:.3f}"
-    return f"{row.state} (process {row.process})" if row.process else clean_text(row.state)
+    if not row.process:
+        return clean_text(row.state)
+    return f"{row.state} ({clean_text(Holder(row.process, row.host).words)})"
 
 
 def _part(row: Row, part: str) -> str:
@@ -266,6 +269,7 @@ def status_json(table: StudyTable, confirmed: Mapping[str, Any] | None) -> dict[
                 "message": row.message or None,
                 "baseline": row.is_baseline,
                 "process": row.process,
+                **({"host": row.host} if row.host else {}),
                 "score": row.score,
                 "se": row.se,
                 "objective": row.objective,

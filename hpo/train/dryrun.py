@@ -9,7 +9,6 @@ text is ``hpo.train.plan``'s.
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from hpo.study import INVOCATION
-from hpo.terminal import command, say
+from hpo.terminal import command, json_text, say
 from hpo.train import plan as trainplan
 from hpo.train.folder import run_folder
 from hpo.train.promptfile import sample_prompts
@@ -92,7 +91,7 @@ def dry_run(request: TrainRequest, console: Console, echo: Callable[[str], None]
     shown = data if sound else None
     warnings = sample_prompts(file.config).findings
     if request.as_json:
-        echo(json.dumps(trainplan.as_json(file, shown, str(output), findings.as_json(warnings)), indent=1))
+        echo(json_text(trainplan.as_json(file, shown, str(output), findings.as_json(warnings))))
     else:
         trainplan.show(console, file, shown, str(output))
         trainplan.show_findings(console, findings.errors, warnings)

@@ -26,6 +26,7 @@ from trainer.kohya import export as kohyaexport
 from trainer.text import clean_text
 
 WIDTH = 110
+LENGTHS = ("max_train_epochs", "max_train_steps")
 # Always written, even if equal to the default: what a reader looks for first.
 ALWAYS = (
     "pretrained_model_name_or_path",
@@ -113,6 +114,8 @@ def settings_text(plan: TransferPlan, places: Places, head: Sequence[str]) -> st
         for move in moves:
             text = f"{shown(move.old)} → {shown(move.new)}  {move.rule}: {move.reason}"
             lines += [f"# {line}" for line in textwrap.wrap(clean_text(text), WIDTH - 2)]
+        if value is None and key in LENGTHS:  # the other length is in the file
+            continue
         if value is None:  # TOML has no null: a missing key is unset
             lines.append(f"# {key}: not set")
         elif key != "max_train_epochs" or plan.config.max_train_steps is None:
@@ -206,10 +209,11 @@ def kept_line(plan: TransferPlan) -> str:
     names = (
         *("network_dim", "network_alpha", "min_snr_gamma", "noise_offset", "lr_scheduler"),
         *("lr_scheduler_num_cycles", "optimizer_type", "weight_decay", "network_dropout"),
-        *("learning_rate", "text_encoder_lr", "max_train_epochs", "gradient_accumulation_steps"),
+        *("learning_rate", "text_encoder_lr", *LENGTHS, "gradient_accumulation_steps"),
     )
     moved = {move.key for move in plan.moves}
-    values = {name: getattr(plan.config, name) for name in names if name not in moved}
+    unused = "max_train_epochs" if plan.config.max_train_steps is not None else "max_train_steps"
+    values = {name: getattr(plan.config, name) for name in names if name not in (*moved, unused)}
     if values.get("lr_scheduler") != "cosine_with_restarts":
         values.pop("lr_scheduler_num_cycles", None)
     return ", ".join(f"{name} {'off' if value is None else shown(value)}" for name, value in values.items())

@@ -27,9 +27,9 @@ from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.optimizers import takes
 
-MAPPING_VERSION = "3"  # increase it when the result of a rule changes
+MAPPING_VERSION = "4"  # increase it when the result of a rule changes
 # The version that last changed a setting that short runs are trained with; target trials of earlier versions are void.
-PROBED_VERSION = "1"  # 2 and 3 only changed when files are saved and how steps are counted
+PROBED_VERSION = "1"  # 2 to 4 only changed when files are saved and how steps are counted
 MOST_WARMUP = 0.1  # largest share of all steps
 SMALL_SHARE = 0.3
 LEAST_SAVED, CURVE = 4, 5  # files of a run: fewer than the first number are raised to the second (assumed)
@@ -189,17 +189,27 @@ def accumulation(draft: Draft) -> Iterator[Change]:
 def length(draft: Draft) -> Iterator[Change]:
     factor = draft.profile.length.epochs_factor
     if draft.source.max_train_steps is not None:
-        before, now = draft.batches
-        steps = math.ceil(draft.source.max_train_steps * before / now * factor - 1e-9)
-        reason = f"{factor:g} × as many images as before: × {before} / {now} for the effective batch"
+        # Images seen are kept as training makes its batches: the last of a bucket may be smaller.
+        target = TrainConfig().with_values(draft.values)
+        before, now = (draft.figures.length(c).steps_per_epoch for c in (draft.source, target))
+        epochs = draft.source.max_train_steps / before
+        steps = math.ceil(draft.source.max_train_steps * now / before * factor - 1e-9)
+        reason = (
+            f"{epochs * draft.figures.samples:,.0f} images seen{_times(factor)}: an epoch has {before} updates in the "
+            f"search and {now} here"
+        )
         yield Change("max_train_steps", limited("max_train_steps", steps), "steps.scale", reason)
         return
     assert draft.source.max_train_epochs is not None
     # 10 × 1.1 is 11.000000000000002
-    epochs = math.ceil(draft.source.max_train_epochs * factor - 1e-9)
+    rounded = math.ceil(draft.source.max_train_epochs * factor - 1e-9)
     yield Change(
-        "max_train_epochs", limited("max_train_epochs", epochs), "epochs.scale", f"× {factor:g}, rounded up"
+        "max_train_epochs", limited("max_train_epochs", rounded), "epochs.scale", f"× {factor:g}, rounded up"
     )
+
+
+def _times(factor: float) -> str:
+    return ", as in the search" if factor == 1 else f" × {factor:g}"
 
 
 def saving(draft: Draft) -> Iterator[Change]:
@@ -290,7 +300,11 @@ RULES: tuple[tuple[Rule, str], ...] = (
         accumulation,
         "`accum.cap_effective`: E = b × A; E′ = min(E, cap); A′ = max(1, round(E′ / b′)); E is never increased",
     ),
-    (length, "`epochs.scale`: ⌈epochs × factor⌉; `steps.scale` if the length is set in steps"),
+    (
+        length,
+        "`epochs.scale`: ⌈epochs × factor⌉; `steps.scale` if it is set in steps or images seen: ⌈S × n′/n × factor⌉, "
+        "n = updates of an epoch, so that images seen are scaled alike",
+    ),
     (saving, "`save.curve`: save 5 files during the run if it would save fewer than 4"),
     (
         unet_rate,

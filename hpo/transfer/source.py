@@ -17,6 +17,7 @@ from hpo.study import (
     OBJECTIVE,
     ROLE,
     StudyFolder,
+    confirmed_winner,
     database_errors,
     families_from,
     find_folder,
@@ -36,8 +37,6 @@ from trainer.config import SETTINGS, TrainConfig
 from trainer.data import Dataset, batches_per_epoch, read_training_data
 from trainer.errors import ConfigError
 from trainer.text import clean_text
-
-CONFIRMED = "confirmed.json"
 
 
 @dataclass(frozen=True)
@@ -126,18 +125,12 @@ def read_source(folder: StudyFolder, *, anyway: bool = False) -> TransferSource:
             f"continue the search; for its state: hpo status {folder.words}",
         )
     trials.sort(key=lambda t: (-t.objective, t.number))
-    confirmed = read_json(folder.root / CONFIRMED)
+    by_number = {t.number: t for t in trials}
+    confirmed = confirmed_winner(folder, by_number)
     best, tied = trials[0], [t for t in trials if _is_tied(t, trials[0])]
     says = f"trial {best.number}, the best of the search ({best.score:.4f}); unconfirmed, see hpo confirm"
     if confirmed is not None:
-        by_number = {t.number: t for t in trials}
-        number = confirmed.get("winner")
-        if number not in by_number:
-            raise ConfigError(
-                f"{folder.root / CONFIRMED} refers to trial {number}, which does not exist in the study",
-                f"confirm the study again: hpo confirm {folder.words}",
-            )
-        best = by_number[number]
+        best = by_number[confirmed["winner"]]
         tied = [by_number[n] for n in confirmed.get("ties", ()) if n in by_number]
         says = f"trial {best.number}, the confirmed winner"
     others = _diverse(best, tied) or _diverse(best, trials[: max(2, len(trials) // 4)])

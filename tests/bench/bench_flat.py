@@ -34,7 +34,8 @@ from rich.console import Console
 from evaluation.images import Unchanged
 from evaluation.score import CLIPPED, SIGNED, evaluate_adapter, make_anchors
 from hpo.search.opening import opened
-from hpo.search.sampled import SearchLimits, SearchProposals, make_sampler, suggest
+from hpo.search.sampled import SearchLimits, SearchProposals, suggest
+from hpo.search.samplers import make_sampler
 from hpo.search.workbench import Workbench, load
 from hpo.search.worker import Worker
 from hpo.study import (

@@ -3,6 +3,7 @@
     python -m tests.bench.bench_step launches --base sd15 [--sd-scripts DIR]   # on the pretend card
     python -m tests.bench.bench_step memory --base sd15                        # traced at the real resolution
     python -m tests.bench.bench_step wall --base sd15 --rounds 5               # seconds on this machine
+    python -m tests.bench.bench_step profile --base sd15                       # where they go, by kind of kernel
 
 * **ours**: ``trainer.loop.stepper`` as ``hpo train`` runs it.
 * **PEFT layers**: the same stepper over PEFT's LoRA layers under autocast, dropout in hooks with a generator each:
@@ -14,7 +15,7 @@
 ``launches`` runs one step of the real architecture with random weights at 64 px and counts kernels, copies and waits by
 the model of ``tests.pretendcard``. ``memory`` traces forward and backward without data. ``wall`` alternates the ways in
 one process; full-size bases have their real widths and one layer a block (``--whole``: all of them). Ratios count, the
-seconds are this machine's.
+seconds are this machine's. ``profile`` adds up torch.profiler's own times of the same steps.
 """
 
 from __future__ import annotations
@@ -407,11 +408,45 @@ def time_steps(args: argparse.Namespace) -> None:
         print(f"| {name} | {middle[name]:.3f} | {middle[name] / first:.2f} | {best:.2f} |")
 
 
+PRODUCTS = ("mm", "bmm", "conv", "scaled_dot", "flash")  # matrix products: every way makes those of the base
+OPTIMIZER = ("adam", "_foreach", "linalg", "norm_except")
+
+
+def profile_steps(args: argparse.Namespace) -> None:
+    """Milliseconds of a step by kind of kernel, after a step that warms up."""
+    base = made_base(args, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    config = settings(base, args)
+    prepared = prepared_for(base, config)
+    print("| way | step, ms | matrix products | other kernels | optimizer and clipping | Python between |")
+    print("|---|---|---|---|---|---|")
+    for name, way in ways(args).items():
+        with way(base, config, prepared) as step:
+            step(0)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                started = time.perf_counter()
+                for number in range(1, 1 + args.steps):
+                    step(number)
+                whole = (time.perf_counter() - started) / args.steps * 1e3
+        parts = {"products": 0.0, "others": 0.0, "optimizer": 0.0}
+        for row in seen.key_averages():
+            kernel = row.key.removeprefix("aten::").lower()
+            if not row.key.startswith("aten::"):
+                continue
+            kind = "optimizer" if any(part in kernel for part in OPTIMIZER) else "others"
+            kind = "products" if any(part in kernel for part in PRODUCTS) else kind
+            parts[kind] += row.self_cpu_time_total / 1e3 / args.steps
+        between = whole - sum(parts.values())
+        shown = " | ".join(f"{ms:.0f} ({ms / whole:.0%})" for ms in (*parts.values(), between))
+        print(f"| {name} | {whole:.0f} | {shown} |", flush=True)
+        if args.verbose:
+            print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=25), file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("launches", "memory", "wall"))
+    parser.add_argument("what", choices=("launches", "memory", "wall", "profile"))
     parser.add_argument("--base", default="mini-sd15", choices=("mini-sd15", "mini-sdxl", "sd15", "sdxl"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=0)
@@ -428,7 +463,8 @@ def main() -> None:
     args = parser.parse_args()
     sys.modules.setdefault("cv2", types.ModuleType("cv2"))  # sd-scripts imports it and does not need it here
     args.whole = args.whole or args.what == "launches"
-    {"launches": count, "memory": trace_memory, "wall": time_steps}[args.what](args)
+    measure = {"launches": count, "memory": trace_memory, "wall": time_steps, "profile": profile_steps}
+    measure[args.what](args)
 
 
 if __name__ == "__main__":

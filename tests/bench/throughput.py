@@ -144,7 +144,7 @@ def full_size(place: Path, device: str = "cpu", side_px: int = 64, steps: int = 
         trials=3,
         others=1,
         words=(
-            *("--references", str(place / "references")),
+            *("--references", str(place / "references"), "--set", "study.likeness=clip"),
             *(() if device.startswith("cuda") else ("--set", "mixed_precision=no")),
             *("--set", "limits.copy_rate=1.0", "--set", "limits.shown=-100"),
         ),

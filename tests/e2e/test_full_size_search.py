@@ -67,7 +67,7 @@ def search(place: Path, base: Path) -> tuple[str, int]:
     for setting in ("resolution=64", "min_bucket_reso=64", "max_train_steps=2", "train_batch_size=1"):
         words += ["--set", setting]
     words += ["--set", "learning_rate=0.05", "--set", "sampling.steps=2", "--set", "optimizer_type=AdamW"]
-    words += ["--set", "limits.copy_rate=1.0", "--set", "limits.shown=-100"]
+    words += ["--set", "limits.copy_rate=1.0", "--set", "limits.shown=-100", "--set", "study.likeness=clip"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *words], cwd=place, capture_output=True, text=True, env=environment

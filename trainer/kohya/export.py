@@ -6,7 +6,8 @@ Owns the translation of our settings to sd-scripts' keys. Does not own the oppos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ _IN_SUBSETS = ("alpha_mask", "conditioning_data_dir")  # sd-scripts accepts them
 _OTHERWISE = ("mixed_precision", "max_train_epochs", "max_train_steps", "optimizer_type")
 _RATES = ("optimizer_args", "lr_scheduler", "lr_scheduler_args", "lr_warmup_steps", "lr_decay_steps")
 _LISTS = ("base_weights", "base_weights_multiplier")
+_PLACES = ("train_data_dir", "reg_data_dir", "dataset_config", "in_json", "conditioning_data_dir")
 _PATHS = ("sample_prompts", "logging_dir", "network_weights")
 # Settings that sd-scripts does not have → what differs without them.
 _MISSING = {
@@ -96,6 +98,56 @@ def write(found: Export, folder: Path) -> None:
         folder / COMMAND,
         f"#!/bin/sh\n# run this in the folder of sd-scripts\n{found.command}\n",
     )
+
+
+def one_file(config: TrainConfig, family: str, base: str, head: Sequence[str], output: str = "output") -> str:
+    """All settings as one file for sd-scripts' ``--config_file``: what ``to_kohya`` writes into a dataset file stands
+    in it as options.  ``head``: lines for its top.  The images need not be there.  Paths are absolute."""
+    notes = _said(config, family)
+    if Path(base).expanduser().exists():
+        base = str(Path(base).expanduser().resolve())
+    table = {
+        "pretrained_model_name_or_path": base,
+        "output_dir": _full(output),
+        **_of_images(config),
+        **_settings(config, notes),
+        **_network(config, family, notes),
+    }
+    if _is_plain(config):
+        notes.append(
+            "sd-scripts finds no images with this file: train_data_dir needs folders named like '10_name class'; "
+            "for a dataset file instead: hpo export kohya"
+        )
+    lines = [f"# {line}" for text in (*head, *notes) for line in textwrap.wrap(clean_text(text), 100)]
+    return "\n".join([*lines, "", tomlkit.dumps(table)])
+
+
+def _is_plain(config: TrainConfig) -> bool:
+    """Whether the images lie in a folder without the subfolders (repeats, name) that sd-scripts looks for."""
+    root = Path(config.train_data_dir)
+    if config.dataset_config or config.in_json or not config.train_data_dir or not root.is_dir():
+        return False
+    return not any(place.is_dir() and place.name.partition("_")[0].isdecimal() for place in root.iterdir())
+
+
+def _of_images(config: TrainConfig) -> dict[str, Any]:
+    """The settings of a dataset file as options of sd-scripts' command line."""
+    table: dict[str, Any] = {}
+    for name in _IN_DATASET:
+        value = getattr(config, name)
+        if name in OURS_ALONE or value in (None, ""):
+            continue
+        if name == "resolution":  # sd-scripts splits the text at its comma
+            value = ",".join(map(str, config.size_px))
+        elif value == KOHYA_DEFAULTS.get(name, getattr(TrainConfig(), name)):
+            continue
+        elif name in _PLACES:
+            value = _full(value)
+        table[name] = value
+    if not config.validation_split:  # sd-scripts up to v0.9.1 refuses the key
+        table.pop("validation_split", None)
+        table.pop("validation_seed", None)
+    return table
 
 
 def _settings(config: TrainConfig, notes: list[str]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ class Derivation:
     """Conversion of a derived parameter to a setting and back.  ``limits`` apply to its range.
 
     ``forward`` takes the value of the parameter and the settings so far.  ``backward``
-    takes a complete configuration.
+    takes a complete configuration.  ``unsets``: settings that would count instead of the one that is set.
+    ``own_baseline``: [baseline] of a study file names the parameter, not the setting, which would mean something else
+    with other values of ``needs``.
     """
 
     sets: str
@@ -28,6 +30,8 @@ class Derivation:
     limits: tuple[float, float]
     forward: Callable[[Any, Values], Any]
     backward: Callable[[Values], Any]
+    unsets: tuple[str, ...] = ()
+    own_baseline: bool = False
 
     @property
     def whole(self) -> bool:
@@ -57,6 +61,25 @@ def _log2(settings: Values) -> float:
     return int(power) if power == int(power) else power
 
 
+IMAGES_SEEN = "images_seen"
+
+
+def steps_for(images: int, settings: Values) -> int:
+    """Optimizer steps in which so many images are seen: images / (train_batch_size × gradient_accumulation_steps),
+    rounded to the nearest whole step (half a step up), and at least one step."""
+    return max(1, math.floor(images / _per_step(settings) + 0.5))
+
+
+def _images_seen(settings: Values) -> int | None:
+    """The inverse of ``steps_for``.  None for a length in epochs: how many steps those are depends on the images."""
+    steps = settings["max_train_steps"]
+    return None if steps is None else steps * _per_step(settings)
+
+
+def _per_step(settings: Values) -> int:
+    return int(settings["train_batch_size"]) * int(settings["gradient_accumulation_steps"])
+
+
 DERIVED: dict[str, Derivation] = {
     "network_dim_log2": Derivation("network_dim", (), (0, 10), lambda value, _: 2 ** int(value), _log2),
     "text_encoder_lr_ratio": Derivation(
@@ -80,5 +103,14 @@ DERIVED: dict[str, Derivation] = {
         (0.0, 0.99),
         lambda value, _: value,
         lambda settings: settings["lr_warmup_steps"],
+    ),
+    IMAGES_SEEN: Derivation(
+        "max_train_steps",
+        ("train_batch_size", "gradient_accumulation_steps"),
+        (1, 10_000_000),
+        steps_for,
+        _images_seen,
+        unsets=("max_train_epochs",),
+        own_baseline=True,
     ),
 }

@@ -92,7 +92,8 @@ def _read_range(name: str, body: Values) -> Range:
             low, high = int(low), int(high)
         else:
             raise ConfigError(
-                f"{name}: {low} … {high} are not whole numbers", "use whole numbers: they are exponents of 2"
+                f"{name}: {low} … {high} are not whole numbers",
+                "use whole numbers" + (": they are exponents of 2" if name.endswith("_log2") else ""),
             )
     if low > high:
         raise ConfigError(f"{name}: low {low} is above high {high}", "swap them")

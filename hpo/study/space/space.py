@@ -83,6 +83,16 @@ def settings_of(name: str) -> tuple[str, ...]:
     return ("lr_scheduler", "lr_scheduler_num_cycles") if name == "lr_scheduler" else (name,)
 
 
+def unset_by(name: str) -> tuple[str, ...]:
+    """Settings that are unset because a parameter sets another one that means the same."""
+    return DERIVED[name].unsets if name in DERIVED else ()
+
+
+def baseline_name(name: str) -> str:
+    """The name of a parameter's value in [baseline]: kohya's, unless that would depend on other settings."""
+    return name if name in DERIVED and DERIVED[name].own_baseline else settings_of(name)[0]
+
+
 @dataclass(frozen=True)
 class Space:
     """The parameters of a study, in the order of the study file."""
@@ -165,7 +175,9 @@ class Space:
 
     def config(self, suggested: Values, fixed: TrainConfig) -> TrainConfig:
         """The complete, validated configuration of a proposal."""
-        return fixed.with_values(self.settings(suggested, fixed))
+        values = self.settings(suggested, fixed)
+        instead = {name: None for p in self for name in unset_by(p.name) if settings_of(p.name)[0] in values}
+        return fixed.with_values({**instead, **values})
 
     def place(self, suggested: Values) -> tuple[float, ...]:
         """The proposal as numbers: 0 to 1 for a range.  A choice has one number per option, 0 or 1/√2, so that
@@ -211,7 +223,7 @@ class Space:
                 raise ConfigError(f"{what}: {name} is not searched", suggestion(name, names) or "see [space]")
         for p in self:
             if suggested.get(p.name) is None:
-                where = f": --set baseline.{settings_of(p.name)[0]}=…" if what == BASELINE else ""
+                where = f": --set baseline.{baseline_name(p.name)}=…" if what == BASELINE else ""
                 raise ConfigError(
                     f"{what}: {p.name} has no value", f"give one in {p.domain.describe()}{where}"
                 )
@@ -221,7 +233,7 @@ class Space:
                     "use a power of two, or search network_dim itself instead of network_dim_log2",
                 )
             if not p.domain.holds(suggested[p.name]):
-                value = f" (--set baseline.{settings_of(p.name)[0]}=…)" if what == BASELINE else ""
+                value = f" (--set baseline.{baseline_name(p.name)}=…)" if what == BASELINE else ""
                 raise ConfigError(
                     f"{what}: {p.name} = {suggested[p.name]} is outside the study's range: {p.domain.describe()}",
                     f"give a value in the range{value}, or search a wider range",

@@ -95,7 +95,7 @@ def probe_folder(done: Transfer) -> StudyFolder:
         ending = "" if number == 1 else f"-{number}"
         folder = StudyFolder(root.with_name(f"{root.name}__{done.profile.family.name}{ending}"))
         facts = (read_json(folder.facts) or {}).get("facts")
-        if facts is None and not folder.database.is_file():
+        if facts is None and not folder.has_study:
             return folder
         if facts is not None and facts.get("transferred") in own:
             return folder

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hpo.study import SOURCE_STUDY, Say, StudyFolder, alone, in_use, samples_of
+from hpo.study import SOURCE_STUDY, Say, StudyFolder, follow, in_use, ownership_of, samples_of
 from hpo.terminal import clock
 from hpo.transfer.probes.design import ProbeScore
 from hpo.transfer.probes.side import ProbeSide
@@ -48,8 +48,9 @@ class SideStudy:
             console, lambda suggested: side.study.space.settings(suggested, side.study.train), folder.name
         )
         view.baseline = "the transferred settings"
-        guard = alone(
-            folder.locks / "probes.lock",
+        follow(folder, StudyFolder(folder.root.with_name(self.provenance[SOURCE_STUDY])))
+        guard = ownership_of(folder, view.say).alone(
+            "probes",
             f"runs the target trials of {folder.name}",
             "wait until it has finished",
         )

@@ -18,7 +18,16 @@ from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from evaluation.encoders import embed, scorerfile
 from evaluation.encoders.answers import self_test
-from evaluation.encoders.embed import DEFAULT_SCORER, default_scorer, load_likeness, load_scorer
+from evaluation.encoders.embed import (
+    DEFAULT_LIKENESS,
+    DEFAULT_SCORER,
+    REVISIONS,
+    default_likeness,
+    default_scorer,
+    fetch_likeness,
+    load_likeness,
+    load_scorer,
+)
 from trainer.errors import ConfigError, ModelFileError
 
 CONFIG = {
@@ -363,9 +372,36 @@ def test_openais_own_files_are_known_by_their_sha256_whatever_they_are_called() 
 def test_a_hub_name_of_a_likeness_encoder_is_taken_from_the_cache(
     dinov2: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scorerfile, "try_to_load_from_cache", lambda repo, name: str(dinov2 / name))
+    asked: list[str | None] = []
+
+    def cached(repository: str, name: str, revision: str | None = None) -> str:
+        asked.append(revision)
+        return str(dinov2 / name)
+
+    monkeypatch.setattr(scorerfile, "try_to_load_from_cache", cached)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert load_likeness("facebook/dinov2-small", load_scorer(str(folder))).name == "facebook/dinov2-small"
-    monkeypatch.setattr(scorerfile, "try_to_load_from_cache", lambda repo, name: None)
+    assert set(asked) == {REVISIONS[DEFAULT_LIKENESS]}, "scores stay comparable when the hub's file changes"
+    monkeypatch.setattr(scorerfile, "try_to_load_from_cache", lambda repo, name, revision: None)
     with pytest.raises(ModelFileError, match="facebook/dinov2-small is not on this machine"):
         load_likeness("facebook/dinov2-small", load_scorer(str(folder)))
+    fetch_likeness("clip")
+    fetch_likeness(str(dinov2))
+    with pytest.raises(ModelFileError, match="it judges likeness") as found:
+        fetch_likeness(DEFAULT_LIKENESS)
+    assert "--set study.likeness=clip" in found.value.hint
+    with pytest.raises(ModelFileError) as found:
+        fetch_likeness("someone/own-dino")
+    assert "study.likeness" not in found.value.hint, "chosen by the user"
+
+
+def test_real_bases_are_judged_by_dino_and_the_miniatures_by_their_own() -> None:
+    assert (
+        default_likeness("sd15", DEFAULT_SCORER)
+        == default_likeness("x.safetensors", "ViT-B-32:f")
+        == DEFAULT_LIKENESS
+    )
+    assert default_likeness("mini-sd15", "mini-clip") == "mini-likeness"
+    assert default_likeness("some/folder", "mini-clip") == "clip", (
+        "nothing is downloaded for the miniature's scorer"
+    )

@@ -15,12 +15,14 @@ from hpo.search.workbench import load
 from hpo.study.config import Inputs, build_study, find_study, read_study
 from hpo.study.folder import StudyFolder
 from hpo.study.presets import preset_of
-from hpo.study.scoring import prompt_sets
+from hpo.study.scoring import prompt_sets, worded
 from tests.tiny_search import draw_images
 from trainer.bases.miniature import subjects
 from trainer.config import TrainConfig
-from trainer.data.dataset import read_dataset
+from trainer.data.dataset import Dataset, Item, read_dataset
 from trainer.errors import ConfigError
+
+A_HOUSE = Dataset(Path("d"), (Item(Path("1.png"), "a house, vexa style", 1, 64, 64, "1"),))
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +74,8 @@ def test_words_that_say_it_is_a_style(
 def test_a_style_folder_is_searched_as_a_style(base: str, folder: str, definition: str, name: str) -> None:
     chosen = choose(request(folder, base))
     assert chosen.config.preset.style and chosen.config.name == definition and chosen.folder.name == name
-    assert chosen.config.prompts.words.endswith("-style") and chosen.config.confirmation.words.endswith(
-        "-style"
-    )
+    study = worded(chosen.config, A_HOUSE)  # of a real base, the form of the captions decides about tags
+    assert study.prompts.words.endswith("-style") and study.confirmation.words.endswith("-style")
     assert chosen.says == (
         "searched as a style: the class word is style (for character or object: --preset)",
     )
@@ -133,9 +134,10 @@ def test_a_study_begun_as_a_character_stays_one(base: str) -> None:
 def test_a_style_study_begun_with_the_former_prompts_keeps_them() -> None:
     asked = request("d/10_vexa style", "sd15", study="sd15-style")
     chosen = choose(asked)
-    assert chosen.config.prompts.words == "natural-style"
-    former = {**chosen.config.sections, "prompts": {**chosen.config.sections["prompts"], "words": "natural"}}
-    begin(replace(chosen, config=replace(chosen.config, sections=former)))
+    config = worded(chosen.config, A_HOUSE)
+    assert config.prompts.words == "natural-style"
+    former = {**config.sections, "prompts": {**config.sections["prompts"], "words": "natural"}}
+    begin(replace(chosen, config=replace(config, sections=former)))
     again = choose(asked).config
     assert (again.prompts.words, again.confirmation.words) == ("natural", "natural-style")
     assert build_study("study", again.sections).prompts == again.prompts, "and so does its confirmation"

@@ -27,6 +27,7 @@ from hpo.search.sampled import SearchLimits, suggest
 from hpo.search.workbench import Workbench
 from hpo.study.config import SHIPPED, StudyConfig, build_study, read_study
 from hpo.study.result import FAILED
+from hpo.study.scoring import worded
 from hpo.study.space.derived import DERIVED
 from hpo.study.storage import open_study
 from tests.tiny import tiny_base
@@ -34,6 +35,7 @@ from tests.tiny_search import STUDY, Recorder, draw_images, make_search, tiny_be
 from trainer.adapters.adapter import inject
 from trainer.adapters.metadata import CONFIG_KEY
 from trainer.config import TrainConfig
+from trainer.data import Dataset, Item
 from trainer.errors import InvalidImages, ModelFileError, ToolError
 from trainer.files import read_records
 from trainer.loop import optim
@@ -73,9 +75,11 @@ def test_the_untrained_base_cannot_win_and_no_term_rewards_being_far_from_a_cons
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
 def test_a_score_is_of_more_than_eight_images_of_different_prompts(file: Path) -> None:
-    study = read_study(file)
+    captions = [f"zkw girl {n}" for n in range(20)]
+    items = tuple(Item(Path(f"{n}.png"), caption, 1, 64, 64, str(n)) for n, caption in enumerate(captions))
+    study = worded(read_study(file), Dataset(Path("d"), items))
     made = generate(
-        [f"zkw girl {n}" for n in range(20)], trigger="zkw", class_word="girl", words=study.prompts.words,
+        captions, trigger="zkw", class_word="girl", words=study.prompts.words,
         counts=study.prompts.counts or study.preset.counts, seeds=study.prompts.seeds or SEARCH_SEEDS,
         count_tokens=lambda text: len(text.split()),
     )  # fmt: skip
@@ -139,6 +143,10 @@ def check_is_what_was_suggested(config: Any, proposed: dict[str, Any]) -> None:
     assert config.network_alpha == proposed["network_alpha_ratio"] * config.network_dim
     if "text_encoder_lr_ratio" in proposed:
         assert config.text_encoder_lr == proposed["text_encoder_lr_ratio"] * proposed["learning_rate"]
+    if "images_seen" in proposed:
+        batch = config.train_batch_size * config.gradient_accumulation_steps
+        assert config.max_train_steps == max(1, int(proposed["images_seen"] / batch + 0.5))
+        assert config.max_train_epochs is None
     if "lr_scheduler" in proposed:
         scheduler = config.lr_scheduler
         if scheduler == "cosine_with_restarts":

@@ -9,7 +9,8 @@ import optuna
 import pytest
 
 from hpo.search import sampled
-from hpo.search.sampled import SearchLimits, SearchProposals, make_sampler
+from hpo.search.sampled import SearchLimits, SearchProposals
+from hpo.search.samplers import make_sampler
 from hpo.study.standing import is_above_base
 from tests.tiny_search import Recorder, draw_images, make_search, tiny_bench, tiny_study
 
@@ -60,9 +61,11 @@ def test_a_search_models_once_a_trial_is_above_the_base_and_a_clipped_one_as_it_
         study.tell(trial, best if number == 3 else -0.01 * number)
     asked_for: list[bool] = []
 
-    def listening(seed: int, number: int, total: int, *, learned: bool) -> optuna.samplers.TPESampler:
+    def listening(
+        seed: int, number: int, total: int, *, learned: bool, **named: Any
+    ) -> optuna.samplers.BaseSampler:
         asked_for.append(learned)
-        return make_sampler(seed, number, total, learned=learned)
+        return make_sampler(seed, number, total, learned=learned, **named)
 
     monkeypatch.setattr(sampled, "make_sampler", listening)
     SearchProposals(study, bench, SearchLimits(15), Recorder().say).suggest(study.ask())

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from evaluation.score.formula import told_part
 from hpo.confirm.view import status_lines
-from hpo.search.sampled import SearchLimits, make_sampler
+from hpo.search.sampled import SearchLimits
+from hpo.search.samplers import make_sampler
 from hpo.search.session import SearchRequest, search
 from hpo.search.summary import summary
 from hpo.study.config import Inputs

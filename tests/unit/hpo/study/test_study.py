@@ -38,7 +38,7 @@ def test_the_default_study_searches_its_twelve_settings() -> None:
     space = read_study(find_study(None, "sd15")).space
     decided = {
         "learning_rate", "text_encoder_lr_ratio", "network_dim_log2", "network_alpha_ratio", "optimizer_type",
-        "lr_scheduler", "warmup_ratio", "gradient_accumulation_steps", "max_train_epochs", "min_snr_gamma",
+        "lr_scheduler", "warmup_ratio", "gradient_accumulation_steps", "images_seen", "min_snr_gamma",
         "noise_offset", "network_dropout",
     }  # fmt: skip
     assert {p.name for p in space} == decided
@@ -149,7 +149,10 @@ def test_a_changed_definition_is_refused_with_what_changed() -> None:
     assert "[train] noise_offset: was 0.0, is now 0.05" in lines
     with pytest.raises(ConfigError, match="was started with a different definition") as caught:
         check_unchanged(before, now.frozen(), "x")
-    assert caught.value.hint == "undo the change, or start a new study under another name: hpo search NAME …"
+    assert caught.value.hint == (
+        "undo the change, or start a new study under another name: hpo search NAME … --fork-from x "
+        "(it takes over the finished trials that fit)"
+    )
 
 
 def test_settings_without_influence_on_results_may_change() -> None:

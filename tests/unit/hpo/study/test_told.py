@@ -116,6 +116,21 @@ def test_a_study_begun_before_keeps_its_clipped_values() -> None:
         check_unchanged(before, new.frozen(), "old")
 
 
+def test_a_study_begun_when_clip_judged_likeness_by_default_keeps_it() -> None:
+    new = read_study(find_study(None, "sd15"))
+    limits = {"limits": json.dumps(new.limits.as_dict())}
+    clip, dino = "ViT-B-32:laion2b_s34b_b79k 0123456789abcdef", "facebook/dinov2-small fedcba9876543210"
+    facts = new.frozen() | limits | {"scorer": clip}
+    assert new.study.likeness == "", "the default of the base"
+    begun = as_begun(new, facts | {"likeness": clip})
+    assert begun.study.likeness == begun.sections["study"]["likeness"] == "clip"
+    style = "style of ViT-B-32:laion2b_s34b_b79k 99999999ffffffff"
+    assert as_begun(new, facts | {"likeness": style}).study.likeness == "clip"
+    assert as_begun(new, facts | {"likeness": dino}) == new
+    own = read_study(find_study(None, "sd15"), sets=["study.likeness=someone/dino"])
+    assert as_begun(own, facts | {"likeness": clip}) == own, "what the file names is checked, not replaced"
+
+
 def test_a_study_can_be_told_clipped_values_and_does_not_change_later(tmp_path: Path) -> None:
     clipped = read_study(find_study(None, "mini-sd15"), sets=["score.below_zero=clipped"])
     assert clipped.score == Formula() and BELOW_ZERO not in clipped.frozen()

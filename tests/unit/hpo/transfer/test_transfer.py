@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpo.transfer.files import Places, kept_line, settings_text
 from hpo.transfer.plan import GRID, DatasetFigures, TransferPlan, snap_down, updates_of
 from hpo.transfer.profile import PRESETS, Profile, profiles_of, read_profile
 from hpo.transfer.rules import rules_table, transfer
@@ -152,6 +153,13 @@ def test_steps_keep_the_number_of_images_seen() -> None:
     by_steps = POINT_A.with_values({"max_train_epochs": None, "max_train_steps": 1000})
     plan = transfer(by_steps, FIGURES, read_profile("sdxl-16gb"))
     assert plan.config.max_train_steps == 1650  # × 12 / 8 × 1.1
+    (move,) = (m for m in plan.moves if m.key == "max_train_steps")
+    assert (move.rule, move.reason) == (
+        "steps.scale",
+        "12,000 images seen × 1.1: an epoch has 100 updates in the search and 150 here",
+    )
+    by_epochs = transfer(POINT_A.with_values({"max_train_epochs": 10}), FIGURES, read_profile("sdxl-16gb"))
+    assert by_epochs.derived.updates == plan.derived.updates, "the same length, given in epochs"
 
 
 def test_warm_up_keeps_its_share_and_never_exceeds_a_tenth() -> None:
@@ -361,11 +369,38 @@ def test_a_short_run_saves_enough_files_for_a_curve(epochs: int, samples: int, k
         assert len({*range(every, updates, every), updates}) == 5
 
 
-def test_steps_are_counted_in_the_batches_that_training_makes(tmp_path: Path) -> None:
-    shapes = [(64, 64), (64, 96), (96, 64), (64, 128)]  # four buckets with an image each
-    data = Dataset(
-        tmp_path, tuple(Item(Path(f"{n}.png"), "", 5, w, h, f"{n}") for n, (w, h) in enumerate(shapes))
+def four_buckets(folder: Path) -> Dataset:
+    """An image in each of four buckets, five times."""
+    shapes = [(64, 64), (64, 96), (96, 64), (64, 128)]
+    return Dataset(
+        folder, tuple(Item(Path(f"{n}.png"), "", 5, w, h, f"{n}") for n, (w, h) in enumerate(shapes))
     )
+
+
+@pytest.mark.parametrize("profile", ["mini-sdxl", "sdxl-16gb", "sdxl-keep"])
+def test_images_seen_are_scaled_by_the_batches_that_training_makes(tmp_path: Path, profile: str) -> None:
+    data = four_buckets(tmp_path)
+    source = TrainConfig().with_values({"train_batch_size": 4, "resolution": 64, "min_bucket_reso": 32,
+                                        "bucket_reso_steps": 32, "max_train_epochs": 10})  # fmt: skip
+    figures = DatasetFigures(4, 20, batches=lambda config: batches_per_epoch(config, data))
+    steps = total_steps(source, data)
+    in_steps = source.with_values({"max_train_epochs": None, "max_train_steps": steps})
+    one, other = (transfer(config, figures, read_profile(profile)) for config in (source, in_steps))
+    assert figures.length(source).steps_per_epoch > 5, "more than one bucket"
+    assert other.config.max_train_epochs is None
+    assert one.derived.updates == other.derived.updates
+
+
+def test_the_files_of_a_length_in_steps_do_not_name_epochs() -> None:
+    by_steps = POINT_A.with_values({"max_train_epochs": None, "max_train_steps": 1000})
+    plan = transfer(by_steps, FIGURES, read_profile("sdxl-keep"))
+    text = settings_text(plan, Places(Path("t"), "sdxl"), ())
+    assert "max_train_steps = 1500" in text and "max_train_epochs" not in text
+    assert "max_train_epochs" not in kept_line(plan) and "max_train_steps" not in kept_line(plan)
+
+
+def test_steps_are_counted_in_the_batches_that_training_makes(tmp_path: Path) -> None:
+    data = four_buckets(tmp_path)
     source = TrainConfig().with_values(
         {"train_batch_size": 4, "lr_warmup_steps": 8.0, "max_train_epochs": 10}
     )

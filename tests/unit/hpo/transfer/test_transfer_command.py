@@ -358,7 +358,7 @@ def test_probes_of_earlier_rules_go_on(searched: Path) -> None:
         now = probing.provenance(folder)
         check_unchanged(begun, now, folder.name)
         assert now["mapping_version"] == "1"
-        assert probing.provenance(StudyFolder(folder.root.with_name("new")))["mapping_version"] == "3"
+        assert probing.provenance(StudyFolder(folder.root.with_name("new")))["mapping_version"] == "4"
         assert probe_folder(with_values(done, weighted_captions=True)).name == "s__mini-sdxl-2"
         assert probe_folder(with_values(done, network_dim=3)).name == "s__mini-sdxl-2"
     finally:
