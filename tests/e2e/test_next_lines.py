@@ -15,7 +15,7 @@ from hpo.study.folder import StudyFolder
 from tests.e2e.test_chain import check_run, check_transfer, hpo
 from tests.tiny_search import check_study
 
-TRIALS, TARGET_TRIALS = 2, 1
+TRIALS, TARGET_TRIALS = 2, 3
 SETS = (
     "prompts.counts={ train-like = 3, altered = 3, class-only = 1 }",
     "confirmation.counts={ train-like = 2, altered = 2, class-only = 1 }",

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.faults
 COMMAND = [
     sys.executable, "-u", "-c", "from hpo.cli.main import main; main()", "search", "--base", "mini-sd15",
     "--trials", "3", "killed", "--set", "max_train_steps=6", "--set", "sampling.steps=4",
-    "--set", "prompts.seeds=[0]",
+    "--set", "prompts.seeds=[0]", "--set", "prompts.counts={ train-like = 3, altered = 3, class-only = 1 }",
 ]  # fmt: skip
 
 

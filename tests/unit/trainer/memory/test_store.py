@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 
 from trainer.config import TrainConfig
 from trainer.memory import footprint, shipped, stacks, store
-from trainer.memory.footprint import BaseFacts, base_facts
+from trainer.memory.footprint import BaseFacts, Footprint, base_facts
 from trainer.memory.recorder import _PURE, Recorder
 from trainer.memory.traces import as_table, from_table
 
@@ -36,14 +37,14 @@ def settings(base: str = "mini-sd15", **values: Any) -> TrainConfig:
     return TrainConfig().with_values(usual | values)
 
 
+def forget() -> None:
+    for remembered in (footprint.predict, footprint._trace, footprint._networks):
+        remembered.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Nothing is remembered from one test to the next in this process."""
-
-    def forget() -> None:
-        for remembered in (footprint.predict, footprint._trace, footprint._networks):
-            remembered.cache_clear()
-
     forget()
     yield
     forget()
@@ -55,9 +56,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "traces"
 
 
-def forget() -> None:
-    for remembered in (footprint.predict, footprint._trace, footprint._networks):
-        remembered.cache_clear()
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Footprint]:
+    """What a first question about the usual settings left on disk, and its answer."""
+    place = tmp_path_factory.mktemp("traced")
+    forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(store.FOLDER, str(place))
+        return place, footprint.predict(settings(), base_facts("mini-sd15"))
+
+
+@pytest.fixture
+def fresh(traced: tuple[Path, Footprint], folder: Path) -> Footprint:
+    """The answer; what is on disk is there, in this test's own folder, and nothing is remembered."""
+    shutil.copytree(traced[0], folder.parent)
+    forget()
+    return traced[1]
 
 
 def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,10 +110,9 @@ def test_results_remembered_while_tracing_are_what_torch_computes(monkeypatch: p
 
 
 def test_what_differs_only_in_rank_or_optimizer_is_not_traced_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Footprint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = base_facts("mini-sd15")
-    footprint.predict(settings(), facts)
     no_tracing(monkeypatch)
     for values in (
         {"network_dim": 4, "network_alpha": 2},
@@ -120,22 +133,17 @@ def test_what_differs_only_in_rank_or_optimizer_is_not_traced_again(
     ],
     ids=["library", "our code", "format"],
 )
-def test_a_stale_trace_is_never_used(folder: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    facts = base_facts("mini-sd15")
-    footprint.predict(settings(), facts)
-    forget()
+def test_a_stale_trace_is_never_used(fresh: Footprint, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     change(monkeypatch)
     no_tracing(monkeypatch)
     with pytest.raises(AssertionError, match="traced again"):
-        footprint.predict(settings(), facts)
+        footprint.predict(settings(), base_facts("mini-sd15"))
 
 
 def test_another_base_of_the_family_is_another_question_and_another_name_is_not(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Footprint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = base_facts("mini-sd15")
-    fresh = footprint.predict(settings(), facts)
-    forget()
     no_tracing(monkeypatch)
     assert footprint.predict(settings(), BaseFacts("renamed", facts.family, facts.configs)) == fresh
     unet = {**facts.config("unet"), "norm_num_groups": 4}
@@ -174,14 +182,12 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", list(DAMAGE.values()), ids=list(DAMAGE))
 def test_a_damaged_file_is_replaced_without_a_word(
-    folder: Path, damage: Any, capfd: pytest.CaptureFixture[str]
+    fresh: Footprint, folder: Path, damage: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     facts = base_facts("mini-sd15")
-    fresh = footprint.predict(settings(), facts)
     sound = {path: path.read_bytes() for path in folder.iterdir()}
     trace = max(sound, key=lambda path: len(sound[path]))
     trace.write_bytes(damage(sound[trace]))
-    forget()
     assert footprint.predict(settings(), facts) == fresh
     assert {path: path.read_bytes() for path in folder.iterdir()} == sound
     assert "Traceback" not in capfd.readouterr().err
