@@ -383,7 +383,7 @@ def test_a_hub_name_of_a_likeness_encoder_is_taken_from_the_cache(
     assert set(asked) == {REVISIONS[DEFAULT_LIKENESS]}, "scores stay comparable when the hub's file changes"
     monkeypatch.setattr(scorerfile, "try_to_load_from_cache", lambda repo, name, revision: None)
     with pytest.raises(
-        ModelFileError, match="dinov2-small is not on this machine.*it judges likeness"
+        ModelFileError, match=r"dinov2-small is not on this machine.*it judges likeness"
     ) as found:
         load_likeness(DEFAULT_LIKENESS, load_scorer(str(folder)))
     assert "--set study.likeness=clip" in found.value.hint
