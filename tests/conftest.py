@@ -15,7 +15,7 @@ from tests.postgres import Postgres, find_programs
 @pytest.fixture(scope="module", autouse=True)
 def objects_that_stay_are_not_looked_through() -> None:
     """The imported libraries make hundreds of thousands of objects that stay.  Python's garbage collector looks through
-    them whenever memory is released (``trainer.oom.release``), which took a third of the time of the tests."""
+    them whenever memory is released (``trainer.oom.release``): about a second each time, while both cores were busy."""
     gc.collect()
     gc.freeze()
 
