@@ -97,7 +97,7 @@ def default_likeness(base: str, scorer: str) -> str:
     """The default likeness encoder of a base: DINOv2 for real bases, which is a download like the base. A base that is
     scored by the miniature's scorer, which is part of this package, needs no download for its likeness either."""
     known = base in KNOWN_BASES and KNOWN_BASES[base].likeness
-    return known or ("clip" if scorer == MINIATURE_SCORER else DEFAULT_LIKENESS)
+    return known or ("clip" if Path(scorer).name == MINIATURE_SCORER else DEFAULT_LIKENESS)
 
 
 def _hub_folder(spec: str) -> Path:
@@ -111,9 +111,10 @@ def _hub_folder(spec: str) -> Path:
         if spec != DEFAULT_LIKENESS:
             raise
         other = (
-            "--set study.likeness=clip judges likeness with the scorer, which sees less of what is special"
+            'or judge likeness with the scorer, which sees less of what is special: likeness = "clip" in [study] of the '
+            "study file; for hpo search: --set study.likeness=clip"
         )
-        raise ModelFileError(f"{error.message} (it judges likeness)", f"{error.hint}; or {other}") from None
+        raise ModelFileError(f"{error.message} (it judges likeness)", f"{error.hint}; {other}") from None
 
 
 class OnCard:
