@@ -111,8 +111,8 @@ def _hub_folder(spec: str) -> Path:
         if spec != DEFAULT_LIKENESS:
             raise
         other = (
-            'or judge likeness with the scorer, which sees less of what is special: likeness = "clip" in [study] of the '
-            "study file; for hpo search: --set study.likeness=clip"
+            'or judge likeness with the scorer, which sees less of what is special: likeness = "clip" in [study] '
+            "of the study file; for hpo search: --set study.likeness=clip"
         )
         raise ModelFileError(f"{error.message} (it judges likeness)", f"{error.hint}; {other}") from None
 
