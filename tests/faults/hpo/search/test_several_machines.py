@@ -71,7 +71,7 @@ def search(root: Path, data: Path, machine: str, trials: int = TRIALS, delay_sec
         (root.parent / f"{machine}.said").write_text("\n".join(view.lines))
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
