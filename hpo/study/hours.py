@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 CONFIRM_SHARE = 1 / 3  # of the whole budget, at most so much is planned for the confirmation (assumed)
+SPARE = 1.1  # of its expected seconds are kept for it: a machine that runs 12 % slower meanwhile was measured
 REPLANNED = 0.2  # a change of the number of trials that is said
 HOUR = 3600.0
 
@@ -51,7 +52,8 @@ class Durations:
     run: float
 
     def confirmation(self, what: Round) -> float:
-        return self.start + what.seeds * (self.zero + what.top * self.run)
+        """With what is kept to spare."""
+        return SPARE * (self.start + what.seeds * (self.zero + what.top * self.run))
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def possible(others: int, at_most: Round = ROUNDS[0]) -> tuple[Round, ...]:
 
 
 def fitting(left: float, cost: Callable[[Round], float], rounds: Sequence[Round] = ROUNDS) -> Round | None:
-    """The largest confirmation that fits; None if not even the least does."""
-    return next((one for one in rounds if cost(one) <= left), None)
+    """The largest confirmation that fits with something to spare; None if not even the least does."""
+    return next((one for one in rounds if SPARE * cost(one) <= left), None)
 
 
 def is_replanned(before: int, now: int) -> bool:

@@ -99,15 +99,15 @@ def test_a_slower_machine_is_said_once_and_the_limit_is_kept(tmp_path: Path) -> 
 
 
 def test_a_faster_machine_gets_more_trials_up_to_the_limit_of_trials(tmp_path: Path) -> None:
-    search = Search(tmp_path / "study", most=20)
+    search = Search(tmp_path / "study", most=30)
     search.within.begin(COST)
     before = search.within.trials
     assert before < 20
     while search.allows():
         search.trial(slower=0.25)
-    assert len(search.study.get_trials(deepcopy=False)) == 20
-    assert f"20 trials instead of {before}" in search.said[0]
-    assert search.within.why == "20 trials are done, the limit of --trials"
+    assert len(search.study.get_trials(deepcopy=False)) == 30
+    assert f"30 trials instead of {before}" in search.said[0]
+    assert search.within.why == "30 trials are done, the limit of --trials"
 
 
 def test_too_small_a_budget_is_said_and_trial_0_runs_but_no_other(tmp_path: Path) -> None:

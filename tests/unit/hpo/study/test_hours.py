@@ -9,6 +9,7 @@ import pytest
 from hpo.study.hours import (
     LEAST,
     ROUNDS,
+    SPARE,
     Durations,
     Plan,
     Round,
@@ -107,12 +108,14 @@ def test_two_processes_plan_twice_the_trials() -> None:
 
 
 def test_the_largest_confirmation_that_fits_never_more_than_the_one_begun() -> None:
-    cost = DURATIONS.confirmation
+    def cost(what: Round) -> float:
+        return DURATIONS.confirmation(what) / SPARE
+
     assert fitting(1e6, cost) == ROUNDS[0]
     begun = possible(9, Round(2, 1))
-    assert fitting(1e6, cost, begun) == Round(2, 1) and fitting(cost(LEAST), cost, begun) == LEAST
+    assert fitting(1e6, cost, begun) == Round(2, 1) and fitting(SPARE * cost(LEAST), cost, begun) == LEAST
     assert fitting(1e6, cost, possible(2)) == Round(2, 2) and possible(0) == (LEAST,)
-    assert fitting(cost(LEAST) - 1, cost) is None
+    assert fitting(SPARE * cost(LEAST) - 1, cost) is None
 
 
 def test_a_new_plan_is_said_beyond_a_fifth() -> None:
