@@ -86,11 +86,11 @@ def make_sampler(
         )
     assert name in SAMPLERS, name
     if name == "cmaes" and learned and study is not None:
-        return _next_of_cmaes(seed, state, study)
+        return _next_of_cmaes(state, study)
     return RandomSampler(seed=state)
 
 
-def _next_of_cmaes(seed: int, state: int, study: optuna.Study) -> BaseSampler:
+def _next_of_cmaes(state: int, study: optuna.Study) -> BaseSampler:
     """A sampler that proposes what CMA-ES proposes after the study's finished trials, in the order of their numbers.
 
     Choices have no order, so they are drawn at random.
@@ -100,7 +100,7 @@ def _next_of_cmaes(seed: int, state: int, study: optuna.Study) -> BaseSampler:
         return RandomSampler(seed=state)
     space = done[0].distributions
     sampler = optuna.samplers.CmaEsSampler(
-        seed=seed % 2**31,
+        seed=state % 2**31,  # of study and number: workers that ask at once draw different points
         n_startup_trials=1,
         independent_sampler=RandomSampler(seed=state),
         warn_independent_sampling=False,

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from optuna.exceptions import StorageInternalError
+
 from evaluation.score import CLIPPED
 from hpo.machine import share_threads
 from hpo.search.remedies import CHECKPOINTING, remedies_of, remedy_words, with_remedies
@@ -139,7 +141,10 @@ def run_trial(
     _note(folder, "start", threads=threads)
     try:
         result = _work(bench, folder, config, Watched(watch, check))
-    except ClaimLost:
+    except (
+        ClaimLost,
+        StorageInternalError,
+    ):  # no result: the worker takes the next, or connects again and resumes
         raise
     except Interrupted:
         _note(folder, "interrupted")

@@ -65,6 +65,17 @@ def test_cmaes_learns_from_the_finished_trials(tmp_path: Path) -> None:
     assert sum(map(value, found[-8:])) > sum(map(value, random[-8:]))
 
 
+def test_workers_that_ask_cmaes_at_once_get_different_points(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'a.db'}"
+    proposals(storage, "cmaes", 8)
+    asked = []
+    for number in (8, 9):  # the first is still running when the second is asked for
+        study = optuna.load_study(study_name="s", storage=storage)
+        study.sampler = make_sampler(5, number, TOTAL, name="cmaes", study=study)
+        asked.append(study.ask(SPACE).params)
+    assert asked[0]["rate"] != asked[1]["rate"]
+
+
 def test_cmaes_stores_and_reads_no_pickle(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'a.db'}"
     proposals(storage, "cmaes", 8)
