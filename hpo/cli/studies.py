@@ -29,8 +29,8 @@ from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
 @click.option(
     "--hours",
     type=Finite(min=0, min_open=True, max=10_000),
-    help="Time budget of search and confirmation together. Plans how many trials fit, ends in time with a "
-    "confirmed winner. A command that was stopped goes on with what is left.",
+    help="Time budget of search and confirmation together. Plans how many trials fit, and confirms the best "
+    "ones in the time left. A command that was stopped goes on with what is left.",
 )
 @options.definition("FILE.toml", "Study file: what is searched. Or the name of a shipped study file.")
 @options.sets("Fix a setting (network_dim=16), or change a value of the study file (sampling.steps=10).")

@@ -34,7 +34,6 @@ from hpo.study import (
     StudyFolder,
     Worked,
     fitting,
-    holder,
     measured,
     open_study,
     possible,
@@ -52,7 +51,7 @@ def confirm_within(folder: StudyFolder, worked: Worked, console: Console) -> Non
     """Confirm the study with what is left of its budget.  One process does it.  Raises ToolError."""
     lock = folder.confirm_lock()
     if not lock.try_acquire():
-        say(console, f"process {holder(lock.path)} confirms this study")
+        say(console, "another process confirms this study already")
         say(console, f"next: hpo status {folder.words}")
         return
     try:
