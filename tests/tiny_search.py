@@ -176,6 +176,13 @@ def table(folder: StudyFolder) -> dict[int, tuple[dict[str, Any], float | None]]
     return {t.number: (t.params, t.value) for t in open_study(folder).get_trials(deepcopy=False)}
 
 
+def finished_runs(place: Path, trials: int) -> Path:
+    """A runs folder in ``place`` with one finished study of so many trials, named tiny."""
+    draw_images(place / "images" / "1_zkw figure", 10)
+    make_search(tiny_bench(place / "runs" / "tiny", place / "images"), SearchLimits(trials)).run()
+    return place / "runs"
+
+
 def check_study(folder: StudyFolder, trials: int) -> None:
     """What must hold of a finished study, whatever happened to the processes that made it."""
     if folder.database.is_file():  # otherwise it is on a server

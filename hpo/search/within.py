@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
-from hpo.search.sampled import startup_trials
+from hpo.search.samplers import startup_trials
 from hpo.study import (
     TOTAL,
     Durations,

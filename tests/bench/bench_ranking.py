@@ -34,7 +34,6 @@ from evaluation.score.evaluator import make_anchors
 from hpo.search.workbench import Workbench, load
 from hpo.study.config import Inputs, find_study, read_study
 from hpo.study.folder import StudyFolder
-from hpo.study.space.space import Choice
 from tests import objectives, ranking
 from trainer.adapters import adapter as adapters
 from trainer.bases.miniature import captions, checker, subjects
@@ -54,12 +53,7 @@ def proposals(bench: Workbench, count: int) -> list[dict[str, Any]]:
     """Quasi-random points of the space: a scrambled Sobol sequence (Owen 1998), one dimension a parameter."""
     places = torch.quasirandom.SobolEngine(len(bench.study.space), scramble=True, seed=SOBOL_SEED).draw(count)
     return [
-        {
-            p.name: p.domain.options[min(int(place * len(p.domain.options)), len(p.domain.options) - 1)]
-            if isinstance(p.domain, Choice)
-            else p.domain.from_unit(float(place))
-            for p, place in zip(bench.study.space, row, strict=True)
-        }
+        {p.name: p.domain.from_unit(float(place)) for p, place in zip(bench.study.space, row, strict=True)}
         for row in places.tolist()
     ]
 

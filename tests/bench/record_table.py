@@ -38,7 +38,7 @@ from evaluation.prompts import PromptSet
 from evaluation.score import Evaluator, make_anchors
 from evaluation.score.score import Score, score
 from hpo.search.workbench import Workbench, load
-from hpo.study import Choice, Inputs, Range, StudyFolder, read_study
+from hpo.study import Choice, Inputs, Range, StudyConfig, StudyFolder, read_study
 from tests.bench.bench_ranking import verdict
 from trainer.adapters import Adapter
 from trainer.adapters import adapter as adapters
@@ -101,35 +101,34 @@ def wanted() -> list[Cell]:
 
 
 @cache
+def definition() -> StudyConfig:
+    return read_study(DEFINITION)
+
+
+@cache
 def points() -> tuple[tuple[float, ...], ...]:
     """The quasi-random points: a scrambled Sobol sequence (Owen 1998), the length last."""
-    space = read_study(DEFINITION).space
+    space = definition().space
     engine = torch.quasirandom.SobolEngine(len(space) + 1, scramble=True, seed=SOBOL_SEED)
     return tuple(tuple(row) for row in engine.draw(max(BASES.values())).tolist())
 
 
 def suggested(config: int) -> dict[str, Any]:
     """The proposal of a configuration, with its length in images seen."""
-    study = read_study(DEFINITION)
     if config == USUAL:
-        return {**study.baseline, LENGTH: USUAL_IMAGES}
+        return {**definition().baseline, LENGTH: USUAL_IMAGES}
     *places, length = points()[config]
-    values: dict[str, Any] = {}
-    for p, place in zip(study.space, places, strict=True):
-        if isinstance(p.domain, Choice):
-            options = p.domain.options
-            values[p.name] = options[min(int(place * len(options)), len(options) - 1)]
-        else:
-            values[p.name] = _even(p.domain, place)
+    values = {
+        p.name: _even(p.domain).from_unit(place) for p, place in zip(definition().space, places, strict=True)
+    }
     return {**values, LENGTH: IMAGES.from_unit(length)}
 
 
-def _even(domain: Range, place: float) -> Any:
-    """A whole number has an equal share of the places."""
-    if not domain.whole:
-        return domain.from_unit(place)
-    low, high = int(domain.low), int(domain.high)
-    return min(low + int(place * (high - low + 1)), high)
+def _even(domain: Range | Choice) -> Range | Choice:
+    """A domain whose whole numbers have equal shares of the places; the ends of a rounded range have half of one."""
+    if isinstance(domain, Range) and domain.whole:
+        return Choice(tuple(range(int(domain.low), int(domain.high) + 1)))
+    return domain
 
 
 def config_of(bench: Workbench, values: Mapping[str, Any], seed: int) -> TrainConfig:

@@ -21,6 +21,7 @@ from hpo.transfer.probes.run import in_order
 from hpo.transfer.probes.side import ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import probe_by_probe
 from hpo.transfer.profile import ProfileLimits
+from tests.e2e.test_next_lines import SETS as SMALL
 from tests.pretendcard import GB, State, pretend_card
 from tests.tiny_run import JUDGING, MINI_CLIP, THREE_CHECKPOINTS, loud_base
 from tests.tiny_search import Recorder, check_study, draw_images, tiny_bench
@@ -128,16 +129,6 @@ def test_probes(card: State, data: Path, tmp_path: Path) -> None:
     probes = [Probe(), Probe(octaves=-1)]
     found = probe_by_probe(study, bench, side, in_order(probes), Recorder())
     assert [one.probe for one in found] == probes and all(len(one.prompts) == 2 for one in found)
-
-
-SMALL = (
-    "prompts.counts={ train-like = 3, altered = 3, class-only = 1 }",
-    "confirmation.counts={ train-like = 2, altered = 2, class-only = 1 }",
-    "prompts.seeds=[0]",
-    "confirmation.seeds=[1000]",
-    "sampling.steps=8",
-    "max_train_epochs=1",
-)
 
 
 @pytest.mark.slow

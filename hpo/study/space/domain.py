@@ -92,6 +92,10 @@ class Choice:
     def holds(self, value: Any) -> bool:
         return any(value == o and isinstance(value, bool) == isinstance(o, bool) for o in self.options)
 
+    def from_unit(self, place: float) -> Any:
+        """The option at a position between 0 and 1; each has an equal share."""
+        return self.options[min(int(place * len(self.options)), len(self.options) - 1)]
+
     def distribution(self) -> BaseDistribution:
         from optuna.distributions import CategoricalDistribution
 

@@ -19,14 +19,13 @@ from click.testing import CliRunner, Result
 
 from evaluation.score.score import SAMPLES_NAME
 from hpo.cli.main import main
-from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.importance import FEWEST
 from hpo.study.locks import Lock
 from hpo.study.retention import DRAWN
 from hpo.study.storage import create_study, open_study
 from tests.stored.commands import NAME, unpack
-from tests.tiny_search import draw_images, make_search, tiny_bench, tiny_study
+from tests.tiny_search import finished_runs, tiny_study
 from trainer.config import TrainConfig
 from trainer.kohya import read_train_file
 
@@ -34,10 +33,7 @@ from trainer.kohya import read_train_file
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with one finished study of three trials, named tiny."""
-    place = tmp_path_factory.mktemp("best")
-    draw_images(place / "images" / "1_zkw figure", 10)
-    make_search(tiny_bench(place / "runs" / "tiny", place / "images"), SearchLimits(3)).run()
-    return place / "runs"
+    return finished_runs(tmp_path_factory.mktemp("best"), 3)
 
 
 @pytest.fixture

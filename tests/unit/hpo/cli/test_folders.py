@@ -18,20 +18,16 @@ from rich.console import Console
 from hpo.cli import which
 from hpo.cli.folders import _table
 from hpo.cli.main import main
-from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder
 from hpo.study.work import WORK
-from tests.tiny_search import draw_images, make_search, tiny_bench
+from tests.tiny_search import finished_runs
 from trainer.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs folder with one finished tiny study, named tiny."""
-    place = tmp_path_factory.mktemp("folders")
-    draw_images(place / "images" / "1_zkw figure", 10)
-    make_search(tiny_bench(place / "runs" / "tiny", place / "images"), SearchLimits(2)).run()
-    return place / "runs"
+    return finished_runs(tmp_path_factory.mktemp("folders"), 2)
 
 
 @pytest.fixture
