@@ -142,11 +142,11 @@ def search(
         ask=asker(),
         fork_from=fork_from,
     )
-    screen = console()
-    from hpo.confirm import confirm_within
+    screen, then = console(), None
+    if hours is not None:
+        from hpo.confirm import confirm_within
 
-    then = None if hours is None else partial(confirm_within, console=screen)
-
+        then = partial(confirm_within, console=screen)
     token = STORAGE.set(storage)
     try:
         run(request, screen, then)
