@@ -6,11 +6,12 @@ a server (``hpo.study.server``) or claims (``hpo.study.ownership``).
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,13 +88,33 @@ def open_storage(folder: StudyFolder) -> optuna.storages.RDBStorage:
 
     url = folder.url
     try:
-        _write_ahead(folder.database)
-        return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}})
+        with _one_opens(folder.database.parent):
+            _write_ahead(folder.database)
+            return optuna.storages.RDBStorage(
+                url, engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_SECONDS}}
+            )
     except Exception as error:  # sqlite3, SQLAlchemy and alembic raise different types
         reason = clean_text(first_line(error))
         raise MachineError(
             f"cannot open {folder.database}: {reason}", f"restore the file, or start a study {another_name()}"
         ) from error
+
+
+@contextmanager
+def _one_opens(parent: Path) -> Iterator[None]:
+    """Let one process at a time create the tables of a database in this folder.
+
+    SQLAlchemy looks which tables are missing and then creates them.  Two processes that open a new database
+    at once would both create them, and one of them would fail.  The lock is on the folder: a lock on the file would
+    meet SQLite's own ones.  A disk without such locks goes on without it.
+    """
+    descriptor = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write_ahead(database: Path) -> None:
