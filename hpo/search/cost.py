@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from optuna.trial import TrialState
 
+from hpo.search.looks import look_images
 from hpo.search.remedies import with_remedies
 from hpo.search.workbench import Workbench
 from hpo.study import (
+    COUNTED,
     IMAGES_SEEN,
     Choice,
     Pace,
@@ -131,7 +132,7 @@ def estimate(bench: Workbench, study: optuna.Study, *, probe: bool) -> Cost:
     return Cost(
         steps=float(np.mean(steps)),
         samples=float(np.mean(samples)),
-        images=bench.prompts.image_count,
+        images=bench.prompts.image_count + look_images(bench),
         ends=ends(bench),
         pace=pace,
         lora_bytes=round(float(np.mean([_lora_bytes(bench, config) for config in drawn]))),
@@ -219,7 +220,7 @@ def _too_long(bench: Workbench, cost: Cost, pace: Pace, trials: int, max_hours: 
 def after_first_line(bench: Workbench, study: optuna.Study, cost: Cost, trials: int, keep: int | None) -> str:
     """Time and disk, corrected by the finished trials.  Empty if none was scored."""
     pace = measured(study, bench.folder)
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    done = study.get_trials(deepcopy=False, states=COUNTED)
     left = trials - len(done)
     if pace is None or left <= 0:
         return ""
@@ -251,7 +252,7 @@ def final_bytes(folder: StudyFolder, study: optuna.Study, cost: Cost, trials: in
     """
     size = folder.database.stat().st_size if folder.database.is_file() else 0
     now = folder_bytes(folder.root) + max(0, DATABASE_BYTES - size)
-    done = [t.number for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
+    done = [t.number for t in study.get_trials(deepcopy=False, states=COUNTED)]
     if not done:
         return now + cost.bytes_for(trials, keep)
     loras = sum(folder.trial(n).lora.stat().st_size for n in done if folder.trial(n).lora.is_file())

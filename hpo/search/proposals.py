@@ -19,6 +19,8 @@ from trainer.data import Dataset, total_steps
 if TYPE_CHECKING:
     import optuna
 
+    from hpo.search.looks import Looks
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -110,6 +112,10 @@ class Proposals(Protocol):
     def prepare(self, suggested: Mapping[str, Any], folder: TrialFolder) -> None:
         """Write files that the trial needs into its folder."""
         return
+
+    def looks(self, trial: optuna.Trial, folder: TrialFolder) -> Looks | None:
+        """How the trial is looked at while it is trained.  None: it runs to its end."""
+        return None
 
     def after(self, suggested: Mapping[str, Any], result: Result) -> None:
         """Called after each result.  An error ends the worker."""

@@ -16,12 +16,14 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import alerts, dashboard
+from hpo.search.looks import Looks
 from hpo.search.proposals import Proposal, Proposals
 from hpo.search.samplers import make_sampler, startup_trials
 from hpo.study import (
     BASELINE,
     BEST,
     CONVERGED,
+    COUNTED,
     DUPLICATE,
     FAILED,
     FORK,
@@ -33,6 +35,7 @@ from hpo.study import (
     Standing,
     StudyConfig,
     StudyFolder,
+    TrialFolder,
     another_name,
     convergence,
     drop_files,
@@ -173,7 +176,7 @@ class SearchProposals(BenchProposals):
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         config = self.bench.study
         # Studies told clipped values began before the rule existed and go on without it.
-        learned = not config.score.signed or any(is_feasible(t) and is_above_base(t) for t in self._done())
+        learned = not config.score.signed or any(map(self._learned, self._done()))
         forked = self.study.study_name if self.study.user_attrs.get(FORK) else ""
         self.study.sampler = make_sampler(
             config.study.seed,
@@ -192,7 +195,7 @@ class SearchProposals(BenchProposals):
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
         """Names the earlier trial with the same settings, if there is one."""
         own = self.bench.study.config(suggested)
-        for other in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
+        for other in self.study.get_trials(deepcopy=False, states=(*COUNTED, TrialState.RUNNING)):
             known = other.params.keys() == suggested.keys()
             if known and other.number != number and self.bench.study.config(other.params) == own:
                 return f"{DUPLICATE} of trial {other.number}"
@@ -206,7 +209,11 @@ class SearchProposals(BenchProposals):
         return bool(self.study.user_attrs.get(STOP))
 
     def _done(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return self.study.get_trials(deepcopy=False, states=COUNTED)
+
+    @staticmethod
+    def _learned(trial: FrozenTrial) -> bool:
+        return trial.state == TrialState.COMPLETE and is_feasible(trial) and is_above_base(trial)
 
     def _proposals_left(self) -> int:
         """How many more duplicates are allowed.  0 if an earlier command already exhausted the space."""
@@ -218,6 +225,9 @@ class SearchProposals(BenchProposals):
                 break
             in_a_row += 1
         return max(0, MAX_DUPLICATES - in_a_row)
+
+    def looks(self, trial: optuna.Trial, folder: TrialFolder) -> Looks | None:
+        return Looks.of(self.bench, trial, folder, self.total)
 
     # After a result
 

@@ -20,6 +20,7 @@ from hpo.study import (
     FAILED,
     INFEASIBLE_REASONS,
     OBJECTIVE,
+    PRUNED,
     SCORE,
     Claimed,
     Result,
@@ -86,5 +87,7 @@ class Teller:
         dashboard.publish(trial, self.folder, result, settings, self.say)
         if result.state == FAILED:
             trial.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        elif result.state == PRUNED:  # its value is the last intermediate one
+            trial.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
         else:
             trial.study.tell(trial, objective_values(result, self.objectives), skip_if_finished=True)

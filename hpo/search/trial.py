@@ -24,11 +24,13 @@ from optuna.exceptions import StorageInternalError
 
 from evaluation.score import CLIPPED
 from hpo.machine import share_threads
+from hpo.search.looks import Looks, Stopped
 from hpo.search.remedies import CHECKPOINTING, remedies_of, remedy_words, with_remedies
 from hpo.study import (
     COMPLETE,
     FAILED,
     INFEASIBLE,
+    PRUNED,
     ClaimLost,
     Result,
     TrialFolder,
@@ -42,6 +44,7 @@ from hpo.terminal import short
 from hpo.train import StepLog, train_adapter
 from trainer.adapters import COMMENT, CONFIG_KEY, dataset_metadata
 from trainer.config import TrainConfig
+from trainer.data import total_steps
 from trainer.errors import (
     DeviceLost,
     Interrupted,
@@ -51,7 +54,7 @@ from trainer.errors import (
     SettingsFailure,
     ToolError,
 )
-from trainer.events import Finished
+from trainer.events import Finished, Skipped, Step
 from trainer.files import append_line, read_records, sha256_file, sweep_tree
 from trainer.memory import next_rung
 from trainer.oom import named, out_of_memory_named
@@ -126,9 +129,16 @@ def failed(folder: TrialFolder, config: TrainConfig, reason: str, message: str) 
 
 
 def run_trial(
-    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watch, check: Check = unshared
+    bench: Workbench,
+    folder: TrialFolder,
+    config: TrainConfig,
+    watch: Watch,
+    check: Check = unshared,
+    looks: Looks | None = None,
 ) -> Result:
     """Start or resume the trial, write result.json, and delete the files needed only to resume.
+
+    ``looks``: the trial is looked at while it is trained, and may be stopped.
 
     Raises Interrupted (progress is saved), and ClaimLost, after which nothing more is written.  Errors while writing
     result.json are not caught: the trial then has no result.
@@ -140,7 +150,7 @@ def run_trial(
         _log(folder, f"begun with {begun_with} CPU threads, goes on with {threads}: the last bits may differ")
     _note(folder, "start", threads=threads)
     try:
-        result = _work(bench, folder, config, Watched(watch, check))
+        result = _work(bench, folder, config, Watched(watch, check), looks)
     except (
         ClaimLost,
         StorageInternalError,
@@ -149,6 +159,11 @@ def run_trial(
     except Interrupted:
         _note(folder, "interrupted")
         raise
+    except Stopped as stopped:
+        _log(folder, stopped.message)
+        result = _result(
+            folder, config, _Ending(PRUNED, stopped.value, reason="behind", message=stopped.message)
+        )
     except DeviceLost as error:  # every later trial of this process would fail too
         _log(folder, f"stopped: {error}")
         raise
@@ -182,8 +197,10 @@ def run_trial(
     return result
 
 
-def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watched) -> Result:
-    adapter, remedy = _trained(bench, folder, config, watch)
+def _work(
+    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watched, looks: Looks | None
+) -> Result:
+    adapter, remedy = _trained(bench, folder, config, watch, looks)
     try:
         started = time.monotonic()
         score = _scored(bench, folder, adapter, config, watch)
@@ -208,7 +225,7 @@ def _work(bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Wat
 
 
 def _trained(
-    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watched
+    bench: Workbench, folder: TrialFolder, config: TrainConfig, watch: Watched, looks: Looks | None = None
 ) -> tuple[Adapter, str]:
     """The trained adapter in the base, rounded to its file's precision, and the memory remedy that was needed."""
     from trainer.adapters import lorafile
@@ -227,7 +244,8 @@ def _trained(
         settled = with_remedies(config, remedies)
         try:
             with out_of_memory_named(settled):
-                return _train(bench, folder, config, settled, watch), remedy_words(config, remedies)
+                trained = _train(bench, folder, config, settled, watch, looks)
+                return trained, remedy_words(config, remedies)
         except OutOfMemory as error:
             rung = next_rung(settled, remedies, keeps_result=True)
             bench.remedies.ran_out(folder.number, settled)
@@ -253,7 +271,12 @@ def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, 
 
 
 def _train(
-    bench: Workbench, folder: TrialFolder, config: TrainConfig, settled: TrainConfig, watch: Watched
+    bench: Workbench,
+    folder: TrialFolder,
+    config: TrainConfig,
+    settled: TrainConfig,
+    watch: Watched,
+    looks: Looks | None,
 ) -> Adapter:
     """The trained adapter, also written to its file.  ``settled``: the settings with the remedies."""
     from trainer.adapters import lorafile
@@ -270,12 +293,15 @@ def _train(
             )
 
     log = StepLog(folder.steps)
+    marks = looks.marks(total_steps(config, bench.data)) if looks else {}
 
     def on_event(event: Event, adapter: Adapter) -> None:
         watch.check()
         more = {WEIGHT_CHANGE: adapter.weight_change()} if isinstance(event, Finished) else {}
         log.write(event, **more)
         watch.on_event(event)
+        if looks and isinstance(event, Step | Skipped) and event.step in marks:
+            looks.after(event.step, marks[event.step])
 
     # the batches stay the same, however many images are computed at once (``trainer.loop.stepper``)
     how = Conduct(
@@ -457,6 +483,7 @@ def _result(folder: TrialFolder, config: TrainConfig, ending: _Ending) -> Result
         objective=measured.objective if measured else ending.value,
         objective_se=measured.objective_se if measured else None,
         below_zero=ending.below_zero,
+        look_seconds=round(sum(row.get("seconds", 0.0) for row in read_records(folder.looks)), 3),
     )
 
 

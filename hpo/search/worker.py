@@ -15,6 +15,7 @@ import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
 from hpo.search.claim import Claim, Claims
+from hpo.search.looks import look_images
 from hpo.search.telling import Teller
 from hpo.search.trial import Watch, deaths_without_progress, failed, resumes_from, run_trial
 from hpo.study import (
@@ -97,7 +98,7 @@ class Worker:
         forecast = Forecast(
             pace,
             samples=own,
-            images=self.bench.prompts.image_count,
+            images=self.bench.prompts.image_count + look_images(self.bench),
             trials_ahead=self.source.trials_ahead(now),
             samples_ahead=ahead,
             workers=max(1, now.running),
@@ -160,7 +161,8 @@ class Worker:
             write_result(folder, result)
             return result
         self.source.prepare(claim.suggested, folder)
-        return run_trial(self.bench, folder, config, self.view, claim.lock.check)
+        looks = self.source.looks(claim.trial, folder)
+        return run_trial(self.bench, folder, config, self.view, claim.lock.check, looks)
 
     def tell(self, claim: Claim, result: Result) -> None:
         """Report the result to Optuna."""

@@ -90,6 +90,7 @@ from .result import FAILED as FAILED
 from .result import INFEASIBLE as INFEASIBLE
 from .result import INFEASIBLE_REASONS as INFEASIBLE_REASONS
 from .result import INFEASIBLE_VALUE as INFEASIBLE_VALUE
+from .result import PRUNED as PRUNED
 from .result import Result as Result
 from .result import config_sha256 as config_sha256
 from .result import deciding as deciding
@@ -113,6 +114,7 @@ from .scoring import worded as worded
 from .scoring import wording_line as wording_line
 from .sections import OBJECTIVE as OBJECTIVE
 from .sections import PRESETS as PRESETS
+from .sections import PRUNERS as PRUNERS
 from .sections import SAMPLERS as SAMPLERS
 from .sections import SCORE as SCORE
 from .space.derived import IMAGES_SEEN as IMAGES_SEEN
@@ -123,6 +125,7 @@ from .space.space import ELSEWHERE as ELSEWHERE
 from .space.space import NOT_SEARCHABLE as NOT_SEARCHABLE
 from .space.space import settings_of as settings_of
 from .standing import BASELINE as BASELINE
+from .standing import COUNTED as COUNTED
 from .standing import DUPLICATE as DUPLICATE
 from .standing import ENQUEUED as ENQUEUED
 from .standing import FORKED_FROM as FORKED_FROM

@@ -185,6 +185,11 @@ def _built(name: str, sections: Sections, seed: int | None) -> StudyConfig:
         raise ConfigError(
             "cmaes has one objective, but this study has two", "use the sampler tpe, gp or random"
         )
+    if search.pruner != "none" and len(study.objectives) > 1:
+        raise ConfigError(
+            f"the pruner {search.pruner} needs one objective, but this study has two",
+            'remove it, or use objectives = ["score"]',
+        )
     return StudyConfig(
         name,
         study,

@@ -67,6 +67,11 @@ class TrialFolder:
         return self.root / "checkpoints"
 
     @property
+    def looks(self) -> Path:
+        """What was seen in the middle of the training (``hpo.search.looks``)."""
+        return self.root / "looks.jsonl"
+
+    @property
     def starts(self) -> Path:
         return self.root / "starts.jsonl"
 

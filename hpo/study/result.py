@@ -22,6 +22,7 @@ from trainer.errors import MachineError
 from trainer.files import make_folder, write_atomic
 
 COMPLETE, INFEASIBLE, FAILED = "complete", "infeasible", "failed"
+PRUNED = "pruned"  # stopped in the middle of its training
 # Below every measured value, which is above 0 or, in a study that is told signed values, above -1
 # (evaluation.score.formula): finite, constant, and clearly not a measurement.
 INFEASIBLE_VALUE, SIGNED_INFEASIBLE_VALUE = -0.1, -1.0
@@ -37,9 +38,10 @@ INFEASIBLE_REASONS = (
 class Result:
     """The content of result.json.
 
-    ``value`` is the score, which is shown; of an infeasible trial the constant that Optuna is told; None for a failed
-    trial.  ``objective`` is what Optuna is told: equal to ``value`` above 0.  Results of older versions have no
-    ``objective`` and tell ``value``.  ``below_zero`` names the form of the told values (``Formula``).
+    ``value`` is the score, which is shown; of an infeasible trial the constant that Optuna is told; of a pruned one
+    the value of its last look; None for a failed trial.  ``objective`` is what Optuna is told: equal to ``value`` above
+    0.  Results of older versions have no ``objective`` and tell ``value``.  ``below_zero`` names the form of the told
+    values (``Formula``).
     """
 
     number: int
@@ -74,10 +76,11 @@ class Result:
     objective: float | None = None
     objective_se: float | None = None
     below_zero: str = CLIPPED
+    look_seconds: float = 0.0  # of images drawn in the middle of the training
 
     @property
     def seconds(self) -> float:
-        return self.train_seconds + self.score_seconds
+        return self.train_seconds + self.score_seconds + self.look_seconds
 
 
 _NAMES = {f.name for f in fields(Result)}
@@ -150,7 +153,7 @@ def read_result(folder: TrialFolder, config: TrainConfig) -> Result | None:
     if found.state == FAILED:
         return found
     sound = found.value is not None and math.isfinite(found.value)
-    return found if sound and found.state in (COMPLETE, INFEASIBLE) else None
+    return found if sound and found.state in (COMPLETE, INFEASIBLE, PRUNED) else None
 
 
 def write_result(folder: TrialFolder, result: Result) -> None:

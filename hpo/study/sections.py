@@ -68,11 +68,21 @@ class StudySection:
 SAMPLERS = ("tpe", "tpe-independent", "gp", "cmaes", "qmc", "random")
 
 
+# behind: a paired test against the best trial (hpo.search.looks); the others are Optuna's
+PRUNERS = ("none", "behind", "median", "halving")
+
+
 @dataclass(frozen=True)
 class SearchSection:
-    """[search]: how trials are proposed.  It may change while a study runs; each trial notes its sampler."""
+    """[search]: how trials are proposed, and which are stopped early.  It may change while a study runs; each trial
+    notes its sampler.
+
+    ``looks``: after which parts of its training a trial is looked at; only with a pruner.
+    """
 
     sampler: str = setting("tpe", choices=SAMPLERS)
+    pruner: str = setting("none", choices=PRUNERS)
+    looks: tuple[float, ...] = setting((0.5,), low=0.05, high=0.95, least=1, example="[0.5]")
 
 
 @dataclass(frozen=True)

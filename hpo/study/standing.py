@@ -28,12 +28,16 @@ if TYPE_CHECKING:
 
 ROLE, BASELINE, ENQUEUED = "role", "baseline", "enqueued"  # a trial's user attribute and its values
 FORKED_FROM = "forked_from"  # a trial's user attribute: study and number of the trial that was taken over
+COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)  # trials that count towards --trials
 DUPLICATE = "duplicate"  # prefix of the reason of a proposal that repeats an earlier trial
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A snapshot of the study.  Best and baseline are (number, score, standard error), or None."""
+    """A snapshot of the study.  Best and baseline are (number, score, standard error), or None.
+
+    ``complete``: trials with a result; ``infeasible`` and ``pruned`` ones are among them.
+    """
 
     total: int
     complete: int
@@ -46,6 +50,7 @@ class Standing:
     duplicates: int = 0  # proposals that repeat an earlier trial; not counted as failed
     baseline_trouble: str = ""  # why the baseline has no score, if it has run
     only_baseline: bool = False  # whether no other trial has a score
+    pruned: int = 0  # stopped in the middle of their training
     front: tuple[int, ...] = ()  # with two objectives: trials that no other trial beats in both
 
     @property
@@ -62,9 +67,10 @@ def standing(study: optuna.Study, total: int) -> Standing:
     best = max(scored, key=rank, default=None)
     baseline = next((t for t in feasible if t.user_attrs.get(ROLE) == BASELINE), None)
     twins = sum(map(is_duplicate, trials))
+    pruned = sum(t.state == TrialState.PRUNED for t in trials)
     return Standing(
         total=total,
-        complete=len(done),
+        complete=len(done) + pruned,
         infeasible=len(done) - len(feasible),
         failed=sum(t.state == TrialState.FAIL for t in trials) - twins,
         running=sum(t.state == TrialState.RUNNING for t in trials),
@@ -73,6 +79,7 @@ def standing(study: optuna.Study, total: int) -> Standing:
         duplicates=twins,
         baseline_trouble="" if baseline else _trouble(trials),
         only_baseline=bool(scored) and scored == [baseline],
+        pruned=pruned,
         front=pareto_front(feasible) if len(study.directions) > 1 else (),
     )
 
@@ -95,7 +102,7 @@ def is_above_base(trial: FrozenTrial) -> bool:
 
 def _figure(trial: FrozenTrial, name: str) -> float | None:
     """A stored figure; for a single objective without it (older versions, the dashboard) the value told."""
-    if not trial.values:
+    if not trial.values or trial.state == TrialState.PRUNED:  # its value is that of a look
         return None
     return trial.user_attrs.get(name, trial.values[0] if len(trial.values) == 1 else None)
 

@@ -273,7 +273,13 @@ def live_block(
         best += f"   {usual}" if len(best) + 3 + len(usual) <= width else f"\n  {usual}"
     tail = left(seconds) if seconds is not None else "time left: known after the first trial"
     troubles = [
-        f"{n} {what}" for n, what in ((standing.infeasible, "infeasible"), (standing.failed, "failed")) if n
+        f"{n} {what}"
+        for n, what in (
+            (standing.infeasible, "infeasible"),
+            (standing.pruned, "stopped early"),
+            (standing.failed, "failed"),
+        )
+        if n
     ]
     last = Text(STOPPING, style="bold") if stopping else Text("   ".join([tail, *troubles]), style="dim")
     return Group(head, grid, bar, *([Text(best)] if baseline else []), last)
@@ -314,6 +320,8 @@ def study_line(name: str, standing: Standing, kind: StudyKind | None = None) -> 
         words.append(f"{'confirms' if word == 'confirmation' else 'probes_of'}={clean_text(kind.of)}")
     words.append(f"complete={standing.complete}/{standing.total}")
     words += [f"infeasible={standing.infeasible}", f"failed={standing.failed}"]
+    if standing.pruned:
+        words.append(f"pruned={standing.pruned}")
     if standing.duplicates:
         words.append(f"duplicates={standing.duplicates}")
     if word == "confirmation":

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 GAP = 2  # columns between two cells
 FOLD = 12  # width from which names and words are broken at their underscores
 _COMMAND, _NO_BREAK = re.compile(r"(^ *|: )(hpo [a-z].*)$"), "\x1f"  # textwrap does not break at the latter
-DIM = ("infeasible", "failed", "duplicate")
+DIM = ("infeasible", "pruned", "failed", "duplicate")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,12 @@ def head_lines(table: StudyTable) -> list[str]:
     """What the study is and how far it is; what is equal in all trials."""
     now, noun = table.now, "runs" if table.kind.word == "confirmation" else "trials"
     parts = [f"{now.complete}/{max(now.total, now.complete)} {noun}"]
-    counts = {"infeasible": now.infeasible, "failed": now.failed, "duplicates": now.duplicates}
+    counts = {
+        "infeasible": now.infeasible,
+        "pruned": now.pruned,
+        "failed": now.failed,
+        "duplicates": now.duplicates,
+    }
     parts += [f"{count} {what}" for what, count in counts.items() if count]
     running = sum(row.process is not None for row in table.rows)
     parts += [f"{running} running"] if running else []
@@ -250,6 +255,7 @@ def status_json(table: StudyTable, confirmed: Mapping[str, Any] | None) -> dict[
         "complete": now.complete,
         "total": now.total,
         "infeasible": now.infeasible,
+        "pruned": now.pruned,
         "failed": now.failed,
         "duplicates": now.duplicates,
         "confirmed": {name: found.get(name) for name in names} if found else None,

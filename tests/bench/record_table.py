@@ -92,11 +92,10 @@ def wanted() -> list[Cell]:
         for base, count in BASES.items():
             share = BLOCK * count // max(BASES.values())
             first = start * share // BLOCK
-            cells += [Cell(base, n, 0, subject_of(n)) for n in range(first, min(first + share, count))]
-    for base in BASES:
-        cells += [
-            Cell(base, n, seed, subject_of(n)) for n in range(REPEATED) for seed in SEEDS if seed != SEEDS[0]
-        ]
+            block = range(first, min(first + share, count))
+            cells += [Cell(base, n, SEEDS[0], subject_of(n)) for n in block]
+            repeated = [n for n in block if n < REPEATED]  # noise decides about confirmation: not at the end
+            cells += [Cell(base, n, seed, subject_of(n)) for n in repeated for seed in SEEDS[1:]]
     return cells
 
 

@@ -15,7 +15,7 @@ from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from hpo.terminal.stop import Stop
 from tests.faults.zygote import attempt, die_at
-from tests.tiny_search import Recorder, check_study, make_search, table, tiny_bench
+from tests.tiny_search import Recorder, check_study, make_search, table, tiny_bench, tiny_study
 from trainer.errors import Interrupted
 from trainer.events import Step
 from trainer.files import read_records
@@ -155,3 +155,42 @@ def test_a_trial_that_keeps_killing_its_process_is_given_up(tmp_path: Path, data
     trials = open_study(StudyFolder(root)).get_trials(deepcopy=False)
     assert [t.state.name for t in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert trials[1].user_attrs["reason"] == "process_died"
+
+
+LOOKING = [
+    ("hpo.search.looks.look", 1, "after"),  # drawn, nothing written
+    ("hpo.search.looks.Looks._report", 1, "after"),  # Optuna knows, the file does not
+    ("hpo.search.looks.append_line", 1, "after"),  # both know, the trial goes on
+]
+
+
+def search_with_looks(root: Path, data: Path, *dies: Any) -> None:
+    if dies:
+        die_at(*dies)
+    changes = {
+        "search": {"pruner": "median", "looks": [0.3, 0.6]},
+        "space": {"max_train_epochs": {"low": 3, "high": 4}},
+        "baseline": {"max_train_epochs": 3},
+    }
+    bench = tiny_bench(root, data, tiny_study(changes))
+    make_search(bench, SearchLimits(TRIALS)).run()
+
+
+@pytest.mark.parametrize(("place", "call", "when"), LOOKING)
+def test_a_kill_at_a_look_repeats_none_that_was_finished(
+    tmp_path: Path, data: Path, place: str, call: int, when: str
+) -> None:
+    for root, dies in ((tmp_path / "whole", ()), (tmp_path / "killed", (place, call, when))):
+        if dies:
+            assert attempt(search_with_looks, root, data, *dies) == -signal.SIGKILL
+        assert attempt(search_with_looks, root, data) == 0
+        check_study(StudyFolder(root), TRIALS)
+    found = []
+    for name in ("whole", "killed"):
+        folder = StudyFolder(tmp_path / name)
+        rows = list(read_records(folder.trial(1).looks))
+        assert [row["percent"] for row in rows] == [30, 60]
+        [trial] = open_study(folder).get_trials(deepcopy=False)[1:]
+        assert trial.intermediate_values == {row["percent"]: row["value"] for row in rows}
+        found.append(trial.intermediate_values)
+    assert found[0] == found[1] and table(StudyFolder(tmp_path / "whole")) == table(folder)

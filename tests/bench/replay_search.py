@@ -1,0 +1,312 @@
+"""Searches replayed on the recorded table, at equal compute: what the tool ends with, against plain Optuna.
+
+    python -m tests.bench.replay_search [--file CELLS] [--surfaces 6] [--seeds 4] [--budgets 10 20 30]
+
+Every search runs on draws of ``table_surface``, for the three subjects, and may use the compute of so many whole
+trials: a training sample costs 1, an image ``IMAGE_COST`` (measured, from the table's seconds).  A whole trial is one
+of mean length with all its images.  The tool's searches pay for trial 0 and for their own confirmation out of it.
+Regret is the best score that the surface has anywhere, less that of the settings the search ends with, both without
+noise.  The intervals are over pairs of draw and subject, by bootstrap; the seeds within one are averaged first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+
+from hpo.search.samplers import make_sampler
+from hpo.study.hours import CONFIRM_SHARE, LEAST, ROUNDS, Round
+from tests.bench.record_table import CELLS, IMAGES, LENGTH, QUARTERS, SUBJECTS, definition, recorded
+from tests.bench.table_surface import Run, Surface, Table, domains
+
+SHOWN = 46  # images of a whole trial: 16 prompts, two seeds for most
+CONFIRMED = 44  # of a run of the confirmation
+USUAL = {**definition().baseline, LENGTH: 480}
+EPOCH = 240  # images seen in one epoch of the demo subjects
+RAW: Mapping[str, optuna.distributions.BaseDistribution] = {
+    # the plain space of a kohya user: every setting as sd-scripts names it, no ratios
+    "learning_rate": optuna.distributions.FloatDistribution(1e-4, 3e-2, log=True),
+    "text_encoder_lr": optuna.distributions.FloatDistribution(5e-6, 3e-2, log=True),
+    "network_dim": optuna.distributions.CategoricalDistribution((2, 4, 8, 16, 32)),
+    "network_alpha": optuna.distributions.CategoricalDistribution((1, 2, 4, 8, 16, 32)),
+    "lr_scheduler": optuna.distributions.CategoricalDistribution(
+        ("constant", "cosine", "cosine_with_restarts_3", "polynomial")
+    ),
+    "warmup_ratio": optuna.distributions.FloatDistribution(0.0, 0.15),
+    "train_batch_size": optuna.distributions.CategoricalDistribution((1, 2, 4, 8)),
+    "gradient_accumulation_steps": optuna.distributions.CategoricalDistribution((1, 2)),
+    "min_snr_gamma": optuna.distributions.CategoricalDistribution((0, 1, 5, 10)),
+    "noise_offset": optuna.distributions.FloatDistribution(0.0, 0.1),
+    "network_dropout": optuna.distributions.FloatDistribution(0.0, 0.3),
+    "max_train_epochs": optuna.distributions.IntDistribution(1, 5),
+}
+
+
+def from_raw(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the table's terms.  Ratios outside its ranges are the nearest recorded ones."""
+    found = {name: values[name] for name in domains() if name in values}
+    ratio = values["text_encoder_lr"] / values["learning_rate"]
+    alpha = values["network_alpha"] / values["network_dim"]
+    return found | {
+        "text_encoder_lr_ratio": float(np.clip(ratio, 0.05, 1.0)),
+        "network_dim_log2": int(np.log2(values["network_dim"])),
+        "network_alpha_ratio": float(np.clip(alpha, 0.25, 2.0)),
+        LENGTH: EPOCH * values["max_train_epochs"],
+    }
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to search.  ``looks``: quarters of the run after which a pruner sees ``look_images`` images."""
+
+    name: str
+    sampler: str = "tpe"  # of the tool; "plain": optuna.samplers.TPESampler() as a user makes it
+    raw: bool = False
+    confirms: bool = True
+    baseline: bool = True
+    pruner: Callable[[], optuna.pruners.BasePruner] | None = None
+    looks: tuple[int, ...] = ()
+    look_images: int = 15
+
+
+class Behind(optuna.pruners.BasePruner):
+    """Stop what is certainly behind: below the best trial's score at the same look by more than ``errors`` standard
+    errors of such a difference, or below ``floor``."""
+
+    def __init__(self, noise: float, errors: float = 3.0, floor: float = -0.25) -> None:
+        self.noise, self.errors, self.floor = noise, errors, floor
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        step = trial.last_step
+        assert step is not None
+        own = trial.intermediate_values[step]
+        if own < self.floor:
+            return True
+        if self.errors == np.inf:
+            return False
+        done = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+        if not done:
+            return False
+        best = max(done, key=lambda t: t.values[0])
+        there = best.intermediate_values.get(step)
+        return there is not None and own < there - self.errors * self.noise * 2**0.5
+
+
+NOISE_OF_LOOK = 0.1  # sd of the score of 15 images (table: standard errors of 46 are 0.03 to 0.1)
+RANDOM = Way("random, whole trainings", "random", raw=True, confirms=False, baseline=False)
+PLAIN = Way("TPESampler() on kohya's settings", "plain", raw=True, confirms=False, baseline=False)
+TOOL = Way("the tool")
+WAYS = (
+    RANDOM,
+    PLAIN,
+    TOOL,
+    replace(TOOL, name="· without confirmation", confirms=False),
+    replace(TOOL, name="· on kohya's settings", raw=True),
+    replace(TOOL, name="· tpe-independent", sampler="tpe-independent"),
+    replace(TOOL, name="· gp", sampler="gp"),
+    replace(TOOL, name="· cmaes", sampler="cmaes"),
+    replace(TOOL, name="· qmc", sampler="qmc"),
+    replace(TOOL, name="· random", sampler="random"),
+    replace(TOOL, name="· stops what is broken at ½", pruner=lambda: Behind(0.1, np.inf), looks=(2,)),
+    replace(TOOL, name="· stops what is 3 se behind at ½", pruner=lambda: Behind(0.1), looks=(2,)),
+    replace(TOOL, name="· the same at ¼ and ½", pruner=lambda: Behind(0.1), looks=(1, 2)),
+    replace(TOOL, name="· the same at ¾", pruner=lambda: Behind(0.1), looks=(3,)),
+    replace(
+        TOOL,
+        name="· MedianPruner at ½",
+        pruner=lambda: optuna.pruners.MedianPruner(n_startup_trials=5),
+        looks=(2,),
+    ),
+    replace(
+        TOOL,
+        name="· SuccessiveHalvingPruner ¼ ½",
+        pruner=lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+        looks=(1, 2),
+    ),
+)
+
+
+@dataclass
+class Purse:
+    """The compute of one search, in training samples."""
+
+    left: float
+    image_cost: float
+
+    def pay(self, samples: float, images: float) -> None:
+        self.left -= samples + images * self.image_cost
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a search ended with."""
+
+    settings: Mapping[str, Any]
+    trials: int
+    pruned: int
+
+
+def mean_cost(image_cost: float) -> float:
+    """Of a whole trial: the mean length in the space, and its images."""
+    low, high = IMAGES.low, IMAGES.high
+    return (high - low) / float(np.log(high / low)) + SHOWN * image_cost
+
+
+def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int) -> Ended:
+    """Replay one search with the compute of ``trials`` whole trials."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    rng = np.random.default_rng([seed, 11])
+    whole = mean_cost(image_cost)
+    purse = Purse(trials * whole, image_cost)
+    chosen = _round(trials, whole) if way.confirms else None
+    reserve = _confirm_cost(chosen, whole, image_cost) if chosen else 0.0
+    distributions = RAW if way.raw else {name: d.distribution() for name, d in domains().items()}
+    sampler = optuna.samplers.TPESampler(seed=seed) if way.sampler == "plain" else None
+    pruner = way.pruner() if way.pruner else optuna.pruners.NopPruner()
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
+    if way.baseline and not way.raw:
+        study.enqueue_trial(USUAL)
+    expected = max(2, round((purse.left - reserve) / whole))
+    while True:
+        done = study.get_trials(deepcopy=False)
+        if way.sampler != "plain":
+            learned = any(t.value is not None and t.value > 0.1 for t in done)
+            study.sampler = make_sampler(
+                seed, len(done), expected, learned=learned, name=way.sampler, study=study
+            )
+        if purse.left - reserve < whole / 2 and done:  # on average, all is used
+            break
+        trial = study.ask(distributions)
+        settings = from_raw(trial.params) if way.raw else dict(trial.params)
+        _run_trial(way, study, trial, surface.run(settings, rng), purse, settings[LENGTH])
+    finished = [t for t in study.get_trials(deepcopy=False) if t.value is not None]
+    complete = [t for t in finished if t.state == optuna.trial.TrialState.COMPLETE]
+    pruned = len(finished) - len(complete)
+    read = from_raw if way.raw else dict
+    ranked = sorted(complete, key=lambda t: -t.values[0])
+    if chosen is None or len(ranked) < 2:
+        return Ended(read(ranked[0].params), len(finished), pruned)
+    best = max(
+        ranked[: chosen.top],
+        key=lambda t: np.mean(
+            [surface.run(read(t.params), rng).score(QUARTERS) for _ in range(chosen.seeds)]
+        ),
+    )
+    return Ended(read(best.params), len(finished), pruned)
+
+
+def _run_trial(
+    way: Way, study: optuna.Study, trial: optuna.Trial, run: Run, purse: Purse, length: float
+) -> None:
+    at = 0.0
+    for look in way.looks:
+        purse.pay((look / QUARTERS - at) * length, way.look_images)
+        at = look / QUARTERS
+        trial.report(run.score(look, way.look_images / SHOWN), look)
+        if trial.should_prune():
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            return
+    purse.pay((1 - at) * length, SHOWN)
+    study.tell(trial, run.score(QUARTERS))
+
+
+def _confirm_cost(what: Round, whole: float, image_cost: float) -> float:
+    training = whole - SHOWN * image_cost
+    return what.runs * (training + CONFIRMED * image_cost)
+
+
+def _round(trials: int, whole: float) -> Round:
+    """The confirmation that --hours plans."""
+    fits = (r for r in ROUNDS if r.runs <= CONFIRM_SHARE * trials)
+    return next(fits, LEAST)
+
+
+def image_cost(path: Path) -> float:
+    """Training samples that cost as much as drawing and scoring one image: medians of the recorded seconds."""
+    per_sample, per_image = [], []
+    for key, row in recorded(path).items():
+        if key[0] != "mini-sd15" or len(row["seconds"]) < QUARTERS:
+            continue
+        seen = row["suggested"][LENGTH]
+        per_sample.append(sum(s[0] for s in row["seconds"]) / seen)
+        per_image.append(sum(row["seconds"][-1][1:]) / SHOWN)
+    return float(np.median(per_image) / np.median(per_sample))
+
+
+def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(4000, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--file", type=Path, default=CELLS)
+    parser.add_argument("--surfaces", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[10, 20, 30])
+    parser.add_argument("--ways", nargs="+", help="only ways whose name contains one of these")
+    args = parser.parse_args(argv)
+    table = Table(args.file)
+    model, cost = table.sd15, image_cost(args.file)
+    seen = model.left_out()
+    print(
+        f"{model.cells.runs} cells; an image costs {cost:.1f} samples; left out: r = {np.corrcoef(seen.T)[0, 1]:.2f}"
+    )
+    surfaces = [Surface(model, s, d) for d in range(args.surfaces) for s in range(len(SUBJECTS))]
+    ways = [w for w in WAYS if not args.ways or any(a in w.name for a in args.ways)]
+    for budget in args.budgets:
+        print(
+            f"\n## {budget} whole trials\n\n| way | regret | 95 % | of plain TPE's | trials | stopped | s |"
+        )
+        print("|---|---|---|---|---|---|---|")
+        against: NDArray[np.float64] | None = None
+        for way in ways:
+            began = time.monotonic()
+            ends = [
+                [search(way, s, budget, cost, at * args.seeds + n) for n in range(args.seeds)]
+                for at, s in enumerate(surfaces)
+            ]
+            regret = np.array(
+                [
+                    np.mean([s.best - s.score(e.settings) for e in of])
+                    for s, of in zip(surfaces, ends, strict=True)
+                ]
+            )
+            if way == PLAIN:
+                against = regret
+            low, high = interval(regret)
+            share = ""
+            if against is not None and way != PLAIN:
+                share = f"{regret.mean() / against.mean():.2f} ({_ratio(regret, against)})"
+            flat = [e for of in ends for e in of]
+            print(
+                f"| {way.name} | {regret.mean():.3f} | {low:.3f} … {high:.3f} | {share} "
+                f"| {np.mean([e.trials for e in flat]):.1f} | {np.mean([e.pruned for e in flat]):.1f} "
+                f"| {time.monotonic() - began:.0f} |",
+                flush=True,
+            )
+
+
+def _ratio(regret: NDArray[np.float64], against: NDArray[np.float64]) -> str:
+    rng = np.random.default_rng(1)
+    at = rng.integers(len(regret), size=(4000, len(regret)))
+    low, high = np.quantile(regret[at].mean(axis=1) / against[at].mean(axis=1), [0.025, 0.975])
+    return f"{low:.2f} … {high:.2f}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
