@@ -23,7 +23,7 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 
-from hpo.search.samplers import make_sampler
+from hpo.search.samplers import make_sampler, startup_trials
 from hpo.study.hours import CONFIRM_SHARE, LEAST, ROUNDS, Round
 from tests.bench.record_table import CELLS, IMAGES, LENGTH, QUARTERS, SUBJECTS, definition, recorded
 from tests.bench.table_surface import Run, Surface, Table, domains
@@ -76,6 +76,10 @@ class Way:
     pruner: Callable[[], optuna.pruners.BasePruner] | None = None
     looks: tuple[int, ...] = ()
     look_images: int = 15
+    share: float = CONFIRM_SHARE  # of the compute, at most, for the confirmation
+    startup: int | None = None  # random trials before the model starts; None: the tool's number
+    first: str = "random"  # who proposes them
+    remembers: bool = False  # whether the search's own score counts in the confirmation
 
 
 class Behind(optuna.pruners.BasePruner):
@@ -110,6 +114,14 @@ WAYS = (
     PLAIN,
     TOOL,
     replace(TOOL, name="· without confirmation", confirms=False),
+    replace(TOOL, name="· confirmation at most 1/5", share=0.2),
+    replace(TOOL, name="· confirmation at most 1/5, with the search's score", share=0.2, remembers=True),
+    replace(TOOL, name="· confirmation at most 1/10", share=0.1),
+    replace(TOOL, name="· without trial 0", baseline=False),
+    replace(TOOL, name="· 5 random trials", startup=5),
+    replace(TOOL, name="· 3 random trials", startup=3),
+    replace(TOOL, name="· begins with Sobol", first="qmc"),
+    replace(TOOL, name="· begins with 5 Sobol", first="qmc", startup=5),
     replace(TOOL, name="· on kohya's settings", raw=True),
     replace(TOOL, name="· tpe-independent", sampler="tpe-independent"),
     replace(TOOL, name="· gp", sampler="gp"),
@@ -167,7 +179,7 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
     rng = np.random.default_rng([seed, 11])
     whole = mean_cost(image_cost)
     purse = Purse(trials * whole, image_cost)
-    chosen = _round(trials, whole) if way.confirms else None
+    chosen = _round(trials, way.share) if way.confirms else None
     reserve = _confirm_cost(chosen, whole, image_cost) if chosen else 0.0
     distributions = RAW if way.raw else {name: d.distribution() for name, d in domains().items()}
     sampler = optuna.samplers.TPESampler(seed=seed) if way.sampler == "plain" else None
@@ -179,10 +191,7 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
     while True:
         done = study.get_trials(deepcopy=False)
         if way.sampler != "plain":
-            learned = any(t.value is not None and t.value > 0.1 for t in done)
-            study.sampler = make_sampler(
-                seed, len(done), expected, learned=learned, name=way.sampler, study=study
-            )
+            study.sampler = sampler_of(way, seed, study, expected)
         if purse.left - reserve < whole / 2 and done:  # on average, all is used
             break
         trial = study.ask(distributions)
@@ -195,13 +204,28 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
     ranked = sorted(complete, key=lambda t: -t.values[0])
     if chosen is None or len(ranked) < 2:
         return Ended(read(ranked[0].params), len(finished), pruned)
-    best = max(
-        ranked[: chosen.top],
-        key=lambda t: np.mean(
-            [surface.run(read(t.params), rng).score(QUARTERS) for _ in range(chosen.seeds)]
-        ),
-    )
+
+    def confirmed(trial: optuna.trial.FrozenTrial) -> float:
+        known = [trial.values[0]] if way.remembers else []
+        return float(
+            np.mean(
+                [*known, *(surface.run(read(trial.params), rng).score(QUARTERS) for _ in range(chosen.seeds))]
+            )
+        )
+
+    best = max(ranked[: chosen.top], key=confirmed)
     return Ended(read(best.params), len(finished), pruned)
+
+
+def sampler_of(way: Way, seed: int, study: optuna.Study, expected: int) -> optuna.samplers.BaseSampler:
+    done = study.get_trials(deepcopy=False)
+    learned = any(t.value is not None and t.value > 0.1 for t in done)
+    name = way.sampler
+    if way.startup is not None:
+        learned, expected = learned and len(done) >= way.startup, 3 * way.startup
+    if way.first != "random" and not (learned and len(done) >= (way.startup or startup_trials(expected))):
+        name = way.first
+    return make_sampler(seed, len(done), expected, learned=learned, name=name, study=study)
 
 
 def _run_trial(
@@ -224,9 +248,9 @@ def _confirm_cost(what: Round, whole: float, image_cost: float) -> float:
     return what.runs * (training + CONFIRMED * image_cost)
 
 
-def _round(trials: int, whole: float) -> Round:
+def _round(trials: int, share: float) -> Round:
     """The confirmation that --hours plans."""
-    fits = (r for r in ROUNDS if r.runs <= CONFIRM_SHARE * trials)
+    fits = (r for r in ROUNDS if r.runs <= share * trials)
     return next(fits, LEAST)
 
 
