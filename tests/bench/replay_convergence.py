@@ -5,7 +5,7 @@
 Each study is a search of the tool (the sampler of ``replay_search.TOOL``) on a draw of ``table_surface``.  The alert is
 what ``hpo.study.convergence`` says after each trial: *plateau* or *converged*, for the first time after trial n.
 
-* It is **false** if going on to the end gains more than is worth it: the true score (without noise) of the best trial at
+* It is **false** if going on to the end gains more than is worth it: the true score (no noise) of the best trial at
   the end is above that of the best trial at n by more than two standard errors of a score, the smallest difference that
   a user could see in the scores.
 * It is **in time** if it comes after at most half as many trials again as the search needed.  A search needed the first
