@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def run_session(
             **words,
         )
         console = Console(file=screen, width=200)
-        search(request, console, lambda folder, worked: confirm_within(folder, worked, console))
+        search(request, console, partial(confirm_within, console=console))
     finally:
         hpo.search.workbench.load = original
         Anchors.require_separable = guard  # type: ignore[method-assign]

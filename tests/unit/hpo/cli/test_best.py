@@ -257,7 +257,7 @@ def test_clean_leaves_unfinished_trials_and_what_a_search_keeps(here: Path) -> N
     row = {"id": "1", "event": "started", "step": "search", "words": words, "cwd": "", "time_utc": ""}
     end = {"id": "1", "event": "finished", "time_utc": ""}
     (folder.root / "work.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(end) + "\n")
-    assert "the best 2 keep theirs" in " ".join(hpo("clean", "tiny", "--yes").stdout.split())
+    assert "the best 2 trials keep their files" in " ".join(hpo("clean", "tiny", "--yes").stdout.split())
     assert folder.trial(number).lora.is_file() and (folder.trial(number).checkpoints / "state.json").is_file()
     kept = [t.number for t in study.get_trials() if t.values and folder.trial(t.number).lora.is_file()]
     assert sorted(kept) == sorted(t.number for t in ranked_finished(folder)[:2])

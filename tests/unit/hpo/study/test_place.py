@@ -42,7 +42,7 @@ def test_a_driver_that_is_not_installed_is_named_with_its_extra(monkeypatch: pyt
     monkeypatch.setattr(place.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match="pymysql is not installed") as refused:
         parsed("mysql://u@h/d")
-    assert refused.value.hint == "pip install 'lora-hpo[mysql]'"
+    assert refused.value.hint.endswith(".venv/bin/pip install -c constraints.txt '.[mysql]'")
 
 
 def test_the_short_form_means_the_driver_that_is_installed() -> None:
