@@ -27,9 +27,11 @@ def run_session(
     trials: int | None = 1,
     loaded: Callable[[Workbench], None] = lambda bench: None,
     guarded: bool = False,
+    loads: Callable[[Inputs], None] = lambda inputs: None,
     **words: Any,
 ) -> str:
-    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded.
+    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded,
+    ``loads`` before, with what is to be loaded.
 
     With ``hours``, it goes on with the confirmation.
 
@@ -37,6 +39,7 @@ def run_session(
     """
 
     def load(inputs: Inputs, study: Any, folder: StudyFolder, say: Any) -> Workbench:
+        loads(inputs)
         bench = tiny_bench(folder.root, data, study)
         loaded(bench)
         return bench

@@ -73,8 +73,8 @@ def process_words(pid: int) -> str:
 
 
 def _without_secrets(words: list[str]) -> list[str]:
-    """A command line without users and passwords of addresses, up to the last @, and without the URLs of --notify, whose
-    other parts can be secret, too."""
+    """A command line without what precedes the last @ of an address, and without the URLs of --notify: other
+    parts of them can be secret, too."""
     shown = [re.sub(r"://.*@", "://***@", word, flags=re.DOTALL) for word in words]
     for number, word in enumerate(words):
         if word.startswith(f"{NOTIFY}="):

@@ -91,8 +91,8 @@ def budget_lines(config: StudyConfig, trials: int) -> list[str]:
     counted = f"{trials} trial{'s are' if trials != 1 else ' is'}"
     enough = f"enough for about {few}" if trials >= TRIALS_EACH else "too few even for 1"
     return [
-        f"this study searches {searched} settings, but {counted} {enough} (rule of thumb: {TRIALS_EACH} trials for each "
-        f"setting); to fix {which} (docs/study.md) as in trial 0, start a new study {another_name(sets)}"
+        f"this study searches {searched} settings, but {counted} {enough} (rule of thumb: {TRIALS_EACH} trials for "
+        f"each setting); to fix {which} (docs/study.md) as in trial 0, start a new study {another_name(sets)}"
     ]
 
 

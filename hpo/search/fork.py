@@ -185,9 +185,7 @@ class Fork:
     @property
     def says(self) -> str:
         count, all_ = len(self.fitting), len(self.fitting) + sum(self.left_out.values())
-        text = (
-            f"took over {count} of {all_} finished trials of study {self.source.name}; they count toward --trials"
-        )
+        text = f"took over {count} of {all_} finished trials of study {self.source.name}; they count toward --trials"
         if not self.left_out:
             return text
         verb = "does" if all_ - count == 1 else "do"
