@@ -79,7 +79,9 @@ def test_a_search_ends_with_a_confirmed_winner_and_again_does_nothing(root: Path
     said = run_session(root, data, 2, hours=1.0)
     lines = said.splitlines()
     assert "plan for 1 hour: 2 trials, the limit of --trials, each about" in said
-    assert "this study searches 4 settings, but 2 trials are too few even for 1" in said.partition("plan for")[0]
+    assert (
+        "this study searches 4 settings, but 2 trials are too few even for 1" in said.partition("plan for")[0]
+    )
     assert "study: 2 trials are done, the limit of --trials" in said
     assert lines[-1].startswith("next: hpo train") and sum(line.startswith("next:") for line in lines) == 1
     check_study(StudyFolder(root), 2)
