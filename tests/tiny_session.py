@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ def run_session(
     trials: int | None = 1,
     loaded: Callable[[Workbench], None] = lambda bench: None,
     guarded: bool = False,
+    loads: Callable[[Inputs], None] = lambda inputs: None,
     **words: Any,
 ) -> str:
-    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded.
+    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded,
+    ``loads`` before, with what is to be loaded.
 
     With ``hours``, it goes on with the confirmation.
 
@@ -36,6 +39,7 @@ def run_session(
     """
 
     def load(inputs: Inputs, study: Any, folder: StudyFolder, say: Any) -> Workbench:
+        loads(inputs)
         bench = tiny_bench(folder.root, data, study)
         loaded(bench)
         return bench
@@ -56,7 +60,7 @@ def run_session(
             **words,
         )
         console = Console(file=screen, width=200)
-        search(request, console, lambda folder, worked: confirm_within(folder, worked, console))
+        search(request, console, partial(confirm_within, console=console))
     finally:
         hpo.search.workbench.load = original
         Anchors.require_separable = guard  # type: ignore[method-assign]

@@ -30,6 +30,12 @@ RESUME = "hpo resume, or the same command again"  # how to go on, for hints
 MAX_LENGTH = 2000  # of a message: names and values from files can have any length
 
 
+def install_with(extra: str) -> str:
+    """How to install an optional part of this tool, for hints.  It is installed from its own folder, as the README does
+    it: it is in no package index."""
+    return f"in the folder of this tool, run: .venv/bin/pip install -c constraints.txt '.[{extra}]'"
+
+
 class ToolError(Exception):
     """Base class of all errors that are shown to a user: what is wrong and what to do, a line each.
 

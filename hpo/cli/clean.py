@@ -17,7 +17,7 @@ import click
 from hpo.cli import options
 from hpo.cli.folders import check_unused, family
 from hpo.cli.which import agreed, chosen_study
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import ConfigError, ToolError
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
@@ -36,12 +36,15 @@ class Cleaning:
         return self.parts[0].name
 
     def unneeded(self) -> list[Unneeded]:
-        from hpo.study import database_errors, open_study, unneeded
+        """Raises ToolError for a study that cannot be read.  A part whose study was never begun has nothing."""
+        from hpo.study import begun_study, database_errors, open_study, unneeded
 
         found = []
         for part in self.parts:
             with database_errors(part):
-                found += unneeded(open_study(part), part, self.keep)
+                study = open_study(part) if part == self.parts[0] else begun_study(part)
+                if study is not None:
+                    found += unneeded(study, part, self.keep)
         return found
 
     @contextlib.contextmanager
@@ -74,33 +77,39 @@ def clean(name: str | None, every: bool, keep_best: int | None, yes: bool, runs:
     trials; a study that a command works on is left alone."""
     if every and name is not None:
         raise ConfigError("--all takes all studies, so no study can be named", "give one of the two")
-    asked = list(_all(runs, keep_best)) if every else [_cleaning(chosen_study(name, runs), keep_best)]
-    if not every:
-        check_unused(asked[0].parts)
-    found = {cleaning.name: cleaning.unneeded() for cleaning in asked}
-    total = 0
-    for cleaning in asked:
-        total += _say(cleaning, found[cleaning.name])
-    if not any(found.values()):
+    if every:
+        from hpo.study import worked_on
+
+        folders = [one.folder for one in worked_on(runs)]
+    else:
+        folders = [chosen_study(name, runs)]
+    asked: list[tuple[Cleaning, list[Unneeded]]] = []
+    for folder in folders:
+        with _left_alone(folder) if every else contextlib.nullcontext():
+            cleaning = _cleaning(folder, keep_best)
+            check_unused(cleaning.parts)
+            asked.append((cleaning, cleaning.unneeded()))
+    total = sum(_say(cleaning, found) for cleaning, found in asked)
+    if not any(found for _, found in asked):
         click.echo("nothing to free")
         return
     if not agreed(f"delete these files and free {_megabytes(total)}?", yes=yes):
         return
-    freed = sum(_delete(cleaning, one_of_many=every) for cleaning in asked)
+    freed = 0
+    for cleaning, _ in asked:
+        with _left_alone(cleaning.parts[0]) if every else contextlib.nullcontext():
+            freed += _delete(cleaning)
     click.echo(f"freed {_megabytes(freed)}")
 
 
-def _all(runs: Path, keep: int | None) -> Iterator[Cleaning]:
-    from hpo.study import worked_on
-
-    for one in worked_on(runs):
-        cleaning = _cleaning(one.folder, keep)
-        try:
-            check_unused(cleaning.parts)
-        except MachineError as error:
-            click.echo(clean_text(f"{cleaning.name} is left alone: {error.message}"), err=True)
-            continue
-        yield cleaning
+@contextlib.contextmanager
+def _left_alone(folder: StudyFolder) -> Iterator[None]:
+    """One study of several: a command works on it, or it cannot be read.  The others are cleaned all the same, and
+    the exit code is 0, as that of ``hpo studies``."""
+    try:
+        yield
+    except ToolError as error:
+        click.echo(clean_text(f"{folder.name} is left alone: {error.message}"), err=True)
 
 
 def _cleaning(folder: StudyFolder, keep: int | None) -> Cleaning:
@@ -121,24 +130,19 @@ def _say(cleaning: Cleaning, found: Sequence[Unneeded]) -> int:
         f"{kind} of {len(of)} trial{'s'[: len(of) != 1]}, {_megabytes(sum(of))}" for kind, of in sizes.items()
     ]
     total = sum(one.size for one in found)
-    text = f"{cleaning.name}: {_megabytes(total)} ({'; '.join(parts)}); the best {cleaning.keep} keep theirs"
+    keep = "the best trial keeps its" if cleaning.keep == 1 else f"the best {cleaning.keep} trials keep their"
+    text = f"{cleaning.name}: {_megabytes(total)} ({'; '.join(parts)}); {keep} files"
     click.echo(wrapped(clean_text(text)))
     return total
 
 
-def _delete(cleaning: Cleaning, *, one_of_many: bool) -> int:
-    """Delete what is unneeded now, which may be less than what was said."""
-    try:
-        with cleaning.alone():
-            found = cleaning.unneeded()
-            for one in found:
-                one.delete()
-            return sum(one.size for one in found)
-    except MachineError as error:
-        if not one_of_many:
-            raise
-        click.echo(clean_text(f"{cleaning.name} is left alone: {error.message}"), err=True)
-        return 0
+def _delete(cleaning: Cleaning) -> int:
+    """Delete what is unneeded now, which may be less than what was said.  Returns the bytes that this frees."""
+    with cleaning.alone():
+        found = cleaning.unneeded()
+        for one in found:
+            one.delete()
+        return sum(one.size for one in found)
 
 
 def _megabytes(size: int) -> str:

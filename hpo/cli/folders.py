@@ -249,17 +249,20 @@ def delete(name: str, yes: bool, runs: Path) -> None:
         return
     place = folder.root.parent / TRASH / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}"
     _move(parts, place)
-    for part in parts:
-        if (server := place_of(StudyFolder(place / part.name))) is not None:
-            words = ["optuna", "delete-study", "--study-name", server.study, "--storage", server.url]
-            click.echo(
-                clean_text(f"its trials stay in the database; to delete them there: {shlex.join(words)}")
-            )
     shown = shlex.quote(str(place))
     click.echo(
         clean_text(f"moved to {place}; to get it back: mv {shown}/* {shlex.quote(str(folder.root.parent))}/")
     )
-    click.echo(clean_text(f"to free {size / 1e6:.1f} MB: rm -r {shown}"))
+    click.echo(clean_text(f"to delete it for good and free {size / 1e6:.1f} MB: rm -r {shown}"))
+    servers = [one for part in parts if (one := place_of(StudyFolder(place / part.name))) is not None]
+    if servers:
+        click.echo(
+            "its trials are still in the database, and getting it back needs them; to delete them for good, too "
+            "(if ~/.pgpass does not have the password, write it into the address, as USER:PASSWORD@HOST):"
+        )
+    for server in servers:
+        words = ["optuna", "delete-study", "--study-name", server.study, "--storage", server.url]
+        click.echo(clean_text(f"  {shlex.join(words)}"))
 
 
 def check_unused(parts: Sequence[StudyFolder], *, held: bool = False) -> None:

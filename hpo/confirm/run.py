@@ -24,6 +24,7 @@ from hpo.confirm.outcome import RESCORED, RETRAINED, RULE, Confirmed, write_outc
 from hpo.confirm.proposals import ConfirmProposals
 from hpo.confirm.repeats import confirmed
 from hpo.confirm.wanted import (
+    CHOSEN,
     Confirmation,
     ConfirmRequest,
     chosen_trials,
@@ -113,7 +114,7 @@ def load(
     if "data" not in words and source.data.is_dir():
         words["data"] = source.data
     if device is not None:
-        words["device"] = device
+        words["device"] = None if device == CHOSEN else device
     config = build_study(str(definition["definition"]), definition["sections"])
     bench = workbench.load(Inputs(**words), config, source, say)
     check_unchanged(open_study(source).user_attrs[IDENTITY], bench.facts(), source.name)

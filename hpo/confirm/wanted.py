@@ -44,6 +44,7 @@ DISTRIBUTIONS = {
     TRAIN_SEED: optuna.distributions.IntDistribution(0, 2**31 - 1),
 }
 CONFIRMS = "confirms"  # role of the runs of all trials except trial 0
+CHOSEN = ""  # no --device: the device that this process chooses for itself
 STREAM = 1  # random stream of the training seeds, so that none equals a seed of the search
 
 
@@ -57,7 +58,7 @@ class ConfirmRequest:
     rescore_only: bool = False
     anyway: bool = False
     runs: Path = RUNS
-    device: str | None = None  # None: as in the search
+    device: str | None = None  # None: as in the search; CHOSEN: chosen anew
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from hpo.confirm.outcome import RETRAINED
 from hpo.confirm.run import confirm
 from hpo.confirm.wanted import (
+    CHOSEN,
     Confirmation,
     ConfirmRequest,
     chosen_trials,
@@ -36,6 +37,7 @@ from hpo.study import (
     fitting,
     measured,
     open_study,
+    ownership_of,
     possible,
     read_json,
     samples_of,
@@ -47,20 +49,23 @@ if TYPE_CHECKING:
     import optuna
 
 
-def confirm_within(folder: StudyFolder, worked: Worked, console: Console) -> None:
-    """Confirm the study with what is left of its budget.  One process does it.  Raises ToolError."""
+def confirm_within(folder: StudyFolder, worked: Worked, device: str = CHOSEN, *, console: Console) -> None:
+    """Confirm the study with what is left of its budget.  One process does it.  Raises ToolError.
+
+    ``device``: of this process; study.json has that of the worker that wrote it last.
+    """
     lock = folder.confirm_lock()
     if not lock.try_acquire():
         say(console, "another process confirms this study already")
         say(console, f"next: hpo status {folder.words}")
         return
     try:
-        _confirm(open_study(folder), folder, worked, console)
+        _confirm(open_study(folder), folder, worked, device, console)
     finally:
         lock.release()
 
 
-def _confirm(study: optuna.Study, folder: StudyFolder, worked: Worked, console: Console) -> None:
+def _confirm(study: optuna.Study, folder: StudyFolder, worked: Worked, device: str, console: Console) -> None:
     hours = worked.seconds / HOUR
     stored = stored_hours(study) or Stored(hours)
     if stored.round is not None and (done := _finished(study, folder, stored.round)):
@@ -82,9 +87,9 @@ def _confirm(study: optuna.Study, folder: StudyFolder, worked: Worked, console: 
         )
         say(console, f"next: hpo confirm {folder.words}")
         return
-    with folder.study_lock().held():
+    with ownership_of(folder, lambda text: say(console, text)).study():
         confirming(study, dataclasses.replace(stored, round=found))
-    confirm(_request(folder, found), console, lambda: True)
+    confirm(dataclasses.replace(_request(folder, found), device=device), console, lambda: True)
 
 
 def _request(folder: StudyFolder, what: Round) -> ConfirmRequest:

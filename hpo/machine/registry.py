@@ -19,6 +19,7 @@ from trainer.errors import MachineError
 from trainer.text import clean_text
 
 FOLDER = "HPO_LOCKS"  # environment variable: another folder, for example one that several containers share
+NOTIFY = "--notify"  # an option of every long command
 _OWN: dict[str, Lock] = {}  # locks of this process: asking for the holder of an own lock would release it
 
 
@@ -66,9 +67,21 @@ def process_words(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         at = next((n for n, word in enumerate(words) if word.endswith(("/hpo", "hpo.cli"))), None)
         if at is not None:
-            said = re.sub(r"://[^\s/@]*@", "://***@", " ".join(words[at + 1 :]))  # passwords of addresses
+            said = " ".join(_without_secrets(words[at + 1 :]))
             return f"process {pid} (hpo {clean_text(said).strip()[:60]})"
     return f"process {pid}" if pid else "a process in another container"
+
+
+def _without_secrets(words: list[str]) -> list[str]:
+    """A command line without what precedes the last @ of an address, and without the URLs of --notify: other
+    parts of them can be secret, too."""
+    shown = [re.sub(r"://.*@", "://***@", word, flags=re.DOTALL) for word in words]
+    for number, word in enumerate(words):
+        if word.startswith(f"{NOTIFY}="):
+            shown[number] = f"{NOTIFY}=***"
+        elif number and words[number - 1] == NOTIFY:
+            shown[number] = "***"
+    return shown
 
 
 def enter() -> int:

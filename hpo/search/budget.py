@@ -81,16 +81,18 @@ def budget_lines(config: StudyConfig, trials: int) -> list[str]:
     names = to_fix(config, trials)
     if not names:
         return []
-    few = carried(trials)
+    few, searched = carried(trials), len(config.space)
     sets = shlex.join([word for text in fixing(config, names) for word in ("--set", text)])
     which = (
         "the one that usually matters least"
         if len(names) == 1
         else (f"the {len(names)} that usually matter least")
     )
+    counted = f"{trials} trial{'s are' if trials != 1 else ' is'}"
+    enough = f"enough for about {few}" if trials >= TRIALS_EACH else "too few even for 1"
     return [
-        f"{trials} trial{'s'[: trials != 1]} can decide about {few} setting{'s'[: few != 1]} ({TRIALS_EACH} trials "
-        f"each, a rule of thumb); to fix {which} (docs/study.md) as in trial 0, start a new study {another_name(sets)}"
+        f"this study searches {searched} settings, but {counted} {enough} (rule of thumb: {TRIALS_EACH} trials for "
+        f"each setting); to fix {which} (docs/study.md) as in trial 0, start a new study {another_name(sets)}"
     ]
 
 

@@ -24,6 +24,7 @@ from hpo.study import (
     StudyConfig,
     StudyFolder,
     check_preset,
+    find_folder,
     find_study,
     preset_of,
     read_json,
@@ -54,7 +55,7 @@ class SearchChoice:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A study that this command would resume: its file, folder, and what study.json says."""
+    """A study that this command would resume or take trials over from: its file, folder, and what study.json says."""
 
     path: Path
     folder: StudyFolder
@@ -71,7 +72,8 @@ def choose(request: SearchRequest) -> SearchChoice:
     inputs, readable = _named(request.inputs)
     said = preset_of(inputs.trigger, inputs.class_word)
     begun = _begun(request, usual, given or own or said)
-    inputs = _as_begun(inputs, begun)
+    source = None if begun is not None else _source(request, usual)
+    inputs = _as_begun(inputs, begun or source)
     lines: tuple[str, ...] = ()
     if given is not None:
         preset = given
@@ -81,10 +83,15 @@ def choose(request: SearchRequest) -> SearchChoice:
     elif begun is not None:
         preset = begun.preset
         lines = _differs(f"study {begun.folder.name} was started so", preset, said, " and another name")
+    elif source is not None:
+        preset = source.preset
+        without = " without --fork-from"
+        lines = _differs(f"study {source.folder.name} was started so", preset, said, without)
     else:
         inputs, preset, lines = _asked(inputs, said, request.ask if readable else None)
-    if begun is not None and begun.preset == preset:
-        path = begun.path
+    known = begun or source
+    if known is not None and known.preset == preset:
+        path = known.path
     else:
         path = usual if request.study or (own and not given) else find_study(None, inputs.base, preset)
     folder = study_folder(study_name(request.name, path.stem, inputs.base, inputs.data, preset), request.runs)
@@ -94,12 +101,13 @@ def choose(request: SearchRequest) -> SearchChoice:
             f"study {folder.name} was started with preset {before.preset}",
             f"give the study with --preset {preset} a name of its own (hpo search NAME …), or leave --preset out",
         )
+    kept = before or source or _source(request, usual)
     config = read_study(
         path,
         sets=request.sets,
         seed=request.seed,
         preset=None if own and not given else preset,
-        before=before.sections if before else None,
+        before=kept.sections if kept else None,
     )
     if config.preset.style and not inputs.class_word and inputs.prompts is None:
         inputs = replace(inputs, class_word=STYLE_WORD)
@@ -159,6 +167,16 @@ def _begun(request: SearchRequest, usual: Path, wanted: str | None) -> _Begun | 
         if stored is not None:
             found.append(stored)
     return next((study for study in found if study.preset == wanted), found[0] if found else None)
+
+
+def _source(request: SearchRequest, usual: Path) -> _Begun | None:
+    """The study of ``--fork-from``: a new study keeps what that one was begun with, or its trials would not fit."""
+    if request.fork_from is None:
+        return None
+    source = _stored(usual, find_folder(request.fork_from, request.runs))
+    if source is None or request.study:
+        return source
+    return replace(source, path=find_study(None, request.inputs.base, source.preset))
 
 
 def _stored(path: Path, folder: StudyFolder) -> _Begun | None:

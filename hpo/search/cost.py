@@ -287,11 +287,12 @@ def _trial_bytes(bench: Workbench, steps: float) -> int:
 
 
 def probed_pace(bench: Workbench, config: TrainConfig) -> Pace | None:
-    """The pace before the first trial: of three steps, and of the untrained base's images."""
+    """The pace before the first trial: of three steps, and of the untrained base's images.  None if one of them is not
+    known: with images that take no time, every plan would be wrong."""
     seconds = _probe(bench, config)
-    if seconds is None:
+    if seconds is None or bench.image_seconds is None:
         return None
-    return Pace(seconds / samples_of(config, 1), bench.image_seconds or 0.0)
+    return Pace(seconds / samples_of(config, 1), bench.image_seconds)
 
 
 def _probe(bench: Workbench, config: TrainConfig) -> float | None:

@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.search.marks import with_marks
-from hpo.study import StudyFolder, TrialFolder, database_errors, open_storage, set_system_attribute
+from hpo.study import (
+    StudyFolder,
+    TrialFolder,
+    begun_study,
+    database_errors,
+    open_storage,
+    set_system_attribute,
+)
 from hpo.terminal import beside_lines
 from trainer.errors import MachineError
 from trainer.text import clean_text
@@ -170,10 +177,10 @@ def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None])
     import optuna_dashboard
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = begun_study(folder)  # a server has the studies of other folders, too
     storage = open_storage(folder)
     with database_errors(folder):
-        names = optuna.get_all_study_names(storage)
-        studies = [str(storage.get_study_id_from_name(name)) for name in names]
+        number = None if study is None else storage.get_study_id_from_name(study.study_name)
     app = with_marks(optuna_dashboard.wsgi(storage, artifact_store=artifact_store(folder)), storage)
 
     class Server(ThreadingMixIn, WSGIServer):
@@ -195,9 +202,9 @@ def serve(folder: StudyFolder, host: str, port: int, say: Callable[[str], None])
             f"cannot listen on {host}:{port}: {reason}", "use another --port or --host"
         ) from None
     place = f"[{host}]" if ":" in host else host
-    address = "/".join(
-        [f"http://{place}:{server.server_port}/dashboard", *(f"studies/{n}" for n in studies[:1])]
-    )
+    address = f"http://{place}:{server.server_port}/dashboard"
+    if number is not None:
+        address += f"/studies/{number}"
     say(f"dashboard of {clean_text(folder.name)}: {address}  (press Ctrl-C to stop)")
     try:
         server.serve_forever()

@@ -12,7 +12,6 @@ and told like any other, so a kill between the two leaves what every kill leaves
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search.claim import quiet
 from hpo.search.telling import Teller
+from hpo.search.trial import is_equal
 from hpo.study import (
     BASELINE,
     FORK,
@@ -32,6 +32,7 @@ from hpo.study import (
     IDENTITY,
     NEUTRAL_SETTINGS,
     ROLE,
+    ClaimLost,
     Ownership,
     Result,
     Say,
@@ -57,12 +58,12 @@ from hpo.study import (
 from trainer.config import SETTINGS, TrainConfig
 from trainer.errors import ConfigError
 from trainer.files import machine_error, make_folder, write_atomic
+from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from hpo.search.workbench import Workbench
 
 SAID = 3  # reasons that are named
-SAME = 1e-9  # relative difference of two numbers that were derived in different ways
 # Files of a trial.  params.json and result.json are written anew.  A file that lines are added to is copied.
 COPIED, LINKED = ("steps", "log", "metrics"), ("lora", "grid")
 
@@ -160,7 +161,10 @@ class Fork:
         return cls(bench, source, tuple(fitting), reasons)
 
     def take(self, study: optuna.Study, say: Say) -> None:
-        """Add the trials that the study does not have yet.  Can be repeated after a kill, and by several workers."""
+        """Add the trials that the study does not have yet.  Can be repeated after a kill, and by several workers.
+
+        Call while the source's folder is shared (``hpo.study.read_from``).
+        """
         shared = ownership_of(self.bench.folder)
         with shared.study(), quiet():
             if study.user_attrs.get(FORK, {}).get("finished"):
@@ -171,16 +175,17 @@ class Fork:
             with shared.study(), quiet():
                 there = next((t for t in study.get_trials(deepcopy=False) if _is_from(t, fitting)), None)
                 if there is None or there.state == TrialState.RUNNING:
-                    self._add(study, fitting, there, shared, say)
+                    try:
+                        self._add(study, fitting, there, shared, say)
+                    except ClaimLost as error:
+                        say(f"{error}; this process takes over the next trial")
         study.set_user_attr(FORK, {"study": self.source.name, "finished": True})
         say(self.says)
 
     @property
     def says(self) -> str:
         count, all_ = len(self.fitting), len(self.fitting) + sum(self.left_out.values())
-        text = (
-            f"took over {count} of {all_} finished trials of study {self.source.name}; --trials counts them"
-        )
+        text = f"took over {count} of {all_} finished trials of study {self.source.name}; they count toward --trials"
         if not self.left_out:
             return text
         verb = "does" if all_ - count == 1 else "do"
@@ -193,25 +198,27 @@ class Fork:
         if there is None:
             study.add_trial(self._running(fitting))
             there = study.get_trials(deepcopy=False)[-1]
-        files = folder.trial(there.number)
-        config = bench.config(fitting.proposal, there.number)
-        make_folder(files.root)
-        for name in (*COPIED, *LINKED):
-            _link(getattr(fitting.files, name), getattr(files, name), copy=name in COPIED)
-        _link(fitting.files.root / "samples", files.root / "samples")
-        write_params(files, fitting.proposal, bench.study.space.inactive(fitting.proposal), config)
-        result = dataclasses.replace(
-            fitting.result,
-            number=there.number,
-            config_sha256=config_sha256(config),
-            lora=files.lora.name if fitting.result.lora else "",
-        )
-        write_result(files, result)
-        trial, claim = take_up(study, there), shared.trial(there.number)
+        claim = shared.trial(there.number)
         if not claim.try_acquire():
-            return  # another worker tells what it found on disk
+            return  # another worker has adopted it after a kill: it tells what it found on disk, or trains it
         try:
+            files = folder.trial(there.number)
+            config = bench.config(fitting.proposal, there.number)
+            make_folder(files.root)
+            for name in (*COPIED, *LINKED):
+                _link(getattr(fitting.files, name), getattr(files, name), copy=name in COPIED)
+            _link(fitting.files.root / "samples", files.root / "samples")
+            write_params(files, fitting.proposal, bench.study.space.inactive(fitting.proposal), config)
+            result = dataclasses.replace(
+                fitting.result,
+                number=there.number,
+                config_sha256=config_sha256(config),
+                lora=files.lora.name if fitting.result.lora else "",
+            )
+            claim.check(certain=True)
+            write_result(files, result)
             settings = searched_settings(bench.study, fitting.proposal)
+            trial = take_up(study, there)
             Teller(study, folder, bench.study.objectives, say).tell(trial, result, settings, claim)
         finally:
             claim.release()
@@ -260,26 +267,20 @@ def _fitting(config: StudyConfig, source: StudyFolder, trial: FrozenTrial) -> Fi
             found[p.name] = own
     for p in config.space:
         if found.get(p.name) is None or not p.domain.holds(found[p.name]):
-            return f"{p.name} outside {p.domain.describe()}"
+            return f"{p.name} was outside {p.domain.describe()}"
     try:
         now = config.config(found)
     except ConfigError as error:
         return error.message
     if name := _differing(was, now):
-        return f"{name} is another ({getattr(now, name)} now)"
+        return f"{name} was not {clean_text(str(getattr(now, name)))}"
     return Fitting(trial, found, result, files)
 
 
 def _differing(was: TrainConfig, now: TrainConfig) -> str:
     """A setting that differs and decides about the training; empty if there is none."""
     for name, before in was.as_dict().items():
-        after = getattr(now, name)
-        if name in NEUTRAL_SETTINGS or before == after:
-            continue
-        numbers = all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in (before, after)
-        )
-        if not (numbers and math.isclose(before, after, rel_tol=SAME)):
+        if name not in NEUTRAL_SETTINGS and not is_equal(before, getattr(now, name)):
             return name
     return ""
 

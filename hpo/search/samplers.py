@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
 from optuna.trial import TrialState
 
 from hpo.study import SAMPLERS
-from trainer.errors import MachineError
+from trainer.errors import MachineError, install_with
 
 # What a sampler needs beside Optuna; the extra [samplers] has all of it.
 NEEDS = {"gp": ("scipy",), "qmc": ("scipy",), "cmaes": ("cmaes",)}
@@ -40,7 +40,7 @@ def require_sampler(name: str) -> None:
         if importlib.util.find_spec(library) is None:
             raise MachineError(
                 f"the sampler {name} needs {library}, which is not installed",
-                "pip install 'lora-hpo[samplers]', or --set search.sampler=tpe",
+                f"{install_with('samplers')}; or use --set search.sampler=tpe",
             )
 
 

@@ -57,6 +57,7 @@ from hpo.study import (
     open_place,
     ownership_of,
     promptfiles,
+    read_from,
     recorded,
     require_local,
     settle,
@@ -100,7 +101,8 @@ class SearchRequest:
     fork_from: str | None = None  # a study whose finished trials are taken over
 
 
-Then = Callable[[StudyFolder, Worked], None]
+# (the study, the time of this command, the device: "" for the one that this process chooses)
+Then = Callable[[StudyFolder, Worked, str], None]
 
 
 def search(request: SearchRequest, console: Console, then: Then | None = None) -> None:
@@ -113,7 +115,7 @@ def search(request: SearchRequest, console: Console, then: Then | None = None) -
     if request.stop_when_converged and len(config.objectives) > 1:
         raise ConfigError(
             "--stop-when-converged needs a single objective, but this study has two objectives",
-            "remove the option; the search ends after --trials or --max-hours",
+            "remove the option; --trials, --hours or --max-hours end the search",
         )
     require_sampler(config.search.sampler)
     fork = source_of(request.fork_from, folder) if request.fork_from is not None else None
@@ -153,16 +155,17 @@ def search(request: SearchRequest, console: Console, then: Then | None = None) -
                 view.say(line)
             known = begun_study(folder)
             if known is not None and request.hours and begun_confirming(known, request.hours):
-                use.begun = work.begun = goes_on = True
+                use.begun = work.begun = True
+                device: str | None = request.inputs.device or ""
                 view.say(f"the search within {hours_words(request.hours)} is over; its confirmation is left")
             else:
                 request = replace(request, inputs=choice.inputs)
-                goes_on = _search(
+                device = _search(
                     request, config, use, limits, view, work, worked, fork, follows=then is not None
                 )
-            if goes_on and then is not None and worked is not None:
+            if device is not None and then is not None and worked is not None:
                 gc.collect()  # the networks of the search
-                then(folder, worked)
+                then(folder, worked, device)
 
 
 @contextlib.contextmanager
@@ -187,22 +190,24 @@ def _search(
     fork: StudyFolder | None = None,
     *,
     follows: bool = False,
-) -> bool:
-    """The part of a search that loads models and writes files.  Whether this process goes on with the confirmation;
-    ``follows``: it can."""
+) -> str | None:
+    """The part of a search that loads models and writes files.  The device with which this process goes on with the
+    confirmation; None: it does not.  ``follows``: it can."""
     from hpo.search import workbench  # imports torch, so only after all checks that do not need it
 
     loads = time.monotonic()
     bench = workbench.load(request.inputs, config, use.folder, view.say)
     loads = time.monotonic() - loads
-    taken = Fork.into(bench, fork) if fork is not None else None
-    study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
-    if taken is not None:
-        taken.take(study, view.say)
+    if fork is None:
+        study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
+    else:
+        with read_from(fork):
+            taken = Fork.into(bench, fork)
+            study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
+            taken.take(study, view.say)
+        use.begun = work.begun = True
         if not standing(study, limits.trials).left:
-            view.say(
-                f"it has {limits.trials} trials or more already: raise --trials to search in its own space"
-            )
+            view.say(_full_line(limits.trials))
         view.console.print(introduction(bench.study, limits.trials))
     proposal = _proposal(request, bench, view)
     within = None
@@ -226,8 +231,8 @@ def _search(
     work.says = report.study_line(use.folder.name, now)
     if worked is None:
         _end(study, bench, now, why, view)
-        return False
-    with use.folder.study_lock().held():
+        return None
+    with ownership_of(use.folder, view.say).study():
         last = worked.leave()
     goes_on = follows and now.best is not None and not now.only_baseline
     goes_on = goes_on and nothing_learned(study, use.folder) is None
@@ -235,7 +240,15 @@ def _search(
     if goes_on and not last:
         view.say("another process still searches in this study; the last one confirms the best trials")
         view.say(f"next: hpo status {use.folder.words}")
-    return goes_on and last
+    return str(bench.base.device) if goes_on and last else None
+
+
+def _full_line(trials: int) -> str:
+    """After ``--fork-from``: there is nothing left to search."""
+    return (
+        f"--trials {trials} allows no new trial, because the trials taken over count too: "
+        "give a larger number to search in the new space"
+    )
 
 
 def _as_begun(folder: StudyFolder, config: StudyConfig) -> StudyConfig:
@@ -284,9 +297,7 @@ def _begin(
     if fresh:
         view.console.print(introduction(bench.study, limits.trials))
         if within is None:
-            view.say(ratio_line(len(bench.study.space), limits.trials))
-            for line in budget_lines(bench.study, limits.trials):
-                view.say(line)
+            _say_ratio(bench, limits.trials, view)
     view.say(_data_line(bench))
     if now.left or within is not None:
         from hpo.search import fitting
@@ -294,14 +305,15 @@ def _begin(
         fitting.say_fit(bench, view.say, fresh=fresh)
         with _one_after_the_other(bench, view):
             cost = _told_cost(study, bench, limits, view, within)
+            if within is not None:
+                with ownership_of(bench.folder, view.say).study(), quiet():
+                    within.store()  # before the next worker makes its plan
     else:
         cost = None
     with ownership_of(bench.folder, view.say).study(), quiet():
         if within is None:
             study.set_user_attr(TOTAL, limits.trials)
             forget_hours(study)
-        else:
-            within.store()
         if study.user_attrs.get(STOP) and not limits.stop_when_converged:
             study.set_user_attr(STOP, "")  # without --stop-when-converged the search continues
         if not study.get_trials(deepcopy=False):
@@ -318,6 +330,12 @@ def _begin(
             f"{limits.trials} trials; raise --trials to run it"
         )
     return cost
+
+
+def _say_ratio(bench: Workbench, trials: int, view: report.PlainView) -> None:
+    """How many trials there are for each searched setting, and which settings to fix if that is too few."""
+    for line in (ratio_line(len(bench.study.space), trials), *budget_lines(bench.study, trials)):
+        view.say(line)
 
 
 @contextlib.contextmanager
@@ -355,6 +373,8 @@ def _told_cost(
     fresh = now.complete + now.running == 0
     with view.waiting(f"the untrained {bench.base.name}"):
         bench.measure_anchors(view.say, fresh=fresh)
+    if within is not None:
+        within.read()
     if fresh:
         view.say(f"encoding {len(bench.data.items)} training images, timing {costs.PROBE_STEPS} steps …")
     with view.waiting("training images"):
@@ -370,8 +390,8 @@ def _told_cost(
     view.say(costs.length_line(cost))
     size = costs.final_bytes(bench.folder, study, cost, total, limits.keep_best)
     view.say(_cost_line(cost, now, costs.megabytes(size)))
-    if within is not None and fresh:
-        view.say(ratio_line(len(bench.study.space), total))
+    if within is not None and fresh and within.is_planned:
+        _say_ratio(bench, total, view)
     for line in (*lines, *costs.warnings(bench, cost, None if within else total, limits.max_hours)):
         view.say(line)
     return cost

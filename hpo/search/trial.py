@@ -71,6 +71,9 @@ WEIGHT_CHANGE = (
 )
 
 
+SAME = 1e-9  # relative difference of two numbers that were derived in different ways
+
+
 class NoEffect(SettingsFailure):
     """The adapter is applied and finite, but so weak that it does not change any pixel."""
 
@@ -262,12 +265,21 @@ def _trained(
 def _saved_remedy(folder: TrialFolder, config: TrainConfig, saved: Mapping[str, Any]) -> str:
     """The memory remedy used to train a LoRA file.  Raises ModelFileError if its settings are not the trial's."""
     now, saved = deciding(config.as_dict()), deciding(saved)
-    changed = sorted(name for name in now if saved.get(name) != now[name])
+    changed = sorted(name for name in now if not is_equal(saved.get(name), now[name]))
     if not set(changed) <= set(CHECKPOINTING):
         raise ModelFileError(
             f"{folder.lora} was trained with a different {', '.join(changed)}", "delete the file"
         )
     return remedy_words(config, remedies_of(folder) or ()) or ", ".join(changed)
+
+
+def is_equal(one: Any, other: Any) -> bool:
+    """Whether two values of a setting are equal.  Numbers may differ in their last digits: those of a trial that was
+    taken over (``hpo.search.fork``) are derived anew from another space's parameters."""
+    if one == other:
+        return True
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (one, other))
+    return numbers and math.isclose(one, other, rel_tol=SAME)
 
 
 def _train(

@@ -53,11 +53,22 @@ class Within:
     ) -> None:
         self.study, self.bench, self.folder, self.worked = study, bench, bench.folder, worked
         self.hours, self.most, self.say = hours, most, say
-        self.before = stored_hours(study)
-        self.known = self.before.pace if self.before else None  # estimated by an earlier command
+        self.read()
         self.trials = 0  # of the study in the end, as planned
         self._load_seconds = load_seconds
         self._said: Plan | None = None
+
+    def read(self) -> None:
+        """What is stored with the study: another worker may have begun meanwhile."""
+        self.before = stored_hours(self.study)
+        self.known = (
+            self.before.pace if self.before else None
+        )  # estimated by an earlier command or another worker
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the number of trials is known: without the seconds of a trial it is not, before the first one."""
+        return self._said is not None
 
     def begin(self, cost: Cost) -> list[str]:
         """Make the plan, once the first estimate is there: the lines that say it."""
@@ -84,18 +95,24 @@ class Within:
         ]
 
     def store(self) -> None:
-        """Store the budget with the study.  Call with the study lock held."""
-        Stored(self.hours, None, self.known, self._load_seconds).write(self.study)
+        """Store the budget with the study.  Call with the study lock held.
+
+        A confirmation that another process has begun under the same budget stays begun.
+        """
+        now = stored_hours(self.study)
+        begun = now.round if now is not None and now.hours == self.hours else None
+        Stored(self.hours, begun, self.known, self._load_seconds).write(self.study)
         self.study.set_user_attr(TOTAL, self.trials)
 
     def allows(self, done: int, alive: int) -> bool:
         """Whether a trial may begin while ``alive`` others run.  Makes the plan anew.  Call with the study lock held.
 
-        It must end in time.  The exception is a study in which nothing has begun: without a trial nothing is known.
+        It must end in time.  The exception is a study in which nothing has begun, even if loading has used up all the
+        time: without a trial nothing is known.
         """
         taken = done + alive
         found = self._plan(taken)
-        if taken >= self.most or self.worked.left <= 0:
+        if taken >= self.most or (taken and self.worked.left <= 0):
             return self._ends(taken)
         if found is None:
             return taken == 0 or self._ends(taken)

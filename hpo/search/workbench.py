@@ -55,6 +55,7 @@ from trainer.text import clean_text
 if TYPE_CHECKING:
     from trainer.bases import Base
 
+SECONDS = "seconds_per_image"
 MINUTE = 60.0  # a step that takes longer announces it
 
 
@@ -135,6 +136,9 @@ class Workbench:
         self.evaluator = self.evaluator.with_anchors(anchors)
         if each := timer.finished():
             self.image_seconds = each
+            write_atomic(self.folder.base_seconds, json.dumps({SECONDS: each}))
+        elif isinstance(each := (read_json(self.folder.base_seconds) or {}).get(SECONDS), float):
+            self.image_seconds = each  # another process has drawn them, or this one before it was stopped
         if fresh:
             anchors.require_separable()
         for problem in anchors.problems:

@@ -164,6 +164,7 @@ from .unchanged import check_forkable as check_forkable
 from .unchanged import check_unchanged as check_unchanged
 from .use import Use as Use
 from .use import in_use as in_use
+from .use import read_from as read_from
 from .which import SOURCE_STUDY as SOURCE_STUDY
 from .which import SeveralStudies as SeveralStudies
 from .which import WorkedOn as WorkedOn

@@ -183,7 +183,8 @@ def _built(name: str, sections: Sections, seed: int | None) -> StudyConfig:
     search = read(SearchSection, sections["search"], "search")
     if search.sampler == "cmaes" and len(study.objectives) > 1:
         raise ConfigError(
-            "cmaes has one objective, but this study has two", "use the sampler tpe, gp or random"
+            "the sampler cmaes can search for one objective only, but this study has two",
+            "use the sampler tpe, gp or random",
         )
     if search.pruner != "none" and len(study.objectives) > 1:
         raise ConfigError(

@@ -166,6 +166,11 @@ class StudyFolder:
         return self.base_images / "anchors.json"
 
     @property
+    def base_seconds(self) -> Path:
+        """How long an image of the untrained base took, with its score."""
+        return self.base_images / "seconds.json"
+
+    @property
     def confirmed(self) -> Path:
         return self.root / "confirmed.json"
 

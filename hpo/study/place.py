@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from hpo.study.folder import StudyFolder, read_json
-from trainer.errors import ConfigError, MachineError
+from trainer.errors import ConfigError, MachineError, install_with
 from trainer.files import write_new
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ def place_of(folder: StudyFolder) -> Place | None:
 def chosen_place(folder: StudyFolder) -> Place | None:
     """Where the study of ``hpo search`` is or will be.  Raises ConfigError if ``--storage`` contradicts the folder."""
     found, given = place_of(folder), STORAGE.get()
+    if found is not None and given and not same_database(url := parsed(given), parsed(found.url)):
+        raise ConfigError(
+            f"study {folder.name} is in the database at {found.url}, but --storage names {without_password(url)}",
+            "leave --storage out, or start a study under another name: hpo search NAME --storage …",
+        )
     if found is not None or not (given or os.environ.get(VARIABLE)):
         return found
     if folder.database.is_file():
@@ -89,18 +94,32 @@ def address(place: Place) -> URL:
     """The address with its password.
 
     One machine may reach the same server under another name than another machine: ``--storage`` goes before the stored
-    address, and so does HPO_STORAGE if it names the same database.
+    address, and so does HPO_STORAGE, each if it names the same database.
     """
-    given, usual = STORAGE.get(), os.environ.get(VARIABLE)
     stored = parsed(place.url)
-    beside = parsed(usual) if usual else None
-    url = parsed(given) if given else stored
-    if beside is not None and beside.database == url.database:
-        if not given:
-            return beside
-        if url.password is None and beside.username == url.username:
-            return url.set(password=beside.password)
-    return url
+    texts = (STORAGE.get(), os.environ.get(VARIABLE))
+    given, usual = (url if url and same_database(url, stored) else None for url in map(_parsed, texts))
+    if given is None:
+        return usual or stored
+    if given.password is None and usual is not None and usual.username == given.username:
+        return given.set(password=usual.password)
+    return given
+
+
+def same_database(one: URL, other: URL) -> bool:
+    """Whether two addresses can be of one database.  The server's name and port do not matter: each machine may have
+    its own for it."""
+    return (one.get_backend_name(), one.database) == (other.get_backend_name(), other.database)
+
+
+def is_renamed(place: Place) -> bool:
+    """Whether this process reaches the server under another name than the stored one.  It may be another server."""
+    own, stored = address(place), parsed(place.url)
+    return (own.host, own.port) != (stored.host, stored.port)
+
+
+def _parsed(text: str | None) -> URL | None:
+    return parsed(text) if text else None
 
 
 def parsed(text: str) -> URL:
@@ -112,6 +131,11 @@ def parsed(text: str) -> URL:
         raise ConfigError(
             "grpc:// cannot be used: claims are rows of a table, and Optuna's gRPC proxy passes on trials only",
             f"give every worker the database: --storage {FORM}",
+        )
+    if text.count("@") > 1:  # SQLAlchemy would take the rest of a password for the server's name
+        raise ConfigError(
+            "the address of the database has more than one @",
+            "write an @ that belongs to the password or the user as %40, for example USER:PASS%40WORD@HOST/DATABASE",
         )
     try:
         url = make_url(text)
@@ -133,7 +157,7 @@ def parsed(text: str) -> URL:
         raise ConfigError("--storage has a password behind the ?", "write it as USER:PASSWORD@HOST")
     module, extra = DRIVERS[url.drivername]
     if importlib.util.find_spec(module) is None:
-        raise MachineError(f"{module} is not installed", f"pip install 'lora-hpo[{extra}]'")
+        raise MachineError(f"{module} is not installed", install_with(extra))
     return url
 
 

@@ -57,7 +57,7 @@ class StudySection:
     preset: str = setting("character", choices=tuple(PRESETS))
     clip: str = setting("")
     likeness: str = setting("")
-    also: tuple[str, ...] = setting((), example='["facebook/dinov2-small"]')
+    also: tuple[str, ...] = setting((), example='["ViT-L-14-quickgelu:openai"]')
     objectives: tuple[str, ...] = setting(
         (SCORE,), choices=OBJECTIVES, example='["prompt_following", "likeness"]'
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.study.folder import GO_ON, IDENTITY, StudyFolder, another_name
-from hpo.study.place import Place, beside, place_of, settle
+from hpo.study.place import Place, address, beside, is_renamed, place_of, settle, without_password
 from hpo.study.sections import BELOW_ZERO, OBJECTIVE, SCORE
 from trainer.errors import ConfigError, MachineError, first_line
 from trainer.text import clean_text
@@ -185,7 +185,16 @@ def _check_own(folder: StudyFolder, study: optuna.Study) -> None:
 
 def open_place(folder: StudyFolder, place: Place | None) -> None:
     """Before anything is loaded: whether the server can be reached, and its study of that name is not another one."""
-    if place is None or folder.storage.is_file():
+    if place is None:
+        return
+    if folder.storage.is_file():
+        if is_renamed(place) and begun_study(folder) is None:
+            raise ConfigError(
+                f"study {place.study} is in the database at {place.url}; "
+                f"there is none at {without_password(address(place))}",
+                "if this is another server, leave --storage and HPO_STORAGE out; if it is the same one under another "
+                "name, run this command again when the first worker has begun",
+            )
         return
     import optuna
 

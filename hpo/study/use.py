@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from hpo.study.locks import Lock
 from hpo.study.place import place_of
 from hpo.study.storage import begun_study, delete_from_server
+from trainer.errors import ConfigError
 from trainer.files import machine_error
 
 if TYPE_CHECKING:
-    pass
-from hpo.study.folder import StudyFolder
+    from hpo.study.folder import StudyFolder
 
 
 @dataclass
@@ -53,6 +53,24 @@ def in_use(folder: StudyFolder) -> Iterator[Use]:
                     with contextlib.suppress(OSError):
                         runs.rmdir()
             raise
+
+
+@contextmanager
+def read_from(folder: StudyFolder) -> Iterator[None]:
+    """Share the folder of another study for a block that reads its files: no ``hpo clean`` or ``hpo delete`` changes it
+    meanwhile.  Raises ConfigError if it was just deleted."""
+    lock = Lock(folder.locks / "use.lock")
+    with lock.held(shared=True):
+        if not folder.has_study:  # moved away while this process waited; the lock has made a folder again
+            with contextlib.suppress(OSError):
+                lock.path.unlink()
+                folder.locks.rmdir()
+                folder.root.rmdir()
+            raise ConfigError(
+                f"there is no study {folder.name} any more in {folder.root.parent}",
+                "restore it if it was deleted (hpo delete moves a study to the trash)",
+            )
+        yield
 
 
 def _is_own(use: Use) -> bool:

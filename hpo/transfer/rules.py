@@ -303,7 +303,7 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (
         length,
         "`epochs.scale`: ⌈epochs × factor⌉; `steps.scale` if it is set in steps or images seen: ⌈S × n′/n × factor⌉, "
-        "n = updates of an epoch, so that images seen are scaled alike",
+        "where n is the number of updates in an epoch: the images seen are multiplied by the factor, too",
     ),
     (saving, "`save.curve`: save 5 files during the run if it would save fewer than 4"),
     (

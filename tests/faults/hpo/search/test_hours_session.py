@@ -3,6 +3,7 @@ processes."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import signal
@@ -15,12 +16,15 @@ from click.testing import CliRunner
 
 import hpo.search.session
 from hpo.cli.main import main
+from hpo.search.workbench import Workbench
 from hpo.search.worker import Worker
+from hpo.study.config import Inputs
 from hpo.study.folder import TOTAL, StudyFolder, read_json
 from hpo.study.hours import Round
 from hpo.study.storage import open_study
 from hpo.study.work import INVOCATION, Invocation, open_steps
-from hpo.study.worked import Worked, stored_hours, used_seconds
+from hpo.study.worked import Stored, Worked, stored_hours, used_seconds
+from hpo.terminal.live import PlainView
 from tests.faults.zygote import attempt, die_at, finish, start
 from tests.tiny_confirm import check_confirmation
 from tests.tiny_search import check_study, draw_images
@@ -75,6 +79,9 @@ def test_a_search_ends_with_a_confirmed_winner_and_again_does_nothing(root: Path
     said = run_session(root, data, 2, hours=1.0)
     lines = said.splitlines()
     assert "plan for 1 hour: 2 trials, the limit of --trials, each about" in said
+    assert (
+        "this study searches 4 settings, but 2 trials are too few even for 1" in said.partition("plan for")[0]
+    )
     assert "study: 2 trials are done, the limit of --trials" in said
     assert lines[-1].startswith("next: hpo train") and sum(line.startswith("next:") for line in lines) == 1
     check_study(StudyFolder(root), 2)
@@ -162,3 +169,39 @@ def test_two_processes_share_the_search_and_one_confirms(root: Path, data: Path)
     check_confirmation(target_of(root), 4)
     assert sum(len(read_records(one.starts)) for one in target_of(root).trial_folders()) == 4
     assert len(list(folder.hours.glob("*.jsonl"))) == 2
+
+
+def test_the_confirmation_uses_the_device_of_its_own_process(root: Path, data: Path) -> None:
+    """study.json names that of the worker that wrote it last."""
+    devices = list[str | None]()
+
+    def loads(inputs: Inputs) -> None:
+        devices.append(inputs.device)
+        if len(devices) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_session(root, data, 2, hours=1.0, loads=loads)
+    facts = StudyFolder(root).facts
+    stored = json.loads(facts.read_text())
+    facts.write_text(json.dumps({**stored, "inputs": {**stored["inputs"], "device": "cuda:9"}}))
+    said = run_session(root, data, 2, hours=1.0, loads=loads)
+    assert "the search within 1 hour is over" in said
+    assert devices == [None, "cpu", None]  # chosen; that of the search; chosen, as there was no search
+
+
+def test_the_plan_is_stored_before_the_next_worker_scores_the_base(
+    root: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, found = hpo.search.session._one_after_the_other, list[Stored | None]()
+
+    @contextlib.contextmanager
+    def watched(bench: Workbench, view: PlainView) -> Iterator[None]:
+        with alone(bench, view):
+            yield
+            found.append(stored_hours(open_study(bench.folder)))
+
+    monkeypatch.setattr(hpo.search.session, "_one_after_the_other", watched)
+    run_session(root, data, 1, hours=1.0)
+    (stored,) = found
+    assert stored is not None and stored.pace is not None and stored.pace.image_seconds > 0

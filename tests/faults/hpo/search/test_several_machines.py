@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
+import queue
 import signal
+import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,13 @@ from hpo.cli.main import main
 from hpo.search.sampled import SearchLimits
 from hpo.study import leases
 from hpo.study.folder import StudyFolder
-from hpo.study.place import STORAGE, VARIABLE, chosen_place, place_of, settle
+from hpo.study.place import STORAGE, VARIABLE, Place, chosen_place, place_of, settle
 from hpo.study.server import server_of
 from hpo.study.storage import begun_study, open_place, open_study
 from tests.cheap_claims import enqueue, on_its_own_machine
 from tests.faults.zygote import attempt, finish, start
 from tests.postgres import PASSWORD, Postgres
-from tests.tiny_confirm import run_confirm
+from tests.tiny_confirm import check_confirmation, run_confirm
 from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
 from tests.tiny_session import run_session
 from trainer.errors import ConfigError, DataError, MachineError
@@ -257,7 +261,9 @@ def test_the_command_and_its_readers_find_the_study_and_keep_the_password_to_the
     assert own is not None and other is not None
     assert (other.url, other.study) == (own.url, "study__confirm") and not target.database.exists()
     deleted = CliRunner().invoke(main, ["delete", "study", "--yes", "--runs", str(root.parent)])
-    assert "optuna delete-study --study-name study --storage postgresql+psycopg://hpo@" in deleted.output
+    shown_last = deleted.output.partition("moved to ")[2]  # what can be undone is said first
+    assert "optuna delete-study --study-name study --storage postgresql+psycopg://hpo@" in shown_last
+    assert "its trials are still in the database" in shown_last
     assert not root.exists()
     for secret in (PASSWORD, url.split(":")[2].partition("@")[0]):
         assert secret.encode() not in contents(root.parent)
@@ -323,3 +329,36 @@ def test_a_second_name_of_the_same_server_is_followed(
     place = place_of(folder)
     assert place is not None and "127.0.0.1" in place.url
     assert server_of(place).engine.url.host == "localhost"
+    other = StudyFolder(
+        root.with_name("other")
+    )  # another worker has just begun it, or this is another server
+    make_folder(other.root)
+    settle(other, Place(place.url, "other", "0"))
+    with pytest.raises(ConfigError, match=r"in the database at .*127.0.0.1.* there is none at .*localhost"):
+        open_place(other, chosen_place(other))
+
+
+def test_the_dashboard_opens_the_folders_own_study(
+    postgres: Postgres, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, address(postgres))
+    for name in ("first", "study"):
+        settle_new(StudyFolder(root.with_name(name)))
+        enqueue(StudyFolder(root.with_name(name)), 1)
+    said: queue.Queue[str] = queue.Queue()
+    serves = (StudyFolder(root), "127.0.0.1", 0, said.put)
+    threading.Thread(target=hpo.search.dashboard.serve, args=serves, daemon=True).start()
+    page = said.get(timeout=60).split()[3]
+    with urllib.request.urlopen(page.replace("/dashboard/", "/api/")) as answer:
+        assert json.load(answer)["name"] == "study"
+
+
+def test_a_search_within_hours_on_a_server_ends_with_a_confirmed_winner(
+    postgres: Postgres, root: Path, data: Path
+) -> None:
+    with storage(address(postgres)):
+        said = run_session(root, data, trials=2, hours=1.0)
+        check_study(StudyFolder(root), 2)
+        check_confirmation(StudyFolder(root.with_name("study__confirm")), 4)
+    assert said.splitlines()[-1].startswith("next: hpo train")
+    assert not (root / ".locks" / "study.lock").exists()  # the study lock is the server's

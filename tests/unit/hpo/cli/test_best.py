@@ -23,7 +23,7 @@ from hpo.study.folder import StudyFolder, read_json
 from hpo.study.importance import FEWEST
 from hpo.study.locks import Lock
 from hpo.study.retention import DRAWN
-from hpo.study.storage import create_study, open_study
+from hpo.study.storage import create_study, open_storage, open_study
 from tests.stored.commands import NAME, unpack
 from tests.tiny_search import finished_runs, tiny_study
 from trainer.config import TrainConfig
@@ -257,7 +257,7 @@ def test_clean_leaves_unfinished_trials_and_what_a_search_keeps(here: Path) -> N
     row = {"id": "1", "event": "started", "step": "search", "words": words, "cwd": "", "time_utc": ""}
     end = {"id": "1", "event": "finished", "time_utc": ""}
     (folder.root / "work.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(end) + "\n")
-    assert "the best 2 keep theirs" in " ".join(hpo("clean", "tiny", "--yes").stdout.split())
+    assert "the best 2 trials keep their files" in " ".join(hpo("clean", "tiny", "--yes").stdout.split())
     assert folder.trial(number).lora.is_file() and (folder.trial(number).checkpoints / "state.json").is_file()
     kept = [t.number for t in study.get_trials() if t.values and folder.trial(t.number).lora.is_file()]
     assert sorted(kept) == sorted(t.number for t in ranked_finished(folder)[:2])
@@ -291,3 +291,21 @@ def test_clean_leaves_a_study_alone_that_a_command_works_on(here: Path) -> None:
         worker.stdin.close()
     assert "freed" in hpo("clean", "tiny", "--keep-best", "1", "--yes").stdout
     assert Lock(lock).try_acquire()  # given back
+
+
+def test_clean_all_goes_on_past_a_study_that_cannot_be_read(here: Path) -> None:
+    for name in ("broken", "empty", "tiny__confirm"):
+        shutil.copytree("runs/tiny", f"runs/{name}")
+        StudyFolder(here / "runs" / name).database.unlink()
+    (here / "runs" / "broken" / "study.db").write_bytes(b"no database " * 1000)
+    for name in ("empty", "tiny__confirm"):  # killed before the study was created
+        open_storage(StudyFolder(here / "runs" / name))
+    (here / "runs" / "tiny__confirm" / "study.json").write_text('{"facts": {"confirms": "tiny"}}')
+    result = hpo("clean", "--all", "--keep-best", "1", "--yes")
+    assert result.exit_code == 0 and "freed" in result.stdout  # as hpo studies
+    assert "broken is left alone: cannot open" in result.stderr
+    assert "empty is left alone: " in result.stderr and "contains no study" in result.stderr
+    assert "tiny is left alone" not in result.stderr
+    kept = [one.number for one in StudyFolder(here / "runs" / "tiny").trial_folders() if one.lora.is_file()]
+    assert len(kept) == 1
+    assert hpo("clean", "broken", "--yes").exit_code == 5

@@ -32,7 +32,8 @@ def test_thirty_trials_of_the_default_study_keep_the_six_of_the_small_one() -> N
     assert {p.name for p in fixed.space} == {p.name for p in shipped("sd15-character-small").space}
     assert fixed.config(fixed.baseline) == study.config(study.baseline), "fixed as in trial 0"
     assert line.startswith(
-        "30 trials can decide about 6 settings (5 trials each, a rule of thumb); to fix the 6 that"
+        "this study searches 12 settings, but 30 trials are enough for about 6 (rule of thumb: 5 trials for each "
+        "setting); to fix the 6 that usually matter least"
     )
     assert budget_lines(study, 60) == budget_lines(shipped("sd15-character-small"), 30) == []
 

@@ -230,3 +230,42 @@ def test_a_settings_file_named_like_a_base_is_not_the_default_study(
     (tmp_path / usual.name).write_text("network_dim = 4\n")
     assert find_study(None, "mini-sdxl").resolve() == usual
     assert find_study(usual.name, "mini-sdxl").resolve() == tmp_path / usual.name
+
+
+def begun_before(asked: SearchRequest, **changes: Any) -> SearchChoice:
+    """A study as a search writes it, with ``changes`` to its stored sections."""
+    chosen = choose(asked)
+    sections = {**chosen.config.sections, **changes}
+    begin(replace(chosen, config=replace(chosen.config, sections=sections)))
+    chosen.folder.database.touch()
+    return chosen
+
+
+def test_a_fork_of_a_study_that_was_begun_in_epochs_has_its_length_in_epochs() -> None:
+    """Otherwise none of its trials fits: also in the command that a refused change of the definition prints."""
+    asked = request("d/10_luca man", "sd15", name="old")
+    now = choose(asked).config.sections
+    space, baseline = ({k: v for k, v in now[n].items() if k != "images_seen"} for n in ("space", "baseline"))
+    epochs = {"low": 4, "high": 12}
+    begun_before(
+        asked,
+        space={**space, "max_train_epochs": epochs},
+        baseline={**baseline, "max_train_epochs": 8},
+    )
+    for sets in ((), ("network_dim=16",)):
+        new = choose(replace(asked, name="new", fork_from="old", sets=sets)).config
+        assert new.sections["space"]["max_train_epochs"] == epochs and new.baseline["max_train_epochs"] == 8
+        assert "images_seen" not in {p.name for p in new.space}
+    plain = choose(replace(asked, name="new")).config
+    assert "images_seen" in {p.name for p in plain.space}
+
+
+def test_a_fork_keeps_the_preset_and_the_prompts_of_its_source() -> None:
+    asked = request("d/10_vexa style", "sd15", name="old")
+    now = choose(replace(asked, preset="character")).config.sections
+    begun_before(replace(asked, preset="character"), prompts={**now["prompts"], "words": "tags"})
+    new = choose(replace(asked, name="new", fork_from="old"))
+    assert not new.config.preset.style and new.config.prompts.words == "tags"
+    assert "study old was started so" in new.says[0]
+    assert new.says[0].endswith("use --preset style without --fork-from")
+    assert choose(replace(asked, name="new", fork_from="old", preset="style")).config.preset.style

@@ -107,3 +107,18 @@ def test_after_the_first_trial_disk_and_time_are_those_of_its_files(tmp_path: Pa
     true = folder_bytes(bench.folder.root)
     for guess in (before, *said):
         assert true / 1.5 < guess < true * 1.5, (before, said, true)
+
+
+def test_a_worker_that_did_not_draw_the_base_knows_how_long_its_images_took(
+    tmp_path: Path, data: Path
+) -> None:
+    first, second = (tiny_bench(tmp_path / "study", data) for _ in range(2))
+    for bench in (first, second):
+        bench.measure_anchors(lambda text: None)
+    assert first.image_seconds and second.image_seconds == first.image_seconds
+    pace = costs.probed_pace(second, second.config(second.study.baseline, 0))
+    assert pace is not None and pace.image_seconds == first.image_seconds
+    first.folder.base_seconds.unlink()  # of an earlier version: no images that take no time
+    second.image_seconds = None
+    second.measure_anchors(lambda text: None)
+    assert costs.probed_pace(second, second.config(second.study.baseline, 0)) is None

@@ -8,17 +8,25 @@ from typing import Any
 
 import optuna
 import pytest
+from click.testing import CliRunner
 from optuna.search_space import IntersectionSearchSpace
 
+import hpo.search.session
+from hpo.cli.main import main
 from hpo.search.fork import Fork
 from hpo.search.sampled import SearchLimits
 from hpo.search.samplers import make_sampler
 from hpo.study.folder import FORK, StudyFolder, read_json
+from hpo.study.locks import Lock
+from hpo.study.ownership import ClaimLost
 from hpo.study.standing import FORKED_FROM
 from hpo.study.storage import open_study
+from hpo.study.use import read_from
+from hpo.study.work import INVOCATION, Invocation, steps
+from tests.faults.zygote import attempt
 from tests.tiny_search import check_study, draw_images, make_search, tiny_bench, tiny_study
 from tests.tiny_session import run_session
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, MachineError
 
 LOWER = {"low": 1e-5, "high": 5e-2, "log": True}  # one of the trials is above it
 MOVED = "learning_rate={low=1e-5, high=5e-2, log=true}"
@@ -55,7 +63,7 @@ def test_trials_inside_the_new_space_are_taken_over_and_the_search_goes_on_with_
     assert 2 <= len(fit) < len(before)  # else this test could not fail
     said = fork(here, searched / "images", sets=(MOVED,))
     assert f"took over {len(fit)} of 4 finished trials of study tiny" in said
-    assert "1 does not fit: learning_rate outside 1e-05 … 0.05, log (1 trial)" in said
+    assert "1 does not fit: learning_rate was outside 1e-05 … 0.05, log (1 trial)" in said
     after = trials(here, "wide")
     assert len(after) == 5
     for new, old in zip(after, fit, strict=False):
@@ -81,8 +89,8 @@ def test_a_setting_that_is_fixed_now_keeps_the_trials_that_had_its_value(here: P
     assert len(set(ranks)) > 1
     rank = ranks[0]
     said = fork(here, searched / "images", trials=ranks.count(rank), sets=(f"network_dim={2**rank}",))
-    assert "raise --trials to search in its own space" in said
-    assert f"took over {ranks.count(rank)} of 4" in said and "network_dim is another" in said
+    assert "the trials taken over count too: give a larger number" in said
+    assert f"took over {ranks.count(rank)} of 4" in said and f"network_dim was not {2**rank} (" in said
     assert all("network_dim_log2" not in t.params for t in trials(here, "wide"))
 
 
@@ -106,7 +114,7 @@ def test_what_does_not_compare_is_refused_and_named(here: Path, searched: Path, 
         assert named in caught.value.message
         assert not (here / "runs" / "wide").exists()
     with pytest.raises(
-        ConfigError, match=r"none of the 4 finished trials .* fits .*max_grad_norm is another"
+        ConfigError, match=r"none of the 4 finished trials .* fits .*max_grad_norm was not 0\.5"
     ):
         fork(here, searched / "images", sets=("max_grad_norm=0.5",))
     assert not (here / "runs" / "wide").exists()
@@ -175,3 +183,79 @@ def test_random_suggestions_of_a_fork_are_not_those_of_its_source() -> None:
 
     assert first() == first() and first(forked="a") == first(forked="a")
     assert len({first(), first(forked="a"), first(forked="b")}) == 3
+
+
+def command(words: list[str]) -> None:
+    raise SystemExit(CliRunner().invoke(main, words).exit_code)
+
+
+def test_the_source_is_neither_cleaned_nor_deleted_while_its_trials_are_taken_over(
+    here: Path, searched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, codes = Fork.take, list[int]()
+    where = ["tiny", "--yes", "--runs", str(here / "runs")]
+    commands = (["clean", "--keep-best", "1", *where], ["delete", *where])
+
+    def meanwhile(*given: Any) -> None:
+        codes.extend(attempt(command, words) for words in commands)  # in processes of their own
+        take(*given)
+
+    monkeypatch.setattr(Fork, "take", meanwhile)
+    assert "took over 4 of 4" in fork(here, searched / "images")
+    assert codes == [5, 5]
+    assert [attempt(command, words) for words in commands] == [0, 0]
+
+
+def test_a_source_that_was_just_deleted_leaves_nothing_behind(tmp_path: Path) -> None:
+    gone = StudyFolder(tmp_path / "runs" / "gone")
+    with pytest.raises(ConfigError, match="there is no study gone any more"), read_from(gone):
+        raise AssertionError
+    assert not gone.root.exists()
+
+
+def test_an_error_after_the_trials_were_taken_over_is_one_of_a_study_that_has_begun(
+    here: Path, searched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise MachineError("the disk is full", "free some space")
+
+    monkeypatch.setattr(hpo.search.session, "_begin", full)
+    token = INVOCATION.set(Invocation(("search", "wide"), str(here)))
+    try:
+        with pytest.raises(MachineError):
+            fork(here, searched / "images")
+    finally:
+        INVOCATION.reset(token)
+    assert [step.state for step in steps(here / "runs" / "wide")] == ["failed"]  # hpo resume goes on with it
+    assert len(trials(here, "wide")) == 4
+
+
+@pytest.mark.parametrize("how", ["held by another worker", "lost"])
+def test_nothing_is_written_into_a_trial_that_another_worker_has(
+    here: Path, searched: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    bench = tiny_bench(here / "runs" / "wide", searched / "images")
+    worker, said = make_search(bench, SearchLimits(4)), list[str]()
+    acquire = Lock.try_acquire
+
+    def try_acquire(lock: Lock, **given: Any) -> bool:
+        return lock.path.name != "trial_0001.lock" and acquire(lock, **given)
+
+    def check(lock: Lock, *, certain: bool = False) -> None:
+        if lock.path.name == "trial_0001.lock":
+            raise ClaimLost("trial 1 is no longer this worker's")
+
+    if how == "lost":
+        monkeypatch.setattr(Lock, "check", check)
+    else:
+        monkeypatch.setattr(Lock, "try_acquire", try_acquire)
+    Fork.into(bench, StudyFolder(here / "runs" / "tiny")).take(worker.study, said.append)
+    assert [t.state.name for t in worker.study.get_trials()] == [
+        "COMPLETE",
+        "RUNNING",
+        "COMPLETE",
+        "COMPLETE",
+    ]
+    assert not bench.folder.trial(1).result.exists()
+    assert bench.folder.trial(1).root.exists() is (how == "lost")
+    assert any("no longer this worker's" in line for line in said) is (how == "lost")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.exceptions import StorageInternalError
 from safetensors.torch import load_file
 
 from evaluation.images import images
@@ -24,7 +25,7 @@ from tests.outofmemory import FORMS, LOST, FailingAt
 from tests.tiny_search import Recorder, draw_images, tiny_bench, tiny_study
 from trainer.adapters import adapter as adapters
 from trainer.config import TrainConfig
-from trainer.errors import DeviceLost, Interrupted, MachineError
+from trainer.errors import DeviceLost, Interrupted, MachineError, ModelFileError
 from trainer.files import append_line, read_records
 from trainer.loop import loop
 
@@ -302,3 +303,29 @@ def test_a_trial_folder_that_cannot_be_made_is_a_machine_error(bench: Workbench)
 
 def test_the_compute_type_is_a_fact_of_the_study(bench: Workbench) -> None:
     assert bench.facts()["compute type"] == "torch.float32"
+
+
+def test_a_lost_connection_to_the_database_is_no_result_and_the_trial_goes_on(bench: Workbench) -> None:
+    """The worker connects again and resumes; a failed trial would have been written to result.json."""
+    bench.measure_anchors(lambda text: None)
+    folder, calls = bench.folder.trial(0), itertools.count()
+
+    def check(*, certain: bool = False) -> None:
+        if next(calls) == 2:  # in the training
+            raise StorageInternalError("the claims of the study cannot be read or written")
+
+    with pytest.raises(StorageInternalError):
+        run_trial(bench, folder, settings(bench), Recorder(), check)
+    assert not folder.result.exists() and not bench.base.unet.training
+    assert "failed" not in (folder.log.read_text() if folder.log.is_file() else "")
+    assert run_trial(bench, folder, settings(bench), Recorder(), check).state == "complete"
+
+
+def test_a_lora_of_a_trial_that_was_taken_over_may_differ_in_the_last_digits(bench: Workbench) -> None:
+    """Its settings were derived anew from another space's parameters (``hpo.search.fork``)."""
+    folder, config = bench.folder.trial(0), settings(bench, learning_rate=1e-3)
+    saved = config.as_dict()
+    assert trials._saved_remedy(folder, config, {**saved, "learning_rate": 1e-3 * (1 + 4e-16)}) == ""
+    for other in (1.001e-3, None, "1e-3"):
+        with pytest.raises(ModelFileError, match="different learning_rate"):
+            trials._saved_remedy(folder, config, {**saved, "learning_rate": other})

@@ -15,9 +15,10 @@ from optuna.trial import TrialState
 from hpo.search.cost import Cost, Ends
 from hpo.search.within import Within
 from hpo.study.folder import TOTAL, StudyFolder
+from hpo.study.hours import Round
 from hpo.study.pace import Pace
 from hpo.study.storage import create_study
-from hpo.study.worked import Worked, stored_hours
+from hpo.study.worked import Stored, Worked, stored_hours
 
 IMAGES, SAMPLES = 30, 100
 PACE = Pace(sample_seconds=0.1, image_seconds=0.2)  # 16 s a trial
@@ -121,10 +122,32 @@ def test_too_small_a_budget_is_said_and_trial_0_runs_but_no_other(tmp_path: Path
     assert not search.allows()
 
 
-def test_nothing_begins_once_the_time_is_used(tmp_path: Path) -> None:
+def test_only_trial_0_begins_once_the_time_is_used(tmp_path: Path) -> None:
+    """Loading took all of it: without a trial nothing is known."""
     search = Search(tmp_path / "study", used=360.0)
-    search.within.begin(COST)
+    lines = search.within.begin(COST)
+    assert any("two trials and their confirmation do not fit into 0.1 hours" in line for line in lines)
+    assert search.within.trials == 1 and search.allows()
+    search.trial()
     assert not search.allows()
+
+
+def test_a_confirmation_that_another_process_has_begun_stays_begun(tmp_path: Path) -> None:
+    search = Search(tmp_path / "study")
+    search.within.begin(COST)
+    for hours, kept in ((0.1, Round(2, 1)), (0.2, None)):  # another budget is another search
+        Stored(hours, Round(2, 1), PACE, 5.0).write(search.study)
+        search.within.store()
+        stored = stored_hours(search.study)
+        assert stored is not None and (stored.hours, stored.round) == (0.1, kept)
+
+
+def test_a_worker_that_had_to_wait_plans_with_what_the_first_one_has_measured(tmp_path: Path) -> None:
+    search = Search(tmp_path / "study")
+    assert search.within.known is None
+    Stored(0.1, None, PACE, 5.0).write(search.study)
+    search.within.read()
+    assert search.within.known == PACE
 
 
 @pytest.mark.parametrize("pace", [None, PACE])

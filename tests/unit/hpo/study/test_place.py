@@ -29,6 +29,9 @@ URL = "postgresql+psycopg://luca:s3cret@db.lan:5433/hpo"
         ("postgresql+psycopg://u:s3cret@h", "names no database"),
         ("postgresql+psycopg://h/d?password=s3cret", "has a password behind the ?"),
         ("postgresql+psycopg://u:s3cret@h:port/d", "cannot be read"),
+        ("postgresql+psycopg://u:p@s3cret@h/d", "more than one @"),
+        ("postgresql+psycopg://u:p@s3/s3cret@h/d", "more than one @"),
+        ("mysql+pymysql://u@h:s3cret@h/d", "more than one @"),
     ],
 )
 def test_other_addresses_are_refused_without_repeating_them(text: str, says: str) -> None:
@@ -42,7 +45,7 @@ def test_a_driver_that_is_not_installed_is_named_with_its_extra(monkeypatch: pyt
     monkeypatch.setattr(place.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError, match="pymysql is not installed") as refused:
         parsed("mysql://u@h/d")
-    assert refused.value.hint == "pip install 'lora-hpo[mysql]'"
+    assert refused.value.hint.endswith(".venv/bin/pip install -c constraints.txt '.[mysql]'")
 
 
 def test_the_short_form_means_the_driver_that_is_installed() -> None:
@@ -66,14 +69,16 @@ def test_a_password_is_neither_stored_nor_shown(tmp_path: Path) -> None:
 
 
 def test_the_command_line_of_another_worker_is_shown_without_its_password() -> None:
-    words = [sys.executable, "-c", "print(flush=True); input()", "hpo.cli", "search", "--storage", URL]
+    secret = URL.replace("s3cret", "p@s3cret/s3cret")  # as it may be typed by mistake
+    options = ["--notify", "tgram://s3cret/1", "--notify=ntfy://s3cret", "--storage", secret]
+    words = [sys.executable, "-c", "print(flush=True); input()", "hpo.cli", "search", *options]
     other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None and other.stdout.readline()  # it is itself by now
         said = process_words(other.pid)
     finally:
         other.communicate(b"\n")
-    assert "--storage postgresql+psycopg://***@db.lan" in said and "s3cret" not in said
+    assert "--notify *** --notify=*** --storage postgresql" in said and "s3cret" not in said
 
 
 def test_where_the_password_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +157,40 @@ def test_a_damaged_storage_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "storage.json").write_text('{"url": "x"}')
     with pytest.raises(ToolError, match=r"storage\.json has no 'study'"):
         place.place_of(StudyFolder(tmp_path))
+
+
+def test_an_at_sign_in_a_password_is_written_as_40() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parsed("postgresql://u:p@ss@h/d")
+    assert "%40" in refused.value.hint
+    assert parsed("postgresql://u:p%40ss@h/d").password == "p@ss"
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("postgresql://luca:s3cret@db.lan:5433/another", "postgresql+psycopg://luca@db.lan:5433/another"),
+        ("mysql://luca:s3cret@db.lan:5433/hpo", "mysql+pymysql://luca@db.lan:5433/hpo"),
+    ],
+)
+def test_another_database_than_the_studys_is_refused_and_never_used_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, names: str
+) -> None:
+    monkeypatch.delenv(place.VARIABLE, raising=False)
+    monkeypatch.setattr(place.importlib.util, "find_spec", lambda name: object())
+    folder, own = StudyFolder(tmp_path), Place(without_password(parsed(URL)), tmp_path.name, "0")
+    settle(folder, own)
+    token = place.STORAGE.set(given)
+    try:
+        with pytest.raises(ConfigError, match="but --storage names") as refused:
+            place.chosen_place(folder)
+        assert names in refused.value.message and own.url in refused.value.message
+        assert "s3cret" not in str(refused.value)
+        assert address(own) == parsed(own.url)  # as the source of --fork-from
+    finally:
+        place.STORAGE.reset(token)
+    token = place.STORAGE.set(URL.replace("db.lan:5433", "localhost"))  # its own name for the same server
+    try:
+        assert place.chosen_place(folder) == own and address(own).password == "s3cret"
+    finally:
+        place.STORAGE.reset(token)
