@@ -26,9 +26,11 @@ def run_session(
     trials: int | None = 1,
     loaded: Callable[[Workbench], None] = lambda bench: None,
     guarded: bool = False,
+    console: Console | None = None,
     **words: Any,
 ) -> str:
-    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded.
+    """The command for the study at ``root``; what it printed, if not on ``console``.  ``loaded`` is called once
+    everything is loaded.
 
     With ``hours``, it goes on with the confirmation.
 
@@ -55,8 +57,8 @@ def run_session(
             runs=root.parent,
             **words,
         )
-        console = Console(file=screen, width=200)
-        search(request, console, lambda folder, worked: confirm_within(folder, worked, console))
+        shown = console or Console(file=screen, width=200)
+        search(request, shown, lambda folder, worked: confirm_within(folder, worked, shown))
     finally:
         hpo.search.workbench.load = original
         Anchors.require_separable = guard  # type: ignore[method-assign]

@@ -30,7 +30,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.terminal.live import GENERATING, PLAIN_SECONDS, REFRESH_PER_SECOND, STOPPING, PlainView
+from hpo.terminal.live import PLAIN_SECONDS, REFRESH_PER_SECOND, STOPPING, PlainView
 from hpo.terminal.text import figures, left, say
 from trainer.text import clean_text
 
@@ -319,19 +319,21 @@ def workers_block(view: WorkersView, width: int = 80) -> RenderableType:
     now = view.standing
     done = f"  {now['complete']}/{now['total']} trials" if now else ""
     head = Text.assemble((clean_text(view.name), "bold"), f"  {len(view.rows)} workers{done}")
+    rows = view.rows.values()
+    trials = {row.number: "" if row.trial is None else f"trial {row.trial}" for row in rows}
+    devices = {row.number: "" if row.device == "cpu" else row.device for row in rows}
+    bar_width = 12 if width < 100 else 26
     table = Table.grid(padding=(0, 1))
-    for _ in range(4):
-        table.add_column(no_wrap=True)
+    for cells in (map(str, trials), devices.values(), trials.values(), (" " * bar_width,)):
+        table.add_column(no_wrap=True, min_width=max(map(len, cells)))  # only the last one gives way
     table.add_column(no_wrap=True, overflow="ellipsis")
-    on_gpus = any(row.device != "cpu" for row in view.rows.values())
-    for row in view.rows.values():
-        at = Text(row.device if on_gpus else "", style="dim")
+    for row in rows:
+        at, place = Text(devices[row.number], style="dim"), str(row.number)
         if row.trial is None:
-            table.add_row(str(row.number), at, "", "", Text(_resting(row), style="dim"))
+            table.add_row(place, at, "", "", Text(_resting(row), style="dim"))
             continue
-        bar = ProgressBar(total=max(1, row.total), completed=row.done, width=12 if width < 100 else 26)
-        words = f"{row.words}" if row.words else GENERATING
-        table.add_row(str(row.number), at, f"trial {row.trial}", bar, Text(clean_text(words)))
+        bar = ProgressBar(total=max(1, row.total), completed=row.done, width=bar_width)
+        table.add_row(place, at, trials[row.number], bar, Text(clean_text(row.words)))
     return Group(head, table, *_study_lines(view, width))
 
 
