@@ -28,7 +28,8 @@ class Forked:
     """A forked child with what ``hpo.night`` needs of ``subprocess.Popen``."""
 
     def __init__(self, pid: int, stdin: IO[bytes]) -> None:
-        self.pid, self.stdin = pid, stdin
+        self.pid = pid
+        self.stdin: IO[bytes] | None = stdin
         self._code: int | None = None
 
     def poll(self) -> int | None:
