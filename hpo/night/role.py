@@ -11,6 +11,7 @@ died: the worker saves and ends, and is killed if it does not.  Both ask with SI
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ ORPHAN_SECONDS = 60.0  # to save a step, once the supervisor is gone
 LEFT_BYTES = 1 << 20  # of reports that the supervisor has not read
 FLUSH_SECONDS = 2.0  # for the last reports
 STOP_WORD = b"stop\n"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ def taken_role() -> Supervised | None:
     return Supervised(role)
 
 
+def _wakes_when_its_parent_dies() -> None:
+    """A worker that is suspended with its supervisor (Ctrl-Z) could not notice the supervisor's death."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
 class Supervised:
     """A process that a supervisor started."""
 
@@ -80,6 +88,7 @@ class Supervised:
         os.dup2(nothing, 0)
         os.close(nothing)
         self._sending = threading.Lock()
+        _wakes_when_its_parent_dies()
         threading.Thread(target=self._watch, name="supervisor", daemon=True).start()
 
     def report(self, event: str, *, dropped: bool = False, **values: Any) -> None:

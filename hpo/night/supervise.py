@@ -9,14 +9,17 @@ nothing left to do start again: its trial is free now.  Does not own what an end
 
 from __future__ import annotations
 
+import contextlib
+import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from hpo.night.endings import Ending, WorkersFailed, as_error, ending_of, why
@@ -111,15 +114,16 @@ class Supervisor:
         """
         make_folder(self._logs)
         try:
-            while self._goes_on():
-                if asked() and not self._stopping:
-                    self._stop()
-                for post in self.posts:
-                    self._start_if_due(post)
-                self._wait()
-                for post in self.posts:
-                    self._look_at(post)
-                self._end_those_that_hang()
+            with self._suspended_with_me():
+                while self._goes_on():
+                    if asked() and not self._stopping:
+                        self._stop()
+                    for post in self.posts:
+                        self._start_if_due(post)
+                    self._wait()
+                    for post in self.posts:
+                        self._look_at(post)
+                    self._end_those_that_hang()
         except BaseException:
             self._end_at_once()
             raise
@@ -228,6 +232,29 @@ class Supervisor:
         which = "the worker" if len(self.posts) == 1 else f"none of the {len(self.posts)} workers"
         hint = str((post.error or {}).get("hint", "")) or f"see {post.log}"
         return WorkersFailed(f"{which} can go on; {post.words}: {post.why}", hint)
+
+    @contextlib.contextmanager
+    def _suspended_with_me(self) -> Iterator[None]:
+        """Ctrl-Z suspends the workers too, and fg lets them go on: the terminal does not reach their sessions."""
+        before = signal.getsignal(signal.SIGTSTP)
+        if before is not signal.SIG_DFL:
+            yield
+            return
+
+        def suspend(number: int, frame: FrameType | None) -> None:
+            for process in self._running:
+                process.send(signal.SIGSTOP)
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTSTP)  # this process stands still here
+            signal.signal(signal.SIGTSTP, suspend)
+            for process in self._running:
+                process.send(signal.SIGCONT)
+
+        signal.signal(signal.SIGTSTP, suspend)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTSTP, before)
 
     # The end
 

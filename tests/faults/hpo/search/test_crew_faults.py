@@ -159,6 +159,7 @@ def test_when_the_command_is_killed_its_workers_save_and_end_and_the_next_one_go
     screen, folder = tmp_path / "screen", StudyFolder(root)
     parent = start(command, root, data, 4, screen)
     pids = until(lambda: both_at_work(folder))
+    os.kill(min(pids), signal.SIGSTOP)  # as Ctrl-Z does
     os.kill(parent, signal.SIGKILL)
     finish(parent)
     for pid in pids:

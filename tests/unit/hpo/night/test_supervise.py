@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -251,3 +252,32 @@ def test_a_restarted_worker_is_told_when_no_more_work_may_begin(told: Told, tmp_
     assert supervisor(told, scripts, tmp_path, 1, began=12.0, until=lambda: 34.0).run(never)
     assert [(role.began, role.until) for role in scripts.roles] == [(12.0, None), (None, 34.0)]
     assert State.DONE.value == "done"
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_ctrl_z_suspends_the_workers_too_and_fg_lets_all_go_on(told: Told, tmp_path: Path) -> None:
+    ready = tmp_path / "pid"
+    scripts = Scripts(
+        w1=[f"echo $$ > {tmp_path}/new; mv {tmp_path}/new {ready}; while [ -e {ready} ]; do :; done"]
+    )
+    command = os.fork()
+    if command == 0:
+        os.setpgid(0, 0)  # as a shell does: a group that has lost its shell cannot be suspended
+        supervisor(told, scripts, tmp_path, 1).run(never)
+        os._exit(0)
+    while not ready.exists():
+        assert os.waitpid(command, os.WNOHANG) == (0, 0)
+    worker = int(ready.read_text())
+    os.kill(command, signal.SIGTSTP)
+    _, status = os.waitpid(command, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    end = time.monotonic() + 20
+    while state_of(worker) != "T":
+        assert time.monotonic() < end
+    ready.unlink()  # what it waits for
+    os.kill(command, signal.SIGCONT)
+    _, status = os.waitpid(command, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
