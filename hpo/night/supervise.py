@@ -270,8 +270,10 @@ class Supervisor:
                 process.send(signal.SIGKILL)
 
     def _end_at_once(self) -> None:
-        """SIGINT is the second request to stop for a worker that was asked before."""
+        """SIGINT is the second request to stop, after which a worker ends at once."""
         try:
+            if not self._stopping:
+                self._stop()
             for number, seconds in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
                 for process in self._running:
                     process.send(number)

@@ -31,7 +31,6 @@ from trainer.errors import Interrupted, ToolError
 from trainer.files import read_records
 
 pytestmark = pytest.mark.faults
-DELAY_SECONDS = 0.1  # of each step, so that a trial can be met
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +48,35 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "here" / "runs" / "study"
 
 
-def slowly(bench: Workbench) -> None:
-    """Every step of this process takes longer."""
+def held(bench: Workbench, *, deaf: bool = False) -> None:
+    """After its first step this worker stands still until it is asked to stop.  ``deaf``: for ever."""
     note = hpo.search.trial.StepLog.write
 
     def write(self: Any, *words: Any, **more: Any) -> None:
-        time.sleep(DELAY_SECONDS)
         note(self, *words, **more)
+        stop = signal.getsignal(signal.SIGTERM).__self__  # type: ignore[union-attr]  # the handler of a Stop
+        while deaf or not stop.asked:
+            time.sleep(0.02)
 
     hpo.search.trial.StepLog.write = write  # type: ignore[method-assign]
+
+
+def held_for_ever(bench: Workbench) -> None:
+    held(bench, deaf=True)
+
+
+def slowly(bench: Workbench) -> None:
+    """Every step of this worker takes longer, so that its trial can be met."""
+    note = hpo.search.trial.StepLog.write
+
+    def write(self: Any, *words: Any, **more: Any) -> None:
+        note(self, *words, **more)
+        time.sleep(0.1)
+
+    hpo.search.trial.StepLog.write = write  # type: ignore[method-assign]
+
+
+def as_usual(bench: Workbench) -> None: ...
 
 
 def command(root: Path, data: Path, trials: int, screen: Path, loaded: Any = slowly, **words: Any) -> None:
@@ -118,7 +137,7 @@ def test_two_workers_share_four_trials_and_the_command_says_it_once(
     assert starts(folder) == [1, 1, 1, 1]
     said = screen.read_text()
     lines = said.splitlines()
-    assert lines[0] == f"2 workers on the CPU; their output is in {root / 'workers'}"
+    assert lines[1] == f"2 workers on the CPU; their output is in {root / 'workers'}"
     assert lines[-1].startswith("study=study complete=4/4 infeasible=0 failed=0 best=")
     for once in (
         "cost: 4 trials",
@@ -157,7 +176,7 @@ def test_when_the_command_is_killed_its_workers_save_and_end_and_the_next_one_go
     root: Path, data: Path, tmp_path: Path
 ) -> None:
     screen, folder = tmp_path / "screen", StudyFolder(root)
-    parent = start(command, root, data, 4, screen)
+    parent = start(command, root, data, 4, screen, held)
     pids = until(lambda: both_at_work(folder))
     os.kill(min(pids), signal.SIGSTOP)  # as Ctrl-Z does
     os.kill(parent, signal.SIGKILL)
@@ -166,7 +185,7 @@ def test_when_the_command_is_killed_its_workers_save_and_end_and_the_next_one_go
         until(lambda pid=pid: is_over(pid), 20)
     events = [read_records(trial.starts)[-1]["event"] for trial in folder.trial_folders()]
     assert events.count("interrupted") == 2, "saved, not only dead"
-    assert finish(start(command, root, data, 4, screen, None)) == 0
+    assert finish(start(command, root, data, 4, screen, as_usual)) == 0
     check_study(folder, 4)
 
 
@@ -174,7 +193,7 @@ def test_ctrl_c_saves_and_ends_all_and_the_same_command_goes_on(
     root: Path, data: Path, tmp_path: Path
 ) -> None:
     screen, folder = tmp_path / "screen", StudyFolder(root)
-    parent = start(command, root, data, 4, screen)
+    parent = start(command, root, data, 4, screen, held)
     pids = until(lambda: both_at_work(folder))
     os.kill(parent, signal.SIGINT)
     assert finish(parent) == Interrupted.exit_code
@@ -184,7 +203,7 @@ def test_ctrl_c_saves_and_ends_all_and_the_same_command_goes_on(
     said = screen.read_text()
     assert said.count("study=study complete=") == 1 and "run the same command again to resume" in said
     assert "is left out" not in said and "died" not in said
-    assert finish(start(command, root, data, 4, screen, None)) == 0
+    assert finish(start(command, root, data, 4, screen, as_usual)) == 0
     check_study(folder, 4)
     assert "resuming trial" in screen.read_text()
 
@@ -197,7 +216,7 @@ def test_a_second_ctrl_c_ends_at_once(root: Path, data: Path, tmp_path: Path) ->
             os.dup2(file.fileno(), 2)
         sys.stderr = open(2, "w", closefd=False)  # pytest's has no descriptor  # noqa: SIM115
         try:
-            command(root, data, 2, tmp_path / "screen", very_slowly)
+            command(root, data, 2, tmp_path / "screen", held_for_ever)
         except KeyboardInterrupt:
             raise SystemExit(131) from None
 
@@ -208,12 +227,6 @@ def test_a_second_ctrl_c_ends_at_once(root: Path, data: Path, tmp_path: Path) ->
     os.kill(parent, signal.SIGINT)
     assert finish(parent) == 131
     assert all(map(is_over, pids))
-
-
-def very_slowly(bench: Workbench) -> None:
-    slowly(bench)
-    global DELAY_SECONDS
-    DELAY_SECONDS = 30.0
 
 
 def test_a_users_mistake_is_said_once_and_leaves_no_file(root: Path, data: Path, tmp_path: Path) -> None:
@@ -234,6 +247,7 @@ def test_the_command_starts_itself_again_and_leaves_no_orphan(tmp_path: Path) ->
     words = [
         *("search", "both", "--base", "mini-sd15", "--device", "cpu", "--workers", "2", "--trials", "3"),
         *("--set", "max_train_steps=300", "--set", "sampling.steps=2", "--set", "prompts.seeds=[0]"),
+        *("--set", "prompts.counts={ train-like = 3, altered = 3, class-only = 1 }"),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -253,7 +267,7 @@ def test_the_command_starts_itself_again_and_leaves_no_orphan(tmp_path: Path) ->
         folder = StudyFolder(tmp_path / "runs" / "both")
         ((trial, pid),) = until(lambda: trained(folder))
         (step,) = read_records(folder.root / "work.jsonl")
-        assert step["event"] == "started" and step["words"][-2:] == words[-2:], "".join(said)
+        assert step["event"] == "started" and step["words"] == words, "".join(said)
         process.kill()
     until(lambda: is_over(pid), 30)
     assert [row["event"] for row in read_records(trial.starts)] == ["start", "interrupted"]
