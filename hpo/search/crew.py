@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpo.night import Launch, Post, Supervisor
-from hpo.study import COMPLETE, IDENTITY, INFEASIBLE, INVOCATION, StudyFolder, Use, Work, begun_study
+from hpo.study import FAILED, IDENTITY, INVOCATION, StudyFolder, Use, Work, begun_study
 from hpo.terminal import BEGUN, LINE, LOADED, RESULT, STUDY_LINE, Stop, WorkersView, workers_view
 from trainer.errors import Interrupted, ToolError
 
@@ -98,9 +98,7 @@ def search_with(
         folder.root / WORKERS,
         crew,
         opens=BEGUN if request.enqueue or request.fork_from else LOADED,
-        finishes=lambda report: (
-            report.get("event") == RESULT and report.get("state") in (COMPLETE, INFEASIBLE)
-        ),
+        finishes=lambda report: report.get("event") == RESULT and report.get("state") != FAILED,
         began=command.began if command is not None else None,
         until=crew.until,
     )
