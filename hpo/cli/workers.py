@@ -48,7 +48,11 @@ def launching(screen: Console) -> Callable[[Sequence[str]], Launch] | None:
 
 
 def as_worker(worker: Supervised, request: SearchRequest) -> tuple[SearchRequest, Console]:
-    """The request and the console of a worker.  What is done once is left to the worker that leads."""
+    """The request and the console of a worker.
+
+    --enqueue is left to the worker that leads.  --fork-from is not: a study that has taken over its trials says so, and
+    until then it decides what is searched.
+    """
     from hpo.machine import ASSIGNED, WORKERS
     from hpo.study import INVOCATION
     from hpo.terminal import reporting_console
@@ -61,5 +65,5 @@ def as_worker(worker: Supervised, request: SearchRequest) -> tuple[SearchRequest
         INVOCATION.set(replace(command, is_worker=True, began=began))
     own = replace(request, launch=None, ask=None, report=worker.report, until=role.until)
     if not role.leads:
-        own = replace(own, enqueue=None, fork_from=None)
+        own = replace(own, enqueue=None)
     return own, reporting_console(worker.report)

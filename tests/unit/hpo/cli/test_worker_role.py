@@ -49,15 +49,15 @@ def as_second_command(role: Role) -> tuple[SearchRequest, Invocation | None, str
     return contextvars.copy_context().run(run)
 
 
-def test_the_leading_worker_does_what_is_done_once_and_the_others_do_not() -> None:
+def test_the_leading_worker_adds_what_is_enqueued_and_the_others_do_not() -> None:
     leads, command, device, workers = as_second_command(Role(1, 2, "cuda:3", leads=True, began=5.0))
-    assert (leads.enqueue, leads.fork_from) == (Path("mine.toml"), "other")
+    assert leads.enqueue == Path("mine.toml")
     assert (device, workers) == ("cuda:3", 2)
     assert command is not None and command.is_worker and command.began == 5.0
     for own in (leads, follows := as_second_command(Role(2, 2, "cpu", until=99.0))[0]):
         assert own.launch is None and own.ask is None and own.report is not None
         assert own.inputs == Inputs("sd15"), "the device is not what the user asked for"
-    assert (follows.enqueue, follows.fork_from, follows.until) == (None, None, 99.0)
+    assert (follows.enqueue, follows.until) == (None, 99.0)
 
 
 def test_a_command_typed_by_a_person_has_no_role_and_a_library_starts_no_processes() -> None:
