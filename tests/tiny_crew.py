@@ -90,7 +90,7 @@ def run_crew(
         assert worker is not None
         ASSIGNED.set(worker.role.device)
         WORKERS.set(worker.role.workers)
-        own = words if worker.role.leads else {**words, "enqueue": None, "fork_from": None}
+        own = words if worker.role.leads else {**words, "enqueue": None}
         console = reporting_console(worker.report)
         with worker.errors_reported():
             run_session(
