@@ -28,10 +28,11 @@ def run_session(
     loaded: Callable[[Workbench], None] = lambda bench: None,
     guarded: bool = False,
     loads: Callable[[Inputs], None] = lambda inputs: None,
+    console: Console | None = None,
     **words: Any,
 ) -> str:
-    """The command for the study at ``root``; what it printed.  ``loaded`` is called once everything is loaded,
-    ``loads`` before, with what is to be loaded.
+    """The command for the study at ``root``; what it printed, if not on ``console``.  ``loaded`` is called once
+    everything is loaded, ``loads`` before, with what is to be loaded.
 
     With ``hours``, it goes on with the confirmation.
 
@@ -59,8 +60,8 @@ def run_session(
             runs=root.parent,
             **words,
         )
-        console = Console(file=screen, width=200)
-        search(request, console, partial(confirm_within, console=console))
+        shown = console or Console(file=screen, width=200)
+        search(request, shown, partial(confirm_within, console=shown))
     finally:
         hpo.search.workbench.load = original
         Anchors.require_separable = guard  # type: ignore[method-assign]

@@ -11,7 +11,8 @@ been. The command line prints both lines without a traceback. Any other exceptio
     ├── ModelFileError            4   base models, LoRA files, scorers that are there and cannot be used
     │   └── MissingModel          2   named, but not there
     ├── MachineError              5   disk, locks, network, permissions, missing packages
-    │   └── DeviceLost                the GPU no longer answers this process
+    │   ├── DeviceLost                the GPU no longer answers this process
+    │   └── NoDevice                  the GPU that a worker was given is in use or cannot be used
     ├── SettingsFailure           6   caused by the settings: a search records an infeasible trial
     │   ├── Diverged                  persistent non-finite losses
     │   ├── OutOfMemory               not enough memory for these settings
@@ -105,6 +106,10 @@ class MachineError(ToolError):
 
 class DeviceLost(MachineError):
     """The process cannot use its GPU any more, since a kernel failed. It has to end: the same command goes on."""
+
+
+class NoDevice(MachineError):
+    """The device that a worker was given is in use, or cannot be used. Another worker's device may be fine."""
 
 
 class SettingsFailure(ToolError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +63,14 @@ from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
     help="Keep a new study in a database server, for workers on several machines: postgresql+psycopg://USER@HOST/DB. "
     "Also: HPO_STORAGE. Default: a file.",
 )
-@options.device()
+@options.device("cpu, cuda, cuda:1 … Default: every free GPU, one worker each.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Number of workers: processes that share the trials, each on a GPU of its own, or with --device cpu on an "
+    "equal share of the cores. Default: one for each free GPU.",
+)
 @click.option(
     "--keep-best",
     type=click.IntRange(1, 10_000),
@@ -100,6 +108,7 @@ def search(
     max_hours: float | None,
     storage: str | None,
     device: str | None,
+    workers: int | None,
     keep_best: int | None,
     stop_when_converged: bool,
     fork_from: str | None,
@@ -108,6 +117,9 @@ def search(
 ) -> None:
     """Search LoRA settings. NAME: the name of the study; its files are in runs/NAME. Default: derived from the
     study file and the data. To resume after a stop, crash or power loss: hpo resume, or the same command again."""
+    from hpo.cli.workers import as_worker, launching, role_taken
+
+    worker = role_taken()
     calm_libraries()
     from hpo.search import SearchRequest
     from hpo.search import search as run
@@ -141,15 +153,20 @@ def search(
         preset=preset,
         ask=asker(),
         fork_from=fork_from,
+        workers=workers,
+        launch=launching(console()),
     )
     screen, then = console(), None
+    if worker is not None:
+        request, screen = as_worker(worker, request)
     if hours is not None:
         from hpo.confirm import confirm_within
 
         then = partial(confirm_within, console=screen)
     token = STORAGE.set(storage)
     try:
-        run(request, screen, then)
+        with worker.errors_reported() if worker is not None else contextlib.nullcontext():
+            run(request, screen, then)
     finally:
         STORAGE.reset(token)
 

@@ -1,3 +1,5 @@
+from .crew import worker_devices as worker_devices
+from .device import ASSIGNED as ASSIGNED
 from .device import check_device as check_device
 from .device import own_device as own_device
 from .doctor import as_json as as_json
@@ -5,4 +7,5 @@ from .doctor import examine as examine
 from .doctor import lines as lines
 from .exact import deterministic as deterministic
 from .registry import process_words as process_words
+from .threads import WORKERS as WORKERS
 from .threads import share_threads as share_threads

@@ -11,18 +11,22 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from hpo.machine import nvidia, registry, wheel
 from hpo.machine.wheel import Trouble
 from trainer.bases import is_miniature
-from trainer.errors import ConfigError, MachineError, first_line
+from trainer.errors import ConfigError, MachineError, NoDevice, first_line
 from trainer.text import clean_text
 
 Say = Callable[[str], None]
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 BUSY_SHARE = 0.25  # a card with more of its memory in use by other programs is taken last
 ON_CPU = "add --device cpu to use the CPU"
+# The device that a supervisor gave to this worker (``hpo.machine.crew``).  It is not what the user asked for, so it is
+# not recorded, and it is never shared with another process.
+ASSIGNED: ContextVar[str | None] = ContextVar("ASSIGNED", default=None)
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,15 @@ def own_device(
     """
     if given is not None:
         _check_form(given)
+    assigned = ASSIGNED.get()
+    if given in (None, "cuda") and assigned is not None:
+        return _cpu(base, say) if assigned == "cpu" else _assigned(assigned, precision, say)
     if given == "cpu":
         return given
     found = nvidia.traces()
     trouble = cuda_trouble(asks=bool(found))
     if trouble is None:
-        cards = _cards()
+        cards = cards_seen()
         trouble = _no_card_fits(cards) if given in (None, "cuda") else None
         if trouble is None:
             return _gpu(cards, given, precision, say, local_rank, ranks)
@@ -87,6 +94,21 @@ def own_device(
     return _cpu(base, say)
 
 
+def _assigned(device: str, precision: str, say: Say) -> str:
+    """The GPU that this worker was given.  Raises NoDevice."""
+    trouble = cuda_trouble(asks=bool(nvidia.traces()))
+    if trouble is not None:
+        raise NoDevice(f"device {device} cannot be used: {trouble.what}", trouble.todo)
+    try:
+        card = _named(cards_seen(), device)
+        if not registry.has_gpu(card.uuid) and not registry.take_gpu(card.uuid):
+            who = registry.user_of_gpu(card.uuid) or "another process"
+            raise NoDevice(f"{device} is in use by {who}", "wait for it, or stop it")
+        return _begun(card, precision, say)
+    except MachineError as error:
+        raise NoDevice(error.message, error.hint) from None
+
+
 def check_device(device: str) -> None:
     """Refuse a device that does not exist or is not supported.  Takes no lock."""
     _check_form(device)
@@ -98,7 +120,7 @@ def check_device(device: str) -> None:
             f"device {device} cannot be used: {trouble.what}", "leave out --device, or give cpu"
         )
     if ":" in device:
-        _named(_cards(), device)
+        _named(cards_seen(), device)
 
 
 def hides_all(environment: Mapping[str, str] = os.environ) -> bool:
@@ -146,7 +168,7 @@ def _cpu(base: str, say: Say) -> str:
     return "cpu"
 
 
-def _cards() -> list[Seen]:
+def cards_seen() -> list[Seen]:
     """The cards that PyTorch sees, in its order.  Opens no context."""
     import torch
 
@@ -162,7 +184,7 @@ def _cards() -> list[Seen]:
     return found
 
 
-def _kernel_trouble(card: Seen) -> Trouble | None:
+def kernel_trouble(card: Seen) -> Trouble | None:
     import torch
 
     built = torch.cuda.get_arch_list()
@@ -173,7 +195,7 @@ def _kernel_trouble(card: Seen) -> Trouble | None:
 
 def _no_card_fits(cards: list[Seen]) -> Trouble | None:
     """Why none of the cards can be used; None if one can."""
-    troubles = [_kernel_trouble(card) for card in cards]
+    troubles = [kernel_trouble(card) for card in cards]
     return None if any(trouble is None for trouble in troubles) else next(iter(troubles), Trouble("", ""))
 
 
@@ -182,7 +204,7 @@ def _named(cards: list[Seen], device: str) -> Seen:
     index = int(device.partition(":")[2])
     for card in cards:
         if card.index == index:
-            if trouble := _kernel_trouble(card):
+            if trouble := kernel_trouble(card):
                 raise MachineError(f"device {device} cannot be used: {trouble.what}", trouble.todo)
             return card
     visible = f" ({VISIBLE} is {os.environ[VISIBLE]})" if VISIBLE in os.environ else ""
@@ -193,8 +215,6 @@ def _named(cards: list[Seen], device: str) -> Seen:
 
 
 def _gpu(cards: list[Seen], given: str | None, precision: str, say: Say, local_rank: int, ranks: int) -> str:
-    import torch
-
     if ranks > 1:
         if not (given and ":" in given) and local_rank >= len(cards):
             most = len(cards)
@@ -210,6 +230,13 @@ def _gpu(cards: list[Seen], given: str | None, precision: str, say: Say, local_r
             say(f"warning: {given} is shared with {who}; both need memory there")
     else:
         card = _free(cards, say)
+    return _begun(card, precision, say)
+
+
+def _begun(card: Seen, precision: str, say: Say) -> str:
+    """Make a card the current one.  Raises MachineError."""
+    import torch
+
     try:
         torch.cuda.set_device(card.index)
         torch.zeros(1, device=card.device)
@@ -229,8 +256,8 @@ def _free(cards: list[Seen], say: Say) -> Seen:
     for card in cards:
         if registry.has_gpu(card.uuid):
             return card
-    usable = [card for card in cards if _kernel_trouble(card) is None]
-    used = _used_shares() if len(usable) > 1 else {}
+    usable = [card for card in cards if kernel_trouble(card) is None]
+    used = used_shares() if len(usable) > 1 else {}
     taken: list[str] = []
     for card in sorted(usable, key=lambda card: used.get(card.uuid, 0.0) > BUSY_SHARE):
         if not registry.take_gpu(card.uuid):
@@ -246,7 +273,7 @@ def _free(cards: list[Seen], say: Say) -> Seen:
     )
 
 
-def _used_shares() -> dict[str, float]:
+def used_shares() -> dict[str, float]:
     """The share of each card's memory that is in use, by UUID.  Empty if it cannot be told."""
     return {
         card.uuid.removeprefix("GPU-"): card.used_bytes / card.total_bytes

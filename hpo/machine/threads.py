@@ -12,12 +12,15 @@ number it began with.  On a GPU the number does not matter to the result.
 from __future__ import annotations
 
 import os
+from contextvars import ContextVar
 from pathlib import Path
 
 from hpo.machine import registry
 
 LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # set by the user: nothing is changed then
 _CGROUPS = ("sys/fs/cgroup/cpu.max", "sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+# Workers of one command, of which this process is one: some may not have started yet, or start again.
+WORKERS: ContextVar[int] = ContextVar("WORKERS", default=1)
 _set: list[int] = []  # what this module set last
 _alone: list[int] = []  # the number for a process that is alone
 
@@ -29,7 +32,7 @@ def share_threads(begun_with: int | None = None) -> int:
     """
     import torch
 
-    living = registry.enter()
+    living = max(registry.enter(), WORKERS.get())
     now = torch.get_num_threads()
     if any(os.environ.get(name) for name in LIMITS):
         return now

@@ -45,12 +45,14 @@ Ask = Callable[[str, tuple[str, ...]], str]
 
 @dataclass(frozen=True)
 class SearchChoice:
-    """A definition, the folder of its study, the completed inputs, and lines for the user."""
+    """A definition, the folder of its study, the completed inputs, lines for the user, and the options that answer
+    what was asked."""
 
     config: StudyConfig
     folder: StudyFolder
     inputs: Inputs
     says: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def choose(request: SearchRequest) -> SearchChoice:
     source = None if begun is not None else _source(request, usual)
     inputs = _as_begun(inputs, begun or source)
     lines: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
     if given is not None:
         preset = given
     elif own is not None:
@@ -88,7 +91,7 @@ def choose(request: SearchRequest) -> SearchChoice:
         without = " without --fork-from"
         lines = _differs(f"study {source.folder.name} was started so", preset, said, without)
     else:
-        inputs, preset, lines = _asked(inputs, said, request.ask if readable else None)
+        inputs, preset, lines, answers = _asked(inputs, said, request.ask if readable else None)
     known = begun or source
     if known is not None and known.preset == preset:
         path = known.path
@@ -113,7 +116,7 @@ def choose(request: SearchRequest) -> SearchChoice:
         inputs = replace(inputs, class_word=STYLE_WORD)
     if readable and inputs.data is not None and not inputs.class_word and inputs.prompts is None:
         raise no_class_word()  # before anything is loaded
-    return SearchChoice(config, folder, _as_given(request.inputs, inputs), lines)
+    return SearchChoice(config, folder, _as_given(request.inputs, inputs), lines, answers)
 
 
 # What is known
@@ -220,17 +223,19 @@ def _differs(why: str, preset: str, said: str | None, more: str) -> tuple[str, .
     )
 
 
-def _asked(inputs: Inputs, said: str | None, ask: Ask | None) -> tuple[Inputs, str, tuple[str, ...]]:
-    """The preset by the dataset's words; without them, by a question."""
+def _asked(
+    inputs: Inputs, said: str | None, ask: Ask | None
+) -> tuple[Inputs, str, tuple[str, ...], tuple[str, ...]]:
+    """The preset by the dataset's words; without them, by a question, whose answers are options as well."""
     if inputs.data is None:
-        return inputs, CHARACTER, ()
+        return inputs, CHARACTER, (), ()
     if said is not None:
         word = clean_text(inputs.class_word or inputs.trigger or "")
         others = " or ".join(name for name in PRESETS if name != said)
         what = "class word" if inputs.class_word else "trigger"
-        return inputs, said, (f"searched as {_a(said)}: the {what} is {word} (for {others}: --preset)",)
+        return inputs, said, (f"searched as {_a(said)}: the {what} is {word} (for {others}: --preset)",), ()
     if ask is None or inputs.prompts is not None:
-        return inputs, CHARACTER, ()
+        return inputs, CHARACTER, (), ()
     folder = shown(inputs.data)
     preset = ask(f"what does {folder} show?", (CHARACTER, *(name for name in PRESETS if name != CHARACTER)))
     flags = ["--preset", preset]
@@ -243,7 +248,7 @@ def _asked(inputs: Inputs, said: str | None, ask: Ask | None) -> tuple[Inputs, s
         trigger = ask("its name in the captions, the trigger word (Enter: none)", ("",)).strip()
         inputs = replace(inputs, trigger=trigger or None)
         flags += ["--trigger", trigger] if trigger else []
-    return inputs, preset, (f"to skip these questions: {shlex.join(flags)}",)
+    return inputs, preset, (f"to skip these questions: {shlex.join(flags)}",), tuple(flags)
 
 
 def _a(preset: str) -> str:

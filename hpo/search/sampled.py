@@ -64,12 +64,16 @@ MAX_DUPLICATES = 20  # in a row; then the space is exhausted
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """When the search ends, and which LoRA files are kept."""
+    """When the search ends, and which LoRA files are kept.
+
+    ``until`` (``time.monotonic``): the end by ``max_hours``, for a worker that was started again.
+    """
 
     trials: int
     max_hours: float | None = None
     keep_best: int | None = None
     stop_when_converged: bool = False
+    until: float | None = None
 
 
 def suggest(trial: optuna.Trial, config: StudyConfig) -> dict[str, Any]:
@@ -134,7 +138,7 @@ class SearchProposals(BenchProposals):
         self.within = within  # a time budget, which decides how many trials there are
         self.used_up = False  # only duplicates were suggested
         hours = math.inf if limits.max_hours is None else limits.max_hours
-        self._until = time.monotonic() + 3600 * hours
+        self._until = time.monotonic() + 3600 * hours if limits.until is None else limits.until
         self._failures: list[str] = []
         self._told_of_noise = self._told_of_learning = False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from rich.console import Console
 
-from hpo.machine import process_words
+from hpo.machine import WORKERS, process_words, worker_devices
 from hpo.search.budget import budget_lines
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
+from hpo.search.crew import search_with
 from hpo.search.enqueue import as_proposal, read_enqueued
 from hpo.search.fork import Fork, as_source, check_fork, source_of
 from hpo.search.opening import opened
@@ -63,16 +64,18 @@ from hpo.study import (
     settle,
     standing,
 )
-from hpo.terminal import Stop, clock, hours_words
+from hpo.terminal import BEGUN, ENDED, FOLLOWS, LOADED, Report, ReportingView, Stop, clock, hours_words
 from hpo.terminal import live as report
 from trainer.errors import ConfigError, Interrupted
 from trainer.files import machine_error
 
+StartsWorkers = Callable[[Sequence[str]], "Launch"]  # (more words of the command) → what starts a worker
 POLL_SECONDS = 0.5
 NAMED_AFTER_SECONDS = 20.0  # the worker that is waited for
 TRIALS = 30  # without --trials and --hours
 
 if TYPE_CHECKING:
+    from hpo.night import Launch
     from hpo.search.cost import Cost
     from hpo.search.workbench import Workbench
 
@@ -99,6 +102,10 @@ class SearchRequest:
     preset: str | None = None
     ask: Ask | None = None  # None: nobody can be asked
     fork_from: str | None = None  # a study whose finished trials are taken over
+    workers: int | None = None  # None: one on each free GPU
+    launch: StartsWorkers | None = None  # None: this process is the only worker
+    report: Report | None = None  # of a worker that another process started
+    until: float | None = None  # of a worker that was started again: no trial begins later (time.monotonic)
 
 
 # (the study, the time of this command, the device: "" for the one that this process chooses)
@@ -124,35 +131,41 @@ def search(request: SearchRequest, console: Console, then: Then | None = None) -
         max_hours=request.max_hours,
         keep_best=request.keep_best,
         stop_when_converged=request.stop_when_converged,
+        until=request.until,
     )
-    view = report.make_view(
-        console, lambda suggested: config.space.settings(suggested, config.train), folder.name
-    )
+    view = _view(request, config, folder, console)
     place = chosen_place(folder)
     if place is None:
         require_local(folder)
     with database_errors(folder):
         open_place(folder, place)
         begun = _as_begun(folder, config if fork is None else as_source(config, fork))
+        said = list(choice.says)
         if begun.score.signed != config.score.signed:
             source = folder if fork is None else fork
-            view.say(
+            said.append(
                 f"study {source.name} was begun with an earlier version and keeps its objective: "
                 "the sampler is told 0 where the score is 0"
             )
+            view.say(said[-1])
         config = begun
         if fork is not None:
             check_fork(fork, folder, config)
         if request.enqueue:
             read_enqueued(request.enqueue)  # find mistakes in the file before anything is loaded
+        devices = _devices(request, folder, view)
         with (
             in_use(folder) as use,
             recorded(folder.root, "search", begun=False) as work,
-            _worked(folder, request.hours) as worked,
+            _worked(folder, None if devices else request.hours) as worked,
         ):
             settle(folder, place)
             for line in choice.says:
                 view.say(line)
+            if devices and request.launch is not None:
+                launch = request.launch(choice.answers)
+                search_with(devices, launch, request, folder, use, work, console, said)
+                return
             known = begun_study(folder)
             if known is not None and request.hours and begun_confirming(known, request.hours):
                 use.begun = work.begun = True
@@ -165,7 +178,33 @@ def search(request: SearchRequest, console: Console, then: Then | None = None) -
                 )
             if device is not None and then is not None and worked is not None:
                 gc.collect()  # the networks of the search
+                view.phase(FOLLOWS)
+                WORKERS.set(1)
                 then(folder, worked, device)
+
+
+def _view(
+    request: SearchRequest, config: StudyConfig, folder: StudyFolder, console: Console
+) -> report.PlainView:
+    def settings(suggested: Mapping[str, Any]) -> Mapping[str, Any]:
+        return config.space.settings(suggested, config.train)
+
+    if request.report is not None:
+        return ReportingView(console, settings, request.report)
+    return report.make_view(console, settings, folder.name)
+
+
+def _devices(request: SearchRequest, folder: StudyFolder, view: report.PlainView) -> tuple[str, ...]:
+    """The devices of the workers that this command starts; empty if it is the only one.  Without --workers there are
+    no more of them than trials."""
+    if request.launch is None:
+        return ()
+    most = None
+    if request.hours is None and (study := begun_study(folder)) is not None:
+        most = standing(study, request.trials or TRIALS).left
+    elif request.hours is None:
+        most = request.trials or TRIALS
+    return worker_devices(request.workers, request.inputs.device, view.say, most)
 
 
 @contextlib.contextmanager
@@ -200,10 +239,12 @@ def _search(
     loads = time.monotonic() - loads
     if fork is None:
         study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
+        view.phase(LOADED)
     else:
         with read_from(fork):
             taken = Fork.into(bench, fork)
             study = opened(bench, use, objectives=bench.study.objectives, say=view.say)
+            view.phase(LOADED)
             taken.take(study, view.say)
         use.begun = work.begun = True
         if not standing(study, limits.trials).left:
@@ -215,6 +256,7 @@ def _search(
         within = Within(study, bench, worked, request.hours, limits.trials, loads, view.say)
     cost = _begin(study, bench, limits, proposal, view, within)
     use.begun = work.begun = True
+    view.phase(BEGUN)
     worker = Worker(study, bench, SearchProposals(study, bench, limits, view.say, cost, within), view)
     with Stop(view.on_ask) as stop:
         view.asked_to_stop = stop
@@ -227,6 +269,7 @@ def _search(
                 error.message,
                 f"run the same command again to resume; results so far: hpo status {use.folder.words}",
             ) from None
+    view.phase(ENDED)
     now = worker.standing()
     work.says = report.study_line(use.folder.name, now)
     if worked is None:

@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from hpo.search.workbench import Workbench
 
 MAX_LOST = 5  # connections in a row, before a trial is claimed
-MAX_DEATHS = 5  # processes in a row that died in one trial without saving more progress
+# Processes in a row that died in one trial without saving more progress. Not more than a supervisor restarts a worker
+# (hpo.night): a trial that kills its process is given up before its GPU is.
+MAX_DEATHS = 3
 
 
 class SearchView(Watch, Protocol):

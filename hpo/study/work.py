@@ -43,11 +43,12 @@ ADDRESS = "--storage"  # stored without its password
 @dataclass(frozen=True)
 class Invocation:
     """The command line of this process: the words after ``hpo``, the folder that its paths start from, and when it
-    began (``time.monotonic``)."""
+    began (``time.monotonic``).  ``is_worker``: another command started it, and that one is recorded."""
 
     words: tuple[str, ...]
     cwd: str
     began: float = field(default_factory=time.monotonic, compare=False)
+    is_worker: bool = False
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ class Work:
 def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
     """Record the block as a step of this process's command in ``root``/work.jsonl."""
     record, invocation = Work(begun), INVOCATION.get()
-    if invocation is None:
+    if invocation is None or invocation.is_worker:
         yield record
         return
     name = uuid.uuid4().hex[:12]

@@ -1,7 +1,8 @@
 """Terminal output, and Ctrl-C.
 
-Owns the live view of a study, plain-text lines, the format of values and times, and the stop signals.  Computes
-only rates and times.  Does not own output of a single command; that stays in the room of the command.
+Owns the live view of a study and of several workers, plain-text lines, the format of values and times, and the stop
+signals.  Computes only rates and times.  Does not own output of a single command; that stays in the room of the
+command.
 """
 
 import lazy_loader

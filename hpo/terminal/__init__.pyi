@@ -32,3 +32,15 @@ from .text import left as left
 from .text import pace as pace
 from .text import say as say
 from .text import short as short
+from .workers import BEGUN as BEGUN
+from .workers import ENDED as ENDED
+from .workers import FOLLOWS as FOLLOWS
+from .workers import LINE as LINE
+from .workers import LOADED as LOADED
+from .workers import RESULT as RESULT
+from .workers import STUDY_LINE as STUDY_LINE
+from .workers import Report as Report
+from .workers import ReportingView as ReportingView
+from .workers import WorkersView as WorkersView
+from .workers import reporting_console as reporting_console
+from .workers import workers_view as workers_view

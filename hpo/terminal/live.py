@@ -150,6 +150,9 @@ class PlainView:
     def announce(self, text: str) -> None:
         self.say(text)
 
+    def phase(self, name: str) -> None:
+        """What the session has reached (``hpo.terminal.workers``).  Only a worker reports it."""
+
     def on_event(self, event: Event) -> None:
         assert self.current is not None
         self.current.on_event(event)

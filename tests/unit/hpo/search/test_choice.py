@@ -155,6 +155,17 @@ def test_a_folder_that_does_not_say_it_is_asked_about_once() -> None:
     assert len(asked) == 3 and "photos" in asked[0] and "trigger" in asked[2]
     assert chosen.inputs.trigger == "zkw"
     assert chosen.says == ("to skip these questions: --preset object --class vase --trigger zkw",)
+    assert chosen.answers == (
+        "--preset",
+        "object",
+        "--class",
+        "vase",
+        "--trigger",
+        "zkw",
+    )  # for other workers
+    answered = replace(chosen.inputs, class_word="vase", trigger="zkw")
+    worker = choose(SearchRequest(inputs=answered, preset="object"))
+    assert (worker.config, worker.folder, worker.inputs) == (chosen.config, chosen.folder, answered)
     begin(chosen, class_word="vase", trigger="zkw")
     again = choose(request("photos", "sd15", ask=ask))
     assert len(asked) == 3 and again.folder == chosen.folder and again.inputs == chosen.inputs

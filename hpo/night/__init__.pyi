@@ -1,0 +1,9 @@
+from .endings import WorkersFailed as WorkersFailed
+from .process import Launch as Launch
+from .process import by_command as by_command
+from .role import VARIABLE as VARIABLE
+from .role import Role as Role
+from .role import Supervised as Supervised
+from .role import taken_role as taken_role
+from .supervise import Post as Post
+from .supervise import Supervisor as Supervisor
