@@ -26,7 +26,9 @@ from optuna.trial import FrozenTrial, TrialState
 from evaluation.score import Look, look, look_difference, looked_at
 from hpo.search.samplers import startup_trials
 from hpo.study import BASELINE, ROLE, StudyConfig, TrialFolder, is_feasible, rank
+from trainer.errors import OutOfMemory
 from trainer.files import append_line, read_records
+from trainer.oom import memory_named
 
 if TYPE_CHECKING:
     from hpo.search.workbench import Workbench
@@ -97,18 +99,29 @@ class Looks:
         return sum(float(row.get("seconds", 0.0)) for row in read_records(self.folder.looks))
 
     def after(self, step: int, at: int) -> None:
-        """Look at the adapter in the base, ``at`` percent of its training.  Raises Stopped if it is behind."""
+        """Look at the adapter in the base, ``at`` percent of its training.  Raises Stopped if it is behind.
+
+        A look that runs out of memory is left out.
+        """
         row = next((r for r in read_records(self.folder.looks) if r.get("percent") == at), None)
         if row is None:
             started = time.monotonic()
-            found = look(self.bench.evaluator)
-            why = self._told(at, found)
-            row = {"percent": at, "step": step, **found.as_dict(), "stops": why}
+            row = {"percent": at, "step": step}
+            try:
+                with memory_named("out of memory while looking at the trial"):
+                    found = look(self.bench.evaluator)
+            except OutOfMemory as error:  # not for the trial's settings: every look draws the same images
+                row["left_out"] = error.message
+            else:
+                row |= {**found.as_dict(), "stops": self._told(at, found)}
             row["seconds"] = round(time.monotonic() - started, 3)
             append_line(self.folder.looks, json.dumps(row))
-        else:  # the process was killed afterwards
+        elif "value" in row:  # the process was killed afterwards
             self._report(at, Look.of(row))
-        if row["stops"]:
+        if row.get("left_out"):
+            self.bench.release()
+            append_line(self.folder.log, f"the look after {at} % is left out: {row['left_out']}")
+        elif row["stops"]:
             raise Stopped(float(row["value"]), str(row["stops"]))
 
     def _report(self, at: int, found: Look) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from evaluation.score import Look, evaluate_adapter, look, looked_at
@@ -135,6 +137,25 @@ def test_behind_waits_for_the_random_trials_and_needs_significance(tmp_path: Pat
     best = max((t for t in study.get_trials() if t.intermediate_values), key=lambda t: t.value or -9)
     there = Look.of(best.user_attrs["look_50"])
     assert looks._behind(50, there) == ""
+
+
+def test_a_look_that_runs_out_of_memory_is_left_out(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_with(tmp_path / "study", data, pruner="median")
+    worker = make_search(bench, SearchLimits(2), view := Recorder())
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(sys.modules["evaluation.score.look"], "sample", full)
+    worker.run()
+    assert [r.state for r in view.results] == [COMPLETE, COMPLETE] and not view.results[1].remedy
+    folder = bench.folder.trial(1)
+    [row] = read_records(folder.looks)
+    assert "out of memory" in row["left_out"] and "left out" in folder.log.read_text()
+    assert not bench.folder.memory.exists()
+    assert not open_study(bench.folder).get_trials()[1].intermediate_values
 
 
 def test_images_of_looks_are_part_of_the_estimate(tmp_path: Path, data: Path) -> None:
