@@ -1,6 +1,7 @@
-"""Target trials on simulated surfaces: do a few trials chosen by the model find better settings than the rules alone?
+"""Target trials: do a few of them, chosen by the model, find better settings than the rules alone?
 
-    python -m tests.bench.bench_target_model            # fills the table of docs/transfer.md (15 minutes on one thread)
+    python -m tests.bench.bench_target_model simulated   # fills its table in docs/transfer.md (10 minutes, one thread)
+    python -m tests.bench.bench_target_model recorded    # the same for the recorded grid of rates (seconds)
 
 A surface is a parabola over five settings, the rate the most important one.  The target's has its best rate ``shift``
 decades away from where the rules put it, other curvatures and a slightly different top in the other settings.  A search
@@ -10,16 +11,30 @@ the best true score of the target minus that of the chosen settings; lower is be
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from hpo.transfer.probes.design import DESIGNS, Probe, ProbeScore
 from hpo.transfer.probes.shifted import Observed, TargetModel
 from hpo.transfer.probes.surrogate import fit
-from tests.bench.bench_probe_grid import between
+from tests.bench.bench_probe_grid import (
+    OFFSETS,
+    RATES,
+    Cell,
+    Curves,
+    Row,
+    Scored,
+    between,
+    read_grid,
+    replay,
+)
+from tests.bench.bench_probe_grid import SEEDS as PAIR
 from tests.places import ROOT
 from trainer.files import write_atomic
 
@@ -31,6 +46,7 @@ SHIFTS = (-0.6, -0.3, 0.0, 0.3, 0.6)
 NOISES = (0.02, 0.06)  # standard deviation of a score; the best trials of a search differ by about 0.05
 SEEDS = 24
 DOCS = ROOT / "docs" / "transfer.md"
+BEGIN_RECORDED, END_RECORDED = "<!-- recorded rates: begin -->", "<!-- recorded rates: end -->"
 BEGIN, END = "<!-- simulated target trials: begin -->", "<!-- simulated target trials: end -->"
 Surface = Callable[[np.ndarray], np.ndarray]
 
@@ -159,10 +175,95 @@ def table(noises: Sequence[float] = NOISES, seeds: int = SEEDS) -> str:
     return "\n".join(lines)
 
 
-def main(docs: Path = DOCS) -> None:
+# The recorded grid of rates: whole runs on both miniatures (bench_probe_grid)
+
+FEW, MANY = 4, 6
+
+
+def place_of(rate: float, text_encoder: bool) -> list[float]:
+    """A rate and whether the text encoders are trained, as in ``hpo.transfer.probes.prior``."""
+    unit = (math.log10(rate) - math.log10(RATES[0])) / (math.log10(RATES[-1]) - math.log10(RATES[0]))
+    half = math.sqrt(0.5)
+    return [unit, half * text_encoder, half * (not text_encoder)]
+
+
+KNOWN = tuple((rate, text) for rate in RATES for text in (True, False))
+
+
+def recorded_search(cells: Mapping[Cell, Scored], seed: int) -> tuple[TargetModel, tuple[float, bool]]:
+    """The model of the twelve whole runs on the source with this training seed, and the best of them."""
+    curves = Curves(cells, "mini-sd15", 1.0, seed)
+    rows = [curves.outcome(Probe(text_encoder=text), rate) for rate, text in KNOWN]
+    x_ND = np.array([place_of(*one) for one in KNOWN])
+    source = fit(x_ND, [row.score for row in rows], [row.se for row in rows])
+    decade = 1 / math.log10(RATES[-1] / RATES[0])
+    return TargetModel(source, np.array([decade, 0.0, 0.0])), KNOWN[int(np.argmax([r.score for r in rows]))]
+
+
+def chosen(
+    model: TargetModel, winner: tuple[float, bool], target: Callable[[float, bool], ProbeScore], trials: int
+) -> tuple[float, bool]:
+    """The settings of the search, at the rate of the search, that are the best after so many whole runs."""
+    pool = [(winner[0] * 10**step, text) for step in np.linspace(-1, 1, 41) for text in (True, False)]
+    pool_MD = np.array([place_of(*one) for one in pool])
+    tried, outcomes = [winner], [target(*winner)]
+    while True:
+        spots = np.array([place_of(*one) for one in tried])
+        after = model.after(Observed(spots, [o.score for o in outcomes], [o.se for o in outcomes]))
+        if len(tried) == trials:
+            return tried[int(np.argmax(after.predict(spots)[0]))]
+        tried.append(pool[int(np.argmax(after.gains(pool_MD)))])
+        outcomes.append(target(*tried[-1]))
+
+
+def replayed(cells: Mapping[Cell, Scored], trials: int) -> Row:
+    """Whole runs chosen by the model, from a rate that is off; all else as in ``bench_probe_grid.replay``."""
+    searches = {seed: recorded_search(cells, seed) for seed in PAIR}
+    regrets, changed = [], []
+    for offset in OFFSETS:
+        of_offset = []
+        for seed, other in itertools.permutations(PAIR, 2):
+            model, winner = searches[seed]
+            curves, truth = Curves(cells, "mini-sdxl", 1.0, seed), Curves(cells, "mini-sdxl", 1.0, other)
+            factor = 2 ** (truth.best()[1] + offset) / winner[0]  # what the rules multiply the rate by
+
+            def target(
+                rate: float, text: bool, curves: Curves = curves, factor: float = factor
+            ) -> ProbeScore:
+                return curves.outcome(Probe(text_encoder=text), rate * factor)
+
+            rate, text = chosen(model, winner, target, trials)
+            changed.append((rate, text) != winner)
+            of_offset.append(max(0.0, truth.best()[0] - truth.at(rate * factor, text).score))
+        regrets.append(float(np.mean(of_offset)))
+    return Row(f"model, {trials} whole runs", trials, tuple(regrets), float(np.mean(changed)))
+
+
+def recorded(cells: Mapping[Cell, Scored]) -> str:
+    """Markdown: the model's whole runs beside none, and beside the ladder's with whole and with short runs."""
+    rows = [
+        replay(cells, None, 0),
+        replayed(cells, FEW),
+        replayed(cells, MANY),
+        replace(replay(cells, DESIGNS["ladder"], MANY, length=1.0), name="ladder, whole runs"),
+        replace(replay(cells, DESIGNS["ladder"], MANY), name="ladder, quarter runs"),
+    ]
+    head = " | ".join(f"{offset:+g}" for offset in OFFSETS)
+    lines = [f"| way | target trials | {head} | mean |", "|---" * (len(OFFSETS) + 3) + "|"]
+    for row in rows:
+        values = " | ".join(f"{value:.3f}" for value in row.regret)
+        lines.append(f"| {row.name} | {row.probes:.1f} | {values} | {row.mean:.3f} |")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str], docs: Path = DOCS) -> None:
     text = docs.read_text(encoding="utf-8")
-    write_atomic(docs, between(text, BEGIN, END, table()))
+    if "simulated" in words:
+        text = between(text, BEGIN, END, table())
+    if "recorded" in words:
+        text = between(text, BEGIN_RECORDED, END_RECORDED, recorded(read_grid()))
+    write_atomic(docs, text)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

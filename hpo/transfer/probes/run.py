@@ -1,7 +1,8 @@
-"""Runs probes in separate studies: NAME__FAMILY on the target, and NAME__FAMILY-source for the same probes there.
+"""Runs probes in separate studies: NAME__FAMILY on the target; for short runs, NAME__FAMILY-source for the same there.
 
-Owns the names and the order of these studies.  Does not own the choice of probes and the evaluation of their
-scores (see ``hpo.transfer.probes.design``) or a single study (see ``hpo.transfer.probes.study``).
+Owns the names and the order of these studies, and which design they have.  Does not own the choice of probes and the
+evaluation of their scores (``hpo.transfer.probes.guided``, ``hpo.transfer.probes.design``) or a single study
+(``hpo.transfer.probes.study``).
 """
 
 from __future__ import annotations
