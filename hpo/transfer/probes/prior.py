@@ -44,7 +44,7 @@ FEWEST = 5  # trials of a search that a surrogate is made of
 # Scores far below the others are raised to median − LOWEST × (best − median): a few collapsed trials would else decide
 # the kernel.
 LOWEST = 3.0
-POOL, NEARBY, NEAR = 256, 128, 0.3  # places all over the space, and around the winner within ± NEAR / 2
+POOL, NEARBY, NEAR = 160, 96, 0.3  # places all over the space, and around the winner within ± NEAR / 2
 DECADES, STEPS = 1.0, 21  # the winner at other rates: up to this far up and down, in so many steps
 
 

@@ -28,7 +28,6 @@ from hpo.transfer.probes.surrogate import fit
 from hpo.transfer.profile import read_profile
 from hpo.transfer.rules import transfer
 from hpo.transfer.source import SourceCandidate, TransferSource, read_source
-from tests.tiny_search import tiny_study
 from tests.tiny_target import run_transfer, searched_source, target_of, target_trials
 from trainer.errors import ConfigError, Interrupted
 from trainer.kohya.trainfile import read_train_file
@@ -161,9 +160,8 @@ def test_stored_proposals_are_kept_whatever_the_model_would_propose_now(
 
 
 def test_a_search_that_went_on_meanwhile_changes_no_proposal(source: StudyFolder) -> None:
-    study = tiny_study()
     prior = Prior.read(study_of(source), target_of(source).root)
-    assert prior is not None and study.space != prior.study.space
+    assert prior is not None
     assert len(prior.trials) == 6 and prior.trials == read_trials(source)
     fresh = Prior.of(study_of(source), source)
     assert fresh.surrogate.mean(fresh.surrogate.x_ND) == pytest.approx(
