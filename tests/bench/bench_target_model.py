@@ -1,7 +1,7 @@
 """Target trials: do a few of them, chosen by the model, find better settings than the rules alone?
 
-    python -m tests.bench.bench_target_model simulated   # fills its table in docs/transfer.md (10 minutes, one thread)
-    python -m tests.bench.bench_target_model recorded    # the same for the recorded grid of rates (seconds)
+    python -m tests.bench.bench_target_model simulated   # prints a table (10 minutes, one thread)
+    python -m tests.bench.bench_target_model recorded    # fills its table in docs/transfer.md (seconds)
 
 A surface is a parabola over five settings, the rate the most important one.  The target's has its best rate ``shift``
 decades away from where the rules put it, other curvatures and a slightly different top in the other settings.  A search
@@ -47,7 +47,6 @@ NOISES = (0.02, 0.06)  # standard deviation of a score; the best trials of a sea
 SEEDS = 24
 DOCS = ROOT / "docs" / "transfer.md"
 BEGIN_RECORDED, END_RECORDED = "<!-- recorded rates: begin -->", "<!-- recorded rates: end -->"
-BEGIN, END = "<!-- simulated target trials: begin -->", "<!-- simulated target trials: end -->"
 Surface = Callable[[np.ndarray], np.ndarray]
 
 
@@ -171,7 +170,6 @@ def table(noises: Sequence[float] = NOISES, seeds: int = SEEDS) -> str:
             means = [float(regrets(way, shift, noise, range(seeds)).mean()) for shift in SHIFTS]
             cells = " | ".join(f"{mean:.3f}" for mean in (*means, float(np.mean(means))))
             lines.append(f"| {way} | {noise:g} | {cells} |")
-            print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
 
@@ -257,12 +255,11 @@ def recorded(cells: Mapping[Cell, Scored]) -> str:
 
 
 def main(words: Sequence[str], docs: Path = DOCS) -> None:
-    text = docs.read_text(encoding="utf-8")
     if "simulated" in words:
-        text = between(text, BEGIN, END, table())
+        print(table())
     if "recorded" in words:
-        text = between(text, BEGIN_RECORDED, END_RECORDED, recorded(read_grid()))
-    write_atomic(docs, text)
+        text = docs.read_text(encoding="utf-8")
+        write_atomic(docs, between(text, BEGIN_RECORDED, END_RECORDED, recorded(read_grid())))
 
 
 if __name__ == "__main__":
