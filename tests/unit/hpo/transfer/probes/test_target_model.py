@@ -97,7 +97,9 @@ def model(decade_D: np.ndarray = DECADE_D) -> TargetModel:
 def after(
     shift: float, count: int = 10, *, b: float = 1.0, a: float = 0.0, decade_D: np.ndarray = DECADE_D
 ) -> TargetPosterior:
+    """After trials at rates that the search has tried as well, seen from the shifted target."""
     x_nD = places(count, seed=4)
+    x_nD[:, 0] = 0.75 * x_nD[:, 0] + (0.25 if shift > 0 else 0.0)
     scores = a + b * wave(x_nD - shift * DECADE_D)
     return model(decade_D).after(Observed(x_nD, scores.tolist(), [0.01] * count))
 
