@@ -151,9 +151,9 @@ def test_the_gain_is_positive_and_highest_where_the_shifted_source_is() -> None:
     assert difference > 0 and deviation < difference
 
 
-# Its worth: 20 seeds, shifts drawn for each
+# Its worth: 32 seeds, shifts drawn for each
 
-SEEDS, PLACES = 20, 160
+SEEDS, PLACES = 32, 160
 
 
 def simulated(way: str, noise: float = 0.04) -> np.ndarray:
@@ -162,7 +162,7 @@ def simulated(way: str, noise: float = 0.04) -> np.ndarray:
 
 
 def test_a_few_trials_find_better_settings_than_rules_or_chance() -> None:
-    """Regrets on 20 simulated pairs of surfaces; the interval is over seeds, paired."""
+    """Regrets on 32 simulated pairs of surfaces; the interval is over seeds, paired."""
     found = simulated("model, 6 trials")
     for way in ("rules alone", "winner and random places, 6 trials", "random search on the target, 6 trials"):
         gain = simulated(way) - found
