@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from hpo.cli import options
 from hpo.cli.options import PATH, Finite
 from hpo.cli.start import calm_libraries, console
 from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
+from trainer.errors import ConfigError
+from trainer.text import clean_text
 
 
 @click.command(cls=options.Renamed, renamed={"--study": "--definition", "--name": ""})
@@ -87,10 +90,21 @@ from hpo.cli.which import agreed, asker, chosen_study, complete_name, new_study
     shell_complete=complete_name,
     help="Take over the finished trials of STUDY that fit. For a new study with a changed space.",
 )
+@click.option(
+    "--from",
+    "source",
+    type=options.NAMED,
+    metavar="STUDY",
+    shell_complete=complete_name,
+    help="Start from what STUDY, a search on SD1.5, knows: N whole training runs on the base, as "
+    "hpo transfer STUDY --to BASE --trials N (default 6). Images, prompts and space are those of STUDY.",
+)
 @click.option("--seed", type=options.SEED, help="Seed of the study. Default: from the study file.")
 @options.runs
 @options.notifies
+@click.pass_context
 def search(
+    ctx: click.Context,
     name: str | None,
     base: str,
     data: Path | None,
@@ -112,6 +126,7 @@ def search(
     keep_best: int | None,
     stop_when_converged: bool,
     fork_from: str | None,
+    source: str | None,
     seed: int | None,
     runs: Path,
 ) -> None:
@@ -121,6 +136,9 @@ def search(
 
     worker = role_taken()
     calm_libraries()
+    if source is not None:
+        _search_from(source, base, trials, device, runs, _given(ctx))
+        return
     from hpo.search import SearchRequest
     from hpo.search import search as run
     from hpo.study import STORAGE, Inputs
@@ -169,6 +187,46 @@ def search(
             run(request, screen, then)
     finally:
         STORAGE.reset(token)
+
+
+# What --from can be combined with; the study decides the rest.
+WITH_SOURCE = ("base", "trials", "device", "source", "runs", "notify", "notify_on")
+USUAL_TRIALS = 6
+
+
+def _given(ctx: click.Context) -> list[str]:
+    """The options and arguments of the command line that --from cannot be combined with."""
+    return [
+        max(p.opts, key=len) if isinstance(p, click.Option) else "NAME"
+        for p in ctx.command.params
+        if p.name not in WITH_SOURCE
+        and p.name is not None
+        and ctx.get_parameter_source(p.name) == ParameterSource.COMMANDLINE
+    ]
+
+
+def _search_from(
+    source: str, base: str, trials: int | None, device: str | None, runs: Path, others: list[str]
+) -> None:
+    """``hpo search --base BASE --from STUDY``: the target trials of ``hpo transfer``."""
+    folder = chosen_study(source, runs)
+    if others:
+        raise ConfigError(
+            f"--from takes images, prompts and settings from {folder.name}, so {', '.join(others)} cannot be given",
+            "remove it; for a search that starts anew, remove --from",
+        )
+    from hpo.study import families_from, kind_of_base
+    from hpo.transfer import TransferRequest, run
+
+    families = families_from(kind_of_base(folder))
+    if base not in families:
+        known = f"use --base {' or '.join(families)}" if families else "give a study with a search on sd15"
+        raise ConfigError(
+            f"study {folder.name} cannot be the source of a search on {clean_text(base)}", known
+        )
+    number = USUAL_TRIALS if trials is None else trials
+    request = TransferRequest(base, folder.name, trials=number, device=device, runs=folder.root.parent)
+    run(request, console())
 
 
 @click.command()
@@ -266,13 +324,14 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
     default=0,
     show_default=True,
     metavar="N",
-    help="Number of target trials (short training runs on the target that test and correct the rules' settings): 0, or "
-    "3 to 32. Usual: 6; a seventh run switches text encoder training on or off.",
+    help="Number of target trials (training runs on the target that test and correct the rules' settings): 0, or "
+    "3 to 32. Usual: 6. With the design model each is a whole run.",
 )
 @click.option(
     "--design",
-    type=click.Choice(["ladder", "grid"]),
-    help="How the settings of the trials are chosen. Default: ladder.",
+    type=click.Choice(["model", "ladder", "grid"]),
+    help="How the settings of the trials are chosen. model: whole runs, by a model of the search. ladder, grid: "
+    "runs of a quarter of the length, at fixed steps of the rate. Default: model.",
 )
 @options.device("For --trials: cpu, cuda, cuda:1 … Default: the GPU if there is one.")
 @options.anyway

@@ -3,14 +3,17 @@ from .command import run as run
 from .draft import finds_its_rate as finds_its_rate
 from .mapping import Transfer as Transfer
 from .plan import PLANNER as PLANNER
+from .plan import TransferPlan as TransferPlan
 from .plan import normalised as normalised
 from .plan import snap_down as snap_down
 from .plan import two_digits as two_digits
 from .plan import updates_of as updates_of
 from .profile import ProfileLimits as ProfileLimits
 from .rates import ADAM as ADAM
+from .rates import rate_factors as rate_factors
 from .rules import MAPPING_VERSION as MAPPING_VERSION
 from .rules import MOST_WARMUP as MOST_WARMUP
 from .rules import PROBED_VERSION as PROBED_VERSION
 from .rules import transfer as transfer
 from .source import SourceCandidate as SourceCandidate
+from .source import TransferSource as TransferSource

@@ -83,7 +83,7 @@ def _transfer(
             say(console, line)
         if found.values:
             before = len(done.plan.moves)
-            plan = planned(with_decision(done, found.values, found.reason), profile)
+            plan = planned(with_decision(done, found.values, found.reason, found.evidence), profile)
             done = dataclasses.replace(done, plan=plan)
             show(console, plan, plan.moves[before:])
             _check_refused(plan)

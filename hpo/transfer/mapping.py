@@ -82,11 +82,11 @@ def _is_card(finding: TransferFinding) -> bool:
     return finding.level == "refuse" and finding.about == "vram"
 
 
-def with_decision(done: Transfer, values: Mapping[str, Any], reason: str) -> TransferPlan:
+def with_decision(done: Transfer, values: Mapping[str, Any], reason: str, evidence: str = "") -> TransferPlan:
     """The plan with the values that were better in the probes, added as moves."""
     plan = done.plan
     moves = tuple(
-        SettingMove(key, getattr(plan.config, key), value, "target trials", reason)
+        SettingMove(key, getattr(plan.config, key), value, "target trials", reason, evidence)
         for key, value in values.items()
         if getattr(plan.config, key) != value
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from hpo.transfer.draft import Change, Draft, finds_its_rate
 from hpo.transfer.plan import (
     TransferFinding,
+    TransferPlan,
     normalised,
     snap_down,
     two_digits,
@@ -35,6 +36,18 @@ RATES: dict[str, tuple[Callable[[int, int, Profile], float], str]] = {
     ),
     "linear_batch": (lambda before, now, _: now / before, "rule for SGD; for Adam √batch fits better"),
 }
+
+
+def rate_factors(plan: TransferPlan, profile: Profile) -> tuple[float, float]:
+    """The exact factors of the U-Net rate and of the text encoder rate, before rounding and limits."""
+    if finds_its_rate(plan.source):
+        return 1.0, 1.0
+    factor = RATES[profile.rate.rule][0](*plan.derived.effective_batch, profile)
+    text = profile.rate.text_encoder_factor if profile.rate.rule == "factor" else factor
+    alpha = math.sqrt(plan.source.network_alpha / plan.config.network_alpha)
+    return factor * alpha, text
+
+
 TEXT_EVIDENCE = (
     "published ratios are 0, 0.1, 0.5 and 1; 0.67 is from one known setup and was not measured elsewhere"
 )

@@ -178,13 +178,20 @@ class Row:
         return float(np.mean(self.regret))
 
 
-def replay(cells: Mapping[Cell, Scored], design: Design | None, budget: int, *, horizon: bool = False) -> Row:
-    """Replay one design.  None keeps the transferred settings."""
+def replay(
+    cells: Mapping[Cell, Scored],
+    design: Design | None,
+    budget: int,
+    *,
+    horizon: bool = False,
+    length: float = 0.25,
+) -> Row:
+    """Replay one design with runs of a share of the whole length.  None keeps the transferred settings."""
     regrets, probes, changed = [], [], []
     for offset in OFFSETS:
         of_offset = []
         for seed, other in itertools.permutations(SEEDS, 2):
-            short, whole = Curves(cells, "mini-sdxl", 0.25, seed), Curves(cells, "mini-sdxl", 1.0, other)
+            short, whole = Curves(cells, "mini-sdxl", length, seed), Curves(cells, "mini-sdxl", 1.0, other)
             optimum = whole.best()[1]
             rate = 2 ** (optimum + offset)
             decided, made = Probe(), 0

@@ -1,4 +1,4 @@
-"""Probes: short runs on the target that test and correct the transferred settings.
+"""Probes (target trials): runs on the target that test and correct the transferred settings.
 
 Owns the choice of the next probe, the studies of the probes and the decision.  Does not own the transfer
 rules (see ``hpo.transfer``) or how a run is made (see ``hpo.search``).

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.transfer import PLANNER, SourceCandidate, Transfer, snap_down, transfer, two_digits
+from hpo.transfer import PLANNER, SourceCandidate, Transfer, TransferPlan, snap_down, transfer, two_digits
 from hpo.transfer.probes.design import DEFAULT, TEXT_ON, TRANSFERRED, Decision
 from trainer.config import WITHOUT_INFLUENCE, TrainConfig
 
@@ -55,10 +55,18 @@ class Candidates:
 
     def mapped(self, candidate: SourceCandidate) -> TrainConfig:
         """A candidate converted with the same rules, with the planner's changes to the transferred settings."""
-        plan, profile = self.done.plan, self.done.profile
-        found = transfer(candidate.config, plan.figures, profile, preset=self.preset).config
-        computed = {m.key: getattr(plan.config, m.key) for m in plan.moves if m.rule == PLANNER}
-        return found.with_values(computed)
+        return self.computed(self.ruled(candidate.config).config)
+
+    def ruled(self, config: TrainConfig) -> TransferPlan:
+        """Settings of the source converted with the same rules."""
+        return transfer(config, self.done.plan.figures, self.done.profile, preset=self.preset)
+
+    def computed(self, config: TrainConfig) -> TrainConfig:
+        """Settings with the planner's changes to the transferred settings."""
+        plan = self.done.plan
+        return config.with_values(
+            {m.key: getattr(plan.config, m.key) for m in plan.moves if m.rule == PLANNER}
+        )
 
     def text_encoders_on(self) -> TrainConfig:
         """The transferred settings with the text encoders trained at the profile's share of the U-Net rate."""

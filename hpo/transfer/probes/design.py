@@ -254,8 +254,8 @@ class Grid:
         return max(by_fit, float(values_K.std(ddof=1)))
 
 
-DESIGNS: dict[str, Design] = {"ladder": Ladder(), "grid": Grid()}
-DEFAULT_DESIGN = "ladder"  # for the comparison see docs/transfer.md
+LADDER = "ladder"  # the better one of short runs; for the comparison see docs/transfer.md
+DESIGNS: dict[str, Design] = {LADDER: Ladder(), "grid": Grid()}
 
 
 def _weighed(probe: Probe, gain: float, se: float, errors: float) -> Decision:

@@ -21,11 +21,14 @@ FILE = "probes.json"
 
 @dataclass(frozen=True)
 class Found:
-    """The settings changed by probes (empty if the transferred ones are kept), the reason, and lines for the user."""
+    """The settings changed by probes (empty if the transferred ones are kept), the reason, and lines for the user.
+
+    ``evidence``: what the change rests on, beside the reason."""
 
     values: Mapping[str, Any]
     reason: str
     lines: tuple[str, ...]
+    evidence: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,18 +84,21 @@ def read_saved(folder: Path) -> Saved | None:
     saved = read_json(folder / FILE)
     if saved is None:
         return None
-    found = Found(saved["values"], saved["reason"], tuple(saved["lines"]))
+    found = Found(saved["values"], saved["reason"], tuple(saved["lines"]), saved.get("evidence", ""))
     return Saved(saved["design"], saved["probes"], len(saved["outcomes"]), found)
 
 
-def write_saved(folder: Path, design: str, probes: int, findings: Findings, found: Found) -> None:
+def write_saved(
+    folder: Path, design: str, probes: int, findings: Findings, found: Found, fraction: float = FRACTION
+) -> None:
     values = {
         "design": design,
         "probes": probes,
-        "fraction": FRACTION,
+        "fraction": fraction,
         "decision": asdict(findings.decision),
         "values": found.values,
         "reason": found.reason,
+        "evidence": found.evidence,
         "horizon_shift_octaves": findings.shift,
         "lines": found.lines,
         "outcomes": [asdict(o) for o in findings.outcomes],

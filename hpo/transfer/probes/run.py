@@ -1,7 +1,8 @@
-"""Runs probes in separate studies: NAME__FAMILY on the target, and NAME__FAMILY-source for the same probes there.
+"""Runs probes in separate studies: NAME__FAMILY on the target; for short runs, NAME__FAMILY-source for the same there.
 
-Owns the names and the order of these studies.  Does not own the choice of probes and the evaluation of their
-scores (see ``hpo.transfer.probes.design``) or a single study (see ``hpo.transfer.probes.study``).
+Owns the names and the order of these studies, and which design they have.  Does not own the choice of probes and the
+evaluation of their scores (``hpo.transfer.probes.guided``, ``hpo.transfer.probes.design``) or a single study
+(``hpo.transfer.probes.study``).
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from hpo.study import (
     STYLE_PRESET,
     Inputs,
     StudyFolder,
+    build_study,
     counting_settings,
     read_json,
 )
 from hpo.terminal import command, say
 from hpo.transfer import MAPPING_VERSION, PROBED_VERSION
 from hpo.transfer.probes.candidates import NAMES, Candidates
-from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS, Probe, ProbeScore, find, horizon_shift
+from hpo.transfer.probes.design import DESIGNS, LADDER, Probe, ProbeScore, find, horizon_shift
 from hpo.transfer.probes.findings import Findings, Found, read_saved, write_saved
+from hpo.transfer.probes.guided import MODEL, Guide
+from hpo.transfer.probes.prior import FEWEST, Prior, read_trials
 from hpo.transfer.probes.side import FRACTION, ProbeSide, ShortRuns, make_side, octave_bounds
 from hpo.transfer.probes.study import SideStudy
 from trainer.bases import is_miniature
@@ -38,9 +42,10 @@ from trainer.config import TrainConfig
 from trainer.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
-    from hpo.transfer import Transfer, TransferRequest
+    from hpo.transfer import Transfer, TransferRequest, TransferSource
     from hpo.transfer.probes.proposals import Choose
 
+DESIGN = "design"  # a fact of target trials whose design is not one of short runs
 LEAST = 3  # with fewer probes, no decision is possible
 # How a probe is computed, and what its files are called; but the seed and the images decide its result.
 WITHOUT_INFLUENCE = {*NAMES, *NEUTRAL_SETTINGS} - {"seed", "dataset_config", "hold_out_references"}
@@ -51,9 +56,9 @@ def consult(done: Transfer, request: TransferRequest, console: Console) -> Found
 
     Returns None if there are neither.
     """
-    folder = probe_folder(done)
+    folder = probe_folder(done, request.design)
     saved = read_saved(folder.root)
-    design = request.design or (saved.design if saved else DEFAULT_DESIGN)
+    design = request.design or (saved.design if saved else begun_design(folder))
     if saved is not None and (not request.trials or (saved.design, saved.probes) == (design, request.trials)):
         say(console, f"using {saved.finished} finished target trials of study {folder.name}")
         return saved.found
@@ -64,7 +69,34 @@ def consult(done: Transfer, request: TransferRequest, console: Console) -> Found
             f"{request.trials} target trials are too few for a decision",
             f"use --trials {LEAST} or more (6 is usual)",
         )
+    if design is None:
+        design, why = usual_design(done.source)
+        if why:
+            say(console, f"the trials are chosen by --design {design}: {why}")
     return Probing(done, request, folder, design, console).run()
+
+
+def begun_design(folder: StudyFolder) -> str | None:
+    """The design of target trials that were begun, None if there are none.  Before the design ``model``, the ladder was
+    the default and was not stored."""
+    facts = (read_json(folder.facts) or {}).get("facts")
+    return None if facts is None else str(facts.get(DESIGN, LADDER))
+
+
+def usual_design(source: TransferSource) -> tuple[str, str]:
+    """The design of new target trials, and why it is not ``model``."""
+    if not sections_of(source.folder):
+        return LADDER, f"{source.folder.name} was begun by an earlier version, without a stored search space"
+    count = len(read_trials(source.folder))
+    if count < FEWEST:
+        return LADDER, f"{source.folder.name} has {count} scored trials, a model of the search needs {FEWEST}"
+    return MODEL, ""
+
+
+def sections_of(folder: StudyFolder) -> Mapping[str, Mapping[str, Any]]:
+    """The stored definition of a study; empty if it has none."""
+    sections = (read_json(folder.facts) or {}).get("sections")
+    return sections if isinstance(sections, dict) and isinstance(sections.get("study"), dict) else {}
 
 
 def identity(done: Transfer) -> str:
@@ -87,8 +119,11 @@ def _hash(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([PROBED_VERSION, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def probe_folder(done: Transfer) -> StudyFolder:
-    """The folder NAME__FAMILY, or NAME__FAMILY-2 and so on if that one holds probes of other settings."""
+def probe_folder(done: Transfer, design: str | None = None) -> StudyFolder:
+    """The folder NAME__FAMILY, or NAME__FAMILY-2 and so on if that one holds probes of other settings.
+
+    ``design``: if it is given, the probes must be of its kind: the runs of ``model`` are whole ones.
+    """
     root = done.source.folder.root
     own = identities(done)
     for number in range(1, 1000):
@@ -97,7 +132,9 @@ def probe_folder(done: Transfer) -> StudyFolder:
         facts = (read_json(folder.facts) or {}).get("facts")
         if facts is None and not folder.has_study:
             return folder
-        if facts is not None and facts.get("transferred") in own:
+        if facts is None or facts.get("transferred") not in own:
+            continue
+        if design is None or (design == MODEL) == (facts.get(DESIGN) == MODEL):
             return folder
     raise MachineError(f"{root.name} has 999 studies of target trials", "move or delete some of them")
 
@@ -109,17 +146,41 @@ class Probing:
         self, done: Transfer, request: TransferRequest, folder: StudyFolder, design: str, console: Console
     ) -> None:
         self.done, self.request, self.folder, self.console = done, request, folder, console
-        self.design_name, self.design = design, DESIGNS[design]
+        self.design_name = design
         self.facts: Mapping[str, Any] = read_json(done.source.folder.facts) or {}
         self.candidates = Candidates(done, request.preset)
 
     def run(self) -> Found:
+        return self._guided() if self.design_name == MODEL else self._short_runs()
+
+    def _guided(self) -> Found:
+        """Whole runs on the target, chosen by a model of the search."""
+        source, base = self.done.source, self.done.profile.family.base
+        sections = sections_of(source.folder)
+        if not sections:
+            raise ConfigError(
+                f"study {source.folder.name} was begun by an earlier version and has no stored search space",
+                "use --design ladder",
+            )
+        study = build_study(source.folder.name, sections)
+        prior = Prior.read(study, self.folder.root) or Prior.of(study, source.folder)
+        name, budget = self.folder.name, self.request.trials
+        guide = Guide(self.candidates, prior, self.folder.root, self._runs(name), name, budget)
+        outcomes = self._probed(self.folder, guide.side, guide.choose, base)
+        decision = guide.decide(outcomes)
+        lines = guide.lines(outcomes, decision, self._direct_search(base))
+        evidence = guide.evidence if not decision.keeps else ""
+        found = Found(guide.changed(decision), decision.reason, tuple(lines), evidence)
+        findings = Findings(outcomes, guide.predicted(outcomes), None, decision)
+        write_saved(self.folder.root, MODEL, budget, findings, found, fraction=1.0)
+        return found
+
+    def _short_runs(self) -> Found:
         target, base = self._target(), self.done.profile.family.base
-        outcomes = self._probed(
-            self.folder, target, lambda found: self.design.next(found, target.scope), base
-        )
+        design = DESIGNS[self.design_name]
+        outcomes = self._probed(self.folder, target, lambda found: design.next(found, target.scope), base)
         twins, shift = self._twins([o.probe for o in outcomes])
-        findings = Findings(outcomes, twins, shift, self.design.decide(outcomes, target.scope, shift))
+        findings = Findings(outcomes, twins, shift, design.decide(outcomes, target.scope, shift))
         found = Found(
             self.candidates.changed(findings.decision),
             findings.decision.reason,
@@ -169,10 +230,14 @@ class Probing:
     def _side(
         self, name: str, whole: Mapping[str, TrainConfig], bounds: tuple[float, float], fraction: float
     ) -> ProbeSide:
+        return make_side(name, whole, self._runs(name, fraction), self.request.trials, bounds)
+
+    def _runs(self, name: str, fraction: float = 1.0) -> ShortRuns:
+        """How the trials of the study of this name are trained and scored."""
         words = "miniature" if is_miniature(self.done.profile.family.base) else "natural"
         sections = self._definition(self.folder.root.with_name(name))
         preset = str(sections.get("study", {}).get("preset", CHARACTER))
-        runs = ShortRuns(
+        return ShortRuns(
             samples=self.done.plan.figures.samples,
             sampling=self.facts.get("sampling", {}),
             seed=self.done.plan.config.seed,
@@ -181,7 +246,6 @@ class Probing:
             preset=preset,
             judged=judged_as(sections),
         )
-        return make_side(name, whole, runs, self.request.trials, bounds)
 
     def _definition(self, root: Path) -> Mapping[str, Mapping[str, Any]]:
         """The sections of the search; probes that were begun keep those that they were begun with."""
@@ -226,6 +290,8 @@ class Probing:
             "mapping_version": MAPPING_VERSION,
             "transferred": identity(self.done),
         }
+        if self.design_name == MODEL:
+            now[DESIGN] = MODEL
         begun = (read_json(folder.facts) or {}).get("facts") or {}
         if begun.get("transferred") in identities(self.done):
             now |= {key: begun[key] for key in ("mapping_version", "transferred") if key in begun}

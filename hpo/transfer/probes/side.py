@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hpo.study import ELSEWHERE, NOT_SEARCHABLE, StudyConfig, build_study
+from hpo.study import ELSEWHERE, NOT_SEARCHABLE, StudyConfig, build_study, settings_of
 from hpo.transfer import ADAM, MOST_WARMUP, ProfileLimits, finds_its_rate, normalised, updates_of
 from hpo.transfer.probes.design import TRANSFERRED, Probe, Scope
 from trainer.config import SETTINGS, ZERO_IS_UNSET, TrainConfig
@@ -71,14 +71,22 @@ def short_run(config: TrainConfig, samples: int, fraction: float = FRACTION) -> 
     """
     updates = updates_of(config, samples)
     warmup = config.lr_warmup_steps if config.lr_warmup_steps < 1 else config.lr_warmup_steps / updates
-    first, _ = config.effective_text_encoder_lrs
-    return config.with_values(
+    return with_two_rates(config).with_values(
         {
             "lr_scheduler": "constant_with_warmup",
             "lr_warmup_steps": round(min(warmup, MOST_WARMUP), 4),
             "lr_scheduler_num_cycles": 1,
             "max_train_steps": max(1, round(fraction * updates)),
             "max_train_epochs": TrainConfig().max_train_epochs,
+        }
+    )
+
+
+def with_two_rates(config: TrainConfig) -> TrainConfig:
+    """The same training with learning_rate as the U-Net's rate and one rate of the text encoders; 0 for off."""
+    first, _ = config.effective_text_encoder_lrs
+    return config.with_values(
+        {
             "learning_rate": config.effective_unet_lr,
             "unet_lr": None,
             "text_encoder_lr": first,
@@ -114,18 +122,13 @@ def make_side(
     """Make the side for one base.  Candidates that do not fit into a common search space are left out."""
     own = whole[TRANSFERRED]
     for config in whole.values():
-        if finds_its_rate(config):
-            raise ConfigError(
-                f"{config.optimizer_type} adapts its learning rate itself, so trying other rates has no effect",
-                "run without --trials; compare LoRA files with hpo evaluate",
-            )
-    if not own.trains_unet:
-        raise ConfigError("the U-Net is not trained, so there is no rate to try", "run without --trials")
+        check_rates(config)
+    check_unet(own)
     short = {key: short_run(config, runs.samples, runs.fraction) for key, config in whole.items()}
     short = {
         key: config for key, config in short.items() if key == TRANSFERRED or config != short[TRANSFERRED]
     }
-    short = {key: config for key, config in short.items() if _fits(config, short[TRANSFERRED])}
+    short = {key: config for key, config in short.items() if fits(config, short[TRANSFERRED])}
     scope = Scope(
         budget,
         tuple(key for key in short if key != TRANSFERRED),
@@ -137,7 +140,22 @@ def make_side(
     return ProbeSide(short, study, scope)
 
 
-def _fits(config: TrainConfig, own: TrainConfig) -> bool:
+def check_rates(config: TrainConfig) -> None:
+    """Raises ConfigError for an optimizer that finds its rate itself."""
+    if finds_its_rate(config):
+        raise ConfigError(
+            f"{config.optimizer_type} adapts its learning rate itself, so trying other rates has no effect",
+            "run without --trials; compare LoRA files with hpo evaluate",
+        )
+
+
+def check_unet(config: TrainConfig) -> None:
+    """Raises ConfigError if there is no rate to try."""
+    if not config.trains_unet:
+        raise ConfigError("the U-Net is not trained, so there is no rate to try", "run without --trials")
+
+
+def fits(config: TrainConfig, own: TrainConfig) -> bool:
     """Whether the differing settings can be choices of a search space (an unset value is not possible in TOML)."""
     for key in SETTINGS.keys() - ELSEWHERE.keys():
         a, b = getattr(config, key), getattr(own, key)
@@ -167,21 +185,29 @@ def _sections(short: Mapping[str, TrainConfig], runs: ShortRuns) -> dict[str, di
             if value not in options:
                 options.append(value)
         space[key] = {"choices": options}
+    baseline = {key: getattr(own, key) for key in space}
+    return sections(own, space, {key: 0 if value is None else value for key, value in baseline.items()}, runs)
+
+
+def sections(
+    own: TrainConfig, space: Mapping[str, Any], baseline: Mapping[str, Any], runs: ShortRuns
+) -> dict[str, dict[str, Any]]:
+    """The sections of a study of target trials, whose fixed settings are those of ``own``."""
+    decided = {setting for name in space for setting in settings_of(name)}
     train = {
         key: value
         for key, value in own.as_dict().items()
-        if key not in ELSEWHERE and key not in space and value is not None
+        if key not in ELSEWHERE and key not in decided and value is not None
     }
     if train.get("max_train_steps") or "max_train_steps" in space:
         train.pop("max_train_epochs", None)
-    baseline = {key: getattr(own, key) for key in space}
     title = "Target trials of transferred settings"
     return {
         **{name: dict(values) for name, values in runs.judged.items()},
         "study": {**runs.judged.get("study", {}), "title": title, "preset": runs.preset, "seed": runs.seed},
         "train": train,
-        "space": space,
-        "baseline": {key: 0 if value is None else value for key, value in baseline.items()},
+        "space": dict(space),
+        "baseline": dict(baseline),
         "prompts": {"words": runs.words},
         "confirmation": {"words": runs.words},
         "sampling": {key: runs.sampling[key] for key in _SAMPLING if key in runs.sampling},

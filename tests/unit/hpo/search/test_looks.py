@@ -145,7 +145,7 @@ def test_a_look_that_runs_out_of_memory_is_left_out(
     bench = bench_with(tmp_path / "study", data, pruner="median")
     worker = make_search(bench, SearchLimits(2), view := Recorder())
 
-    def full(*args: Any) -> None:
+    def full(*args: Any, **words: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(sys.modules["evaluation.score.look"], "sample", full)

@@ -437,6 +437,54 @@ def test_what_probes_found_holds_for_the_next_call(searched: Path) -> None:
         folder.root.rmdir()
 
 
+def search_from(runs: Path, *words: str) -> Result:
+    return CliRunner().invoke(
+        main, ["search", "--base", "mini-sdxl", "--from", "s", "--runs", str(runs), *words]
+    )
+
+
+def test_a_search_from_a_study_is_its_transfer_with_target_trials(searched: Path) -> None:
+    """What it finds is written as by ``hpo transfer --trials 6``."""
+    folder = probe_folder(transferred(searched))
+    folder.root.mkdir()
+    saved = {"design": "model", "probes": 6, "values": {"learning_rate": 7e-3}, "reason": "it gains 0.1"}
+    saved |= {"lines": [], "outcomes": [], "evidence": "a process of 30 trials"}
+    file = searched / "s" / "transfer" / "mini-sdxl.toml"
+    file.unlink(missing_ok=True)
+    try:
+        facts = {"transferred": identity(transferred(searched)), "design": "model"}
+        folder.facts.write_text(json.dumps({"facts": facts}))
+        (folder.root / "probes.json").write_text(json.dumps(saved))
+        for words in ((), ("--trials", "6")):
+            result = search_from(searched, *words)
+            assert result.exit_code == 0, result.output
+            assert "using 0 finished target trials of study s__mini-sdxl" in result.output
+        assert "learning_rate = 0.007" in file.read_text()
+        plan = (searched / "s" / "transfer" / "plan.md").read_text()
+        assert "| target trials | it gains 0.1 | a process of 30 trials |" in plan
+    finally:
+        (folder.root / "probes.json").unlink()
+        folder.facts.unlink()
+        folder.root.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--seed", "3", "--data", "x"), "so --data, --seed cannot be given"),
+        (("name",), "so NAME cannot be given"),
+        (("--base", "sdxl"), "use --base mini-sdxl"),
+        (("--trials", "1"), "too few for a decision"),
+        (("--from", "absent"), "no study absent"),
+    ],
+)
+def test_what_a_search_from_a_study_cannot_be_given_is_said(
+    searched: Path, words: tuple[str, ...], message: str
+) -> None:
+    result = search_from(searched, *words)
+    assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
 def test_only_what_both_sides_have_is_compared() -> None:
     target = [ProbeScore(Probe(octaves=x), x, 0.1) for x in (0.0, 1.0, -1.0)]
     twins = [ProbeScore(Probe(octaves=x), 2 * x, 0.1) for x in (0.0, 1.0, -1.0)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.transfer.probes.design import DEFAULT_DESIGN, DESIGNS
+from hpo.transfer.probes.design import DESIGNS, LADDER
 from tests.bench import bench_probe_grid as bench
 from tests.bench import bench_transfer_table as transfer_table
 
@@ -49,7 +49,7 @@ def test_the_default_is_the_better_design_of_the_recorded_grid_or_the_grid_is_no
     if any(cell not in cells for cell in bench.wanted(list(bench.BASES))):
         assert "Not recorded yet" in bench.table(cells)
     else:
-        assert bench.better_design(bench.compare(cells)) == DEFAULT_DESIGN
+        assert bench.better_design(bench.compare(cells)) == LADDER
 
 
 def test_the_docs_show_the_recorded_comparison() -> None:
