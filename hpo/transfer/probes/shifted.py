@@ -3,7 +3,7 @@
     target(x) = a + b · source(x, its rates divided by 10**s) + residual(x)
 
 Owns this model, its posterior, and the expected gain of a new trial.  Does not own the surrogate
-(``hpo.transfer.probes.surrogate``) or what is tried with it (``hpo.transfer.probes.model``).
+(``hpo.transfer.probes.surrogate``) or what is tried with it (``hpo.transfer.probes.guided``).
 
 The idea: a process on the residuals of a process of an earlier task (stacked residual GP, Golovin et al. 2017, Google
 Vizier, section 3.3).  The shift, the factor b and the constant a are added because the rules of a transfer are least
