@@ -9,10 +9,10 @@ from .formula import composite as composite
 from .formula import objective as objective
 from .formula import told_part as told_part
 from .limits import SafeguardLimits as SafeguardLimits
-from .look import Look as Look
-from .look import look as look
-from .look import look_difference as look_difference
-from .look import looked_at as looked_at
+from .looking import Look as Look
+from .looking import look as look
+from .looking import look_difference as look_difference
+from .looking import looked_at as looked_at
 from .safeguards import Safeguards as Safeguards
 from .safeguards import Safety as Safety
 from .safeguards import embed_copies as embed_copies

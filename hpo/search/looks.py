@@ -1,7 +1,7 @@
 """Looks: trials are looked at while they are trained, and stopped if they are certainly behind.
 
 Owns ``[search] pruner`` and ``looks``: after which steps a trial is looked at, what Optuna is told of it, and the
-decision.  Does not own what a look shows (``evaluation.score.look``) or the work of a trial (``hpo.search.trial``).
+decision.  Does not own what a look shows (``evaluation.score.looking``) or the work of a trial (``hpo.search.trial``).
 
 Every look is a line of the trial's looks.jsonl with its decision, before anything else happens.  So a trial that was
 interrupted repeats no look and decides the same.  Optuna gets each as an intermediate value, whose step is the part of
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from evaluation.score import Look, look, look_difference, looked_at
 from hpo.search.samplers import startup_trials
 from hpo.study import BASELINE, ROLE, StudyConfig, TrialFolder, is_feasible, rank
 from trainer.errors import OutOfMemory
@@ -31,6 +30,7 @@ from trainer.files import append_line, read_records
 from trainer.oom import memory_named
 
 if TYPE_CHECKING:
+    from evaluation.score import Look
     from hpo.search.workbench import Workbench
 
 LEVEL = 0.05  # of wrongly stopping any trial of the study
@@ -63,10 +63,12 @@ def percent(part: float) -> int:
 
 def look_images(bench: Workbench) -> int:
     """Images of all looks of a trial; 0 without a pruner."""
+    from evaluation.score import looked_at
+
     search = bench.study.search
-    return (
-        0 if search.pruner == "none" else len(marks(100, search.looks)) * looked_at(bench.prompts).image_count
-    )
+    if search.pruner == "none":
+        return 0
+    return len(marks(100, search.looks)) * looked_at(bench.prompts).image_count
 
 
 def marks(steps: int, parts: tuple[float, ...]) -> dict[int, int]:
@@ -103,6 +105,8 @@ class Looks:
 
         A look that runs out of memory is left out.
         """
+        from evaluation.score import Look, look
+
         row = next((r for r in read_records(self.folder.looks) if r.get("percent") == at), None)
         if row is None:
             started = time.monotonic()
@@ -141,6 +145,8 @@ class Looks:
         return f"stopped by Optuna's {name} after {at} % of its training, at {found.value:.3f}"
 
     def _behind(self, at: int, found: Look) -> str:
+        from evaluation.score import look_difference
+
         best = self._best(at)
         if best is None:
             return ""
@@ -157,6 +163,8 @@ class Looks:
 
     def _best(self, at: int) -> tuple[int, Look] | None:
         """The best finished trial with this look.  None before the random trials of the start are over."""
+        from evaluation.score import Look
+
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         if len(done) < startup_trials(self.total):
             return None

@@ -158,7 +158,7 @@ def test_a_trial_that_keeps_killing_its_process_is_given_up(tmp_path: Path, data
 
 
 LOOKING = [
-    ("hpo.search.looks.look", 1, "after"),  # drawn, nothing written
+    ("evaluation.score.looking.look", 1, "after"),  # drawn, nothing written
     ("hpo.search.looks.Looks._report", 1, "after"),  # Optuna knows, the file does not
     ("hpo.search.looks.append_line", 1, "after"),  # both know, the trial goes on
 ]

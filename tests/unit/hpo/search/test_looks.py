@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,7 @@ def test_a_look_that_runs_out_of_memory_is_left_out(
     def full(*args: Any, **words: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(sys.modules["evaluation.score.look"], "sample", full)
+    monkeypatch.setattr("evaluation.score.looking.sample", full)
     worker.run()
     assert [r.state for r in view.results] == [COMPLETE, COMPLETE] and not view.results[1].remedy
     folder = bench.folder.trial(1)
