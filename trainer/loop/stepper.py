@@ -96,7 +96,8 @@ class Stepper:
     ) -> StepOutcome:
         """Forward, backward, clip, update.  Every sample of the group has the same weight, however
         the batch is split.  ``following``: epoch and micro-batches of the next step."""
-        self.is_untouched = True
+        # a schedule-free optimizer computes y from x and back: that does not give the same bits
+        self.is_untouched = not optim.is_schedule_free(self.optimizer)
         draw = keyed_generator(self.config.seed, step, "averaging", device=self.base.device)
         with optim.in_training(self.optimizer, self.weights, draw):
             with self.ranks.agreed():
