@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hpo.machine import nvidia, wheel
+from hpo.machine import nvidia, registry, wheel
 from hpo.machine.device import VISIBLE, hides_all
 from hpo.machine.threads import LIMITS, allowed_cores
 from trainer.text import clean_text
@@ -469,6 +469,18 @@ def _clock(e: Evidence) -> list[Finding]:
     return [Finding("clock", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now)))]
 
 
+def _locks(e: Evidence) -> list[Finding]:
+    """Nothing where processes can agree on who uses which GPU."""
+    trouble = registry.folder_trouble(e.environment)
+    if not trouble:
+        return []
+    if e.environment.get(registry.FOLDER):
+        todo = f"set {registry.FOLDER} to a folder that can be written, or unset it: commands stop here until then"
+        return [Finding("locks", trouble, PROBLEM, todo)]
+    todo = f"without locks two commands may use the same GPU: set {registry.FOLDER} to a folder that can be written"
+    return [Finding("locks", trouble, NOTE, todo)]
+
+
 def _newest(runs: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         return sorted(runs.iterdir())[:200]
@@ -476,7 +488,7 @@ def _newest(runs: Path) -> list[Path]:
 
 
 CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
-    _system, _cpu, _ram, _disks, _clock, _python, _pytorch, _driver, _cuda, _gpus, _wsl, _bitsandbytes,
+    _system, _cpu, _ram, _disks, _locks, _clock, _python, _pytorch, _driver, _cuda, _gpus, _wsl, _bitsandbytes,
 )  # fmt: skip
 
 
