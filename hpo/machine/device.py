@@ -292,7 +292,5 @@ def _lacking(card: Seen, precision: str) -> str:
     """One line on what the card cannot do; "" if there is nothing to say."""
     if card.capability is None:
         return ""
-    lacks = wheel.lacks(card.capability)
-    if card.capability < wheel.BF16 and precision == "bf16":
-        lacks[0] = "no bf16: mixed_precision = bf16 is emulated and slow, auto uses fp16"
+    lacks = wheel.lacks(card.capability, precision)
     return f"{card.name} has {'; '.join(lacks)}" if lacks else ""

@@ -114,6 +114,9 @@ def test_a_card_that_lacks_something_is_one_line(machine) -> None:
     machine.lines.clear()
     own_device(None, base="sd15", precision="bf16", say=machine.say)
     assert "auto uses fp16" in machine.lines[0]
+    machine.lines.clear()
+    own_device(None, base="sd15", precision="fp16", say=machine.say)
+    assert "bf16" not in machine.lines[0] and "flash" in machine.lines[0]
 
 
 def test_a_good_card_is_used_without_a_word(machine) -> None:
