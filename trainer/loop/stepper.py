@@ -5,7 +5,8 @@ random numbers are keyed by (seed, step, micro-batch); those of a sample are ``b
 samples make a step.
 
 On a GPU a step waits for the device once, for its loss and gradient norm: whether it is skipped depends on them. What
-the next part needs is made and sent before that.
+the next part needs is made and sent before that. More waits come from some optimizers of other libraries (Prodigy,
+D-Adaptation, paged ones), from cpu_offload, and from the first step: docs/benchmarks.md counts them.
 """
 
 from __future__ import annotations
