@@ -212,10 +212,17 @@ def _gpu(cards: list[Seen], given: str | None, precision: str, say: Say, local_r
             who = registry.user_of_gpu(card.uuid) or "another process"
             say(f"warning: {given} is shared with {who}; both need memory there")
     else:
-        return _opened(_first_that_works(cards, say), precision, say)
+        card = _first_that_works(cards, say)
+    return _begun(card, precision, say)
+
+
+def _begun(card: Seen, precision: str, say: Say) -> str:
+    """Make a card the current one.  Raises MachineError."""
     if trouble := _opening_trouble(card):
         raise _unusable(card, trouble)
-    return _opened(card, precision, say)
+    if line := _lacking(card, precision):
+        say(line)
+    return card.device
 
 
 def _first_that_works(cards: list[Seen], say: Say) -> Seen:
@@ -247,13 +254,6 @@ def _unusable(card: Seen, trouble: Trouble) -> MachineError:
     return MachineError(
         f"device {card.device} cannot be used: {trouble.what}", f"{trouble.todo}; or {ON_CPU}"
     )
-
-
-def _opened(card: Seen, precision: str, say: Say) -> str:
-    """A card that works, with a line on what it lacks."""
-    if line := _lacking(card, precision):
-        say(line)
-    return card.device
 
 
 def _free(cards: list[Seen], say: Say, *, many: bool = False) -> Seen:
