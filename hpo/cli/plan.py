@@ -6,6 +6,7 @@ of memory-saving settings (``trainer.memory.stacks``) or the users' measurements
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from trainer.overrides import read_setting
 if TYPE_CHECKING:
     from trainer.memory import Attempt, BaseFacts, Footprint, PhasePlan, Stack
 
+USUAL_GB = 16.0  # of --vram
 # The limits of a prediction; shown under every plan.
 SAYS = (
     "1 GB = 10⁹ bytes. CUDA context and cuBLAS are estimates, everything else is traced (docs/memory.md)",
@@ -40,7 +42,7 @@ class PlanRequest:
 
     file: Path | None = None
     base: str | None = None
-    vram: float = 16.0
+    vram: float = USUAL_GB
     sets: tuple[str, ...] = ()
     table: bool = False
     as_json: bool = False
@@ -72,8 +74,8 @@ def plan(request: PlanRequest, console: Console, echo: Callable[[str], None]) ->
     say(console, f"predicting the memory use of {facts.name} …")
     given = footprint.predict(config, facts)
     show_footprint(console, f"{facts.name}, settings as given", config, given)
-    limit_gb = vram_bytes * stacks.SAFE_SHARE / GB
-    say(console, f"candidates, cheapest change first; {limit_gb:.2f} of {request.vram:g} GB may be used:")
+    limit = _hundredths(vram_bytes * stacks.SAFE_SHARE, math.floor)
+    say(console, f"candidates, cheapest change first; {limit} of {request.vram:g} GB may be used:")
     stack = stacks.choose(
         config, facts, vram_bytes, lambda tried: console.print(attempt_row(tried, console.width))
     )
@@ -87,8 +89,14 @@ def attempt_row(tried: Attempt, width: int) -> Text:
     """A row of the table of candidates, printed as soon as its peak is known."""
     verdict = "fits" if tried.fits else "too much"
     wide = max(20, min(56, width - 24))
-    row = f"  {tried.words:<{wide}} {tried.peak_bytes / GB:>7.2f} GB  {verdict}"
+    peak = _hundredths(tried.peak_bytes, math.floor if tried.fits else math.ceil)
+    row = f"  {tried.words:<{wide}} {peak:>7} GB  {verdict}"
     return Text(row, style="green" if tried.fits else "dim")
+
+
+def _hundredths(size_bytes: float, rounded: Callable[[float], int]) -> str:
+    """GB with two digits. What is too much is rounded up and the limit down, so that both differ as shown."""
+    return f"{rounded(size_bytes / GB * 100) / 100:.2f}"
 
 
 def read_settings(request: PlanRequest) -> TrainConfig:
@@ -195,6 +203,14 @@ def _shown(value: Any) -> str:
 
 def _table(request: PlanRequest, console: Console, echo: Callable[[str], None]) -> None:
     cells = []
+    given = {
+        "FILE": request.file,
+        "--base": request.base,
+        "--vram": request.vram != USUAL_GB,
+        "--set": request.sets,
+    }
+    if (unused := [name for name, value in given.items() if value]) and not request.as_json:
+        say(console, f"warning: --table has settings of its own; without effect: {', '.join(unused)}")
     if not request.as_json:
         say(
             console,

@@ -77,12 +77,7 @@ def own_device(
             return _gpu(cards, given, precision, say, local_rank, ranks)
         found = found or (cards[0].device,)
     if given is not None:
-        raise MachineError(
-            f"device {given} cannot be used: {trouble.what}",
-            f"{trouble.todo}; or leave out --device, or give cpu"
-            if found
-            else "leave out --device, or give cpu",
-        )
+        raise _refused(given, trouble, bool(found))
     if found and hides_all():
         say(f"{VISIBLE} hides all GPUs: the CPU is used")
     elif found and is_miniature(base):
@@ -114,13 +109,23 @@ def check_device(device: str) -> None:
     _check_form(device)
     if device == "cpu":
         return
-    trouble = cuda_trouble(asks=bool(nvidia.traces()))
+    found = nvidia.traces()
+    trouble = cuda_trouble(asks=bool(found))
+    if trouble is None and device == "cuda":
+        trouble = _no_card_fits(cards_seen())
     if trouble is not None:
-        raise MachineError(
-            f"device {device} cannot be used: {trouble.what}", "leave out --device, or give cpu"
-        )
+        raise _refused(device, trouble, bool(found))
     if ":" in device:
         _named(cards_seen(), device)
+
+
+def _refused(device: str, trouble: Trouble, has_card: bool) -> MachineError:
+    """The error for a device that was asked for.  What to do about a card is of use only where there is one."""
+    choice = "leave out --device, or give cpu"
+    return MachineError(
+        f"device {device} cannot be used: {trouble.what}",
+        f"{trouble.todo}; or {choice}" if has_card else choice,
+    )
 
 
 def hides_all(environment: Mapping[str, str] = os.environ) -> bool:
@@ -229,12 +234,33 @@ def _gpu(cards: list[Seen], given: str | None, precision: str, say: Say, local_r
             who = registry.user_of_gpu(card.uuid) or "another process"
             say(f"warning: {given} is shared with {who}; both need memory there")
     else:
-        card = _free(cards, say)
+        card = _first_that_works(cards, say)
     return _begun(card, precision, say)
 
 
 def _begun(card: Seen, precision: str, say: Say) -> str:
     """Make a card the current one.  Raises MachineError."""
+    if trouble := _opening_trouble(card):
+        raise _unusable(card, trouble)
+    if line := _lacking(card, precision):
+        say(line)
+    return card.device
+
+
+def _first_that_works(cards: list[Seen], say: Say) -> Seen:
+    """A card for this process that could be opened.  A line for each that could not."""
+    card = _free(cards, say)
+    while trouble := _opening_trouble(card):
+        cards = [other for other in cards if other is not card]
+        if _no_card_fits(cards):
+            raise _unusable(card, trouble)
+        say(f"warning: {card.device} cannot be used: {trouble.what}; the next GPU is tried")
+        card = _free(cards, say, many=True)
+    return card
+
+
+def _opening_trouble(card: Seen) -> Trouble | None:
+    """Make a card the current one and allocate there.  Where that fails: why, and its lock is given back."""
     import torch
 
     try:
@@ -242,17 +268,19 @@ def _begun(card: Seen, precision: str, say: Say) -> str:
         torch.zeros(1, device=card.device)
     except (RuntimeError, AssertionError, ValueError) as error:
         registry.leave_gpu(card.uuid)
-        trouble = wheel.explain(first_line(error), torch.version.cuda)
-        raise MachineError(
-            f"device {card.device} cannot be used: {trouble.what}", f"{trouble.todo}; or {ON_CPU}"
-        ) from None
-    if line := _lacking(card, precision):
-        say(line)
-    return card.device
+        return wheel.explain(first_line(error), torch.version.cuda)
+    return None
 
 
-def _free(cards: list[Seen], say: Say) -> Seen:
-    """The first card that no other process of this tool uses, locked for this process."""
+def _unusable(card: Seen, trouble: Trouble) -> MachineError:
+    return MachineError(
+        f"device {card.device} cannot be used: {trouble.what}", f"{trouble.todo}; or {ON_CPU}"
+    )
+
+
+def _free(cards: list[Seen], say: Say, *, many: bool = False) -> Seen:
+    """The first card that no other process of this tool uses, locked for this process.  ``many``: this machine has
+    more cards than these, so the choice is said."""
     for card in cards:
         if registry.has_gpu(card.uuid):
             return card
@@ -263,7 +291,7 @@ def _free(cards: list[Seen], say: Say) -> Seen:
         if not registry.take_gpu(card.uuid):
             taken.append(f"{card.device} by {registry.user_of_gpu(card.uuid) or 'another process'}")
             continue
-        if len(cards) > 1:
+        if many or len(cards) > 1:
             passed = f" (in use: {', '.join(taken)})" if taken else ""
             say(f"using {card.device}, {card.name}{passed}")
         return card
@@ -286,7 +314,5 @@ def _lacking(card: Seen, precision: str) -> str:
     """One line on what the card cannot do; "" if there is nothing to say."""
     if card.capability is None:
         return ""
-    lacks = wheel.lacks(card.capability)
-    if card.capability < wheel.BF16 and precision == "bf16":
-        lacks[0] = "no bf16: mixed_precision = bf16 is emulated and slow, auto uses fp16"
+    lacks = wheel.lacks(card.capability, precision)
     return f"{card.name} has {'; '.join(lacks)}" if lacks else ""

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import textwrap
@@ -21,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hpo.machine import nvidia, wheel
+from hpo.machine import nvidia, registry, wheel
 from hpo.machine.device import VISIBLE, hides_all
 from hpo.machine.threads import LIMITS, allowed_cores
 from trainer.text import clean_text
@@ -175,7 +176,7 @@ def _read_probe(code: int | None, output: str) -> tuple[dict[str, Any], tuple[di
     elif code:
         told = parts.get("failed", {}).get("reason")
         failed = told or (f"ended by signal {-code}" if code < 0 else other or f"ended with code {code}")
-    return parts, tuple(cards), failed[:300]
+    return parts, tuple(cards), _short(failed, 300)
 
 
 def _clock_says() -> str:
@@ -199,7 +200,14 @@ def _system(e: Evidence) -> list[Finding]:
 
 def _cpu(e: Evidence) -> list[Finding]:
     cores = allowed_cores(e.root)
-    limits = [f"{name}={e.environment[name]}" for name in LIMITS if e.environment.get(name)]
+    set_to = {name: e.environment[name] for name in LIMITS if e.environment.get(name)}
+    limits = [f"{name}={value}" for name, value in set_to.items()]
+    # OpenMP takes a list of numbers too, one for each level
+    invalid = [name for name, value in set_to.items() if not re.fullmatch(r"\s*[1-9]\d*(\s*,.*)?", value)]
+    if invalid:
+        names = " and ".join(invalid)
+        found = f"{cores} cores; {', '.join(limits)}: {names} is invalid, a number of threads is expected"
+        return [Finding("CPU", found, NOTE, f"unset {names}, or set it to a number from 1")]
     if limits:
         return [
             Finding(
@@ -298,7 +306,7 @@ def _cuda(e: Evidence) -> list[Finding]:
         todo = f"unset {VISIBLE} to use the GPU"
         return [Finding("CUDA", f"{VISIBLE}={e.environment[VISIBLE]!r} hides all GPUs", NOTE, todo)]
     trouble = wheel.explain(_first(said["reason"]), about["cuda"])
-    return [Finding("CUDA", f"{trouble.what} ({_first(said['reason'])[:160]})", PROBLEM, trouble.todo)]
+    return [Finding("CUDA", f"{trouble.what} ({_short(_first(said['reason']), 160)})", PROBLEM, trouble.todo)]
 
 
 def _gpus(e: Evidence) -> list[Finding]:
@@ -325,7 +333,7 @@ def _gpus(e: Evidence) -> list[Finding]:
             found.append(
                 Finding(
                     name,
-                    f"{what}: {trouble.what} ({_first(str(card['reason']))[:120]})",
+                    f"{what}: {trouble.what} ({_short(_first(str(card['reason'])), 120)})",
                     PROBLEM,
                     trouble.todo,
                 )
@@ -337,9 +345,20 @@ def _gpus(e: Evidence) -> list[Finding]:
         found += _memory(name, card, e.users)
     if not e.cards:
         found += [
-            Finding("GPU", f"{card.name}, seen by the driver, not by PyTorch", NOTE) for card in e.smi.cards
+            Finding("GPU", f"{card.name}, seen by the driver, not by PyTorch", NOTE, _unseen(e))
+            for card in e.smi.cards
         ]
     return found
+
+
+def _unseen(e: Evidence) -> str:
+    """What to do where the driver has a card and PyTorch sees none."""
+    if hides_all(e.environment):
+        return f"unset {VISIBLE} to use it"
+    about = e.probe.get("wheel")
+    if about is not None and not (about["cuda"] or about["hip"]):
+        return "the line PyTorch says what to install"
+    return "the lines PyTorch and CUDA say why, and what to do"
 
 
 def _abilities(name: str, capability: wheel.Capability, flash: bool) -> Finding:
@@ -402,12 +421,12 @@ def _bitsandbytes(e: Evidence) -> list[Finding]:
         ]
     instead = 'or use optimizer_type = "AdamW", which needs no bitsandbytes'
     if not about["version"]:
-        return [Finding("bitsandbytes", f"it cannot be imported: {_first(about['reason'])[:200]}", PROBLEM,
+        return [Finding("bitsandbytes", f"it cannot be imported: {_short(_first(about['reason']), 200)}", PROBLEM,
                         f"pip install --force-reinstall bitsandbytes, {instead}")]  # fmt: skip
     if about["cuda"]:
         return [Finding("bitsandbytes", f"{about['version']}, with its CUDA library")]
     if e.cards:
-        reason = f": {_first(about['reason'])[:160]}" if about["reason"] else ""
+        reason = f": {_short(_first(about['reason']), 160)}" if about["reason"] else ""
         todo = f"pip install --upgrade bitsandbytes, {instead}"
         return [Finding("bitsandbytes", f"{about['version']}, without a CUDA library for this PyTorch{reason}",
                         NOTE, f"8-bit optimizers do not work on the GPU: {todo}")]  # fmt: skip
@@ -469,6 +488,18 @@ def _clock(e: Evidence) -> list[Finding]:
     return [Finding("clock", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now)))]
 
 
+def _locks(e: Evidence) -> list[Finding]:
+    """Nothing where processes can agree on who uses which GPU."""
+    trouble = registry.folder_trouble(e.environment)
+    if not trouble:
+        return []
+    if e.environment.get(registry.FOLDER):
+        todo = f"set {registry.FOLDER} to a folder that can be written, or unset it: commands stop here until then"
+        return [Finding("locks", trouble, PROBLEM, todo)]
+    todo = f"without locks two commands may use the same GPU: set {registry.FOLDER} to a folder that can be written"
+    return [Finding("locks", trouble, NOTE, todo)]
+
+
 def _newest(runs: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         return sorted(runs.iterdir())[:200]
@@ -476,7 +507,7 @@ def _newest(runs: Path) -> list[Path]:
 
 
 CHECKS: tuple[Callable[[Evidence], list[Finding]], ...] = (
-    _system, _cpu, _ram, _disks, _clock, _python, _pytorch, _driver, _cuda, _gpus, _wsl, _bitsandbytes,
+    _system, _cpu, _ram, _disks, _locks, _clock, _python, _pytorch, _driver, _cuda, _gpus, _wsl, _bitsandbytes,
 )  # fmt: skip
 
 
@@ -508,3 +539,8 @@ def _verdict(e: Evidence, device: str, troubled: bool) -> Finding:
 
 def _first(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _short(text: str, length: int) -> str:
+    """A text of at most so many characters, cut between words."""
+    return textwrap.shorten(text, length, placeholder=" …")

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import os
 
+from trainer.errors import ConfigError
+
 CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one workspace per stream, NVIDIA's documentation of cuBLAS
 VARIABLE = "HPO_DETERMINISTIC"  # environment variable: 1 for all commands
 
 
+ON, OFF = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
+
+
 def wants_deterministic() -> bool:
-    """Whether the user asked for it."""
-    return os.environ.get(VARIABLE, "") not in ("", "0", "no", "false")
+    """Whether the user asked for it, in any of the usual words.  Raises ConfigError for others."""
+    said = os.environ.get(VARIABLE, "")
+    word = said.strip().lower()
+    if word not in (*ON, *OFF):
+        raise ConfigError(
+            f"{VARIABLE}={said} is neither on nor off",
+            f"give {', '.join(ON)}, or {', '.join(OFF[1:])}; without it, it is off",
+        )
+    return word in ON
 
 
 def deterministic() -> bool:

@@ -2,8 +2,9 @@
 
 The locks are kernel locks (``hpo.study.locks``): they end with their process, so nothing is left behind by a kill.
 They are in one folder per user and machine.  It does not depend on how a process was started (terminal, cron,
-systemd), so that all of them find each other.  Where the folder cannot be used, there is simply no agreement with other
-processes: no command fails because of it.
+systemd), so that all of them find each other.  Where the usual folder cannot be used, there is simply no agreement with
+other processes: no command fails because of it, and ``hpo doctor`` says so. One that was set by hand must be usable:
+without it two searches would share a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpo.study import Lock, holder
@@ -24,16 +26,41 @@ _OWN: dict[str, Lock] = {}  # locks of this process: asking for the holder of an
 
 
 def folder() -> Path | None:
-    """The folder with the locks of this user; None if it cannot be used or belongs to somebody else."""
-    named = os.environ.get(FOLDER)
+    """The folder with the locks of this user; None if the usual one cannot be used or belongs to somebody else.
+    Raises MachineError if one that was set by hand cannot be used."""
+    place, trouble = _made()
+    if not trouble:
+        return place
+    if os.environ.get(FOLDER):
+        raise MachineError(
+            f"the folder for locks cannot be used: {trouble}",
+            f"set {FOLDER} to a folder that can be written, or unset it: without locks, processes would share a GPU",
+        )
+    return None
+
+
+def folder_trouble(environment: Mapping[str, str] = os.environ) -> str:
+    """Why there are no locks between the processes of this user, in words; "" if there are."""
+    return _made(environment)[1]
+
+
+def _made(environment: Mapping[str, str] = os.environ) -> tuple[Path, str]:
+    """The folder for locks, made if it was not there, and why it cannot be used."""
+    named = environment.get(FOLDER)
     place = Path(named) if named else Path("/tmp") / f"lora-hpo-{os.getuid()}"
+    shown = f"{FOLDER}={clean_text(named)}" if named else str(place)
     try:
         place.mkdir(mode=0o700, parents=bool(named), exist_ok=True)
-        found = place.lstat()
-    except OSError:
-        return None
-    mine = stat.S_ISDIR(found.st_mode) and (bool(named) or found.st_uid == os.getuid())
-    return place if mine else None
+        found = place.stat() if named else place.lstat()
+    except OSError as error:
+        return place, f"{shown}: {error.strerror or error}"
+    if not stat.S_ISDIR(found.st_mode):
+        return place, f"{shown} is not a folder"
+    if not named and found.st_uid != os.getuid():
+        return place, f"{shown} belongs to another user"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return place, f"{shown} cannot be written"
+    return place, ""
 
 
 def take_gpu(uuid: str) -> bool:

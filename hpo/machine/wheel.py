@@ -6,6 +6,7 @@ Owns the rules and the wording; everything it judges is handed to it, so that it
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,11 +78,14 @@ def no_kernels(name: str, capability: Capability, arch_list: Sequence[str]) -> T
     )
 
 
-def lacks(capability: Capability) -> list[str]:
-    """What a card cannot do, and what is used instead, in words."""
+def lacks(capability: Capability, precision: str = "auto") -> list[str]:
+    """What a card cannot do, and what is used instead, in words.  ``precision``: mixed_precision, as what is not asked
+    for is not missed."""
     found = []
-    if capability < BF16:
+    if capability < BF16 and precision == "auto":
         found.append("no bf16: fp16 is used where mixed_precision is auto")
+    if capability < BF16 and precision == "bf16":
+        found.append("no bf16: mixed_precision = bf16 is emulated and slow, auto uses fp16")
     if capability < FLASH:
         found.append("no flash attention: PyTorch's memory-efficient attention is used")
     return found
@@ -98,7 +102,9 @@ def explain(reason: str, cuda: str | None) -> Trouble:
             driver = OLDEST_DRIVER.get(major, "the newest one")
             return Trouble(what.format(version=version), todo.format(driver=driver, wheels=WHEELS))
     return Trouble(
-        f"CUDA does not start: {reason[:200]}" if reason else "CUDA finds no card",
+        f"CUDA does not start: {textwrap.shorten(reason, 200, placeholder=' …')}"
+        if reason
+        else "CUDA finds no card",
         "restart the machine; if that does not help, install the NVIDIA driver again",
     )
 

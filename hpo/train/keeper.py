@@ -92,7 +92,8 @@ class Keeper:
             with out_of_memory_named(self.config), base.card.phase("sample"):
                 drawn = draw_samples(base, self.prompts, self.config, self.folder.samples, name)
         except OutOfMemory:
-            self.say(f"samples {suffix} are left out: out of memory")
+            advice = "draw them smaller (--w and --h of the prompt), or close other programs that use the GPU"
+            self.say(f"samples {suffix} are left out: out of memory; {advice}")
             return
         except (Interrupted, DeviceLost):
             raise

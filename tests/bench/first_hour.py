@@ -14,8 +14,9 @@
 * **cells**: peak memory of the 20 cells of the users' table (``tests.bench.bench_gpu``), predicted and measured.
 
 Each part, and each cell, is a process of its own with its own time limit; one that fails is reported and does not end
-the rest.  Finished ones are kept in ``--out``/first_hour.json, so the same command goes on where it was broken off. The
-page is ``--out``/first_hour.md.  No weights are downloaded.
+the rest.  Finished ones are kept in ``--out``/first_hour.json, so the same command goes on where it was broken off: a
+part that the end of the hour cut off runs again. One that failed, or needed more than its own limit, runs again with
+``--again failed``. The page is ``--out``/first_hour.md.  No weights are downloaded.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Part:
     minutes: float
     measure: Callable[[bool, Path], Row]
     show: Callable[[Row], list[str]]
+    so_far: Callable[[Path], Row] | None = None  # what it kept before it was ended: it goes on from there
 
 
 # machine
@@ -457,14 +459,16 @@ def show_search(found: Row) -> list[str]:
 
 # the users' cells
 
+CELLS_FILE = "cells.json"
+
 
 def cells(cpu: bool, place: Path) -> Row:
     """Every cell in a process of its own; finished ones are kept."""
     from tests.bench.bench_gpu import CELLS
     from trainer.memory import base_facts, predict
 
-    path = place / "cells.json"
-    found: Row = json.loads(path.read_text()) if path.is_file() else {}
+    path = place / CELLS_FILE
+    found: Row = cells_so_far(place)["cells"]
     facts = base_facts("sdxl")
     for cell in CELLS[: 2 if cpu else None]:
         if "failed" not in found.get(cell.name, {"failed": "not yet"}):
@@ -475,6 +479,12 @@ def cells(cpu: bool, place: Path) -> Row:
         found[cell.name] = {**row, "predicted": predicted, "users_gb": cell.users_gb}
         write_atomic(path, json.dumps(found, indent=1))
     return {"cells": found}
+
+
+def cells_so_far(place: Path) -> Row:
+    """The cells that are measured already."""
+    path = place / CELLS_FILE
+    return {"cells": json.loads(path.read_text()) if path.is_file() else {}}
 
 
 def one_cell(name: str, cpu: bool) -> Row:
@@ -505,7 +515,7 @@ PARTS = (
     Part("memory", 5, memory, show_memory),
     Part("sampling", 6, sampling, show_sampling),
     Part("search", 12, search, show_search),
-    Part("cells", 17, cells, show_cells),
+    Part("cells", 17, cells, show_cells, cells_so_far),
 )
 
 
@@ -522,7 +532,8 @@ def _cell(text: str) -> str:
 
 
 def _child(words: Sequence[str], log: Path, seconds: float, *, nested: bool = False) -> Row:
-    """What a process of this module prints as its last line; {"failed": why} if it fails or takes too long.
+    """What a process of this module prints as its last line; {"failed": why} if it fails or takes too long
+    (then with "timed_out").
 
     A part has a process group of its own, and the whole group ends with it.  ``nested``: a process that a part
     starts.  It stays in the part's group, so that it ends with the part and does not keep memory of the card.
@@ -549,7 +560,7 @@ def _child(words: Sequence[str], log: Path, seconds: float, *, nested: bool = Fa
         except subprocess.TimeoutExpired:
             end()
             child.communicate()
-            return {"failed": f"it was ended after {seconds:.0f} s"}
+            return {"failed": f"it was ended after {seconds:.0f} s", "timed_out": True}
         except BaseException:
             end()
             raise
@@ -574,7 +585,8 @@ def run(
     started = time.monotonic()
     for part in parts:
         row = found.get(part.name)
-        if part.name in found and not (given.again == "all" or (given.again == "failed" and "failed" in row)):
+        repeats = given.again == "all" or (given.again == "failed" and "failed" in (row or {}))
+        if row is not None and "unfinished" not in row and not repeats:
             continue
         left = given.minutes * 60 - (time.monotonic() - started)
         if left < 5:
@@ -582,14 +594,36 @@ def run(
             continue
         print(f"{part.name} (at most {min(part.minutes * 60, left) / 60:.0f} minutes) …", flush=True)
         begun = time.monotonic()
-        row = measured(part, min(part.minutes * 60, left))
+        limit = min(part.minutes * 60, left)
+        row = _kept(part, measured(part, limit), limit, given.out)
         found[part.name] = {**row, "seconds": round(time.monotonic() - begun, 1)}
         write_atomic(path, json.dumps({"cpu": given.cpu, "parts": found}, indent=1))
         write_atomic(given.out / "first_hour.md", page(found, given))
-        if why := row.get("failed"):
-            print(f"{part.name}: {why}", flush=True)
+        if why := row.get("failed") or row.get("unfinished"):
+            print(f"{part.name}: {why}; {_again(row)}", flush=True)
     write_atomic(given.out / "first_hour.md", page(found, given))
     return found
+
+
+def _kept(part: Part, row: Row, limit_s: float, place: Path) -> Row:
+    """What is kept of a part: its result, why it failed, or that it is not finished, with what it has so far.
+
+    A part that is ended before its own limit is not finished; nor is one that goes on from what it kept.
+    """
+    if "failed" not in row:
+        return row
+    row = dict(row)
+    timed_out = row.pop("timed_out", False)
+    so_far = part.so_far(place) if part.so_far else {}
+    if timed_out and (limit_s < part.minutes * 60 or part.so_far):
+        row["unfinished"] = row.pop("failed")
+    return {**so_far, **row}
+
+
+def _again(row: Row) -> str:
+    if "unfinished" in row:
+        return "it is not finished: the same command goes on with it"
+    return "--again failed runs it again"
 
 
 def page(found: Mapping[str, Row], given: argparse.Namespace) -> str:
@@ -603,8 +637,11 @@ def page(found: Mapping[str, Row], given: argparse.Namespace) -> str:
         lines += ["", f"## {part.name}", ""]
         if row is None:
             lines.append("Not run yet.")
-        elif why := row.get("failed"):
-            lines.append(f"Failed after {row['seconds']} s: {_cell(why)}")
+        elif why := row.get("failed") or row.get("unfinished"):
+            word = "Failed" if "failed" in row else "Not finished"
+            lines.append(f"{word} after {row['seconds']} s: {_cell(why)}; {_again(row)}.")
+            if part.so_far and any(row.get(key) for key in part.so_far(given.out)):
+                lines += ["", "So far:", "", *part.show(row)]
         else:
             lines += [*part.show(row), "", f"({row['seconds']} s)"]
     return "\n".join(lines) + "\n"
@@ -631,7 +668,10 @@ def main(words: list[str] | None = None) -> None:
     if given.failure:
         print(json.dumps(failure(given.failure, given.cpu)))
         return
-    given.out.mkdir(parents=True, exist_ok=True)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {given.out} cannot be made: {error.strerror}; give another folder")
     by_name = {part.name: part for part in PARTS}
     if given.part:
         print(json.dumps(by_name[given.part].measure(given.cpu, given.out)))
@@ -646,7 +686,11 @@ def main(words: list[str] | None = None) -> None:
         words = ["--part", part.name, *(["--cpu"] if given.cpu else [])]
         return _child(words, given.out / f"{part.name}.log", seconds)
 
-    run([part for part in PARTS if not given.only or part.name in given.only], given, measured)
+    try:
+        run([part for part in PARTS if not given.only or part.name in given.only], given, measured)
+    except KeyboardInterrupt:
+        print("stopped: finished parts are kept, and the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
     print((given.out / "first_hour.md").read_text(encoding="utf-8"))
 
 

@@ -35,6 +35,9 @@ WAITS = {
     "equal": "equal",
     "bincount": "bincount",
     "repeat_interleave": "repeat_interleave",
+    "_linalg_check_errors": "linalg",  # inv, solve, cholesky, …: whether it worked
+    "_linalg_svd": "svd",
+    "_linalg_eigh": "eigh",
 }
 INDEXING = frozenset(
     {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}

@@ -150,7 +150,8 @@ class OFT(Own):
             norm = skew.norm() + 1e-8
             skew = skew * (constraint * out / norm).clamp(max=1.0)
         one = torch.eye(blocks.shape[-1], device=blocks.device)
-        return (one + skew) @ torch.linalg.inv(one - skew)
+        # I − Q always has an inverse, and ``inv`` would wait for the GPU to look whether it has
+        return (one + skew) @ torch.linalg.inv_ex(one - skew).inverse
 
     def difference(
         self, tensors: Mapping[str, Tensor], layer: nn.Module, scale: float, chance: Chance | None

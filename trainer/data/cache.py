@@ -40,8 +40,8 @@ from trainer.data.epoch import (
     views,
 )
 from trainer.data.store import Store, Tensors
-from trainer.errors import DataError
-from trainer.oom import memory_named, out_of_memory_named
+from trainer.errors import DataError, MachineError, OutOfMemory
+from trainer.oom import memory_named
 from trainer.text import clean_text
 
 FORMAT = 1  # raised when pixels or encoding change, so that old files are not found
@@ -104,7 +104,8 @@ def prepare(
     """Encode what is not cached yet.  ``store`` (kept over trials) comes before ``folder`` (a store for this call).
 
     ``on_image(done, total)`` is called after each group of images.  Raises DataError with the name of an
-    image that the VAE cannot encode even in fp32, and OutOfMemory.
+    image that the VAE cannot encode even in fp32; OutOfMemory for images, where fewer at once help; and MachineError
+    if memory runs out for a caption, since no setting changes what one needs.
     """
     preflight.check(base, config)
     store = store or Store(folder)
@@ -113,8 +114,13 @@ def prepare(
     _prepare_masks(prepared, base, config)
     captions = None if config.trains_text_encoder else caption_variants(dataset.items, config)
     if captions is not None:
-        with out_of_memory_named(config):
-            _prepare_captions(prepared, base, config, store, captions)
+        try:
+            with memory_named(
+                f"out of memory while the text encoder of {base.name} encodes captions, one at a time"
+            ):
+                _prepare_captions(prepared, base, config, store, captions)
+        except OutOfMemory as error:
+            raise MachineError(error.message, error.hint) from None
     return prepared
 
 

@@ -28,7 +28,7 @@ from trainer.loop import checkpoint, optim
 from trainer.loop.batches import MicroBatch, Sample
 from trainer.loop.ranks import ALONE, Ranks
 from trainer.loop.stepper import Following, StepOutcome, Stepper
-from trainer.oom import out_of_memory_named
+from trainer.oom import memory_named, out_of_memory_named
 
 BESIDE_BYTES = 64_000_000  # assumed: a smaller checkpoint is written in less than a tenth of a second
 MAX_SKIPPED_IN_A_ROW = 10  # assumed: an fp16 loss scale of 65536 has fallen to 64 by then
@@ -60,8 +60,9 @@ def train(
 ) -> Generator[Event, None, None]:
     """Train the adapter in place.  Resumes from a checkpoint in ``how.checkpoints`` if there is one.
 
-    Raises Diverged after ten skipped steps in a row, which are not saved; OutOfMemory, with all steps so far
-    saved; and Interrupted once ``how.should_stop`` says so (the step is finished and saved first).
+    Raises Diverged after ten skipped steps in a row, which are not saved; OutOfMemory, in a step or in the validation,
+    with all steps so far saved, if the weights are still theirs (``Stepper.is_untouched``); and Interrupted once
+    ``how.should_stop`` says so (the step is finished and saved first).
     """
     if config.text_encoder_frozen:  # before it is decided which weights may leave the card
         adapter.freeze_text_encoders()
@@ -86,6 +87,7 @@ def _train(
 ) -> Generator[Event, None, None]:
     preflight.check(base, config)
     length = plan(config, prepared.dataset, prepared.buckets)
+    split = how.validate_on
     with out_of_memory_named(config):
         stepper = Stepper(config, adapter, prepared, how.ranks, Moment(0, length.total_steps))
     saves = _Saves(how, _run(stepper, length, how.changed))
@@ -111,8 +113,17 @@ def _train(
             saves.after(outcome)
             others = optim.other_rates(stepper.optimizer, rates)
             yield _event(length, progress.step, rates, others, outcome, time.perf_counter() - started)
-            if how.validate_on is not None and how.ranks.is_first and _ends_epoch(length, progress.step):
-                yield Validated(progress.step, epoch + 1, stepper.validate(how.validate_on))
+            if _ends_epoch(length, progress.step):
+                try:
+                    in_validation = f"out of memory in the validation after step {progress.step}"
+                    with memory_named(in_validation), how.ranks.agreed():
+                        validated = stepper.validate(split) if split and how.ranks.is_first else None
+                except OutOfMemory:
+                    saves.save(progress)
+                    saves.wait()
+                    raise
+                if validated is not None:
+                    yield Validated(progress.step, epoch + 1, validated)
             if progress.in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 with contextlib.suppress(ToolError):  # the last good checkpoint may not be complete yet
                     saves.wait()

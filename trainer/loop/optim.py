@@ -86,6 +86,11 @@ def other_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) ->
     return found
 
 
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has weights for training and others for use (``in_training``)."""
+    return hasattr(optimizer, "eval")
+
+
 @contextlib.contextmanager
 def in_training(
     optimizer: torch.optim.Optimizer, weights: Sequence[torch.nn.Parameter], draw: torch.Generator | None
@@ -94,7 +99,7 @@ def in_training(
     the averaged ones (x) that are saved, sampled and validated. Between all steps, and not only before something is
     saved: so a resumed run computes exactly what an uninterrupted one does. Other optimizers have one set only.
     """
-    if not hasattr(optimizer, "eval"):
+    if not is_schedule_free(optimizer):
         yield
         return
     with in_fp32(weights, draw):
@@ -103,7 +108,7 @@ def in_training(
         yield
     finally:
         with in_fp32(weights, draw):
-            optimizer.eval()
+            optimizer.eval()  # type: ignore[attr-defined]
 
 
 # Weights in bf16 (full_bf16).  Eight bits of mantissa: an update below 2⁻⁹ of a weight is rounded away every time.

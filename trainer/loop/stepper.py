@@ -5,7 +5,8 @@ random numbers are keyed by (seed, step, micro-batch); those of a sample are ``b
 samples make a step.
 
 On a GPU a step waits for the device once, for its loss and gradient norm: whether it is skipped depends on them. What
-the next part needs is made and sent before that.
+the next part needs is made and sent before that. More waits come from some optimizers of other libraries (Prodigy,
+D-Adaptation, paged ones), from cpu_offload, and from the first step: docs/benchmarks.md counts them.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Stepper:
     ) -> StepOutcome:
         """Forward, backward, clip, update.  Every sample of the group has the same weight, however
         the batch is split.  ``following``: epoch and micro-batches of the next step."""
-        self.is_untouched = True
+        # a schedule-free optimizer computes y from x and back: that does not give the same bits
+        self.is_untouched = not optim.is_schedule_free(self.optimizer)
         draw = keyed_generator(self.config.seed, step, "averaging", device=self.base.device)
         with optim.in_training(self.optimizer, self.weights, draw):
             with self.ranks.agreed():

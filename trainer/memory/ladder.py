@@ -139,5 +139,5 @@ def encoding_rung(config: TrainConfig) -> Rung | None:
     return Rung(
         f"vae batch {fewer}",
         config.with_values({"vae_batch_size": fewer}),
-        f"{fewer} images encoded at once: slower, the result is the same",
+        f"{fewer} image{'s' if fewer > 1 else ''} encoded at once: slower, the result is the same",
     )

@@ -134,7 +134,7 @@ def _drawing(
             "denoise",
             {"unet": unet_bytes},
             work_bytes=needs.denoise_bytes(unet, cells, 2 * count, element),
-            how=f"{count} images of {side}² at once",
+            how=f"{count} image{'s' if count > 1 else ''} of {side}² at once",
         ),
         make("decode", decoder, work_bytes=work, how=how),
         make("score", {"scorer": SCORER_BYTES}, work_bytes=SCORER_WORK_BYTES, how="ViT-B-32"),

@@ -69,6 +69,51 @@ def test_it_ends_within_its_time(given, parts, monkeypatch):
     assert "Not run yet." in (given.out / "first_hour.md").read_text()
 
 
+def test_a_part_that_the_hour_cut_off_goes_on_with_the_same_command(given, parts, capsys):
+    cut_off = {"failed": "it was ended after 5 s", "timed_out": True}
+    given.minutes = 0.5  # less than a part's own limit
+    run(parts[:1], given, lambda part, seconds: dict(cut_off))
+    assert "Not finished after" in (given.out / "first_hour.md").read_text()
+    assert "the same command goes on" in capsys.readouterr().out
+    given.minutes = 60.0
+    run(parts[:1], given, lambda part, seconds: dict(cut_off))  # its own limit is too short
+    assert "--again failed" in capsys.readouterr().out
+    run(parts[:1], given, lambda part, seconds: {"value": 7})
+    assert "value 7" not in (given.out / "first_hour.md").read_text()
+    given.again = "failed"
+    run(parts[:1], given, lambda part, seconds: {"value": 7})
+    assert "value 7" in (given.out / "first_hour.md").read_text()
+
+
+def test_cells_that_are_measured_are_shown_before_all_are(given, monkeypatch):
+    part = next(part for part in first_hour.PARTS if part.name == "cells")
+    monkeypatch.setattr(first_hour, "PARTS", [part])
+
+    def measured(part, seconds):
+        cell = {"step_seconds": 0.5, "peak_bytes": 9e9, "predicted": 9e9, "users_gb": 8}
+        (given.out / first_hour.CELLS_FILE).write_text(json.dumps({"sdxl-1024-b1": cell}))
+        return {"failed": "it was ended after 1020 s", "timed_out": True}
+
+    kept = run([part], given, measured)
+    text = (given.out / "first_hour.md").read_text()
+    assert "| sdxl-1024-b1 | 8 |" in text and "Not finished" in text
+    assert "unfinished" in kept["cells"]
+
+
+def test_ctrl_c_and_a_folder_that_cannot_be_made_are_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(first_hour, "run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        first_hour.main(["--cpu", "--out", str(tmp_path)])
+    assert caught.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        first_hour.main(["--cpu", "--out", str(tmp_path / "file" / "folder")])
+    assert caught.value.code == 2 and "cannot be made" in capsys.readouterr().err
+
+
 def test_the_limits_of_all_parts_are_an_hour_together():
     assert sum(part.minutes for part in first_hour.PARTS) <= first_hour.MINUTES
 
@@ -89,7 +134,10 @@ def test_a_process_that_hangs_is_ended_and_one_that_breaks_is_told(tmp_path, mon
 
     real = subprocess.Popen
     starting("import threading; threading.Event().wait()")
-    assert first_hour._child([], tmp_path / "log", 0.5) == {"failed": "it was ended after 0 s"}
+    assert first_hour._child([], tmp_path / "log", 0.5) == {
+        "failed": "it was ended after 0 s",
+        "timed_out": True,
+    }
     starting("raise SystemExit('the driver is old')")
     assert "the driver is old" in first_hour._child([], tmp_path / "log", 60.0)["failed"]
     starting("print('words'); print('{\"value\": 3}')")

@@ -8,6 +8,8 @@ part of every test run; the whole matrix is ``slow``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from hpo.train.placement import Place
-from tests.pretendcard import GB, pretend_card
+from tests.pretendcard import GB, State, pretend_card
 from tests.tiny import tiny_base, tiny_config, tiny_prepared
 from trainer.adapters import dropout, lorafile
 from trainer.errors import OutOfMemory
-from trainer.events import Finished, Step
+from trainer.events import Event, Finished, Step, Validated
 from trainer.loop import Conduct, loop
 
 FROZEN = {"text_encoder_lr": 0.0}
@@ -168,3 +170,64 @@ def test_a_card_that_is_too_small_is_out_of_memory() -> None:
         pytest.raises(OutOfMemory, match="out of memory at train_batch_size 2"),
     ):
         trained("cuda", "sd15", "no", {})
+
+
+def run_with(
+    card: State, folder: Path, changes: dict[str, Any], arm: Callable[[int], None]
+) -> tuple[list[Event], dict[str, Tensor], OutOfMemory | None]:
+    """Events, weights and the end of a run in fp32, validated every epoch; ``arm(step)`` follows each step."""
+    config = tiny_config(
+        **{"max_train_epochs": 3, "text_encoder_lr": 0.0, "mixed_precision": "no", **changes}
+    )
+    base = tiny_base("sd15")
+    prepared = tiny_prepared(base, config)
+    base.to("cuda")
+    place = Place(base)
+    place.prepare(config)
+    adapter = lorafile.begin(base, config, lambda line: None)
+    place.settle(config, prepared)
+    events: list[Event] = []
+    try:
+        for event in loop.train(
+            config, base, adapter, prepared, Conduct(checkpoints=folder, validate_on=prepared)
+        ):
+            events.append(event)
+            if isinstance(event, Step):
+                arm(event.step)
+    except OutOfMemory as error:
+        return events, adapter.state(), error
+    finally:
+        card.heal()
+    return events, adapter.state(), None
+
+
+def test_memory_that_runs_out_in_the_validation_ends_the_run_by_name_and_keeps_its_steps(
+    tmp_path: Path,
+) -> None:
+    with pretend_card(GB) as card:
+        events, _, error = run_with(
+            card, tmp_path, {}, lambda step: card.run_out(3, times=1000) if step == 4 else None
+        )
+    assert error is not None and error.message == "out of memory in the validation after step 4"
+    assert [event.step for event in events if isinstance(event, Step)] == [1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+
+
+def test_a_validation_without_room_for_all_timesteps_takes_fewer(tmp_path: Path) -> None:
+    with pretend_card(GB) as card:
+        events, _, _ = run_with(card, tmp_path / "whole", {}, lambda step: None)
+        again, _, error = run_with(
+            card, tmp_path / "parts", {}, lambda step: card.run_out(60, times=2) if step == 4 else None
+        )
+    assert error is None
+    whole, parts = ([event.loss for event in run if isinstance(event, Validated)] for run in (events, again))
+    assert parts == pytest.approx(whole, rel=1e-5) and len(parts) == 3
+
+
+def test_steps_of_a_schedule_free_optimizer_are_not_saved_in_the_middle(tmp_path: Path) -> None:
+    """Its weights are computed to those for training and back, with other bits: what is saved must be what was."""
+    free = {"optimizer_type": "AdamWScheduleFree", "learning_rate": 1e-2}
+    with pretend_card(GB) as card:
+        _, _, error = run_with(card, tmp_path, free, lambda step: card.run_out(400) if step == 3 else None)
+    assert error is not None and "train_batch_size" in error.message
+    assert not list(tmp_path.iterdir())

@@ -296,7 +296,9 @@ def test_clean_leaves_a_study_alone_that_a_command_works_on(here: Path) -> None:
 def test_clean_all_goes_on_past_a_study_that_cannot_be_read(here: Path) -> None:
     for name in ("broken", "empty", "tiny__confirm"):
         shutil.copytree("runs/tiny", f"runs/{name}")
-        for part in (here / "runs" / name).glob("study.db*"):  # SQLite would read what it can from its -wal file
+        for part in (here / "runs" / name).glob(
+            "study.db*"
+        ):  # SQLite would read what it can from its -wal file
             part.unlink()
     (here / "runs" / "broken" / "study.db").write_bytes(b"no database " * 1000)
     for name in ("empty", "tiny__confirm"):  # killed before the study was created

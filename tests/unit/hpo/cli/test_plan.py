@@ -1,17 +1,20 @@
 """``hpo plan``: predictions without a GPU, beside what users measured."""
 
 import json
+import math
 from io import StringIO
 
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from hpo.cli import plantable
 from hpo.cli.main import main
-from hpo.cli.plan import table_of
+from hpo.cli.plan import _hundredths, attempt_row, table_of
 from hpo.cli.plantable import ADAPTER_ROWS, FULL_ROWS, ROWS, Cell, predicted_cells
 from tests.places import ROOT
 from tests.tiny import save_folder, tiny_base
+from trainer.memory import Attempt
 
 # Three rows that share no trace, one for each way to save: CI predicts these, `pytest -m slow` all of them.
 CI_ROWS = ("LoRA dim 32, full bf16", "LoRA dim 128, checkpointing", "LoRA dim 32, fp8 base, checkpointing")
@@ -46,6 +49,20 @@ def test_the_table_is_whole_at_80_columns():
     text = printed.getvalue()
     assert "…" not in text and "47.7/47.7" in text and "44.0/44.0*" in text
     assert len(text.splitlines()) < 30
+
+
+def test_a_peak_just_above_the_limit_is_shown_as_more_than_it():
+    limit = 7_750_000_000
+    assert _hundredths(limit, math.floor) == "7.75"
+    peaks = {peak: attempt_row(Attempt({}, peak, peak <= limit), 80).plain for peak in (limit - 1, limit + 1)}
+    assert "7.74 GB  fits" in peaks[limit - 1] and "7.76 GB  too much" in peaks[limit + 1]
+
+
+def test_the_table_says_which_options_have_no_effect_on_it(monkeypatch):
+    monkeypatch.setattr(plantable, "predicted_cells", lambda: iter([Cell(ROWS[2], 1, 17.4, 17_000_000_000)]))
+    said = plan("--table", "--base", "sd15", "--vram", "8").output
+    assert "without effect: --base, --vram" in " ".join(said.split())
+    assert "effect" not in plan("--table").output
 
 
 @pytest.mark.parametrize("name", CI_ROWS)

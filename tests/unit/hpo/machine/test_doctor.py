@@ -310,3 +310,18 @@ def test_the_probe_runs_as_a_program() -> None:
     )
     parts = [json.loads(line)["part"] for line in done.stdout.splitlines() if line.startswith("{")]
     assert parts[:3] == ["wheel", "kernels", "cuda"] and parts[-1] == "bitsandbytes"
+
+
+def test_a_card_that_only_the_driver_sees_a_number_of_threads_that_is_none_and_a_long_reason(
+    system, tmp_path: Path
+) -> None:
+    found = judge(evidence(system, tmp_path, smi=SMI, environment={"OMP_NUM_THREADS": "abc"}))
+    assert "PyTorch" in named(found, "GPU")[0].todo
+    assert "OMP_NUM_THREADS is invalid" in named(found, "CPU")[0].found
+    hidden = judge(evidence(system, tmp_path, smi=SMI, environment={"CUDA_VISIBLE_DEVICES": ""}))
+    assert named(hidden, "GPU")[0].todo == "unset CUDA_VISIBLE_DEVICES to use it"
+    listed = judge(evidence(system, tmp_path, environment={"OMP_NUM_THREADS": "4,2"}))
+    assert "is set" in named(listed, "CPU")[0].found
+    bad = {**GOOD, "works": False, "reason": "unfinished " * 40}
+    (line,) = named(judge(evidence(system, tmp_path, cards=(bad,))), "cuda:0")
+    assert line.found.endswith("unfinished …)")

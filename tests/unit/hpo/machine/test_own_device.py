@@ -97,7 +97,7 @@ def test_a_wheel_without_kernels_for_the_card_is_refused_before_any_work(machine
     with pytest.raises(MachineError, match=r"GTX 1080 has compute capability 6\.1.*7\.5 to 12\.0") as caught:
         own_device(None, base="sd15", say=machine.say)
     assert "cu126" in caught.value.hint
-    with pytest.raises(MachineError, match="cuda:0 cannot be used"):
+    with pytest.raises(MachineError, match=r"cuda:\d cannot be used"):
         own_device("cuda:0", base="sd15", say=machine.say)
 
 
@@ -114,6 +114,9 @@ def test_a_card_that_lacks_something_is_one_line(machine) -> None:
     machine.lines.clear()
     own_device(None, base="sd15", precision="bf16", say=machine.say)
     assert "auto uses fp16" in machine.lines[0]
+    machine.lines.clear()
+    own_device(None, base="sd15", precision="fp16", say=machine.say)
+    assert "bf16" not in machine.lines[0] and "flash" in machine.lines[0]
 
 
 def test_a_good_card_is_used_without_a_word(machine) -> None:
@@ -201,6 +204,38 @@ def test_a_gpu_that_does_not_exist(machine, monkeypatch: pytest.MonkeyPatch) -> 
         assert caught.value.hint == "give one of: cuda:0, cuda:1; or cpu"
     with pytest.raises(ConfigError, match="is not known"):
         own_device("gpu", base="sd15")
+
+
+@pytest.mark.parametrize("given", [None, "cuda"])
+def test_where_the_first_card_fails_the_next_is_taken(machine, monkeypatch, given) -> None:
+    import torch
+
+    machine.cards(RTX, RTX, RTX)
+
+    def zeros(*_: object, device: str) -> None:
+        if device != "cuda:2":
+            raise torch.OutOfMemoryError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    assert own_device(given, base="sd15", say=machine.say) == "cuda:2"
+    assert [line for line in machine.lines if "no memory left" in line and "next GPU is tried" in line] == [
+        line for line in machine.lines if line.startswith("warning: ")
+    ]
+    assert len(machine.lines) == 5 and machine.lines[-1].startswith("using cuda:2")
+    assert registry.has_gpu("uuid-2") and not registry.has_gpu("uuid-0")
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: zeros(device="cuda:0"))
+    with pytest.raises(MachineError, match=r"cuda:\d cannot be used"):
+        own_device(given, base="sd15", say=machine.say)
+
+
+def test_a_dry_run_says_what_to_do_about_a_device_as_a_run_does(machine) -> None:
+    machine.broken("CUDA driver version is insufficient for CUDA runtime version")
+    told = []
+    for refuse in (lambda: own_device("cuda", base="sd15"), lambda: check_device("cuda")):
+        with pytest.raises(MachineError) as caught:
+            refuse()
+        told.append((caught.value.message, caught.value.hint))
+    assert told[0] == told[1] and "update the driver" in told[0][1]
 
 
 def test_a_card_without_room_gives_its_lock_back(machine, monkeypatch: pytest.MonkeyPatch) -> None:

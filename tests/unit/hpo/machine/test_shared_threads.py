@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from hpo.machine import registry, threads
+from hpo.machine.doctor import Evidence, judge
 from hpo.machine.threads import allowed_cores, part, share_threads
+from trainer.errors import MachineError
 
 WORK = """
 import sys
@@ -81,10 +83,24 @@ def test_a_library_that_set_the_number_itself_is_not_overruled(cores) -> None:
 
 
 def test_without_a_folder_for_locks_nothing_fails(cores, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(registry.FOLDER, str(tmp_path / "file" / "below"))
+    monkeypatch.delenv(registry.FOLDER, raising=False)
+    monkeypatch.setattr(registry, "_made", lambda *_: (tmp_path, "it belongs to another user"))
     assert registry.folder() is None
     assert share_threads() == 8 and registry.take_gpu("a") and registry.user_of_gpu("a") == ""
+
+
+@pytest.mark.parametrize(("name", "why"), [("file", "File exists"), ("file/below", "Not a directory")])
+def test_a_folder_for_locks_that_was_set_by_hand_must_be_usable(
+    cores, monkeypatch: pytest.MonkeyPatch, tmp_path, name: str, why: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(registry.FOLDER, str(tmp_path / name))
+    for call in (share_threads, lambda: registry.take_gpu("a")):
+        with pytest.raises(MachineError, match=why) as caught:
+            call()
+        assert registry.FOLDER in caught.value.hint
+    finding = next(one for one in judge(Evidence()).findings if one.name == "locks")
+    assert why in finding.found and "unset it" in finding.todo
 
 
 def test_parts() -> None:

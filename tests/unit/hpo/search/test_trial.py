@@ -219,6 +219,18 @@ def test_encoding_that_runs_out_of_memory_encodes_fewer_images_and_blames_no_tri
     assert set(seen) == {1}  # as before: what ran out once is not tried again
 
 
+def test_captions_that_run_out_of_memory_do_not_lower_the_number_of_images(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise FORMS["cublas"]()
+
+    monkeypatch.setattr(bench.base, "encode_text", full)
+    with pytest.raises(MachineError, match="encodes captions"):
+        bench.prepared(settings(bench, vae_batch_size=4, network_train_unet_only=True))
+    assert bench._vae_batch is None
+
+
 def test_the_remedy_of_an_infeasible_trial_is_kept(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     SmallCard(bench, monkeypatch, fits=0)
     result = run_trial(bench, bench.folder.trial(0), settings(bench), Recorder())

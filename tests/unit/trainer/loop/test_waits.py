@@ -19,6 +19,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"network_train_unet_only": True, "gradient_accumulation_steps": 2, "train_batch_size": 1},
     ),
     "checkpointing, rank dropout": ("sd15", {"gradient_checkpointing": True, "rank_dropout": 0.2}),
+    "OFT": ("sd15", {"network_type": "OFT", "network_dim": 2, "network_train_unet_only": True}),
     "8-bit": ("sd15", {"optimizer_type": "AdamW8bit", "network_train_unet_only": True}),
 }
 

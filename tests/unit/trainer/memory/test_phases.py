@@ -115,7 +115,7 @@ def test_what_cannot_fit_whole_is_planned_in_tiles() -> None:
     assert by_size[16]["encode images"].how == "4 of 1024×1024 px at once"
     assert by_size[8]["encode images"].how == "3 of 1024×1024 px at once"
     drawn = {gb: by_size[gb]["denoise"].how for gb in by_size}
-    assert drawn[16] == "4 images of 1024² at once" and drawn[8] == "1 images of 1024² at once"
+    assert drawn[16] == "4 images of 1024² at once" and drawn[8] == "1 image of 1024² at once"
 
 
 def test_the_work_of_a_step_is_its_peak_without_the_networks() -> None:
