@@ -253,14 +253,18 @@ def _product(a: Tensor, b: Tensor, scale: float, kind: torch.dtype) -> Tensor:
 @contextlib.contextmanager
 def computing(layers: Sequence[LowRankLayer], kind: torch.dtype) -> Iterator[None]:
     """Inside, these layers compute with one cast of their weights, made now by one multi-tensor kernel for all of
-    them. Covers one forward and backward pass, recomputation included: a layer's cast is dropped with its backward."""
+    them on a device. Covers one forward and backward pass, recomputation included: a layer's cast is dropped with its backward."""
     halves: list[Tensor] = [half for layer in layers for half in (layer.lora_down, layer.lora_up)]
     if all(half.dtype == kind for half in halves):
         yield
         return
     with torch.no_grad():
         cast = [torch.empty_like(half, dtype=kind) for half in halves]
-        torch._foreach_copy_(cast, halves)
+        for device in {
+            half.device for half in halves
+        }:  # text encoders that were frozen on the way may be in RAM
+            here = [number for number, half in enumerate(halves) if half.device == device]
+            torch._foreach_copy_([cast[n] for n in here], [halves[n] for n in here])
     for number, layer in enumerate(layers):
         layer._cast = cast[2 * number : 2 * number + 2]
     del cast

@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
 TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPACT = [
     ("sd15", "no", "offload, frozen on the way"),
+    ("sd15", "bf16", "offload, frozen on the way"),
     ("sd15", "no", "dropout"),
     ("sd15", "bf16", "checkpointing"),
     ("sd15", "full_bf16", "8 bits"),
