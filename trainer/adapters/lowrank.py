@@ -253,7 +253,8 @@ def _product(a: Tensor, b: Tensor, scale: float, kind: torch.dtype) -> Tensor:
 @contextlib.contextmanager
 def computing(layers: Sequence[LowRankLayer], kind: torch.dtype) -> Iterator[None]:
     """Inside, these layers compute with one cast of their weights, made now by one multi-tensor kernel for all of
-    them on a device. Covers one forward and backward pass, recomputation included: a layer's cast is dropped with its backward."""
+    them on a device. Covers one forward and backward pass, recomputation included: a layer's cast is dropped with its
+    backward."""
     halves: list[Tensor] = [half for layer in layers for half in (layer.lora_down, layer.lora_up)]
     if all(half.dtype == kind for half in halves):
         yield
