@@ -261,9 +261,8 @@ def computing(layers: Sequence[LowRankLayer], kind: torch.dtype) -> Iterator[Non
         return
     with torch.no_grad():
         cast = [torch.empty_like(half, dtype=kind) for half in halves]
-        for device in {
-            half.device for half in halves
-        }:  # text encoders that were frozen on the way may be in RAM
+        # one device, but for text encoders that were frozen on the way and are in RAM
+        for device in dict.fromkeys(half.device for half in halves):
             here = [number for number, half in enumerate(halves) if half.device == device]
             torch._foreach_copy_([cast[n] for n in here], [halves[n] for n in here])
     for number, layer in enumerate(layers):
