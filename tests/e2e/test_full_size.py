@@ -30,7 +30,7 @@ from pathlib import Path
 from trainer.adapters import lorafile
 from trainer.adapters.adapter import inject
 from trainer.bases.load import load_base
-from trainer.data.cache import digest
+from trainer.data.store import digest
 from trainer.config import TrainConfig
 from trainer.loop.loop import train
 from tests.tiny import tiny_prepared
