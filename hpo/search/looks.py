@@ -24,7 +24,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search.samplers import startup_trials
-from hpo.study import BASELINE, ROLE, StudyConfig, TrialFolder, is_feasible, rank
+from hpo.study import BASELINE, COUNTED, ROLE, StudyConfig, TrialFolder, is_feasible, rank
 from trainer.errors import OutOfMemory
 from trainer.files import append_line, read_records
 from trainer.oom import memory_named
@@ -95,11 +95,6 @@ class Looks:
     def marks(self, steps: int) -> dict[int, int]:
         return marks(steps, self.bench.study.search.looks)
 
-    @property
-    def seconds(self) -> float:
-        """Spent on the looks so far."""
-        return sum(float(row.get("seconds", 0.0)) for row in read_records(self.folder.looks))
-
     def after(self, step: int, at: int) -> None:
         """Look at the adapter in the base, ``at`` percent of its training.  Raises Stopped if it is behind.
 
@@ -165,7 +160,7 @@ class Looks:
         """The best finished trial with this look.  None before the random trials of the start are over."""
         from evaluation.score import Look
 
-        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        done = self.study.get_trials(deepcopy=False, states=COUNTED)
         if len(done) < startup_trials(self.total):
             return None
         known = [t for t in done if self._compares(t, at)]

@@ -28,6 +28,7 @@ from hpo.study.hours import CONFIRM_SHARE, LEAST, ROUNDS, Round
 from tests.bench.record_table import CELLS, IMAGES, LENGTH, QUARTERS, SUBJECTS, definition, recorded
 from tests.bench.table_surface import Run, Surface, Table, domains
 
+NOISE_OF_LOOK = 0.1  # sd of the score of 15 images (table: standard errors of 46 are 0.03 to 0.1)
 SHOWN = 46  # images of a whole trial: 16 prompts, two seeds for most
 CONFIRMED = 44  # of a run of the confirmation
 USUAL = {**definition().baseline, LENGTH: 480}
@@ -105,7 +106,6 @@ class Behind(optuna.pruners.BasePruner):
         return there is not None and own < there - self.errors * self.noise * 2**0.5
 
 
-NOISE_OF_LOOK = 0.1  # sd of the score of 15 images (table: standard errors of 46 are 0.03 to 0.1)
 RANDOM = Way("random, whole trainings", "random", raw=True, confirms=False, baseline=False)
 PLAIN = Way("TPESampler() on kohya's settings", "plain", raw=True, confirms=False, baseline=False)
 TOOL = Way("the tool")
@@ -128,10 +128,12 @@ WAYS = (
     replace(TOOL, name="· cmaes", sampler="cmaes"),
     replace(TOOL, name="· qmc", sampler="qmc"),
     replace(TOOL, name="· random", sampler="random"),
-    replace(TOOL, name="· stops what is broken at ½", pruner=lambda: Behind(0.1, np.inf), looks=(2,)),
-    replace(TOOL, name="· stops what is 3 se behind at ½", pruner=lambda: Behind(0.1), looks=(2,)),
-    replace(TOOL, name="· the same at ¼ and ½", pruner=lambda: Behind(0.1), looks=(1, 2)),
-    replace(TOOL, name="· the same at ¾", pruner=lambda: Behind(0.1), looks=(3,)),
+    replace(
+        TOOL, name="· stops what is broken at ½", pruner=lambda: Behind(NOISE_OF_LOOK, np.inf), looks=(2,)
+    ),
+    replace(TOOL, name="· stops what is 3 se behind at ½", pruner=lambda: Behind(NOISE_OF_LOOK), looks=(2,)),
+    replace(TOOL, name="· the same at ¼ and ½", pruner=lambda: Behind(NOISE_OF_LOOK), looks=(1, 2)),
+    replace(TOOL, name="· the same at ¾", pruner=lambda: Behind(NOISE_OF_LOOK), looks=(3,)),
     replace(
         TOOL,
         name="· MedianPruner at ½",
