@@ -19,6 +19,7 @@ from hpo.search.workbench import Workbench
 from hpo.study.config import Inputs
 from hpo.study.folder import StudyFolder
 from tests.tiny_search import STUDY, tiny_bench
+from trainer.files import write_atomic
 
 
 def run_session(
@@ -46,7 +47,7 @@ def run_session(
         return bench
 
     definition = root.parent.parent / "tiny.toml"
-    definition.write_text(tomlkit.dumps(STUDY), encoding="utf-8")
+    write_atomic(definition, tomlkit.dumps(STUDY))  # two processes may call this at once
     screen, original, guard = io.StringIO(), hpo.search.workbench.load, Anchors.require_separable
     hpo.search.workbench.load = load
     if not guarded:
