@@ -24,10 +24,15 @@ ADAM = ("AdamW", "AdamW8bit")  # the published limits apply to these
 
 
 # Rule name → k from the old E, the new E and the profile; and the evidence for the rule
+TABLE = "on the miniatures the best rate fits 1 / √(alpha × updates) far better than keep or √batch (docs/search.md)"
 RATES: dict[str, tuple[Callable[[int, int, Profile], float], str]] = {
     "sqrt_batch": (
         lambda before, now, _: math.sqrt(now / before),
         "√batch rule for Adam (Malladi et al., arXiv 2205.10287); SD1.5 at batch 1/2/4 fits √, not linear",
+    ),
+    "sqrt_updates": (
+        lambda before, now, profile: math.sqrt(now / (before * profile.length.epochs_factor)),
+        f"{TABLE}; with as many images it is the √batch rule for Adam (Malladi et al., arXiv 2205.10287)",
     ),
     "keep": (lambda before, now, _: 1.0, "1.0 is the most common factor in published SD1.5 / SDXL pairs"),
     "factor": (
@@ -83,7 +88,12 @@ def unet_rate(draft: Draft) -> Iterator[Change]:
             "learning_rate", rate, "lr.fold", "unet_lr is the rate of the U-Net; it is moved to learning_rate"
         )
         yield Change("unet_lr", None, "lr.fold", "moved to learning_rate")
-    formula = {"sqrt_batch": f"√({now}/{before})", "linear_batch": f"{now}/{before}"}.get(name, "k")
+    more = draft.profile.length.epochs_factor
+    formula = {
+        "sqrt_batch": f"√({now}/{before})",
+        "sqrt_updates": f"√({now}/{before})" if more == 1 else f"√({now}/({before} × {more:g}))",
+        "linear_batch": f"{now}/{before}",
+    }.get(name, "k")
     new, how = _rounded(draft, rate, draft.factor)
     reason = f"effective batch {before} → {now}: × {formula} = {draft.factor:.3f} → {how}"
     yield Change("learning_rate", new, f"lr.{name}", reason, evidence)
@@ -94,7 +104,7 @@ def unet_rate(draft: Draft) -> Iterator[Change]:
             snap_down(exact),
             "lr.alpha",
             f"alpha {alpha:g} → {new_alpha:g}: × √({alpha:g}/{new_alpha:g}) = {scale:.3f} → {exact:.4g}, rounded down",
-            "scaling of the LoRA rate with rank and alpha (arXiv 2602.06204)",
+            f"scaling of the LoRA rate with rank and alpha (arXiv 2602.06204); {TABLE}",
         )
 
 

@@ -176,8 +176,14 @@ class Model:
     other logarithms with sd 1 around values of former miniature studies.  Scores are modelled as z (``to_z``).
     """
 
-    def __init__(self, cells: Cells, length_prior: tuple[float, float] = LENGTH_PRIOR) -> None:
-        self.cells = cells
+    def __init__(
+        self,
+        cells: Cells,
+        length_prior: tuple[float, float] = LENGTH_PRIOR,
+        moves: torch.Tensor | None = None,
+    ) -> None:
+        """``moves``: the powers of ``MOVES``, instead of fitted ones."""
+        self.cells, self.moves = cells, moves
         self.dims = cells.x_ND.shape[1]
         bases = range(len(BASES))
         moved = len(MOVES)
@@ -201,7 +207,8 @@ class Model:
         d, bases = self.dims, len(BASES)
         part, run, images = theta[d : d + 3].exp()
         rho, kappa = torch.sigmoid(theta[d + 3 + bases : d + 5 + bases])
-        a_B, moves_K, family = theta[d + 3 : d + 3 + bases].exp(), theta[-1 - len(MOVES) : -1], theta[-1]
+        a_B, family = theta[d + 3 : d + 3 + bases].exp(), theta[-1]
+        moves_K = theta[-1 - len(MOVES) : -1] if self.moves is None else self.moves
         return Shape(theta[:d].exp(), part, run, images, a_B, rho, kappa, moves_K, family)
 
     def _covariance(self, theta: torch.Tensor) -> torch.Tensor:
@@ -242,6 +249,12 @@ class Model:
     def evidence(self) -> float:
         """The logarithm of the density of the fitted parameters and the cells, without constants."""
         return -float(self._loss(self.theta))
+
+    def curvature(self) -> Array:
+        """The second derivatives of the loss in all numbers of the kernel."""
+        found = torch.autograd.functional.hessian(self._loss, self.theta)
+        assert isinstance(found, torch.Tensor)
+        return found.numpy()
 
     def left_out(self, base: str) -> LeftOut:
         """The last score of every run on a base, predicted without all runs of its configuration on that base."""

@@ -129,6 +129,17 @@ def test_point_b_under_the_square_root_rule() -> None:
 # Rules
 
 
+def test_a_longer_training_gets_a_lower_rate() -> None:
+    """The rate goes with 1 / √updates: √(8 / (12 × 1.5)) of the search's, and of the batch alone √(8 / 12)."""
+    longer = changed(read_profile("sdxl-16gb"), length={"epochs_factor": 1.5})
+    high = POINT_A.with_values({"learning_rate": 3e-4})
+    plan = transfer(high, FIGURES, longer)
+    assert plan.config.learning_rate == 2e-4 == pytest.approx(3e-4 * (8 / 18) ** 0.5)
+    assert "√(8/(12 × 1.5))" in next(m.reason for m in plan.moves if m.rule == "lr.sqrt_updates")
+    by_batch = transfer(high, FIGURES, changed(longer, rate={"rule": "sqrt_batch"}))
+    assert by_batch.config.learning_rate == 2e-4  # 2.45e-4, rounded down
+
+
 def test_below_12_gb_it_is_refused_by_the_profile() -> None:
     plan = transfer(POINT_A, FIGURES, read_profile("sdxl-16gb").with_vram(8))
     assert [f.about for f in plan.of_level("refuse")] == ["vram"]
@@ -200,7 +211,7 @@ def test_a_text_encoder_rate_is_capped_and_a_small_one_is_never_raised() -> None
         == 8e-5
     )
     low = transfer(POINT_A.with_values({"text_encoder_lr": 1e-5}), FIGURES, profile)
-    assert low.config.text_encoder_lr == 8e-6 and any(f.level == "note" for f in low.findings)
+    assert low.config.text_encoder_lr == 6e-6 and any(f.level == "note" for f in low.findings)
 
 
 def test_prodigy_keeps_its_rate() -> None:
@@ -311,7 +322,7 @@ ANY_PROFILE = st.builds(
         vram
     ),
     st.sampled_from(PROFILES),
-    st.sampled_from(["sqrt_batch", "keep", "factor", "linear_batch"]),
+    st.sampled_from(["sqrt_updates", "sqrt_batch", "keep", "factor", "linear_batch"]),
     st.sampled_from(["inherit", "off"]),
     st.sampled_from([8.0, 12.0, 16.0, 24.0]),
 )
