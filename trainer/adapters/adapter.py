@@ -81,8 +81,6 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
     Every module has its own generator, keyed by (seed, key), so the order of initialisation does not matter.
     """
     targets = targets_of(base, config)
-    if not targets:
-        raise ConfigError("nothing is trained: every rate is 0", "set unet_lr or text_encoder_lr above 0")
     weights: dict[str, Tensor] = {}
     for target in targets:
         layer = base.components()[target.component].get_submodule(target.path)

@@ -19,6 +19,7 @@ from trainer.adapters.presets import PRESETS, chosen, preset_of
 from trainer.bases import FAMILIES, Base, BlockRanks, BlockRates, block_ranks, block_rates
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
+from trainer.text import clean_text
 
 _BLOCK = re.compile(
     r"lora_unet_(?:(?P<old>down|up)_blocks_(?P<i>\d+)_(?P<what>resnets|attentions|downsamplers|upsamplers)_(?P<j>\d+)"
@@ -42,14 +43,26 @@ class Target:
 
 def targets_of(base: Base, config: TrainConfig) -> list[Target]:
     """The modules that these settings train, in module order: those of sd-scripts' ``networks.lora``, or of a preset of
-    LyCORIS."""
+    LyCORIS.  Raises ConfigError if there are none."""
     wanted = {component for component in base.components() if _is_trained(component, config)}
     if config.dim_from_weights:
         targets = [target for target in _of_weights(base, config) if target.component in wanted]
     else:
         named = _of_preset(base, config) if config.lycoris_preset else _of_networks_lora(base, config)
         targets = [_with_own_alpha(base, config, target) for target in named if target.component in wanted]
-    return _rated(targets, block_rates(config, base.family))
+    targets = _rated(targets, block_rates(config, base.family))
+    if not targets:
+        raise _nothing_trained(config)
+    return targets
+
+
+def _nothing_trained(config: TrainConfig) -> ConfigError:
+    if config.lycoris_preset and not config.dim_from_weights:
+        return ConfigError(
+            f"lycoris_preset = {clean_text(config.lycoris_preset)[:200]} names no module that is trained here",
+            "name modules in unet_target_module or unet_target_name, or use preset=full",
+        )
+    return ConfigError("nothing is trained: every rate is 0", "set unet_lr or text_encoder_lr above 0")
 
 
 def _rated(targets: list[Target], rates: BlockRates | None) -> list[Target]:
