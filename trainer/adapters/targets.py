@@ -43,14 +43,19 @@ class Target:
 
 def targets_of(base: Base, config: TrainConfig) -> list[Target]:
     """The modules that these settings train, in module order: those of sd-scripts' ``networks.lora``, or of a preset of
-    LyCORIS.  Raises ConfigError if there are none."""
+    LyCORIS."""
     wanted = {component for component in base.components() if _is_trained(component, config)}
     if config.dim_from_weights:
         targets = [target for target in _of_weights(base, config) if target.component in wanted]
     else:
         named = _of_preset(base, config) if config.lycoris_preset else _of_networks_lora(base, config)
         targets = [_with_own_alpha(base, config, target) for target in named if target.component in wanted]
-    targets = _rated(targets, block_rates(config, base.family))
+    return _rated(targets, block_rates(config, base.family))
+
+
+def trained_targets(base: Base, config: TrainConfig) -> list[Target]:
+    """``targets_of`` a run, which trains something.  Raises ConfigError if there are none."""
+    targets = targets_of(base, config)
     if not targets:
         raise _nothing_trained(config)
     return targets
