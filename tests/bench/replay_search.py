@@ -16,23 +16,31 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
+from hpo.search.balance import Balance
 from hpo.search.samplers import make_sampler, startup_trials
+from hpo.study import Range, Space
 from hpo.study.hours import CONFIRM_SHARE, LEAST, ROUNDS, Round
+from hpo.study.space.space import Parameter
+from hpo.transfer.probes.surrogate import fit
 from tests.bench.record_table import CELLS, IMAGES, LENGTH, QUARTERS, SUBJECTS, definition, recorded
-from tests.bench.table_surface import Run, Surface, Table, domains
+from tests.bench.table_surface import Run, Surface, Table, coordinates, domains, nearby, random_settings, to_z
 
 NOISE_OF_LOOK = 0.1  # sd of the score of 15 images (table: standard errors of 46 are 0.03 to 0.1)
 SHOWN = 46  # images of a whole trial: 16 prompts, two seeds for most
 CONFIRMED = 44  # of a run of the confirmation
 USUAL = {**definition().baseline, LENGTH: 480}
 EPOCH = 240  # images seen in one epoch of the demo subjects
+# Settings that the small study keeps
+MINOR = ("noise_offset", "network_dropout", "min_snr_gamma", "gradient_accumulation_steps", "warmup_ratio")
 RAW: Mapping[str, optuna.distributions.BaseDistribution] = {
     # the plain space of a kohya user: every setting as sd-scripts names it, no ratios
     "learning_rate": optuna.distributions.FloatDistribution(1e-4, 3e-2, log=True),
@@ -65,6 +73,23 @@ def from_raw(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def moved(values: dict[str, Any], moves: Sequence[float], back: bool = False) -> dict[str, Any]:
+    """The settings, with the rate that is meant by a rate for the usual settings (``back``: the other way)."""
+    if not moves:
+        return values
+    batch = values["train_batch_size"] * values["gradient_accumulation_steps"]
+    sizes = (
+        values[LENGTH] / USUAL[LENGTH],
+        batch / USUAL["train_batch_size"],
+        values["network_alpha_ratio"] / USUAL["network_alpha_ratio"],
+        2.0 ** (values["network_dim_log2"] - USUAL["network_dim_log2"]),
+    )
+    factor = float(np.prod([size**power for size, power in zip(sizes, moves, strict=True)]))
+    domain = domains()["learning_rate"]
+    rate = values["learning_rate"] * (1 / factor if back else factor)
+    return {**values, "learning_rate": float(np.clip(rate, domain.low, domain.high))}
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to search.  ``looks``: quarters of the run after which a pruner sees ``look_images`` images."""
@@ -80,6 +105,15 @@ class Way:
     share: float = CONFIRM_SHARE  # of the compute, at most, for the confirmation
     startup: int | None = None  # random trials before the model starts; None: the tool's number
     first: str = "random"  # who proposes them
+    fixed: tuple[str, ...] = ()  # settings that keep the usual value
+    low_length: float | None = None  # the search proposes no shorter run
+    high_length: float | None = None  # nor a longer one
+    balanced: bool = True  # the sampler sees the rate as in hpo.search.balance
+    moves: tuple[
+        float, ...
+    ] = ()  # the search's rate is that times these powers of length, batch, alpha ratio, rank
+    short_start: float = 1.0  # the random trials have lengths of at most this part of the (logarithmic) range
+    by_model: bool = False  # the surrogate's mean, not the noisy score, says which trials are the best
     remembers: bool = False  # whether the search's own score counts in the confirmation
 
 
@@ -123,6 +157,13 @@ WAYS = (
     replace(TOOL, name="· begins with Sobol", first="qmc"),
     replace(TOOL, name="· begins with 5 Sobol", first="qmc", startup=5),
     replace(TOOL, name="· on kohya's settings", raw=True),
+    replace(TOOL, name="· rate as it is", balanced=False),
+    replace(TOOL, name="· rate / √batch", balanced=False, moves=(0, 0.5, 0, 0)),
+    replace(TOOL, name="· rate, fitted powers", balanced=False, moves=(-0.7, 0.5, -0.7, -0.5)),
+    replace(TOOL, name="· short random trials", short_start=0.4),
+    replace(TOOL, name="· surrogate", sampler="surrogate"),
+    replace(TOOL, name="· surrogate, short random trials", sampler="surrogate", short_start=0.4),
+    replace(TOOL, name="· surrogate, which ranks", sampler="surrogate", by_model=True),
     replace(TOOL, name="· tpe-independent", sampler="tpe-independent"),
     replace(TOOL, name="· gp", sampler="gp"),
     replace(TOOL, name="· cmaes", sampler="cmaes"),
@@ -183,12 +224,17 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
     purse = Purse(trials * whole, image_cost)
     chosen = _round(trials, way.share) if way.confirms else None
     reserve = _confirm_cost(chosen, whole, image_cost) if chosen else 0.0
-    distributions = RAW if way.raw else {name: d.distribution() for name, d in domains().items()}
+    distributions = _distributions(way)
     sampler = optuna.samplers.TPESampler(seed=seed) if way.sampler == "plain" else None
     pruner = way.pruner() if way.pruner else optuna.pruners.NopPruner()
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
     if way.baseline and not way.raw:
-        study.enqueue_trial(USUAL)
+        study.enqueue_trial({name: value for name, value in USUAL.items() if name in distributions})
+    kept = {name: USUAL[name] for name in way.fixed}
+
+    def read(params: Mapping[str, Any]) -> dict[str, Any]:
+        return from_raw(params) if way.raw else moved({**kept, **params}, way.moves)
+
     expected = max(2, round((purse.left - reserve) / whole))
     while True:
         done = study.get_trials(deepcopy=False)
@@ -196,14 +242,23 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
             study.sampler = sampler_of(way, seed, study, expected)
         if purse.left - reserve < whole / 2 and done:  # on average, all is used
             break
+        if way.short_start < 1 and 0 < len(done) < startup_trials(expected):
+            reach = (IMAGES.high / IMAGES.low) ** (way.short_start * rng.random())
+            study.enqueue_trial({LENGTH: int(IMAGES.low * reach)})
+        if way.sampler == "surrogate" and len(complete := _scored(study)) >= (
+            way.startup or startup_trials(expected)
+        ):
+            study.enqueue_trial(_by_surrogate(complete, distributions, rng))
         trial = study.ask(distributions)
-        settings = from_raw(trial.params) if way.raw else dict(trial.params)
+        settings = read(trial.params)
         _run_trial(way, study, trial, surface.run(settings, rng), purse, settings[LENGTH])
     finished = [t for t in study.get_trials(deepcopy=False) if t.value is not None]
     complete = [t for t in finished if t.state == optuna.trial.TrialState.COMPLETE]
     pruned = len(finished) - len(complete)
-    read = from_raw if way.raw else dict
     ranked = sorted(complete, key=lambda t: -t.values[0])
+    if way.by_model:
+        means = _means(complete)
+        ranked = [complete[i] for i in np.argsort(-means)]
     if chosen is None or len(ranked) < 2:
         return Ended(read(ranked[0].params), len(finished), pruned)
 
@@ -219,15 +274,69 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
     return Ended(read(best.params), len(finished), pruned)
 
 
+def _distributions(way: Way) -> Mapping[str, optuna.distributions.BaseDistribution]:
+    if way.raw:
+        return RAW
+    length = Range(way.low_length or IMAGES.low, way.high_length or IMAGES.high, log=True)
+    found = {**domains(), LENGTH: length}
+    return {name: domain.distribution() for name, domain in found.items() if name not in way.fixed}
+
+
+@cache
+def balance_without(fixed: tuple[str, ...]) -> Balance | None:
+    """How the tool's sampler sees the rate of the table's space."""
+    space = Space((*definition().space, Parameter(LENGTH, IMAGES))).without(set(fixed))
+    baseline = {name: value for name, value in USUAL.items() if name not in fixed}
+    return Balance.between(
+        space, definition().train.with_values({"max_train_epochs": None, "max_train_steps": 120}), baseline
+    )
+
+
 def sampler_of(way: Way, seed: int, study: optuna.Study, expected: int) -> optuna.samplers.BaseSampler:
     done = study.get_trials(deepcopy=False)
     learned = any(t.value is not None and t.value > 0.1 for t in done)
     name = way.sampler
     if way.startup is not None:
         learned, expected = learned and len(done) >= way.startup, 3 * way.startup
+    name = "tpe" if name == "surrogate" else name
     if way.first != "random" and not (learned and len(done) >= (way.startup or startup_trials(expected))):
         name = way.first
-    return make_sampler(seed, len(done), expected, learned=learned, name=name, study=study)
+    balance = None if way.raw or not way.balanced else balance_without(way.fixed)
+    return make_sampler(seed, len(done), expected, learned=learned, name=name, study=study, balance=balance)
+
+
+def _scored(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return [t for t in study.get_trials(deepcopy=False) if t.value is not None]
+
+
+def _means(done: Sequence[optuna.trial.FrozenTrial]) -> NDArray[np.float64]:
+    x_ND = np.array([coordinates({**USUAL, **t.params}) for t in done])
+    y_N = to_z(np.array([t.values[0] for t in done]))
+    return fit(x_ND, y_N.tolist(), [0.0] * len(y_N)).mean(x_ND)
+
+
+def _by_surrogate(
+    done: Sequence[optuna.trial.FrozenTrial],
+    distributions: Mapping[str, optuna.distributions.BaseDistribution],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """The place with the highest expected improvement in the Gaussian process of the target trials."""
+    values = [{**USUAL, **t.params} for t in done]
+    x_ND = np.array([coordinates(v) for v in values])
+    y_N = to_z(np.array([t.values[0] for t in done]))
+    model = fit(x_ND, y_N.tolist(), [0.0] * len(y_N))
+    means = model.mean(x_ND)
+    top = [values[i] for i in np.argsort(means)[-5:]]
+    places = random_settings(rng, 400) + [
+        nearby(rng, one, w) for one in top for w in (0.3, 0.1, 0.03) for _ in range(30)
+    ]
+    x_MD = np.array([coordinates(v) for v in places])
+    mean = model.mean(x_MD)
+    sd = np.sqrt(np.maximum(model.kernel.amplitude - (model.half(x_MD) ** 2).sum(0), 1e-12))
+    u = (mean - means.max()) / sd
+    gain = sd * (u * ndtr(u) + np.exp(-0.5 * u * u) / np.sqrt(2 * np.pi))
+    best = places[int(np.argmax(gain))]
+    return {name: best[name] for name in distributions}
 
 
 def _run_trial(
@@ -287,10 +396,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--ways", nargs="+", help="only ways whose name contains one of these")
     args = parser.parse_args(argv)
     table = Table(args.file)
-    model, cost = table.sd15, image_cost(args.file)
-    seen = model.left_out()
+    model, cost = table.model, image_cost(args.file)
+    seen = model.left_out("mini-sd15")
     print(
-        f"{model.cells.runs} cells; an image costs {cost:.1f} samples; left out: r = {np.corrcoef(seen.T)[0, 1]:.2f}"
+        f"{model.cells.runs} cells; an image costs {cost:.1f} samples; left out: r = {seen.correlation:.2f}"
     )
     surfaces = [Surface(model, s, d) for d in range(args.surfaces) for s in range(len(SUBJECTS))]
     ways = [w for w in WAYS if not args.ways or any(a in w.name for a in args.ways)]
