@@ -56,7 +56,7 @@ def what_file(start: bytes) -> tuple[str, str] | None:
     for pattern, what, hint in _MARKS:
         if re.match(pattern, start, re.DOTALL):
             return what, hint
-    if start[:1] == b"\x80":
+    if start[:1] == b"\x80" and start[4:8].strip(b"\0"):  # not the length of a header, in a file that was cut
         return "a pickle file with the name of a safetensors file", _PICKLE_HINT
     if start and not start.strip(b"\0"):
         return "empty: its beginning is only zeros", "the download or copy was interrupted; do it again"

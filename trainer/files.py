@@ -169,9 +169,13 @@ def folder_bytes(root: Path) -> int:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of the content of a file, in hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of the content of a file, in hex.  Raises OSError that names the file, also if reading fails midway."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def free_bytes(path: Path) -> int:

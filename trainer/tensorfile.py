@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -22,8 +23,13 @@ from torch import Tensor
 from trainer.errors import MissingModel, ModelFileError, first_line
 from trainer.filekinds import beginning_of, what_file
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_TENSORS = 100_000  # SDXL with EMA weights has about 5,000
+LIBRARY_LIMIT_BYTES = 100_000_000  # of a header, in safetensors' own reader
+# A header of that size is almost 1 GB when Python has parsed it.  Assumed: a file of 5,000 tensors (SDXL with EMA
+# weights) has a header of 0.5 MB, and the tags of a large dataset are a few MB of metadata.
+MAX_HEADER_BYTES = 10_000_000
+MAX_TENSORS = 30_000
+MAX_COMMAS = 16 * MAX_TENSORS  # a tensor of 9 sides has 12
+MAX_BRACKETS = 3 * MAX_TENSORS + 2
 TYPE_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -45,6 +51,7 @@ TYPE_BYTES = {
     "U8": 1,
     "BOOL": 1,
 }
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 PICKLE_ENDINGS = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 
 
@@ -68,14 +75,20 @@ def read_header(path: Path) -> Header:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             # the length of a valid header may begin like another kind of file, as with a pickle's first byte, 0x80
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            if not 2 <= length <= min(LIBRARY_LIMIT_BYTES, size - 8):
                 raise _no_safetensors(path, size)
-            text = file.read(length)
+            if length > MAX_HEADER_BYTES:
+                raise _too_large(path, length)
+            content = file.read(length)
     except FileNotFoundError as error:
         raise MissingModel(f"cannot read {path}: {error.strerror}", "check the path") from None
     except OSError as error:
         raise ModelFileError(f"cannot read {path}: {error.strerror}", "check the path") from None
+    if _is_overfull(content):
+        raise _broken(path, f"its header lists more than {MAX_TENSORS:,} tensors, or is none")
     try:
+        text = content.decode()
+        del content  # only one copy at a time
         entries = json.loads(text, object_pairs_hook=_once)
     except _Twice as error:
         raise _broken(path, f"its header has the entry {str(error)[:80]!r} twice") from None
@@ -176,6 +189,28 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(name for name, _ in pairs)
         raise _Twice(next(name for name, count in counts.items() if count > 1))
     return found
+
+
+def _is_overfull(header: bytes) -> bool:
+    """Whether a header has more brackets or commas, outside its texts, than ``MAX_TENSORS`` tensors: parsed, it would
+    take a hundred times its size."""
+    if header.count(b",") <= MAX_COMMAS and header.count(b"{") + header.count(b"[") <= MAX_BRACKETS:
+        return False
+    commas = brackets = end = 0
+    for text in _TEXT.finditer(header):
+        start, end = end, text.end()
+        commas += header.count(b",", start, text.start())
+        brackets += header.count(b"{", start, text.start()) + header.count(b"[", start, text.start())
+    commas += header.count(b",", end)
+    brackets += header.count(b"{", end) + header.count(b"[", end)
+    return commas > MAX_COMMAS or brackets > MAX_BRACKETS
+
+
+def _too_large(path: Path, length: int) -> ModelFileError:
+    """The error for a length that no header has: most often, the file is of another kind."""
+    if known := what_file(beginning_of(path)):
+        return ModelFileError(f"{path} is {known[0]}", known[1])
+    return _broken(path, f"its header has {length / 1e6:.0f} MB, more than any model's")
 
 
 def _no_safetensors(path: Path, size: int) -> ModelFileError:

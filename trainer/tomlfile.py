@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+from trainer.reading import MAX_SETTINGS_BYTES, read_small
 from trainer.text import clean_text
 
-MAX_FILE_BYTES = 1 << 20
 # Settings whose value can be a table of key = value; every other table is a section.
 ARGUMENTS = ("optimizer_args", "lr_scheduler_args", "network_args")
 
@@ -24,11 +24,11 @@ def read_table(path: Path) -> dict[str, Any]:
     path = Path(path)
     shown = clean_text(str(path))
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{shown} is larger than 1 MB", "give a TOML file with settings")
-        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        table = tomllib.loads(read_small(path, MAX_SETTINGS_BYTES).decode("utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"cannot read {shown}: {error.strerror}", "check the path") from error
+        raise ConfigError(
+            f"cannot read {shown}: {error.strerror}", "give a TOML file with settings"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{shown} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
     except (ValueError, RecursionError) as error:

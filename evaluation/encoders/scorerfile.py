@@ -14,26 +14,22 @@ from typing import Any
 import open_clip
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
-from safetensors import SafetensorError, safe_open
 
 from trainer.bases import require_network, without_login
 from trainer.errors import MissingModel, ModelFileError
+from trainer.reading import read_small
+from trainer.tensorfile import read_header
 
 TAGS_SHOWN = 8
+MAX_JSON_BYTES = 1_000_000  # configurations have a few kB
 
 
 def check_safetensors(path: Path, *, transformers: bool = False) -> list[str]:
-    """Names of the tensors. Raises ModelFileError if the file is missing, truncated, or in the transformers
+    """Names of the tensors. Raises ModelFileError if the file is missing, truncated, a pickle, or in the transformers
     layout (unless ``transformers`` is set)."""
     if not path.is_file():
         raise MissingModel(f"{path} does not exist", "give the path of the scorer's weights")
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(
-            f"{path} is damaged or truncated: {error}", "copy or download it again"
-        ) from None
+    keys = list(read_header(path).shapes)
     if not transformers and any(key.startswith("vision_model.") for key in keys):
         raise ModelFileError(
             f"{path} is in the transformers layout, which open_clip cannot read",
@@ -134,6 +130,6 @@ def model_folder(repository: str, files: Sequence[str], revision: str | None = N
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a model folder. Raises ModelFileError if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_small(path, MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} cannot be read: {error}", "give a complete model folder") from None

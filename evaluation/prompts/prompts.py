@@ -31,6 +31,7 @@ from evaluation.prompts.templates import QUALITY, STYLE, TAGS, TEMPLATES
 from trainer.checks import suggestion
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
+from trainer.reading import MAX_SETTINGS_BYTES, read_small
 
 MAX_TOKENS = 75  # CLIP's 77 without start and end tokens; later tokens are truncated silently
 _FLAG = re.compile(r"(^|\s)--(w|h|d|s|l|n|ss|g|cn) \S", re.IGNORECASE)  # of sd-scripts' sample prompts
@@ -328,10 +329,11 @@ def load_prompts(
     for prompts that the text encoder would truncate.
     """
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = read_small(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"cannot read the prompt file {path}: {error}", "give a .toml or .txt file in UTF-8"
+            f"cannot read the prompt file {path}: {why}", "give a .toml or .txt file in UTF-8"
         ) from None
     quality: tuple[str, ...] = ()
     if path.suffix.lower() == ".toml":

@@ -18,7 +18,7 @@ import click
 from hpo.cli import best, clean, folders, machine, status, studies, tools, trainings
 from hpo.cli.start import announced_imports
 from hpo.cli.streams import show_everything
-from trainer.errors import Interrupted, MachineError, ToolError
+from trainer.errors import ConfigError, Interrupted, MachineError, ToolError
 from trainer.text import clean_text
 
 
@@ -50,6 +50,29 @@ def _unwritable(error: UnicodeEncodeError) -> ToolError:
         f"{error.object!a} cannot be a file name: the system's encoding is {error.encoding}",
         "set PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8",
     )
+
+
+# Errors of the system that can happen to any file, and what to do.  Others, such as a missing file, are bugs.
+_OF_SYSTEM = {
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "a link leads to itself; remove it",
+    errno.EIO: "the disk reports an error; check the system log",
+    errno.EACCES: "check the owner and the permissions",
+    errno.EPERM: "check the owner and the permissions",
+    errno.EROFS: "the disk is mounted read-only; use a folder on another disk",
+    errno.EMFILE: "this process may open more files after: ulimit -n 4096",
+    errno.ENFILE: "close other programs, then run the command again",
+    errno.ESTALE: "the network disk was away; run the command again",
+}
+
+
+def _of_system(error: OSError) -> ToolError | None:
+    """The error for a file that the system refuses; None for any other."""
+    hint = _OF_SYSTEM.get(error.errno or 0)
+    if hint is None or error.filename is None:
+        return None
+    kind = ConfigError if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else MachineError
+    return kind(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}", hint)
 
 
 _OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -117,6 +140,9 @@ class Commands(click.Group):
             sys.stderr.close()
             sys.exit(0)
         except OSError as error:
+            if (known := _of_system(error)) is not None:
+                print_error(known)
+                sys.exit(known.exit_code)
             if error.errno not in _OUTPUT_FULL or error.filename is not None:
                 raise
             sys.stdout = io.StringIO()  # what is left in its buffer cannot be written either

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,8 @@ from hpo.study import database_errors, frame, open_study
 from trainer.errors import ConfigError
 from trainer.files import write_atomic
 from trainer.text import clean_text
+
+FORMULA = ("=", "+", "-", "@")  # how a cell begins that a spreadsheet computes
 
 if TYPE_CHECKING:
     import pandas
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 
 def write_csv(folder: StudyFolder, output: Path | None) -> None:
     """To a file, or to standard output."""
-    text = _table(folder).to_csv(index=False, lineterminator="\n")
+    table = _table(folder)
+    for name in table.columns:
+        if not is_numeric(table[name]):
+            table[name] = table[name].map(as_plain_cell)
+    header = [as_plain_cell(clean_text(name)) for name in table.columns]
+    text = table.to_csv(index=False, header=header, lineterminator="\n")
     if output is None:
         click.echo(text, nl=False)
         return
@@ -48,6 +55,22 @@ def write_parquet(folder: StudyFolder, output: Path | None) -> None:
             table[name] = table[name].map(lambda cell: None if _is_missing(cell) else str(cell))
     write_atomic(output, table.to_parquet(index=False, engine="pyarrow"))
     _say(output, folder)
+
+
+def is_numeric(column: pandas.Series) -> bool:
+    return column.dtype.kind in "biufcmM"
+
+
+def as_plain_cell(cell: Any) -> Any:
+    """A text that a spreadsheet would compute as a formula (=HYPERLINK(…)), with a quote in front: OWASP's rule against
+    CSV injection.  Numbers, and texts that are numbers, stay."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith(FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def _is_missing(cell: object) -> bool:

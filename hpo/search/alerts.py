@@ -54,7 +54,7 @@ def alert_text(
         f"images: hpo dashboard {folder.words}",
         f"next: hpo {'status' if withdrawn else 'confirm'} {folder.words}",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(clean_text, lines)) + "\n"
 
 
 def update_alert(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from hpo.study import Result
 
+_MARKDOWN = frozenset("\\`*_{}[]<>|#!&$~@")
 LEGACY_CONSTRAINTS = (
     "constraints"  # optuna-dashboard 0.21 reads only this; Optuna 5 itself uses set_constraint
 )
@@ -105,8 +106,9 @@ def _settings_table(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Escape text for Markdown."""
-    return "".join("\\" + c if c in "\\`*_{}[]<>|#!" else c for c in clean_text(text))
+    """Escape text for Markdown: nothing in it becomes an element, a link or a formula."""
+    escaped = "".join("\\" + c if c in _MARKDOWN else c for c in clean_text(text))
+    return escaped.replace("://", "\\://").replace("www.", "www\\.")
 
 
 def _short(value: Any) -> str:

@@ -37,6 +37,7 @@ from trainer.config import SETTINGS, TrainConfig, check_name
 from trainer.errors import ConfigError
 from trainer.files import safe_name
 from trainer.overrides import unset
+from trainer.reading import MAX_SETTINGS_BYTES, read_small
 from trainer.text import clean_text
 
 DEFAULT_STUDY = "sd15-character"
@@ -125,7 +126,7 @@ def read_study(
     begun study (``build_study``) the missing key means clipped ones.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        table = tomllib.loads(read_small(path, MAX_SETTINGS_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read the study file {path}: {error.strerror}", "check the path") from None
     except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8, huge numbers, deep nesting
@@ -284,7 +285,7 @@ def find_study(spec: str | None, base: str, preset: str = CHARACTER) -> Path:
 def _has_section(path: Path) -> bool:
     """Whether a file has a section of a study file. Its mistakes are for its reader."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_small(path, MAX_SETTINGS_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return False
     return re.search(rf"^\s*\[({'|'.join(SECTIONS)})[\].]", text, re.MULTILINE) is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 from hpo.study.config import SHIPPED
 from hpo.study.folder import StudyFolder, read_json
 from trainer.bases import detect, is_miniature
+from trainer.reading import MAX_SETTINGS_BYTES, read_small
 
 FAMILIES = "families"
 
@@ -37,7 +38,7 @@ def families_from(source: str) -> list[str]:
 
 def _sources(path: Path) -> list[str]:
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8-sig")).get("sources")
+        found = tomllib.loads(read_small(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")).get("sources")
     except (OSError, ValueError, RecursionError):
         return []
     return found if isinstance(found, list) else []

@@ -219,6 +219,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON object that this tool wrote.  None if the file is missing or incomplete."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -18,13 +18,13 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
 from trainer.paths import is_prompt_text, user_path
+from trainer.reading import MAX_SETTINGS_BYTES, read_small
 from trainer.text import clean_text
 
 STEPS, SCALE = 30, 7.5  # sd-scripts' own, where a prompt names none
 LEAST_SIDE_PX, MOST_SIDE_PX = 64, 8192  # sd-scripts raises a given side to 64
 MOST_STEPS = 1000
 SCALES = (1.0, 100.0)
-MAX_FILE_BYTES = 1 << 20
 SHOWN = 60
 SAMPLER = "samples are drawn with DPM-Solver++ (2M)"
 # flag → (key in TOML and JSON files, type, how a value looks to sd-scripts)
@@ -106,9 +106,7 @@ def _content(path: Path) -> str:
     """The text of a file, without a byte order mark."""
     shown = clean_text(str(path))
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"sample_prompts = {shown} is larger than 1 MB")
-        return path.read_text(encoding="utf-8-sig")
+        return read_small(path, MAX_SETTINGS_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"sample_prompts = {shown} is not a text in UTF-8") from None
     except FileNotFoundError:

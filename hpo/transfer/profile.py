@@ -19,6 +19,7 @@ from trainer.bases import FAMILIES
 from trainer.checks import read, section, setting, suggestion
 from trainer.config import SETTINGS, TrainConfig, check_value
 from trainer.errors import ConfigError
+from trainer.reading import read_small
 from trainer.text import clean_text
 
 RATE_RULES = ("sqrt_updates", "sqrt_batch", "keep", "factor", "linear_batch")
@@ -223,9 +224,7 @@ def _find(kind: str, name: str, what: str, flag: str) -> Path:
 def _table(path: Path) -> dict[str, Any]:
     shown = clean_text(str(path))
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{shown} is larger than 100 kB", "give a profile or family file")
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_small(path, MAX_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {shown}: {error.strerror}", "check the path") from None
     except (ValueError, RecursionError) as error:

@@ -132,6 +132,9 @@ def check_went_on(before: list[dict[str, Any]], after: list[dict[str, Any]], sav
 
 
 def test_a_search_keeps_what_it_finished_and_takes_up_the_killed_trial_at_its_checkpoint(here: Path) -> None:
+    """W16 · weight 5 · A search begun with an older version → It goes on: finished trials stay, and the trial
+    that was killed continues from its checkpoint.
+    """
     study = here / "runs" / NAME
     lost = study / f"trial_{TRAINING:04d}"
     finished = [study / f"trial_{number:04d}" for number in range(TRAINING)]

@@ -35,6 +35,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_losses_are_the_recorded_ones_and_a_repeat_is_bitwise_the_same(base: Base, images: Path) -> None:
+    """C6 · weight 5 · A change of the code changes what training computes → A test fails: the losses of
+    recorded runs have to be the same.
+    """
     recorded = json.loads(record.FILE.read_text())
     assert recorded["settings"] == record.SETTINGS, "record anew: python -m tests.golden.record"
     losses = record.golden_losses(base, images)

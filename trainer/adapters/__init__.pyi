@@ -34,3 +34,4 @@ from .start import check_start as check_start
 from .targets import Target as Target
 from .targets import count_weights as count_weights
 from .targets import targets_of as targets_of
+from .targets import trained_targets as trained_targets

@@ -26,7 +26,7 @@ from trainer.adapters.injecting import inject_component, unwrap
 from trainer.adapters.kinds import NAME, SCALAR, Kind
 from trainer.adapters.lowrank import LowRankLayer, computing
 from trainer.adapters.magnitude import MAGNITUDE, attach_magnitude, column_norm
-from trainer.adapters.targets import Target, targets_of
+from trainer.adapters.targets import Target, trained_targets
 from trainer.bases import Base
 from trainer.compute import weight_of
 from trainer.config import TrainConfig
@@ -80,9 +80,7 @@ def inject(base: Base, config: TrainConfig) -> Adapter:
 
     Every module has its own generator, keyed by (seed, key), so the order of initialisation does not matter.
     """
-    targets = targets_of(base, config)
-    if not targets:
-        raise ConfigError("nothing is trained: every rate is 0", "set unet_lr or text_encoder_lr above 0")
+    targets = trained_targets(base, config)
     weights: dict[str, Tensor] = {}
     for target in targets:
         layer = base.components()[target.component].get_submodule(target.path)

@@ -21,6 +21,7 @@ from trainer.adapters.keys import PRIOR, TEXT, TEXT_2, TEXT_3, UNET, Keys, Modul
 from trainer.adapters.otherfiles import what_is
 from trainer.bases import FAMILIES, LoraLayer, MadeFor, made_for
 from trainer.errors import ModelFileError
+from trainer.reading import read_small
 from trainer.text import clean_text
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -309,8 +310,7 @@ def read_contents(path: Path) -> Contents:
     beside = path.with_name("adapter_config.json")
     if path.name == "adapter_model.safetensors" and PEFT_KEY not in metadata and beside.is_file():
         with contextlib.suppress(OSError, ValueError):
-            if beside.stat().st_size <= MAX_SETTINGS_BYTES:
-                metadata[PEFT_KEY] = beside.read_text(encoding="utf-8")
+            metadata[PEFT_KEY] = read_small(beside, MAX_SETTINGS_BYTES).decode("utf-8")
     return Contents(header.shapes, metadata, read_keys(header.shapes), header.types, header.metadata)
 
 

@@ -19,6 +19,7 @@ from trainer.adapters.presets import PRESETS, chosen, preset_of
 from trainer.bases import FAMILIES, Base, BlockRanks, BlockRates, block_ranks, block_rates
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError
+from trainer.text import clean_text
 
 _BLOCK = re.compile(
     r"lora_unet_(?:(?P<old>down|up)_blocks_(?P<i>\d+)_(?P<what>resnets|attentions|downsamplers|upsamplers)_(?P<j>\d+)"
@@ -50,6 +51,23 @@ def targets_of(base: Base, config: TrainConfig) -> list[Target]:
         named = _of_preset(base, config) if config.lycoris_preset else _of_networks_lora(base, config)
         targets = [_with_own_alpha(base, config, target) for target in named if target.component in wanted]
     return _rated(targets, block_rates(config, base.family))
+
+
+def trained_targets(base: Base, config: TrainConfig) -> list[Target]:
+    """``targets_of`` a run, which trains something.  Raises ConfigError if there are none."""
+    targets = targets_of(base, config)
+    if not targets:
+        raise _nothing_trained(config)
+    return targets
+
+
+def _nothing_trained(config: TrainConfig) -> ConfigError:
+    if config.lycoris_preset and not config.dim_from_weights:
+        return ConfigError(
+            f"lycoris_preset = {clean_text(config.lycoris_preset)[:200]} names no module that is trained here",
+            "name modules in unet_target_module or unet_target_name, or use preset=full",
+        )
+    return ConfigError("nothing is trained: every rate is 0", "set unet_lr or text_encoder_lr above 0")
 
 
 def _rated(targets: list[Target], rates: BlockRates | None) -> list[Target]:

@@ -25,6 +25,7 @@ from trainer.bases.families import (
 )
 from trainer.checks import suggestion
 from trainer.errors import MissingModel, ModelFileError
+from trainer.reading import read_small
 
 if TYPE_CHECKING:
     from trainer.tensorfile import Header
@@ -243,9 +244,7 @@ def whole(path: Path, config: Mapping[str, Any], key: str, default: Any = None) 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON configuration file as a dict, with a size limit."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelFileError(f"{path} is too large for a configuration file", "download the model again")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_small(path, MAX_JSON_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise ModelFileError(
             f"{path} is missing", "the model folder is incomplete; download it again"

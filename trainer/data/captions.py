@@ -7,6 +7,7 @@ prefix, dropping, wildcards, shuffled tags.  ``trainer.data.dataset`` owns the r
 from __future__ import annotations
 
 import codecs
+import errno
 import itertools
 import math
 import os
@@ -20,6 +21,7 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.errors import ConfigError, DataError
 from trainer.findings import piece
+from trainer.reading import read_small, size_words
 from trainer.text import clean_text
 
 MAX_CAPTION_BYTES = 65_536  # assumed: encoders read 75 to 225 tokens, about 1 kB
@@ -189,13 +191,13 @@ def _other_extension_hint(missing: Sequence[Path], extension: str, files: Captio
 
 def read_text(file: Path) -> str:
     try:
-        size_bytes = file.stat().st_size
-        if size_bytes > MAX_CAPTION_BYTES:
-            raise DataError(
-                f"the caption {shown(file)} has {size_bytes} bytes", "a caption is one line of text"
-            )
-        data = file.read_bytes()
+        data = read_small(file, MAX_CAPTION_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise DataError(
+                f"the caption {shown(file)} is larger than {size_words(MAX_CAPTION_BYTES)}",
+                "a caption is one line of text",
+            ) from error
         raise DataError(f"cannot read {shown(file)}: {error.strerror}", "check its permissions") from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"the caption {shown(file)} is UTF-16, not UTF-8", _SAVE_AS_UTF8)

@@ -15,6 +15,7 @@ from trainer.data.captions import listed, shown
 from trainer.data.folders import FolderPart
 from trainer.data.images import IMAGE_EXTENSIONS
 from trainer.errors import DataError, MissingData
+from trainer.reading import read_small
 
 MAX_FILE_BYTES = 1 << 28  # assumed: a million images with their captions
 
@@ -80,9 +81,7 @@ def joined(caption: str, tags: str, separator: str, wildcard: bool) -> str:
 
 def _entries(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        if file.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{shown(file)} is larger than 256 MiB", "give a metadata file of sd-scripts")
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_small(file, MAX_FILE_BYTES).decode("utf-8-sig")
         if file.suffix.lower() == ".jsonl":
             lines = [json.loads(line) for line in text.splitlines() if line.strip()]
             found = [(line["image_path"], line) for line in lines]

@@ -26,6 +26,7 @@ from trainer.datasetforms import dataset_of
 from trainer.errors import ConfigError
 from trainer.findings import Findings, piece, report
 from trainer.paths import user_path
+from trainer.reading import MAX_SETTINGS_BYTES, read_small
 from trainer.text import clean_text
 from trainer.tomlfile import as_text, read_table
 
@@ -150,7 +151,7 @@ def read_dataset_table(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".json":
         return read_table(path)
     try:
-        table = json.loads(path.read_bytes().decode("utf-8-sig"))
+        table = json.loads(read_small(path, MAX_SETTINGS_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read {shown(path)}: {error.strerror}", "check the path") from error
     except UnicodeDecodeError as error:

@@ -22,6 +22,7 @@ from trainer.kohya.keys import KNOWN_KEYS
 from trainer.kohya.read import is_kohya, known_only
 from trainer.kohya.sections import join
 from trainer.paths import is_prompt_text, user_path
+from trainer.reading import MAX_SETTINGS_BYTES, read_small
 from trainer.text import clean_text
 from trainer.tomlfile import flat
 
@@ -148,9 +149,9 @@ def _open_folder(folder: Path) -> Source:
         file = folder / name
         if file.is_file():
             try:
-                values = json.loads(file.read_text(encoding="utf-8"))
+                values = json.loads(read_small(file, MAX_SETTINGS_BYTES))
                 values = values if inner is None else values[inner]
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 raise ConfigError(f"{clean_text(str(file))} cannot be read", "give a TOML file") from None
             return _saved(folder, "a run of this tool", values)
     raise ConfigError(

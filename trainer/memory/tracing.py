@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from trainer.adapters import adapter as adapters
-from trainer.adapters import dropout, kind_for, lowrank, magnitude, targets_of
+from trainer.adapters import dropout, kind_for, lowrank, magnitude, trained_targets
 from trainer.bases import Base, Sizes, TextStates
 from trainer.compute import recompute
 from trainer.config import TrainConfig
@@ -58,7 +58,7 @@ class Subject:
 
 def subject(base: Base, config: TrainConfig) -> Subject:
     """A base on the meta device with the adapter of these settings."""
-    targets = targets_of(base, config)
+    targets = trained_targets(base, config)
     weights: dict[str, Tensor] = {}
     with torch.device("meta"):
         for target in targets:

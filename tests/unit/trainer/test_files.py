@@ -143,6 +143,9 @@ def test_a_torn_last_line_never_glues_to_the_next(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_by_a_full_disk_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B3 · weight 5 · The disk is full while a line of a log is written → The half line is taken back, so it is
+    never read as data.
+    """
     log = tmp_path / "train.jsonl"
     files.append_line(log, '{"step": 1}')
     before = log.read_bytes()

@@ -16,8 +16,8 @@ from trainer.errors import ConfigError
 from trainer.kohya.frontends import commandline, easy, kohya_ss, lora_scripts, others, syntax
 from trainer.kohya.frontends.architectures import refuse_architecture
 from trainer.kohya.frontends.found import Found, leaves, refuse, shown
+from trainer.reading import MAX_SETTINGS_BYTES, open_file
 
-MAX_FILE_BYTES = 1 << 20
 SCRIPTS = (".sh", ".bat", ".cmd", ".ps1")
 
 
@@ -47,14 +47,14 @@ def recognise(path: Path, content: bytes | None = None) -> Found:
 def _text(path: Path, content: bytes | None) -> str:
     try:
         if content is None:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 head = file.read(4096)
                 others.refuse_bytes(path, head)
-                content = head + file.read(MAX_FILE_BYTES + 1)
+                content = head + file.read(MAX_SETTINGS_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {shown(path)}: {error.strerror}", "check the path") from error
     others.refuse_bytes(path, content[:4096])
-    if len(content) > MAX_FILE_BYTES:
+    if len(content) > MAX_SETTINGS_BYTES:
         raise ConfigError(f"{shown(path)} is larger than 1 MB", "give a TOML file with settings")
     try:
         return content.decode("utf-8-sig")

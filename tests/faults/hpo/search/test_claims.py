@@ -113,6 +113,7 @@ def starts(folder: StudyFolder, number: int) -> list[dict[str, object]]:
 
 
 def test_100_queued_trials_and_4_processes_with_a_kill_run_each_once(folder: StudyFolder) -> None:
+    """W1 · weight 3 · Four workers take trials of one study at once, and one is killed → Each trial runs once."""
     begin(folder, TRIALS)
     workers = [start(worker, folder, f"m{n}") for n in range(WORKERS - 1)]
     victim = start(dying_worker, folder, "victim", 8)

@@ -160,6 +160,9 @@ def test_two_workers_share_four_trials_and_the_command_says_it_once(
 def test_a_worker_that_is_killed_starts_again_and_every_trial_is_told_once(
     root: Path, data: Path, tmp_path: Path
 ) -> None:
+    """A9 · weight 3 · A worker dies in the middle of a trial (a crash in native code, a kill) → It is started
+    again, the others do not notice, and every trial is told once.
+    """
     screen, folder = tmp_path / "screen", StudyFolder(root)
     parent = start(command, root, data, 4, screen)
     trial, pid = until(lambda: trained(folder))[0]
@@ -175,6 +178,9 @@ def test_a_worker_that_is_killed_starts_again_and_every_trial_is_told_once(
 def test_when_the_command_is_killed_its_workers_save_and_end_and_the_next_one_goes_on(
     root: Path, data: Path, tmp_path: Path
 ) -> None:
+    """A6 · weight 3 · The command itself is killed while its workers train → The workers save and end by
+    themselves; the same command goes on.
+    """
     screen, folder = tmp_path / "screen", StudyFolder(root)
     parent = start(command, root, data, 4, screen, held)
     pids = until(lambda: both_at_work(folder))
@@ -192,6 +198,9 @@ def test_when_the_command_is_killed_its_workers_save_and_end_and_the_next_one_go
 def test_ctrl_c_saves_and_ends_all_and_the_same_command_goes_on(
     root: Path, data: Path, tmp_path: Path
 ) -> None:
+    """W7 · weight 3 · Ctrl-C in a search with several workers → All of them save and end; the same command goes
+    on.
+    """
     screen, folder = tmp_path / "screen", StudyFolder(root)
     parent = start(command, root, data, 4, screen, held)
     pids = until(lambda: both_at_work(folder))

@@ -61,6 +61,9 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool], error: 
 def test_what_settings_cause_is_complete_violated_and_finite(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
+    """C2 · weight 3 · The settings of a trial make training diverge → It stops with its reason. The sampler
+    learns that these settings are bad, and the search goes on.
+    """
     fail_on(monkeypatch, lambda number: number == 1, error)
     search = make_search(bench, SearchLimits(3))
     search.run()
@@ -93,6 +96,9 @@ def test_invalid_images_are_the_settings_fault(bench: Workbench, monkeypatch: py
 def test_what_runs_out_of_memory_is_tried_with_checkpointing_which_changes_no_result(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """B4 · weight 5 · A trial runs out of GPU memory → It is tried again in ways that do not change its result,
+    and this is recorded. No searched value is changed.
+    """
     train = loop.train
 
     def small_card(config: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -158,6 +164,9 @@ def test_a_failed_baseline_is_tried_again(bench: Workbench, monkeypatch: pytest.
 def test_a_score_that_is_not_a_number_never_reaches_the_sampler(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """C3 · weight 5 · A score is not a number → The trial fails with its reason; it is never counted as
+    finished.
+    """
     original = evaluation.score.evaluate_adapter
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -173,6 +182,9 @@ def test_a_score_that_is_not_a_number_never_reaches_the_sampler(
 def test_a_disk_that_fills_before_the_result_leaves_the_trial_to_the_next_call(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """B2 · weight 5 · The disk is full when the result of a trial is written → The trial stays open. When there
+    is room, the next call finishes it, and it is told once.
+    """
     search = make_search(bench, SearchLimits(1))
     with monkeypatch.context() as patch:
 

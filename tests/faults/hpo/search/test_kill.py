@@ -64,6 +64,10 @@ SEAMS = [
 def test_a_kill_at_any_seam_changes_nothing_of_the_study(
     reference: StudyFolder, tmp_path: Path, data: Path, place: str, call: int, when: str
 ) -> None:
+    """A4 · weight 3 · A search is killed between any two of its actions: asked, proposed, trained, scored,
+    written, told → No trial stays RUNNING or is told twice. The next call takes it up under its number, and its
+    LoRA is the same.
+    """
     root = tmp_path / "study"
     assert attempt(search_killed_at, root, data, place, call, when) == -signal.SIGKILL
     assert attempt(search, root, data) == 0
@@ -79,6 +83,9 @@ def test_a_kill_at_any_seam_changes_nothing_of_the_study(
 def test_a_kill_while_training_or_drawing_goes_on_with_the_same_trial(
     reference: StudyFolder, tmp_path: Path, data: Path
 ) -> None:
+    """A8 · weight 3 · A kill while the images of a trial are drawn → Only the missing images are drawn, and the
+    score is that of an undisturbed trial.
+    """
     root = tmp_path / "study"
 
     def kill_in_training(view: Recorder) -> None:
@@ -122,6 +129,9 @@ def interrupted(root: Path, data: Path, number: int, times: int) -> None:
 def test_ctrl_c_and_sigterm_save_the_step_and_the_next_call_goes_on_from_it(
     reference: StudyFolder, tmp_path: Path, data: Path, number: int
 ) -> None:
+    """W5 · weight 3 · Ctrl-C, or SIGTERM from a job system → The step is finished and saved; the next call goes
+    on from it.
+    """
     root = tmp_path / "study"
     assert attempt(interrupted, root, data, number, 1) == 130
     folder = StudyFolder(root)
@@ -138,6 +148,9 @@ def test_ctrl_c_and_sigterm_save_the_step_and_the_next_call_goes_on_from_it(
 def test_a_second_ctrl_c_ends_at_once_and_still_nothing_is_lost(
     reference: StudyFolder, tmp_path: Path, data: Path
 ) -> None:
+    """W6 · weight 3 · A second signal while the first one is being handled → It ends at once, and what was
+    saved before is whole.
+    """
     root = tmp_path / "study"
     assert attempt(interrupted, root, data, signal.SIGINT, 2) == 131
     assert attempt(search, root, data) == 0

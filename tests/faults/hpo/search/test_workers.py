@@ -40,6 +40,9 @@ def search(root: Path, data: Path, trials: int, delay_seconds: float = 0.0) -> N
 
 
 def test_two_workers_run_each_trial_once(tmp_path: Path, data: Path) -> None:
+    """W2 · weight 3 · The same search is started twice → The second one joins as a worker; each trial runs
+    once, and their number is the study's total.
+    """
     root = tmp_path / "study"
     workers = [start(search, root, data, 5, 0.1) for _ in range(2)]
     assert [finish(pid) for pid in workers] == [0, 0]
@@ -49,6 +52,9 @@ def test_two_workers_run_each_trial_once(tmp_path: Path, data: Path) -> None:
 
 
 def test_random_kills_of_two_workers_lose_and_double_nothing(tmp_path: Path, data: Path) -> None:
+    """A5 · weight 3 · Several workers are killed at random moments → Every trial is finished once, and the
+    value in the database is that of its file.
+    """
     root, draw = tmp_path / "study", random.Random(3)
     attempt(search, root, data, 1)
     workers = [start(search, root, data, 5, 0.05) for _ in range(2)]
@@ -63,6 +69,9 @@ def test_random_kills_of_two_workers_lose_and_double_nothing(tmp_path: Path, dat
 
 
 def test_a_suspended_worker_keeps_its_trial_and_goes_on_with_it(tmp_path: Path, data: Path) -> None:
+    """W10 · weight 3 · A worker is suspended (Ctrl-Z, a closed laptop) and woken → It keeps its trial and goes
+    on with it; nobody else has taken it.
+    """
     root = tmp_path / "study"
     folder = StudyFolder(root)
     sleeper = start(search, root, data, 2, 0.3)
@@ -80,6 +89,7 @@ def test_a_suspended_worker_keeps_its_trial_and_goes_on_with_it(tmp_path: Path, 
 
 
 def test_an_orphaned_child_does_not_keep_a_dead_worker_alive(tmp_path: Path, data: Path) -> None:
+    """W11 · weight 3 · A child of a dead worker lives on → The trial of the worker can be taken up at once."""
     path = tmp_path / "x.lock"
 
     def hold_and_die() -> None:
@@ -104,6 +114,7 @@ def hold_the_database(path: Path, seconds: float) -> None:
 
 
 def test_another_writer_on_the_database_is_waited_for(tmp_path: Path, data: Path) -> None:
+    """W3 · weight 3 · Another program locks the database → It is waited for, longer than SQLite would."""
     root = tmp_path / "study"
     attempt(search, root, data, 1)
     blocker = start(hold_the_database, StudyFolder(root).database, 7.0)  # sqlite's usual patience is 5 s
@@ -115,6 +126,9 @@ def test_another_writer_on_the_database_is_waited_for(tmp_path: Path, data: Path
 
 
 def test_a_lost_database_is_never_replaced_by_an_empty_one(tmp_path: Path, data: Path) -> None:
+    """W4 · weight 5 · The database of a study with trials is gone → It is said. An empty study never takes its
+    place.
+    """
     root = tmp_path / "study"
     attempt(search, root, data, 1)
     folder = StudyFolder(root)
@@ -135,6 +149,9 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path, content: bytes) -> 
 
 
 def test_no_clock_decides_who_lives(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W8 · weight 3 · A clock that jumps by an hour → Nobody loses a trial: whether a worker lives does not
+    depend on a clock.
+    """
     root = tmp_path / "study"
     sleeper = start(search, root, data, 2, 0.3)
     while not StudyFolder(root).trial(0).starts.exists():

@@ -67,6 +67,9 @@ EVERY = range(1, STEPS + 1)
     "kind, kills", [("LoRA", EVERY), ("LoCon", (2,)), ("DoRA", (2, 4)), ("LoHa", (4,)), ("LoKr", (2,))]
 )
 def test_a_run_killed_after_any_step_ends_as_the_run_that_was_never_killed(kind, kills, tmp_path):
+    """A1 · weight 5 · A run is killed after any of its steps → The same command goes on from the newest
+    checkpoint and ends with bitwise the same LoRA (on a CPU).
+    """
     config = settings(kind)
     whole, weights = run(config, tmp_path / "whole")
     assert sum(isinstance(event, Validated) for event in whole) == 2

@@ -150,6 +150,9 @@ def cosines(scorer: OpenClipScorer, images: list[np.ndarray], texts: list[str]) 
 
 
 def test_clip_score_is_100_times_our_mean_cosine(both: Any) -> None:
+    """C8 · weight 5 · The CLIP score is computed wrongly → It equals that of torchmetrics for the same images
+    and texts.
+    """
     scorer, model = both
     images = pictures(4)
     own_NP = cosines(scorer, images, TEXTS)

@@ -66,6 +66,9 @@ def in_diffusers(base, path):
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "float"])
 def test_diffusers_gives_the_scored_adapters_output(family, precision, tmp_path):
+    """C7 · weight 5 · A saved LoRA means something else to other programs → diffusers draws with the file what
+    was scored here.
+    """
     base = tiny_base(family)
     _, plain = prediction(base)
     path, states, scored = exported(base, tmp_path, save_precision=precision)

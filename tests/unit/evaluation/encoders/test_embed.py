@@ -169,7 +169,7 @@ def test_weights_that_were_never_trained_are_refused(folder: Path, weights: dict
 def test_a_file_that_was_cut_off_is_refused(folder: Path, kept: int) -> None:
     file = folder / "open_clip_model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ModelFileError, match="damaged or truncated"):
+    with pytest.raises(ModelFileError, match="cannot be loaded"):
         load_scorer(str(folder))
 
 
@@ -313,7 +313,7 @@ def test_a_likeness_encoder_that_is_not_whole_is_an_error(dinov2: Path, folder: 
     with pytest.raises(ModelFileError, match="lacks 2 of the model's weights"):
         load_likeness(str(dinov2), scorer)
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ModelFileError, match="damaged or truncated"):
+    with pytest.raises(ModelFileError, match="cannot be loaded"):
         load_likeness(str(dinov2), scorer)
     file.unlink()
     with pytest.raises(ModelFileError, match="does not exist"):

@@ -86,6 +86,10 @@ def test_an_old_driver(system, tmp_path: Path) -> None:
 
 
 def test_a_driver_on_which_the_probe_dies_or_hangs(system, tmp_path: Path) -> None:
+    """W12 · weight 1 · The driver is dead or does not answer → `hpo doctor` says so in time and goes on with
+    its other checks.
+    """
+
     def ended(code: int | None, output: str) -> Report:
         parts, cards, failed = doctor._read_probe(code, output)
         more = {"probe": parts, "cards": cards, "probe_failed": failed}

@@ -107,6 +107,9 @@ def test_the_corner_that_needs_a_remedy_is_named_and_its_trial_begins_with_it(
 def test_a_space_that_cannot_fit_is_refused_with_the_settings_to_change(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """B5 · weight 1 · The settings of a search cannot fit into the GPU's memory → It is said before the first
+    trial, with the settings to change.
+    """
     with pytest.raises(ConfigError, match=r"no trial of this space fits into 0\.4 GB") as caught:
         card_of(bench, monkeypatch, 400_000_000)  # CUDA itself needs more
     assert "GPU with more memory" in caught.value.hint

@@ -142,6 +142,9 @@ def test_a_name_that_is_no_folder_name_is_refused(name: str) -> None:
 
 
 def test_a_changed_definition_is_refused_with_what_changed() -> None:
+    """W15 · weight 5 · The definition of a study is changed between two calls → Refused with what changed, so
+    that no results are mixed.
+    """
     before = study().frozen()
     now = build_study("t", STUDY, sets=["learning_rate={low=1e-3,high=1e-2,log=true}", "noise_offset=0.05"])
     lines = difference(before, now.frozen())
@@ -368,6 +371,9 @@ def test_warm_up_in_steps_becomes_a_share_of_the_users_steps(tmp_path: Path) -> 
 
 
 def test_no_mutation_of_a_study_file_raises_anything_but_a_named_error() -> None:
+    """D9 · weight 1 · A study file with any mistake in it → One line that says what is wrong and what to do,
+    never a traceback.
+    """
     text = find_study("mini", "mini-sd15").read_text(encoding="utf-8")
     draw = random.Random(0)
     for _ in range(150):

@@ -334,6 +334,9 @@ ANY_FIGURES = st.builds(DatasetFigures, st.integers(1, 500), st.integers(1, 20_0
 def test_every_configuration_gives_a_valid_one_within_the_limits_and_only_by_moves(
     source: TrainConfig, figures: DatasetFigures, profile: Profile, preset: str | None
 ) -> None:
+    """C9 · weight 5 · A transfer loses a setting or leaves the limits of SDXL → Every SD1.5 configuration
+    becomes a valid one for SDXL, and every change has its named rule.
+    """
     plan = transfer(source, figures, profile, preset=preset)  # a TrainConfig is valid, or it is not made
     values = source.as_dict()
     for move in plan.moves:

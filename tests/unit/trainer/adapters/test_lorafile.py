@@ -203,6 +203,7 @@ def test_the_model_hash_is_that_of_the_files_tensors(tmp_path):
 
 
 def test_a_lora_of_the_other_family_is_refused(tmp_path):
+    """D8 · weight 5 · A LoRA for another kind of model → Refused, with the kind of model that it is for."""
     written(tiny_base("sdxl"), tmp_path / "a.safetensors")
     with pytest.raises(ModelFileError, match=r"LoRA for SDXL \(.*\); the base tiny-sd15 is SD1.5"):
         lorafile.attach(tiny_base("sd15"), lorafile.read(tmp_path / "a.safetensors"))

@@ -282,12 +282,15 @@ def test_captions_are_read_without_marks_and_margins(tmp_path: Path, content: by
         ("gr\u00fcn".encode("latin-1"), "not UTF-8: byte 0xfc at 2, 'ü' if it is Windows-1252"),
         ("a zed".encode("utf-16"), "is UTF-16, not UTF-8"),
         (b"a\0b", "NUL byte"),
-        (b"a" * 2_000_000, "2000000 bytes"),
+        (b"a" * 2_000_000, "larger than 64 kB"),
     ],
 )
 def test_captions_that_cannot_be_meant_are_refused_by_name(
     tmp_path: Path, content: bytes, message: str
 ) -> None:
+    """D3 · weight 3 · Captions that are empty, huge, binary or not UTF-8 → Refused by name; a wrong byte is
+    shown with its place.
+    """
     add(tmp_path, "a.png").with_suffix(".txt").write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         dataset.read_dataset(tmp_path, CONFIG)
@@ -329,6 +332,7 @@ def read_bytes(tmp_path: Path, data: bytes, name: str = "a.png") -> np.ndarray:
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "BMP"])
 def test_a_truncated_image_is_refused_by_name_and_never_half_read(tmp_path: Path, format_name: str) -> None:
+    """D1 · weight 5 · Images that are cut → Refused by name before training, and never read by half."""
     data = saved(picture(40, 30), format_name)
     whole = read_bytes(tmp_path, data)
     for length in range(0, len(data), max(1, len(data) // 40)):
@@ -382,6 +386,9 @@ def bomb(width_px: int, height_px: int) -> bytes:
 def test_a_decompression_bomb_is_refused_from_its_header(
     tmp_path: Path, side_px: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """D2 · weight 3 · A small image file that unpacks to gigabytes → Refused from its header, before it is
+    unpacked.
+    """
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # another library may have lifted Pillow's own limit
     with pytest.raises(DataError, match="more than 179 million pixels"):
@@ -744,6 +751,9 @@ def test_a_batch_is_of_one_bucket_and_the_last_may_be_smaller() -> None:
 
 
 def test_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
+    """C4 · weight 5 · A run is resumed in the middle of an epoch → The images come in the order of the
+    undisturbed run.
+    """
     assert batches(3) == batches(3)
     assert batches(3) != batches(4)
     assert batches(3) != batches(3, seed=7)

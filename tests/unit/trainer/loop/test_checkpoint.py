@@ -103,7 +103,11 @@ def test_settings_that_do_not_change_the_result_may_differ(tmp_path):
 
 
 def test_the_optimizers_file_is_never_unpickled_freely(tmp_path):
-    """A checkpoint whose optimizer.pt would run code on loading is not loaded, even with a matching manifest."""
+    """D7 · weight 5 · The optimizer's file in a checkpoint was replaced by a pickle that runs code → It is not
+    loaded, even if the manifest matches, and its code does not run.
+
+    A checkpoint whose optimizer.pt would run code on loading is not loaded, even with a matching manifest.
+    """
     run = make_run()
     path = checkpoint.save(tmp_path, run, Progress(1))
 

@@ -66,6 +66,7 @@ def test_training_reports_every_step_and_lowers_the_loss(family):
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_same_run_twice_is_bitwise_the_same(family):
+    """C5 · weight 5 · The same settings and seed twice → Bitwise the same weights, on the same machine and CPU."""
     base = tiny_base(family)
     config = tiny_config(network_dropout=0.3, noise_offset=0.05)
     first, second = run(base, config), run(base, config)
@@ -190,6 +191,9 @@ def poison(base, monkeypatch, steps):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(monkeypatch):
+    """C1 · weight 5 · The loss or a gradient is not a number, once → The step is skipped and counted, and no
+    weight changes.
+    """
     base = tiny_base("sd15")
     config = tiny_config(max_train_epochs=3, lr_scheduler="constant")
     poison(base, monkeypatch, {2})

@@ -1,0 +1,45 @@
+"""Small files of others: only files are read, and only up to a size."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from trainer.reading import open_file, read_small
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    assert read_small(path, 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 4 bytes") as caught:
+        read_small(path, 4)
+    assert caught.value.errno == errno.EFBIG
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "link to a device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "/dev/tty0")
+    with pytest.raises(OSError):
+        read_small(path, 1000)
+
+
+def test_a_pipe_of_the_shell_is_read() -> None:
+    """``hpo train <(program)``."""
+    end, start = os.pipe()
+    writer = threading.Thread(target=lambda: (os.write(start, b"steps = 1\n"), os.close(start)))
+    writer.start()
+    with open_file(Path(f"/dev/fd/{end}")) as file:
+        assert file.read() == b"steps = 1\n"
+    writer.join()
+    os.close(end)
