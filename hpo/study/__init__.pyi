@@ -159,6 +159,9 @@ from .table import StudyKind as StudyKind
 from .table import StudyTable as StudyTable
 from .table import kind_of as kind_of
 from .table import study_table as study_table
+from .thresholds import GB as GB
+from .thresholds import Thresholds as Thresholds
+from .thresholds import read_thresholds as read_thresholds
 from .unchanged import as_begun as as_begun
 from .unchanged import check_forkable as check_forkable
 from .unchanged import check_unchanged as check_unchanged

@@ -1,0 +1,17 @@
+from .guard import Guard as Guard
+from .guard import Lookout as Lookout
+from .health import Health as Health
+from .health import Needs as Needs
+from .levels import Alert as Alert
+from .levels import Level as Level
+from .log import ACTION as ACTION
+from .log import ALERT as ALERT
+from .log import FIGURES as FIGURES
+from .log import HealthLog as HealthLog
+from .log import health_rows as health_rows
+from .log import last_rows as last_rows
+from .machine import MachineSensors as MachineSensors
+from .nvml import Nvml as Nvml
+from .reading import Gpu as Gpu
+from .reading import Reading as Reading
+from .reading import Sensors as Sensors
