@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpo.cli import best, clean, folders, machine, status, studies, tools, trainings
+from hpo.cli import best, clean, folders, machine, notify, status, studies, tools, trainings
 from hpo.cli.start import announced_imports
 from hpo.cli.streams import show_everything
 from trainer.errors import Interrupted, MachineError, ToolError
@@ -164,6 +164,7 @@ for command in (
     tools.inspect,
     tools.export,
     tools.dataset,
+    notify.notify,
     machine.doctor,
 ):
     main.add_command(command)

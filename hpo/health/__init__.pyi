@@ -15,3 +15,4 @@ from .nvml import Nvml as Nvml
 from .reading import Gpu as Gpu
 from .reading import Reading as Reading
 from .reading import Sensors as Sensors
+from .relief import halve as halve

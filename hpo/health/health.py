@@ -37,7 +37,7 @@ from trainer.events import Event, Step
 HUNG, DISK = "hung", "disk"  # events of hpo.study.notify, and figures
 RELIEF_SECONDS = 60.0  # between two requests to give back memory
 NEARLY_FULL = 0.9  # of the GPU's memory: from here on slow steps are explained by a spill (assumed)
-SMALL_FILE = 0.99  # of what the rank predicts
+SMALL_FILE = 0.9  # of what the rank predicts (assumed)
 REPORTS = 100_000  # that are kept between two looks
 
 
@@ -86,6 +86,7 @@ class Health:
         )
         self._steps, self._loss = SlowSteps(thresholds.slow_steps), LossSwing()
         self._had_gpu = False
+        self._is_new_place = False
         self._paused_at: float | None = None
         self._pause_spent = False
         self._relief_at: float | None = None
@@ -154,7 +155,8 @@ class Health:
         self._pause(now)
         self._relieve(now)
         if self._log is not None:
-            self._log.figures({**self.figures(), **more}, now)
+            self._log.figures({**self.figures(), **more}, now, at_once=self._is_new_place)
+            self._is_new_place = False
             for alert in alerts:
                 self._log.alert(alert.figure, alert.level.word, alert.text, alert.value)
         return alerts
@@ -210,6 +212,7 @@ class Health:
                 self._advance("images", report[1], report[2], now)
             elif isinstance(report, tuple):
                 self.place, self.progress, self._rate, self._pace = dict(report[1]), {}, None, None
+                self._is_new_place = True
                 self._steps, self._loss = SlowSteps(self.thresholds.slow_steps), LossSwing()
         return alerts
 

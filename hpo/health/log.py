@@ -38,9 +38,10 @@ class HealthLog:
         self._own: dict[str, Any] = {"pid": os.getpid(), **({"worker": worker} if worker else {})}
         self._written: float | None = None
 
-    def figures(self, values: Mapping[str, Any], now: float) -> bool:
-        """Write figures, unless some were written less than ten seconds ago.  ``now``: monotonic seconds."""
-        if self._written is not None and 0 <= now - self._written < EVERY_SECONDS:
+    def figures(self, values: Mapping[str, Any], now: float, *, at_once: bool = False) -> bool:
+        """Write figures, unless some were written less than ten seconds ago.  ``now``: monotonic seconds.  ``at_once``:
+        write them all the same, because another trial has begun."""
+        if not at_once and self._written is not None and 0 <= now - self._written < EVERY_SECONDS:
             return False
         self._written = now
         self._write({"event": FIGURES, **values})

@@ -58,7 +58,9 @@ from .locks import holder as holder
 from .noise import components as components
 from .notify import BEST as BEST
 from .notify import CONVERGED as CONVERGED
+from .notify import check_services as check_services
 from .notify import chosen_events as chosen_events
+from .notify import notification_urls as notification_urls
 from .notify import notifying as notifying
 from .notify import tell as tell
 from .optunaparts import set_system_attribute as set_system_attribute
@@ -100,6 +102,7 @@ from .result import read_result as read_result
 from .result import write_params as write_params
 from .result import write_result as write_result
 from .retention import Unneeded as Unneeded
+from .retention import clean_advice as clean_advice
 from .retention import drop_files as drop_files
 from .retention import unneeded as unneeded
 from .retention import usual_keep as usual_keep
@@ -117,6 +120,8 @@ from .sections import PRESETS as PRESETS
 from .sections import PRUNERS as PRUNERS
 from .sections import SAMPLERS as SAMPLERS
 from .sections import SCORE as SCORE
+from .sending import scheme as scheme
+from .sending import send as send
 from .space.derived import IMAGES_SEEN as IMAGES_SEEN
 from .space.derived import steps_for as steps_for
 from .space.domain import Choice as Choice

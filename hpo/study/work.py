@@ -66,6 +66,29 @@ class Invocation:
         return tuple(kept)
 
     @property
+    def unnotified(self) -> tuple[str, ...]:
+        """The words without ``--notify`` and its URLs, for another process: everyone can read its command line."""
+        kept: list[str] = []
+        words = iter(self.words)
+        for word in words:
+            if word == SECRET:
+                next(words, "")
+            elif not word.startswith(f"{SECRET}="):
+                kept.append(word)
+        return tuple(kept)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The URLs of ``--notify``."""
+        pairs = zip(self.words, (*self.words[1:], ""), strict=True)
+        found = [
+            after if word == SECRET else word.removeprefix(f"{SECRET}=")
+            for word, after in pairs
+            if word == SECRET or word.startswith(f"{SECRET}=")
+        ]
+        return tuple(found)
+
+    @property
     def notifies(self) -> bool:
         return any(word == SECRET or word.startswith(f"{SECRET}=") for word in self.words)
 

@@ -24,8 +24,8 @@ T = TypeVar("T")
 class Store:
     """Tensors by key.  What was read or made once stays in memory; with a folder it also stays on disk.
 
-    A worker keeps one store over its trials.  ``halve``: where RAM is short, only a part stays in memory, and the rest is
-    read from its files at each use, which gives the same tensors.
+    A worker keeps one store over its trials.  ``halve``: where RAM is short, only a part stays in memory, and the
+    rest is read from its files at each use, which gives the same tensors.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

@@ -18,7 +18,7 @@ from hpo.health.log import HealthLog, health_rows
 from hpo.health.reading import Gpu, Reading
 from hpo.health.steps import LossSwing, SlowSteps
 from hpo.study.thresholds import Thresholds
-from tests.unit.hpo.health.figures import SAFE, Told
+from tests.healthfigures import SAFE, Told
 from trainer.events import Step
 
 MINUTE = 60.0
