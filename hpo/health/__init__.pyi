@@ -4,6 +4,8 @@ from .health import Health as Health
 from .health import Needs as Needs
 from .levels import Alert as Alert
 from .levels import Level as Level
+from .line import figure_words as figure_words
+from .line import fitted as fitted
 from .log import ACTION as ACTION
 from .log import ALERT as ALERT
 from .log import FIGURES as FIGURES
@@ -16,3 +18,7 @@ from .reading import Gpu as Gpu
 from .reading import Reading as Reading
 from .reading import Sensors as Sensors
 from .relief import halve as halve
+from .watched import Watched as Watched
+from .watched import Working as Working
+from .watched import newest as newest
+from .watched import watched as watched

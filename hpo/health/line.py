@@ -16,10 +16,10 @@ def health_line(health: Health, width: int = 79) -> str:
     """Empty on a machine without a GPU where all is well.  At most ``width`` characters."""
     if health.paused:
         return f"paused: {health.paused}"[:width]
-    return fitted(words(health.figures()), width)
+    return fitted(figure_words(health.figures()), width)
 
 
-def words(figures: Mapping[str, Any], *, everything: bool = False) -> list[str]:
+def figure_words(figures: Mapping[str, Any], *, everything: bool = False) -> list[str]:
     """Figures of a row of health.jsonl, the most important first.  ``everything``: also those that are safe."""
     levels = figures.get("levels")
     levels = levels if isinstance(levels, dict) else {}

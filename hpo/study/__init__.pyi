@@ -193,6 +193,7 @@ from .work import open_steps as open_steps
 from .work import outside_studies as outside_studies
 from .work import recorded as recorded
 from .work import recorded_at as recorded_at
+from .work import resume_words as resume_words
 from .work import steps as steps
 from .worked import Stored as Stored
 from .worked import Worked as Worked

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpo.health.line import fitted, words
+from hpo.health.line import figure_words, fitted
 from hpo.health.machine import MachineSensors, container_limit
 from hpo.health.nvml import Nvml, visible
 
@@ -127,6 +127,6 @@ def test_the_line_shows_what_matters_and_fits(everything: bool) -> None:
         "disk_free": 3_100_000_000,
         "levels": {"gpu_temperature": "danger", "ram_used": "warn", "disk": "warn"},
     }
-    line = fitted(words(row, everything=everything), 79)
+    line = fitted(figure_words(row, everything=everything), 79)
     assert line.startswith("GPU 88 °C (!!), 100 % busy, 15.9 of 16.9 GB, RAM 71 % (!)") and len(line) <= 79
-    assert words({"ram_used": "x", "levels": 3, "no_gpu": "\x1b[2J"}) == ["GPU: [2J"]
+    assert figure_words({"ram_used": "x", "levels": 3, "no_gpu": "\x1b[2J"}) == ["GPU: [2J"]
