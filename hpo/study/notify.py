@@ -14,11 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hpo.study.quiet import QuietHours, read_quiet_hours
-from hpo.study.sending import Message, Sender, scheme, service
 from trainer.errors import ConfigError
 from trainer.text import clean_text
+
+if TYPE_CHECKING:  # every command imports this module, and few send anything
+    from hpo.study.quiet import QuietHours
+    from hpo.study.sending import Sender
 
 NOTIFY_VARIABLE, QUIET_VARIABLE = "HPO_NOTIFY", "HPO_QUIET_HOURS"
 FINISHED, FAILED, INTERRUPTED, CONVERGED, BEST = "finished", "failed", "interrupted", "converged", "best"
@@ -54,6 +57,8 @@ def notifying(urls: Sequence[str], events: Sequence[str] = USUAL, quiet: str = "
         finally:
             NOTIFIER.reset(token)
         return
+    from hpo.study.sending import Sender
+
     sender = Sender(found, hours)
     token = NOTIFIER.set(Notifier(sender, tuple(events)))
     try:
@@ -68,6 +73,8 @@ def tell(event: str, title: str, body: str, warn: Callable[[str], None] | None =
     the standard error."""
     notifier = NOTIFIER.get()
     if notifier is not None and event in notifier.events:
+        from hpo.study.sending import Message
+
         notifier.sender.put(Message(title, body, warn or _warn), at_once=event == FAILED)
 
 
@@ -97,12 +104,16 @@ def notification_urls(given: Sequence[str], environment: Mapping[str, str] = os.
 
 def quiet_hours(given: str, environment: Mapping[str, str] = os.environ) -> QuietHours | None:
     """Of ``--quiet-hours``, else of HPO_QUIET_HOURS.  Raises ConfigError."""
+    from hpo.study.quiet import read_quiet_hours
+
     return read_quiet_hours(given or environment.get(QUIET_VARIABLE, ""))
 
 
 def check_services(urls: Sequence[str]) -> None:
     """Raise ConfigError for a URL that Apprise cannot parse, before anything starts.  Never prints the URL:
     it is a secret."""
+    from hpo.study.sending import scheme, service
+
     for number, url in enumerate(urls, 1):
         if not service(url):
             raise ConfigError(
