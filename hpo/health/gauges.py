@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from hpo.health.levels import Alert, Crossing, Level
 from hpo.health.reading import Reading
-from hpo.study import GB, Thresholds
+from hpo.study import ANOMALY, GB, Thresholds
 
-ANOMALY = "anomaly"  # an event of hpo.study.notify
 RAM_USED, RAM_AVAILABLE, SWAP, CELSIUS, VRAM = (
     "ram_used",
     "ram_available",

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from hpo.health.gauges import (
-    ANOMALY,
     CELSIUS,
     GAUGES,
     RAM_AVAILABLE,
@@ -31,10 +30,9 @@ from hpo.health.levels import Alert, Crossing, Level
 from hpo.health.log import HealthLog
 from hpo.health.reading import Reading, Sensors
 from hpo.health.steps import LossSwing, SlowSteps
-from hpo.study import GB, Thresholds
+from hpo.study import ANOMALY, DISK, GB, HUNG, Thresholds
 from trainer.events import Event, Step
 
-HUNG, DISK = "hung", "disk"  # events of hpo.study.notify, and figures
 RELIEF_SECONDS = 60.0  # between two requests to give back memory
 NEARLY_FULL = 0.9  # of the GPU's memory: from here on slow steps are explained by a spill (assumed)
 SMALL_FILE = 0.9  # of what the rank predicts (assumed)

@@ -56,8 +56,12 @@ from .locks import Lock as Lock
 from .locks import alone as alone
 from .locks import holder as holder
 from .noise import components as components
+from .notify import ANOMALY as ANOMALY
 from .notify import BEST as BEST
 from .notify import CONVERGED as CONVERGED
+from .notify import DISK as DISK
+from .notify import HUNG as HUNG
+from .notify import RESTARTED as RESTARTED
 from .notify import check_services as check_services
 from .notify import chosen_events as chosen_events
 from .notify import notification_urls as notification_urls

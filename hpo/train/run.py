@@ -36,7 +36,7 @@ from hpo.train.keeper import Keeper
 from hpo.train.ladder import RunLadder
 from hpo.train.needs import FileSizes, file_sizes, needs
 from hpo.train.placement import Place, load
-from hpo.train.plan import count_steps
+from hpo.train.plan import Steps, count_steps
 from hpo.train.promptfile import SamplePrompt, sample_prompts
 from hpo.train.view import TrainView
 from trainer.config import SETTINGS, TrainConfig
@@ -169,7 +169,7 @@ class _Run:
     ladder: RunLadder
     view: TrainView
     ranks: Ranks
-    sizes: FileSizes | None = None  # known once the base is loaded
+    files: tuple[TrainConfig, Steps, FileSizes] | None = None  # what decides them, once the base is loaded
 
     def guard(self, lookout: Lookout, device: str) -> Guard:
         """What watches the health of this run, and of the GPU that it is on."""
@@ -189,10 +189,7 @@ class _Run:
 
     def _needs(self, progress: Mapping[str, Any]) -> Needs | None:
         """Called from the thread of the guard."""
-        if self.sizes is None:
-            return None
-        config = self.ladder.config
-        return needs(config, count_steps(config, self.data), self.sizes, int(progress.get("done", 0)))
+        return None if self.files is None else needs(*self.files, int(progress.get("done", 0)))
 
     def do(self, guard: Guard) -> None:
         """Train, taking the next rung of the ladder when memory runs out, and write the result."""
@@ -232,7 +229,7 @@ class _Run:
     def _attempt(self, stop: Stop, guard: Guard) -> tuple[Keeper, Adapter]:
         config, folder, first = self.ladder.config, self.folder, self.ranks.is_first
         self.place.prepare(config)
-        self.sizes = sizes = file_sizes(self.place.base, config, len(self.prompts))
+        sizes = file_sizes(self.place.base, config, len(self.prompts))
         keeper = Keeper(
             folder,
             config,
@@ -242,6 +239,7 @@ class _Run:
             self.view.say,
             lambda path: guard.health.saved(path, sizes.weights_bytes),
         )
+        self.files = config, keeper.steps, sizes
         guard.begins(stage="train")
         log = StepLog(folder.steps)
         with _board(config, folder, self.ranks) as board:
