@@ -35,7 +35,7 @@ class Thresholds:
     pause_minutes: float = setting(
         10.0, "the longest pause at gpu_temperature; 0: none", unit="minutes", low=0
     )
-    disk_reserve: float = setting(0.5, "disk space that always stays free", unit="GB", low=0)
+    disk_reserve: float = setting(0.2, "disk space that always stays free", unit="GB", low=0)
     acts: bool = setting(True, "pause, give back memory, stop before the disk is full")
 
     def vram_limit_bytes(self, total: int) -> int:

@@ -80,7 +80,7 @@ def test_a_running_night_is_one_screen_of_80_columns(study: Path) -> None:
     lines = text.splitlines()
     assert lines[0].startswith("luca  search, running for 3:00:0")
     assert "2/2 done" in text and "best: trial" in text
-    assert "trial 2, step 40/800" in text and "about 1:0" in text
+    assert "trial 2, step 40/800" in text and "about 1:" in text
     assert "GPU 62 °C, 97 % busy, 11.0 of 16.9 GB" in text and "RAM 72 % (!)" in text
     assert "RAM 72 % used (warning above 70 %)" in text
     assert "Ctrl-C ends this view; the run goes on" in text and max(map(len, lines)) <= 80

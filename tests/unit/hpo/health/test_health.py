@@ -294,7 +294,7 @@ def test_the_disk_warns_for_the_rest_and_stops_for_the_next_file() -> None:
     health = Health(Thresholds(), sensors, 0.0, needs=lambda: Needs(2 * 10**9, 40 * 10**9))
     sensors.machine(disk_free_bytes=30 * 10**9)
     (alert,) = health.look(5.0)
-    assert alert.level is Level.WARN and "30.0 GB free, the rest of the run needs 40.5" in alert.text
+    assert alert.level is Level.WARN and "30.0 GB free, the rest of the run needs 40.2" in alert.text
     assert "hpo clean" in alert.text and not health.full
     sensors.machine(disk_free_bytes=2 * 10**9)
     (alert,) = health.look(10.0)
