@@ -16,6 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.search import alerts, dashboard
+from hpo.search.balance import Balance
 from hpo.search.looks import Looks
 from hpo.search.proposals import Proposal, Proposals
 from hpo.search.samplers import make_sampler, startup_trials
@@ -190,11 +191,13 @@ class SearchProposals(BenchProposals):
             name=config.search.sampler,
             study=self.study,
             forked=forked,
+            balance=Balance.of(config),
         )
         return suggest(trial, config)
 
     def attributes(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().attributes(suggested), "sampler": self.bench.study.search.sampler}
+        search = self.bench.study.search
+        return {**super().attributes(suggested), "sampler": search.sampler, "rate": search.rate}
 
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
         """Names the earlier trial with the same settings, if there is one."""

@@ -13,15 +13,15 @@ elsewhere.  Its state is made anew in memory instead, from the values and result
 from __future__ import annotations
 
 import importlib.util
-import warnings
 import zlib
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import TrialState
 
+from hpo.search.balance import Balance, proposing
 from hpo.study import SAMPLERS
 from trainer.errors import MachineError, install_with
 
@@ -53,6 +53,7 @@ def make_sampler(
     name: str = "tpe",
     study: Any = None,
     forked: str = "",
+    balance: Balance | None = None,
 ) -> BaseSampler:
     """The sampler of trial ``number``.
 
@@ -60,7 +61,11 @@ def make_sampler(
     proposals stay random: a model of noise keeps to the place where the search began (docs/evaluation.md).
     ``study``: the optuna.Study, whose finished trials CMA-ES starts from.  ``forked``: the name of a study that took
     over trials; its random suggestions would repeat those of its source, at the same place in the space.
+    ``balance``: how the sampler sees the learning rate.  Not with qmc and cmaes, which keep to their own sequence.
     """
+    if balance is not None and name not in ("qmc", "cmaes"):
+        inner = make_sampler(seed, number, total, learned=learned, name=name, forked=forked)
+        return balance.sampler(inner, study, seed)
     own = [zlib.crc32(forked.encode())] if forked else []
     state = int(np.random.SeedSequence([seed, number, *own]).generate_state(1)[0])
     seed = int(np.random.SeedSequence([seed, *own]).generate_state(1)[0]) if own else seed
@@ -110,7 +115,4 @@ def _next_of_cmaes(state: int, study: optuna.Study) -> BaseSampler:
         if trial.distributions.keys() == space.keys():
             memory.enqueue_trial(trial.params)
             memory.tell(memory.ask(space), trial.value)
-    proposed = memory.ask(space).params
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return PartialFixedSampler(proposed, RandomSampler(seed=state))
+    return proposing(memory.ask(space).params, state)

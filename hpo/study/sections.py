@@ -68,6 +68,9 @@ class StudySection:
 SAMPLERS = ("tpe", "tpe-independent", "gp", "cmaes", "qmc", "random")
 
 
+# balanced: relative to what length, batch and alpha ask for (hpo.search.balance); plain: kohya's learning_rate itself
+RATES = ("balanced", "plain")
+
 # behind: a paired test against the best trial (hpo.search.looks); the others are Optuna's
 PRUNERS = ("none", "behind", "median", "halving")
 
@@ -77,10 +80,12 @@ class SearchSection:
     """[search]: how trials are proposed, and which are stopped early.  It may change while a study runs; each trial
     notes its sampler.
 
+    ``rate``: how the sampler sees the learning rate (``hpo.search.balance``).
     ``looks``: after which parts of its training a trial is looked at; only with a pruner.
     """
 
     sampler: str = setting("tpe", choices=SAMPLERS)
+    rate: str = setting("balanced", choices=RATES)
     pruner: str = setting("none", choices=PRUNERS)
     looks: tuple[float, ...] = setting((0.5,), low=0.05, high=0.95, least=1, example="[0.5]")
 

@@ -16,18 +16,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
+from scipy.special import ndtr
 
+from hpo.search.balance import Balance
 from hpo.search.samplers import make_sampler, startup_trials
-from hpo.study import Range
+from hpo.study import Range, Space
 from hpo.study.hours import CONFIRM_SHARE, LEAST, ROUNDS, Round
+from hpo.study.space.space import Parameter
+from hpo.transfer.probes.surrogate import fit
 from tests.bench.record_table import CELLS, IMAGES, LENGTH, QUARTERS, SUBJECTS, definition, recorded
-from tests.bench.table_surface import Run, Surface, Table, domains
+from tests.bench.table_surface import Run, Surface, Table, coordinates, domains, nearby, random_settings, to_z
 
 NOISE_OF_LOOK = 0.1  # sd of the score of 15 images (table: standard errors of 46 are 0.03 to 0.1)
 SHOWN = 46  # images of a whole trial: 16 prompts, two seeds for most
@@ -103,7 +108,12 @@ class Way:
     fixed: tuple[str, ...] = ()  # settings that keep the usual value
     low_length: float | None = None  # the search proposes no shorter run
     high_length: float | None = None  # nor a longer one
-    moves: tuple[float, ...] = ()  # the search's rate is that times these powers of length, batch, alpha ratio, rank
+    balanced: bool = True  # the sampler sees the rate as in hpo.search.balance
+    moves: tuple[
+        float, ...
+    ] = ()  # the search's rate is that times these powers of length, batch, alpha ratio, rank
+    short_start: float = 1.0  # the random trials have lengths of at most this part of the (logarithmic) range
+    by_model: bool = False  # the surrogate's mean, not the noisy score, says which trials are the best
     remembers: bool = False  # whether the search's own score counts in the confirmation
 
 
@@ -147,23 +157,13 @@ WAYS = (
     replace(TOOL, name="· begins with Sobol", first="qmc"),
     replace(TOOL, name="· begins with 5 Sobol", first="qmc", startup=5),
     replace(TOOL, name="· on kohya's settings", raw=True),
-    *(
-        replace(TOOL, name=f"· coordinates {name}{more}", moves=moves, share=0.1, **how)
-        for name, moves in (("√", (-0.5, 0.5, -0.5, -0.5)), ("fitted", (-0.7, 0.5, -0.7, -0.5)), ("√batch", (0, 0.5, 0, 0)))
-        for more, how in (("", {}), (", gp", {"sampler": "gp"}), (", less minor", {"fixed": MINOR}))
-    ),
-    *(
-        replace(TOOL, name=f"· without {', '.join(left)}", fixed=left, share=0.1)
-        for left in (
-            ("noise_offset", "network_dropout"),
-            ("noise_offset", "network_dropout", "min_snr_gamma", "gradient_accumulation_steps"),
-            MINOR,
-            (*MINOR, "train_batch_size"),
-            (*MINOR, "train_batch_size", "network_alpha_ratio"),
-            (*MINOR, "train_batch_size", "network_alpha_ratio", "text_encoder_lr_ratio"),
-            (*MINOR, "train_batch_size", "network_alpha_ratio", "text_encoder_lr_ratio", "lr_scheduler"),
-        )
-    ),
+    replace(TOOL, name="· rate as it is", balanced=False),
+    replace(TOOL, name="· rate / √batch", balanced=False, moves=(0, 0.5, 0, 0)),
+    replace(TOOL, name="· rate, fitted powers", balanced=False, moves=(-0.7, 0.5, -0.7, -0.5)),
+    replace(TOOL, name="· short random trials", short_start=0.4),
+    replace(TOOL, name="· surrogate", sampler="surrogate"),
+    replace(TOOL, name="· surrogate, short random trials", sampler="surrogate", short_start=0.4),
+    replace(TOOL, name="· surrogate, which ranks", sampler="surrogate", by_model=True),
     replace(TOOL, name="· tpe-independent", sampler="tpe-independent"),
     replace(TOOL, name="· gp", sampler="gp"),
     replace(TOOL, name="· cmaes", sampler="cmaes"),
@@ -242,6 +242,13 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
             study.sampler = sampler_of(way, seed, study, expected)
         if purse.left - reserve < whole / 2 and done:  # on average, all is used
             break
+        if way.short_start < 1 and 0 < len(done) < startup_trials(expected):
+            reach = (IMAGES.high / IMAGES.low) ** (way.short_start * rng.random())
+            study.enqueue_trial({LENGTH: int(IMAGES.low * reach)})
+        if way.sampler == "surrogate" and len(complete := _scored(study)) >= (
+            way.startup or startup_trials(expected)
+        ):
+            study.enqueue_trial(_by_surrogate(complete, distributions, rng))
         trial = study.ask(distributions)
         settings = read(trial.params)
         _run_trial(way, study, trial, surface.run(settings, rng), purse, settings[LENGTH])
@@ -249,6 +256,9 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
     complete = [t for t in finished if t.state == optuna.trial.TrialState.COMPLETE]
     pruned = len(finished) - len(complete)
     ranked = sorted(complete, key=lambda t: -t.values[0])
+    if way.by_model:
+        means = _means(complete)
+        ranked = [complete[i] for i in np.argsort(-means)]
     if chosen is None or len(ranked) < 2:
         return Ended(read(ranked[0].params), len(finished), pruned)
 
@@ -272,15 +282,61 @@ def _distributions(way: Way) -> Mapping[str, optuna.distributions.BaseDistributi
     return {name: domain.distribution() for name, domain in found.items() if name not in way.fixed}
 
 
+@cache
+def balance_without(fixed: tuple[str, ...]) -> Balance | None:
+    """How the tool's sampler sees the rate of the table's space."""
+    space = Space((*definition().space, Parameter(LENGTH, IMAGES))).without(set(fixed))
+    baseline = {name: value for name, value in USUAL.items() if name not in fixed}
+    return Balance.between(
+        space, definition().train.with_values({"max_train_epochs": None, "max_train_steps": 120}), baseline
+    )
+
+
 def sampler_of(way: Way, seed: int, study: optuna.Study, expected: int) -> optuna.samplers.BaseSampler:
     done = study.get_trials(deepcopy=False)
     learned = any(t.value is not None and t.value > 0.1 for t in done)
     name = way.sampler
     if way.startup is not None:
         learned, expected = learned and len(done) >= way.startup, 3 * way.startup
+    name = "tpe" if name == "surrogate" else name
     if way.first != "random" and not (learned and len(done) >= (way.startup or startup_trials(expected))):
         name = way.first
-    return make_sampler(seed, len(done), expected, learned=learned, name=name, study=study)
+    balance = None if way.raw or not way.balanced else balance_without(way.fixed)
+    return make_sampler(seed, len(done), expected, learned=learned, name=name, study=study, balance=balance)
+
+
+def _scored(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return [t for t in study.get_trials(deepcopy=False) if t.value is not None]
+
+
+def _means(done: Sequence[optuna.trial.FrozenTrial]) -> NDArray[np.float64]:
+    x_ND = np.array([coordinates({**USUAL, **t.params}) for t in done])
+    y_N = to_z(np.array([t.values[0] for t in done]))
+    return fit(x_ND, y_N.tolist(), [0.0] * len(y_N)).mean(x_ND)
+
+
+def _by_surrogate(
+    done: Sequence[optuna.trial.FrozenTrial],
+    distributions: Mapping[str, optuna.distributions.BaseDistribution],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """The place with the highest expected improvement in the Gaussian process of the target trials."""
+    values = [{**USUAL, **t.params} for t in done]
+    x_ND = np.array([coordinates(v) for v in values])
+    y_N = to_z(np.array([t.values[0] for t in done]))
+    model = fit(x_ND, y_N.tolist(), [0.0] * len(y_N))
+    means = model.mean(x_ND)
+    top = [values[i] for i in np.argsort(means)[-5:]]
+    places = random_settings(rng, 400) + [
+        nearby(rng, one, w) for one in top for w in (0.3, 0.1, 0.03) for _ in range(30)
+    ]
+    x_MD = np.array([coordinates(v) for v in places])
+    mean = model.mean(x_MD)
+    sd = np.sqrt(np.maximum(model.kernel.amplitude - (model.half(x_MD) ** 2).sum(0), 1e-12))
+    u = (mean - means.max()) / sd
+    gain = sd * (u * ndtr(u) + np.exp(-0.5 * u * u) / np.sqrt(2 * np.pi))
+    best = places[int(np.argmax(gain))]
+    return {name: best[name] for name in distributions}
 
 
 def _run_trial(
