@@ -25,9 +25,9 @@ EVERY_SECONDS = 2.0
 @options.as_json("Print one JSON object and end.")
 @options.runs
 def watch(name: str | None, as_json: bool, runs: Path) -> None:
-    """Watch a command that runs elsewhere. That is in another terminal, or on another machine that sees the folder. Shows
-    stage, trial, step, time left, the health of the machine and the last alerts. NAME: a study, or the output folder of hpo train.
-    Default: what runs, else what ran last. Only reads files; Ctrl-C leaves the run alone."""
+    """Watch a command that runs elsewhere. That is in another terminal, or on another machine that sees the folder.
+    Shows stage, trial, step, time left, the health of the machine and the last alerts. NAME: a study, or the output
+    folder of hpo train. Default: what runs, else what ran last. Only reads files; Ctrl-C leaves the run alone."""
     from hpo.terminal import json_text, watch_json, watch_screen
 
     root = _root(name, runs)
