@@ -99,7 +99,7 @@ def _left(name: str | None, runs: Path) -> Left:
     """The step to go on with.  Raises ConfigError if nothing was interrupted, or if it is still running."""
     from hpo.study import RUNNING, steps, within_a_day
 
-    roots = list(_roots(name, runs))
+    roots = list(record_roots(name, runs))
     found = sorted((left for root in roots for left in _open(root)), key=lambda left: left.when, reverse=True)
     if not found:
         where = f" in {name}" if name else ""
@@ -129,7 +129,7 @@ def _open(root: Path) -> list[Left]:
     return [Left(root, step) for step in open_steps(root) if step.words]
 
 
-def _roots(name: str | None, runs: Path) -> Iterator[Path]:
+def record_roots(name: str | None, runs: Path) -> Iterator[Path]:
     """The folders that can hold a record of commands: studies, and runs of ``hpo train``."""
     from hpo.study import WORK, find_folder, outside_studies, study_at, study_folder
 

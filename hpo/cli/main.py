@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpo.cli import best, clean, folders, machine, status, studies, tools, trainings
+from hpo.cli import best, clean, folders, machine, notify, status, studies, tools, trainings, watch
 from hpo.cli.start import announced_imports
 from hpo.cli.streams import show_everything
 from trainer.errors import ConfigError, Interrupted, MachineError, ToolError
@@ -174,6 +174,7 @@ def main() -> None:
 for command in (
     studies.search,
     status.status,
+    watch.watch,
     studies.confirm,
     studies.dashboard,
     folders.resume,
@@ -190,6 +191,7 @@ for command in (
     tools.inspect,
     tools.export,
     tools.dataset,
+    notify.notify,
     machine.doctor,
 ):
     main.add_command(command)

@@ -216,16 +216,22 @@ def notifies(command: Command) -> Command:
     )
     @click.option(
         "--notify-on",
-        default="finished,failed,interrupted,converged",
+        default="finished,failed,interrupted,converged,restarted,hung,anomaly,disk",
         show_default=True,
         metavar="EVENTS",
         help="What to send: these, and best (a new best trial).",
     )
+    @click.option(
+        "--quiet-hours",
+        default="",
+        metavar="FROM-TO",
+        help="Messages wait in these hours (23:00-07:00), except that the command failed. Also: HPO_QUIET_HOURS.",
+    )
     @functools.wraps(command)
-    def wrapped(*args: Any, notify: tuple[str, ...], notify_on: str, **named: Any) -> Any:
+    def wrapped(*args: Any, notify: tuple[str, ...], notify_on: str, quiet_hours: str, **named: Any) -> Any:
         from hpo.study import chosen_events, notifying
 
-        with notifying(notify, chosen_events(notify_on)):
+        with notifying(notify, chosen_events(notify_on), quiet_hours):
             return command(*args, **named)
 
     return cast(Command, wrapped)

@@ -37,12 +37,13 @@ def launching(screen: Console) -> Callable[[Sequence[str]], Launch] | None:
     command = INVOCATION.get()
     if command is None:
         return None
-    words = command.words
+    words = command.unnotified
+    urls = {"HPO_NOTIFY": " ".join(command.urls)} if command.urls else {}
 
     def launch(more: Sequence[str]) -> Launch:
         from hpo.night import by_command
 
-        return by_command((*words, *more), {"COLUMNS": str(screen.width)})
+        return by_command((*words, *more), {"COLUMNS": str(screen.width), **urls})
 
     return launch
 

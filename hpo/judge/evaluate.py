@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from hpo.health import Guard
 from hpo.judge.outcome import Evaluated
 from hpo.judge.runfiles import MARK_KEY, Checkpoint, RunFiles, find_run, is_mark, label
 from hpo.judge.view import JudgeView
+from hpo.machine import gpu_uuid
 from hpo.study import Inputs, alone, recorded_at
 from hpo.terminal import Stop, clock, command
 from trainer.errors import ConfigError, InvalidImages, ModelFileError
@@ -52,7 +54,18 @@ def evaluate(path: Path, inputs: Inputs, console: Console, study: str | None = N
     record = recorded_at(run.evaluation, run.evaluation.parent, f"evaluate {run.name}")
     with drawing_alone(run), record as work, Stop(view.on_ask) as stop:
         view.should_stop = stop
-        outcome = _judged(run, judge, damaged, view)
+        device = str(judge.evaluator.base.device)
+        guard = Guard(
+            judge.lookout,
+            run.evaluation,
+            view.say,
+            name=f"evaluate {run.name}",
+            device=device,
+            uuid=gpu_uuid(device),
+        )
+        guard.begins(stage="evaluate")
+        with view.guarded(guard):
+            outcome = _judged(run, judge, damaged, view)
         _write(run, judge, outcome)
         view.show(outcome)
         chosen = run.checkpoints[outcome.final]

@@ -31,6 +31,7 @@ from evaluation.score import (
     make_anchors,
     read_score,
 )
+from hpo.health import Lookout
 from hpo.judge import standard as standards
 from hpo.judge.runfiles import RunFiles
 from hpo.machine import deterministic, own_device, share_threads
@@ -83,6 +84,7 @@ class Judge:
     say: Say
     settings: Mapping[str, str] = field(default_factory=dict)
     noted: set[str] = field(default_factory=set)
+    lookout: Lookout = field(default_factory=Lookout)
 
     @property
     def safeguards(self) -> Safeguards:
@@ -239,7 +241,9 @@ def load(
             )
         evaluator = on_another_base(like.evaluator, base, sampling, data, paths)
     told = {name: short(getattr(config, name)) for name in TOLD if getattr(config, name) is not None}
-    return Judge(run.name, data, evaluator, confirmation, tuple(paths), say, told)
+    return Judge(
+        run.name, data, evaluator, confirmation, tuple(paths), say, told, lookout=Lookout(study.health)
+    )
 
 
 def _with_vae_of_run(config: TrainConfig, say: Say) -> TrainConfig:

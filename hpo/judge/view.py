@@ -24,12 +24,14 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.judge.runfiles import label
+from hpo.study import RUNS, clean_advice
 from hpo.terminal import PLAIN_SECONDS, STOPPING, left
 from trainer.errors import Interrupted
 from trainer.text import clean_text
 
 if TYPE_CHECKING:
     from evaluation.choice import CheckpointPoint
+    from hpo.health import Guard
     from hpo.judge.outcome import Evaluated
 
 FOUND_SECONDS = 0.05  # below this time per image, the images were found on the disk
@@ -90,9 +92,22 @@ class JudgeView:
         self.console = console
         self.should_stop: Callable[[], bool] = lambda: False
         self.pace = Pace()
+        self.guard: Guard | None = None
 
     def say(self, text: str) -> None:
         self.console.print(Text(clean_text(text)), soft_wrap=True, highlight=False)
+
+    @contextlib.contextmanager
+    def guarded(self, guard: Guard) -> Iterator[None]:
+        """Watch the health while images are drawn.  Raises MachineError if the disk gets full."""
+        self.guard = guard
+        try:
+            with guard:
+                yield
+        except Interrupted:
+            if guard.should_stop and not self.should_stop():
+                raise guard.full_error(clean_advice(RUNS)) from None
+            raise
 
     def on_ask(self) -> None:
         """Acknowledge Ctrl-C.  Runs in a signal handler, so rich cannot be used here."""
@@ -127,7 +142,10 @@ class JudgeView:
                 bar.update(task, completed=done, total=total, left=words)
                 if not self.console.is_terminal and self.pace.is_due() and 0 < done < total:
                     self.say(f"  {what}: {done}/{total} images{f', {words}' if words else ''}")
-                if self.should_stop() and done < total:
+                if self.guard is not None:
+                    self.guard.on_image(done, total, self.should_stop)
+                full = self.guard is not None and self.guard.should_stop
+                if (self.should_stop() or full) and done < total:
                     raise Interrupted(
                         f"stopped after image {done}/{total} of {what}; finished images are kept",
                         "run the same command again to resume",

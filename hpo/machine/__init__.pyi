@@ -1,6 +1,7 @@
 from .crew import worker_devices as worker_devices
 from .device import ASSIGNED as ASSIGNED
 from .device import check_device as check_device
+from .device import gpu_uuid as gpu_uuid
 from .device import own_device as own_device
 from .doctor import as_json as as_json
 from .doctor import examine as examine

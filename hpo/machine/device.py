@@ -189,6 +189,14 @@ def cards_seen() -> list[Seen]:
     return found
 
 
+def gpu_uuid(device: str) -> str:
+    """The UUID of the card that PyTorch calls ``device``; "" for a CPU, and where it is not told."""
+    name = "cuda:0" if device == "cuda" else device
+    if not name.startswith("cuda"):
+        return ""
+    return next((card.uuid for card in cards_seen() if card.device == name), "")
+
+
 def kernel_trouble(card: Seen) -> Trouble | None:
     import torch
 

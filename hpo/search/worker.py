@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
+from hpo.health import Guard, Lookout, Needs, halve
+from hpo.machine import gpu_uuid
 from hpo.search.claim import Claim, Claims
+from hpo.search.guarded import Guarded
 from hpo.search.looks import look_images
 from hpo.search.telling import Teller
 from hpo.search.trial import Watch, deaths_without_progress, failed, resumes_from, run_trial
@@ -27,20 +31,24 @@ from hpo.study import (
     TrialFolder,
     another_name,
     begun_study,
+    clean_advice,
     measured,
     standing,
     where,
     write_params,
     write_result,
 )
+from hpo.terminal import live
+from hpo.train import file_sizes
 from trainer.config import TrainConfig
 from trainer.errors import Interrupted, StudyStopped
-from trainer.files import sweep_tree
+from trainer.files import folder_bytes, sweep_tree
 
 if TYPE_CHECKING:
     from hpo.search.proposals import Proposals
     from hpo.search.workbench import Workbench
 
+SAMPLED = 5  # trials that have ended, for the size of the next ones
 MAX_LOST = 5  # connections in a row, before a trial is claimed
 # Processes in a row that died in one trial without saving more progress. Not more than a supervisor restarts a worker
 # (hpo.night): a trial that kills its process is given up before its GPU is.
@@ -58,9 +66,16 @@ class SearchView(Watch, Protocol):
 
 
 class Worker:
-    """One worker of a study."""
+    """One worker of a study.  ``lookout``: how its health is watched; None: by the study's thresholds."""
 
-    def __init__(self, study: optuna.Study, bench: Workbench, source: Proposals, view: SearchView) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        bench: Workbench,
+        source: Proposals,
+        view: SearchView,
+        lookout: Lookout | None = None,
+    ) -> None:
         self.study = study
         self.bench = bench
         self.folder: StudyFolder = bench.folder
@@ -68,12 +83,34 @@ class Worker:
         self.view = view
         self.teller = Teller(study, bench.folder, source.objectives, view.say)
         self.claims = Claims(study, source, self.teller)
+        device = str(bench.base.device)
+        self.guard = Guard(
+            lookout or Lookout(bench.study.health),
+            self.folder.root,
+            view.say,
+            name=self.folder.name,
+            device=device,
+            uuid=gpu_uuid(device),
+            needs=lambda: self._needs,
+            swings=False,  # a search tries rates that are too high, and the score decides
+            left=self._left,
+        )
+        self.guard.relief = partial(halve, bench.store)
+        self.watch = Guarded(view, self.guard)
+        self._needs: Needs | None = None
+        if isinstance(view, live.PlainView):
+            view.health = self.guard.line
 
     def run(self) -> str:
         """Run trials until there are enough.  Returns the reason for the end."""
         sweep_tree(self.folder.root)
         try:
-            return self._trials()
+            with self.guard:
+                return self._trials()
+        except Interrupted:
+            if self.guard.should_stop and not self.view.should_stop():
+                raise self.guard.full_error(clean_advice(self.folder.root.parent)) from None
+            raise
         except KeyError:
             if begun_study(self.folder) is not None:
                 raise
@@ -83,6 +120,20 @@ class Worker:
             ) from None
         finally:  # another worker may have died meanwhile
             sweep_tree(self.folder.root)
+
+    def _left(self) -> float | None:
+        """Seconds to the end of the study, as the view has it."""
+        current = self.view.current if isinstance(self.view, live.PlainView) else None
+        return None if current is None else current.seconds_left()
+
+    def _measure_needs(self, config: TrainConfig) -> None:
+        """How much disk the trials that are left need: each as much as those that have ended."""
+        sizes = file_sizes(self.bench.base, config)
+        own = sizes.weights_bytes + sizes.state_bytes
+        ended = [trial.root for trial in self.folder.trial_folders() if trial.result.is_file()][-SAMPLED:]
+        each = sum(map(folder_bytes, ended)) // len(ended) if ended else 0
+        ahead = self.source.trials_ahead(self.standing())
+        self._needs = Needs(own, own + each * (1 + ahead))
 
     def standing(self) -> Standing:
         return standing(self.study, self.source.total)
@@ -112,7 +163,7 @@ class Worker:
         """Until nothing is left.  A connection that is lost between two trials is tried again a few times."""
         lost = 0
         while True:
-            if self.view.should_stop():
+            if self.watch.should_stop():
                 raise Interrupted(
                     f"stopped between two {self.source.noun}s", "run the same command again to resume"
                 )
@@ -164,7 +215,12 @@ class Worker:
             return result
         self.source.prepare(claim.suggested, folder)
         looks = self.source.looks(claim.trial, folder)
-        return run_trial(self.bench, folder, config, self.view, claim.lock.check, looks)
+        self._measure_needs(config)
+        self.guard.begins(trial=folder.number)
+        result = run_trial(self.bench, folder, config, self.watch, claim.lock.check, looks)
+        if result.lora:
+            self.guard.health.saved(folder.lora, file_sizes(self.bench.base, config).weights_bytes)
+        return result
 
     def tell(self, claim: Claim, result: Result) -> None:
         """Report the result to Optuna."""

@@ -56,9 +56,15 @@ from .locks import Lock as Lock
 from .locks import alone as alone
 from .locks import holder as holder
 from .noise import components as components
+from .notify import ANOMALY as ANOMALY
 from .notify import BEST as BEST
 from .notify import CONVERGED as CONVERGED
+from .notify import DISK as DISK
+from .notify import HUNG as HUNG
+from .notify import RESTARTED as RESTARTED
+from .notify import check_services as check_services
 from .notify import chosen_events as chosen_events
+from .notify import notification_urls as notification_urls
 from .notify import notifying as notifying
 from .notify import tell as tell
 from .optunaparts import set_system_attribute as set_system_attribute
@@ -100,6 +106,7 @@ from .result import read_result as read_result
 from .result import write_params as write_params
 from .result import write_result as write_result
 from .retention import Unneeded as Unneeded
+from .retention import clean_advice as clean_advice
 from .retention import drop_files as drop_files
 from .retention import unneeded as unneeded
 from .retention import usual_keep as usual_keep
@@ -117,6 +124,8 @@ from .sections import PRESETS as PRESETS
 from .sections import PRUNERS as PRUNERS
 from .sections import SAMPLERS as SAMPLERS
 from .sections import SCORE as SCORE
+from .sending import scheme as scheme
+from .sending import send as send
 from .space.derived import IMAGES_SEEN as IMAGES_SEEN
 from .space.derived import steps_for as steps_for
 from .space.domain import Choice as Choice
@@ -160,6 +169,9 @@ from .table import StudyKind as StudyKind
 from .table import StudyTable as StudyTable
 from .table import kind_of as kind_of
 from .table import study_table as study_table
+from .thresholds import GB as GB
+from .thresholds import Thresholds as Thresholds
+from .thresholds import read_thresholds as read_thresholds
 from .unchanged import as_begun as as_begun
 from .unchanged import check_forkable as check_forkable
 from .unchanged import check_unchanged as check_unchanged
@@ -186,6 +198,7 @@ from .work import open_steps as open_steps
 from .work import outside_studies as outside_studies
 from .work import recorded as recorded
 from .work import recorded_at as recorded_at
+from .work import resume_words as resume_words
 from .work import steps as steps
 from .worked import Stored as Stored
 from .worked import Worked as Worked

@@ -30,6 +30,8 @@ from hpo.study.sections import (
 )
 from hpo.study.space.file import read_space
 from hpo.study.space.space import BASELINE, ELSEWHERE, Space, baseline_name, settings_of, unset_by
+from hpo.study.thresholds import SECTION as HEALTH
+from hpo.study.thresholds import Thresholds, read_thresholds
 from trainer import checks
 from trainer.bases import KNOWN_BASES, is_miniature
 from trainer.checks import check_known, check_whole, read, suggestion
@@ -76,6 +78,7 @@ class StudyConfig:
     score: Formula = field(default_factory=Formula)
     limits: SafeguardLimits = field(default_factory=SafeguardLimits)
     search: SearchSection = field(default_factory=SearchSection)
+    health: Thresholds = field(default_factory=Thresholds)
     sections: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -151,7 +154,8 @@ def read_study(
 
 
 SECTIONS = (
-    "study", "train", "space", "baseline", "search", "prompts", "confirmation", "sampling", "score", "limits"
+    "study", "train", "space", "baseline", "search", "prompts", "confirmation", "sampling", "score", "limits",
+    HEALTH,
 )  # fmt: skip
 
 
@@ -204,6 +208,7 @@ def _built(name: str, sections: Sections, seed: int | None) -> StudyConfig:
         read(Formula, sections["score"], "score"),
         read(SafeguardLimits, sections["limits"], "limits"),
         search,
+        read_thresholds(sections[HEALTH]),
         sections=sections,
     )
 

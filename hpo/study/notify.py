@@ -1,39 +1,40 @@
 """Notifications: what the long commands send to the Apprise URLs of ``--notify``.
 
-Owns the events, the URLs and sending.  One mechanism for all commands: the command line sets ``NOTIFIER``,
-``hpo.study.work`` tells how a step ended, and the search tells of convergence and new best trials.  Nothing here may
-end a command or print or store a URL, because URLs contain passwords: a failed notification causes one warning line,
-after at most five seconds.
+Owns the events and who gets them.  One mechanism for all commands: the command line sets ``NOTIFIER``,
+``hpo.study.work`` tells how a step ended, the search tells of convergence and new best trials, and the guard of a run
+(``hpo.health``) what goes wrong.  Nothing here may end a command or print or store a URL, because URLs contain
+passwords.  Does not own the sending (``hpo.study.sending``) or quiet hours (``hpo.study.quiet``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
-NOTIFY_SECONDS = 5.0
-NOTIFY_VARIABLE = "HPO_NOTIFY"
+if TYPE_CHECKING:  # every command imports this module, and few send anything
+    from hpo.study.quiet import QuietHours
+    from hpo.study.sending import Sender
+
+NOTIFY_VARIABLE, QUIET_VARIABLE = "HPO_NOTIFY", "HPO_QUIET_HOURS"
 FINISHED, FAILED, INTERRUPTED, CONVERGED, BEST = "finished", "failed", "interrupted", "converged", "best"
-EVENTS = (FINISHED, FAILED, INTERRUPTED, CONVERGED, BEST)
-USUAL = (FINISHED, FAILED, INTERRUPTED, CONVERGED)  # a new best trial can be news every few minutes
+RESTARTED, HUNG, ANOMALY, DISK = "restarted", "hung", "anomaly", "disk"
+EVENTS = (FINISHED, FAILED, INTERRUPTED, CONVERGED, RESTARTED, HUNG, ANOMALY, DISK, BEST)
+USUAL = tuple(event for event in EVENTS if event != BEST)  # a new best trial can be news every few minutes
 
 
 @dataclass(frozen=True)
 class Notifier:
     """Where to send, and which events."""
 
-    urls: tuple[str, ...]
+    sender: Sender
     events: tuple[str, ...] = USUAL
 
 
@@ -41,25 +42,40 @@ NOTIFIER: ContextVar[Notifier | None] = ContextVar("NOTIFIER", default=None)
 
 
 @contextlib.contextmanager
-def notifying(urls: Sequence[str], events: Sequence[str] = USUAL) -> Iterator[None]:
+def notifying(urls: Sequence[str], events: Sequence[str] = USUAL, quiet: str = "") -> Iterator[None]:
     """Send the events of the block to these URLs, else to those of HPO_NOTIFY.
 
-    Raises ConfigError for a URL that Apprise cannot parse.
+    ``quiet``: hours in which messages wait, as ``23:00-07:00``; else HPO_QUIET_HOURS.  At the end of the block, what is
+    not sent is waited for, at most five seconds.  Raises ConfigError for a URL that Apprise cannot parse.
     """
-    found = notification_urls(urls)
+    found, hours = notification_urls(urls), quiet_hours(quiet)
     check_services(found)
-    token = NOTIFIER.set(Notifier(found, tuple(events)) if found else None)
+    if not found:
+        token = NOTIFIER.set(None)
+        try:
+            yield
+        finally:
+            NOTIFIER.reset(token)
+        return
+    from hpo.study.sending import Sender
+
+    sender = Sender(found, hours)
+    token = NOTIFIER.set(Notifier(sender, tuple(events)))
     try:
         yield
     finally:
         NOTIFIER.reset(token)
+        sender.close(_warn)
 
 
 def tell(event: str, title: str, body: str, warn: Callable[[str], None] | None = None) -> None:
-    """Send one event, if it is wanted.  ``warn`` prints a warning; without it, to the standard error."""
+    """Send one event, if it is wanted.  Takes no time.  ``warn`` prints a warning, from another thread; without it, to
+    the standard error."""
     notifier = NOTIFIER.get()
     if notifier is not None and event in notifier.events:
-        notify(notifier.urls, title, body, warn or _warn)
+        from hpo.study.sending import Message
+
+        notifier.sender.put(Message(title, body, warn or _warn), at_once=event == FAILED)
 
 
 def _warn(text: str) -> None:
@@ -86,57 +102,21 @@ def notification_urls(given: Sequence[str], environment: Mapping[str, str] = os.
     return tuple(environment.get(NOTIFY_VARIABLE, "").split())
 
 
+def quiet_hours(given: str, environment: Mapping[str, str] = os.environ) -> QuietHours | None:
+    """Of ``--quiet-hours``, else of HPO_QUIET_HOURS.  Raises ConfigError."""
+    from hpo.study.quiet import read_quiet_hours
+
+    return read_quiet_hours(given or environment.get(QUIET_VARIABLE, ""))
+
+
 def check_services(urls: Sequence[str]) -> None:
     """Raise ConfigError for a URL that Apprise cannot parse, before anything starts.  Never prints the URL:
     it is a secret."""
+    from hpo.study.sending import scheme, service
+
     for number, url in enumerate(urls, 1):
-        if not _service(url):
+        if not service(url):
             raise ConfigError(
-                f"--notify (or {NOTIFY_VARIABLE}): URL {number} of {len(urls)} ({_scheme(url)}) is not an Apprise URL",
+                f"--notify (or {NOTIFY_VARIABLE}): URL {number} of {len(urls)} ({scheme(url)}) is not an Apprise URL",
                 "use a format from https://github.com/caronc/apprise, for example ntfy://TOPIC",
             )
-
-
-def _scheme(url: str) -> str:
-    """The part of a URL that may be printed: the service."""
-    scheme, separator, _ = url.partition("://")
-    return clean_text(scheme)[:20] if separator else "no scheme://"
-
-
-def _service(url: str) -> Any:
-    """Apprise with one service, or None.  Apprise logs URLs, which contain secrets, so its log is turned off."""
-    try:
-        import apprise
-
-        logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
-        service = apprise.Apprise()
-        return service if service.add(url) else None
-    except Exception:  # a plugin may raise anything
-        return None
-
-
-def notify(urls: Sequence[str], title: str, body: str, warn: Callable[[str], None]) -> None:
-    """Send to all URLs in parallel, for at most five seconds.  Never raises; a warning names only the service."""
-    outcomes: dict[str, bool] = {}
-
-    def send(url: str) -> None:
-        outcomes[url] = _send(url, title, body)
-
-    threads = [threading.Thread(target=send, args=(url,), daemon=True) for url in urls]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + NOTIFY_SECONDS
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    failed = sorted({_scheme(url) for url in urls if not outcomes.get(url)})
-    if failed:
-        warn(f"warning: could not send a notification ({', '.join(failed)}); the command continues")
-
-
-def _send(url: str, title: str, body: str) -> bool:
-    """Send to one service."""
-    service = _service(url)
-    try:
-        return service is not None and bool(service.notify(title=title, body=body))
-    except Exception:  # a plugin may raise anything, and a notification must not end a command
-        return False

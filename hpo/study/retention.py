@@ -8,6 +8,7 @@ whether a command works on the study; see ``hpo.cli.clean``.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
-from hpo.study.folder import StudyFolder, TrialFolder, read_json
+from hpo.study.folder import RUNS, StudyFolder, TrialFolder, read_json
 from hpo.study.standing import is_feasible, rank, score_of, standing
-from hpo.study.which import OF_STUDY, belongs_to
+from hpo.study.which import OF_STUDY, all_studies, belongs_to
 from hpo.study.work import steps
 from trainer.files import folder_bytes, machine_error
 
@@ -78,6 +79,23 @@ def unneeded(study: optuna.Study, folder: StudyFolder, keep: int) -> list[Unneed
         if trial.state.is_finished()
         for found in _of_trial(folder.trial(trial.number), trial, trial.number in kept)
     ]
+
+
+def clean_advice(runs: Path) -> str:
+    """The command that frees the disk space of trials in ``runs`` that need none, with the amount; empty if there is
+    nothing to free, or no study.  Reads the databases, so it is only for the end of a command."""
+    from hpo.study.storage import begun_study, database_errors
+
+    total = 0
+    for folder in all_studies(runs):
+        with contextlib.suppress(Exception), database_errors(folder):
+            study = begun_study(folder)
+            if study is not None:
+                total += sum(one.size for one in unneeded(study, folder, usual_keep(folder)))
+    if not total:
+        return ""
+    words = "" if runs == RUNS else f" --runs {shlex.quote(str(runs))}"
+    return f"hpo clean --all{words} frees {total / 1e6:.1f} MB"
 
 
 def usual_keep(folder: StudyFolder) -> int:

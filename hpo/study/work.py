@@ -66,6 +66,29 @@ class Invocation:
         return tuple(kept)
 
     @property
+    def unnotified(self) -> tuple[str, ...]:
+        """The words without ``--notify`` and its URLs, for another process: everyone can read its command line."""
+        kept: list[str] = []
+        words = iter(self.words)
+        for word in words:
+            if word == SECRET:
+                next(words, "")
+            elif not word.startswith(f"{SECRET}="):
+                kept.append(word)
+        return tuple(kept)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The URLs of ``--notify``."""
+        pairs = zip(self.words, (*self.words[1:], ""), strict=True)
+        found = [
+            after if word == SECRET else word.removeprefix(f"{SECRET}=")
+            for word, after in pairs
+            if word == SECRET or word.startswith(f"{SECRET}=")
+        ]
+        return tuple(found)
+
+    @property
     def notifies(self) -> bool:
         return any(word == SECRET or word.startswith(f"{SECRET}=") for word in self.words)
 
@@ -148,7 +171,7 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
         if not isinstance(error, Interrupted):
             raise
         state = INTERRUPTED
-        raise Interrupted(error.message, f"hpo resume {_name(root)}") from None
+        raise Interrupted(error.message, f"hpo resume {resume_words(root)}") from None
     except KeyboardInterrupt:
         state = INTERRUPTED
         raise
@@ -161,7 +184,7 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
         lock.release()
         _OWN.discard(name)
         if state != REFUSED:
-            notify.tell(state, f"{_name(root)}: {step} {state}", why or f"hpo {step} {state}")
+            notify.tell(state, f"{resume_words(root)}: {step} {state}", why or f"hpo {step} {state}")
 
 
 def steps(root: Path) -> list[Step]:
@@ -258,7 +281,7 @@ def _sweep_locks(root: Path) -> None:
                 path.unlink()
 
 
-def _name(root: Path) -> str:
+def resume_words(root: Path) -> str:
     """The argument of ``hpo resume`` for a study's or a run's folder."""
     study = StudyFolder(root)
     return study.words if study.has_study else shlex.quote(str(root))

@@ -32,6 +32,8 @@ from .text import left as left
 from .text import pace as pace
 from .text import say as say
 from .text import short as short
+from .watch import watch_json as watch_json
+from .watch import watch_screen as watch_screen
 from .workers import BEGUN as BEGUN
 from .workers import ENDED as ENDED
 from .workers import FOLLOWS as FOLLOWS

@@ -114,6 +114,7 @@ class PlainView:
         self.current: Current | None = None
         self.asked_to_stop: Callable[[], bool] = lambda: False
         self.baseline = "the usual settings"  # what the study's baseline is
+        self.health: Callable[[], str] = lambda: ""  # a line about the machine
         self.ranks = True  # whether the trials compete; those of a confirmation are repeats
         self._settings = settings
         self._last_line = 0.0
@@ -204,6 +205,7 @@ class LiveView(PlainView):
                 stopping=self.stopping,
                 width=console.width,
                 baseline=self.baseline if self.ranks else "",
+                health=self.health(),
             ),
             transient=True,
         )
@@ -238,10 +240,12 @@ def live_block(
     stopping: bool = False,
     width: int = 80,
     baseline: str = "the usual settings",
+    health: str = "",
 ) -> RenderableType:
     """The live block: trial, settings, progress, best so far, time left.  Fits 80 columns without truncation.
 
-    ``baseline``: what the study's baseline is; empty if the trials do not compete, as in a confirmation.
+    ``baseline``: what the study's baseline is; empty if the trials do not compete, as in a confirmation.  ``health``: a
+    line about the machine.
     """
     if current is None:
         return Text(f"{name}: choosing the next trial …", style="dim")
@@ -285,7 +289,8 @@ def live_block(
         if n
     ]
     last = Text(STOPPING, style="bold") if stopping else Text("   ".join([tail, *troubles]), style="dim")
-    return Group(head, grid, bar, *([Text(best)] if baseline else []), last)
+    machine = [Text(clean_text(health), style="dim")] if health else []
+    return Group(head, grid, bar, *([Text(best)] if baseline else []), *machine, last)
 
 
 def _needed(cells: Sequence[tuple[str, str]], columns: int) -> int:

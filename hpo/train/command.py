@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from hpo.study import origin_of
+from hpo.health import Lookout
+from hpo.study import origin_of, read_thresholds
 from hpo.train import dryrun
 from hpo.train import plan as trainplan
 from hpo.train.samples import file_stem
@@ -69,7 +70,8 @@ def train(request: TrainRequest, console: Console, echo: Callable[[str], None]) 
     trainplan.show_lines(console, file)
     from hpo.train.run import run  # loads torch
 
-    run(file.config, request.output_of(file), request.device, console)
+    lookout = Lookout(read_thresholds(file.health))
+    run(file.config, request.output_of(file), request.device, console, lookout)
 
 
 def _checked(request: TrainRequest, console: Console) -> TrainFile:
@@ -101,6 +103,8 @@ def read_request(request: TrainRequest) -> TrainFile:
         places=request.places,
         replaced=("output_dir",) if request.output else (),
     )
+    with piece():
+        read_thresholds(file.health)
     if request.strict:
         with piece():
             file.require_known()

@@ -36,6 +36,7 @@ class Keeper:
     data: Dataset
     prompts: list[SamplePrompt]
     say: Callable[[str], None]
+    on_file: Callable[[Path], None] = lambda path: None  # a LoRA file was written
 
     def __post_init__(self) -> None:
         self.steps = count_steps(self.config, self.data)
@@ -75,6 +76,7 @@ class Keeper:
         known = dataset_metadata(self.config, self.data, Saved(step, epoch))
         note = self.folder.metadata if self.config.no_metadata else None
         lorafile.write(path, adapter, self.config, known, note=note)
+        self.on_file(path)
         if path != self.folder.lora:
             self.say(f"saved {path.name}")
 

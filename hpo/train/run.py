@@ -17,23 +17,26 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hpo.machine import deterministic, own_device, share_threads
-from hpo.study import alone, origin_of, read_json, recorded_at
+from hpo.health import Guard, Lookout, Needs, halve
+from hpo.machine import deterministic, gpu_uuid, own_device, share_threads
+from hpo.study import RUNS, alone, clean_advice, origin_of, read_json, recorded_at
 from hpo.terminal import Stop, command, on_device
 from hpo.train import memory as runmemory
 from hpo.train.adapter import StepLog, train_adapter
 from hpo.train.folder import RunFolder, run_folder
 from hpo.train.keeper import Keeper
 from hpo.train.ladder import RunLadder
+from hpo.train.needs import FileSizes, file_sizes, needs
 from hpo.train.placement import Place, load
-from hpo.train.plan import count_steps
+from hpo.train.plan import Steps, count_steps
 from hpo.train.promptfile import SamplePrompt, sample_prompts
 from hpo.train.view import TrainView
 from trainer.config import SETTINGS, TrainConfig
@@ -50,8 +53,13 @@ if TYPE_CHECKING:
     from trainer.data import Prepared
 
 
-def run(config: TrainConfig, output: Path, device: str | None, console: Console) -> Path:
-    """Train to the end and return the LoRA's path.  Raises ToolError; Interrupted if the user stopped it."""
+def run(
+    config: TrainConfig, output: Path, device: str | None, console: Console, lookout: Lookout | None = None
+) -> Path:
+    """Train to the end and return the LoRA's path.  Raises ToolError; Interrupted if the user stopped it.
+
+    ``lookout``: how the health of the run is watched.
+    """
     ranks = launched()
     if not ranks.is_first:
         console = Console(quiet=True)
@@ -99,7 +107,8 @@ def run(config: TrainConfig, output: Path, device: str | None, console: Console)
                 if ranks.is_first
                 else contextlib.nullcontext() as work
             ):
-                _Run(folder, data, list(samples.prompts), place, ladder, view, ranks).do()
+                training = _Run(folder, data, list(samples.prompts), place, ladder, view, ranks)
+                training.do(training.guard(lookout or Lookout(), device))
                 if work is not None:
                     work.says = f"LoRA: {folder.lora}"
         finally:
@@ -160,17 +169,47 @@ class _Run:
     ladder: RunLadder
     view: TrainView
     ranks: Ranks
+    files: tuple[TrainConfig, Steps, FileSizes] | None = None  # what decides them, once the base is loaded
 
-    def do(self) -> None:
+    def guard(self, lookout: Lookout, device: str) -> Guard:
+        """What watches the health of this run, and of the GPU that it is on."""
+        guard = Guard(
+            lookout,
+            self.folder.root,
+            self.view.say,
+            name=f"train {self.folder.name}",
+            device=device,
+            uuid=gpu_uuid(device),
+            needs=lambda: self._needs(guard.health.progress),
+            left=lambda: self.view.seconds_left() if self.view.last else None,
+            pauses=self.ranks.world == 1,
+        )
+        self.view.health = guard.line
+        return guard
+
+    def _needs(self, progress: Mapping[str, Any]) -> Needs | None:
+        """Called from the thread of the guard."""
+        return None if self.files is None else needs(*self.files, int(progress.get("done", 0)))
+
+    def do(self, guard: Guard) -> None:
         """Train, taking the next rung of the ladder when memory runs out, and write the result."""
-        with Stop(self.view.on_ask) as stop, self.view:
+        with (
+            Stop(self.view.on_ask) as stop,
+            self.view,
+            guard if self.ranks.is_first else contextlib.nullcontext(),
+        ):
             while True:
                 try:
                     with out_of_memory_named(self.ladder.config):
-                        keeper, adapter = self._attempt(stop)
+                        keeper, adapter = self._attempt(stop, guard)
                     break
                 except OutOfMemory as error:
                     why = error.message
+                except Interrupted:
+                    if guard.should_stop and not stop():
+                        raise guard.full_error(clean_advice(RUNS)) from None
+                    raise
+                guard.health.out_of_memory(why)
                 release(self.place.device)
                 if self.ladder.step_down(why, steps_behind(self.folder.checkpoints)) is None:
                     raise OutOfMemory(
@@ -187,10 +226,21 @@ class _Run:
             shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
         self.ranks.wait()
 
-    def _attempt(self, stop: Stop) -> tuple[Keeper, Adapter]:
+    def _attempt(self, stop: Stop, guard: Guard) -> tuple[Keeper, Adapter]:
         config, folder, first = self.ladder.config, self.folder, self.ranks.is_first
         self.place.prepare(config)
-        keeper = Keeper(folder, config, self.place, self.data, self.prompts, self.view.say)
+        sizes = file_sizes(self.place.base, config, len(self.prompts))
+        keeper = Keeper(
+            folder,
+            config,
+            self.place,
+            self.data,
+            self.prompts,
+            self.view.say,
+            lambda path: guard.health.saved(path, sizes.weights_bytes),
+        )
+        self.files = config, keeper.steps, sizes
+        guard.begins(stage="train")
         log = StepLog(folder.steps)
         with _board(config, folder, self.ranks) as board:
 
@@ -203,16 +253,18 @@ class _Run:
                 if isinstance(event, Rehearsed):
                     runmemory.remember(folder.memory, config, event, self.place.base, self.view.say)
                 keeper.on_event(event, adapter)
+                guard.on_event(event, stop)
 
             def prepare(adapter: Adapter) -> tuple[Prepared, Conduct]:
                 prepared = self._prepared(stop)
+                guard.relief = partial(halve, prepared.store)
                 if first:
                     keeper.on_start(adapter, steps_behind(folder.checkpoints))
                 split = _held_out(self.place.base, config, self.data, folder) if first else None
                 self.place.settle(config, prepared)
                 how = Conduct(
                     checkpoints=folder.checkpoints,
-                    should_stop=stop,
+                    should_stop=lambda: stop() or guard.should_stop,
                     validate_on=split,
                     rehearse=True,
                     changed=self.ladder.changed,

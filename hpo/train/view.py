@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -30,6 +31,7 @@ class TrainView:
         self.seconds = 0.0
         self.skipped = 0
         self.stopping = False
+        self.health: Callable[[], str] = lambda: ""  # a line about the machine
         self._said = time.monotonic()
         self._first: tuple[int, float] | None = None  # the first step of this call, and when it was done
         self._each = 0.0  # mean seconds of a step, with what was done between steps
@@ -98,7 +100,8 @@ class TrainView:
             Text(clean_text(self.name), style="bold"), ProgressBar(total=total, completed=done, width=30)
         )
         tail = [Text(STOPPING, style="bold")] if self.stopping else []
-        return Group(bar, *map(Text, self.parts()), *tail)
+        health = [Text(clean_text(line), style="dim")] if (line := self.health()) else []
+        return Group(bar, *map(Text, self.parts()), *health, *tail)
 
     def __enter__(self) -> TrainView:
         if self.console.is_terminal:

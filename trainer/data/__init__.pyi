@@ -41,6 +41,7 @@ from .steps import plan as plan
 from .steps import steps_of as steps_of
 from .steps import total_steps as total_steps
 from .steps import warmup_steps as warmup_steps
+from .store import Store as Store
 from .subsets import FACE_CROP as FACE_CROP
 from .subsets import OWN_KEYS as OWN_KEYS
 from .subsets import PLACE_KEYS as PLACE_KEYS

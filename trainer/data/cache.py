@@ -39,7 +39,7 @@ from trainer.data.epoch import (
     view_for,
     views,
 )
-from trainer.data.store import Store, Tensors
+from trainer.data.store import Shelf, Store, Tensors
 from trainer.errors import DataError, MachineError, OutOfMemory
 from trainer.oom import memory_named
 from trainer.text import clean_text
@@ -70,6 +70,7 @@ class Prepared:
     sizes: dict[str, Sizes]
     states: dict[str, TextStates] | None
     masks: dict[str, Tensor] = field(default_factory=dict)
+    store: Store | None = None
     encoded_images: int = 0
     encoded_captions: int = 0
 
@@ -109,7 +110,8 @@ def prepare(
     """
     preflight.check(base, config)
     store = store or Store(folder)
-    prepared = Prepared(dataset, assign_buckets(dataset.items, config), {}, {}, None)
+    latents = store.shelf(lambda tensors: tensors["latent"])
+    prepared = Prepared(dataset, assign_buckets(dataset.items, config), latents, {}, None, store=store)
     _prepare_images(prepared, base, config, store, on_image or (lambda done, total: None))
     _prepare_masks(prepared, base, config)
     captions = None if config.trains_text_encoder else caption_variants(dataset.items, config)
@@ -144,7 +146,8 @@ def _prepare_images(
 def _prepare_group(
     prepared: Prepared, base: Base, config: TrainConfig, store: Store, group: Sequence[Item], mirrored: bool
 ) -> None:
-    kind = _kind(base, config)
+    kind, latents_kept = _kind(base, config), prepared.latents
+    assert isinstance(latents_kept, Shelf)
     missing: dict[str, str] = {}
     for item in group:
         fit = fit_of(item, config)
@@ -157,7 +160,7 @@ def _prepare_group(
         if cached is None:
             missing[view] = key
         else:
-            prepared.latents[view] = cached["latent"]
+            latents_kept.add(view, key, cached)
     if missing:
         # The whole group, always: the last bits of a latent may depend on the rest of the VAE's batch.
         pixels_BCHW = torch.stack([load_pixels(item, config)[0] for item in group])
@@ -174,7 +177,7 @@ def _prepare_group(
                     config.cache_latents_to_disk and not base.encoded_in_tiles
                 )  # another card may need none
                 store.put(missing[view], {"latent": latent}, on_disk=kept)
-                prepared.latents[view] = latent
+                latents_kept.add(view, missing[view], {"latent": latent})
 
 
 def _view(item: Item, mirrored: bool) -> str:
@@ -283,7 +286,9 @@ def _vae_sample(base: Base, pixels_BCHW: Tensor, seeds: Sequence[int], kind: tor
 def _prepare_captions(
     prepared: Prepared, base: Base, config: TrainConfig, store: Store, captions: Sequence[str]
 ) -> None:
-    prepared.states = {}
+    shelf = prepared.states = store.shelf(
+        lambda tensors: TextStates(tensors["hidden"], tensors.get("pooled"))
+    )
     encoder = base.text_encoders[0]
     longer: list[Any] = (
         [config.max_token_length] if config.max_token_length not in (None, WINDOW_TOKENS) else []
@@ -312,7 +317,7 @@ def _prepare_captions(
                 )
             store.put(key, tensors)
             prepared.encoded_captions += 1
-        prepared.states[caption] = TextStates(tensors["hidden"], tensors.get("pooled"))
+        shelf.add(caption, key, tensors)
 
 
 def _is_text(tensors: Tensors) -> bool:

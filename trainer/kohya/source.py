@@ -28,6 +28,7 @@ from trainer.tomlfile import flat
 
 RUN_CONFIG = "config.json"  # the settings in a run's folder
 OUTPUT = "output_dir"
+HEALTH = "health"
 SAVED = "saved settings"
 ITS_BASE = "its base was"
 # Settings that are paths, or may be one (a base can be a short name).
@@ -51,7 +52,8 @@ PATHS = frozenset(
 @dataclass(frozen=True)
 class Source:
     """What a file says, before anything is checked. ``values`` have kohya's names and sd-scripts' meaning if
-    ``is_kohya``; ``origin`` is the source that they are shown with, ``output_dir`` that of a file of this tool."""
+    ``is_kohya``; ``origin`` is the source that they are shown with, ``output_dir`` that of a file of this tool.
+    ``health``: the section for the command that watches the run, which is no setting of the training."""
 
     path: Path
     form: str
@@ -63,6 +65,7 @@ class Source:
     without_effect: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     output_dir: str | None = None
+    health: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Paths
@@ -122,6 +125,11 @@ def open_source(path: Path, *, either_is_kohya: bool = False) -> Source:
 
 
 def _open_settings(path: Path, table: Mapping[str, Any], either_is_kohya: bool) -> Source:
+    health = table.get(HEALTH, {})
+    if isinstance(health, Mapping):
+        table = {name: value for name, value in table.items() if name != HEALTH}
+    else:  # refused as an unknown key
+        health = {}
     joined = join(table)
     names = [name for name in joined.values if name != OUTPUT]
     if is_kohya(names) or (either_is_kohya and KNOWN_KEYS.issuperset(names)):
@@ -132,6 +140,7 @@ def _open_settings(path: Path, table: Mapping[str, Any], either_is_kohya: bool) 
             is_kohya=True,
             sections=joined.sections,
             translated=joined.repeated,
+            health=health,
         )
     settings = flat(path, table)
     output = settings.pop(OUTPUT, None)
@@ -140,6 +149,7 @@ def _open_settings(path: Path, table: Mapping[str, Any], either_is_kohya: bool) 
         "settings of this tool",
         known_only(path, settings),
         output_dir=output if isinstance(output, str) else None,
+        health=health,
     )
 
 

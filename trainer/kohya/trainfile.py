@@ -8,7 +8,7 @@ forms of files (``trainer.kohya.source``), the keys of sd-scripts (``trainer.koh
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ RIVALS = {"max_train_epochs": "max_train_steps", "max_train_steps": "max_train_e
 @dataclass(frozen=True)
 class TrainFile:
     """The settings of a run and their sources. ``origins`` names the source of each setting that is not a
-    default; ``defaults`` says whose defaults are used for the rest. The lists contain lines for the user."""
+    default; ``defaults`` says whose defaults are used for the rest. The lists contain lines for the user. ``health`` is
+    the section [health], for the command that trains."""
 
     path: Path
     form: str
@@ -47,6 +48,7 @@ class TrainFile:
     refused: tuple[str, ...] = ()
     differs: tuple[str, ...] = ()
     output_dir: str | None = None
+    health: Mapping[str, Any] = field(default_factory=dict)
 
     def require_all(self) -> TrainFile:
         """Raise ConfigError if any setting was refused, because the result would differ from the request."""
@@ -146,6 +148,7 @@ def _resolved(source: Source, given: Given) -> TrainFile:
             source.without_effect,
             refused=source.refused,
             output_dir=source.output_dir,
+            health=source.health,
         )
     table, ours = dict(source.values), {}
     for name, (value, by) in given.items():
@@ -170,6 +173,7 @@ def _resolved(source: Source, given: Given) -> TrainFile:
         (*source.refused, *file.refused),
         file.differs,
         file.output_dir,
+        source.health,
     )
 
 

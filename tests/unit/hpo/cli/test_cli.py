@@ -95,6 +95,8 @@ def test_every_command_explains_itself() -> None:
         "best",
         "clean",
         "importance",
+        "notify",
+        "watch",
     }
     assert set(main.commands) == names
     for words in ([], *([name] for name in sorted(names)), ["dataset", "demo"], ["export", "kohya"]):

@@ -6,6 +6,7 @@ import http.server
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,8 @@ import pytest
 from hpo.search.alerts import update_alert
 from hpo.study.convergence import ConvergenceVerdict
 from hpo.study.folder import StudyFolder, read_json
-from hpo.study.notify import check_services, notification_urls, notify
+from hpo.study.notify import check_services, notification_urls
+from hpo.study.sending import Message, Sender
 from hpo.study.standing import TrialRow
 from trainer.errors import ConfigError
 
@@ -133,6 +135,12 @@ class Inbox(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def notify(urls: list[str], title: str, body: str, warn: Callable[[str], None]) -> None:
+    sender = Sender(urls)
+    sender.put(Message(title, body, warn))
+    sender.close(warn)
 
 
 def test_a_notification_arrives() -> None:

@@ -14,7 +14,8 @@ from hpo.terminal import json_text
 
 # Commands that only read or check something.
 READING = {
-    "best", "dataset check", "doctor", "importance", "inspect", "plan", "status", "studies", "train"  # --dry-run
+    "best", "dataset check", "doctor", "importance", "inspect", "plan", "status", "studies", "watch",
+    "train",  # --dry-run
 }  # fmt: skip
 
 

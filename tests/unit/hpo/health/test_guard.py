@@ -1,0 +1,124 @@
+"""The guard beside a piece of work: what goes wrong in it reaches neither the work nor its end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpo.health.guard import Guard, Lookout
+from hpo.health.reading import Reading
+from hpo.study.notify import NOTIFIER, Notifier
+from hpo.study.thresholds import Thresholds
+from tests.healthfigures import Told
+from trainer.events import Step
+
+
+def step(number: int) -> Step:
+    return Step(number, 1000, 1, 1, 0.1, 1e-4, 0.0, 1.0, 0.01)
+
+
+def guard_of(folder: Path, sensors: Any, lines: list[str], **more: Any) -> Guard:
+    return Guard(Lookout(Thresholds(), sensors, 0.002), folder, lines.append, name="luca", **more)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for the guard's thread; it looks every two milliseconds."""
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_driver_that_hangs_holds_up_neither_the_steps_nor_the_end(tmp_path: Path) -> None:
+    asked, never = threading.Event(), threading.Event()
+
+    class Hanging:
+        def read(self) -> Reading:
+            asked.set()
+            never.wait()
+            return Reading()
+
+    began = time.monotonic()
+    with guard_of(tmp_path, Hanging(), []) as guard:
+        assert asked.wait(10)
+        for number in range(10_000):
+            guard.on_event(step(number))
+    assert time.monotonic() - began < 5
+    never.set()
+
+
+def test_sensors_that_fail_are_asked_again(tmp_path: Path) -> None:
+    class Failing(Told):
+        def read(self) -> Reading:
+            reading = super().read()
+            if self.looks < 5:
+                raise RuntimeError("driver/library version mismatch")
+            return reading
+
+    sensors = Failing()
+    with guard_of(tmp_path, sensors, []) as guard:
+        until(lambda: sensors.looks > 8)
+        assert guard.line().startswith("GPU 62 °C")
+
+
+def test_asking_to_stop_ends_a_pause(tmp_path: Path) -> None:
+    sensors, lines = Told(), []
+    sensors.gpu(celsius=99.0)
+    asked = threading.Event()
+    with guard_of(tmp_path, sensors, lines) as guard:
+        until(lambda: bool(guard.health.paused))
+        threading.Timer(0.05, asked.set).start()
+        guard.on_event(step(1), asked.is_set)
+    assert lines[-1].startswith("paused: GPU 99 °C") and "goes on after the pause" not in lines
+
+
+def test_one_of_several_processes_never_waits(tmp_path: Path) -> None:
+    sensors = Told()
+    sensors.gpu(celsius=99.0)
+    with guard_of(tmp_path, sensors, [], pauses=False) as guard:
+        until(lambda: bool(guard.health.paused))
+        guard.on_event(step(1))
+
+
+def test_danger_is_sent_and_a_warning_is_only_shown(tmp_path: Path) -> None:
+    sent: list[Any] = []
+
+    class Post:
+        def put(self, message: Any, *, at_once: bool = False) -> None:
+            sent.append((message.title, message.body, at_once))
+
+    sensors, lines = Told(), []
+    token = NOTIFIER.set(Notifier(Post()))
+    try:
+        guard = guard_of(tmp_path, sensors, lines)
+    finally:
+        NOTIFIER.reset(token)
+    with guard:
+        sensors.machine(ram_used=75.0)
+        until(lambda: len(lines) == 1)
+        sensors.machine(ram_used=95.0)
+        until(lambda: len(sent) == 1)
+    assert "RAM 75 % used" in lines[0] and sent[0][0] == "luca: anomaly" and "RAM 95 % used" in sent[0][1]
+
+
+@pytest.mark.parametrize("freed", [0, 12_300_000])
+def test_relief_is_done_by_the_work_between_two_steps(tmp_path: Path, freed: int) -> None:
+    sensors, lines = Told(), []
+    sensors.machine(ram_used=95.0)
+    where: list[str] = []
+
+    def relief() -> tuple[str, int]:
+        where.append(threading.current_thread().name)
+        return "half of it", freed
+
+    with guard_of(tmp_path, sensors, lines) as guard:
+        guard.relief = relief
+        until(lambda: guard.health.relief_due)
+        guard.on_image(1, 10)
+        assert not guard.health.relief_due
+    assert where == [threading.current_thread().name] and "RAM is short: half of it" in lines
