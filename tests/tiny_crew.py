@@ -45,7 +45,8 @@ def forks(run: Callable[[], None]) -> Callable[[Sequence[str]], Launch]:
         int
     ] = []  # a fork inherits those of the other workers: a supervisor's death would go unseen
 
-    def launch(role: Role, log: IO[bytes]) -> Forked:
+    def launch(role: Role, log: IO[bytes] | None) -> Forked:
+        assert log is not None
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:

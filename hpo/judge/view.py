@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.judge.runfiles import label
+from hpo.night import reached
 from hpo.terminal import PLAIN_SECONDS, STOPPING, left
 from trainer.errors import Interrupted
 from trainer.text import clean_text
@@ -122,6 +123,7 @@ class JudgeView:
             self.pace.begin()
 
             def on_image(done: int, total: int) -> None:
+                reached(f"images of {what}", done)
                 self.pace.drawn(done)
                 words = self.pace.words(total - done)
                 bar.update(task, completed=done, total=total, left=words)

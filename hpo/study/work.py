@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hpo.night import begins
 from hpo.study import notify
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
@@ -139,6 +140,7 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
     if invocation.notifies:
         row["notified"] = True
     append_line(root / WORK, json.dumps(row))
+    begins(root, invocation.words, invocation.cwd)
     state, why = FAILED, ""
     try:
         yield record
@@ -148,7 +150,9 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
         if not isinstance(error, Interrupted):
             raise
         state = INTERRUPTED
-        raise Interrupted(error.message, f"hpo resume {_name(root)}") from None
+        named = Interrupted(error.message, f"hpo resume {_name(root)}")
+        named.exit_code = error.exit_code
+        raise named from None
     except KeyboardInterrupt:
         state = INTERRUPTED
         raise

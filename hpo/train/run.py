@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hpo.machine import deterministic, own_device, share_threads
+from hpo.night import need_a_fresh_process
 from hpo.study import alone, origin_of, read_json, recorded_at
 from hpo.terminal import Stop, command, on_device
 from hpo.train import memory as runmemory
@@ -170,6 +171,7 @@ class _Run:
                         keeper, adapter = self._attempt(stop)
                     break
                 except OutOfMemory as error:
+                    need_a_fresh_process(error)
                     why = error.message
                 release(self.place.device)
                 if self.ladder.step_down(why, steps_behind(self.folder.checkpoints)) is None:

@@ -132,9 +132,7 @@ def test_a_worker_that_dies_is_started_three_times_and_then_left_out(told: Told,
     assert made.run(never)
     assert told.words.count("start 2") == 4 and told.words.count("pause 2") == 3
     assert told.words.count("out 2") == 1
-    assert made.posts[1].why == (
-        "it died 4 times without finishing a trial, the last time: killed by SIGKILL"
-    )
+    assert made.posts[1].why == ("it died 4 times without new progress, the last time: killed by SIGKILL")
 
 
 def test_pauses_grow_and_a_finished_trial_forgets_earlier_deaths(told: Told, tmp_path: Path) -> None:

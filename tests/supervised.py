@@ -1,0 +1,179 @@
+"""Real long commands under their real supervisor: forks of a process that has everything imported.
+
+A test says what goes wrong in the worker (``Fault``), as a patch of what it calls after every step or image; it goes
+wrong once, or again and again.  The supervisor, the signals and the files are real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hpo.judge.view
+import hpo.train.adapter
+import hpo.train.run
+from hpo.cli.main import main
+from hpo.night import restarts
+from tests.faults.zygote import start
+
+MIB = 1 << 20
+Fault = Callable[[int], None]  # called with the number of the step or image, in the worker
+
+
+def command(
+    here: Path, screen: Path, words: Sequence[str], fault: Fault, prepare: Callable[[], None]
+) -> None:
+    """``hpo WORDS`` in ``here``; what it prints is added to ``screen``.  ``prepare`` runs before the first fork."""
+    os.chdir(here)
+    with screen.open("ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    _run(words, fault, prepare)
+
+
+def command_at_terminal(
+    here: Path, terminal: int, words: Sequence[str], fault: Fault, prepare: Callable[[], None]
+) -> None:
+    """The same, with a terminal: ``terminal`` is the descriptor of its further end."""
+    os.setsid()
+    os.chdir(here)
+    for number in (0, 1, 2):
+        os.dup2(terminal, number)
+    os.close(os.open(os.ttyname(terminal), os.O_RDWR))  # becomes the controlling terminal of this session
+    os.environ["TERM"] = "xterm"
+    _run(words, fault, prepare)
+
+
+def _run(words: Sequence[str], fault: Fault, prepare: Callable[[], None]) -> None:
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["hpo", *words]
+    restarts.PAUSES = (0.05, 0.05, 0.05)
+    _after_each_step(fault)
+    prepare()
+    main()
+
+
+def _after_each_step(fault: Fault) -> None:
+    write, reached = hpo.train.adapter.StepLog.write, hpo.judge.view.reached
+
+    def writes(self: Any, event: Any, **more: Any) -> None:
+        write(self, event, **more)
+        if type(event).__name__ == "Step":
+            fault(event.step)
+
+    def reaches(what: str, done: int) -> None:
+        reached(what, done)
+        fault(done)
+
+    hpo.train.adapter.StepLog.write = writes  # type: ignore[method-assign]
+    hpo.judge.view.reached = reaches
+
+
+def begin(
+    here: Path,
+    screen: Path,
+    words: Sequence[str],
+    fault: Fault = lambda step: None,
+    prepare: Callable[[], None] = lambda: None,
+) -> int:
+    """The process of the command: that of its supervisor."""
+    return start(command, here, screen, words, fault, prepare)
+
+
+# What goes wrong
+
+
+def once(marker: Path, step: int, what: Callable[[], None]) -> Fault:
+    """At this step, in one process only."""
+
+    def fault(done: int) -> None:
+        if done == step and not marker.exists():
+            marker.write_text(str(os.getpid()))
+            what()
+
+    return fault
+
+
+def always(step: int, what: Callable[[], None]) -> Fault:
+    """At this step, in every process."""
+    return lambda done: what() if done == step else None
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def hold_the_interpreter() -> None:
+    """Wait in C for a lock that is never free, without letting Python run anything, signal handlers included."""
+    library, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(lock)
+    library.pthread_mutex_lock(lock)
+
+
+def crash() -> None:
+    ctypes.string_at(0)
+
+
+def stand_still() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def use_up_memory() -> None:
+    """A limit on this process's memory, and then all of it."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 200 * MIB, -1))
+    kept = []
+    while True:
+        kept.append(bytearray(16 * MIB))
+
+
+def tell_supervisor(*numbers: int) -> Callable[[], None]:
+    """Send the supervisor these signals, each once the one before has arrived here, and wait to be asked to stop."""
+
+    def what() -> None:
+        for number in numbers:
+            os.kill(os.getppid(), number)
+            until(is_asked_to_stop)
+
+    return what
+
+
+def is_asked_to_stop() -> bool:
+    handler = signal.getsignal(signal.SIGTERM)
+    return bool(getattr(getattr(handler, "__self__", None), "asked", False))
+
+
+def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
+def saves_every_step() -> None:
+    """``prepare``: a run keeps a checkpoint of every step."""
+    hpo.train.run.Conduct = functools.partial(hpo.train.run.Conduct, checkpoint_every_seconds=0.0)  # type: ignore
+
+
+def is_over(pid: int) -> bool:
+    """Whether a process that may be no child of this one has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
