@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import os
 import resource
 import signal
@@ -20,13 +19,14 @@ from typing import Any
 
 import hpo.judge.view
 import hpo.train.adapter
-import hpo.train.run
 from hpo.cli.main import main
 from hpo.night import restarts
 from tests.faults.zygote import start
+from trainer.loop import Conduct
 
 MIB = 1 << 20
-Fault = Callable[[int], None]  # called with the number of the step or image, in the worker
+# Called in the worker after every step and image, with its number and the file or images that it belongs to.
+Fault = Callable[[int, str], None]
 
 
 def command(
@@ -69,11 +69,11 @@ def _after_each_step(fault: Fault) -> None:
     def writes(self: Any, event: Any, **more: Any) -> None:
         write(self, event, **more)
         if type(event).__name__ == "Step":
-            fault(event.step)
+            fault(event.step, str(self.path))
 
     def reaches(what: str, done: int) -> None:
         reached(what, done)
-        fault(done)
+        fault(done, what)
 
     hpo.train.adapter.StepLog.write = writes  # type: ignore[method-assign]
     hpo.judge.view.reached = reaches
@@ -83,7 +83,7 @@ def begin(
     here: Path,
     screen: Path,
     words: Sequence[str],
-    fault: Fault = lambda step: None,
+    fault: Fault = lambda done, what: None,
     prepare: Callable[[], None] = lambda: None,
 ) -> int:
     """The process of the command: that of its supervisor."""
@@ -93,20 +93,20 @@ def begin(
 # What goes wrong
 
 
-def once(marker: Path, step: int, what: Callable[[], None]) -> Fault:
-    """At this step, in one process only."""
+def once(marker: Path, step: int, what: Callable[[], None], within: str = "") -> Fault:
+    """At this step or image, in one process only.  ``within``: a part of the file or of what is drawn."""
 
-    def fault(done: int) -> None:
-        if done == step and not marker.exists():
+    def fault(done: int, where: str) -> None:
+        if done == step and within in where and not marker.exists():
             marker.write_text(str(os.getpid()))
             what()
 
     return fault
 
 
-def always(step: int, what: Callable[[], None]) -> Fault:
-    """At this step, in every process."""
-    return lambda done: what() if done == step else None
+def always(step: int, what: Callable[[], None], within: str = "") -> Fault:
+    """The same in every process."""
+    return lambda done, where: what() if done == step and within in where else None
 
 
 def spin() -> None:
@@ -168,8 +168,8 @@ def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 
 def saves_every_step() -> None:
-    """``prepare``: a run keeps a checkpoint of every step."""
-    hpo.train.run.Conduct = functools.partial(hpo.train.run.Conduct, checkpoint_every_seconds=0.0)  # type: ignore
+    """``prepare``: every step is kept as a checkpoint."""
+    Conduct.__init__.__kwdefaults__["checkpoint_every_seconds"] = 0.0  # type: ignore[index]
 
 
 def is_over(pid: int) -> bool:

@@ -66,10 +66,10 @@ class Run:
         self.place, self.out, self.screen = place, tmp_path / "out", tmp_path / "screen"
         self.marker = tmp_path / "marker"
 
-    def begin(self, fault: Fault = lambda step: None, *more: str) -> int:
+    def begin(self, fault: Fault = lambda done, what: None, *more: str) -> int:
         return begin(self.place, self.screen, words(str(self.out), *HANG, *more), fault, saves_every_step)
 
-    def end(self, fault: Fault = lambda step: None, *more: str) -> int:
+    def end(self, fault: Fault = lambda done, what: None, *more: str) -> int:
         return finish(self.begin(fault, *more))
 
     @property
@@ -136,7 +136,7 @@ def test_a_worker_that_gets_a_little_further_each_time_is_started_again_and_agai
     """Six deaths, more than three restarts, each after new steps."""
     deaths = run.marker
 
-    def fault(step: int) -> None:
+    def fault(step: int, what: str) -> None:
         died = len(deaths.read_text()) if deaths.exists() else 0
         if step == 2 * (died + 1) and died < 6:
             deaths.write_text("x" * (died + 1))
@@ -196,7 +196,7 @@ def test_when_the_supervisor_is_killed_its_worker_saves_and_ends(run: Run) -> No
 
 
 def test_a_users_mistake_ends_the_command_as_without_a_supervisor(run: Run, place: Path) -> None:
-    assert run.end(lambda step: None, "--set", "no_such_setting=1") == 2
+    assert run.end(lambda done, what: None, "--set", "no_such_setting=1") == 2
     assert "goes on in" not in run.said and run.said.count("no_such_setting") == 1
     assert not run.out.exists()
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from hpo.study.storage import open_study
 from hpo.terminal.live import STOPPING
 from tests.faults.zygote import finish, start
 from tests.places import ROOT
+from tests.supervised import is_over, until
 from tests.tiny_crew import run_crew
 from tests.tiny_search import check_study, draw_images, make_search, tiny_bench
 from trainer.errors import Interrupted, ToolError
@@ -90,15 +90,6 @@ def command(root: Path, data: Path, trials: int, screen: Path, loaded: Any = slo
         raise SystemExit(error.exit_code) from None
 
 
-def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Wait for something."""
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-    return found
-
-
 def trained(folder: StudyFolder) -> list[tuple[TrialFolder, int]]:
     """The trials that are in training now, and the processes that run them."""
     found = []
@@ -113,15 +104,6 @@ def both_at_work(folder: StudyFolder) -> set[int]:
     """The processes of two workers, once each of them trains."""
     found = {pid for _, pid in trained(folder)}
     return found if len(found) == 2 else set()
-
-
-def is_over(pid: int) -> bool:
-    """Whether a process that is no child of this one has ended."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state == "Z"  # nobody has asked for its exit code yet
 
 
 def starts(folder: StudyFolder) -> list[int]:
