@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import hpo.judge.view
+import hpo.night
+import hpo.search.trial
 import hpo.train.adapter
 from hpo.cli.main import main
 from hpo.night import restarts
@@ -54,7 +56,10 @@ def command_at_terminal(
 
 
 def _run(words: Sequence[str], fault: Fault, prepare: Callable[[], None]) -> None:
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, mode, closefd=False)  # noqa: SIM115
+        for number, mode in enumerate("rww")
+    )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["hpo", *words]
     restarts.PAUSES = (0.05, 0.05, 0.05)
@@ -64,7 +69,7 @@ def _run(words: Sequence[str], fault: Fault, prepare: Callable[[], None]) -> Non
 
 
 def _after_each_step(fault: Fault) -> None:
-    write, reached = hpo.train.adapter.StepLog.write, hpo.judge.view.reached
+    write, reached = hpo.train.adapter.StepLog.write, hpo.night.reached
 
     def writes(self: Any, event: Any, **more: Any) -> None:
         write(self, event, **more)
@@ -76,7 +81,7 @@ def _after_each_step(fault: Fault) -> None:
         fault(done, what)
 
     hpo.train.adapter.StepLog.write = writes  # type: ignore[method-assign]
-    hpo.judge.view.reached = reaches
+    hpo.judge.view.reached = hpo.search.trial.reached = reaches
 
 
 def begin(

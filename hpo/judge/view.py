@@ -121,6 +121,10 @@ class JudgeView:
         ) as bar:
             task = bar.add_task(clean_text(what), total=images or None, left="")
             self.pace.begin()
+            if self.should_stop():
+                raise Interrupted(
+                    f"stopped before {what}; finished images are kept", "run the same command again to resume"
+                )
 
             def on_image(done: int, total: int) -> None:
                 reached(f"images of {what}", done)

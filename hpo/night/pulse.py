@@ -42,7 +42,8 @@ class Pulse:
     def starts(self, pid: int | None) -> None:
         """A new process begins."""
         self._pid, self._seen = pid, self._clock()
-        self._silent, self._is_loading, self._is_asking, self._written = 0.0, True, False, 0
+        self._silent, self._is_loading, self._is_asking = 0.0, True, False
+        self._written = _written(pid)
 
     def takes(self, report: Mapping[str, Any]) -> bool:
         """A report has come.  True if a worker is further than any was before."""

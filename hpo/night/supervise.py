@@ -256,7 +256,7 @@ class Supervisor:
                 self._watch.on_error(post)
             self._stop()
         elif ending is Ending.AGAIN:
-            pause = post.restarts.died()
+            pause = post.restarts.died(in_trial=post.record is not None)
             self._note(post, pause)
             if pause is not None:
                 post.state, post.due = State.PAUSING, time.monotonic() + pause

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -67,18 +68,16 @@ def ends(here: Path, screen: Path, fault: Fault = lambda done, what: None) -> in
     return finish(begin(here, screen, WORDS, fault))
 
 
-@pytest.mark.parametrize(
-    ("what", "reason"), [(supervised.stand_still, "hang"), (supervised.crash, "crash:SIGSEGV")]
-)
+@pytest.mark.parametrize(("what", "reason"), [(supervised.spin, "hang"), (supervised.crash, "crash:SIGSEGV")])
 def test_an_evaluation_whose_process_fails_goes_on_to_the_same_choice(
     here: Path, tmp_path: Path, what: Callable[[], None], reason: str
 ) -> None:
     screen = tmp_path / "screen"
-    assert ends(here, screen, once(tmp_path / "marker", 2, what, "epoch 2")) == 0, screen.read_text()
+    assert ends(here, screen, once(tmp_path / "marker", 4, what, "epoch 2")) == 0, screen.read_text()
     assert figures(here / "out") == figures(here / "out-whole")
     deaths = read_records(here / "out" / "zkw.run" / "night.jsonl")
     assert [row["reason"] for row in deaths] == [reason]
-    assert "1/3 checkpoints were scored before" in screen.read_text()
+    assert re.search("[12]/3 checkpoints were scored before", screen.read_text())
 
 
 @pytest.mark.parametrize(
@@ -86,14 +85,13 @@ def test_an_evaluation_whose_process_fails_goes_on_to_the_same_choice(
     [
         ((signal.SIGINT,), Interrupted.exit_code),
         ((signal.SIGTERM, signal.SIGTERM), Interrupted.TERMINATED),
-        ((signal.SIGUSR1,), Interrupted.TERMINATED),
     ],
 )
 def test_a_signal_ends_an_evaluation_with_its_code_and_the_same_command_goes_on(
     here: Path, tmp_path: Path, numbers: tuple[int, ...], code: int
 ) -> None:
     screen, marker = tmp_path / "screen", tmp_path / "marker"
-    assert ends(here, screen, once(marker, 2, tell_supervisor(*numbers), "epoch 2")) == code
+    assert ends(here, screen, once(marker, 4, tell_supervisor(*numbers), "epoch 2")) == code
     assert "finished images are kept" in screen.read_text() and is_over(int(marker.read_text()))
     assert not (here / "out" / "zkw.run" / "night.jsonl").exists()
     assert ends(here, screen) == 0 and figures(here / "out") == figures(here / "out-whole")
@@ -108,5 +106,5 @@ def test_a_second_ctrl_c_ends_an_evaluation_at_once(here: Path, tmp_path: Path) 
             signal.pause()
 
     screen = tmp_path / "screen"
-    assert ends(here, screen, once(tmp_path / "marker", 2, what, "epoch 2")) == Interrupted.exit_code
+    assert ends(here, screen, once(tmp_path / "marker", 4, what, "epoch 2")) == Interrupted.exit_code
     assert "stopped at once" in screen.read_text()

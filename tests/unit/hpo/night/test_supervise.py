@@ -145,6 +145,8 @@ def test_pauses_grow_and_a_finished_trial_forgets_earlier_deaths(told: Told, tmp
     assert [rule.died() for _ in range(3)] == [5, 30, 120]
     rule.progressed()
     assert [rule.died() for _ in range(4)] == [5, 30, 120, None]
+    rule.progressed()
+    assert [rule.died(in_trial=True) for _ in range(5)] == [5, 30, 120, 120, None]
     scripts = Scripts(w1=[DIE, DIE, f"{say('result')}; {DIE}", DIE, DIE, DIE])
     with pytest.raises(WorkersFailed):
         supervisor(told, scripts, tmp_path, 1).run(never)
