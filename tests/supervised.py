@@ -177,8 +177,13 @@ def saves_every_step() -> None:
     Conduct.__init__.__kwdefaults__["checkpoint_every_seconds"] = 0.0  # type: ignore[index]
 
 
-def is_over(pid: int) -> bool:
-    """Whether a process that may be no child of this one has ended."""
+def state_of(pid: int) -> str:
+    """The state of a process, a letter as in ``ps``; empty if there is none."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def is_over(pid: int) -> bool:
+    """Whether a process has ended; its parent may not have asked for its exit code yet."""
+    return state_of(pid) in ("", "Z")

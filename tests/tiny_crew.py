@@ -16,7 +16,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from hpo.machine import ASSIGNED, WORKERS
-from hpo.night import VARIABLE, Launch, Role, taken_role
+from hpo.night import HANG_MINUTES, VARIABLE, WATCHED, Launch, Role, taken_role, watch
 from hpo.search.workbench import Workbench
 from hpo.terminal import reporting_console
 from tests.tiny_session import run_session
@@ -82,6 +82,7 @@ def run_crew(
     screen: Path,
     workers: int = 2,
     loaded: Loaded = lambda bench: None,
+    hang_seconds: float = 60 * HANG_MINUTES,
     **words: Any,
 ) -> None:
     """``hpo search --workers`` for the study at ``root``; what it prints is added to the file ``screen``."""
@@ -91,6 +92,8 @@ def run_crew(
         assert worker is not None
         ASSIGNED.set(worker.role.device)
         WORKERS.set(worker.role.workers)
+        WATCHED.set(worker)
+        watch(hang_seconds)
         own = words if worker.role.leads else {**words, "enqueue": None}
         console = reporting_console(worker.report)
         with worker.errors_reported():

@@ -110,24 +110,27 @@ class Front:
         return self._code(post)
 
     def _code(self, post: Post) -> int:
-        code = post.code
-        if self._asked is not None and (code != 0 or post.state is State.PAUSING):
-            if code < 0 or was_stopped(code) or post.state is State.PAUSING:
-                return Interrupted.exit_code if self._asked == signal.SIGINT else Interrupted.TERMINATED
-        elif (
-            was_stopped(code) and code < 0
-        ):  # the worker itself was asked to stop, before it could save anything
-            return Interrupted.exit_code if code == -signal.SIGINT else Interrupted.TERMINATED
-        elif code < 0:
+        """The exit code of the command; says what its worker could not say."""
+        code, paused = post.code, post.state is State.PAUSING
+        by = self._asked or (
+            -code if was_stopped(code) else None
+        )  # the worker may have been asked, not this process
+        if code < 0 and by is None:
             self._say(
                 f"error: {post.why} while it started", "hint: run it again; if it happens again: hpo doctor"
             )
             return NULL_COMMAND - code
-        return code
+        if by is None or not (code < 0 or was_stopped(code) or paused):
+            return code
+        if code < 0 or paused:
+            self._say("stopped; what was saved before is kept", f"next: {self._next()}")
+        if self._asked is None and code > 0:
+            return code
+        return Interrupted.exit_code if by == signal.SIGINT else Interrupted.TERMINATED
 
     def _next(self) -> str:
         root = self._supervisor.root
-        return "hpo resume" + ("" if root is None else f" {shlex.quote(os.path.relpath(root))}")
+        return "the same command" if root is None else f"hpo resume {shlex.quote(os.path.relpath(root))}"
 
     def _judge(self, post: Post, code: int) -> Ending:
         """Errors that the worker has shown end the command.  What died without a word starts again, unless nothing had
@@ -226,7 +229,7 @@ class Front:
 
     def _say(self, *lines: str) -> None:
         """Print lines, wherever the worker's output goes.  What it drew may have hidden the cursor."""
-        text = "".join(f"hpo {self.words[0]}: {clean_text(line)}\n" for line in lines).encode()
+        text = "".join(f"{clean_text(line)}\n" for line in lines).encode()
         try:
             os.write(2, (b"\x1b[?25h\n" if os.isatty(2) else b"") + text)
         except OSError:

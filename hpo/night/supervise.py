@@ -39,7 +39,7 @@ from hpo.night.post import Post, State, Watch
 from hpo.night.process import IsWorker, Launch, Process
 from hpo.night.pulse import MARKS, Pulse
 from hpo.night.restarts import Restarts
-from hpo.night.role import ERROR, SUPERVISES, WORKS_ON, Role
+from hpo.night.role import ERROR, ORPHAN_SECONDS, SUPERVISES, WORKS_ON, Role
 from hpo.night.watched import WATCHED
 from trainer.errors import MachineError, ToolError
 from trainer.files import append_line, make_folder
@@ -257,6 +257,8 @@ class Supervisor:
             self._stop()
         elif ending is Ending.AGAIN:
             pause = post.restarts.died(in_trial=post.record is not None)
+            if pause is not None and post.supervises:  # its workers have to end first
+                pause = max(pause, ORPHAN_SECONDS + GRACE_SECONDS)
             self._note(post, pause)
             if pause is not None:
                 post.state, post.due = State.PAUSING, time.monotonic() + pause

@@ -13,11 +13,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import hpo.train.run
 from hpo.cli.main import main
 from hpo.terminal.live import STOPPING
 from tests import supervised
 from tests.faults.zygote import finish
-from tests.supervised import Fault, always, begin, is_over, once, saves_every_step, tell_supervisor, until
+from tests.supervised import (
+    Fault,
+    always,
+    begin,
+    is_over,
+    once,
+    saves_every_step,
+    state_of,
+    tell_supervisor,
+    until,
+)
 from tests.tiny import save_folder, tiny_base
 from tests.tiny_run import TINY
 from tests.tiny_search import draw_images
@@ -123,10 +134,8 @@ def test_three_restarts_without_new_progress_end_the_command_with_what_to_do(run
     assert code == MachineError.exit_code
     assert run.deaths == ["crash:SIGSEGV"] * 4
     *_, error, then = run.said.splitlines()
-    assert error == (
-        "hpo train: error: it died 4 times without new progress, the last time: killed by SIGSEGV"
-    )
-    assert then.startswith("hpo train: next: hpo resume ") and then.endswith("/lora.run")
+    assert error == ("error: it died 4 times without new progress, the last time: killed by SIGSEGV")
+    assert then.startswith("next: hpo resume ") and then.endswith("/lora.run")
     assert run.end() == 0 and run.is_whole()
 
 
@@ -183,6 +192,40 @@ def test_a_second_sigterm_hurries_nothing(run: Run) -> None:
         == Interrupted.TERMINATED
     )
     assert f"stopped after step 5/{STEPS}" in run.said
+
+
+def test_a_stop_while_the_base_is_loaded_is_a_stop(run: Run) -> None:
+    def loads(*_: object) -> None:
+        os.kill(os.getppid(), signal.SIGTERM)
+        while True:
+            signal.pause()
+
+    def prepare() -> None:
+        hpo.train.run.load = loads  # type: ignore[assignment]
+
+    pid = begin(run.place, run.screen, words(str(run.out)), prepare=prepare)
+    assert finish(pid) == Interrupted.TERMINATED
+    assert run.said.splitlines()[-2:] == ["stopped; what was saved before is kept", "next: the same command"]
+    assert run.end() == 0 and run.is_whole()
+
+
+def test_ctrl_z_suspends_the_worker_as_well_and_fg_lets_it_go_on(run: Run) -> None:
+    go = run.marker.with_name("go")
+
+    def prepare() -> None:
+        os.setpgid(0, 0)  # as a shell does: a group that has lost its shell cannot be suspended
+        saves_every_step()
+
+    fault = once(run.marker, 5, lambda: until(go.exists))
+    pid = begin(run.place, run.screen, words(str(run.out)), fault, prepare)
+    until(run.marker.exists)
+    worker = int(until(run.marker.read_text))
+    os.kill(pid, signal.SIGTSTP)
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+    until(lambda: state_of(worker) == "T")
+    go.touch()
+    os.kill(pid, signal.SIGCONT)
+    assert finish(pid) == 0 and run.is_whole() and run.deaths == []
 
 
 def test_when_the_supervisor_is_killed_its_worker_saves_and_ends(run: Run) -> None:

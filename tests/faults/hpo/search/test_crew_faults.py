@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,21 @@ def test_a_worker_that_is_killed_starts_again_and_every_trial_is_told_once(
     said = screen.read_text()
     assert said.count("died: killed by SIGKILL; it starts again in 0.05 s") == 1
     assert "start 2" in "".join(path.read_text() for path in (root / "workers").iterdir())
+
+
+def test_a_worker_that_is_suspended_and_forgotten_is_ended_and_its_trial_goes_on(
+    root: Path, data: Path, tmp_path: Path
+) -> None:
+    screen, folder = tmp_path / "screen", StudyFolder(root)
+    parent = start(partial(command, root, data, 4, screen, hang_seconds=1.5))
+    trial, pid = until(lambda: trained(folder))[0]
+    os.kill(pid, signal.SIGSTOP)
+    assert finish(parent) == 0
+    check_study(folder, 4)
+    assert starts(folder)[trial.number] == 2 and sum(starts(folder)) == 5
+    said = screen.read_text()
+    assert f"process {pid} is ended" in said and said.count("it starts again in 0.05 s") == 1
+    assert [row["reason"] for row in read_records(root / "night.jsonl")] == ["hang"]
 
 
 def test_when_the_command_is_killed_its_workers_save_and_end_and_the_next_one_goes_on(
