@@ -5,6 +5,7 @@ Each command parses its options, calls one function and prints.  Importing this 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -67,9 +68,9 @@ class Commands(click.Group):
     """A click group that prints this tool's errors, and click's own, as two lines and sets the exit code."""
 
     def __call__(self, *args: Any, **more: Any) -> Any:
-        """The command line of a process: a long command is carried out by a worker.  ``main`` does it in this process:
-        hpo resume, tests."""
-        with as_worker_if_long():
+        """The command line of a process: a long command is carried out by a worker.  With words of its own, it is carried
+        out in this process."""
+        with contextlib.nullcontext() if args or more else as_worker_if_long():
             return super().__call__(*args, **more)
 
     def make_context(self, *args: Any, **more: Any) -> click.Context:

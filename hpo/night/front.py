@@ -32,7 +32,7 @@ from hpo.night.pulse import ANSWERED
 from hpo.night.role import BEGINS, EXIT, Role, Supervised
 from hpo.night.supervise import Supervisor
 from hpo.night.watched import WATCHED
-from trainer.errors import Interrupted
+from trainer.errors import Interrupted, ToolError
 from trainer.text import clean_text
 
 NULL_COMMAND = (
@@ -104,8 +104,9 @@ class Front:
                 self._supervisor.run(lambda: self._asked is not None)
             except KeyboardInterrupt:
                 return Interrupted.exit_code
-            except WorkersFailed as error:
-                self._say(f"error: {post.why}", f"next: {self._next()}")
+            except ToolError as error:  # no worker can go on, or none can be started
+                what = post.why if isinstance(error, WorkersFailed) else error.message
+                self._say(f"error: {what}", f"next: {self._next()}")
                 return error.exit_code
         return self._code(post)
 
