@@ -68,8 +68,8 @@ class Commands(click.Group):
     """A click group that prints this tool's errors, and click's own, as two lines and sets the exit code."""
 
     def __call__(self, *args: Any, **more: Any) -> Any:
-        """The command line of a process: a long command is carried out by a worker.  With words of its own, it is carried
-        out in this process."""
+        """The command line of a process: a long command is carried out by a worker.  With words of its own, it is
+        carried out in this process."""
         with contextlib.nullcontext() if args or more else as_worker_if_long():
             return super().__call__(*args, **more)
 
