@@ -2,8 +2,8 @@
 
     python -m tests.bench.bench_supervisor --rounds 20
 
-``hpo train`` with a file that does not exist ends before anything is loaded.  It is called as a user calls it, with a
-supervisor, and without one (``main.main``), in turns.  Prints medians of wall and CPU seconds, and the memory that a
+``hpo train`` without a file ends before any library is loaded.  It is called as a user calls it, with a supervisor, and
+without one (``main.main``), in turns.  Prints medians of wall and CPU seconds, and the memory that a
 supervisor alone holds (private pages, and all that are resident).
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 
 START = "import sys; from hpo.cli.main import main; "
 WAYS = {
-    "with a supervisor": START + "sys.argv = ['hpo', 'train', 'none.toml']; main()",
-    "without": START + "main.main(['train', 'none.toml'])",
+    "with a supervisor": START + "sys.argv = ['hpo', 'train']; main()",
+    "without": START + "main.main(['train'])",
 }
 WAITS = (
     START + "import time, hpo.train; "
