@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--studies", type=int, default=200)
     parser.add_argument("--trials", type=int, default=60)
     args = parser.parse_args(argv)
-    model, se = Table(args.file).sd15, standard_error(args.file)
+    model, se = Table(args.file).model, standard_error(args.file)
     draws = -(-args.studies // (2 * len(SUBJECTS)))  # two seeds each
     surfaces = [Surface(model, s, d) for d in range(draws) for s in range(len(SUBJECTS))]
     print(f"{model.cells.runs} cells, length {LENGTH}; standard error {se:.3f}; {args.trials} trials\n")

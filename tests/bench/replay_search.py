@@ -24,6 +24,7 @@ import optuna
 from numpy.typing import NDArray
 
 from hpo.search.samplers import make_sampler, startup_trials
+from hpo.study import Range
 from hpo.study.hours import CONFIRM_SHARE, LEAST, ROUNDS, Round
 from tests.bench.record_table import CELLS, IMAGES, LENGTH, QUARTERS, SUBJECTS, definition, recorded
 from tests.bench.table_surface import Run, Surface, Table, domains
@@ -33,6 +34,8 @@ SHOWN = 46  # images of a whole trial: 16 prompts, two seeds for most
 CONFIRMED = 44  # of a run of the confirmation
 USUAL = {**definition().baseline, LENGTH: 480}
 EPOCH = 240  # images seen in one epoch of the demo subjects
+# Settings that the small study keeps
+MINOR = ("noise_offset", "network_dropout", "min_snr_gamma", "gradient_accumulation_steps", "warmup_ratio")
 RAW: Mapping[str, optuna.distributions.BaseDistribution] = {
     # the plain space of a kohya user: every setting as sd-scripts names it, no ratios
     "learning_rate": optuna.distributions.FloatDistribution(1e-4, 3e-2, log=True),
@@ -65,6 +68,23 @@ def from_raw(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def moved(values: dict[str, Any], moves: Sequence[float], back: bool = False) -> dict[str, Any]:
+    """The settings, with the rate that is meant by a rate for the usual settings (``back``: the other way)."""
+    if not moves:
+        return values
+    batch = values["train_batch_size"] * values["gradient_accumulation_steps"]
+    sizes = (
+        values[LENGTH] / USUAL[LENGTH],
+        batch / USUAL["train_batch_size"],
+        values["network_alpha_ratio"] / USUAL["network_alpha_ratio"],
+        2.0 ** (values["network_dim_log2"] - USUAL["network_dim_log2"]),
+    )
+    factor = float(np.prod([size**power for size, power in zip(sizes, moves, strict=True)]))
+    domain = domains()["learning_rate"]
+    rate = values["learning_rate"] * (1 / factor if back else factor)
+    return {**values, "learning_rate": float(np.clip(rate, domain.low, domain.high))}
+
+
 @dataclass(frozen=True)
 class Way:
     """One way to search.  ``looks``: quarters of the run after which a pruner sees ``look_images`` images."""
@@ -80,6 +100,10 @@ class Way:
     share: float = CONFIRM_SHARE  # of the compute, at most, for the confirmation
     startup: int | None = None  # random trials before the model starts; None: the tool's number
     first: str = "random"  # who proposes them
+    fixed: tuple[str, ...] = ()  # settings that keep the usual value
+    low_length: float | None = None  # the search proposes no shorter run
+    high_length: float | None = None  # nor a longer one
+    moves: tuple[float, ...] = ()  # the search's rate is that times these powers of length, batch, alpha ratio, rank
     remembers: bool = False  # whether the search's own score counts in the confirmation
 
 
@@ -123,6 +147,23 @@ WAYS = (
     replace(TOOL, name="· begins with Sobol", first="qmc"),
     replace(TOOL, name="· begins with 5 Sobol", first="qmc", startup=5),
     replace(TOOL, name="· on kohya's settings", raw=True),
+    *(
+        replace(TOOL, name=f"· coordinates {name}{more}", moves=moves, share=0.1, **how)
+        for name, moves in (("√", (-0.5, 0.5, -0.5, -0.5)), ("fitted", (-0.7, 0.5, -0.7, -0.5)), ("√batch", (0, 0.5, 0, 0)))
+        for more, how in (("", {}), (", gp", {"sampler": "gp"}), (", less minor", {"fixed": MINOR}))
+    ),
+    *(
+        replace(TOOL, name=f"· without {', '.join(left)}", fixed=left, share=0.1)
+        for left in (
+            ("noise_offset", "network_dropout"),
+            ("noise_offset", "network_dropout", "min_snr_gamma", "gradient_accumulation_steps"),
+            MINOR,
+            (*MINOR, "train_batch_size"),
+            (*MINOR, "train_batch_size", "network_alpha_ratio"),
+            (*MINOR, "train_batch_size", "network_alpha_ratio", "text_encoder_lr_ratio"),
+            (*MINOR, "train_batch_size", "network_alpha_ratio", "text_encoder_lr_ratio", "lr_scheduler"),
+        )
+    ),
     replace(TOOL, name="· tpe-independent", sampler="tpe-independent"),
     replace(TOOL, name="· gp", sampler="gp"),
     replace(TOOL, name="· cmaes", sampler="cmaes"),
@@ -183,12 +224,17 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
     purse = Purse(trials * whole, image_cost)
     chosen = _round(trials, way.share) if way.confirms else None
     reserve = _confirm_cost(chosen, whole, image_cost) if chosen else 0.0
-    distributions = RAW if way.raw else {name: d.distribution() for name, d in domains().items()}
+    distributions = _distributions(way)
     sampler = optuna.samplers.TPESampler(seed=seed) if way.sampler == "plain" else None
     pruner = way.pruner() if way.pruner else optuna.pruners.NopPruner()
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
     if way.baseline and not way.raw:
-        study.enqueue_trial(USUAL)
+        study.enqueue_trial({name: value for name, value in USUAL.items() if name in distributions})
+    kept = {name: USUAL[name] for name in way.fixed}
+
+    def read(params: Mapping[str, Any]) -> dict[str, Any]:
+        return from_raw(params) if way.raw else moved({**kept, **params}, way.moves)
+
     expected = max(2, round((purse.left - reserve) / whole))
     while True:
         done = study.get_trials(deepcopy=False)
@@ -197,12 +243,11 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
         if purse.left - reserve < whole / 2 and done:  # on average, all is used
             break
         trial = study.ask(distributions)
-        settings = from_raw(trial.params) if way.raw else dict(trial.params)
+        settings = read(trial.params)
         _run_trial(way, study, trial, surface.run(settings, rng), purse, settings[LENGTH])
     finished = [t for t in study.get_trials(deepcopy=False) if t.value is not None]
     complete = [t for t in finished if t.state == optuna.trial.TrialState.COMPLETE]
     pruned = len(finished) - len(complete)
-    read = from_raw if way.raw else dict
     ranked = sorted(complete, key=lambda t: -t.values[0])
     if chosen is None or len(ranked) < 2:
         return Ended(read(ranked[0].params), len(finished), pruned)
@@ -217,6 +262,14 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
 
     best = max(ranked[: chosen.top], key=confirmed)
     return Ended(read(best.params), len(finished), pruned)
+
+
+def _distributions(way: Way) -> Mapping[str, optuna.distributions.BaseDistribution]:
+    if way.raw:
+        return RAW
+    length = Range(way.low_length or IMAGES.low, way.high_length or IMAGES.high, log=True)
+    found = {**domains(), LENGTH: length}
+    return {name: domain.distribution() for name, domain in found.items() if name not in way.fixed}
 
 
 def sampler_of(way: Way, seed: int, study: optuna.Study, expected: int) -> optuna.samplers.BaseSampler:
@@ -287,10 +340,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--ways", nargs="+", help="only ways whose name contains one of these")
     args = parser.parse_args(argv)
     table = Table(args.file)
-    model, cost = table.sd15, image_cost(args.file)
-    seen = model.left_out()
+    model, cost = table.model, image_cost(args.file)
+    seen = model.left_out("mini-sd15")
     print(
-        f"{model.cells.runs} cells; an image costs {cost:.1f} samples; left out: r = {np.corrcoef(seen.T)[0, 1]:.2f}"
+        f"{model.cells.runs} cells; an image costs {cost:.1f} samples; left out: r = {seen.correlation:.2f}"
     )
     surfaces = [Surface(model, s, d) for d in range(args.surfaces) for s in range(len(SUBJECTS))]
     ways = [w for w in WAYS if not args.ways or any(a in w.name for a in args.ways)]
