@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+import hpo.machine.crew
 import hpo.search.trial
 from hpo.night import restarts
 from hpo.search.sampled import SearchLimits
@@ -55,6 +56,7 @@ def slowly(seconds: float) -> Any:
 
 def command(root: Path, data: Path, trials: int, workers: int, screen: Path, slow: float) -> None:
     restarts.PAUSES = (0.05, 0.05, 0.05)
+    hpo.machine.crew.allowed_cores = lambda: workers  # more workers than cores are slow, not wrong
     saves_every_step()
     run_crew(root, data, trials, screen, workers, loaded=slowly(slow))
 
