@@ -42,7 +42,7 @@ class Forked:
 def forks(run: Callable[[], None]) -> Callable[[Sequence[str]], Launch]:
     """Starts workers that call ``run`` with the role in their environment."""
     controls: list[
-        int
+        IO[bytes]
     ] = []  # a fork inherits those of the other workers: a supervisor's death would go unseen
 
     def launch(role: Role, log: IO[bytes] | None) -> Forked:
@@ -58,7 +58,7 @@ def forks(run: Callable[[], None]) -> Callable[[Sequence[str]], Launch]:
             os.dup2(reading, 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            for descriptor in (*controls, writing):
+            for descriptor in (*(other.fileno() for other in controls if not other.closed), writing):
                 os.close(descriptor)
             sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
             os.environ[VARIABLE] = role.text()
@@ -69,8 +69,8 @@ def forks(run: Callable[[], None]) -> Callable[[Sequence[str]], Launch]:
                 traceback.print_exc()
                 os._exit(getattr(error, "exit_code", 1))
         os.close(reading)
-        controls.append(writing)
-        return Forked(pid, os.fdopen(writing, "wb", buffering=0))
+        controls.append(os.fdopen(writing, "wb", buffering=0))
+        return Forked(pid, controls[-1])
 
     return lambda more: launch
 
