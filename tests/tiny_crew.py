@@ -16,7 +16,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from hpo.machine import ASSIGNED, WORKERS
-from hpo.night import VARIABLE, Launch, Role, taken_role
+from hpo.night import HANG_MINUTES, VARIABLE, WATCHED, Launch, Role, taken_role, watch
 from hpo.search.workbench import Workbench
 from hpo.terminal import reporting_console
 from tests.tiny_session import run_session
@@ -42,10 +42,11 @@ class Forked:
 def forks(run: Callable[[], None]) -> Callable[[Sequence[str]], Launch]:
     """Starts workers that call ``run`` with the role in their environment."""
     controls: list[
-        int
+        IO[bytes]
     ] = []  # a fork inherits those of the other workers: a supervisor's death would go unseen
 
-    def launch(role: Role, log: IO[bytes]) -> Forked:
+    def launch(role: Role, log: IO[bytes] | None) -> Forked:
+        assert log is not None
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -57,7 +58,7 @@ def forks(run: Callable[[], None]) -> Callable[[Sequence[str]], Launch]:
             os.dup2(reading, 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            for descriptor in (*controls, writing):
+            for descriptor in (*(other.fileno() for other in controls if not other.closed), writing):
                 os.close(descriptor)
             sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
             os.environ[VARIABLE] = role.text()
@@ -68,8 +69,8 @@ def forks(run: Callable[[], None]) -> Callable[[Sequence[str]], Launch]:
                 traceback.print_exc()
                 os._exit(getattr(error, "exit_code", 1))
         os.close(reading)
-        controls.append(writing)
-        return Forked(pid, os.fdopen(writing, "wb", buffering=0))
+        controls.append(os.fdopen(writing, "wb", buffering=0))
+        return Forked(pid, controls[-1])
 
     return lambda more: launch
 
@@ -81,6 +82,7 @@ def run_crew(
     screen: Path,
     workers: int = 2,
     loaded: Loaded = lambda bench: None,
+    hang_seconds: float = 60 * HANG_MINUTES,
     **words: Any,
 ) -> None:
     """``hpo search --workers`` for the study at ``root``; what it prints is added to the file ``screen``."""
@@ -90,6 +92,8 @@ def run_crew(
         assert worker is not None
         ASSIGNED.set(worker.role.device)
         WORKERS.set(worker.role.workers)
+        WATCHED.set(worker)
+        watch(hang_seconds)
         own = words if worker.role.leads else {**words, "enqueue": None}
         console = reporting_console(worker.report)
         with worker.errors_reported():

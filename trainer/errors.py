@@ -12,13 +12,14 @@ been. The command line prints both lines without a traceback. Any other exceptio
     │   └── MissingModel          2   named, but not there
     ├── MachineError              5   disk, locks, network, permissions, missing packages
     │   ├── DeviceLost                the GPU no longer answers this process
+    │   ├── HostMemory                this process has used up the memory of the machine
     │   └── NoDevice                  the GPU that a worker was given is in use or cannot be used
     ├── SettingsFailure           6   caused by the settings: a search records an infeasible trial
     │   ├── Diverged                  persistent non-finite losses
     │   ├── OutOfMemory               not enough memory for these settings
     │   └── InvalidImages             black, uniform or non-finite images
     ├── StudyStopped              7   the study stopped after three equal failures in a row
-    └── Interrupted             130   Ctrl-C or a signal: work is saved, the same command resumes
+    └── Interrupted             130   Ctrl-C: work is saved, the same command resumes; 75 after SIGTERM or SIGUSR1
 """
 
 from __future__ import annotations
@@ -108,6 +109,10 @@ class DeviceLost(MachineError):
     """The process cannot use its GPU any more, since a kernel failed. It has to end: the same command goes on."""
 
 
+class HostMemory(MachineError):
+    """This process has used up the memory of the machine. It has to end: a fresh one goes on."""
+
+
 class NoDevice(MachineError):
     """The device that a worker was given is in use, or cannot be used. Another worker's device may be fine."""
 
@@ -126,9 +131,10 @@ class Diverged(SettingsFailure):
 
 
 class OutOfMemory(SettingsFailure):
-    """The device ran out of memory with these settings."""
+    """The device ran out of memory with these settings. ``in_ram``: it was the memory of the machine, not of a GPU."""
 
     reason = "out_of_memory"
+    in_ram = False
 
 
 class InvalidImages(SettingsFailure):
@@ -144,6 +150,9 @@ class StudyStopped(ToolError):
 
 
 class Interrupted(ToolError):
-    """The user or the system requested a stop; all work so far is saved."""
+    """The user or the system requested a stop; all work so far is saved.
+
+    ``TERMINATED`` is the exit code if it was the system: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
     exit_code = 130
+    TERMINATED = 75

@@ -48,6 +48,7 @@ _MEMORY = re.compile(
     r"|Cuda failure (\d+ )?'out of memory'|Failed to CUDA (c|m)alloc|Error out of memory at line \d+ in file"
     r"|can't allocate memory|[Cc]annot allocate memory|not enough memory: you tried to allocate|std::bad_alloc"
 )
+_IN_RAM = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory|std::bad_alloc")
 # A failed allocation where the card is full, another fault where it is not: handles of libraries are made at first use
 # (CUBLAS_STATUS_NOT_INITIALIZED: EleutherAI/lm-evaluation-harness#1689; CUDNN_STATUS_NOT_INITIALIZED:
 # haotian-liu/LLaVA#392, JuliaGPU/CUDA.jl#244), kernels are loaded late (CUDNN_STATUS_INTERNAL_ERROR: pytorch#81620),
@@ -106,7 +107,9 @@ def named(error: BaseException, message: str, hint: str) -> ToolError | None:
     if isinstance(error, ToolError):
         return None
     if is_out_of_memory(error):
-        return OutOfMemory(message, hint)
+        found = OutOfMemory(message, hint)
+        found.in_ram = isinstance(error, MemoryError | OSError) or bool(_IN_RAM.search(str(error)))
+        return found
     if is_device_lost(error):
         return DeviceLost(
             f"the driver has dropped this process from the GPU, and its CUDA context is lost: {_cause(error)}",

@@ -5,6 +5,7 @@ Each command parses its options, calls one function and prints.  Importing this 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -18,6 +19,7 @@ import click
 from hpo.cli import best, clean, folders, machine, notify, status, studies, tools, trainings, watch
 from hpo.cli.start import announced_imports
 from hpo.cli.streams import show_everything
+from hpo.cli.supervised import as_worker_if_long
 from trainer.errors import ConfigError, Interrupted, MachineError, ToolError
 from trainer.text import clean_text
 
@@ -34,6 +36,13 @@ def print_error(error: ToolError) -> None:
         click.echo(then + clean_text(error.hint), err=True)
     for command in error.commands:
         click.echo(f"  {clean_text(command)}", err=True)
+
+
+def _end_with(error: ToolError) -> None:
+    from hpo.night import failed
+
+    print_error(error)
+    failed(error)
 
 
 def _refuse(error: click.UsageError) -> NoReturn:
@@ -81,6 +90,12 @@ _OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Commands(click.Group):
     """A click group that prints this tool's errors, and click's own, as two lines and sets the exit code."""
 
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        """The command line of a process: a long command is carried out by a worker.  With words of its own, it is
+        carried out in this process."""
+        with contextlib.nullcontext() if args or more else as_worker_if_long():
+            return super().__call__(*args, **more)
+
     def make_context(self, *args: Any, **more: Any) -> click.Context:
         try:
             return super().make_context(*args, **more)
@@ -110,7 +125,7 @@ class Commands(click.Group):
         except click.UsageError as error:
             _refuse(error)
         except ToolError as error:
-            print_error(error)
+            _end_with(error)
             sys.exit(error.exit_code)
         except (RuntimeError, MemoryError) as error:
             from trainer.oom import named
@@ -118,7 +133,7 @@ class Commands(click.Group):
             known = named(error, "out of memory", "close other programs that use the GPU or much memory")
             if known is None:
                 raise
-            print_error(known)
+            _end_with(known)
             sys.exit(known.exit_code)
         except KeyboardInterrupt:
             from hpo.study import INVOCATION

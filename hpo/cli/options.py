@@ -237,6 +237,29 @@ def notifies(command: Command) -> Command:
     return cast(Command, wrapped)
 
 
+def watched(command: Command) -> Command:
+    """--hang-minutes of the long commands.  The innermost decorator.  Its default is ``hpo.night.HANG_MINUTES``, which
+    is not read here: hpo --help loads little."""
+
+    @click.option(
+        "--hang-minutes",
+        type=Finite(min=0, max=10_000),
+        metavar="MIN",
+        help="Without a step, image or checkpoint for so long, the work is ended and started again from its last "
+        "checkpoint. 0: never. Default: 30.",
+    )
+    @functools.wraps(command)
+    def wrapped(*args: Any, hang_minutes: float | None, **named: Any) -> Any:
+        from hpo.cli.workers import role_taken
+        from hpo.night import HANG_MINUTES, watch
+
+        role_taken()
+        watch(60 * (HANG_MINUTES if hang_minutes is None else hang_minutes))
+        return command(*args, **named)
+
+    return cast(Command, wrapped)
+
+
 def judged_by(command: Command) -> Command:
     """Options of hpo evaluate and hpo compare that replace values recorded in the run."""
     for option in reversed(

@@ -102,6 +102,7 @@ from trainer.text import clean_text
 @click.option("--seed", type=options.SEED, help="Seed of the study. Default: from the study file.")
 @options.runs
 @options.notifies
+@options.watched
 @click.pass_context
 def search(
     ctx: click.Context,
@@ -190,7 +191,7 @@ def search(
 
 
 # What --from can be combined with; the study decides the rest.
-WITH_SOURCE = ("base", "trials", "device", "source", "runs", "notify", "notify_on")
+WITH_SOURCE = ("base", "trials", "device", "source", "runs", "notify", "notify_on", "hang_minutes")
 USUAL_TRIALS = 6
 
 
@@ -243,6 +244,7 @@ def _search_from(
 @options.anyway
 @options.runs
 @options.notifies
+@options.watched
 def confirm(
     name: str | None,
     top: int,
@@ -337,6 +339,7 @@ def dashboard(name: str | None, port: int, host: str, runs: Path) -> None:
 @options.anyway
 @options.runs
 @options.notifies
+@options.watched
 def transfer(
     name: str | None,
     to: str,

@@ -53,6 +53,7 @@ def plan(
 @click.option("--strict", is_flag=True, help="Settings of FILE that sd-scripts does not know are errors.")
 @options.as_json("With --dry-run: print JSON.")
 @options.notifies
+@options.watched
 def train(
     file: Path,
     dataset: Path | None,
@@ -92,6 +93,7 @@ def train(
 @click.argument("run", type=PATH, metavar="RUN")
 @options.judged_by
 @options.notifies
+@options.watched
 def evaluate(
     run: Path,
     data: Path | None,
@@ -137,6 +139,7 @@ def evaluate(
 )
 @click.option("--data-b", type=PATH, metavar="DIR", help="The images that RUN_B was trained on.")
 @options.notifies
+@options.watched
 def compare(
     run_a: Path,
     run_b: Path,

@@ -34,11 +34,15 @@ def chosen_study(name: str | None, runs: Path, *, own: bool = False) -> StudyFol
         if not at_terminal():
             raise
         question = "several studies were worked on within a day:"
-        return ask_which(
+        from hpo.night import answered
+
+        chosen = ask_which(
             question,
             [one.folder for one in error.worked],
             [f"{one.folder.name}, {one.says}" for one in error.worked],
         )
+        answered(name=str(chosen.root.absolute()))
+        return chosen
     parent = None if own else parent_of(folder)
     if parent is not None:
         found = study_folder(parent, folder.root.parent)
@@ -70,12 +74,14 @@ def at_terminal() -> bool:
 
 def ask_which(question: str, choices: Sequence[T], says: Sequence[str]) -> T:
     """Ask at the terminal which one is meant.  Enter takes the first."""
+    from hpo.night import asking
     from trainer.text import clean_text
 
     click.echo(clean_text(question), err=True)
     for number, text in enumerate(says, 1):
         click.echo(f"  {number}  {clean_text(text)}", err=True)
-    place = click.prompt("which one", type=click.IntRange(1, len(choices)), default=1, err=True)
+    with asking():
+        place = click.prompt("which one", type=click.IntRange(1, len(choices)), default=1, err=True)
     return choices[place - 1]
 
 
@@ -84,11 +90,13 @@ def asker() -> Callable[[str, tuple[str, ...]], str] | None:
     any text or none) → the answer.  None if there is no terminal."""
 
     def ask(question: str, answers: tuple[str, ...]) -> str:
+        from hpo.night import asking
         from trainer.text import clean_text
 
         kind, default = click.Choice(answers) if any(answers) else str, next(iter(answers), None)
         shown = clean_text(question)
-        return str(click.prompt(shown, type=kind, default=default, show_default=bool(default), err=True))
+        with asking():
+            return str(click.prompt(shown, type=kind, default=default, show_default=bool(default), err=True))
 
     return ask if at_terminal() else None
 
@@ -107,21 +115,26 @@ def agreed(question: str, *, yes: bool) -> bool:
 
     Without a terminal and without an answer on standard input, raises ConfigError that names --yes.
     """
+    from hpo.night import answered, asking
     from trainer.errors import ConfigError
     from trainer.text import clean_text
 
     if yes:
         return True
     if at_terminal():
-        answered = click.confirm(question, default=False)
-        if not answered:
+        with asking():
+            said = click.confirm(question, default=False)
+        if said:
+            answered("--yes")
+        else:
             click.echo("nothing was done", err=True)
-        return answered
+        return said
     click.echo(f"{question} [y/N]: ", nl=False)
     for line in sys.stdin or ():
         answer = line.strip().lower()
         click.echo(clean_text(answer[:20]))
         if answer in ("y", "yes"):
+            answered("--yes")
             return True
         if answer in ("", "n", "no"):
             click.echo("nothing was done", err=True)

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def role_taken() -> Supervised | None:
-    """This process as a worker; None if a person started it.  Light: no library is loaded."""
+    """This process as one of several workers; None if a person started it, or if it is the only worker.  Light: no
+    library is loaded."""
     import os
 
-    from hpo.night import VARIABLE
+    from hpo.night import VARIABLE, WATCHED, taken_role
 
-    if VARIABLE not in os.environ:
-        return None
-    from hpo.night import taken_role
-
-    return taken_role()
+    if VARIABLE in os.environ:
+        WATCHED.set(taken_role())
+    worker = WATCHED.get()
+    return None if worker is None or worker.role.alone else worker
 
 
 def launching(screen: Console) -> Callable[[Sequence[str]], Launch] | None:

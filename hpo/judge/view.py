@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.judge.runfiles import label
+from hpo.night import reached
 from hpo.study import RUNS, clean_advice
 from hpo.terminal import PLAIN_SECONDS, STOPPING, left
 from trainer.errors import Interrupted
@@ -135,8 +136,13 @@ class JudgeView:
         ) as bar:
             task = bar.add_task(clean_text(what), total=images or None, left="")
             self.pace.begin()
+            if self.should_stop():
+                raise Interrupted(
+                    f"stopped before {what}; finished images are kept", "run the same command again to resume"
+                )
 
             def on_image(done: int, total: int) -> None:
+                reached(f"images of {what}", done)
                 self.pace.drawn(done)
                 words = self.pace.words(total - done)
                 bar.update(task, completed=done, total=total, left=words)

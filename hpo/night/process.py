@@ -1,8 +1,8 @@
 """One process of a worker, as its supervisor sees it.
 
-It runs the same command as the user typed, in a fresh interpreter: CUDA does not survive a fork, and a process list
-shows what it is.  It has a session of its own, so Ctrl-C at the terminal reaches the supervisor alone, which decides.
-Its whole output goes to a log file, also if the supervisor dies.
+One of several workers runs the same command as the user typed, in a fresh interpreter, as its supervisor has loaded too
+much for a fork.  It has a session of its own, so Ctrl-C at the terminal reaches the supervisor alone, which decides.
+Its whole output goes to a log file, also if the supervisor dies.  (A single worker: ``hpo.night.front``.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from trainer.files import machine_error
 READ_BYTES = 1 << 16
 
 
+class IsWorker(BaseException):
+    """Raised in the fork that is the worker (``hpo.night.front``), so that it leaves the code of its supervisor."""
+
+
 class Running(Protocol):
     """What is needed of ``subprocess.Popen``."""
 
@@ -33,14 +37,14 @@ class Running(Protocol):
     def poll(self) -> int | None: ...
 
 
-# (the role, with the descriptor for its reports; the log) → the process.  May raise OSError.
-Launch = Callable[[Role, IO[bytes]], Running]
+# (the role, with the descriptor for its reports; the log, if it has one) → the process.  May raise OSError.
+Launch = Callable[[Role, IO[bytes] | None], Running]
 
 
 def by_command(words: Sequence[str], environment: Mapping[str, str] | None = None) -> Launch:
     """Run ``hpo WORDS``.  ``environment``: more variables."""
 
-    def launch(role: Role, log: IO[bytes]) -> Running:
+    def launch(role: Role, log: IO[bytes] | None) -> Running:
         return subprocess.Popen(
             # -P: a file in the user's folder that is called like a module must not be imported
             [sys.executable, "-P", "-m", "hpo.cli", *words],
@@ -74,20 +78,25 @@ def _path() -> dict[str, str]:
 
 
 class Process:
-    """A worker's process and its reports.  Raises MachineError if it cannot be started."""
+    """A worker's process and its reports.  ``log``: where its output goes; None if it has the terminal.
 
-    def __init__(self, launch: Launch, role: Role, log: Path, heading: str) -> None:
+    Raises MachineError if it cannot be started."""
+
+    def __init__(self, launch: Launch, role: Role, log: Path | None, heading: str) -> None:
         self.log = log
         self._text = b""
         reading, writing = os.pipe()
         try:
-            with log.open("ab") as output:
-                output.write(f"== {heading}\n".encode())
-                output.flush()
+            with contextlib.nullcontext() if log is None else log.open("ab") as output:
+                if output is not None:
+                    output.write(f"== {heading}\n".encode())
+                    output.flush()
                 self._running = launch(Role(**{**vars(role), "reports": writing}), output)
-        except OSError as error:
+        except BaseException as error:
             os.close(reading)
-            raise machine_error(error, log) from error
+            if isinstance(error, OSError):
+                raise machine_error(error, log or Path(sys.executable)) from error
+            raise
         finally:
             os.close(writing)
         os.set_blocking(reading, False)
@@ -128,6 +137,12 @@ class Process:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    def stands_still(self) -> bool:
+        """Whether it is suspended by a signal."""
+        with contextlib.suppress(OSError, IndexError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        return False
+
     def ended(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
         return self._running.poll()
@@ -141,6 +156,8 @@ class Process:
 
     def last_line(self) -> str:
         """The last line of the log."""
+        if self.log is None:
+            return ""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - LOG_BYTES))

@@ -22,7 +22,12 @@ class Restarts:
         """The worker has finished something: earlier deaths no longer count."""
         self.deaths = 0
 
-    def died(self) -> float | None:
-        """Seconds to wait before the next start; None if there is none."""
+    def died(self, *, in_trial: bool = False) -> float | None:
+        """Seconds to wait before the next start; None if there is none.
+
+        ``in_trial``: there is one start more, which gives up the trial (``hpo.search.worker``) and takes the next.
+        """
         self.deaths += 1
-        return self._pauses[self.deaths - 1] if self.deaths <= len(self._pauses) else None
+        if self.deaths > len(self._pauses) + in_trial:
+            return None
+        return self._pauses[min(self.deaths, len(self._pauses)) - 1]

@@ -1,11 +1,13 @@
 """A worker's side: which worker this process is, what it reports, and when it has to end.
 
-The supervisor hands over the role in an environment variable, which is removed at once, so that no other process
-inherits it.  Reports are JSON lines in a pipe.  A pipe that is full never holds up the work: progress is dropped,
-everything else is sent later.
+The supervisor of several workers hands over the role in an environment variable, which is removed at once, so that no
+other process inherits it (``taken_role``); a single worker is a fork of its supervisor (``hpo.night.front``).  Reports
+are JSON lines in a pipe.  A pipe that is full never holds up the work: progress is dropped, everything else is sent
+later.
 
-Standard input is a pipe that the supervisor holds.  A line in it asks to stop.  When it closes, the supervisor has
-died: the worker saves and ends, and is killed if it does not.  Both ask with SIGTERM, as a person would.
+The supervisor holds a pipe to it: the standard input of one of several workers.  A line in it asks to stop.  When it
+closes, the supervisor has died: the worker saves and ends, and is killed if it does not.  Both ask with SIGTERM, as a
+person would.
 """
 
 from __future__ import annotations
@@ -19,17 +21,18 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hpo.night.endings import as_report
 from trainer.errors import ConfigError, ToolError
-from trainer.oom import named
 
 VARIABLE = "HPO_WORKER"
 ORPHAN_SECONDS = 60.0  # to save a step, once the supervisor is gone
 LEFT_BYTES = 1 << 20  # of reports that the supervisor has not read
 FLUSH_SECONDS = 2.0  # for the last reports
 STOP_WORD = b"stop\n"
+BEGINS, WORKS_ON, SUPERVISES, EXIT, ERROR = "begins", "works-on", "supervises", "exit", "error"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 
@@ -39,7 +42,8 @@ class Role:
 
     ``number``: from 1.  ``leads``: the others have not started, and it does what is done once.  ``reports``: the file
     descriptor of its pipe.  ``began`` and ``until`` (``time.monotonic``): when the whole command began, for the first
-    start; and when no more work may begin, for a later start.
+    start; and when no more work may begin, for a later start.  ``alone``: it is the only one, has the terminal and
+    chooses its device itself.
     """
 
     number: int
@@ -49,6 +53,7 @@ class Role:
     reports: int = -1
     began: float | None = None
     until: float | None = None
+    alone: bool = False
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -67,7 +72,11 @@ def taken_role() -> Supervised | None:
         raise ConfigError(
             f"{VARIABLE} is set, but this command was not started as a worker", f"run: unset {VARIABLE}"
         ) from None
-    return Supervised(role)
+    control = os.dup(0)  # whatever else reads standard input gets nothing
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return Supervised(role, control)
 
 
 def _wakes_when_its_parent_dies() -> None:
@@ -77,16 +86,20 @@ def _wakes_when_its_parent_dies() -> None:
 
 
 class Supervised:
-    """A process that a supervisor started."""
+    """A process that a supervisor started.
 
-    def __init__(self, role: Role) -> None:
+    ``control``: the reading end of the pipe that the supervisor holds.  ``root``: the folder of the work, once it is
+    known.  ``points``: steps and images that this process has done.
+    """
+
+    def __init__(self, role: Role, control: int) -> None:
         self.role = role
         self.asked = False  # to stop, by whoever it was
+        self.root: Path | None = None
+        self.points = 0
+        self._has_failed = False
         self._left = b""
-        self._control = os.dup(0)  # whatever else reads standard input gets nothing
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
+        self._control = control
         self._sending = threading.Lock()
         _wakes_when_its_parent_dies()
         threading.Thread(target=self._watch, name="supervisor", daemon=True).start()
@@ -116,19 +129,31 @@ class Supervised:
         try:
             yield
         except ToolError as error:
-            self.report("error", **as_report(error))
+            self.fails(error)
             raise
         except (RuntimeError, MemoryError) as error:
+            from trainer.oom import named
+
             known = named(error, "out of memory", "close other programs that use the GPU or much memory")
             if known is not None:
-                self.report("error", **as_report(known))
+                self.fails(known)
             raise
         finally:
-            until = time.monotonic() + FLUSH_SECONDS
-            while self._left and time.monotonic() < until:
-                with self._sending:
-                    self._send()
-                time.sleep(0.01)
+            self.flush()
+
+    def fails(self, error: ToolError) -> None:
+        """Report the error that ends this process, once."""
+        if not self._has_failed:
+            self._has_failed = True
+            self.report(ERROR, **as_report(error))
+
+    def flush(self) -> None:
+        """Send what is left, if the supervisor reads."""
+        until = time.monotonic() + FLUSH_SECONDS
+        while self._left and time.monotonic() < until:
+            with self._sending:
+                self._send()
+            time.sleep(0.01)
 
     def _watch(self) -> None:
         while True:

@@ -48,6 +48,13 @@ class Crew:
             self.work.says = str(report["text"])
         self.view.shows(post.number, report)
 
+    def on_hang(self, post: Post) -> None:
+        assert post.process is not None
+        self.view.say(
+            f"warning: {post.words} hangs: no progress for {post.pulse.silent_words}; "
+            f"process {post.process.pid} is ended"
+        )
+
     def on_pause(self, post: Post, seconds: float) -> None:
         self.view.rests(post.number, "starts again", seconds)
         self.view.say(f"{post.words} died: {post.why}; it starts again in {seconds:g} s ({post.log})")
@@ -113,9 +120,11 @@ def search_with(
         use.begun = True  # so that hpo resume finds it
         if view.last_study:
             view.say(view.last_study)
-        raise Interrupted(
-            "all workers have saved and ended",
-            f"run the same command again to resume; results so far: hpo status {folder.words}",
+        raise stop.mark(
+            Interrupted(
+                "all workers have saved and ended",
+                f"run the same command again to resume; results so far: hpo status {folder.words}",
+            )
         )
     for line in view.last_end:
         view.say(line)

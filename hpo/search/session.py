@@ -18,6 +18,7 @@ import optuna
 from rich.console import Console
 
 from hpo.machine import WORKERS, process_words, worker_devices
+from hpo.night import answered
 from hpo.search.budget import budget_lines
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
@@ -162,6 +163,8 @@ def search(request: SearchRequest, console: Console, then: Then | None = None) -
             settle(folder, place)
             for line in choice.says:
                 view.say(line)
+            if choice.answers:
+                answered(*choice.answers)
             if devices and request.launch is not None:
                 launch = request.launch(choice.answers)
                 search_with(devices, launch, request, folder, use, work, console, said)

@@ -24,6 +24,7 @@ from optuna.exceptions import StorageInternalError
 
 from evaluation.score import CLIPPED
 from hpo.machine import share_threads
+from hpo.night import DIED, need_a_fresh_process, reached, works_on
 from hpo.search.looks import Looks, Stopped
 from hpo.search.remedies import CHECKPOINTING, remedies_of, remedy_words, with_remedies
 from hpo.study import (
@@ -47,6 +48,7 @@ from trainer.config import TrainConfig
 from trainer.data import total_steps
 from trainer.errors import (
     DeviceLost,
+    HostMemory,
     Interrupted,
     MachineError,
     ModelFileError,
@@ -114,12 +116,14 @@ class Watched:
 
     watch: Watch
     check: Check
+    folder: TrialFolder
 
     def on_event(self, event: Event) -> None:
         self.watch.on_event(event)
 
     def on_image(self, done: int, total: int) -> None:
         self.check()
+        reached(f"images of {self.folder.root}", done)
         self.watch.on_image(done, total)
 
     def should_stop(self) -> bool:
@@ -152,8 +156,9 @@ def run_trial(
     if begun_with not in (None, threads):
         _log(folder, f"begun with {begun_with} CPU threads, goes on with {threads}: the last bits may differ")
     _note(folder, "start", threads=threads)
+    works_on(folder.starts)
     try:
-        result = _work(bench, folder, config, Watched(watch, check), looks)
+        result = _work(bench, folder, config, Watched(watch, check, folder), looks)
     except (
         ClaimLost,
         StorageInternalError,
@@ -167,7 +172,7 @@ def run_trial(
         result = _result(
             folder, config, _Ending(PRUNED, stopped.value, reason="behind", message=stopped.message)
         )
-    except DeviceLost as error:  # every later trial of this process would fail too
+    except (DeviceLost, HostMemory) as error:  # every later trial of this process would fail too
         _log(folder, f"stopped: {error}")
         raise
     except SettingsFailure as error:
@@ -188,13 +193,17 @@ def run_trial(
         result = failed(folder, config, type(error).__name__, str(error))
     except Exception as error:
         _log(folder, traceback.format_exc())
-        if isinstance(lost := named(error, "", ""), DeviceLost):
+        lost = named(error, "not enough memory", "close other programs")
+        if isinstance(lost, DeviceLost):
             raise lost from None
+        if isinstance(lost, OutOfMemory):
+            need_a_fresh_process(lost)
         text = clean_text(str(error).strip().splitlines()[0] if str(error).strip() else "")[:200]
         result = failed(folder, config, f"crash:{type(error).__name__}", f"{text} (see {folder.log})")
     check(certain=True)
     write_result(folder, result)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    works_on(None)
     if result.reason == OutOfMemory.reason:
         bench.release()
     return result
@@ -250,6 +259,7 @@ def _trained(
                 trained = _train(bench, folder, config, settled, watch, looks)
                 return trained, remedy_words(config, remedies)
         except OutOfMemory as error:
+            need_a_fresh_process(error)
             rung = next_rung(settled, remedies, keeps_result=True)
             bench.remedies.ran_out(folder.number, settled)
             if rung is None:
@@ -366,7 +376,9 @@ def _scored(
                 "try a higher learning_rate or more epochs",
             ) from None
         raise
-    except OutOfMemory as error:  # every trial generates the same images, so its settings are not the cause
+    except OutOfMemory as error:
+        need_a_fresh_process(error)
+        # every trial generates the same images, so its settings are not the cause
         raise MachineError(error.message, error.hint) from None
 
 
@@ -390,19 +402,27 @@ def _is_in_place(adapter: Adapter, config: TrainConfig) -> bool:
     return not wanted and all(bool(tensor.isfinite().all()) for tensor in adapter.state().values())
 
 
-def deaths_without_progress(folder: TrialFolder) -> int:
-    """How many processes in a row died in this trial without saving more progress."""
-    count, saved = 0, None
+def deaths_without_progress(folder: TrialFolder) -> tuple[int, str, str]:
+    """How many processes in a row died in this trial without saving more progress, and why the last one did: its
+    reason (``hpo.night.endings``) and a line about it, as far as their supervisor has noted it.
+
+    A process that hung and saved when it was ended counts as dead.
+    """
+    count, saved, before = 0, None, (0, None)
+    reason, why = "process_died", ""
     for row in read_records(folder.starts):
-        if row.get("event") == "remedy":
+        event = row.get("event")
+        if event == "remedy":
             continue
-        if row.get("event") != "start":
+        if event == DIED:
+            count, saved = before
+            reason, why = str(row.get("reason", reason)), str(row.get("why", ""))
+        elif event != "start":
             count, saved = 0, None
-        elif row.get("saved") == saved:
-            count += 1
         else:
-            count, saved = 1, row.get("saved")
-    return count if saved == _saved(folder) else 0
+            count, saved = (count + 1 if row.get("saved") == saved else 1), row.get("saved")
+            before, reason, why = (count, saved), "process_died", ""
+    return (count if saved == _saved(folder) else 0), reason, why
 
 
 def _threads(folder: TrialFolder) -> int | None:

@@ -208,9 +208,10 @@ class Worker:
         source.after(suggested, result)
 
     def _result(self, folder: TrialFolder, config: TrainConfig, claim: Claim) -> Result:
-        if deaths_without_progress(folder) >= MAX_DEATHS:
+        deaths, reason, why = deaths_without_progress(folder)
+        if deaths >= MAX_DEATHS:
             message = f"{MAX_DEATHS} processes in a row died in this {self.source.noun} without saving more progress"
-            result = failed(folder, config, "process_died", message)
+            result = failed(folder, config, reason, f"{message}; the last one: {why}" if why else message)
             write_result(folder, result)
             return result
         self.source.prepare(claim.suggested, folder)

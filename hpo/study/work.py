@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from hpo.night import begins
 from hpo.study import notify
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
@@ -162,6 +163,7 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
     if invocation.notifies:
         row["notified"] = True
     append_line(root / WORK, json.dumps(row))
+    begins(root, invocation.words, invocation.cwd)
     state, why = FAILED, ""
     try:
         yield record
@@ -171,7 +173,9 @@ def recorded(root: Path, step: str, *, begun: bool = True) -> Iterator[Work]:
         if not isinstance(error, Interrupted):
             raise
         state = INTERRUPTED
-        raise Interrupted(error.message, f"hpo resume {resume_words(root)}") from None
+        named = Interrupted(error.message, f"hpo resume {resume_words(root)}")
+        named.exit_code = error.exit_code
+        raise named from None
     except KeyboardInterrupt:
         state = INTERRUPTED
         raise

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.night import reached
 from trainer.events import Rehearsed
 from trainer.files import append_line, read_records, write_atomic
 
@@ -46,6 +47,7 @@ class StepLog:
             write_atomic(self.path, "".join(line + "\n" for line in kept))
             self._fresh = False
         append_line(self.path, json.dumps(values))
+        reached(str(self.path), int(values.get("step") or values.get("steps") or 0))
 
 
 def train_adapter(

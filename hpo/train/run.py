@@ -27,6 +27,7 @@ from rich.console import Console
 
 from hpo.health import Guard, Lookout, Needs, halve
 from hpo.machine import deterministic, gpu_uuid, own_device, share_threads
+from hpo.night import need_a_fresh_process
 from hpo.study import RUNS, alone, clean_advice, origin_of, read_json, recorded_at
 from hpo.terminal import Stop, command, on_device
 from hpo.train import memory as runmemory
@@ -204,6 +205,7 @@ class _Run:
                         keeper, adapter = self._attempt(stop, guard)
                     break
                 except OutOfMemory as error:
+                    need_a_fresh_process(error)
                     why = error.message
                 except Interrupted:
                     if guard.should_stop and not stop():

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from hpo.study.storage import open_study
 from hpo.terminal.live import STOPPING
 from tests.faults.zygote import finish, start
 from tests.places import ROOT
+from tests.supervised import is_over, until
 from tests.tiny_crew import run_crew
 from tests.tiny_search import check_study, draw_images, make_search, tiny_bench
 from trainer.errors import Interrupted, ToolError
@@ -90,15 +91,6 @@ def command(root: Path, data: Path, trials: int, screen: Path, loaded: Any = slo
         raise SystemExit(error.exit_code) from None
 
 
-def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Wait for something."""
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-    return found
-
-
 def trained(folder: StudyFolder) -> list[tuple[TrialFolder, int]]:
     """The trials that are in training now, and the processes that run them."""
     found = []
@@ -115,17 +107,10 @@ def both_at_work(folder: StudyFolder) -> set[int]:
     return found if len(found) == 2 else set()
 
 
-def is_over(pid: int) -> bool:
-    """Whether a process that is no child of this one has ended."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state == "Z"  # nobody has asked for its exit code yet
-
-
 def starts(folder: StudyFolder) -> list[int]:
-    return [len(read_records(trial.starts)) for trial in folder.trial_folders()]
+    return [
+        sum(row["event"] == "start" for row in read_records(trial.starts)) for trial in folder.trial_folders()
+    ]
 
 
 def test_two_workers_share_four_trials_and_the_command_says_it_once(
@@ -173,6 +158,21 @@ def test_a_worker_that_is_killed_starts_again_and_every_trial_is_told_once(
     said = screen.read_text()
     assert said.count("died: killed by SIGKILL; it starts again in 0.05 s") == 1
     assert "start 2" in "".join(path.read_text() for path in (root / "workers").iterdir())
+
+
+def test_a_worker_that_is_suspended_and_forgotten_is_ended_and_its_trial_goes_on(
+    root: Path, data: Path, tmp_path: Path
+) -> None:
+    screen, folder = tmp_path / "screen", StudyFolder(root)
+    parent = start(partial(command, root, data, 4, screen, hang_seconds=1.5))
+    trial, pid = until(lambda: trained(folder))[0]
+    os.kill(pid, signal.SIGSTOP)
+    assert finish(parent) == 0
+    check_study(folder, 4)
+    assert starts(folder)[trial.number] == 2 and sum(starts(folder)) == 5
+    said = screen.read_text()
+    assert f"process {pid} is ended" in said and said.count("it starts again in 0.05 s") == 1
+    assert [row["reason"] for row in read_records(root / "night.jsonl")] == ["hang"]
 
 
 def test_when_the_command_is_killed_its_workers_save_and_end_and_the_next_one_goes_on(

@@ -15,10 +15,12 @@ import pytest
 
 from hpo.night import restarts
 from hpo.night.endings import WorkersFailed
+from hpo.night.post import Post, State
 from hpo.night.process import Launch, Process
 from hpo.night.role import Role
-from hpo.night.supervise import Post, State, Supervisor
+from hpo.night.supervise import Supervisor
 from trainer.errors import ToolError
+from trainer.files import read_records
 
 ERROR = '{{"event": "error", "kind": "{kind}", "code": {code}, "message": "what", "hint": "todo", "commands": []}}'
 
@@ -42,7 +44,7 @@ class Scripts:
         self.roles: list[Role] = []
         self.pids: list[int] = []
 
-    def __call__(self, role: Role, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def __call__(self, role: Role, log: IO[bytes] | None) -> subprocess.Popen[bytes]:
         scripts = self.of[role.number]
         started = sum(other.number == role.number for other in self.roles)
         self.roles.append(role)
@@ -74,6 +76,9 @@ class Told:
 
     def on_report(self, post: Post, report: Mapping[str, Any]) -> None:
         self._note(f"{report['event']} {post.number}")
+
+    def on_hang(self, post: Post) -> None:
+        self._note(f"hang {post.number}")
 
     def on_pause(self, post: Post, seconds: float) -> None:
         self._note(f"pause {post.number}")
@@ -132,9 +137,7 @@ def test_a_worker_that_dies_is_started_three_times_and_then_left_out(told: Told,
     assert made.run(never)
     assert told.words.count("start 2") == 4 and told.words.count("pause 2") == 3
     assert told.words.count("out 2") == 1
-    assert made.posts[1].why == (
-        "it died 4 times without finishing a trial, the last time: killed by SIGKILL"
-    )
+    assert made.posts[1].why == ("it died 4 times without new progress, the last time: killed by SIGKILL")
 
 
 def test_pauses_grow_and_a_finished_trial_forgets_earlier_deaths(told: Told, tmp_path: Path) -> None:
@@ -142,6 +145,8 @@ def test_pauses_grow_and_a_finished_trial_forgets_earlier_deaths(told: Told, tmp
     assert [rule.died() for _ in range(3)] == [5, 30, 120]
     rule.progressed()
     assert [rule.died() for _ in range(4)] == [5, 30, 120, None]
+    rule.progressed()
+    assert [rule.died(in_trial=True) for _ in range(5)] == [5, 30, 120, 120, None]
     scripts = Scripts(w1=[DIE, DIE, f"{say('result')}; {DIE}", DIE, DIE, DIE])
     with pytest.raises(WorkersFailed):
         supervisor(told, scripts, tmp_path, 1).run(never)
@@ -161,6 +166,63 @@ def test_a_worker_that_somebody_stopped_stays_stopped(told: Told, tmp_path: Path
     scripts = Scripts(w1=[say("loaded")], w2=["kill -TERM $$"], w3=[error("Interrupted", 130)])
     assert supervisor(told, scripts, tmp_path, 3).run(never)
     assert told.words.count("start 2") == told.words.count("start 3") == 1
+
+
+HANGS = 'echo \'{"event": "watch", "hang_seconds": 0.3}\' > /dev/fd/$R; ' + (
+    'echo \'{"event": "reached", "what": "steps", "done": 1}\' > /dev/fd/$R'
+)
+
+
+def test_a_worker_without_progress_is_asked_then_killed_and_starts_again(told: Told, tmp_path: Path) -> None:
+    """The first one hears SIGTERM, the second does not, the third is suspended and hears it when it is woken."""
+    deaf = f"trap '' TERM; {HANGS}; while :; do sleep 0.05; done"
+    scripts = Scripts(w1=[f"{HANGS}; {WAIT}", deaf, f"{HANGS}; kill -STOP $$; {WAIT}", "true"])
+    made = supervisor(told, scripts, tmp_path / "logs", 1)
+    assert made.run(never)
+    assert told.words == ["start 1", "hang 1", "pause 1"] * 3 + ["start 1", "done 1"]
+    rows = read_records(tmp_path / "night.jsonl")
+    assert [row["reason"] for row in rows] == ["hang"] * 3 and rows[0]["restarts_in"] == 0.0
+    assert all("no progress for" in row["why"] for row in rows)
+
+
+def test_a_worker_that_ends_its_work_while_it_is_taken_for_hung_is_done(told: Told, tmp_path: Path) -> None:
+    scripts = Scripts(w1=[f"trap 'exit 0' TERM; {HANGS}; while :; do sleep 0.05; done"])
+    assert supervisor(told, scripts, tmp_path / "logs", 1).run(never)
+    assert told.words == ["start 1", "hang 1", "done 1"]
+
+
+def test_a_worker_that_its_driver_keeps_is_left_alone_and_said(
+    told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that a test may do makes a process that survives SIGKILL; this one is only seen as one."""
+    monkeypatch.setattr("hpo.night.supervise.STUCK_SECONDS", 0.1)
+    scripts = Scripts(w1=[f"{HANGS}; {WAIT}"], w2=["true"])
+
+    class Stuck:
+        def __init__(self, process: subprocess.Popen[bytes]) -> None:
+            self.pid, self.stdin, self.process = process.pid, process.stdin, process
+
+        def poll(self) -> None:
+            return None
+
+    def launch(role: Role, log: IO[bytes] | None) -> Any:
+        process = scripts(role, log)
+        return Stuck(process) if role.number == 1 else process
+
+    made = supervisor(told, launch, tmp_path / "logs")
+    assert made.run(never), "the other worker has taken over"
+    assert told.words == ["start 1", "hang 1", "out 1", "start 2", "done 2"]
+    assert f"process {scripts.pids[0]} waits for its driver and cannot be ended" in made.posts[0].why
+
+
+def test_a_death_is_noted_with_the_trial(told: Told, tmp_path: Path) -> None:
+    record = tmp_path / "starts.jsonl"
+    record.write_text("")
+    works = f'echo \'{{"event": "works-on", "record": "{record}"}}\' > /dev/fd/$R'
+    scripts = Scripts(w1=[f"{works}; kill -SEGV $$", "true"])
+    assert supervisor(told, scripts, tmp_path / "logs", 1).run(never)
+    (row,) = read_records(record)
+    assert (row["event"], row["reason"], row["why"]) == ("died", "crash:SIGSEGV", "killed by SIGSEGV")
 
 
 def test_when_one_is_left_out_those_that_were_done_take_its_trial(told: Told, tmp_path: Path) -> None:

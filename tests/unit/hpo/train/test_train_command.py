@@ -218,7 +218,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(
     with monkeypatch.context() as patch:
         stop_after(patch, 2, signal.SIGTERM)
         stopped = train(base, "--output", "parts", "--set", "flip_aug=true")
-    assert stopped.exit_code == 130 and "stopped after step 2/6" in stopped.stderr
+    assert stopped.exit_code == 75 and "stopped after step 2/6" in stopped.stderr
     assert "next: hpo resume " in stopped.stderr
     assert not (place / "parts/lora.safetensors").exists()
     rest = train(base, "--output", "parts", "--set", "flip_aug=true")
@@ -255,7 +255,7 @@ def test_the_board_shows_each_step_once_also_after_a_kill(
                 with pytest.raises(RuntimeError, match="killed"):
                     train(base, *words)
             else:
-                assert train(base, *words).exit_code == 130
+                assert train(base, *words).exit_code == 75
     assert train(base, *words).exit_code == 0
     board = EventAccumulator(str(place / "log" / "lora")).Reload()
     assert [scalar.step for scalar in board.Scalars("loss/current")] == [1, 2, 3, 4, 5, 6]
@@ -282,7 +282,7 @@ def test_after_a_divergence_the_words_of_the_hint_train_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(hpo.train.adapter.StepLog, "write", stopping)
-        assert train(base, "--output", "out 1", *sets).exit_code == 130
+        assert train(base, "--output", "out 1", *sets).exit_code == 75
     said = []
     for _ in range(2):
         result = train(base, "--output", "out 1", *sets)

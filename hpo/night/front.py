@@ -1,0 +1,239 @@
+"""The process that a person has started, when a long command has a single worker: it forks, and watches.
+
+The worker is a fork made before any library is loaded, so it costs milliseconds.  It has the terminal: it asks, prints
+and draws as if it were alone.  It has a session of its own, so that the signals of the terminal reach this process
+alone, which hands them on:
+
+    Ctrl-C              once: save and end, 130; twice: end at once
+    SIGTERM, SIGUSR1    save and end, 75 (EX_TEMPFAIL: Slurm and systemd ask so; the same command goes on)
+    SIGHUP              the terminal is gone: the work goes on, its output goes to output.log
+    Ctrl-Z              the worker stands still as well
+
+Does not own when a worker is started again or has hung (``hpo.night.supervise``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from hpo.night.endings import Ending, WorkersFailed, needs_a_fresh_process, was_stopped
+from hpo.night.output import LOG, Output
+from hpo.night.post import Post, State
+from hpo.night.process import IsWorker
+from hpo.night.pulse import ANSWERED
+from hpo.night.role import BEGINS, EXIT, Role, Supervised
+from hpo.night.supervise import Supervisor
+from hpo.night.watched import WATCHED
+from trainer.errors import Interrupted, ToolError
+from trainer.text import clean_text
+
+NULL_COMMAND = (
+    128  # a shell's exit code for a process that a signal has ended is this and the signal's number
+)
+
+
+def in_a_worker(words: Sequence[str]) -> tuple[list[str], Supervised]:
+    """In the worker, which is a fork: the words of the command line that it carries out, and its supervisor's pipe.
+
+    The process that called this never returns from here: it ends with SystemExit once the command has ended.
+    """
+    front = Front(list(words))
+    try:
+        code = front.run()
+    except IsWorker:
+        assert front.worker is not None
+        worker = front.worker
+        output = Output(lambda: worker.root)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, lambda number, frame: output.leave_terminal())
+        WATCHED.set(worker)
+        return front.words, worker
+    sys.exit(code)
+
+
+class _Child:
+    """A fork, with what ``hpo.night.process`` needs of ``subprocess.Popen``."""
+
+    def __init__(self, pid: int, control: IO[bytes]) -> None:
+        self.pid = pid
+        self.stdin: IO[bytes] | None = control
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+
+class Front:
+    """``words``: of the command line that the next worker carries out."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+        self.worker: Supervised | None = None  # in a worker, this process
+        self._cwd = ""
+        self._answers: list[str] = []  # what was answered, as options
+        self._name: str | None = None
+        self._asked: int | None = None  # the signal that asked to stop
+        self._begun = self._was_asked = self._has_exited = False
+        self._supervisor = Supervisor(
+            ("",),
+            self._launch,
+            None,
+            self,
+            opens="",
+            finishes=lambda report: False,
+            judge=self._judge,
+            stop_by=lambda: self._asked or signal.SIGTERM,
+        )
+
+    def run(self) -> int:
+        """Until the command has ended; its exit code.  Raises IsWorker in a worker."""
+        post = self._supervisor.posts[0]
+        with self._signals():
+            try:
+                self._supervisor.run(lambda: self._asked is not None)
+            except KeyboardInterrupt:
+                return Interrupted.exit_code
+            except ToolError as error:  # no worker can go on, or none can be started
+                what = post.why if isinstance(error, WorkersFailed) else error.message
+                self._say(f"error: {what}", f"next: {self._next()}")
+                return error.exit_code
+        return self._code(post)
+
+    def _code(self, post: Post) -> int:
+        """The exit code of the command; says what its worker could not say."""
+        code, paused = post.code, post.state is State.PAUSING
+        by = self._asked or (
+            -code if was_stopped(code) else None
+        )  # the worker may have been asked, not this process
+        if code < 0 and by is None:
+            self._say(
+                f"error: {post.why} while it started", "hint: run it again; if it happens again: hpo doctor"
+            )
+            return NULL_COMMAND - code
+        if by is None or not (code < 0 or was_stopped(code) or paused):
+            return code
+        if code < 0 or paused:
+            self._say("stopped; what was saved before is kept", f"next: {self._next()}")
+        if self._asked is None and code > 0:
+            return code
+        return Interrupted.exit_code if by == signal.SIGINT else Interrupted.TERMINATED
+
+    def _next(self) -> str:
+        root = self._supervisor.root
+        return "the same command" if root is None else f"hpo resume {shlex.quote(os.path.relpath(root))}"
+
+    def _judge(self, post: Post, code: int) -> Ending:
+        """Errors that the worker has shown end the command.  What died without a word starts again, unless nothing had
+        begun and it would have to ask again, or it is a fault of this tool that shows at once."""
+        if needs_a_fresh_process(post.error):
+            return Ending.AGAIN
+        if code == 0 or self._has_exited or was_stopped(code):
+            return Ending.DONE
+        if not self._begun and (code > 0 or self._was_asked):
+            return Ending.DONE
+        return Ending.AGAIN
+
+    # Starting a worker
+
+    def _launch(self, role: Role, log: IO[bytes] | None) -> _Child:
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if pid := os.fork():
+            os.close(reading)
+            return _Child(pid, os.fdopen(writing, "wb", buffering=0))
+        os.close(writing)
+        os.setsid()
+        if self._supervisor.posts[0].starts > 1:
+            nothing = os.open(os.devnull, os.O_RDONLY)  # nobody is there to ask at night
+            os.dup2(nothing, 0)
+            os.close(nothing)
+        with contextlib.suppress(OSError):
+            os.chdir(self._cwd or ".")
+        own = {**vars(role), "reports": os.dup(role.reports), "alone": True}
+        self.worker = Supervised(Role(**own), reading)
+        raise IsWorker
+
+    # Signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            process = self._supervisor.posts[0].process
+            if process is not None:
+                process.send(number)
+        elif self._asked is None:
+            self._asked = number
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    # What happens to the worker
+
+    def on_start(self, post: Post) -> None:
+        self._has_exited = False
+
+    def on_report(self, post: Post, report: Mapping[str, Any]) -> None:
+        event = report.get("event")
+        if event == BEGINS:
+            self._begun, self._cwd = True, str(report["cwd"])
+            self._supervisor.root = Path(report["root"])
+            self.words = self._with_answers(list(map(str, report["words"])))
+        elif event == ANSWERED:
+            self._was_asked = True
+            self._answers += map(str, report.get("words", ()))
+            self._name = report.get("name") or self._name
+        elif event == EXIT:
+            self._has_exited = True
+
+    def _with_answers(self, words: list[str]) -> list[str]:
+        """The command line of a worker that cannot ask."""
+        if self._name is not None and words[1:2] != [self._name]:
+            words.insert(1, self._name)
+        if self._answers and words[-len(self._answers) :] != self._answers:
+            words += self._answers
+        return words
+
+    def on_hang(self, post: Post) -> None:
+        assert post.process is not None
+        self._say(f"warning: no progress for {post.pulse.silent_words}: process {post.process.pid} is ended")
+
+    def on_pause(self, post: Post, seconds: float) -> None:
+        self._say(f"warning: {post.why}; it goes on in {seconds:g} s from where it was saved last")
+
+    def on_out(self, post: Post) -> None: ...
+
+    def on_error(self, post: Post) -> None: ...
+
+    def on_done(self, post: Post) -> None: ...
+
+    def _say(self, *lines: str) -> None:
+        """Print lines, wherever the worker's output goes.  What it drew may have hidden the cursor."""
+        text = "".join(f"{clean_text(line)}\n" for line in lines).encode()
+        try:
+            os.write(2, (b"\x1b[?25h\n" if os.isatty(2) else b"") + text)
+        except OSError:
+            if self._supervisor.root is not None:
+                with contextlib.suppress(OSError), (self._supervisor.root / LOG).open("ab") as file:
+                    file.write(text)

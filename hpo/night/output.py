@@ -1,0 +1,82 @@
+"""The output of a worker that outlives its terminal: a closed window, a lost connection.
+
+Writing to a terminal that is gone fails with EIO.  From then on, what would have gone to it goes to ``output.log`` in
+the folder of the work.  A stream that is a file or a pipe stays what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LOG = "output.log"
+
+
+class Output:
+    """Standard output and standard error of this process.  ``root``: the folder of the work, None if not yet known."""
+
+    def __init__(self, root: Callable[[], Path | None]) -> None:
+        self._root = root
+        self._terminals = [number for number in (0, 1, 2) if _is_terminal(number)]
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            if number in self._terminals:
+                setattr(sys, name, self._lasting(getattr(sys, name), number))
+
+    def leave_terminal(self) -> None:
+        """The terminal is gone."""
+        left, self._terminals = self._terminals, []
+        if not left:
+            return
+        file = self._opened()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for number in left:
+            os.dup2(file if number else nothing, number)
+        for descriptor in (file, nothing):
+            os.close(descriptor)
+
+    def _opened(self) -> int:
+        root = self._root()
+        if root is not None:
+            with contextlib.suppress(OSError):
+                return os.open(root / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        return os.open(os.devnull, os.O_WRONLY)
+
+    def _lasting(self, stream: Any, number: int) -> io.TextIOWrapper:
+        stream.flush()
+        return io.TextIOWrapper(
+            io.BufferedWriter(_Lasting(number, self)),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=True,
+            write_through=stream.write_through,
+        )
+
+
+class _Lasting(io.FileIO):
+    """A descriptor whose terminal may go away while it is written to."""
+
+    def __init__(self, number: int, output: Output) -> None:
+        super().__init__(number, "wb", closefd=False)
+        self._output = output
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            self._output.leave_terminal()
+            return super().write(data)
+
+
+def _is_terminal(number: int) -> bool:
+    try:
+        return os.isatty(number)
+    except OSError:
+        return False
