@@ -22,6 +22,7 @@ from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from tests import supervised
 from tests.faults.zygote import finish
+from tests.inbox import open_inbox
 from tests.supervised import Fault, always, begin, is_over, once, saves_every_step, tell_supervisor
 from tests.tiny_search import STUDY, check_study, draw_images, make_search, tiny_bench
 from trainer.errors import Interrupted
@@ -60,10 +61,10 @@ class Study:
     def begin(self, fault: Fault, *words: str) -> int:
         return begin(self.here, self.screen, [*words, *HANG], fault, self._prepare)
 
-    def search(self, fault: Fault = lambda done, what: None, trials: int = 3) -> int:
+    def search(self, fault: Fault = lambda done, what: None, *more: str, trials: int = 3) -> int:
         named = ("search", "study", "--base", "tiny", "--data", str(self.data), "--class", "figure")
         words = (*named, "--definition", "tiny.toml", "--trials", str(trials), "--device", "cpu")
-        return finish(self.begin(fault, *words))
+        return finish(self.begin(fault, *words, *more))
 
     @property
     def said(self) -> str:
@@ -110,7 +111,11 @@ def test_a_trial_whose_process_fails_goes_on_in_a_new_one(
 
 
 def test_a_trial_that_always_hangs_fails_with_that_reason_and_the_next_one_follows(study: Study) -> None:
-    assert study.search(always(0, supervised.stand_still, "trial_0001")) == 0, study.said
+    with open_inbox() as inbox:
+        more = ("--notify", inbox.url, "--notify-on", "failed,finished")
+        assert study.search(always(0, supervised.stand_still, "trial_0001"), *more) == 0, study.said
+        inbox.wait(2)
+    assert inbox.titles == ["study: search finished", "study: trial 1 failed"]
     trials = open_study(study.folder).get_trials(deepcopy=False)
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     result = read_json(study.folder.trial(1).result)

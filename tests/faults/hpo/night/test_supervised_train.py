@@ -18,6 +18,7 @@ from hpo.cli.main import main
 from hpo.terminal.live import STOPPING
 from tests import supervised
 from tests.faults.zygote import finish
+from tests.inbox import open_inbox
 from tests.supervised import (
     Fault,
     always,
@@ -112,7 +113,6 @@ def run(place: Path, tmp_path: Path) -> Run:
     ("what", "reason"),
     [
         (supervised.stand_still, "hang"),
-        (supervised.hold_the_interpreter, "hang"),
         (supervised.crash, "crash:SIGSEGV"),
         (supervised.use_up_memory, "host_memory"),
     ],
@@ -137,6 +137,32 @@ def test_three_restarts_without_new_progress_end_the_command_with_what_to_do(run
     assert error == ("error: it died 4 times without new progress, the last time: killed by SIGSEGV")
     assert then.startswith("next: hpo resume ") and then.endswith("/lora.run")
     assert run.end() == 0 and run.is_whole()
+
+
+def test_a_hang_is_ended_gone_on_from_and_each_said_once_to_who_wanted_to_know(run: Run) -> None:
+    """W9 · weight 3 · A GPU that hangs: the worker lives and makes no progress → It is asked to save, then killed,
+    and a new one goes on from the last checkpoint to the same bytes. A message says that it hung, and one that it
+    goes on.
+    """
+    with open_inbox() as inbox:
+        code = run.end(once(run.marker, 11, supervised.hold_the_interpreter), "--notify", inbox.url)
+        inbox.wait(3)
+    assert code == 0 and run.is_whole() and run.deaths == ["hang"]
+    name = f"{run.out}/lora.run"
+    assert inbox.titles == [f"{name}: hung", f"{name}: restarted", f"{name}: train lora finished"]
+    kept = [path.read_bytes() for path in run.out.rglob("*") if path.is_file()]
+    assert not [text for text in (run.said.encode(), *kept) if b"s3cret" in text], "the URL is a secret"
+
+
+def test_who_wanted_to_know_only_of_a_failure_gets_one_message(run: Run) -> None:
+    with open_inbox() as inbox:
+        words = ("--notify", inbox.url, "--notify-on", "failed")
+        code = run.end(always(5, supervised.crash), *words)
+        inbox.wait()
+    assert code == MachineError.exit_code
+    (message,) = inbox.received
+    assert message["title"] == f"{run.out}/lora.run: failed"
+    assert "died 4 times without new progress" in message["message"]
 
 
 def test_a_worker_that_gets_a_little_further_each_time_is_started_again_and_again(run: Run) -> None:
