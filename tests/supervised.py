@@ -187,3 +187,9 @@ def state_of(pid: int) -> str:
 def is_over(pid: int) -> bool:
     """Whether a process has ended; its parent may not have asked for its exit code yet."""
     return state_of(pid) in ("", "Z")
+
+
+def private_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM and not of a file."""
+    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(1024 * int(row.split()[1]) for row in rows if row.startswith("RssAnon:"))

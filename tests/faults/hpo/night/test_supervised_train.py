@@ -120,6 +120,9 @@ def run(place: Path, tmp_path: Path) -> Run:
 def test_a_worker_that_fails_is_replaced_and_the_run_ends_with_the_same_bytes(
     run: Run, what: Callable[[], None], reason: str
 ) -> None:
+    """A9 · weight 3 · A worker dies in the middle of its work (a crash in native code, all memory used up) → The reason
+    is noted, a new worker goes on from the last checkpoint, and the LoRA is bitwise the same (on a CPU).
+    """
     assert run.end(once(run.marker, 11, what)) == 0, run.said
     assert run.is_whole()
     assert run.deaths == [reason]
@@ -190,6 +193,9 @@ def test_a_worker_that_gets_a_little_further_each_time_is_started_again_and_agai
 def test_a_signal_saves_and_ends_with_its_code_and_the_same_command_goes_on(
     run: Run, number: int, code: int
 ) -> None:
+    """W5 · weight 3 · Ctrl-C, or SIGTERM or SIGUSR1 from a job system → The step is finished and saved, the exit code
+    is 130, or 75 for a job system, and the same command goes on from that step.
+    """
     assert run.end(once(run.marker, 5, tell_supervisor(number))) == code
     assert f"stopped after step 5/{STEPS}" in run.said and "next: hpo resume " in run.said
     assert run.said.count(STOPPING) == 1 and run.deaths == []
@@ -199,6 +205,10 @@ def test_a_signal_saves_and_ends_with_its_code_and_the_same_command_goes_on(
 
 
 def test_a_second_ctrl_c_ends_at_once(run: Run) -> None:
+    """W6 · weight 3 · A second Ctrl-C while the first one is being handled → It ends at once, and what was saved before
+    is whole.
+    """
+
     def what() -> None:
         os.kill(os.getppid(), signal.SIGINT)
         until(supervised.is_asked_to_stop)

@@ -74,6 +74,9 @@ def test_telling_takes_no_time_even_if_nobody_answers(inbox: Inbox, stalled: str
 def test_a_dead_service_costs_one_warning_without_its_url(
     which: str, request: pytest.FixtureRequest, inbox: Inbox, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """W13 · weight 3 · The service of a notification is down, or takes the connection and never answers → The work goes
+    on. One warning, at most five seconds at the end, and no URL in it.
+    """
     url = request.getfixturevalue(which)
     began = time.monotonic()
     with notifying([url]):
