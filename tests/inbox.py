@@ -51,3 +51,13 @@ def open_inbox() -> Iterator[Inbox]:
     finally:
         box.server.shutdown()
         box.server.server_close()
+
+
+class Post:
+    """In place of a ``Sender``: keeps what would be sent."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+
+    def put(self, message: Any, *, at_once: bool = False) -> None:
+        self.messages.append(message)
