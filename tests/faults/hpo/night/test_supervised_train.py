@@ -331,3 +331,18 @@ def test_ctrl_c_at_a_terminal_reaches_the_worker_once(run: Run) -> None:
         json.loads((run.out / "lora.run" / "work.jsonl").read_text().splitlines()[-1])["event"]
         == "interrupted"
     )
+
+
+@pytest.mark.parametrize("free", [0, 8, 30, 50])
+def test_a_disk_that_is_full_from_some_moment_on_ends_the_run_and_loses_nothing(run: Run, free: int) -> None:
+    """``free``: writes to files before the disk is full for ever.  With room, the same command ends as ever."""
+
+    def prepare() -> None:
+        saves_every_step()
+        supervised.disk_full_after(free)
+
+    code = finish(begin(run.place, run.screen, words(str(run.out), *HANG), prepare=prepare))
+    assert code == MachineError.exit_code, run.said
+    assert run.said.count("error: ") == 1 and "disk full" in run.said and "Traceback" not in run.said
+    assert "goes on in" not in run.said, "a new process would not mend it"
+    assert run.end() == 0 and run.is_whole()
