@@ -29,13 +29,7 @@ TABLE = "|---|---|---|---|"
 OUTSIDE = frozenset({"slow", "gpu", "skip", "skipif", "xfail"})  # marks of tests that CI leaves out, or may
 
 # Rows without a test: (weight, fault, why).  A row goes from here when a test has it.
-BEING_BUILT = "being built"
 MISSING: dict[str, tuple[int, str, str]] = {
-    "A3": (5, "A kill while SQLite commits a claim, a step or a result", BEING_BUILT),
-    "A7": (5, "A kill while a killed run is being recovered", BEING_BUILT),
-    "B7": (3, "Memory that grows from trial to trial", BEING_BUILT),
-    "W9": (3, "A GPU that hangs: the worker lives and makes no progress", BEING_BUILT),
-    "W13": (3, "The address of a notification is wrong, slow or down", BEING_BUILT),
     "W14": (
         1,
         "A log that grows without end",

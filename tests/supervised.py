@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -187,3 +189,22 @@ def state_of(pid: int) -> str:
 def is_over(pid: int) -> bool:
     """Whether a process has ended; its parent may not have asked for its exit code yet."""
     return state_of(pid) in ("", "Z")
+
+
+def private_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM and not of a file."""
+    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(1024 * int(row.split()[1]) for row in rows if row.startswith("RssAnon:"))
+
+
+def disk_full_after(free: int) -> None:
+    """``prepare``: so many writes to files in each process, then the disk is full for ever."""
+    write, made = os.write, [0]
+
+    def limited(descriptor: int, content: Any) -> int:
+        made[0] += stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if made[0] > free and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, content)
+
+    os.write = limited

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 LONG = ("search", "confirm", "transfer", "train", "evaluate", "compare", "resume")
 SHORT = ("-h", "--help", "--dry-run")
@@ -31,7 +33,7 @@ def as_worker_if_long() -> Iterator[None]:
     if VARIABLE in os.environ:
         yield
         return
-    words, worker = in_a_worker(sys.argv[1:])
+    words, worker = in_a_worker(sys.argv[1:], _send)
     sys.argv[1:] = words
     try:
         yield
@@ -40,3 +42,9 @@ def as_worker_if_long() -> Iterator[None]:
         raise
     finally:
         worker.flush()
+
+
+def _send(wanted: Mapping[str, Any], event: str, root: Path, text: str) -> None:
+    from hpo.study import resume_words, send_beside
+
+    send_beside(wanted, event, f"{resume_words(root)}: {event}", text)

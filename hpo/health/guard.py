@@ -27,7 +27,8 @@ from hpo.health.line import health_line
 from hpo.health.log import HealthLog
 from hpo.health.machine import MachineSensors
 from hpo.health.reading import Sensors
-from hpo.study import Thresholds, tell
+from hpo.night import ends_hangs
+from hpo.study import HUNG, Thresholds, tell
 from trainer.errors import RESUME, MachineError
 from trainer.events import Event
 
@@ -152,7 +153,8 @@ class Guard:
         more = {} if left is None else {"left_of_all": round(left, 1)}
         for alert in self.health.look(time.monotonic(), **more):
             self._say(f"warning: {alert.text}")
-            if alert.event:
+            # A supervisor that ends a process that hangs sends that itself: one message for one event.
+            if alert.event and not (alert.event == HUNG and ends_hangs()):
                 tell(alert.event, f"{self._name}: {alert.event}", alert.text, self._say)
 
 

@@ -1,5 +1,6 @@
 from .endings import DIED as DIED
 from .endings import WorkersFailed as WorkersFailed
+from .front import Send as Send
 from .front import in_a_worker as in_a_worker
 from .post import Post as Post
 from .process import Launch as Launch
@@ -15,9 +16,11 @@ from .watched import WATCHED as WATCHED
 from .watched import answered as answered
 from .watched import asking as asking
 from .watched import begins as begins
+from .watched import ends_hangs as ends_hangs
 from .watched import failed as failed
 from .watched import moved as moved
 from .watched import need_a_fresh_process as need_a_fresh_process
+from .watched import notifies as notifies
 from .watched import reached as reached
 from .watched import watch as watch
 from .watched import works_on as works_on

@@ -19,7 +19,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -29,7 +29,7 @@ from hpo.night.output import LOG, Output
 from hpo.night.post import Post, State
 from hpo.night.process import IsWorker
 from hpo.night.pulse import ANSWERED
-from hpo.night.role import BEGINS, EXIT, Role, Supervised
+from hpo.night.role import BEGINS, EXIT, NOTIFIES, Role, Supervised
 from hpo.night.supervise import Supervisor
 from hpo.night.watched import WATCHED
 from trainer.errors import Interrupted, ToolError
@@ -38,14 +38,18 @@ from trainer.text import clean_text
 NULL_COMMAND = (
     128  # a shell's exit code for a process that a signal has ended is this and the signal's number
 )
+# Sends a message: what the worker has said about messages (``notifies``), the event, the folder of the work, the text.
+Send = Callable[[Mapping[str, Any], str, Path, str], None]
+RESTARTED, HUNG, FAILED = "restarted", "hung", "failed"  # events, by the names that --notify-on has
 
 
-def in_a_worker(words: Sequence[str]) -> tuple[list[str], Supervised]:
+def in_a_worker(words: Sequence[str], send: Send) -> tuple[list[str], Supervised]:
     """In the worker, which is a fork: the words of the command line that it carries out, and its supervisor's pipe.
 
-    The process that called this never returns from here: it ends with SystemExit once the command has ended.
+    The process that called this never returns from here: it ends with SystemExit once the command has ended.  It sends
+    what no worker can: that one has hung, starts again, or that none can go on.
     """
-    front = Front(list(words))
+    front = Front(list(words), send)
     try:
         code = front.run()
     except IsWorker:
@@ -77,8 +81,9 @@ class _Child:
 class Front:
     """``words``: of the command line that the next worker carries out."""
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(self, words: list[str], send: Send) -> None:
         self.words = words
+        self._send, self._wanted = send, dict[str, Any]()
         self.worker: Supervised | None = None  # in a worker, this process
         self._cwd = ""
         self._answers: list[str] = []  # what was answered, as options
@@ -107,6 +112,7 @@ class Front:
             except ToolError as error:  # no worker can go on, or none can be started
                 what = post.why if isinstance(error, WorkersFailed) else error.message
                 self._say(f"error: {what}", f"next: {self._next()}")
+                self._tell(FAILED, what)
                 return error.exit_code
         return self._code(post)
 
@@ -204,6 +210,8 @@ class Front:
             self._was_asked = True
             self._answers += map(str, report.get("words", ()))
             self._name = report.get("name") or self._name
+        elif event == NOTIFIES:
+            self._wanted = dict(report["wanted"])
         elif event == EXIT:
             self._has_exited = True
 
@@ -217,16 +225,27 @@ class Front:
 
     def on_hang(self, post: Post) -> None:
         assert post.process is not None
-        self._say(f"warning: no progress for {post.pulse.silent_words}: process {post.process.pid} is ended")
+        text = f"no progress for {post.pulse.silent_words}: process {post.process.pid} is ended"
+        self._say(f"warning: {text}")
+        self._tell(HUNG, text)
 
     def on_pause(self, post: Post, seconds: float) -> None:
-        self._say(f"warning: {post.why}; it goes on in {seconds:g} s from where it was saved last")
+        text = f"{post.why}; it goes on in {seconds:g} s from where it was saved last"
+        self._say(f"warning: {text}")
+        self._tell(RESTARTED, text)
 
     def on_out(self, post: Post) -> None: ...
 
     def on_error(self, post: Post) -> None: ...
 
     def on_done(self, post: Post) -> None: ...
+
+    def _tell(self, event: str, text: str) -> None:
+        """Send a message, if the worker has said where to.  Nothing in it may end the command."""
+        root = self._supervisor.root
+        if self._wanted and root is not None:
+            with contextlib.suppress(Exception):
+                self._send(self._wanted, event, root, clean_text(text))
 
     def _say(self, *lines: str) -> None:
         """Print lines, wherever the worker's output goes.  What it drew may have hidden the cursor."""

@@ -33,6 +33,7 @@ LEFT_BYTES = 1 << 20  # of reports that the supervisor has not read
 FLUSH_SECONDS = 2.0  # for the last reports
 STOP_WORD = b"stop\n"
 BEGINS, WORKS_ON, SUPERVISES, EXIT, ERROR = "begins", "works-on", "supervises", "exit", "error"
+NOTIFIES = "notifies"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its parent dies
 
 
@@ -89,7 +90,8 @@ class Supervised:
     """A process that a supervisor started.
 
     ``control``: the reading end of the pipe that the supervisor holds.  ``root``: the folder of the work, once it is
-    known.  ``points``: steps and images that this process has done.
+    known.  ``points``: steps and images that this process has done.  ``ends_hangs``: its supervisor ends it if it
+    hangs.
     """
 
     def __init__(self, role: Role, control: int) -> None:
@@ -97,6 +99,7 @@ class Supervised:
         self.asked = False  # to stop, by whoever it was
         self.root: Path | None = None
         self.points = 0
+        self.ends_hangs = False
         self._has_failed = False
         self._left = b""
         self._control = control

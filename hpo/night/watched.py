@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from hpo.night.pulse import ANSWERED, ASKS, MOVED, REACHED, WATCH
-from hpo.night.role import BEGINS, WORKS_ON, Supervised
+from hpo.night.role import BEGINS, NOTIFIES, WORKS_ON, Supervised
 from trainer.errors import HostMemory, OutOfMemory, ToolError
 
 WATCHED: ContextVar[Supervised | None] = ContextVar("WATCHED", default=None)
@@ -45,7 +46,21 @@ def watch(hang_seconds: float) -> None:
     """The command begins.  ``hang_seconds``: without progress, after which it hangs; 0: never."""
     watched = WATCHED.get()
     if watched is not None:
+        watched.ends_hangs = hang_seconds > 0
         watched.report(WATCH, hang_seconds=hang_seconds)
+
+
+def ends_hangs() -> bool:
+    """Whether a supervisor ends this process if it hangs, and says so."""
+    watched = WATCHED.get()
+    return watched is not None and watched.ends_hangs
+
+
+def notifies(wanted: Mapping[str, Any]) -> None:
+    """What the supervisor needs to send messages itself (``hpo.night.front.Send``)."""
+    watched = WATCHED.get()
+    if watched is not None:
+        watched.report(NOTIFIES, wanted=dict(wanted))
 
 
 def begins(root: Path, words: Sequence[str], cwd: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpo.night import Launch, Post, Supervisor
-from hpo.study import FAILED, IDENTITY, INVOCATION, StudyFolder, Use, Work, begun_study
+from hpo.study import FAILED, HUNG, IDENTITY, INVOCATION, RESTARTED, StudyFolder, Use, Work, begun_study, tell
 from hpo.terminal import BEGUN, LINE, LOADED, RESULT, STUDY_LINE, Stop, WorkersView, workers_view
 from trainer.errors import Interrupted, ToolError
 
@@ -50,14 +50,15 @@ class Crew:
 
     def on_hang(self, post: Post) -> None:
         assert post.process is not None
-        self.view.say(
-            f"warning: {post.words} hangs: no progress for {post.pulse.silent_words}; "
-            f"process {post.process.pid} is ended"
-        )
+        text = f"{post.words} hangs: no progress for {post.pulse.silent_words}; process {post.process.pid} is ended"
+        self.view.say(f"warning: {text}")
+        tell(HUNG, f"{self.folder.words}: {HUNG}", text, self.view.say)
 
     def on_pause(self, post: Post, seconds: float) -> None:
         self.view.rests(post.number, "starts again", seconds)
-        self.view.say(f"{post.words} died: {post.why}; it starts again in {seconds:g} s ({post.log})")
+        text = f"{post.words} died: {post.why}; it starts again in {seconds:g} s"
+        self.view.say(f"{text} ({post.log})")
+        tell(RESTARTED, f"{self.folder.words}: {RESTARTED}", text, self.view.say)
 
     def on_error(self, post: Post) -> None:
         self.view.rests(post.number, "has ended with an error")

@@ -23,6 +23,7 @@ from hpo.search.looks import look_images
 from hpo.search.telling import Teller
 from hpo.search.trial import Watch, deaths_without_progress, failed, resumes_from, run_trial
 from hpo.study import (
+    FAILED,
     ClaimLost,
     Forecast,
     Result,
@@ -34,6 +35,7 @@ from hpo.study import (
     clean_advice,
     measured,
     standing,
+    tell,
     where,
     write_params,
     write_result,
@@ -213,6 +215,8 @@ class Worker:
             message = f"{MAX_DEATHS} processes in a row died in this {self.source.noun} without saving more progress"
             result = failed(folder, config, reason, f"{message}; the last one: {why}" if why else message)
             write_result(folder, result)
+            what = f"{self.folder.words}: {self.source.noun} {folder.number} failed"
+            tell(FAILED, what, f"{message}; reason: {reason}", self.view.say, ends=False)
             return result
         self.source.prepare(claim.suggested, folder)
         looks = self.source.looks(claim.trial, folder)

@@ -66,6 +66,7 @@ from .notify import check_services as check_services
 from .notify import chosen_events as chosen_events
 from .notify import notification_urls as notification_urls
 from .notify import notifying as notifying
+from .notify import send_beside as send_beside
 from .notify import tell as tell
 from .optunaparts import set_system_attribute as set_system_attribute
 from .optunaparts import state_of as state_of

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hpo.night import notifies
 from trainer.errors import ConfigError
 from trainer.text import clean_text
 
@@ -59,6 +60,7 @@ def notifying(urls: Sequence[str], events: Sequence[str] = USUAL, quiet: str = "
         return
     from hpo.study.sending import Sender
 
+    notifies({"urls": found, "events": tuple(events), "quiet": quiet})
     sender = Sender(found, hours)
     token = NOTIFIER.set(Notifier(sender, tuple(events)))
     try:
@@ -68,14 +70,37 @@ def notifying(urls: Sequence[str], events: Sequence[str] = USUAL, quiet: str = "
         sender.close(_warn)
 
 
-def tell(event: str, title: str, body: str, warn: Callable[[str], None] | None = None) -> None:
+def send_beside(wanted: Mapping[str, Any], event: str, title: str, body: str) -> None:
+    """Send one event from a process of its own: for the supervisor, which loads no library and starts no thread.
+
+    ``wanted``: {"urls": …, "events": …, "quiet": …}, as ``notifying`` has given it to ``hpo.night.notifies``.
+    """
+    if event not in wanted["events"]:
+        return
+    from datetime import datetime
+
+    from hpo.study.sending import hand_over
+
+    hours = None if event == FAILED else quiet_hours(str(wanted["quiet"]))
+    left = 0.0 if hours is None else hours.seconds_left(datetime.now().astimezone())
+    hand_over({"seconds": left, "urls": list(wanted["urls"]), "title": title, "body": body})
+
+
+def tell(
+    event: str,
+    title: str,
+    body: str,
+    warn: Callable[[str], None] | None = None,
+    *,
+    ends: bool = True,
+) -> None:
     """Send one event, if it is wanted.  Takes no time.  ``warn`` prints a warning, from another thread; without it, to
-    the standard error."""
+    the standard error.  ``ends``: a failure is that of the whole command, which is sent in quiet hours, too."""
     notifier = NOTIFIER.get()
     if notifier is not None and event in notifier.events:
         from hpo.study.sending import Message
 
-        notifier.sender.put(Message(title, body, warn or _warn), at_once=event == FAILED)
+        notifier.sender.put(Message(title, body, warn or _warn), at_once=event == FAILED and ends)
 
 
 def _warn(text: str) -> None:

@@ -20,7 +20,7 @@ from tests.faults.zygote import finish
 from tests.supervised import Fault, begin, is_over, once, tell_supervisor
 from tests.tiny_run import JUDGING, MINI_CLIP, THREE_CHECKPOINTS, loud_base
 from tests.tiny_search import draw_images
-from trainer.errors import Interrupted
+from trainer.errors import Interrupted, MachineError
 from trainer.files import read_records
 
 pytestmark = pytest.mark.faults
@@ -108,3 +108,16 @@ def test_a_second_ctrl_c_ends_an_evaluation_at_once(here: Path, tmp_path: Path) 
     screen = tmp_path / "screen"
     assert ends(here, screen, once(tmp_path / "marker", 4, what, "epoch 2")) == Interrupted.exit_code
     assert "stopped at once" in screen.read_text()
+
+
+@pytest.mark.parametrize("free", [4, 24])
+def test_a_disk_that_is_full_ends_an_evaluation_and_loses_nothing(
+    here: Path, tmp_path: Path, free: int
+) -> None:
+    """``free``: writes to files before the disk is full for ever."""
+    screen = tmp_path / "screen"
+    code = finish(begin(here, screen, WORDS, prepare=lambda: supervised.disk_full_after(free)))
+    said = screen.read_text()
+    assert code == MachineError.exit_code, said
+    assert "disk full" in said and "Traceback" not in said and "goes on in" not in said
+    assert ends(here, screen) == 0 and figures(here / "out") == figures(here / "out-whole")

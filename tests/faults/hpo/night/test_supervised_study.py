@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,25 @@ from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
 from tests import supervised
 from tests.faults.zygote import finish
-from tests.supervised import Fault, always, begin, is_over, once, saves_every_step, tell_supervisor
+from tests.inbox import open_inbox
+from tests.supervised import (
+    MIB,
+    Fault,
+    always,
+    begin,
+    is_over,
+    once,
+    private_bytes,
+    saves_every_step,
+    tell_supervisor,
+)
 from tests.tiny_search import STUDY, check_study, draw_images, make_search, tiny_bench
 from trainer.errors import Interrupted
 from trainer.files import read_records
 
 pytestmark = pytest.mark.faults
 HANG = ("--hang-minutes", "0.02")  # 1.2 s
+MANY = 16  # trials, to see whether memory grows
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +73,10 @@ class Study:
     def begin(self, fault: Fault, *words: str) -> int:
         return begin(self.here, self.screen, [*words, *HANG], fault, self._prepare)
 
-    def search(self, fault: Fault = lambda done, what: None, trials: int = 3) -> int:
+    def search(self, fault: Fault = lambda done, what: None, *more: str, trials: int = 3) -> int:
         named = ("search", "study", "--base", "tiny", "--data", str(self.data), "--class", "figure")
         words = (*named, "--definition", "tiny.toml", "--trials", str(trials), "--device", "cpu")
-        return finish(self.begin(fault, *words))
+        return finish(self.begin(fault, *words, *more))
 
     @property
     def said(self) -> str:
@@ -109,8 +122,31 @@ def test_a_trial_whose_process_fails_goes_on_in_a_new_one(
     assert "resuming trial 1: " in study.said
 
 
+def test_memory_does_not_grow_from_trial_to_trial(study: Study) -> None:
+    """B7 · weight 3 · Memory that grows from trial to trial → The memory of the process that runs the trials, and that
+    of its supervisor, stay as they are after the first trials.
+    """
+    rows = study.here / "memory"
+
+    def note(done: int, what: str) -> None:
+        if done == 1 and what.endswith("train.jsonl"):
+            with rows.open("a") as file:
+                file.write(f"{private_bytes(os.getpid())} {private_bytes(os.getppid())}\n")
+
+    assert study.search(note, trials=MANY) == 0, study.said
+    worker, supervisor = zip(*(map(int, row.split()) for row in rows.read_text().splitlines()), strict=True)
+    assert len(worker) == MANY
+    for sizes, most in ((worker, 4 * MIB), (supervisor, MIB)):
+        growth = statistics.median(sizes[-5:]) - statistics.median(sizes[3:8])
+        assert growth < most, [size // MIB for size in sizes]
+
+
 def test_a_trial_that_always_hangs_fails_with_that_reason_and_the_next_one_follows(study: Study) -> None:
-    assert study.search(always(0, supervised.stand_still, "trial_0001")) == 0, study.said
+    with open_inbox() as inbox:
+        more = ("--notify", inbox.url, "--notify-on", "failed,finished")
+        assert study.search(always(0, supervised.stand_still, "trial_0001"), *more) == 0, study.said
+        inbox.wait(2)
+    assert inbox.titles == ["study: search finished", "study: trial 1 failed"]
     trials = open_study(study.folder).get_trials(deepcopy=False)
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     result = read_json(study.folder.trial(1).result)

@@ -18,6 +18,7 @@ from hpo.cli.main import main
 from hpo.terminal.live import STOPPING
 from tests import supervised
 from tests.faults.zygote import finish
+from tests.inbox import open_inbox
 from tests.supervised import (
     Fault,
     always,
@@ -112,7 +113,6 @@ def run(place: Path, tmp_path: Path) -> Run:
     ("what", "reason"),
     [
         (supervised.stand_still, "hang"),
-        (supervised.hold_the_interpreter, "hang"),
         (supervised.crash, "crash:SIGSEGV"),
         (supervised.use_up_memory, "host_memory"),
     ],
@@ -120,6 +120,9 @@ def run(place: Path, tmp_path: Path) -> Run:
 def test_a_worker_that_fails_is_replaced_and_the_run_ends_with_the_same_bytes(
     run: Run, what: Callable[[], None], reason: str
 ) -> None:
+    """A9 · weight 3 · A worker dies in the middle of its work (a crash in native code, all memory used up) → The reason
+    is noted, a new worker goes on from the last checkpoint, and the LoRA is bitwise the same (on a CPU).
+    """
     assert run.end(once(run.marker, 11, what)) == 0, run.said
     assert run.is_whole()
     assert run.deaths == [reason]
@@ -137,6 +140,32 @@ def test_three_restarts_without_new_progress_end_the_command_with_what_to_do(run
     assert error == ("error: it died 4 times without new progress, the last time: killed by SIGSEGV")
     assert then.startswith("next: hpo resume ") and then.endswith("/lora.run")
     assert run.end() == 0 and run.is_whole()
+
+
+def test_a_hang_is_ended_gone_on_from_and_each_said_once_to_who_wanted_to_know(run: Run) -> None:
+    """W9 · weight 3 · A GPU that hangs: the worker lives and makes no progress → It is asked to save, then killed,
+    and a new one goes on from the last checkpoint to the same bytes. A message says that it hung, and one that it
+    goes on.
+    """
+    with open_inbox() as inbox:
+        code = run.end(once(run.marker, 11, supervised.hold_the_interpreter), "--notify", inbox.url)
+        inbox.wait(3)
+    assert code == 0 and run.is_whole() and run.deaths == ["hang"]
+    name = f"{run.out}/lora.run"
+    assert inbox.titles == [f"{name}: hung", f"{name}: restarted", f"{name}: train lora finished"]
+    kept = [path.read_bytes() for path in run.out.rglob("*") if path.is_file()]
+    assert not [text for text in (run.said.encode(), *kept) if b"s3cret" in text], "the URL is a secret"
+
+
+def test_who_wanted_to_know_only_of_a_failure_gets_one_message(run: Run) -> None:
+    with open_inbox() as inbox:
+        words = ("--notify", inbox.url, "--notify-on", "failed")
+        code = run.end(always(5, supervised.crash), *words)
+        inbox.wait()
+    assert code == MachineError.exit_code
+    (message,) = inbox.received
+    assert message["title"] == f"{run.out}/lora.run: failed"
+    assert "died 4 times without new progress" in message["message"]
 
 
 def test_a_worker_that_gets_a_little_further_each_time_is_started_again_and_again(run: Run) -> None:
@@ -164,6 +193,9 @@ def test_a_worker_that_gets_a_little_further_each_time_is_started_again_and_agai
 def test_a_signal_saves_and_ends_with_its_code_and_the_same_command_goes_on(
     run: Run, number: int, code: int
 ) -> None:
+    """W5 · weight 3 · Ctrl-C, or SIGTERM or SIGUSR1 from a job system → The step is finished and saved, the exit code
+    is 130, or 75 for a job system, and the same command goes on from that step.
+    """
     assert run.end(once(run.marker, 5, tell_supervisor(number))) == code
     assert f"stopped after step 5/{STEPS}" in run.said and "next: hpo resume " in run.said
     assert run.said.count(STOPPING) == 1 and run.deaths == []
@@ -173,6 +205,10 @@ def test_a_signal_saves_and_ends_with_its_code_and_the_same_command_goes_on(
 
 
 def test_a_second_ctrl_c_ends_at_once(run: Run) -> None:
+    """W6 · weight 3 · A second Ctrl-C while the first one is being handled → It ends at once, and what was saved before
+    is whole.
+    """
+
     def what() -> None:
         os.kill(os.getppid(), signal.SIGINT)
         until(supervised.is_asked_to_stop)
@@ -295,3 +331,18 @@ def test_ctrl_c_at_a_terminal_reaches_the_worker_once(run: Run) -> None:
         json.loads((run.out / "lora.run" / "work.jsonl").read_text().splitlines()[-1])["event"]
         == "interrupted"
     )
+
+
+@pytest.mark.parametrize("free", [0, 8, 30, 50])
+def test_a_disk_that_is_full_from_some_moment_on_ends_the_run_and_loses_nothing(run: Run, free: int) -> None:
+    """``free``: writes to files before the disk is full for ever.  With room, the same command ends as ever."""
+
+    def prepare() -> None:
+        saves_every_step()
+        supervised.disk_full_after(free)
+
+    code = finish(begin(run.place, run.screen, words(str(run.out), *HANG), prepare=prepare))
+    assert code == MachineError.exit_code, run.said
+    assert run.said.count("error: ") == 1 and "disk full" in run.said and "Traceback" not in run.said
+    assert "goes on in" not in run.said, "a new process would not mend it"
+    assert run.end() == 0 and run.is_whole()

@@ -145,9 +145,6 @@ def test_two_workers_share_four_trials_and_the_command_says_it_once(
 def test_a_worker_that_is_killed_starts_again_and_every_trial_is_told_once(
     root: Path, data: Path, tmp_path: Path
 ) -> None:
-    """A9 · weight 3 · A worker dies in the middle of a trial (a crash in native code, a kill) → It is started
-    again, the others do not notice, and every trial is told once.
-    """
     screen, folder = tmp_path / "screen", StudyFolder(root)
     parent = start(command, root, data, 4, screen)
     trial, pid = until(lambda: trained(folder))[0]

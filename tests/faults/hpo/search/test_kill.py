@@ -80,6 +80,33 @@ def test_a_kill_at_any_seam_changes_nothing_of_the_study(
         assert again["lora_sha256"] == before["lora_sha256"]
 
 
+RECOVERY = [
+    ("trainer.adapters.lorafile.write", 2, "before"),  # the first kill: trial 1 is trained, nothing is saved
+    ("hpo.search.worker.sweep_tree", 1, "after"),  # what is incomplete was removed
+    ("hpo.search.claim.take_up", 1, "after"),  # trial 1 was found, its lock is not taken
+    ("hpo.search.claim.sweep_tree", 1, "after"),  # its lock is taken, its folder swept
+    ("hpo.search.trial.write_result", 1, "after"),  # trained once more, the result is on disk
+    ("hpo.search.claim.take_up", 1, "after"),  # the result was found
+    ("hpo.search.dashboard.upload_grid", 1, "after"),  # in the middle of telling what was found
+]
+
+
+def test_kills_while_a_kill_is_recovered_from_change_nothing_of_the_study(
+    reference: StudyFolder, tmp_path: Path, data: Path
+) -> None:
+    """A7 · weight 5 · A search is killed while it recovers from a kill, again and again → The next call recovers, the
+    trial is told once under its number, and its LoRA is the same.
+    """
+    folder = StudyFolder(tmp_path / "study")
+    for place, call, when in RECOVERY:
+        assert attempt(search_killed_at, folder.root, data, place, call, when) == -signal.SIGKILL, place
+    assert attempt(search, folder.root, data) == 0
+    check_study(folder, TRIALS)
+    assert table(folder) == table(reference)
+    again, before = read_json(folder.trial(1).result), read_json(reference.trial(1).result)
+    assert again is not None and before is not None and again["lora_sha256"] == before["lora_sha256"]
+
+
 def test_a_kill_while_training_or_drawing_goes_on_with_the_same_trial(
     reference: StudyFolder, tmp_path: Path, data: Path
 ) -> None:
@@ -129,9 +156,6 @@ def interrupted(root: Path, data: Path, number: int, times: int) -> None:
 def test_ctrl_c_and_sigterm_save_the_step_and_the_next_call_goes_on_from_it(
     reference: StudyFolder, tmp_path: Path, data: Path, number: int
 ) -> None:
-    """W5 · weight 3 · Ctrl-C, or SIGTERM from a job system → The step is finished and saved; the next call goes
-    on from it.
-    """
     root = tmp_path / "study"
     assert attempt(interrupted, root, data, number, 1) == 130
     folder = StudyFolder(root)
@@ -148,9 +172,6 @@ def test_ctrl_c_and_sigterm_save_the_step_and_the_next_call_goes_on_from_it(
 def test_a_second_ctrl_c_ends_at_once_and_still_nothing_is_lost(
     reference: StudyFolder, tmp_path: Path, data: Path
 ) -> None:
-    """W6 · weight 3 · A second signal while the first one is being handled → It ends at once, and what was
-    saved before is whole.
-    """
     root = tmp_path / "study"
     assert attempt(interrupted, root, data, signal.SIGINT, 2) == 131
     assert attempt(search, root, data) == 0

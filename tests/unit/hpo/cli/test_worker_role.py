@@ -19,9 +19,11 @@ from hpo.search.sampled import SearchLimits, SearchProposals
 from hpo.search.session import SearchRequest
 from hpo.study.config import Inputs
 from hpo.study.folder import StudyFolder
+from hpo.study.notify import NOTIFIER, Notifier
 from hpo.study.use import Use
 from hpo.study.work import INVOCATION, Invocation, Work, recorded
 from hpo.terminal.workers import WorkersView
+from tests.inbox import Post
 
 TYPED = Invocation(("search", "luca", "--workers", "2"), "/here", began=12.0)
 
@@ -73,6 +75,32 @@ def test_a_worker_is_not_recorded_as_a_command_of_its_own(tmp_path: Path) -> Non
 
     contextvars.copy_context().run(run)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_hangs_and_starts_again_is_two_messages(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "luca")
+    view = WorkersView(Console(file=io.StringIO()), "luca", ["cpu", "cpu"])
+    crew = Crew(folder, view, Use(folder, None), Work(begun=True), max_hours=None)
+    told = Post()
+    token = NOTIFIER.set(Notifier(told))  # type: ignore[arg-type]
+    try:
+        post: Any = SimpleNamespace(
+            number=2,
+            words="worker 2",
+            why="it hung: no progress for 30 minutes",
+            log=tmp_path / "worker-2.log",
+            pulse=SimpleNamespace(silent_words="30 minutes"),
+            process=SimpleNamespace(pid=4),
+        )
+        crew.on_hang(post)
+        crew.on_pause(post, 5.0)
+    finally:
+        NOTIFIER.reset(token)
+    assert [message.title for message in told.messages] == [
+        f"{folder.words}: hung",
+        f"{folder.words}: restarted",
+    ]
+    assert all("worker 2" in message.body for message in told.messages)
 
 
 def test_max_hours_count_from_the_first_begin_also_for_a_worker_that_starts_again(tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hpo.health.guard import Guard, Lookout
 from hpo.health.reading import Reading
+from hpo.night import WATCHED
 from hpo.study.notify import NOTIFIER, Notifier
 from hpo.study.thresholds import Thresholds
 from tests.healthfigures import Told
+from tests.inbox import Post
 from trainer.events import Step
 
 
@@ -86,14 +89,8 @@ def test_one_of_several_processes_never_waits(tmp_path: Path) -> None:
 
 
 def test_danger_is_sent_and_a_warning_is_only_shown(tmp_path: Path) -> None:
-    sent: list[Any] = []
-
-    class Post:
-        def put(self, message: Any, *, at_once: bool = False) -> None:
-            sent.append((message.title, message.body, at_once))
-
-    sensors, lines = Told(), []
-    token = NOTIFIER.set(Notifier(Post()))
+    sensors, lines, post = Told(), list[str](), Post()
+    token = NOTIFIER.set(Notifier(post))  # type: ignore[arg-type]
     try:
         guard = guard_of(tmp_path, sensors, lines)
     finally:
@@ -102,8 +99,9 @@ def test_danger_is_sent_and_a_warning_is_only_shown(tmp_path: Path) -> None:
         sensors.machine(ram_used=75.0)
         until(lambda: len(lines) == 1)
         sensors.machine(ram_used=95.0)
-        until(lambda: len(sent) == 1)
-    assert "RAM 75 % used" in lines[0] and sent[0][0] == "luca: anomaly" and "RAM 95 % used" in sent[0][1]
+        until(lambda: len(post.messages) == 1)
+    assert "RAM 75 % used" in lines[0] and "RAM 95 % used" in post.messages[0].body
+    assert post.messages[0].title == "luca: anomaly"
 
 
 @pytest.mark.parametrize("freed", [0, 12_300_000])
@@ -122,3 +120,26 @@ def test_relief_is_done_by_the_work_between_two_steps(tmp_path: Path, freed: int
         guard.on_image(1, 10)
         assert not guard.health.relief_due
     assert where == [threading.current_thread().name] and "RAM is short: half of it" in lines
+
+
+class Idle:
+    """Nothing works on this machine."""
+
+    def read(self) -> Reading:
+        return Reading(process_busy=0.0)
+
+
+@pytest.mark.parametrize("ends_hangs", [False, True])
+def test_a_hang_is_told_by_the_supervisor_where_there_is_one(tmp_path: Path, ends_hangs: bool) -> None:
+    told, lines = Post(), list[str]()
+    watched: Any = SimpleNamespace(ends_hangs=ends_hangs)
+    tokens = NOTIFIER.set(Notifier(told)), WATCHED.set(watched)  # type: ignore[arg-type]
+    try:
+        guard = guard_of(tmp_path, Idle(), lines)
+        guard.health._news_at = guard.health._busy_at = time.monotonic() - 3600
+        guard.look()
+    finally:
+        NOTIFIER.reset(tokens[0])
+        WATCHED.reset(tokens[1])
+    assert [line for line in lines if "the run hangs" in line]
+    assert [message.title for message in told.messages] == ([] if ends_hangs else ["luca: hung"])

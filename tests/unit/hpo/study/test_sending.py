@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -23,46 +21,16 @@ from hpo.study.notify import ANOMALY, FAILED, FINISHED, HUNG, NOTIFIER, notifyin
 from hpo.study.quiet import QuietHours, read_quiet_hours
 from hpo.study.sending import MOST, Message, Sender, together
 from hpo.study.work import Invocation
+from tests.inbox import Inbox, open_inbox
 from trainer.errors import ConfigError
-
-
-class Inbox:
-    """A real server, and what it received.  ``arrived`` is released for each message."""
-
-    def __init__(self) -> None:
-        self.received: list[dict[str, str]] = []
-        self.arrived = threading.Semaphore(0)
-        self.status = 200
-        inbox = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if inbox.status == 200:
-                    inbox.received.append(message)
-                self.send_response(inbox.status)
-                self.end_headers()
-                inbox.arrived.release()
-
-            def log_message(self, format: str, *args: Any) -> None: ...
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"json://127.0.0.1:{self.server.server_port}/s3cret"
-
-    def wait(self, count: int = 1) -> None:
-        for _ in range(count):
-            assert self.arrived.acquire(timeout=20), "the message did not arrive"
 
 
 @pytest.fixture
 def inbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Inbox]:
     for name in ("HPO_NOTIFY", "HPO_QUIET_HOURS"):
         monkeypatch.delenv(name, raising=False)
-    box = Inbox()
-    yield box
-    box.server.shutdown()
-    box.server.server_close()
+    with open_inbox() as box:
+        yield box
 
 
 @pytest.fixture
@@ -106,6 +74,9 @@ def test_telling_takes_no_time_even_if_nobody_answers(inbox: Inbox, stalled: str
 def test_a_dead_service_costs_one_warning_without_its_url(
     which: str, request: pytest.FixtureRequest, inbox: Inbox, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """W13 · weight 3 · The service of a notification is down, or takes the connection and never answers → The work goes
+    on. One warning, at most five seconds at the end, and no URL in it.
+    """
     url = request.getfixturevalue(which)
     began = time.monotonic()
     with notifying([url]):
