@@ -68,8 +68,8 @@ class StudySection:
 SAMPLERS = ("tpe", "tpe-independent", "gp", "cmaes", "qmc", "random")
 
 
-# balanced: relative to what length, batch and alpha ask for (hpo.search.balance); plain: kohya's learning_rate itself
-RATES = ("balanced", "plain")
+# plain: kohya's learning_rate; balanced: relative to what length, batch and alpha ask for (hpo.search.balance)
+RATES = ("plain", "balanced")
 
 # behind: a paired test against the best trial (hpo.search.looks); the others are Optuna's
 PRUNERS = ("none", "behind", "median", "halving")
@@ -80,8 +80,7 @@ class SearchSection:
     """[search]: how trials are proposed, and which are stopped early.  It may change while a study runs; each trial
     notes its sampler.
 
-    ``rate``: how the sampler sees the learning rate (``hpo.search.balance``); ``balanced`` for studies that begin
-    (``read_study``), as stored for others.
+    ``rate``: how the sampler sees the learning rate (``hpo.search.balance``).
     ``looks``: after which parts of its training a trial is looked at; only with a pruner.
     """
 

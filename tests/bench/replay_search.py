@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from scipy.special import ndtr
+from scipy.special import ndtr  # type: ignore[import-untyped]
 
 from hpo.search.balance import Balance
 from hpo.search.samplers import make_sampler, startup_trials
@@ -108,7 +108,7 @@ class Way:
     fixed: tuple[str, ...] = ()  # settings that keep the usual value
     low_length: float | None = None  # the search proposes no shorter run
     high_length: float | None = None  # nor a longer one
-    balanced: bool = True  # the sampler sees the rate as in hpo.search.balance
+    balanced: bool = False  # the sampler sees the rate as in hpo.search.balance
     moves: tuple[
         float, ...
     ] = ()  # the search's rate is that times these powers of length, batch, alpha ratio, rank
@@ -157,9 +157,9 @@ WAYS = (
     replace(TOOL, name="· begins with Sobol", first="qmc"),
     replace(TOOL, name="· begins with 5 Sobol", first="qmc", startup=5),
     replace(TOOL, name="· on kohya's settings", raw=True),
-    replace(TOOL, name="· rate as it is", balanced=False),
-    replace(TOOL, name="· rate / √batch", balanced=False, moves=(0, 0.5, 0, 0)),
-    replace(TOOL, name="· rate, fitted powers", balanced=False, moves=(-0.7, 0.5, -0.7, -0.5)),
+    replace(TOOL, name="· balanced rate", balanced=True),
+    replace(TOOL, name="· rate / √batch", moves=(0, 0.5, 0, 0)),
+    replace(TOOL, name="· rate, fitted powers", moves=(-0.7, 0.5, -0.7, -0.5)),
     replace(TOOL, name="· short random trials", short_start=0.4),
     replace(TOOL, name="· surrogate", sampler="surrogate", share=0.1),
     replace(TOOL, name="· surrogate, 6 random", sampler="surrogate", share=0.1, startup=6),

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from hpo.search.balance import Balance, proposing
 from hpo.search.sampled import suggest
 from hpo.search.samplers import make_sampler
-from hpo.study import StudyConfig, build_study, read_study
+from hpo.study import StudyConfig, read_study
 
 SPACE: dict[str, Any] = {
     "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -42,6 +42,7 @@ USUAL = {
 
 def study_of(tmp_path: Path, **changes: Any) -> StudyConfig:
     table = {"train": {"optimizer_type": "AdamW"}, "space": SPACE, "baseline": BASELINE}
+    table["search"] = {"rate": "balanced"}
     for section, values in changes.items():
         table[section] = {**table.get(section, {}), **values}
         table[section] = {name: value for name, value in table[section].items() if value is not None}
@@ -203,17 +204,6 @@ def test_searched_optimizers(tmp_path: Path, options: list[str], balanced: bool)
         tmp_path, space=space, train={"optimizer_type": None}, baseline={"optimizer_type": "AdamW"}
     )
     assert (Balance.of(config) is not None) is balanced
-
-
-def test_a_study_begun_before_the_setting_keeps_the_plain_rate(tmp_path: Path) -> None:
-    config = study_of(tmp_path)
-    assert config.search.rate == "balanced" == config.sections["search"]["rate"]
-    path = tmp_path / "own.toml"
-    stored = {**config.sections, "search": {}}
-    assert read_study(path, before=stored).search.rate == "plain"
-    assert read_study(path, before=config.sections).search.rate == "balanced"
-    assert read_study(path, before=stored, sets=["search.rate=balanced"]).search.rate == "balanced"
-    assert build_study("own", stored).search.rate == "plain"
 
 
 def test_the_model_learns_the_rate_for_every_length(config: StudyConfig) -> None:
