@@ -35,9 +35,8 @@ from hpo.night.watched import WATCHED
 from trainer.errors import Interrupted, ToolError
 from trainer.text import clean_text
 
-NULL_COMMAND = (
-    128  # a shell's exit code for a process that a signal has ended is this and the signal's number
-)
+KILLED = 128  # a shell's exit code for a process that a signal has ended is this and the signal's number
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Sends a message: what the worker has said about messages (``notifies``), the event, the folder of the work, the text.
 Send = Callable[[Mapping[str, Any], str, Path, str], None]
 RESTARTED, HUNG, FAILED = "restarted", "hung", "failed"  # events, by the names that --notify-on has
@@ -50,16 +49,16 @@ def in_a_worker(words: Sequence[str], send: Send) -> tuple[list[str], Supervised
     what no worker can: that one has hung, starts again, or that none can go on.
     """
     front = Front(list(words), send)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it gets no exit codes
     try:
         code = front.run()
     except IsWorker:
         assert front.worker is not None
-        worker = front.worker
-        output = Output(lambda: worker.root)
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-            signal.signal(signal.SIGHUP, lambda number, frame: output.leave_terminal())
-        WATCHED.set(worker)
-        return front.words, worker
+            signal.signal(signal.SIGHUP, lambda number, frame: front.output.leave_terminal())
+        WATCHED.set(front.worker)
+        signal.pthread_sigmask(signal.SIG_SETMASK, front.mask)
+        return front.words, front.worker
     sys.exit(code)
 
 
@@ -72,24 +71,33 @@ class _Child:
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        if self._code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        """The handler of a signal may call it in the middle of another call."""
+        with contextlib.suppress(ChildProcessError):  # that call was first
+            if self._code is None:
+                end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if end is not None:
+                    self._code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+                    os.waitpid(self.pid, 0)
         return self._code
 
 
 class Front:
-    """``words``: of the command line that the next worker carries out."""
+    """``words``: of the command line that the next worker carries out.  ``mask``: of signals, which a worker restores
+    once this process's handlers are no longer its own."""
 
     def __init__(self, words: list[str], send: Send) -> None:
         self.words = words
         self._send, self._wanted = send, dict[str, Any]()
         self.worker: Supervised | None = None  # in a worker, this process
+        self.mask: set[int] = set()
+        self.output = Output(lambda: self.root)
+        self._command = words  # without what was answered
         self._cwd = ""
         self._answers: list[str] = []  # what was answered, as options
         self._name: str | None = None
         self._asked: int | None = None  # the signal that asked to stop
-        self._begun = self._was_asked = self._has_exited = False
+        self._begun = self._was_asked = False
+        self._exit: int | None = None  # the exit code that the worker has said
         self._supervisor = Supervisor(
             ("",),
             self._launch,
@@ -100,6 +108,12 @@ class Front:
             judge=self._judge,
             stop_by=lambda: self._asked or signal.SIGTERM,
         )
+        self._supervisor.posts[0].pulse.shown = lambda: self.output.shown
+
+    @property
+    def root(self) -> Path | None:
+        """The folder of the work, once it is known."""
+        return (self.worker and self.worker.root) or self._supervisor.root
 
     def run(self) -> int:
         """Until the command has ended; its exit code.  Raises IsWorker in a worker."""
@@ -118,6 +132,10 @@ class Front:
 
     def _code(self, post: Post) -> int:
         """The exit code of the command; says what its worker could not say."""
+        if post.starts == 0:  # asked to stop before a worker was there
+            return self._stopped_by(self._asked)
+        if post.code < 0 and self._exit is not None:  # it has died when everything was done
+            return self._exit
         code, paused = post.code, post.state is State.PAUSING
         by = self._asked or (
             -code if was_stopped(code) else None
@@ -126,14 +144,18 @@ class Front:
             self._say(
                 f"error: {post.why} while it started", "hint: run it again; if it happens again: hpo doctor"
             )
-            return NULL_COMMAND - code
+            return KILLED - code
         if by is None or not (code < 0 or was_stopped(code) or paused):
             return code
         if code < 0 or paused:
             self._say("stopped; what was saved before is kept", f"next: {self._next()}")
         if self._asked is None and code > 0:
             return code
-        return Interrupted.exit_code if by == signal.SIGINT else Interrupted.TERMINATED
+        return self._stopped_by(by)
+
+    @staticmethod
+    def _stopped_by(number: int | None) -> int:
+        return Interrupted.exit_code if number == signal.SIGINT else Interrupted.TERMINATED
 
     def _next(self) -> str:
         root = self._supervisor.root
@@ -144,7 +166,7 @@ class Front:
         begun and it would have to ask again, or it is a fault of this tool that shows at once."""
         if needs_a_fresh_process(post.error):
             return Ending.AGAIN
-        if code == 0 or self._has_exited or was_stopped(code):
+        if code == 0 or self._exit is not None or was_stopped(code):
             return Ending.DONE
         if not self._begun and (code > 0 or self._was_asked):
             return Ending.DONE
@@ -156,7 +178,14 @@ class Front:
         reading, writing = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        if pid := os.fork():
+        self.output.leave_if_gone()
+        pid, self.mask = -1, signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            pid = os.fork()
+        finally:
+            if pid:  # a worker has the handlers of this process until it leaves its code
+                signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+        if pid:
             os.close(reading)
             return _Child(pid, os.fdopen(writing, "wb", buffering=0))
         os.close(writing)
@@ -167,15 +196,16 @@ class Front:
             os.close(nothing)
         with contextlib.suppress(OSError):
             os.chdir(self._cwd or ".")
-        own = {**vars(role), "reports": os.dup(role.reports), "alone": True}
-        self.worker = Supervised(Role(**own), reading)
+        reports = os.dup(role.reports)
+        os.set_blocking(reports, False)
+        self.worker = Supervised(Role(**{**vars(role), "reports": reports, "alone": True}), reading)
         raise IsWorker
 
     # Signals
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        numbers = list(STOPS)
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -187,6 +217,7 @@ class Front:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
+            self.output.leave_terminal()
             process = self._supervisor.posts[0].process
             if process is not None:
                 process.send(number)
@@ -198,22 +229,24 @@ class Front:
     # What happens to the worker
 
     def on_start(self, post: Post) -> None:
-        self._has_exited = False
+        self._exit = None
 
     def on_report(self, post: Post, report: Mapping[str, Any]) -> None:
         event = report.get("event")
         if event == BEGINS:
             self._begun, self._cwd = True, str(report["cwd"])
             self._supervisor.root = Path(report["root"])
-            self.words = self._with_answers(list(map(str, report["words"])))
+            self._command = list(map(str, report["words"]))
+            self.words = self._with_answers(list(self._command))
         elif event == ANSWERED:
             self._was_asked = True
             self._answers += map(str, report.get("words", ()))
             self._name = report.get("name") or self._name
+            self.words = self._with_answers(list(self._command))
         elif event == NOTIFIES:
             self._wanted = dict(report["wanted"])
         elif event == EXIT:
-            self._has_exited = True
+            self._exit = int(report["code"])
 
     def _with_answers(self, words: list[str]) -> list[str]:
         """The command line of a worker that cannot ask."""
@@ -253,6 +286,7 @@ class Front:
         try:
             os.write(2, (b"\x1b[?25h\n" if os.isatty(2) else b"") + text)
         except OSError:
+            self.output.leave_terminal()
             if self._supervisor.root is not None:
                 with contextlib.suppress(OSError), (self._supervisor.root / LOG).open("ab") as file:
                     file.write(text)

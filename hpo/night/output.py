@@ -1,7 +1,8 @@
 """The output of a worker that outlives its terminal: a closed window, a lost connection.
 
 Writing to a terminal that is gone fails with EIO.  From then on, what would have gone to it goes to ``output.log`` in
-the folder of the work.  A stream that is a file or a pipe stays what it is.
+the folder of the work.  A stream that is a file or a pipe stays what it is.  The supervisor leaves its terminal as
+well, so the workers that it starts afterwards write to ``output.log`` from the start.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -19,14 +21,30 @@ LOG = "output.log"
 
 
 class Output:
-    """Standard output and standard error of this process.  ``root``: the folder of the work, None if not yet known."""
+    """Standard output and standard error of this process and of its later forks.  ``root``: the folder of the work,
+    None if not yet known."""
 
     def __init__(self, root: Callable[[], Path | None]) -> None:
         self._root = root
+        self._shown = mmap.mmap(-1, 8)  # shared with forks
         self._terminals = [number for number in (0, 1, 2) if _is_terminal(number)]
         for name, number in (("stdout", 1), ("stderr", 2)):
             if number in self._terminals:
                 setattr(sys, name, self._lasting(getattr(sys, name), number))
+
+    @property
+    def shown(self) -> int:
+        """Bytes that this process and its forks have written to the terminal, or to what took its place."""
+        return int.from_bytes(self._shown[:], "little")
+
+    def shows(self, size: int) -> None:
+        """So many more bytes were written."""
+        self._shown[:] = (self.shown + size).to_bytes(8, "little")
+
+    def leave_if_gone(self) -> None:
+        """Leave the terminal if it is gone, which a process that ignores SIGHUP is not told."""
+        if not all(map(_is_terminal, self._terminals)):
+            self.leave_terminal()
 
     def leave_terminal(self) -> None:
         """The terminal is gone."""
@@ -67,12 +85,14 @@ class _Lasting(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            size = super().write(data)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             self._output.leave_terminal()
-            return super().write(data)
+            size = super().write(data)
+        self._output.shows(size or 0)
+        return size
 
 
 def _is_terminal(number: int) -> bool:

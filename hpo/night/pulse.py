@@ -21,7 +21,7 @@ TICK_SECONDS = (
     2.0  # of silence that one look at the clock can add: a busy machine delays the supervisor as well
 )
 SUSPENDED_SECONDS = 60.0  # between two looks: this machine stood still, and the clock starts anew
-WRITTEN_BYTES = 1 << 20  # a worker that has written so much while it loads is downloading
+WRITTEN_BYTES = 1 << 20  # a worker that is silent and has written so much is downloading
 
 MOVED, REACHED, WATCH, ASKS, ANSWERED = "moved", "reached", "watch", "asks", "answered"
 MARKS = (MOVED, REACHED, WATCH, ASKS)  # for the supervisor alone
@@ -31,11 +31,13 @@ class Pulse:
     """The progress of the processes at one post.
 
     ``furthest``: what → the highest step or image that any process has reached.  ``hang_seconds``: None if nothing
-    counts as a hang.
+    counts as a hang.  ``shown``: how many of the bytes that a process has written went to a terminal; a display goes on
+    in a process that hangs.
     """
 
     def __init__(self, furthest: dict[str, int], clock: Callable[[], float] = time.monotonic) -> None:
         self.hang_seconds: float | None = 60 * HANG_MINUTES
+        self.shown: Callable[[], int] = lambda: 0
         self._furthest, self._clock = furthest, clock
         self.starts(None)
 
@@ -43,12 +45,12 @@ class Pulse:
         """A new process begins."""
         self._pid, self._seen = pid, self._clock()
         self._silent, self._is_loading, self._is_asking = 0.0, True, False
-        self._written = _written(pid)
+        self._written: int | None = None  # at the first look after the last report
 
     def takes(self, report: Mapping[str, Any]) -> bool:
         """A report has come.  True if a worker is further than any was before."""
         event = report.get("event")
-        self._silent = 0.0
+        self._silent, self._written = 0.0, None
         if event == WATCH:
             self.hang_seconds = float(report["hang_seconds"]) or None
         elif event in (ASKS, ANSWERED):
@@ -68,13 +70,16 @@ class Pulse:
         self._silent = 0.0 if gap > SUSPENDED_SECONDS else self._silent + min(gap, TICK_SECONDS)
         if self.hang_seconds is None or self._is_asking:
             return False
+        if self._written is None:
+            self._written = self._files_written()
         if self._silent <= self.hang_seconds:
             return False
-        if not self._is_loading:
-            return True
-        if (written := _written(self._pid)) >= self._written + WRITTEN_BYTES:
+        if (written := self._files_written()) >= self._written + WRITTEN_BYTES:
             self._written, self._silent = written, 0.0
-        return self._silent > LOADING_TIMES * self.hang_seconds
+        return self._silent > self.hang_seconds * (LOADING_TIMES if self._is_loading else 1)
+
+    def _files_written(self) -> int:
+        return _written(self._pid) - self.shown()
 
     @property
     def grace_seconds(self) -> float:

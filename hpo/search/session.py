@@ -18,7 +18,7 @@ import optuna
 from rich.console import Console
 
 from hpo.machine import WORKERS, process_words, worker_devices
-from hpo.night import answered
+from hpo.night import answered, moved
 from hpo.search.budget import budget_lines
 from hpo.search.choice import Ask, choose
 from hpo.search.claim import quiet
@@ -399,6 +399,7 @@ def _one_after_the_other(bench: Workbench, view: report.PlainView) -> Iterator[N
                 view.say(f"still waiting for {words}; this worker goes on when it ends or is stopped")
                 named = True
             time.sleep(POLL_SECONDS)
+            moved()  # the other one may take as long as it needs: its own supervisor watches it
     try:
         yield
     finally:

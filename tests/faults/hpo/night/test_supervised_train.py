@@ -278,12 +278,14 @@ def test_a_users_mistake_ends_the_command_as_without_a_supervisor(run: Run, plac
     assert not run.out.exists()
 
 
-def test_the_run_goes_on_when_its_terminal_is_gone(run: Run) -> None:
+@pytest.mark.parametrize("then", [lambda: None, supervised.die], ids=["alone", "and-its-worker-dies"])
+def test_the_run_goes_on_when_its_terminal_is_gone(run: Run, then: Callable[[], None]) -> None:
     near, far = os.openpty()
     gone = run.marker.with_name("gone")
 
     def what() -> None:
         until(gone.exists)
+        then()
 
     pid = supervised.start(
         supervised.command_at_terminal,

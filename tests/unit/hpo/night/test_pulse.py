@@ -90,6 +90,28 @@ def test_a_download_is_no_hang(pulse: Pulse, clock: Clock, tmp_path: Path) -> No
         assert not passes(pulse, clock, LOADING_TIMES * HANG_SECONDS - 1)
 
 
+def test_a_download_after_the_first_step_is_no_hang_and_what_was_written_before_is_none(
+    pulse: Pulse, clock: Clock, tmp_path: Path
+) -> None:
+    reaches(pulse, 1)
+    pulse.is_hung()
+    for _ in range(3):
+        (tmp_path / "file").write_bytes(b"x" * 2 * WRITTEN_BYTES)
+        assert not passes(pulse, clock, HANG_SECONDS + 1)
+    (tmp_path / "file").write_bytes(b"x" * 2 * WRITTEN_BYTES)
+    reaches(pulse, 2)
+    assert not passes(pulse, clock, HANG_SECONDS) and passes(pulse, clock, 1)
+
+
+def test_what_is_shown_at_a_terminal_is_no_download(pulse: Pulse, clock: Clock, tmp_path: Path) -> None:
+    shown = 0
+    pulse.shown = lambda: shown
+    pulse.is_hung()
+    (tmp_path / "file").write_bytes(b"x" * 2 * WRITTEN_BYTES)
+    shown = 2 * WRITTEN_BYTES
+    assert passes(pulse, clock, LOADING_TIMES * HANG_SECONDS + 1)
+
+
 def test_a_machine_that_was_suspended_starts_the_clock_anew(pulse: Pulse, clock: Clock) -> None:
     reaches(pulse, 1)
     assert not passes(pulse, clock, HANG_SECONDS - 1)
