@@ -14,6 +14,7 @@ that of Malladi et al. 2022 (arXiv 2205.10287) for Adam.  It was measured with A
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping
@@ -21,10 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler
 from optuna.trial import TrialState, create_trial
 
-from hpo.study import Range, Space, StudyConfig
+from hpo.study import Parameter, Range, Space, StudyConfig, settings_of
 from trainer.config import TrainConfig
 
 RATES = ("learning_rate", "unet_lr")
@@ -32,6 +34,7 @@ SEEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 MOVES_WITH = frozenset(
     ("max_train_steps", "max_train_epochs", "train_batch_size", "gradient_accumulation_steps")
 ) | {"network_alpha"}
+COUNTED = MOVES_WITH | {"network_dim"}  # what alpha × steps is made of, alpha as a share of the rank
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,11 @@ class Balance:
     def of(cls, config: StudyConfig) -> Balance | None:
         """None where there is nothing to balance: a study that says ``[search] rate = "plain"``, a fixed rate, an
         optimizer other than AdamW, or a space with one length, batch and alpha."""
-        if config.search.rate == "plain" or "optimizer_type" in {p.name for p in config.space}:
-            return None
-        return cls.between(config.space, config.train, config.baseline)
+        return (
+            None
+            if config.search.rate == "plain"
+            else cls.between(config.space, config.train, config.baseline)
+        )
 
     @classmethod
     def between(cls, space: Space, fixed: TrainConfig, baseline: Mapping[str, Any]) -> Balance | None:
@@ -58,7 +63,7 @@ class Balance:
         sets = set(space.settings(baseline, fixed))
         if found is None or not isinstance(found.domain, Range) or not found.domain.log:
             return None
-        if "adamw" not in fixed.optimizer_type.lower() or not sets & MOVES_WITH:
+        if not all("adamw" in name.lower() for name in _optimizers(space, fixed)) or not sets & MOVES_WITH:
             return None
         return cls(found.name, found.domain, space, fixed, _size(space, fixed, baseline))
 
@@ -68,19 +73,29 @@ class Balance:
 
     def seen(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
         """A proposal as the sampler sees it."""
-        return self._with_rate(suggested, suggested[self.rate] / self.factor(suggested))
+        return {**suggested, self.rate: suggested[self.rate] / self.factor(suggested)}
 
     def stored(self, seen: Mapping[str, Any]) -> dict[str, Any]:
         """The proposal itself; a rate outside the space becomes its edge."""
-        return self._with_rate(seen, seen[self.rate] * self.factor(seen))
+        rate = seen[self.rate] * self.factor(seen)
+        return {**seen, self.rate: min(max(rate, float(self.domain.low)), float(self.domain.high))}
 
-    def _with_rate(self, values: Mapping[str, Any], rate: float) -> dict[str, Any]:
-        return {**values, self.rate: min(max(rate, float(self.domain.low)), float(self.domain.high))}
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The space as the sampler sees it: the rate's range holds whatever a rate of the space can be seen as."""
+        corners = [
+            {p.name: value for p, value in zip(self.space, values, strict=True)}
+            for values in itertools.product(*(_edges(p) for p in self.space))
+        ]
+        factors = [self.factor(corner) for corner in corners]
+        low, high = float(self.domain.low) / max(factors), float(self.domain.high) / min(factors)
+        # a hair wider, for what is rounded
+        wide = FloatDistribution(low * (1 - 1e-9), high * (1 + 1e-9), log=True)
+        return {**self.space.distributions(), self.rate: wide}
 
     def sampler(self, inner: BaseSampler, study: optuna.Study, seed: int) -> BaseSampler:
         """A sampler that proposes what ``inner`` proposes after the study's trials, seen in this way.  Trials that do
         not fit the space are left out, as after a fork."""
-        space = self.space.distributions()
+        space, seen = self.space.distributions(), self.distributions()
         memory = optuna.create_study(directions=study.directions, sampler=inner)
         for trial in study.get_trials(deepcopy=False, states=SEEN):
             fits = trial.params.keys() == space.keys()
@@ -89,12 +104,13 @@ class Balance:
                     create_trial(
                         state=trial.state,
                         params=self.seen(trial.params),
-                        distributions=space,
+                        distributions=seen,
                         values=trial.values,
                         intermediate_values=trial.intermediate_values,
+                        constraints=trial.constraints,
                     )
                 )
-        return proposing(self.stored(memory.ask(space).params), seed)
+        return proposing(self.stored(memory.ask(seen).params), seed)
 
 
 def proposing(values: Mapping[str, Any], seed: int) -> BaseSampler:
@@ -102,6 +118,17 @@ def proposing(values: Mapping[str, Any], seed: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return PartialFixedSampler(dict(values), RandomSampler(seed=seed))
+
+
+def _optimizers(space: Space, fixed: TrainConfig) -> tuple[str, ...]:
+    searched = next((p.domain for p in space if p.name == "optimizer_type"), None)
+    return (fixed.optimizer_type,) if searched is None else tuple(map(str, searched.edges))
+
+
+def _edges(parameter: Parameter) -> tuple[Any, ...]:
+    """The ends of a parameter's domain; one value where it does not count for ``_size``."""
+    domain = parameter.domain
+    return domain.edges if set(settings_of(parameter.name)) & COUNTED else domain.edges[:1]
 
 
 def _size(space: Space, fixed: TrainConfig, suggested: Mapping[str, Any]) -> float:

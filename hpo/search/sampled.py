@@ -19,7 +19,7 @@ from hpo.search import alerts, dashboard
 from hpo.search.balance import Balance
 from hpo.search.looks import Looks
 from hpo.search.proposals import Proposal, Proposals
-from hpo.search.samplers import make_sampler, startup_trials
+from hpo.search.samplers import MODELS, make_sampler, startup_trials
 from hpo.study import (
     BASELINE,
     BEST,
@@ -93,6 +93,13 @@ def suggest(trial: optuna.Trial, config: StudyConfig) -> dict[str, Any]:
                 name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
             )
     return suggested
+
+
+def _is_given(trial: optuna.Trial, config: StudyConfig) -> bool:
+    """Whether all values of a trial are known already: it was enqueued, or it goes on."""
+    frozen = trial.study.get_trials(deepcopy=False)[trial.number]
+    known = {**frozen.params, **frozen.system_attrs.get("fixed_params", {})}
+    return all(p.name in known for p in config.space)
 
 
 class BenchProposals(Proposals):
@@ -183,6 +190,7 @@ class SearchProposals(BenchProposals):
         # Studies told clipped values began before the rule existed and go on without it.
         learned = not config.score.signed or any(map(self._learned, self._done()))
         forked = self.study.study_name if self.study.user_attrs.get(FORK) else ""
+        balance = None if _is_given(trial, config) else Balance.of(config)
         self.study.sampler = make_sampler(
             config.study.seed,
             trial.number,
@@ -191,13 +199,15 @@ class SearchProposals(BenchProposals):
             name=config.search.sampler,
             study=self.study,
             forked=forked,
-            balance=Balance.of(config),
+            balance=balance,
         )
         return suggest(trial, config)
 
     def attributes(self, suggested: Mapping[str, Any]) -> dict[str, Any]:
-        search = self.bench.study.search
-        return {**super().attributes(suggested), "sampler": search.sampler, "rate": search.rate}
+        study = self.bench.study
+        balanced = study.search.sampler in MODELS and Balance.of(study) is not None
+        rate = "balanced" if balanced else "plain"
+        return {**super().attributes(suggested), "sampler": study.search.sampler, "rate": rate}
 
     def refusal(self, suggested: Mapping[str, Any], number: int) -> str:
         """Names the earlier trial with the same settings, if there is one."""

@@ -26,6 +26,7 @@ from hpo.study import SAMPLERS
 from trainer.errors import MachineError, install_with
 
 # What a sampler needs beside Optuna; the extra [samplers] has all of it.
+MODELS = ("tpe", "tpe-independent", "gp")  # samplers with a model that balance can show the rate to
 NEEDS = {"gp": ("scipy",), "qmc": ("scipy",), "cmaes": ("cmaes",)}
 
 
@@ -42,6 +43,14 @@ def require_sampler(name: str) -> None:
                 f"the sampler {name} needs {library}, which is not installed",
                 f"{install_with('samplers')}; or use --set search.sampler=tpe",
             )
+
+
+def uses_model(name: str, study: Any, total: int, learned: bool) -> bool:
+    """Whether a model of the finished trials proposes the next one.  qmc and cmaes keep to their own sequence."""
+    if name not in MODELS or not learned:
+        return False
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return len(done) >= startup_trials(total)
 
 
 def make_sampler(
@@ -61,9 +70,9 @@ def make_sampler(
     proposals stay random: a model of noise keeps to the place where the search began (docs/evaluation.md).
     ``study``: the optuna.Study, whose finished trials CMA-ES starts from.  ``forked``: the name of a study that took
     over trials; its random suggestions would repeat those of its source, at the same place in the space.
-    ``balance``: how the sampler sees the learning rate.  Not with qmc and cmaes, which keep to their own sequence.
+    ``balance``: how the sampler's model sees the learning rate.  Random proposals fill the space as it is.
     """
-    if balance is not None and name not in ("qmc", "cmaes"):
+    if balance is not None and uses_model(name, study, total, learned):
         inner = make_sampler(seed, number, total, learned=learned, name=name, forked=forked)
         return balance.sampler(inner, study, seed)
     own = [zlib.crc32(forked.encode())] if forked else []

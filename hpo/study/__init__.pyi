@@ -134,6 +134,7 @@ from .space.domain import Choice as Choice
 from .space.domain import Range as Range
 from .space.space import ELSEWHERE as ELSEWHERE
 from .space.space import NOT_SEARCHABLE as NOT_SEARCHABLE
+from .space.space import Parameter as Parameter
 from .space.space import Space as Space
 from .space.space import settings_of as settings_of
 from .standing import BASELINE as BASELINE

@@ -125,6 +125,7 @@ def read_study(
     ``before``: the stored sections of this study if it was begun; it keeps the wording of its prompts and, where the
     file is a shipped one, a length in epochs.
 
+    A file without ``[search] rate`` defines a study with ``balanced``; one begun before that existed keeps ``plain``.
     A file without ``[score] below_zero`` defines a study that is told signed values; in the stored definition of a
     begun study (``build_study``) the missing key means clipped ones.
     """
@@ -138,6 +139,10 @@ def read_study(
         ) from None
     if isinstance(score := table.setdefault("score", {}), dict):
         score.setdefault("below_zero", SIGNED)
+    if isinstance(search := table.setdefault("search", {}), dict):
+        search.setdefault(
+            "rate", "balanced" if before is None else before.get("search", {}).get("rate", "plain")
+        )
     try:
         sections = _sections(table)
         if preset is not None:

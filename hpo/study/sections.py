@@ -80,12 +80,13 @@ class SearchSection:
     """[search]: how trials are proposed, and which are stopped early.  It may change while a study runs; each trial
     notes its sampler.
 
-    ``rate``: how the sampler sees the learning rate (``hpo.search.balance``).
+    ``rate``: how the sampler sees the learning rate (``hpo.search.balance``); ``balanced`` for studies that begin
+    (``read_study``), as stored for others.
     ``looks``: after which parts of its training a trial is looked at; only with a pruner.
     """
 
     sampler: str = setting("tpe", choices=SAMPLERS)
-    rate: str = setting("balanced", choices=RATES)
+    rate: str = setting("plain", choices=RATES)
     pruner: str = setting("none", choices=PRUNERS)
     looks: tuple[float, ...] = setting((0.5,), low=0.05, high=0.95, least=1, example="[0.5]")
 

@@ -43,6 +43,12 @@ class Draft:
         return self.source.train_batch_size * self.source.gradient_accumulation_steps, now
 
     @property
+    def updates(self) -> tuple[int, int]:
+        """Updates of the whole run: of the source and of the current values."""
+        now = TrainConfig().with_values(self.values)
+        return self.figures.length(self.source).total_steps, self.figures.length(now).total_steps
+
+    @property
     def finds_its_rate(self) -> bool:
         return finds_its_rate(self.source)
 

@@ -22,7 +22,7 @@ from trainer.errors import ConfigError
 from trainer.reading import read_small
 from trainer.text import clean_text
 
-RATE_RULES = ("sqrt_updates", "sqrt_batch", "keep", "factor", "linear_batch")
+RATE_RULES = ("sqrt_batch", "sqrt_updates", "keep", "factor", "linear_batch")
 TEXT_ENCODERS = ("inherit", "off")
 MAX_BYTES = 100_000
 # Settings that are decided by the rules and therefore not allowed in a profile's [settings].
@@ -76,7 +76,7 @@ class BatchSection:
 class RateSection:
     """[rate]: how rates are converted.  ``factor`` and ``text_encoder_factor`` are used by the rule ``factor``."""
 
-    rule: str = setting("sqrt_updates", choices=RATE_RULES)
+    rule: str = setting("sqrt_batch", choices=RATE_RULES)
     factor: float = setting(0.77, low=0.01, high=10)
     text_encoder_factor: float = setting(0.75, low=0.01, high=10)
     text_encoder: str = setting("inherit", choices=TEXT_ENCODERS)

@@ -23,23 +23,30 @@ LOW_RATIO, HIGH_RATIO = 0.5, 0.8  # text_encoder_lr / learning_rate in known goo
 ADAM = ("AdamW", "AdamW8bit")  # the published limits apply to these
 
 
-# Rule name → k from the old E, the new E and the profile; and the evidence for the rule
-TABLE = "on the miniatures the best rate fits 1 / √(alpha × updates) far better than keep or √batch (docs/search.md)"
-RATES: dict[str, tuple[Callable[[int, int, Profile], float], str]] = {
+TABLE = "on the miniatures the best rate goes with 1 / √(alpha × updates), not with keep or linear (docs/search.md)"
+Pair = tuple[int, int]  # in the search, and here
+# Rule name → k from the effective batches, the numbers of updates and the profile; and the evidence for the rule
+RATES: dict[str, tuple[Callable[[Pair, Pair, Profile], float], str]] = {
     "sqrt_batch": (
-        lambda before, now, _: math.sqrt(now / before),
-        "√batch rule for Adam (Malladi et al., arXiv 2205.10287); SD1.5 at batch 1/2/4 fits √, not linear",
+        lambda batches, updates, _: math.sqrt(batches[1] / batches[0]),
+        f"√batch rule for Adam (Malladi et al., arXiv 2205.10287); {TABLE}, which is √batch for as many images",
     ),
     "sqrt_updates": (
-        lambda before, now, profile: math.sqrt(now / (before * profile.length.epochs_factor)),
-        f"{TABLE}; with as many images it is the √batch rule for Adam (Malladi et al., arXiv 2205.10287)",
+        lambda batches, updates, _: math.sqrt(updates[0] / updates[1]),
+        f"√batch rule for Adam (Malladi et al., arXiv 2205.10287), and a longer training needs a lower rate: {TABLE}",
     ),
-    "keep": (lambda before, now, _: 1.0, "1.0 is the most common factor in published SD1.5 / SDXL pairs"),
+    "keep": (
+        lambda batches, updates, _: 1.0,
+        "1.0 is the most common factor in published SD1.5 / SDXL pairs",
+    ),
     "factor": (
-        lambda before, now, profile: profile.rate.factor,
+        lambda batches, updates, profile: profile.rate.factor,
         "factors 0.77 and 0.75 of the known transfer in profile sdxl-16gb",
     ),
-    "linear_batch": (lambda before, now, _: now / before, "rule for SGD; for Adam √batch fits better"),
+    "linear_batch": (
+        lambda batches, updates, _: batches[1] / batches[0],
+        "rule for SGD; for Adam √batch fits better",
+    ),
 }
 
 
@@ -47,7 +54,7 @@ def rate_factors(plan: TransferPlan, profile: Profile) -> tuple[float, float]:
     """The exact factors of the U-Net rate and of the text encoder rate, before rounding and limits."""
     if finds_its_rate(plan.source):
         return 1.0, 1.0
-    factor = RATES[profile.rate.rule][0](*plan.derived.effective_batch, profile)
+    factor = RATES[profile.rate.rule][0](plan.derived.effective_batch, plan.derived.updates, profile)
     text = profile.rate.text_encoder_factor if profile.rate.rule == "factor" else factor
     alpha = math.sqrt(plan.source.network_alpha / plan.config.network_alpha)
     return factor * alpha, text
@@ -63,7 +70,7 @@ def _rounded(draft: Draft, value: float, factor: float) -> tuple[float, str]:
     if factor == 1.0:
         return value, ""
     exact = value * factor
-    if draft.profile.rate.rule == "factor":
+    if draft.profile.rate.rule in ("factor", "sqrt_updates"):
         return two_digits(exact), f"{exact:.4g}, rounded to two digits"
     return snap_down(exact), f"{exact:.4g}, rounded down"
 
@@ -75,7 +82,8 @@ def unet_rate(draft: Draft) -> Iterator[Change]:
     name = draft.profile.rate.rule
     law, evidence = RATES[name]
     before, now = draft.batches
-    draft.factor = draft.text_factor = law(before, now, draft.profile)
+    updates = draft.updates
+    draft.factor = draft.text_factor = law((before, now), updates, draft.profile)
     if name == "factor":
         draft.text_factor = draft.profile.rate.text_encoder_factor
     alpha, new_alpha = draft.source.network_alpha, draft.values["network_alpha"]
@@ -88,14 +96,16 @@ def unet_rate(draft: Draft) -> Iterator[Change]:
             "learning_rate", rate, "lr.fold", "unet_lr is the rate of the U-Net; it is moved to learning_rate"
         )
         yield Change("unet_lr", None, "lr.fold", "moved to learning_rate")
-    more = draft.profile.length.epochs_factor
     formula = {
         "sqrt_batch": f"√({now}/{before})",
-        "sqrt_updates": f"√({now}/{before})" if more == 1 else f"√({now}/({before} × {more:g}))",
+        "sqrt_updates": f"√({updates[0]}/{updates[1]})",
         "linear_batch": f"{now}/{before}",
     }.get(name, "k")
     new, how = _rounded(draft, rate, draft.factor)
-    reason = f"effective batch {before} → {now}: × {formula} = {draft.factor:.3f} → {how}"
+    what = (
+        "updates {} → {}".format(*updates) if name == "sqrt_updates" else f"effective batch {before} → {now}"
+    )
+    reason = f"{what}: × {formula} = {draft.factor:.3f} → {how}"
     yield Change("learning_rate", new, f"lr.{name}", reason, evidence)
     if scale != 1.0:
         exact = new * scale

@@ -308,8 +308,8 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (saving, "`save.curve`: save 5 files during the run if it would save fewer than 4"),
     (
         unet_rate,
-        "`lr.sqrt_updates` × √(E′/(E × the factor of the epochs)), `lr.sqrt_batch` × √(E′/E), `lr.keep` × 1, "
-        "`lr.factor` × f, `lr.linear_batch` × E′/E; `lr.alpha` × √(α/α′) only if alpha changes",
+        "`lr.sqrt_batch` × √(E′/E), `lr.sqrt_updates` × √(S/S′), `lr.keep` × 1, `lr.factor` × f, "
+        "`lr.linear_batch` × E′/E; `lr.alpha` × √(α/α′) only if alpha changes",
     ),
     (
         rate_limits,

@@ -161,9 +161,12 @@ WAYS = (
     replace(TOOL, name="· rate / √batch", balanced=False, moves=(0, 0.5, 0, 0)),
     replace(TOOL, name="· rate, fitted powers", balanced=False, moves=(-0.7, 0.5, -0.7, -0.5)),
     replace(TOOL, name="· short random trials", short_start=0.4),
-    replace(TOOL, name="· surrogate", sampler="surrogate"),
+    replace(TOOL, name="· surrogate", sampler="surrogate", share=0.1),
+    replace(TOOL, name="· surrogate, 6 random", sampler="surrogate", share=0.1, startup=6),
+    replace(TOOL, name="· surrogate, alone", sampler="surrogate", confirms=False, by_model=True),
+    replace(TOOL, name="· gp, confirmation at most 1/10", sampler="gp", share=0.1),
     replace(TOOL, name="· surrogate, short random trials", sampler="surrogate", short_start=0.4),
-    replace(TOOL, name="· surrogate, which ranks", sampler="surrogate", by_model=True),
+    replace(TOOL, name="· surrogate, which ranks", sampler="surrogate", by_model=True, share=0.1),
     replace(TOOL, name="· tpe-independent", sampler="tpe-independent"),
     replace(TOOL, name="· gp", sampler="gp"),
     replace(TOOL, name="· cmaes", sampler="cmaes"),
@@ -208,6 +211,7 @@ class Ended:
     settings: Mapping[str, Any]
     trials: int
     pruned: int
+    tried: tuple[tuple[Mapping[str, Any], float], ...] = ()  # settings and measured score of each whole trial
 
 
 def mean_cost(image_cost: float) -> float:
@@ -216,7 +220,7 @@ def mean_cost(image_cost: float) -> float:
     return (high - low) / float(np.log(high / low)) + SHOWN * image_cost
 
 
-def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int) -> Ended:
+def search(way: Way, surface: Surface, trials: float, image_cost: float, seed: int) -> Ended:
     """Replay one search with the compute of ``trials`` whole trials."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rng = np.random.default_rng([seed, 11])
@@ -248,7 +252,7 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
         if way.sampler == "surrogate" and len(complete := _scored(study)) >= (
             way.startup or startup_trials(expected)
         ):
-            study.enqueue_trial(_by_surrogate(complete, distributions, rng))
+            study.enqueue_trial(_by_surrogate(complete, distributions, rng, balance_without(way.fixed)))
         trial = study.ask(distributions)
         settings = read(trial.params)
         _run_trial(way, study, trial, surface.run(settings, rng), purse, settings[LENGTH])
@@ -259,8 +263,9 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
     if way.by_model:
         means = _means(complete)
         ranked = [complete[i] for i in np.argsort(-means)]
+    tried = tuple((read(t.params), float(t.values[0])) for t in complete)
     if chosen is None or len(ranked) < 2:
-        return Ended(read(ranked[0].params), len(finished), pruned)
+        return Ended(read(ranked[0].params), len(finished), pruned, tried)
 
     def confirmed(trial: optuna.trial.FrozenTrial) -> float:
         known = [trial.values[0]] if way.remembers else []
@@ -271,7 +276,7 @@ def search(way: Way, surface: Surface, trials: int, image_cost: float, seed: int
         )
 
     best = max(ranked[: chosen.top], key=confirmed)
-    return Ended(read(best.params), len(finished), pruned)
+    return Ended(read(best.params), len(finished), pruned, tried)
 
 
 def _distributions(way: Way) -> Mapping[str, optuna.distributions.BaseDistribution]:
@@ -310,7 +315,9 @@ def _scored(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def _means(done: Sequence[optuna.trial.FrozenTrial]) -> NDArray[np.float64]:
-    x_ND = np.array([coordinates({**USUAL, **t.params}) for t in done])
+    balance = balance_without(())
+    assert balance is not None
+    x_ND = np.array([coordinates(balance.seen({**USUAL, **t.params})) for t in done])
     y_N = to_z(np.array([t.values[0] for t in done]))
     return fit(x_ND, y_N.tolist(), [0.0] * len(y_N)).mean(x_ND)
 
@@ -319,9 +326,11 @@ def _by_surrogate(
     done: Sequence[optuna.trial.FrozenTrial],
     distributions: Mapping[str, optuna.distributions.BaseDistribution],
     rng: np.random.Generator,
+    balance: Balance | None,
 ) -> dict[str, Any]:
     """The place with the highest expected improvement in the Gaussian process of the target trials."""
-    values = [{**USUAL, **t.params} for t in done]
+    assert balance is not None
+    values = [balance.seen({**USUAL, **t.params}) for t in done]
     x_ND = np.array([coordinates(v) for v in values])
     y_N = to_z(np.array([t.values[0] for t in done]))
     model = fit(x_ND, y_N.tolist(), [0.0] * len(y_N))
@@ -335,7 +344,7 @@ def _by_surrogate(
     sd = np.sqrt(np.maximum(model.kernel.amplitude - (model.half(x_MD) ** 2).sum(0), 1e-12))
     u = (mean - means.max()) / sd
     gain = sd * (u * ndtr(u) + np.exp(-0.5 * u * u) / np.sqrt(2 * np.pi))
-    best = places[int(np.argmax(gain))]
+    best = balance.stored(places[int(np.argmax(gain))])
     return {name: best[name] for name in distributions}
 
 
@@ -359,7 +368,7 @@ def _confirm_cost(what: Round, whole: float, image_cost: float) -> float:
     return what.runs * (training + CONFIRMED * image_cost)
 
 
-def _round(trials: int, share: float) -> Round:
+def _round(trials: float, share: float) -> Round:
     """The confirmation that --hours plans."""
     fits = (r for r in ROUNDS if r.runs <= share * trials)
     return next(fits, LEAST)

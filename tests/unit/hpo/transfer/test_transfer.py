@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hpo.transfer.files import Places, kept_line, settings_text
 from hpo.transfer.plan import GRID, DatasetFigures, TransferPlan, snap_down, updates_of
 from hpo.transfer.profile import PRESETS, Profile, profiles_of, read_profile
+from hpo.transfer.rates import rate_factors
 from hpo.transfer.rules import rules_table, transfer
 from tests.places import ROOT
 from trainer.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, SETTINGS, TOKEN_LENGTHS, TrainConfig
@@ -129,15 +130,26 @@ def test_point_b_under_the_square_root_rule() -> None:
 # Rules
 
 
-def test_a_longer_training_gets_a_lower_rate() -> None:
-    """The rate goes with 1 / √updates: √(8 / (12 × 1.5)) of the search's, and of the batch alone √(8 / 12)."""
-    longer = changed(read_profile("sdxl-16gb"), length={"epochs_factor": 1.5})
-    high = POINT_A.with_values({"learning_rate": 3e-4})
+def test_a_longer_training_gets_a_lower_rate_by_the_rule_of_updates() -> None:
+    """27 epochs of batch 8 instead of 18 of batch 12: × √(18 × 100 / (27 × 150))."""
+    longer = changed(read_profile("sdxl-16gb"), length={"epochs_factor": 1.5}, rate={"rule": "sqrt_updates"})
+    high = POINT_A.with_values({"learning_rate": 2.4e-4})
     plan = transfer(high, FIGURES, longer)
-    assert plan.config.learning_rate == 2e-4 == pytest.approx(3e-4 * (8 / 18) ** 0.5)
-    assert "√(8/(12 × 1.5))" in next(m.reason for m in plan.moves if m.rule == "lr.sqrt_updates")
-    by_batch = transfer(high, FIGURES, changed(longer, rate={"rule": "sqrt_batch"}))
-    assert by_batch.config.learning_rate == 2e-4  # 2.45e-4, rounded down
+    assert plan.derived.updates == (1800, 4050)
+    assert plan.config.learning_rate == 1.6e-4 == pytest.approx(2.4e-4 * (1800 / 4050) ** 0.5)
+    reason = next(m.reason for m in plan.moves if m.rule == "lr.sqrt_updates")
+    assert reason.startswith("updates 1800 → 4050: × √(1800/4050) = 0.667")
+    assert rate_factors(plan, longer)[0] == pytest.approx(2 / 3)
+    by_batch = changed(longer, rate={"rule": "sqrt_batch"})
+    assert rate_factors(transfer(high, FIGURES, by_batch), by_batch)[0] == pytest.approx((8 / 12) ** 0.5)
+
+
+def test_an_unchanged_training_keeps_its_rate_by_the_rule_of_updates() -> None:
+    same = changed(read_profile("sdxl-keep"), rate={"rule": "sqrt_updates"})
+    own = POINT_A.with_values(
+        {"train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1.37e-4}
+    )
+    assert transfer(own, FIGURES, same).config.learning_rate == 1.37e-4
 
 
 def test_below_12_gb_it_is_refused_by_the_profile() -> None:
@@ -211,7 +223,7 @@ def test_a_text_encoder_rate_is_capped_and_a_small_one_is_never_raised() -> None
         == 8e-5
     )
     low = transfer(POINT_A.with_values({"text_encoder_lr": 1e-5}), FIGURES, profile)
-    assert low.config.text_encoder_lr == 6e-6 and any(f.level == "note" for f in low.findings)
+    assert low.config.text_encoder_lr == 8e-6 and any(f.level == "note" for f in low.findings)
 
 
 def test_prodigy_keeps_its_rate() -> None:
