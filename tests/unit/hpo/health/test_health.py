@@ -5,6 +5,7 @@ Time is a number that the test moves, so eight hours take a moment.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -374,9 +375,14 @@ def test_lines_of_several_writers_stay_whole_on_a_full_disk(
         monkeypatch.setattr(os, "write", real)
         written = real(descriptor, data[:5])
         other.action("of another")
+        monkeypatch.setattr(os, "write", fails)
         return written
+
+    def fails(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "write", full)
     one.action("lost")
+    monkeypatch.setattr(os, "write", real)
     one.action("last")
     assert [row["text"] for row in health_rows(tmp_path)] == ["first", "of another", "last"]

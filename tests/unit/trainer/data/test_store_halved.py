@@ -99,6 +99,7 @@ def test_a_shelf_gets_what_is_not_in_memory_as_a_dict_would(tmp_path: Path) -> N
         shelf.add(str(number), f"key {number}", {"latent": torch.full((4, 8, 8), float(number))})
     while store.halve():
         pass
+    assert in_memory(store) == 0
     found = [shelf.get(str(number)) for number in range(4)]
     assert [None if one is None else float(one.mean()) for one in found] == [0.0, 1.0, 2.0, 3.0]
     assert shelf.get("never there") is None and shelf.get("never there", 3) == 3
