@@ -115,11 +115,13 @@ def write_new(path: Path, data: str) -> bool:
     return True
 
 
-def append_line(path: Path, text: str) -> None:
+def append_line(path: Path, text: str, *, shared: bool = False) -> None:
     """Append one line to a log. If the last line is incomplete (after a kill or on a full disk), a
     new line is started.
 
-    Not synced: a power failure can lose the last lines but does not mix them. Only one writer per file.
+    Not synced: a power failure can lose the last lines but does not mix them. Only one writer per file, because on a
+    full disk half a line is cut off again. ``shared``: for several writers; a line is written at once, and half a line
+    stays, which ``read_records`` skips.
     """
     assert "\n" not in text and "\r" not in text, "append_line writes exactly one line"
     content = text.encode() + b"\n"
@@ -129,6 +131,10 @@ def append_line(path: Path, text: str) -> None:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 content = b"\n" + content
+            if shared:
+                if os.write(descriptor, content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return
             try:
                 _write_all(descriptor, content)
             except OSError:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 MAX_SETTINGS_BYTES = 1 << 20  # of a file that people write: settings, prompts, a study
 _OPENED = ("/dev/fd/", "/proc/self/fd/")  # what a shell opened: hpo train <(…)
+_PIPED = "/dev/stdin"  # cat x.toml | hpo train /dev/stdin
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -22,7 +23,7 @@ def open_file(path: Path) -> BinaryIO:
     Raises OSError, also for a folder (EISDIR) and for what is no file (EINVAL); ``strerror`` says which.  A pipe is
     read only where the shell opened it.
     """
-    opened = str(path).startswith(_OPENED)
+    opened = str(path).startswith(_OPENED) or str(path) == _PIPED
     # without O_NONBLOCK, opening a pipe waits for someone who writes
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if opened else os.O_NONBLOCK))
     try:

@@ -32,13 +32,13 @@ def role_taken() -> Supervised | None:
 def launching(screen: Console) -> Callable[[Sequence[str]], Launch] | None:
     """(more words) → what starts a worker: this command line again, as wide as this terminal.  None if this is not a
     command line (a library)."""
-    from hpo.study import INVOCATION
+    from hpo.study import INVOCATION, NOTIFY_VARIABLE, joined_urls
 
     command = INVOCATION.get()
     if command is None:
         return None
     words = command.unnotified
-    urls = {"HPO_NOTIFY": " ".join(command.urls)} if command.urls else {}
+    urls = {NOTIFY_VARIABLE: joined_urls(command.urls)} if command.urls else {}
 
     def launch(more: Sequence[str]) -> Launch:
         from hpo.night import by_command

@@ -1,4 +1,4 @@
-"""How the machine and a run fare while something long is done: figures, levels, alerts, and what is done about them.
+"""The health of the machine and of a long run: figures, levels, alerts, and what is done about them.
 
 Owns what is measured (``reading``, ``nvml``, ``machine``), the judgement (``health``), health.jsonl (``log``), and the
 watch beside the work (``guard``).  Does not own the thresholds (``hpo.study.thresholds``), the messages that are sent

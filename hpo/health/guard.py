@@ -4,7 +4,8 @@ The thread measures, writes health.jsonl, and tells alerts.  It never holds up t
 wrong in it is dropped.  The work itself reports its events, which costs a place in a queue, and asks between two steps
 or images what to do:
 
-    pause     it waits, until the GPU is cooler, for at most ``pause_minutes``, or until it is asked to stop
+    pause     it waits, until the GPU is cooler, for at most ``pause_minutes``, or until it is asked to stop.  It counts
+              the minutes itself: the thread may hang in the driver
     relief    it gives back memory: what ``relief`` does, once a minute while RAM is in danger
     stop      ``should_stop`` is true once the disk is nearly full; then ``full_error`` is the reason
 """
@@ -27,7 +28,7 @@ from hpo.health.line import health_line
 from hpo.health.log import HealthLog
 from hpo.health.machine import MachineSensors
 from hpo.health.reading import Sensors
-from hpo.night import ends_hangs
+from hpo.night import ends_hangs, moved, standing_still
 from hpo.study import HUNG, Thresholds, tell
 from trainer.errors import RESUME, MachineError
 from trainer.events import Event
@@ -78,6 +79,8 @@ class Guard:
         self._every, self._say, self._name = lookout.every_seconds, say, name
         self._left, self._pauses = left, pauses
         self._ended = threading.Event()
+        self._looks = 0
+        self._waited_for = 0  # the number of the pause that was waited for as long as it may last
         context = contextvars.copy_context()  # who gets messages is a context variable
         self._thread = threading.Thread(target=context.run, args=(self._watch,), name="health", daemon=True)
 
@@ -121,13 +124,28 @@ class Guard:
     def _act(self, should_stop: Callable[[], bool]) -> None:
         if self.health.relief_due:
             self._relieve()
-        if not self._pauses or not self.health.paused:
+        if not self._pauses or not self.health.paused or self.health.pauses == self._waited_for:
             return
         self._say(f"paused: {self.health.paused}")
-        while self.health.paused and not should_stop() and self._thread.is_alive():
-            self._ended.wait(WAIT_SECONDS)
-        if not should_stop():
+        if not self._is_stopped_while_it_waits(should_stop):
             self._say("goes on after the pause")
+
+    def _is_stopped_while_it_waits(self, should_stop: Callable[[], bool]) -> bool:
+        """Wait for the end of a pause.  A supervisor is told that the work moves only as long as the thread looks."""
+        pause, looks = self.health.pauses, self._looks
+        latest = time.monotonic() + 60 * self.health.thresholds.pause_minutes
+        while self.health.paused and self._thread.is_alive():
+            with standing_still():
+                if should_stop():
+                    return True
+            if time.monotonic() >= latest:
+                self._waited_for = pause
+                break
+            if looks != self._looks:
+                looks = self._looks
+                moved()
+            self._ended.wait(WAIT_SECONDS)
+        return should_stop()
 
     def _relieve(self) -> None:
         text, freed = (
@@ -156,6 +174,7 @@ class Guard:
             # A supervisor that ends a process that hangs sends that itself: one message for one event.
             if alert.event and not (alert.event == HUNG and ends_hangs()):
                 tell(alert.event, f"{self._name}: {alert.event}", alert.text, self._say)
+        self._looks += 1
 
 
 def _trim() -> None:

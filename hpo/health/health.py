@@ -41,14 +41,14 @@ REPORTS = 100_000  # that are kept between two looks
 
 @dataclass(frozen=True)
 class Needs:
-    """Disk space: for the files that are written next, and for all that the rest of the run writes."""
+    """Disk space: for the files that are written next, and for all files until the end of the run."""
 
     next_bytes: int = 0
     rest_bytes: int = 0
 
 
 class Health:
-    """How a run fares.  ``now``: when it begins.  ``needs``: asked at each look; must not block.
+    """How a run is doing.  ``now``: when it begins.  ``needs``: asked at each look; must not block.
 
     ``swings``: whether a swing of the loss is worth an alert.  In a search, rates that are too high are part of it.
     """
@@ -69,6 +69,7 @@ class Health:
         self.place: dict[str, Any] = {}  # stage, trial
         self.progress: dict[str, Any] = {}  # phase, done, total
         self.paused = ""  # why the work should wait; empty if it should not
+        self.pauses = 0  # that have begun
         self.relief_due = False
         self.full = ""  # why the work should stop
         self.is_hung = False
@@ -212,6 +213,8 @@ class Health:
                 self.place, self.progress, self._rate, self._pace = dict(report[1]), {}, None, None
                 self._is_new_place = True
                 self._steps, self._loss = SlowSteps(self.thresholds.slow_steps), LossSwing()
+                self._slow.begins_anew()
+                self._swing.begins_anew()
         return alerts
 
     def _advance(self, phase: str, done: int, total: int, now: float) -> None:
@@ -306,7 +309,7 @@ class Health:
         if self._paused_at is None:
             hot = celsius is not None and celsius > limits.gpu_temperature[1]
             if hot and limits.acts and limits.pause_minutes and not self._pause_spent:
-                self._paused_at = now
+                self._paused_at, self.pauses = now, self.pauses + 1
                 self.paused = f"GPU {celsius:.0f} °C, goes on below {limits.gpu_temperature[0]:g} °C"
                 self.did(f"paused: {self.paused}, at the latest after {limits.pause_minutes:g} minutes")
             return

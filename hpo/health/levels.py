@@ -64,6 +64,10 @@ class Crossing:
             self.level, self._calm_since = kept, None
         return None
 
+    def begins_anew(self) -> None:
+        """What is measured is another one now: the level does not hold for it.  What was told lately stays told."""
+        self.level, self._calm_since = Level.SAFE, None
+
     def _reached(self, value: float, margin: float) -> Level:
         """``margin``: how much better than the threshold it must be, as a part of it, to be below it."""
         for level, threshold in ((Level.DANGER, self.danger), (Level.WARN, self.warn)):

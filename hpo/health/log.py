@@ -31,7 +31,7 @@ TAIL_BYTES = 200_000  # of the end of a file, for the last records
 
 
 class HealthLog:
-    """Writes the file.  Several processes may write to one folder."""
+    """Writes the file.  Several processes and threads may write to one folder."""
 
     def __init__(self, folder: Path, worker: int | None = None) -> None:
         self.folder, self.path = folder, folder / NAME
@@ -62,7 +62,7 @@ class HealthLog:
         }
         with contextlib.suppress(OSError, MachineError):
             self._turn()
-            append_line(self.path, json.dumps(row))
+            append_line(self.path, json.dumps(row), shared=True)
 
     def _turn(self) -> None:
         """Rename a file that is full.  The size is read again under a lock: another process may have been faster."""

@@ -22,5 +22,6 @@ from .watched import moved as moved
 from .watched import need_a_fresh_process as need_a_fresh_process
 from .watched import notifies as notifies
 from .watched import reached as reached
+from .watched import standing_still as standing_still
 from .watched import watch as watch
 from .watched import works_on as works_on

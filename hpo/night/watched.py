@@ -23,15 +23,28 @@ WARM_POINTS = (
 )
 
 _last_moved = 0.0
+_STANDS_STILL: ContextVar[bool] = ContextVar("_STANDS_STILL", default=False)
 
 
 def moved() -> None:
     """The work has come to a place where it could be stopped: between two steps, images, files."""
     global _last_moved
     watched = WATCHED.get()
-    if watched is not None and (now := time.monotonic()) - _last_moved >= MOVED_SECONDS:
+    if watched is None or _STANDS_STILL.get():
+        return
+    if (now := time.monotonic()) - _last_moved >= MOVED_SECONDS:
         _last_moved = now
         watched.report(MOVED, dropped=True)
+
+
+@contextlib.contextmanager
+def standing_still() -> Iterator[None]:
+    """The work waits: in the block, ``moved`` says nothing."""
+    token = _STANDS_STILL.set(True)
+    try:
+        yield
+    finally:
+        _STANDS_STILL.reset(token)
 
 
 def reached(what: str, done: int) -> None:

@@ -43,7 +43,7 @@ from hpo.study import (
 from hpo.terminal import live
 from hpo.train import file_sizes
 from trainer.config import TrainConfig
-from trainer.errors import Interrupted, StudyStopped
+from trainer.errors import Interrupted, StudyStopped, ToolError
 from trainer.files import folder_bytes, sweep_tree
 
 if TYPE_CHECKING:
@@ -129,8 +129,13 @@ class Worker:
         return None if current is None else current.seconds_left()
 
     def _measure_needs(self, config: TrainConfig) -> None:
-        """How much disk the trials that are left need: each as much as those that have ended."""
-        sizes = file_sizes(self.bench.base, config)
+        """How much disk the trials that are left need: each as much as those that have ended.  Not known for settings
+        that no adapter can be made of: the trial that begins fails by itself."""
+        self._needs = None
+        try:
+            sizes = file_sizes(self.bench.base, config)
+        except ToolError:
+            return
         own = sizes.weights_bytes + sizes.state_bytes
         ended = [trial.root for trial in self.folder.trial_folders() if trial.result.is_file()][-SAMPLED:]
         each = sum(map(folder_bytes, ended)) // len(ended) if ended else 0

@@ -61,9 +61,11 @@ from .notify import BEST as BEST
 from .notify import CONVERGED as CONVERGED
 from .notify import DISK as DISK
 from .notify import HUNG as HUNG
+from .notify import NOTIFY_VARIABLE as NOTIFY_VARIABLE
 from .notify import RESTARTED as RESTARTED
 from .notify import check_services as check_services
 from .notify import chosen_events as chosen_events
+from .notify import joined_urls as joined_urls
 from .notify import notification_urls as notification_urls
 from .notify import notifying as notifying
 from .notify import send_beside as send_beside

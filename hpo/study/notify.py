@@ -127,6 +127,14 @@ def notification_urls(given: Sequence[str], environment: Mapping[str, str] = os.
     return tuple(environment.get(NOTIFY_VARIABLE, "").split())
 
 
+def joined_urls(urls: Sequence[str]) -> str:
+    """A value of HPO_NOTIFY that ``notification_urls`` splits into these URLs.  A space within one becomes %20, which
+    Apprise reads as a space."""
+    from urllib.parse import quote
+
+    return " ".join("".join(quote(sign) if sign.isspace() else sign for sign in url) for url in urls)
+
+
 def quiet_hours(given: str, environment: Mapping[str, str] = os.environ) -> QuietHours | None:
     """Of ``--quiet-hours``, else of HPO_QUIET_HOURS.  Raises ConfigError."""
     from hpo.study.quiet import read_quiet_hours

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import safetensors.torch
 import torch
@@ -61,7 +61,7 @@ class Store:
         if self._share == 1.0:
             return True
         chance = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
-        return chance < self._share or self.folder is None or not self._path(key).is_file()
+        return chance < self._share or not self._is_on_disk(key)
 
     def again(self, key: str) -> Tensors:
         """The tensors of a key that do not stay in memory.  Raises MachineError if their file is gone or damaged."""
@@ -74,9 +74,14 @@ class Store:
         return tensors
 
     def halve(self) -> int:
-        """Keep half as much in memory.  The bytes that are given back; 0 if nothing more can be read from disk."""
-        self._share /= 2
-        gone = [key for key in self._memory if not self.keeps(key)]
+        """Keep half as much in memory; less where chance would keep everything, as it may with few keys.  The bytes
+        that are given back; 0 if nothing more can be read from disk."""
+        gone: list[str] = []
+        while not gone:
+            self._share /= 2
+            gone = [key for key in self._memory if not self.keeps(key)]
+            if not any(map(self._is_on_disk, self._memory)):
+                break
         freed = sum(tensor.nbytes for key in gone for tensor in self._memory[key].values())
         for key in gone:
             del self._memory[key]
@@ -89,6 +94,9 @@ class Store:
         shelf = Shelf(self, made)
         self._shelves.add(shelf)  # type: ignore[arg-type]
         return shelf
+
+    def _is_on_disk(self, key: str) -> bool:
+        return self.folder is not None and self._path(key).is_file()
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -120,6 +128,10 @@ class Shelf(dict[str, T], Generic[T]):
 
     def __missing__(self, name: str) -> T:
         return self._made(self._store.again(self._keys[name]))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict, whose own ``get`` would not make values anew."""
+        return self[name] if name in self else default  # noqa: SIM401 – this is get
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in self._keys

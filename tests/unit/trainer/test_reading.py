@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests.places import ROOT
 from trainer.reading import open_file, read_small
 
 
@@ -43,3 +46,12 @@ def test_a_pipe_of_the_shell_is_read() -> None:
         assert file.read() == b"steps = 1\n"
     writer.join()
     os.close(end)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
+def test_what_is_piped_into_a_command_is_read(name: str) -> None:
+    """``cat x.toml | hpo train /dev/stdin``."""
+    code = f"from pathlib import Path; from trainer.reading import read_small; print(read_small(Path({name!r}), 99))"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, input="steps = 1", capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "b'steps = 1'\n", done.stderr

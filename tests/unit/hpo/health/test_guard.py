@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +13,10 @@ import pytest
 
 from hpo.health.guard import Guard, Lookout
 from hpo.health.reading import Reading
-from hpo.night import WATCHED
+from hpo.night import WATCHED, watched
 from hpo.study.notify import NOTIFIER, Notifier
 from hpo.study.thresholds import Thresholds
+from hpo.terminal.stop import Stop
 from tests.healthfigures import Told
 from tests.inbox import Post
 from trainer.events import Step
@@ -132,8 +133,8 @@ class Idle:
 @pytest.mark.parametrize("ends_hangs", [False, True])
 def test_a_hang_is_told_by_the_supervisor_where_there_is_one(tmp_path: Path, ends_hangs: bool) -> None:
     told, lines = Post(), list[str]()
-    watched: Any = SimpleNamespace(ends_hangs=ends_hangs)
-    tokens = NOTIFIER.set(Notifier(told)), WATCHED.set(watched)  # type: ignore[arg-type]
+    supervisor: Any = SimpleNamespace(ends_hangs=ends_hangs)
+    tokens = NOTIFIER.set(Notifier(told)), WATCHED.set(supervisor)  # type: ignore[arg-type]
     try:
         guard = guard_of(tmp_path, Idle(), lines)
         guard.health._news_at = guard.health._busy_at = time.monotonic() - 3600
@@ -143,3 +144,62 @@ def test_a_hang_is_told_by_the_supervisor_where_there_is_one(tmp_path: Path, end
         WATCHED.reset(tokens[1])
     assert [line for line in lines if "the run hangs" in line]
     assert [message.title for message in told.messages] == ([] if ends_hangs else ["luca: hung"])
+
+
+class Marks:
+    """A supervisor that counts what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def report(self, event: str, **_: Any) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def marks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Marks]:
+    monkeypatch.setattr(watched, "MOVED_SECONDS", 0.0)
+    found = Marks()
+    token = WATCHED.set(found)  # type: ignore[arg-type]
+    yield found
+    WATCHED.reset(token)
+
+
+def test_a_driver_that_hangs_in_a_pause_does_not_make_it_endless_and_is_no_progress(
+    tmp_path: Path, marks: Marks
+) -> None:
+    asked, never = threading.Event(), threading.Event()
+
+    class HangsWhenHot(Told):
+        def read(self) -> Reading:
+            if self.looks:
+                asked.set()
+                never.wait()
+            return super().read()
+
+    sensors, lines = HangsWhenHot(), []
+    sensors.gpu(celsius=99.0)
+    lookout = Lookout(Thresholds(pause_minutes=0.01), sensors, 0.002)
+    began = time.monotonic()
+    with Guard(lookout, tmp_path, lines.append, name="luca") as guard:
+        assert asked.wait(10) and guard.health.paused
+        for number in range(3):
+            guard.on_event(step(number), Stop(lambda: None))
+            if number == 0:
+                told = [event for event in marks.events if event == "moved"]
+    assert 0.6 <= time.monotonic() - began < 10
+    assert [line for line in lines if "pause" in line and "warning" not in line] == [
+        "paused: GPU 99 °C, goes on below 75 °C",
+        "goes on after the pause",
+    ], "the next steps do not wait for the same pause"
+    assert len(told) == 1, "only where the work goes on, not while it waited"
+    never.set()
+
+
+def test_a_long_pause_whose_thread_looks_is_no_hang(tmp_path: Path, marks: Marks) -> None:
+    sensors = Told()
+    sensors.gpu(celsius=99.0)
+    with guard_of(tmp_path, sensors, []) as guard:
+        until(lambda: bool(guard.health.paused))
+        guard.on_event(step(1), lambda: len(marks.events) > 2)
+    assert marks.events == ["moved"] * 3

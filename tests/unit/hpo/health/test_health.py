@@ -5,7 +5,9 @@ Time is a number that the test moves, so eight hours take a moment.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -234,6 +236,22 @@ def test_a_lost_gpu_is_told_and_a_missing_one_is_not() -> None:
     assert not never.look(5.0) and never.figures()["no_gpu"]
 
 
+def test_the_marks_of_one_trial_are_gone_in_the_next_and_are_not_told_again_within_an_hour(
+    tmp_path: Path,
+) -> None:
+    night = Night(tmp_path)
+    for trial in (1, 2):
+        night.health.begins(trial=trial)
+        night.level, night.seconds = 0.1, 1.0
+        night.lasts(0.5)
+        assert not night.health.levels()["slow"] and not night.health.levels()["swing"]
+        night.lasts(10)
+        night.level, night.seconds = 0.4, 8.0
+        night.lasts(5)
+        assert night.health.levels()["slow"] and night.health.levels()["swing"]
+    assert night.told() == Counter([("slow", "warn"), ("swing", "warn")])
+
+
 # Step times
 
 
@@ -344,3 +362,27 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_look(tmp_path: Path) -
     assert health.look(5.0) == []
     json.dumps(health.figures())
     assert SAFE.gpu is not None and health.figures()["gpu_temperature"] == SAFE.gpu.celsius
+
+
+def test_lines_of_several_writers_stay_whole_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process writes a line between this one's failed write and what it does about it."""
+    one, other, real = HealthLog(tmp_path), HealthLog(tmp_path), os.write
+    one.action("first")
+
+    def full(descriptor: int, data: bytes) -> int:
+        monkeypatch.setattr(os, "write", real)
+        written = real(descriptor, data[:5])
+        other.action("of another")
+        monkeypatch.setattr(os, "write", fails)
+        return written
+
+    def fails(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    one.action("lost")
+    monkeypatch.setattr(os, "write", real)
+    one.action("last")
+    assert [row["text"] for row in health_rows(tmp_path)] == ["first", "of another", "last"]

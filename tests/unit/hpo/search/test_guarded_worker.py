@@ -16,7 +16,8 @@ from hpo.study.storage import open_study
 from hpo.study.thresholds import Thresholds
 from tests.healthfigures import Told
 from tests.tiny_search import STUDY, Recorder, draw_images, make_search, table, tiny_bench
-from trainer.errors import ConfigError, MachineError
+from trainer.adapters import count_weights
+from trainer.errors import ConfigError, MachineError, ToolError
 from trainer.events import Step
 
 
@@ -54,3 +55,16 @@ def test_the_study_file_has_the_thresholds(tmp_path: Path) -> None:
     assert config.frozen() == build_study("x", STUDY).frozen(), "thresholds may change while a study runs"
     with pytest.raises(ConfigError, match="swap_usd"):
         build_study("x", {**STUDY, "health": {"swap_usd": [1, 3]}})
+
+
+def test_settings_without_an_adapter_do_not_end_the_search_before_their_trial_fails(tmp_path: Path) -> None:
+    bench = tiny_bench(tmp_path / "luca", draw_images(tmp_path / "data"))
+    worker = make_search(bench, SearchLimits(1))
+    good = bench.config(bench.study.baseline, 0)
+    worker._measure_needs(good)
+    assert worker._needs is not None
+    bad = good.with_values({"network_weights": str(tmp_path / "gone.safetensors"), "dim_from_weights": True})
+    with pytest.raises(ToolError):
+        count_weights(bench.base, bad)
+    worker._measure_needs(bad)
+    assert worker._needs is None, "not those of the trial before"

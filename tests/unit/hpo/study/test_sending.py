@@ -17,9 +17,19 @@ import pytest
 from click.testing import CliRunner
 
 from hpo.cli.main import main
-from hpo.study.notify import ANOMALY, FAILED, FINISHED, HUNG, NOTIFIER, notifying, tell
+from hpo.study.notify import (
+    ANOMALY,
+    FAILED,
+    FINISHED,
+    HUNG,
+    NOTIFIER,
+    joined_urls,
+    notification_urls,
+    notifying,
+    tell,
+)
 from hpo.study.quiet import QuietHours, read_quiet_hours
-from hpo.study.sending import MOST, Message, Sender, together
+from hpo.study.sending import MOST, Message, Sender, service, together
 from hpo.study.work import Invocation
 from tests.inbox import Inbox, open_inbox
 from trainer.errors import ConfigError
@@ -215,6 +225,13 @@ def test_notify_test_says_what_arrived_and_never_a_url(inbox: Inbox, closed: str
 def test_workers_get_urls_where_other_users_cannot_read_them() -> None:
     command = Invocation(("search", "--notify", "a://x", "luca", "--notify=b://y", "--hours", "8"), "/")
     assert command.unnotified == ("search", "luca", "--hours", "8") and command.urls == ("a://x", "b://y")
+
+
+def test_a_worker_gets_the_urls_as_they_were_given_with_spaces_written_as_apprise_reads_them() -> None:
+    given = ("json://localhost/a b", "mailto://u:p@x.org?name=My\tNight, 2", "ntfy://c")
+    handed = notification_urls((), {"HPO_NOTIFY": joined_urls(given)})
+    assert len(handed) == 3 and handed[2] == "ntfy://c"
+    assert [service(url)[0].url() for url in handed] == [service(url)[0].url() for url in given]
 
 
 def test_quiet_hours_are_checked_before_anything_starts() -> None:

@@ -81,3 +81,25 @@ def test_a_prepared_dataset_trains_the_same_latents_and_captions(tmp_path: Path)
         assert torch.equal(plain.latents[item.key], halved.latents[item.key])
         one, other = plain.text([item.caption]), halved.text([item.caption])
         assert one is not None and other is not None and torch.equal(one.hidden_BLD, other.hidden_BLD)
+
+
+def test_few_keys_are_halved_until_none_is_left(tmp_path: Path) -> None:
+    """By chance, half as much may still be everything; that is not the end."""
+    for count in range(1, 6):
+        store = filled(tmp_path / str(count), count)
+        while (before := in_memory(store)) > 0:
+            assert store.halve() > 0 and in_memory(store) < before
+        assert store.halve() == 0
+
+
+def test_a_shelf_gets_what_is_not_in_memory_as_a_dict_would(tmp_path: Path) -> None:
+    store = filled(tmp_path, 4)
+    shelf = store.shelf(lambda tensors: tensors["latent"])
+    for number in range(4):
+        shelf.add(str(number), f"key {number}", {"latent": torch.full((4, 8, 8), float(number))})
+    while store.halve():
+        pass
+    assert in_memory(store) == 0
+    found = [shelf.get(str(number)) for number in range(4)]
+    assert [None if one is None else float(one.mean()) for one in found] == [0.0, 1.0, 2.0, 3.0]
+    assert shelf.get("never there") is None and shelf.get("never there", 3) == 3
