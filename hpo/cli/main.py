@@ -18,7 +18,7 @@ import click
 
 from hpo.cli import best, clean, folders, machine, notify, status, studies, tools, trainings, watch
 from hpo.cli.start import announced_imports
-from hpo.cli.streams import show_everything
+from hpo.cli.streams import open_closed, show_everything
 from hpo.cli.supervised import as_worker_if_long
 from trainer.errors import ConfigError, Interrupted, MachineError, ToolError
 from trainer.text import clean_text
@@ -93,6 +93,7 @@ class Commands(click.Group):
     def __call__(self, *args: Any, **more: Any) -> Any:
         """The command line of a process: a long command is carried out by a worker.  With words of its own, it is
         carried out in this process."""
+        open_closed()
         with contextlib.nullcontext() if args or more else as_worker_if_long():
             return super().__call__(*args, **more)
 
@@ -127,6 +128,9 @@ class Commands(click.Group):
         except ToolError as error:
             _end_with(error)
             sys.exit(error.exit_code)
+        except click.Abort:  # Ctrl-C or Ctrl-D at a question; to Python it is a RuntimeError
+            click.echo("\nnothing was done", err=True)
+            sys.exit(130)
         except (RuntimeError, MemoryError) as error:
             from trainer.oom import named
 
@@ -142,9 +146,6 @@ class Commands(click.Group):
             click.echo("stopped at once", err=True)
             if said is not None:
                 click.echo("next: " + clean_text(shlex.join(["hpo", *said.stored])), err=True)
-            sys.exit(130)
-        except click.Abort:  # Ctrl-C or Ctrl-D at a question
-            click.echo("\nnothing was done", err=True)
             sys.exit(130)
         except UnicodeEncodeError as error:
             if error.encoding != sys.getfilesystemencoding():

@@ -7,6 +7,7 @@ output. Loads nothing but the standard library.
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from typing import Any
 
@@ -40,6 +41,24 @@ def _ascii_under_another_name(name: str) -> codecs.CodecInfo | None:
         known.incrementaldecoder,
         name=ASCII,
     )
+
+
+def open_closed() -> None:
+    """Give standard streams that are closed, as a service or ``<&- >&-`` leaves them, a place that holds nothing.
+
+    Else Python has no such stream, and the next file that is opened takes its number.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def show_everything() -> None:

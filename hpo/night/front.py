@@ -168,7 +168,7 @@ class Front:
             return Ending.AGAIN
         if code == 0 or self._exit is not None or was_stopped(code):
             return Ending.DONE
-        if not self._begun and (code > 0 or self._was_asked):
+        if not self._begun and (code > 0 or self._was_asked or post.pulse.is_asking):
             return Ending.DONE
         return Ending.AGAIN
 
@@ -236,6 +236,7 @@ class Front:
         if event == BEGINS:
             self._begun, self._cwd = True, str(report["cwd"])
             self._supervisor.root = Path(report["root"])
+            self.output.finds_log()
             self._command = list(map(str, report["words"]))
             self.words = self._with_answers(list(self._command))
         elif event == ANSWERED:

@@ -28,6 +28,7 @@ class Output:
         self._root = root
         self._shown = mmap.mmap(-1, 8)  # shared with forks
         self._terminals = [number for number in (0, 1, 2) if _is_terminal(number)]
+        self._lost: list[int] = []  # outputs that go nowhere, because the folder was not known yet
         for name, number in (("stdout", 1), ("stderr", 2)):
             if number in self._terminals:
                 setattr(sys, name, self._lasting(getattr(sys, name), number))
@@ -51,19 +52,29 @@ class Output:
         left, self._terminals = self._terminals, []
         if not left:
             return
-        file = self._opened()
-        nothing = os.open(os.devnull, os.O_RDONLY)
+        nothing = os.open(os.devnull, os.O_RDWR)
         for number in left:
-            os.dup2(file if number else nothing, number)
-        for descriptor in (file, nothing):
-            os.close(descriptor)
+            os.dup2(nothing, number)
+        os.close(nothing)
+        self._lost = [number for number in left if number]
+        self.finds_log()
 
-    def _opened(self) -> int:
+    def finds_log(self) -> None:
+        """Write what goes nowhere to the log, once the folder is known."""
+        file = self._opened() if self._lost else None
+        if file is None:
+            return
+        for number in self._lost:
+            os.dup2(file, number)
+        os.close(file)
+        self._lost = []
+
+    def _opened(self) -> int | None:
         root = self._root()
         if root is not None:
             with contextlib.suppress(OSError):
                 return os.open(root / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        return os.open(os.devnull, os.O_WRONLY)
+        return None
 
     def _lasting(self, stream: Any, number: int) -> io.TextIOWrapper:
         stream.flush()

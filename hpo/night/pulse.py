@@ -32,7 +32,7 @@ class Pulse:
 
     ``furthest``: what → the highest step or image that any process has reached.  ``hang_seconds``: None if nothing
     counts as a hang.  ``shown``: how many of the bytes that a process has written went to a terminal; a display goes on
-    in a process that hangs.
+    in a process that hangs.  ``is_asking``: a person is being asked.
     """
 
     def __init__(self, furthest: dict[str, int], clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,7 +44,7 @@ class Pulse:
     def starts(self, pid: int | None) -> None:
         """A new process begins."""
         self._pid, self._seen = pid, self._clock()
-        self._silent, self._is_loading, self._is_asking = 0.0, True, False
+        self._silent, self._is_loading, self.is_asking = 0.0, True, False
         self._written: int | None = None  # at the first look after the last report
 
     def takes(self, report: Mapping[str, Any]) -> bool:
@@ -54,7 +54,7 @@ class Pulse:
         if event == WATCH:
             self.hang_seconds = float(report["hang_seconds"]) or None
         elif event in (ASKS, ANSWERED):
-            self._is_asking = event == ASKS
+            self.is_asking = event == ASKS
         elif event == REACHED:
             self._is_loading = False
             what, done = str(report["what"]), int(report["done"])
@@ -68,7 +68,7 @@ class Pulse:
         now = self._clock()
         gap, self._seen = now - self._seen, now
         self._silent = 0.0 if gap > SUSPENDED_SECONDS else self._silent + min(gap, TICK_SECONDS)
-        if self.hang_seconds is None or self._is_asking:
+        if self.hang_seconds is None or self.is_asking:
             return False
         if self._written is None:
             self._written = self._files_written()

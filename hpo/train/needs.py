@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from hpo.health import Needs
 from hpo.train.plan import Steps
-from trainer.adapters import count_weights
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ class FileSizes:
 
 
 def file_sizes(base: Base, config: TrainConfig, prompts: int = 0) -> FileSizes:
+    from trainer.adapters import count_weights
+
     weights = count_weights(base, config)
     each = FP32_BYTES if config.save_precision == "float" else 2
     pixels = config.resolution * (config.resolution_height or config.resolution)

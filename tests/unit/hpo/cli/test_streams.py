@@ -70,3 +70,11 @@ def test_a_name_that_the_system_cannot_hold_is_an_error_of_two_lines(folder: Pat
     found = hpo(folder, NARROW["C"], "train", "ok.toml", "--data", "ds")
     lines = found.stderr.decode("ascii").splitlines()
     assert found.returncode == 5 and "PYTHONUTF8=1" in lines[-1], lines
+
+
+def test_a_service_without_standard_streams_gets_the_usual_error(folder: Path) -> None:
+    """``hpo`` as a supervised command, with what cron and some services give it: nothing."""
+    script = f'exec "{sys.executable}" -m hpo.cli evaluate nothing <&- >&- 2> errors.txt'
+    code = subprocess.run(["bash", "-c", script], cwd=folder).returncode
+    said = (folder / "errors.txt").read_text(encoding="utf-8")
+    assert code == 2 and "\nerror: no run found" in said and "Traceback" not in said, said

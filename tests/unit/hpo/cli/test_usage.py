@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -191,3 +192,14 @@ def test_a_refusal_loads_no_torch() -> None:
 def test_the_help_of_a_long_command_names_both_ways_to_resume(command: str) -> None:
     said = " ".join(CliRunner().invoke(main, [command, "--help"]).output.split())
     assert RESUME in said and RESUME in machine_error(OSError(errno.ENOSPC, "full"), Path("x")).hint
+
+
+def test_ctrl_c_at_a_question_does_nothing_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """click raises Abort there, which is a RuntimeError."""
+
+    def asks(**_: Any) -> None:
+        raise click.Abort
+
+    monkeypatch.setattr(main.commands["studies"], "callback", asks)
+    found = hpo("studies")
+    assert found.exit_code == 130 and found.stderr.strip() == "nothing was done"

@@ -294,7 +294,8 @@ def test_a_second_ctrl_c_ends_workers_that_do_not_listen(
     with pytest.raises(KeyboardInterrupt):
         made.run(never)
     codes = [post.process.ended() for post in made.posts if post.process]
-    assert codes == [-signal.SIGKILL, -signal.SIGINT]
+    # the second one is asked by its pipe and then by the signal, whichever it sees first
+    assert codes[0] == -signal.SIGKILL and codes[1] in (-signal.SIGINT, 0)
 
 
 def test_reports_of_a_process_that_dies_at_once_are_not_lost(tmp_path: Path) -> None:

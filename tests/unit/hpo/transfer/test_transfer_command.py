@@ -526,4 +526,5 @@ def test_probes_are_judged_as_the_search_was() -> None:
 
 def test_the_request_has_the_words_of_the_command() -> None:
     words = {option.name for option in main.commands["transfer"].params}
-    assert words - {"notify", "notify_on"} == {f.name for f in dataclasses.fields(TransferRequest)}
+    of_the_command_line = {"notify", "notify_on", "quiet_hours", "hang_minutes"}
+    assert words - of_the_command_line == {f.name for f in dataclasses.fields(TransferRequest)}
