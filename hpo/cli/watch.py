@@ -55,9 +55,12 @@ def watch(name: str | None, as_json: bool, runs: Path) -> None:
 
 def _root(name: str | None, runs: Path) -> Path:
     from hpo.health import newest
+    from hpo.study import StudyFolder
 
     found = list(record_roots(name, runs))
-    root = newest(found) or (found[0] if name and found else None)
+    root = newest(found)
+    if root is None and name:  # a study of an earlier version has no such records
+        root = next((one for one in found if StudyFolder(one).has_study), None)
     if root is None:
         raise ConfigError(
             f"no command is recorded in {name or runs}", "list the studies and their states: hpo studies"

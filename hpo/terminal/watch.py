@@ -34,7 +34,7 @@ def watch_screen(seen: Watched, width: int = 80, now: datetime | None = None) ->
         if work.paused and seen.is_running:
             rows.append(("", Text(f"paused: {clean_text(work.paused)}"[:room], style="bold")))
         if seen.is_running and work.left is not None:
-            rows.append(("left", Text(left(work.left))))
+            rows.append(("time", Text(left(work.left))))
         if number == len(seen.working) - 1:
             health = fitted(figure_words(work.figures, everything=True), room)
             if health:

@@ -186,7 +186,8 @@ def test_reading_changes_nothing(study: Path) -> None:
 
 def test_a_missing_folder_is_a_mistake_of_two_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for words in ((), ("nobody",)):
+    (tmp_path / "other").mkdir()
+    for words in ((), ("nobody",), ("other",)):  # "other" is a folder in which no command worked
         result = CliRunner().invoke(main, ["watch", *words])
         assert result.exit_code == 2 and len(result.output.splitlines()) == 2, result.output
 
