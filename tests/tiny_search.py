@@ -78,6 +78,14 @@ def draw_images(folder: Path, count: int = 6, size_px: int = 32, seed: int = 1) 
     return folder
 
 
+def draw_and_warm_up(folder: Path, name: str = "images") -> Path:
+    """Images, with everything imported and run once: call it before the first fork."""
+    torch.set_num_threads(1)
+    images = draw_images(folder / "data" / name)
+    make_search(tiny_bench(folder / "warm" / "study", images), SearchLimits(1)).run()
+    return images
+
+
 def tiny_study(changes: Mapping[str, Mapping[str, Any]] | None = None) -> StudyConfig:
     names = [*STUDY, *(name for name in changes or {} if name not in STUDY)]
     table = {name: {**STUDY.get(name, {}), **(changes or {}).get(name, {})} for name in names}

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from scipy.special import ndtr  # type: ignore[import-untyped]
 
 from hpo.search.balance import Balance
 from hpo.search.samplers import make_sampler, startup_trials
-from hpo.study import Range, Space
+from hpo.study import Space
 from hpo.study.hours import CONFIRM_SHARE, LEAST, ROUNDS, Round
 from hpo.study.space.space import Parameter
-from hpo.transfer.probes.surrogate import fit
+from hpo.transfer.probes.shifted import improvement
+from hpo.transfer.probes.surrogate import Surrogate, fit
 from tests.bench.record_table import CELLS, IMAGES, LENGTH, QUARTERS, SUBJECTS, definition, recorded
 from tests.bench.table_surface import Run, Surface, Table, coordinates, domains, nearby, random_settings, to_z
 
@@ -73,8 +73,8 @@ def from_raw(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def moved(values: dict[str, Any], moves: Sequence[float], back: bool = False) -> dict[str, Any]:
-    """The settings, with the rate that is meant by a rate for the usual settings (``back``: the other way)."""
+def moved(values: dict[str, Any], moves: Sequence[float]) -> dict[str, Any]:
+    """The settings, with the rate that is meant by a rate for the usual settings."""
     if not moves:
         return values
     batch = values["train_batch_size"] * values["gradient_accumulation_steps"]
@@ -86,7 +86,7 @@ def moved(values: dict[str, Any], moves: Sequence[float], back: bool = False) ->
     )
     factor = float(np.prod([size**power for size, power in zip(sizes, moves, strict=True)]))
     domain = domains()["learning_rate"]
-    rate = values["learning_rate"] * (1 / factor if back else factor)
+    rate = values["learning_rate"] * factor
     return {**values, "learning_rate": float(np.clip(rate, domain.low, domain.high))}
 
 
@@ -106,8 +106,6 @@ class Way:
     startup: int | None = None  # random trials before the model starts; None: the tool's number
     first: str = "random"  # who proposes them
     fixed: tuple[str, ...] = ()  # settings that keep the usual value
-    low_length: float | None = None  # the search proposes no shorter run
-    high_length: float | None = None  # nor a longer one
     balanced: bool = False  # the sampler sees the rate as in hpo.search.balance
     moves: tuple[
         float, ...
@@ -252,7 +250,7 @@ def search(way: Way, surface: Surface, trials: float, image_cost: float, seed: i
         if way.sampler == "surrogate" and len(complete := _scored(study)) >= (
             way.startup or startup_trials(expected)
         ):
-            study.enqueue_trial(_by_surrogate(complete, distributions, rng, balance_without(way.fixed)))
+            study.enqueue_trial(_by_surrogate(complete, distributions, rng))
         trial = study.ask(distributions)
         settings = read(trial.params)
         _run_trial(way, study, trial, surface.run(settings, rng), purse, settings[LENGTH])
@@ -261,7 +259,8 @@ def search(way: Way, surface: Surface, trials: float, image_cost: float, seed: i
     pruned = len(finished) - len(complete)
     ranked = sorted(complete, key=lambda t: -t.values[0])
     if way.by_model:
-        means = _means(complete)
+        model = _fitted(complete)[2]
+        means = model.mean(model.x_ND)
         ranked = [complete[i] for i in np.argsort(-means)]
     tried = tuple((read(t.params), float(t.values[0])) for t in complete)
     if chosen is None or len(ranked) < 2:
@@ -282,9 +281,7 @@ def search(way: Way, surface: Surface, trials: float, image_cost: float, seed: i
 def _distributions(way: Way) -> Mapping[str, optuna.distributions.BaseDistribution]:
     if way.raw:
         return RAW
-    length = Range(way.low_length or IMAGES.low, way.high_length or IMAGES.high, log=True)
-    found = {**domains(), LENGTH: length}
-    return {name: domain.distribution() for name, domain in found.items() if name not in way.fixed}
+    return {name: domain.distribution() for name, domain in domains().items() if name not in way.fixed}
 
 
 @cache
@@ -314,37 +311,31 @@ def _scored(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if t.value is not None]
 
 
-def _means(done: Sequence[optuna.trial.FrozenTrial]) -> NDArray[np.float64]:
+def _fitted(done: Sequence[optuna.trial.FrozenTrial]) -> tuple[Balance, list[dict[str, Any]], Surrogate]:
+    """The trials with the balanced rate, and the Gaussian process of the target trials fitted to them."""
     balance = balance_without(())
     assert balance is not None
-    x_ND = np.array([coordinates(balance.seen({**USUAL, **t.params})) for t in done])
+    values = [balance.seen({**USUAL, **t.params}) for t in done]
     y_N = to_z(np.array([t.values[0] for t in done]))
-    return fit(x_ND, y_N.tolist(), [0.0] * len(y_N)).mean(x_ND)
+    return balance, values, fit(np.array([coordinates(v) for v in values]), y_N.tolist(), [0.0] * len(y_N))
 
 
 def _by_surrogate(
     done: Sequence[optuna.trial.FrozenTrial],
     distributions: Mapping[str, optuna.distributions.BaseDistribution],
     rng: np.random.Generator,
-    balance: Balance | None,
 ) -> dict[str, Any]:
-    """The place with the highest expected improvement in the Gaussian process of the target trials."""
-    assert balance is not None
-    values = [balance.seen({**USUAL, **t.params}) for t in done]
-    x_ND = np.array([coordinates(v) for v in values])
-    y_N = to_z(np.array([t.values[0] for t in done]))
-    model = fit(x_ND, y_N.tolist(), [0.0] * len(y_N))
-    means = model.mean(x_ND)
+    """The place with the highest expected improvement over the best mean of a trial."""
+    balance, values, model = _fitted(done)
+    means = model.mean(model.x_ND)
     top = [values[i] for i in np.argsort(means)[-5:]]
     places = random_settings(rng, 400) + [
         nearby(rng, one, w) for one in top for w in (0.3, 0.1, 0.03) for _ in range(30)
     ]
     x_MD = np.array([coordinates(v) for v in places])
-    mean = model.mean(x_MD)
-    sd = np.sqrt(np.maximum(model.kernel.amplitude - (model.half(x_MD) ** 2).sum(0), 1e-12))
-    u = (mean - means.max()) / sd
-    gain = sd * (u * ndtr(u) + np.exp(-0.5 * u * u) / np.sqrt(2 * np.pi))
-    best = balance.stored(places[int(np.argmax(gain))])
+    sd_M = np.sqrt(np.maximum(model.kernel.amplitude - (model.half(x_MD) ** 2).sum(0), 1e-12))
+    gains_M = improvement(model.mean(x_MD) - means.max(), sd_M)
+    best = balance.stored(places[int(np.argmax(gains_M))])
     return {name: best[name] for name in distributions}
 
 

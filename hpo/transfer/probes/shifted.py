@@ -153,7 +153,7 @@ class TargetPosterior:
             deviation = np.sqrt(
                 np.maximum(variance[count:] + variance[best] - 2 * covariance[count:, best], 1e-12)
             )
-            total_M += weight * _improvement(apart, deviation)
+            total_M += weight * improvement(apart, deviation)
         return np.asarray(self.model.source.scale * total_M)
 
     def _cells(
@@ -195,7 +195,7 @@ def _residual(source: Surrogate) -> Kernel:
     return Kernel(source.kernel.lengths, source.kernel.amplitude)
 
 
-def _improvement(apart_M: np.ndarray, deviation_M: np.ndarray) -> np.ndarray:
+def improvement(apart_M: np.ndarray, deviation_M: np.ndarray) -> np.ndarray:
     """Mean of the positive part of a normal variable (Jones et al. 1998)."""
     import torch
 

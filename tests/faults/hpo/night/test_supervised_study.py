@@ -13,11 +13,9 @@ from typing import Any
 
 import pytest
 import tomlkit
-import torch
 
 import hpo.search.workbench
 from evaluation.score.anchors import Anchors
-from hpo.search.sampled import SearchLimits
 from hpo.study.config import Inputs
 from hpo.study.folder import StudyFolder, read_json
 from hpo.study.storage import open_study
@@ -35,7 +33,7 @@ from tests.supervised import (
     saves_every_step,
     tell_supervisor,
 )
-from tests.tiny_search import STUDY, check_study, draw_images, make_search, tiny_bench
+from tests.tiny_search import STUDY, check_study, draw_and_warm_up, tiny_bench
 from trainer.errors import Interrupted
 from trainer.files import read_records
 
@@ -47,10 +45,7 @@ MANY = 16  # trials, to see whether memory grows
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, and everything imported and run once before the first fork."""
-    torch.set_num_threads(1)
-    images = draw_images(tmp_path_factory.mktemp("data") / "1_zkw figure")
-    make_search(tiny_bench(tmp_path_factory.mktemp("warm") / "study", images), SearchLimits(1)).run()
-    return images
+    return draw_and_warm_up(tmp_path_factory.mktemp("begun"), "1_zkw figure")
 
 
 class Study:

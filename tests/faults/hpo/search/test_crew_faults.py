@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import hpo.search.trial
 from hpo.night import restarts
-from hpo.search.sampled import SearchLimits
 from hpo.search.workbench import Workbench
 from hpo.study.folder import StudyFolder, TrialFolder
 from hpo.study.locks import holder
@@ -27,7 +25,7 @@ from tests.faults.zygote import finish, start
 from tests.places import ROOT
 from tests.supervised import is_over, until
 from tests.tiny_crew import run_crew
-from tests.tiny_search import check_study, draw_images, make_search, tiny_bench
+from tests.tiny_search import check_study, draw_and_warm_up
 from trainer.errors import Interrupted, ToolError
 from trainer.files import read_records
 
@@ -37,10 +35,7 @@ pytestmark = pytest.mark.faults
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, and everything imported and run once before the first fork."""
-    torch.set_num_threads(1)
-    images = draw_images(tmp_path_factory.mktemp("data") / "images")
-    make_search(tiny_bench(tmp_path_factory.mktemp("warm") / "study", images), SearchLimits(1)).run()
-    return images
+    return draw_and_warm_up(tmp_path_factory.mktemp("begun"))
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import hpo.search.dashboard
@@ -31,7 +30,14 @@ from tests.cheap_claims import enqueue, on_its_own_machine
 from tests.faults.zygote import attempt, finish, start
 from tests.postgres import PASSWORD, Postgres
 from tests.tiny_confirm import check_confirmation, run_confirm
-from tests.tiny_search import Recorder, check_study, draw_images, make_search, table, tiny_bench
+from tests.tiny_search import (
+    Recorder,
+    check_study,
+    draw_and_warm_up,
+    make_search,
+    table,
+    tiny_bench,
+)
 from tests.tiny_session import run_session
 from trainer.errors import ConfigError, DataError, MachineError
 from trainer.files import make_folder, read_records
@@ -44,11 +50,8 @@ LEASE_SECONDS = 1.5
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, and everything imported and run once before the first fork."""
-    torch.set_num_threads(1)
     importlib.import_module("psycopg")
-    images = draw_images(tmp_path_factory.mktemp("data") / "images")
-    make_search(tiny_bench(tmp_path_factory.mktemp("warm") / "study", images), SearchLimits(1)).run()
-    return images
+    return draw_and_warm_up(tmp_path_factory.mktemp("begun"))
 
 
 @pytest.fixture

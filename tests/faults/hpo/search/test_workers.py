@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from hpo.search.sampled import SearchLimits
 from hpo.study.folder import StudyFolder
 from hpo.study.locks import Lock, holder
 from hpo.study.storage import create_study, open_study
 from tests.faults.zygote import attempt, finish, start
-from tests.tiny_search import Recorder, check_study, draw_images, make_search, tiny_bench
+from tests.tiny_search import Recorder, check_study, draw_and_warm_up, make_search, tiny_bench
 from trainer.errors import ConfigError, MachineError
 from trainer.files import read_records
 
@@ -27,10 +26,7 @@ pytestmark = pytest.mark.faults
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, and everything imported and run once before the first fork."""
-    torch.set_num_threads(1)
-    images = draw_images(tmp_path_factory.mktemp("data") / "images")
-    make_search(tiny_bench(tmp_path_factory.mktemp("warm") / "study", images), SearchLimits(1)).run()
-    return images
+    return draw_and_warm_up(tmp_path_factory.mktemp("begun"))
 
 
 def search(root: Path, data: Path, trials: int, delay_seconds: float = 0.0) -> None:
